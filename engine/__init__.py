@@ -1,0 +1,29 @@
+"""An Ignite engine and the one step that it runs."""
+
+from diptych.engine import tasks
+from diptych.engine.data import in_groups
+from diptych.engine.errors import BatchError, CheckpointError, ResumeError
+from diptych.engine.evaluator import Evaluator
+from diptych.engine.events import EvaluationEvents, MetricsEvents, RunEvents, StepEvents
+from diptych.engine.metrics_collector import MetricsCollector
+from diptych.engine.settings import TrainerSettings
+from diptych.engine.step import StepOutput, TrainStep
+from diptych.engine.trainer import Trainer
+
+__all__ = [
+    "BatchError",
+    "CheckpointError",
+    "EvaluationEvents",
+    "Evaluator",
+    "MetricsCollector",
+    "MetricsEvents",
+    "ResumeError",
+    "RunEvents",
+    "StepEvents",
+    "StepOutput",
+    "TrainStep",
+    "Trainer",
+    "TrainerSettings",
+    "in_groups",
+    "tasks",
+]

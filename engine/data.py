@@ -1,0 +1,180 @@
+"""What moves, cuts and joins batches, whatever containers they are made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from diptych.engine.errors import BatchError
+
+
+def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
+    """Return `batch` with `function` applied to each leaf; containers keep their types.
+
+    Containers are mappings, attrs classes, dataclasses, named tuples, and tuples and lists that hold a tensor
+    or a container. Everything else is a leaf: a tensor, a number, a list of strings.
+    """
+    if isinstance(batch, Mapping):
+        return _rebuild_mapping(
+            batch, {key: map_leaves(value, function) for key, value in batch.items()}
+        )
+    if attrs.has(type(batch)):
+        names = [(field.name, field.alias) for field in attrs.fields(type(batch)) if field.init]
+        return attrs.evolve(
+            batch, **{alias: map_leaves(getattr(batch, name), function) for name, alias in names}
+        )
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        names_ = [field.name for field in dataclasses.fields(batch) if field.init]
+        return dataclasses.replace(
+            batch, **{n: map_leaves(getattr(batch, n), function) for n in names_}
+        )
+    if isinstance(batch, tuple) and hasattr(batch, "_make"):
+        return batch._make(map_leaves(value, function) for value in batch)
+    if isinstance(batch, (tuple, list)) and _holds_containers(batch):
+        return type(batch)(map_leaves(value, function) for value in batch)
+    return function(batch)
+
+
+def _rebuild_mapping(batch: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    if type(batch) is dict:
+        return items
+    try:
+        return type(batch)(items)  # type: ignore[call-arg]
+    except TypeError:
+        return items
+
+
+def _holds_containers(values: Sequence[Any]) -> bool:
+    return any(isinstance(v, (Tensor, Mapping, tuple, list)) or attrs.has(type(v)) for v in values)
+
+
+def leaves(batch: Any) -> list[Any]:
+    """Return the leaves of `batch` in the order of its containers."""
+    found: list[Any] = []
+    map_leaves(batch, lambda leaf: found.append(leaf) or leaf)  # type: ignore[func-returns-value]
+    return found
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return `batch` with every tensor on `device`; a copy from pinned memory does not wait.
+
+    Args:
+        batch: tensors in any nesting of mappings, tuples, lists, named tuples, attrs and data classes.
+        device: where the tensors go.
+    """
+
+    def move(leaf: Any) -> Any:
+        return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
+
+    return map_leaves(batch, move)
+
+
+def batch_size(batch: Any) -> int:
+    """Return the number of samples: the first dimension of the first tensor that has one.
+
+    Raises:
+        BatchError: if no leaf is a tensor with a dimension, or a list.
+    """
+    for leaf in leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            return leaf.shape[0]
+    raise BatchError(
+        f"a batch must hold a tensor whose first dimension is the sample, got {type(batch).__name__}"
+    )
+
+
+def split(batch: Any, size: int) -> list[Any]:
+    """Cut `batch` into pieces of at most `size` samples, in order; the last may be smaller.
+
+    Tensors and lists as long as the batch are cut; other leaves (a temperature, a name) go into every piece.
+
+    Args:
+        batch: tensors [B, ...] in any nesting.
+        size: samples of a piece, >= 1.
+    """
+    total = batch_size(batch)
+
+    def cut(start: int) -> Any:
+        def take(leaf: Any) -> Any:
+            per_sample = isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == total
+            listed = isinstance(leaf, (list, tuple)) and len(leaf) == total
+            return leaf[start : start + size] if per_sample or listed else leaf
+
+        return map_leaves(batch, take)
+
+    return [cut(start) for start in range(0, total, size)]
+
+
+def join(batches: Sequence[Any]) -> Any:
+    """Concatenate batches of one structure along their first dimension: the opposite of `split`.
+
+    Raises:
+        BatchError: if the batches differ in structure.
+    """
+    columns = [leaves(batch) for batch in batches]
+    if len({len(column) for column in columns}) != 1:
+        raise BatchError(
+            f"batches of one group must have one structure, got {[len(c) for c in columns]} leaves"
+        )
+    joined = iter([_join_leaves(values) for values in zip(*columns, strict=True)])
+    return map_leaves(batches[0], lambda _: next(joined))
+
+
+def _join_leaves(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, Tensor) and first.ndim:
+        return torch.cat(list(values))
+    if isinstance(first, (list, tuple)):
+        return type(first)(item for value in values for item in value)
+    return first
+
+
+class _Groups:
+    """Iterates a loader, joining several of its batches into one."""
+
+    def __init__(self, loader: Iterable[Any], count: int) -> None:
+        self._loader, self._count = loader, count
+
+    def __len__(self) -> int:
+        if not isinstance(self._loader, Sized):
+            raise TypeError(f"{type(self._loader).__name__} has no length")
+        return -(-len(self._loader) // self._count)
+
+    def __iter__(self) -> Iterator[Any]:
+        group = []
+        for batch in self._loader:
+            group.append(batch)
+            if len(group) == self._count:
+                yield join(group)
+                group = []
+        if group:
+            yield join(group)
+
+    def set_epoch(self, epoch: int) -> None:
+        for owner in (self._loader, getattr(self._loader, "sampler", None)):
+            if hasattr(owner, "set_epoch"):
+                owner.set_epoch(epoch)
+                return
+
+
+def in_groups(loader: Iterable[Any], count: int) -> _Groups:
+    """Group `count` batches of a loader into one, so that one update sees them all.
+
+    The last group of an epoch holds what is left. Together with `microbatch_size`, a loader of small batches
+    gives the update of a large one.
+
+    Args:
+        loader: gives batches of one structure.
+        count: batches of a group, >= 1.
+
+    Raises:
+        ValueError: if `count` is below 1.
+    """
+    if count < 1:
+        raise ValueError(f"count must be >= 1, got {count}")
+    return _Groups(loader, count)

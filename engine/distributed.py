@@ -1,0 +1,68 @@
+"""What the step needs of a process group: a replicated model, averaged gradients, sums over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def world_size() -> int:
+    """Return the number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this process's rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def replicated(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model in torch's data-parallel wrapper; alone, or with nothing to train, the model itself.
+
+    Args:
+        model: on `device`; its parameters and buffers become those of rank 0 on every rank.
+        device: this rank's.
+    """
+    if world_size() == 1 or not any(p.requires_grad for p in model.parameters()):
+        return model
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def without_sync(model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
+    """Return what makes a context in which backward passes leave gradients on their rank."""
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync
+    return nullcontext
+
+
+def same_on_all_ranks(module: nn.Module) -> None:
+    """Give every rank rank 0's parameters and buffers of a module that no wrapper keeps equal."""
+    if world_size() > 1:
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average the gradients of parameters that no wrapper averages, in place; a missing one counts as 0."""
+    if world_size() == 1:
+        return
+    for parameter in parameters:
+        if parameter.requires_grad:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(gradient)
+            parameter.grad = gradient.div_(world_size())
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Return the sum of a tensor over all ranks, without a gradient; alone, the tensor itself."""
+    if world_size() == 1:
+        return value
+    result = value.detach().clone()
+    dist.all_reduce(result)
+    return result

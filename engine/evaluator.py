@@ -1,0 +1,139 @@
+"""Evaluation: a model in eval mode, without gradients, and Ignite's metrics over a loader."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from ignite import distributed as idist
+from ignite.engine import Engine
+from ignite.metrics import Metric
+from torch import Tensor, nn
+
+from diptych.engine.data import to_device
+from diptych.engine.errors import BatchError
+from diptych.engine.random_state import preserved_random_state
+from diptych.engine.settings import Precision, TrainerSettings
+from diptych.engine.step import AUTOCAST
+from diptych.engine.tasks import Outputs, Task
+
+Metrics = Sequence[Metric] | Mapping[str, Metric]
+
+
+class Evaluator(Engine):
+    """Runs a task over a loader and returns its metrics.
+
+    An Ignite engine whose output is the task's named tensors. The model is in eval mode for as long as it
+    runs, and every module is put back into the mode it was in; random generators are left as they were.
+
+    Args:
+        model: to evaluate.
+        task: what a batch means.
+        metrics: Ignite metrics, by name or in a sequence; one that computes a dictionary gives its own names,
+            any other in a sequence is called by its class (`Accuracy` is `accuracy`). Each takes the task's
+            outputs through its `output_transform`.
+        precision: what the model computes in.
+        device: where; None: this process's accelerator, else the CPU.
+
+    Raises:
+        TypeError: if a metric is not an Ignite metric.
+        ValueError: if two metrics have one name.
+    """
+
+    interrupt_resume_enabled = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        task: Task,
+        metrics: Metrics = (),
+        precision: Precision = "fp32",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(self._evaluate_batch)
+        settings = TrainerSettings(precision=precision, device=device)
+        self.model, self.task = model, task
+        self.device = settings.device or idist.device()
+        self._autocast_dtype = AUTOCAST.get(precision)
+        self._metrics = _named(metrics)
+        for name, metric in self._metrics.items():
+            metric.attach(self, name)
+
+    def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
+        """Return every metric's value over one pass of `loader`.
+
+        Raises:
+            BatchError: if the loader is empty.
+        """
+        with preserved_random_state(), evaluation_mode(self.model):
+            self.state.max_epochs = None
+            try:
+                self.run(loader, max_epochs=1)
+            except ValueError as error:
+                if "zero size" in str(error):
+                    raise BatchError(
+                        "an evaluation needs at least one batch, got an empty loader"
+                    ) from error
+                raise
+        return self._values()
+
+    def _evaluate_batch(self, _: Engine, batch: Any) -> Outputs:
+        dtype = self._autocast_dtype
+        autocast = nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+        with torch.no_grad(), autocast:
+            return self.task(self.model, to_device(batch, self.device))
+
+    def _values(self) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for name in self._metrics:
+            result = self.state.metrics[name]
+            values.update(result if isinstance(result, Mapping) else {name: result})
+        return {name: _number(name, value) for name, value in values.items()}
+
+
+@contextmanager
+def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
+    """Put modules into eval mode, and each of their parts back into its own mode afterwards."""
+    training = [part for module in modules for part in module.modules() if part.training]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _named(metrics: Metrics) -> dict[str, Metric]:
+    if isinstance(metrics, Mapping):
+        named = list(metrics.items())
+    else:
+        named = [(_snake_case(type(metric).__name__), metric) for metric in metrics]
+    for name, metric in named:
+        if not isinstance(metric, Metric):
+            raise TypeError(
+                f"a metric must be an ignite.metrics.Metric, got {metric!r} for {name!r}"
+            )
+    names = [name for name, _ in named]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(
+            f"metrics must have different names, got {', '.join(repeated)} twice: pass a mapping"
+        )
+    return dict(named)
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise BatchError(
+            f"metric {name!r} must be a number or a dictionary of numbers, got {tuple(value.shape)}"
+        )
+    return float(value)

@@ -1,0 +1,397 @@
+"""The run loop: Ignite's events and states, without the faults that lose or change a run."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any
+
+from ignite.engine import Engine, Events, State
+
+from diptych.engine.errors import ResumeError
+from diptych.engine.events import ITERATION_EVENTS, RunEvents
+from diptych.engine.periodic import Periodic
+
+logger = logging.getLogger(__name__)
+
+
+class EventLoop(Engine):
+    """An Ignite `Engine` whose runs can be stopped and continued at any iteration.
+
+    What differs from the base class:
+
+    - A finished run that is started again says so and does nothing; a larger `max_epochs` continues it.
+      (`state.max_epochs = None` before `run` starts over, as in Ignite.)
+    - `terminate()` and `interrupt()` take effect when the running iteration has ended, never in its middle.
+      The next `run` with the same loader continues with the next batch of the same epoch.
+    - An exception always reaches the caller. `EXCEPTION_RAISED` fires once before it does. The iteration in
+      which it was raised does not count, and the next `run` repeats it with the same batch.
+    - Another loader in the middle of an epoch, or one of another length, is an error.
+    - `EPOCH_STARTED` fires once an epoch, also when the epoch is continued later.
+    - A loader that has `set_epoch` (or whose sampler has) is told the epoch, counted from 0.
+
+    Attributes:
+        epoch_iteration: batches of the running epoch that are done; 0 between two epochs.
+    """
+
+    def __init__(self, process_function: Callable[[Engine, Any], Any]) -> None:
+        super().__init__(process_function)
+        self.register_events(
+            *ITERATION_EVENTS, event_to_attr=dict.fromkeys(ITERATION_EVENTS, "iteration")
+        )
+        self.epoch_iteration = 0
+        self._in_epoch = False
+        self._interrupted = False
+        self._batch_pending = False
+        self._data_restored = False
+        self._iterator: Iterator[Any] | None = None
+        self._iterator_data: Iterable[Any] | None = None
+        self._periodic: dict[Any, Periodic] = {}
+
+    def every(
+        self, period: int, handler: Callable[[Any], object], event: Any = Events.ITERATION_COMPLETED
+    ) -> None:
+        """Call `handler(engine)` at `event` whenever the iteration is a multiple of `period`.
+
+        All periodic handlers of an event share one dispatcher, which costs one comparison on an iteration
+        where nothing is due. It stands where the first of them was added.
+
+        Args:
+            period: iterations between two calls.
+            handler: called with this engine.
+            event: an event that fires at most a few times an iteration.
+
+        Raises:
+            ValueError: if the period is no whole number of at least 1.
+        """
+        if event not in self._periodic:
+            self._periodic[event] = Periodic()
+            self.add_event_handler(event, self._periodic[event])
+        self._periodic[event].add(period, handler)
+
+    def register_events(
+        self, *event_names: Any, event_to_attr: dict[Any, str] | None = None
+    ) -> None:
+        """Register events of one's own, as Ignite's engines do."""
+        super().register_events(*event_names, event_to_attr=event_to_attr)
+        self._fireable = frozenset(self._allowed_events)
+
+    def fire_event(self, event_name: Any) -> None:
+        """Call the handlers of a registered event.
+
+        Raises:
+            ValueError: if the event is not registered.
+        """
+        if event_name not in self._fireable:
+            self._assert_allowed_event(event_name)
+        self._fire_event(event_name)
+
+    def _fire_event(self, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
+        # The base class formats a debug message for every event: more than a no-op handler costs.
+        self.last_event_name = event_name
+        handlers = self._event_handlers.get(event_name)
+        if not handlers:
+            return
+        for function, args, kwargs in handlers:
+            if args and isinstance(args[0], weakref.ref):
+                args = (self, *event_args, *args[1:])
+            else:
+                args = (*event_args, *args)
+            function(*args, **kwargs, **event_kwargs)
+
+    # -- what a run starts from ------------------------------------------------------------------
+
+    def run(
+        self,
+        data: Iterable[Any] | None = None,
+        max_epochs: int | None = None,
+        max_iters: int | None = None,
+        epoch_length: int | None = None,
+    ) -> State:
+        """Run until `max_epochs` epochs or `max_iters` iterations are done, counted from the first run.
+
+        Args:
+            data: batches that can be iterated once an epoch. None gives `None` as every batch.
+            max_epochs: epochs in all. Default: what an earlier run was given, else 1.
+            max_iters: iterations in all, instead of `max_epochs`.
+            epoch_length: iterations of an epoch. Default: `len(data)` where it has a length, else the
+                number of batches that the first epoch gives.
+
+        Returns:
+            The state, as Ignite's engines do.
+
+        Raises:
+            TypeError: if `data` cannot be iterated.
+            ValueError: if a limit is below 1, both limits are given, or `data` is empty.
+            ResumeError: if the run stands in the middle of an epoch of another loader, or `data` has
+                another length than the run began with.
+        """
+        _check_limits(data, max_epochs, max_iters, epoch_length)
+        self.state.dataloader = data
+        self._fire_event(RunEvents.RESTORE)
+        if self.state.max_epochs is None and self.state.max_iters is None:
+            self._start_over()
+            max_epochs = 1 if max_epochs is None and max_iters is None else max_epochs
+        if max_epochs is not None or max_iters is not None:
+            self.state.max_epochs, self.state.max_iters = max_epochs, max_iters
+        self._set_epoch_length(data, epoch_length)
+        if self._finished():
+            logger.warning(
+                "nothing to do: the run is finished at epoch %d, iteration %d; raise max_epochs to continue",
+                self.state.epoch,
+                self.state.iteration,
+            )
+            return self.state
+        self._check_continues(data)
+        return self._internal_run()
+
+    def _start_over(self) -> None:
+        self.state.iteration = self.state.epoch = self.epoch_iteration = 0
+        self.state.epoch_length = None
+        self._in_epoch = self._interrupted = self._batch_pending = False
+        self._iterator = None
+
+    def _set_epoch_length(self, data: Iterable[Any] | None, given: int | None) -> None:
+        stored = self.state.epoch_length
+        length = given if given is not None else self._get_data_length(data)
+        if length is None and data is None and stored is None:
+            raise ValueError("epoch_length must be given when data is None, got neither")
+        if length is not None and length < 1:
+            raise ValueError("data must hold at least one batch, got an empty loader")
+        changes = stored is not None and length is not None and length != stored
+        if changes and (given is None or self._in_epoch):
+            raise ResumeError(
+                f"the run has epochs of {stored} iterations, and this loader gives {length}: continue with "
+                f"data of the same length, or, between two epochs, say epoch_length={length}"
+            )
+        self.state.epoch_length = length if length is not None else stored
+
+    def _get_data_length(self, data: Iterable[Any] | None) -> int | None:
+        try:
+            return len(data) if isinstance(data, Sized) else None
+        except TypeError:  # a DataLoader over an iterable data set has __len__ and no length
+            return None
+
+    def _check_continues(self, data: Iterable[Any] | None) -> None:
+        same = self._iterator is not None and self._iterator_data is data
+        left = self.state.epoch_length is None or self.epoch_iteration < self.state.epoch_length
+        if self._in_epoch and self.epoch_iteration and left and not (same or self._data_restored):
+            raise ResumeError(
+                f"epoch {self.state.epoch} stands at iteration {self.epoch_iteration}, and this loader does "
+                "not say how to go there: continue with the loader of the earlier run, use one with "
+                "state_dict() and load_state_dict(), or start over with trainer.state.max_epochs = None"
+            )
+        if not same:
+            self.set_data(data)
+
+    def _finished(self) -> bool:
+        # Epochs may differ in length (terminate_epoch, stages), so iterations do not tell the epoch.
+        state = self.state
+        if state.max_iters is not None:
+            return bool(state.iteration >= state.max_iters)
+        return not self._in_epoch and bool(state.epoch >= state.max_epochs)
+
+    # -- the loop --------------------------------------------------------------------------------
+
+    def _internal_run(self) -> State:
+        self.should_terminate = self.should_terminate_single_epoch = self.should_interrupt = False
+        started = time.perf_counter()
+        try:
+            if not self._interrupted:
+                self._init_timers(self.state)
+                self._fire_event(Events.STARTED)
+            self._interrupted = False
+            while not self._stopped() and not self._finished():
+                self._run_epoch()
+            self._finish(started)
+        except BaseException as error:
+            self._fire_event(Events.EXCEPTION_RAISED, error)
+            raise
+        return self.state
+
+    def _stopped(self) -> bool:
+        return bool(self.should_terminate or self.should_interrupt)
+
+    def _finish(self, started: float) -> None:
+        self.state.times[Events.COMPLETED.name] = time.perf_counter() - started
+        if self.should_interrupt and not self.should_terminate:
+            self._interrupted = True
+            self._fire_event(Events.INTERRUPT)
+            return
+        if self.should_terminate:
+            self._fire_event(Events.TERMINATE)
+        if self.should_terminate != "skip_completed":
+            self._fire_event(Events.COMPLETED)
+
+    def _run_epoch(self) -> None:
+        started = time.perf_counter()
+        if not self._in_epoch:
+            self.state.epoch += 1
+            self._in_epoch = True
+            self._fire_event(Events.EPOCH_STARTED)
+        if not self._run_iterations():
+            return
+        self.state.times[Events.EPOCH_COMPLETED.name] = time.perf_counter() - started
+        if self.should_terminate_single_epoch != "skip_epoch_completed":
+            self._fire_event(Events.EPOCH_COMPLETED)
+        self.should_terminate_single_epoch = False
+        self._in_epoch, self.epoch_iteration = False, 0
+        self._fire_event(RunEvents.SAFE_POINT)
+
+    def _run_iterations(self) -> bool:
+        """Run the rest of the epoch; say whether it has ended."""
+        state = self.state
+        while not self._stopped():
+            if self.should_terminate_single_epoch:
+                self._fire_event(Events.TERMINATE_SINGLE_EPOCH, iter_counter=self.epoch_iteration)
+                self._iterator = None
+                return True
+            if self.epoch_iteration == state.epoch_length:
+                self._close_iterator()
+                return True
+            if state.max_iters is not None and state.iteration >= state.max_iters:
+                return False
+            if not self._batch_pending and not self._fetch():
+                state.epoch_length = self.epoch_iteration
+                continue
+            self._run_iteration(state)
+        return False
+
+    def _run_iteration(self, state: State) -> None:
+        state.iteration += 1
+        self._batch_pending = True
+        try:
+            self._fire_event(Events.ITERATION_STARTED)
+            state.output = self._process_function(self, state.batch)
+        except BaseException:
+            state.iteration -= 1
+            raise
+        self._batch_pending = False
+        self.epoch_iteration += 1
+        self._fire_event(Events.ITERATION_COMPLETED)
+        if self.epoch_iteration != state.epoch_length or self._stopped():
+            self._fire_event(RunEvents.SAFE_POINT)
+
+    def set_data(self, data: Iterable[Any] | None) -> None:
+        """Take the following batches from `data`; the length of the epoch stays.
+
+        Args:
+            data: batches that can be iterated once an epoch.
+        """
+        self.state.dataloader = self._iterator_data = data
+        self._iterator, self._batch_pending = None, False
+
+    # -- batches ---------------------------------------------------------------------------------
+
+    def _fetch(self) -> bool:
+        """Put the next batch into the state; return False where an epoch of unknown length ends."""
+        state = self.state
+        state.batch = None  # frees the last batch before the next one is made
+        self._fire_event(Events.GET_BATCH_STARTED)
+        if self._iterator is None:
+            self._open_iterator()
+        iterator = self._iterator
+        assert iterator is not None
+        try:
+            state.batch = next(iterator)
+        except StopIteration:
+            self._iterator = None
+            if state.epoch_length is None and self.epoch_iteration:
+                return False
+            self._fire_event(Events.DATALOADER_STOP_ITERATION)
+            state.batch = self._first_batch()
+        self._fire_event(Events.GET_BATCH_COMPLETED)
+        return True
+
+    def _first_batch(self) -> Any:
+        iterator = self._open_iterator()
+        try:
+            return next(iterator)
+        except StopIteration:
+            raise ResumeError(
+                f"the loader gave no batch at iteration {self.epoch_iteration} of epoch {self.state.epoch}, "
+                f"which has {self.state.epoch_length}: a loader must give batches each time it is iterated"
+            ) from None
+
+    def _open_iterator(self) -> Iterator[Any]:
+        data = self._iterator_data
+        if data is None:
+            self._iterator = itertools.repeat(None)
+        else:
+            if not self._data_restored:
+                _tell_epoch(data, self.state.epoch - 1)
+            self._iterator = iter(data)
+        self._data_restored = False
+        return self._iterator
+
+    def _close_iterator(self) -> None:
+        # Where an epoch is one pass over the data, the next pass starts anew; else the pass goes on.
+        if self._get_data_length(self._iterator_data) == self.state.epoch_length:
+            self._iterator = None
+
+    # -- state -----------------------------------------------------------------------------------
+
+    def state_dict(self) -> OrderedDict[str, Any]:
+        """Return the position of the run: numbers only, the keys of Ignite's and `epoch`, `epoch_iteration`."""
+        keys = ("epoch_length", "iteration", "epoch", "max_epochs", "max_iters")
+        position = OrderedDict((key, getattr(self.state, key)) for key in keys)
+        position["epoch_iteration"] = self.epoch_iteration
+        position.update((key, getattr(self.state, key)) for key in self.state_dict_user_keys)
+        return position
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go to the position that `state_dict` names.
+
+        Args:
+            state_dict: what `state_dict()` returned, or an Ignite engine's.
+
+        Raises:
+            ResumeError: if the position is incomplete.
+        """
+        keys = ("iteration", "epoch_length", *self.state_dict_user_keys)
+        missing = [key for key in keys if key not in state_dict]
+        if missing:
+            raise ResumeError(f"a run's position needs {missing}, got only {sorted(state_dict)}")
+        iteration, length = state_dict["iteration"], state_dict["epoch_length"]
+        epochs, rest = divmod(iteration, length) if length else (0, 0)
+        self._start_over()
+        self.state.iteration, self.state.epoch_length = iteration, length
+        self.state.epoch = state_dict.get("epoch", epochs + bool(rest))
+        self.epoch_iteration = state_dict.get("epoch_iteration", rest)
+        self._in_epoch = self.epoch_iteration > 0
+        self.state.max_epochs, self.state.max_iters = (
+            state_dict.get("max_epochs"),
+            state_dict.get("max_iters"),
+        )
+        for key in self.state_dict_user_keys:
+            setattr(self.state, key, state_dict[key])
+
+
+def _check_limits(
+    data: Iterable[Any] | None,
+    max_epochs: int | None,
+    max_iters: int | None,
+    epoch_length: int | None,
+) -> None:
+    if data is not None and not isinstance(data, Iterable):
+        raise TypeError(f"data must be iterable, got {type(data).__name__}")
+    if max_epochs is not None and max_iters is not None:
+        raise ValueError(
+            f"give max_epochs or max_iters, not both, got {max_epochs} and {max_iters}"
+        )
+    limits = {"max_epochs": max_epochs, "max_iters": max_iters, "epoch_length": epoch_length}
+    for name, value in limits.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+
+
+def _tell_epoch(data: Any, epoch: int) -> None:
+    """Tell the loader, or the sampler inside it, which epoch comes; without it a sampler repeats its order."""
+    for owner in (data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)):
+        if hasattr(owner, "set_epoch"):
+            owner.set_epoch(epoch)
+            return

@@ -1,0 +1,199 @@
+"""One update in pieces: the gradient of the whole batch in the memory of a piece.
+
+A loss that couples the samples of a batch needs all features at once, so its gradient is cached (Gao et al.
+2021, arXiv:2101.06983): every piece goes through the model without a graph; the loss on all features gives
+each feature's gradient; every piece goes through the model again, with the same random draws, and its
+features' gradients go backward. A loss that is a mean over samples needs no second pass: the pieces' sums
+and weights add up.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, runtime_checkable
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from diptych.engine.errors import BatchError
+from diptych.engine.random_state import set_torch_random_state, torch_random_state
+from diptych.engine.tasks import Outputs
+
+Terms = dict[str, Tensor]
+Forward = Callable[[Any], Outputs]
+"""The task on one piece, under the step's autocast."""
+
+
+@runtime_checkable
+class SampleMeanLoss(Protocol):
+    """A loss that is a weighted mean over samples, and tells sum and weight apart.
+
+    The loss of a batch is the sum of its pieces' totals over the sum of their weights, over all ranks.
+    """
+
+    couples_samples: bool
+
+    def total_and_weight(self, *outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weighted sum over the samples given and the sum of their weights, two scalars."""
+        ...
+
+
+def loss_terms(loss: nn.Module, outputs: Outputs) -> Terms:
+    """Return the named terms of a loss whose sum is its value; `{"loss": value}` where it names none."""
+    terms = getattr(loss, "terms", None)
+    if terms is None:
+        return {"loss": loss(*outputs.values())}
+    return dict(terms(*outputs.values()))
+
+
+def total(terms: Terms) -> Tensor:
+    """Return the sum of the terms.
+
+    Raises:
+        BatchError: if there is no term, or one is no scalar.
+    """
+    shapes = {name: tuple(term.shape) for name, term in terms.items() if term.ndim}
+    if shapes or not terms:
+        raise BatchError(
+            f"a loss must give scalars, got {shapes or 'no term'}: reduce it in the loss"
+        )
+    return functools.reduce(operator.add, terms.values())
+
+
+class MutableBuffers:
+    """The buffers that a forward pass changes, kept so that a second pass starts from the same values."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._before_first: dict[str, Tensor] | None = {
+            n: b.detach().clone() for n, b in model.named_buffers()
+        }
+        self._versions = {n: (b, b._version) for n, b in model.named_buffers()}
+        self._names: list[str] = []
+        self._snapshots: list[dict[str, Tensor]] = []
+
+    def before_piece(self) -> None:
+        """Keep what the next piece starts from."""
+        if self._before_first is None:
+            self._snapshots.append(self.read())
+
+    def after_first_piece(self) -> None:
+        """Find out which buffers the first piece has changed; the others need no keeping."""
+        assert self._before_first is not None
+        now = dict(self._model.named_buffers())
+        self._names = [
+            n for n, (b, v) in self._versions.items() if now[n] is not b or now[n]._version != v
+        ]
+        self._snapshots = [{n: self._before_first[n] for n in self._names}]
+        self._before_first = None
+        self._versions = {}
+
+    def restore(self, piece: int) -> None:
+        """Put the buffers to what the first pass of a piece started from."""
+        self.write(self._snapshots[piece])
+
+    def read(self) -> dict[str, Tensor]:
+        """Return copies of the buffers that change."""
+        buffers = dict(self._model.named_buffers())
+        return {name: buffers[name].detach().clone() for name in self._names}
+
+    def write(self, values: dict[str, Tensor]) -> None:
+        """Put the buffers to given values."""
+        buffers = dict(self._model.named_buffers())
+        with torch.no_grad():
+            for name, value in values.items():
+                buffers[name].copy_(value)
+
+
+@attrs.define(eq=False)
+class GradientCache:
+    """Both passes of one update whose loss couples its samples.
+
+    Args:
+        model: whose buffers and random draws the second pass repeats.
+        device: where it draws.
+        not_last_piece: a context for all backward passes but the last (a data-parallel wrapper's `no_sync`).
+    """
+
+    model: nn.Module
+    device: torch.device
+    not_last_piece: Callable[[], AbstractContextManager[Any]] = nullcontext
+    _random: list[tuple[Tensor, Tensor | None]] = attrs.field(factory=list, init=False)
+    _buffers: MutableBuffers = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._buffers = MutableBuffers(self.model)
+
+    def outputs(self, forward: Forward, pieces: Sequence[Any]) -> Outputs:
+        """Run the first pass; return the outputs of the whole batch, as leaves that take a gradient."""
+        parts: list[Outputs] = []
+        with torch.no_grad():
+            for index, piece in enumerate(pieces):
+                self._buffers.before_piece()
+                self._random.append(torch_random_state(self.device))
+                parts.append(forward(piece))
+                if index == 0:
+                    self._buffers.after_first_piece()
+        return _as_leaves(joined(parts))
+
+    def backward(self, forward: Forward, pieces: Sequence[Any], outputs: Outputs) -> None:
+        """Run the second pass: send the gradients in `outputs` through the model, piece by piece."""
+        after_loss = torch_random_state(self.device)
+        final = self._buffers.read()
+        start = 0
+        for index, piece in enumerate(pieces):
+            last = index == len(pieces) - 1
+            with nullcontext() if last else self.not_last_piece():
+                self._buffers.restore(index)
+                set_torch_random_state(self._random[index], self.device)
+                again = forward(piece)
+                start = _send_back(outputs, again, start, last=last)
+        self._buffers.write(final)
+        set_torch_random_state(after_loss, self.device)
+
+
+def joined(parts: Sequence[Outputs]) -> Outputs:
+    """Return the outputs of all pieces as those of the whole batch.
+
+    Raises:
+        BatchError: if the pieces name different outputs.
+    """
+    names = list(parts[0])
+    for part in parts:
+        if list(part) != names:
+            raise BatchError(
+                f"a task must name the same outputs for every piece, got {names} and {list(part)}"
+            )
+    return {name: _join([part[name] for part in parts]) for name in names}
+
+
+def _join(values: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(values)) if values[0].ndim else values[-1]
+
+
+def _as_leaves(outputs: Outputs) -> Outputs:
+    return {n: v.detach().requires_grad_(v.is_floating_point()) for n, v in outputs.items()}
+
+
+def _send_back(cached: Outputs, again: Outputs, start: int, *, last: bool) -> int:
+    """Send one piece's share of the cached gradients backward; return where the next piece starts."""
+    tensors, gradients, stop = [], [], start
+    for name, value in again.items():
+        if value.ndim:
+            stop = start + value.shape[0]
+        gradient = cached[name].grad
+        if gradient is None or not value.requires_grad:
+            continue
+        if value.ndim:
+            gradient = gradient[start:stop]
+        elif not last:  # one value for all samples: its gradient goes back once
+            continue
+        tensors.append(value)
+        gradients.append(gradient)
+    if tensors:
+        torch.autograd.backward(tensors, gradients)
+    return stop

@@ -1,0 +1,61 @@
+"""One place that runs everything which is due every n iterations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+from ignite.engine import Engine
+
+
+@attrs.define(eq=False)
+class _Entry:
+    period: int
+    handler: Callable[[Any], object]
+    due: int = 0
+
+
+class Periodic:
+    """Calls each handler when the iteration is a multiple of its period.
+
+    A filter of Ignite's own (`Events.ITERATION_COMPLETED(every=n)`) is asked on every iteration for every
+    handler; here one comparison an iteration says that nothing is due. Due iterations follow from the
+    iteration alone, so that a resumed run calls its handlers when the uninterrupted one would.
+    """
+
+    def __init__(self) -> None:
+        self._entries: list[_Entry] = []
+        self._due = 0
+        self._seen = -1
+
+    def add(self, period: int, handler: Callable[[Any], object]) -> None:
+        """Add a handler that is called, with the engine, every `period` iterations.
+
+        Raises:
+            ValueError: if the period is no whole number of at least 1.
+        """
+        if isinstance(period, bool) or not isinstance(period, int) or period < 1:
+            raise ValueError(f"period must be a whole number of iterations >= 1, got {period!r}")
+        self._entries.append(_Entry(period, handler))
+        self._due = 0
+
+    def __call__(self, engine: Engine) -> None:
+        """Call what is due; the handler of the one event that this dispatcher stands for."""
+        iteration = engine.state.iteration
+        if self._seen < iteration < self._due:
+            self._seen = iteration
+            return
+        self._dispatch(engine, iteration)
+
+    def _dispatch(self, engine: Engine, iteration: int) -> None:
+        # A jump back (a loaded state) makes every stored due iteration worthless.
+        restarted = iteration <= self._seen
+        for entry in list(self._entries):
+            if restarted or entry.due == 0 or iteration > entry.due:
+                entry.due = -(-iteration // entry.period) * entry.period
+            if iteration == entry.due:
+                entry.handler(engine)
+                entry.due += entry.period
+        self._seen = iteration
+        self._due = min(entry.due for entry in self._entries)

@@ -1,0 +1,76 @@
+"""The random generators that a run draws from: read, restored, and kept out of an onlooker's way."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def _cuda_in_use() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of Python's, NumPy's and torch's generators (CPU and every CUDA device in use).
+
+    Tensors, numbers and lists only, so that a checkpoint with it loads with `weights_only=True`.
+    """
+    version, internal, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": {"version": version, "internal": list(internal), "gauss": gauss},
+        "numpy": {
+            "keys": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "cached": float(cached),
+        },
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if _cuda_in_use() else [],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put the generators into a state that `random_state` returned.
+
+    Args:
+        state: its CUDA part may be for fewer or more devices than there are; the common ones are set.
+    """
+    python, numpy = state["python"], state["numpy"]
+    random.setstate((python["version"], tuple(python["internal"]), python["gauss"]))
+    keys = numpy["keys"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
+    torch.set_rng_state(state["torch"])
+    if _cuda_in_use():
+        for index, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(device_state, index)
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Leave every generator as it was, whatever is drawn inside (a data loader draws a seed, for one)."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
+
+
+def torch_random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return the state of the generators that a forward pass on `device` draws from, without a synchronisation."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), cuda
+
+
+def set_torch_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    """Put the generators into a state that `torch_random_state` returned."""
+    cpu, cuda = state
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda, device)

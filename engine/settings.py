@@ -1,0 +1,60 @@
+"""The settings of a `Trainer`: frozen, and checked where they enter."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import attrs
+import torch
+
+Precision = Literal["fp32", "bf16", "fp16"]
+"""What the model computes in: float32, or autocast to bfloat16 or float16. Parameters stay as they are."""
+
+
+def _check_precision(_: Any, __: attrs.Attribute[str], value: object) -> None:
+    if value not in get_args(Precision):
+        raise ValueError(
+            f"precision must be one of {', '.join(get_args(Precision))}, got {value!r}"
+        )
+
+
+def _at_least_one(_: Any, attribute: attrs.Attribute[Any], value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{attribute.name} must be a whole number >= 1, got {value!r}")
+
+
+def _check_seed(_: Any, __: attrs.Attribute[Any], value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
+        raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, got {value!r}")
+
+
+def _as_device(value: torch.device | str | None) -> torch.device | None:
+    return None if value is None else torch.device(value)
+
+
+@attrs.frozen(kw_only=True)
+class TrainerSettings:
+    """How a `Trainer` computes; none of it changes what it computes, within the precision.
+
+    Attributes:
+        precision: fp32, bf16 or fp16. fp16 scales the loss; the others need no scaling.
+        microbatch_size: samples that go through the model at once; None: the whole batch.
+        device: where model, loss and batches go; None: the process's accelerator where there is one, else
+            the CPU.
+        compile: whether the model is compiled in place (`torch.nn.Module.compile`); its state-dict keys stay.
+        seed: of Python's, NumPy's and torch's generators when a run starts from its beginning; None leaves
+            them alone.
+        log_every: iterations between two log points; the end of an epoch is one too.
+
+    Raises:
+        ValueError: if a value is outside what is listed.
+    """
+
+    precision: Precision = attrs.field(default="fp32", validator=_check_precision)
+    microbatch_size: int | None = attrs.field(
+        default=None, validator=attrs.validators.optional(_at_least_one)
+    )
+    device: torch.device | None = attrs.field(default=None, converter=_as_device)
+    compile: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
+    seed: int | None = attrs.field(default=None, validator=attrs.validators.optional(_check_seed))
+    log_every: int = attrs.field(default=50, validator=_at_least_one)

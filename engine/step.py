@@ -1,0 +1,206 @@
+"""The one step: a batch becomes an update, in phases that each fire an event."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diptych.engine.data import batch_size, split, to_device
+from diptych.engine.distributed import (
+    average_gradients,
+    replicated,
+    sum_over_ranks,
+    without_sync,
+    world_size,
+)
+from diptych.engine.events import StepEvents
+from diptych.engine.microbatch import (
+    GradientCache,
+    SampleMeanLoss,
+    Terms,
+    joined,
+    loss_terms,
+    total,
+)
+from diptych.engine.tasks import Outputs
+
+if TYPE_CHECKING:
+    from diptych.engine.trainer import Trainer
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class StepOutput(NamedTuple):
+    """What an update leaves in `trainer.state.output`: detached, on the device, never waited for.
+
+    Attributes:
+        loss: the loss, a scalar.
+        terms: its named terms, scalars that add up to it.
+        batch_size: samples of the batch on this rank.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    batch_size: int
+
+
+class TrainStep:
+    """Forward, loss, backward and update of one batch; the process function of a `Trainer`.
+
+    The phases are methods, to be overridden one at a time by a step of one's own.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        settings = trainer.settings
+        self.model = replicated(trainer.model, trainer.device)
+        self.loss, self.optimizer, self.task = trainer.loss, trainer.optimizer, trainer.task
+        self.device, self.scaler = trainer.device, trainer.scaler
+        self.microbatch_size = settings.microbatch_size
+        self.autocast_dtype = AUTOCAST.get(settings.precision)
+        self.skipped_steps = torch.zeros((), device=self.device)
+        self._constrain = [m.constrain for m in self.loss.modules() if hasattr(m, "constrain")]
+
+    def __call__(self, trainer: Trainer, batch: Any) -> StepOutput:
+        """Make one update of `batch`."""
+        batch = to_device(batch, self.device)
+        size = batch_size(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        terms, value = self.gradients(trainer, batch, size)
+        self.finish_gradients()
+        trainer.fire_event(StepEvents.GRADIENTS_READY)
+        self.update()
+        trainer.fire_event(StepEvents.OPTIMIZER_STEPPED)
+        output = StepOutput(value, terms, size)
+        trainer.metrics.update(published(output))
+        return output
+
+    def gradients(self, trainer: Trainer, batch: Any, size: int) -> tuple[Terms, Tensor]:
+        """Put the gradient of the batch's loss into the parameters; return detached terms and loss."""
+        if self.microbatch_size is None or size <= self.microbatch_size:
+            return self.coupled(trainer, batch, [batch])
+        pieces = split(batch, self.microbatch_size)
+        if getattr(self.loss, "couples_samples", True):
+            return self.coupled(trainer, batch, pieces)
+        return self.accumulated(trainer, pieces)
+
+    def forward(self, batch: Any) -> Outputs:
+        """Return the task's outputs for a batch or a piece of one."""
+        with self.autocast():
+            return self.task(self.model, batch)
+
+    def coupled(self, trainer: Trainer, batch: Any, pieces: list[Any]) -> tuple[Terms, Tensor]:
+        """Take the loss of all samples at once, with cached gradients where there are several pieces."""
+        cache = None
+        if len(pieces) == 1:
+            outputs = self.forward(batch)
+        else:
+            cache = GradientCache(trainer.model, self.device, without_sync(self.model))
+            outputs = cache.outputs(self.forward, pieces)
+        trainer.outputs = outputs
+        trainer.fire_event(StepEvents.FORWARD_COMPLETED)
+        with self.autocast():
+            terms = loss_terms(self.loss, outputs)
+            value = total(terms)
+        trainer.terms = terms = {name: term.detach() for name, term in terms.items()}
+        trainer.fire_event(StepEvents.LOSS_COMPUTED)
+        self.scaled(value).backward()
+        if cache is not None:
+            cache.backward(self.forward, pieces, outputs)
+        return terms, value.detach()
+
+    def accumulated(self, trainer: Trainer, pieces: list[Any]) -> tuple[Terms, Tensor]:
+        """Add up the gradients of a mean over samples, each piece weighted by what it holds."""
+        assert self.microbatch_size is not None
+        parts, sums, weights = [], [], []
+        for index, piece in enumerate(pieces):
+            last = index == len(pieces) - 1
+            with nullcontext() if last else without_sync(self.model)():
+                outputs = self.forward(piece)
+                with self.autocast():
+                    value, weight = self.total_and_weight(outputs, batch_size(piece))
+                # The divisor is the same on all ranks and is taken out below; it keeps fp16 in range.
+                self.scaled(value / self.microbatch_size).backward()
+            parts.append({name: tensor.detach() for name, tensor in outputs.items()})
+            sums.append(value.detach())
+            weights.append(weight.detach())
+        trainer.outputs = joined(parts)
+        trainer.fire_event(StepEvents.FORWARD_COMPLETED)
+        ranks, weight = world_size(), sum_over_ranks(torch.stack(weights).sum())
+        inverse = torch.where(weight > 0, ranks / weight, torch.zeros_like(weight))
+        value = torch.stack(sums).sum() * inverse
+        trainer.terms = terms = {"loss": value}
+        trainer.fire_event(StepEvents.LOSS_COMPUTED)
+        self._rescale(inverse * self.microbatch_size)
+        return terms, value
+
+    def total_and_weight(self, outputs: Outputs, size: int) -> tuple[Tensor, Tensor]:
+        """Return the sum of a piece's loss over its samples, and the weight that it stands for."""
+        if isinstance(self.loss, SampleMeanLoss):
+            return self.loss.total_and_weight(*outputs.values())
+        value = self.loss(*outputs.values())
+        return value * size, torch.full_like(value.detach(), float(size))
+
+    def finish_gradients(self) -> None:
+        """Average what no wrapper averages, and take the loss scale out."""
+        average_gradients(self.loss.parameters())
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+
+    def update(self) -> None:
+        """Step the optimizer, then put the loss's parameters back into their bounds."""
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            before = self._loss_scale()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.skipped_steps += self._loss_scale() < before
+        for constrain in self._constrain:
+            constrain()
+
+    def scaled(self, value: Tensor) -> Tensor:
+        """Return the value that goes backward: times the loss scale in fp16."""
+        return value if self.scaler is None else self.scaler.scale(value)
+
+    def autocast(self) -> Any:
+        """Return a fresh autocast context; casts cached without a graph must not outlive their pass."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def _loss_scale(self) -> Tensor:
+        # The public get_scale() waits for the device.
+        assert self.scaler is not None
+        return self.scaler._get_scale_async().clone()  # type: ignore[union-attr]
+
+    def _rescale(self, factor: Tensor) -> None:
+        parameters = (*self.model.parameters(), *self.loss.parameters())
+        for gradient in (p.grad for p in parameters if p.grad is not None):
+            gradient.mul_(factor)
+
+
+def published(output: StepOutput) -> dict[str, Tensor]:
+    """Return the scalars of an update by their tags; a single term is the loss itself."""
+    scalars = {"train/loss": output.loss}
+    if len(output.terms) > 1:
+        scalars.update({f"train/{name}": term for name, term in output.terms.items()})
+    return scalars
+
+
+def check_fp16(device: torch.device) -> None:
+    """Run a small convolution forward and backward in fp16, which some CPUs cannot.
+
+    Raises:
+        ValueError: if the device cannot.
+    """
+    layer = nn.Conv2d(1, 1, 3).to(device)
+    try:
+        with torch.autocast(device.type, dtype=torch.float16):
+            layer(torch.zeros(1, 1, 4, 4, device=device)).sum().backward()
+    except RuntimeError as error:
+        raise ValueError(
+            f"precision must be fp32 or bf16 on this {device.type} device, which cannot compute fp16, got 'fp16'"
+        ) from error

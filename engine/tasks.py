@@ -1,0 +1,218 @@
+"""What a batch means: a task calls the model and names what the loss takes, in the loss's order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from diptych.engine.errors import BatchError
+
+Outputs = dict[str, Tensor]
+"""Named tensors [B, ...], in the order in which the loss takes them; a 0-dim tensor is shared by all samples."""
+
+Key = str | int
+T = TypeVar("T", bound="KeyedTask")
+
+
+class Task(Protocol):
+    """A function from a model and a batch to what the loss takes; one's own is a few lines.
+
+    ```python
+    def image_text(model, batch):
+        image, text = model(batch["image"], batch["text"])
+        return {"image_features": image, "text_features": text}
+    ```
+    """
+
+    def __call__(self, model: nn.Module, batch: Any, /) -> Outputs:
+        """Return the named tensors of the batch."""
+        ...
+
+
+def look_up(batch: Any, key: Key, position: int) -> Any:
+    """Return one part of a batch, or None where it has no such part.
+
+    Args:
+        batch: a mapping (by key), an object with attributes (by name), or a tuple or list (by index; a name
+            means the task's own position).
+        key: the key, name or index.
+        position: where the part stands in a tuple or list when `key` is a name.
+    """
+    if isinstance(batch, Mapping):
+        return batch.get(key)
+    if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
+        index = key if isinstance(key, int) else position
+        return batch[index] if index < len(batch) else None
+    return getattr(batch, str(key), None)
+
+
+def names_of(batch: Any) -> str:
+    """Say what a batch holds, for an error message."""
+    if isinstance(batch, Mapping):
+        return ", ".join(repr(key) for key in batch)
+    if hasattr(batch, "_fields"):
+        return ", ".join(repr(name) for name in batch._fields)
+    if isinstance(batch, (tuple, list)):
+        return f"{len(batch)} parts without names"
+    public = (
+        [name for name in vars(batch) if not name.startswith("_")]
+        if hasattr(batch, "__dict__")
+        else []
+    )
+    slots = [name for name in getattr(type(batch), "__slots__", ()) if not name.startswith("_")]
+    return ", ".join(repr(name) for name in public or slots) or f"a {type(batch).__name__}"
+
+
+@attrs.frozen(kw_only=True)
+class KeyedTask:
+    """A task that takes the parts of a batch by keys, which `with_keys` renames."""
+
+    def with_keys(self: T, **keys: Key) -> T:
+        """Return this task for batches with other keys.
+
+        Args:
+            keys: the batch's key (or, for tuples, index) for each part that differs.
+
+        Raises:
+            TypeError: if a part is not one of this task's.
+        """
+        parts = [field.name for field in attrs.fields(type(self))]
+        unknown = sorted(set(keys) - set(parts))
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} takes keys for {', '.join(parts)}, got {', '.join(unknown)}"
+            )
+        return attrs.evolve(self, **keys)
+
+    def part(self, batch: Any, name: str) -> Any:
+        """Return the part of the batch that this task calls `name`.
+
+        Raises:
+            BatchError: if the batch lacks it; the message names the key and those present.
+        """
+        value = self.optional_part(batch, name)
+        if value is None:
+            key = getattr(self, name)
+            raise BatchError(
+                f"the batch must have {key!r}, got {names_of(batch)}; for other keys use "
+                f"with_keys({name}=...)"
+            )
+        return value
+
+    def optional_part(self, batch: Any, name: str) -> Any:
+        """Return the part of the batch that this task calls `name`, or None."""
+        position = [field.name for field in attrs.fields(type(self))].index(name)
+        return look_up(batch, getattr(self, name), position)
+
+
+@attrs.frozen(kw_only=True)
+class ImageText(KeyedTask):
+    """`model(image, text)` to `image_features` and `text_features` [B, D], with `groups` [B] where given.
+
+    The model returns a tuple that begins with the two, or a mapping (or object) that has `image_features` and
+    `text_features` (open_clip's names) or `image_embeds` and `text_embeds` (Hugging Face's).
+    """
+
+    image: Key = "image"
+    text: Key = "text"
+    group: Key = "group"
+
+    NAMES: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("image_features", "text_features"),
+        ("image_embeds", "text_embeds"),
+    )
+
+    def __call__(self, model: nn.Module, batch: Any, /) -> Outputs:
+        """Return the features of both sides."""
+        image, text = self._features(model(self.part(batch, "image"), self.part(batch, "text")))
+        outputs = {"image_features": image, "text_features": text}
+        return _with_groups(outputs, self.optional_part(batch, "group"))
+
+    def _features(self, output: Any) -> tuple[Tensor, Tensor]:
+        for names in self.NAMES:
+            found = [look_up(output, name, index) for index, name in enumerate(names)]
+            if all(isinstance(value, Tensor) for value in found):
+                return found[0], found[1]
+        raise BatchError(
+            "image_text needs a model that returns (image_features, text_features), or a mapping with "
+            f"these or with image_embeds and text_embeds, got {_describe(output)}"
+        )
+
+
+@attrs.frozen(kw_only=True)
+class TwoViews(KeyedTask):
+    """`model(view)` of two views of a sample to `first_features` and `second_features` [B, D].
+
+    Views of one shape go through the model together, as one batch of 2 B.
+    """
+
+    first: Key = "first"
+    second: Key = "second"
+    group: Key = "group"
+
+    def __call__(self, model: nn.Module, batch: Any, /) -> Outputs:
+        """Return the features of both views."""
+        first, second = self.part(batch, "first"), self.part(batch, "second")
+        if first.shape == second.shape:
+            a, b = _tensor(model(torch.cat([first, second])), "two_views").chunk(2)
+        else:
+            a, b = _tensor(model(first), "two_views"), _tensor(model(second), "two_views")
+        outputs = {"first_features": a, "second_features": b}
+        return _with_groups(outputs, self.optional_part(batch, "group"))
+
+
+@attrs.frozen(kw_only=True)
+class Classification(KeyedTask):
+    """`model(image)` to `logits` [B, C] (or features), with the integer `labels` [B]."""
+
+    image: Key = "image"
+    label: Key = "label"
+
+    def __call__(self, model: nn.Module, batch: Any, /) -> Outputs:
+        """Return logits and labels."""
+        logits = _tensor(model(self.part(batch, "image")), "classification")
+        return {"logits": logits, "labels": self.part(batch, "label")}
+
+
+@attrs.frozen(kw_only=True)
+class NextToken(KeyedTask):
+    """`model(tokens)` to `logits` [B, T - 1, C] for each next token, with `labels` [B, T - 1].
+
+    The model sees tokens [B, T] and returns logits [B, T, C]; the last position has no next token.
+    """
+
+    tokens: Key = "tokens"
+
+    def __call__(self, model: nn.Module, batch: Any, /) -> Outputs:
+        """Return the logits of all positions but the last, and the tokens of all but the first."""
+        tokens = self.part(batch, "tokens")
+        logits = _tensor(model(tokens), "next_token")
+        return {"logits": logits[:, :-1], "labels": tokens[:, 1:]}
+
+
+def _with_groups(outputs: Outputs, groups: Tensor | None) -> Outputs:
+    return outputs if groups is None else {**outputs, "groups": groups}
+
+
+def _tensor(output: Any, task: str) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise BatchError(f"{task} needs a model that returns one tensor, got {_describe(output)}")
+    return output
+
+
+def _describe(output: Any) -> str:
+    if isinstance(output, Tensor):
+        return f"one tensor {tuple(output.shape)}"
+    if isinstance(output, (Mapping, tuple, list)):
+        return f"a {type(output).__name__} of {names_of(output)}"
+    return f"a {type(output).__name__}"
+
+
+image_text = ImageText()
+two_views = TwoViews()
+classification = Classification()
+next_token = NextToken()

@@ -1,0 +1,194 @@
+"""The trainer: an Ignite engine that holds a model, a loss and an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from ignite import distributed as idist
+from ignite.engine import Engine, Events
+from ignite.utils import manual_seed
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from diptych.engine.distributed import rank, same_on_all_ranks
+from diptych.engine.events import MetricsEvents, RunEvents
+from diptych.engine.loop import EventLoop
+from diptych.engine.metrics_collector import MetricsCollector
+from diptych.engine.settings import Precision, TrainerSettings
+from diptych.engine.step import TrainStep, check_fp16
+from diptych.engine.tasks import Outputs, Task
+
+
+@runtime_checkable
+class Handler(Protocol):
+    """Anything that attaches itself to a trainer's events."""
+
+    def attach(self, engine: Any, /) -> object:
+        """Add this handler's functions to the events of the engine."""
+        ...
+
+
+Step = Callable[["Trainer", Any], Any]
+
+
+class Trainer(EventLoop):
+    """Trains a model: one batch from the loader is one update, and everything else is a handler.
+
+    ```python
+    trainer = Trainer(model, CLIPLoss(), optimizer, task=tasks.image_text, microbatch_size=256)
+    trainer.attach(LearningRate(warmup=200), GradientClipping(max_norm=1.0))
+    trainer.run(loader, max_epochs=20)
+    ```
+
+    Args:
+        model: moved to the device; compiled in place where the settings say so.
+        loss: takes the task's outputs in their order and returns a scalar; moved to the device. What it may
+            have besides (`terms`, `couples_samples`, `constrain`, `scalars`) is described in the guide.
+        optimizer: holds the parameters to train, those of the loss included.
+        task: what a batch means: a function from model and batch to named tensors.
+        precision: fp32, bf16 or fp16; see `TrainerSettings` for this and what follows.
+        microbatch_size: samples that go through the model at once; None: the whole batch.
+        device: where to train; None: this process's accelerator, else the CPU.
+        compile: whether to compile the model.
+        seed: of all generators when a run starts from its beginning.
+        log_every: iterations between two log points.
+        step: a step of one's own, called with the trainer and the batch, instead of `TrainStep`.
+
+    Attributes:
+        metrics: the `MetricsCollector` to publish to.
+        scaler: fp16's gradient scaler, else None.
+        handlers: what was attached, in order.
+        terms: the terms of the last loss, detached.
+        state: Ignite's; `state.metrics` holds the last epoch's means and the last evaluation's values.
+
+    Raises:
+        ValueError: if a setting is out of range, the device cannot compute in the precision, or the optimizer
+            lacks a parameter of the loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: nn.Module,
+        optimizer: Optimizer,
+        *,
+        task: Task,
+        precision: Precision = "fp32",
+        microbatch_size: int | None = None,
+        device: torch.device | str | None = None,
+        compile: bool = False,
+        seed: int | None = None,
+        log_every: int = 50,
+        step: Step | None = None,
+    ) -> None:
+        self.settings = TrainerSettings(
+            precision=precision,
+            microbatch_size=microbatch_size,
+            device=device,
+            compile=compile,
+            seed=seed,
+            log_every=log_every,
+        )
+        self.device = self.settings.device or idist.device()
+        self.model, self.loss = model.to(self.device), loss.to(self.device)
+        self.optimizer, self.task = optimizer, task
+        check_loss_is_optimized(loss, optimizer)
+        self.scaler = self._gradient_scaler()
+        if compile:
+            self.model.compile()
+        same_on_all_ranks(self.loss)
+        self._outputs: Outputs = {}
+        self.terms: dict[str, Tensor] = {}
+        self.handlers: list[Handler] = []
+        super().__init__(step or TrainStep(self))
+        self.metrics = MetricsCollector(on_record=lambda: self.fire_event(MetricsEvents.LOGGED))
+        self._publish_gauges()
+        self.add_event_handler(Events.STARTED, self._prepare)
+        self.add_event_handler(Events.EPOCH_COMPLETED, self._end_epoch)
+        self.add_event_handler(Events.COMPLETED, self._log_rest)
+        self.every(log_every, self._log, RunEvents.SAFE_POINT)
+
+    @property
+    def outputs(self) -> Outputs:
+        """The task's outputs for the last batch, detached."""
+        return {name: tensor.detach() for name, tensor in self._outputs.items()}
+
+    @outputs.setter
+    def outputs(self, outputs: Outputs) -> None:
+        self._outputs = outputs
+
+    def attach(self, *handlers: Handler) -> Trainer:
+        """Attach handlers in order; those of one event run in the order in which they were attached.
+
+        Args:
+            handlers: objects with `attach(engine)`: this library's, Ignite's or one's own.
+
+        Raises:
+            TypeError: if one has no `attach`.
+        """
+        for handler in handlers:
+            if isinstance(handler, type) or not isinstance(handler, Handler):
+                raise TypeError(
+                    f"a handler must be an object with attach(trainer), got {handler!r}; for a plain function "
+                    "use trainer.add_event_handler(event, function)"
+                )
+        for handler in handlers:
+            handler.attach(self)
+            self.handlers.append(handler)
+        return self
+
+    def train(self, loader: Iterable[Any], num_epochs: int) -> list[float]:
+        """Run until `num_epochs` epochs are done; return the mean loss of each epoch so far."""
+        self.run(loader, max_epochs=num_epochs)
+        return self.metrics.get_history("train/loss")
+
+    def _gradient_scaler(self) -> torch.amp.GradScaler | None:
+        if self.settings.precision != "fp16":
+            return None
+        check_fp16(self.device)
+        return torch.amp.GradScaler(self.device.type)
+
+    def _publish_gauges(self) -> None:
+        scalars: Callable[[], Mapping[str, Tensor]] | None = getattr(self.loss, "scalars", None)
+        if scalars is not None:
+            for name in scalars():
+                self.metrics.gauge(f"train/{name}", lambda name=name: scalars()[name])
+        step = self._process_function
+        if self.scaler is not None and isinstance(step, TrainStep):
+            self.metrics.gauge("train/skipped_steps", lambda: step.skipped_steps)
+
+    def _prepare(self, _: Engine) -> None:
+        if self.settings.seed is not None and self.state.iteration == 0:
+            manual_seed(self.settings.seed + rank())
+        for module in (self.model, self.loss):
+            if not module.training:
+                module.train()
+
+    def _log(self, _: Engine) -> None:
+        self.metrics.log(self.state.iteration)
+
+    def _end_epoch(self, _: Engine) -> None:
+        self.metrics.log(self.state.iteration)
+        self.state.metrics.update(self.metrics.end_epoch())
+
+    def _log_rest(self, _: Engine) -> None:
+        # A run that was stopped keeps its window: the run that continues it logs what nobody stopped would.
+        if not self.should_terminate:
+            self.metrics.log(self.state.iteration)
+
+
+def check_loss_is_optimized(loss: nn.Module, optimizer: Optimizer) -> None:
+    """Check that the optimizer holds every parameter that the loss wants to learn.
+
+    Raises:
+        ValueError: naming those that it lacks.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [n for n, p in loss.named_parameters() if p.requires_grad and id(p) not in held]
+    if missing:
+        raise ValueError(
+            f"the optimizer must hold the loss's parameters, got none of {', '.join(missing)}: "
+            "build it with [*model.parameters(), *loss.parameters()]"
+        )
