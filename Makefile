@@ -1,0 +1,74 @@
+# Every target sets itself up: a virtual environment in .venv, installed from constraints.txt,
+# once for each change of pyproject.toml or constraints.txt.
+
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ROOMS := engine handlers losses
+LINKS := $(ROOMS:%=.typing/diptych/%)
+
+# One thread for each process: the tests run side by side and their numbers do not depend on it.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-long check lint types architecture format \
+	docs serve-docs dist clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+install: $(STAMP)  ## Make .venv and install everything that development needs
+
+train: $(STAMP)  ## Train an image-text model on the emoji that ship with the repository
+	$(BIN)/python examples/emoji/train.py $(ARGS)
+
+test: $(STAMP)  ## Run the tests (ARGS="tests/engine -k resume" selects some)
+	$(TEST) -n $(WORKERS) -m "not slow" $(ARGS)
+
+test-long: $(STAMP)  ## Run the slow tests too
+	$(TEST) -n $(WORKERS) $(ARGS)
+
+check: lint types architecture  ## Run every static check
+
+lint: $(STAMP)  ## Check style and formatting with Ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) $(LINKS)  ## Check types with mypy, over the installed namespace
+	$(BIN)/mypy
+
+architecture: $(STAMP)  ## Check the arrows between the rooms and the house rules
+	$(TEST) -q tests/test_architecture.py
+
+# Type checkers do not follow an editable install; they do follow these links (mypy_path).
+.typing/diptych/%:
+	mkdir -p $(@D)
+	ln -sfn ../../$* $@
+
+format: $(STAMP)  ## Format the code and fix what Ruff can fix
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+docs: $(STAMP)  ## Build the documentation into site/
+	$(BIN)/mkdocs build --strict --quiet
+
+serve-docs: $(STAMP)  ## Serve the documentation and rebuild it on every change
+	$(BIN)/mkdocs serve
+
+dist: $(STAMP)  ## Build the wheel and the sdist into dist/ and check their metadata
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
+clean:  ## Remove everything that was built, the environment included
+	rm -rf $(VENV) .typing .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist site
+	rm -rf *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

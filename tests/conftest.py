@@ -1,0 +1,25 @@
+"""What every test shares: one thread, one seed, a Hypothesis profile, and a reason for each skip."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+# No deadline: two workers share two cores. Derandomised: a red run is red again.
+settings.register_profile("diptych", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("diptych")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests that need a CUDA device where there is none."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Start every test from the same random state."""
+    torch.manual_seed(0)
