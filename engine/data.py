@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import pairwise
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
+from diptych.engine.batches import tell_epoch
 from diptych.engine.errors import BatchError
 
 
 def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
     """Return `batch` with `function` applied to each leaf; containers keep their types.
 
-    Containers are mappings, attrs classes, dataclasses, named tuples, and tuples and lists that hold a tensor
-    or a container. Everything else is a leaf: a tensor, a number, a list of strings.
+    Containers are mappings, attrs classes, dataclasses, named tuples, and tuples and lists that
+    hold a tensor or a container. Everything else is a leaf: a tensor, a number, a list of strings.
     """
     if isinstance(batch, Mapping):
         return _rebuild_mapping(
@@ -64,7 +67,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """Return `batch` with every tensor on `device`; a copy from pinned memory does not wait.
 
     Args:
-        batch: tensors in any nesting of mappings, tuples, lists, named tuples, attrs and data classes.
+        batch: tensors in any nesting of mappings, tuples, lists, named tuples, attrs and data
+            classes.
         device: where the tensors go.
     """
 
@@ -84,30 +88,35 @@ def batch_size(batch: Any) -> int:
         if isinstance(leaf, Tensor) and leaf.ndim:
             return leaf.shape[0]
     raise BatchError(
-        f"a batch must hold a tensor whose first dimension is the sample, got {type(batch).__name__}"
+        "a batch must hold a tensor whose first dimension is the sample, "
+        f"got {type(batch).__name__}"
     )
 
 
 def split(batch: Any, size: int) -> list[Any]:
-    """Cut `batch` into pieces of at most `size` samples, in order; the last may be smaller.
+    """Cut `batch` into as few pieces of at most `size` samples as it takes, in order.
 
-    Tensors and lists as long as the batch are cut; other leaves (a temperature, a name) go into every piece.
+    The pieces differ by one sample at the most, so that none is too small for a batch norm.
+    Tensors and lists as long as the batch are cut; other leaves (a temperature, a name) go into
+    every piece.
 
     Args:
         batch: tensors [B, ...] in any nesting.
         size: samples of a piece, >= 1.
     """
-    total = batch_size(batch)
+    samples = batch_size(batch)
+    pieces = -(-samples // size)
+    bounds = [samples * index // pieces for index in range(pieces + 1)]
 
-    def cut(start: int) -> Any:
+    def cut(start: int, stop: int) -> Any:
         def take(leaf: Any) -> Any:
-            per_sample = isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == total
-            listed = isinstance(leaf, (list, tuple)) and len(leaf) == total
-            return leaf[start : start + size] if per_sample or listed else leaf
+            per_sample = isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == samples
+            listed = isinstance(leaf, (list, tuple)) and len(leaf) == samples
+            return leaf[start:stop] if per_sample or listed else leaf
 
         return map_leaves(batch, take)
 
-    return [cut(start) for start in range(0, total, size)]
+    return [cut(*pair) for pair in pairwise(bounds)]
 
 
 def join(batches: Sequence[Any]) -> Any:
@@ -143,7 +152,7 @@ class _Groups:
     def __len__(self) -> int:
         if not isinstance(self._loader, Sized):
             raise TypeError(f"{type(self._loader).__name__} has no length")
-        return -(-len(self._loader) // self._count)
+        return math.ceil(len(self._loader) / self._count)
 
     def __iter__(self) -> Iterator[Any]:
         group = []
@@ -156,17 +165,14 @@ class _Groups:
             yield join(group)
 
     def set_epoch(self, epoch: int) -> None:
-        for owner in (self._loader, getattr(self._loader, "sampler", None)):
-            if hasattr(owner, "set_epoch"):
-                owner.set_epoch(epoch)
-                return
+        tell_epoch(self._loader, epoch)
 
 
 def in_groups(loader: Iterable[Any], count: int) -> _Groups:
     """Group `count` batches of a loader into one, so that one update sees them all.
 
-    The last group of an epoch holds what is left. Together with `microbatch_size`, a loader of small batches
-    gives the update of a large one.
+    The last group of an epoch holds what is left. Together with `microbatch_size`, a loader of
+    small batches gives the update of a large one.
 
     Args:
         loader: gives batches of one structure.

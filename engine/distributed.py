@@ -1,4 +1,4 @@
-"""What the step needs of a process group: a replicated model, averaged gradients, sums over ranks."""
+"""What the step needs of a process group: replicas, averaged gradients, sums over ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def rank() -> int:
 
 
 def replicated(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the model in torch's data-parallel wrapper; alone, or with nothing to train, the model itself.
+    """Return the model in torch's data-parallel wrapper.
+
+    Alone, or with nothing to train, that is the model itself.
 
     Args:
         model: on `device`; its parameters and buffers become those of rank 0 on every rank.
@@ -49,7 +51,7 @@ def same_on_all_ranks(module: nn.Module) -> None:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average the gradients of parameters that no wrapper averages, in place; a missing one counts as 0."""
+    """Average the gradients of parameters that no wrapper averages; a missing one counts as 0."""
     if world_size() == 1:
         return
     for parameter in parameters:

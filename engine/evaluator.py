@@ -26,15 +26,16 @@ Metrics = Sequence[Metric] | Mapping[str, Metric]
 class Evaluator(Engine):
     """Runs a task over a loader and returns its metrics.
 
-    An Ignite engine whose output is the task's named tensors. The model is in eval mode for as long as it
-    runs, and every module is put back into the mode it was in; random generators are left as they were.
+    An Ignite engine whose output is the task's named tensors. The model is in eval mode for as
+    long as it runs, and every module is put back into the mode it was in; random generators are
+    left as they were.
 
     Args:
         model: to evaluate.
         task: what a batch means.
-        metrics: Ignite metrics, by name or in a sequence; one that computes a dictionary gives its own names,
-            any other in a sequence is called by its class (`Accuracy` is `accuracy`). Each takes the task's
-            outputs through its `output_transform`.
+        metrics: Ignite metrics, by name or in a sequence; one that computes a dictionary gives its
+            own names, any other in a sequence is called by its class (`Accuracy` is `accuracy`).
+            Each takes the task's outputs through its `output_transform`.
         precision: what the model computes in.
         device: where; None: this process's accelerator, else the CPU.
 

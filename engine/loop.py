@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ignite.engine import Engine, Events, State
 
+from diptych.engine.batches import BatchSource, length_of
 from diptych.engine.errors import ResumeError
 from diptych.engine.events import ITERATION_EVENTS, RunEvents
 from diptych.engine.periodic import Periodic
@@ -24,18 +24,19 @@ class EventLoop(Engine):
 
     What differs from the base class:
 
-    - A finished run that is started again says so and does nothing; a larger `max_epochs` continues it.
-      (`state.max_epochs = None` before `run` starts over, as in Ignite.)
-    - `terminate()` and `interrupt()` take effect when the running iteration has ended, never in its middle.
-      The next `run` with the same loader continues with the next batch of the same epoch.
-    - An exception always reaches the caller. `EXCEPTION_RAISED` fires once before it does. The iteration in
-      which it was raised does not count, and the next `run` repeats it with the same batch.
+    - A finished run that is started again says so and does nothing; a larger `max_epochs`
+      continues it. (`state.max_epochs = None` before `run` starts over, as in Ignite.)
+    - `terminate()` and `interrupt()` take effect when the running iteration has ended, never in
+      its middle. The next `run` with the same loader continues with the next batch of the epoch.
+    - An exception always reaches the caller. `EXCEPTION_RAISED` fires once before it does. The
+      iteration in which it was raised does not count; the next `run` repeats it with its batch.
     - Another loader in the middle of an epoch, or one of another length, is an error.
     - `EPOCH_STARTED` fires once an epoch, also when the epoch is continued later.
     - A loader that has `set_epoch` (or whose sampler has) is told the epoch, counted from 0.
 
     Attributes:
         epoch_iteration: batches of the running epoch that are done; 0 between two epochs.
+        batches: the loader in use and the place in it.
     """
 
     def __init__(self, process_function: Callable[[Engine, Any], Any]) -> None:
@@ -47,9 +48,7 @@ class EventLoop(Engine):
         self._in_epoch = False
         self._interrupted = False
         self._batch_pending = False
-        self._data_restored = False
-        self._iterator: Iterator[Any] | None = None
-        self._iterator_data: Iterable[Any] | None = None
+        self.batches = BatchSource()
         self._periodic: dict[Any, Periodic] = {}
 
     def every(
@@ -57,8 +56,8 @@ class EventLoop(Engine):
     ) -> None:
         """Call `handler(engine)` at `event` whenever the iteration is a multiple of `period`.
 
-        All periodic handlers of an event share one dispatcher, which costs one comparison on an iteration
-        where nothing is due. It stands where the first of them was added.
+        All periodic handlers of an event share one dispatcher, which costs one comparison on an
+        iteration where nothing is due. It stands where the first of them was added.
 
         Args:
             period: iterations between two calls.
@@ -98,10 +97,9 @@ class EventLoop(Engine):
             return
         for function, args, kwargs in handlers:
             if args and isinstance(args[0], weakref.ref):
-                args = (self, *event_args, *args[1:])
+                function(self, *event_args, *args[1:], **kwargs, **event_kwargs)
             else:
-                args = (*event_args, *args)
-            function(*args, **kwargs, **event_kwargs)
+                function(*event_args, *args, **kwargs, **event_kwargs)
 
     # -- what a run starts from ------------------------------------------------------------------
 
@@ -112,14 +110,14 @@ class EventLoop(Engine):
         max_iters: int | None = None,
         epoch_length: int | None = None,
     ) -> State:
-        """Run until `max_epochs` epochs or `max_iters` iterations are done, counted from the first run.
+        """Run until `max_epochs` epochs or `max_iters` iterations are done, all runs counted.
 
         Args:
             data: batches that can be iterated once an epoch. None gives `None` as every batch.
             max_epochs: epochs in all. Default: what an earlier run was given, else 1.
             max_iters: iterations in all, instead of `max_epochs`.
-            epoch_length: iterations of an epoch. Default: `len(data)` where it has a length, else the
-                number of batches that the first epoch gives.
+            epoch_length: iterations of an epoch. Default: `len(data)` where it has a length, else
+                the number of batches that the first epoch gives.
 
         Returns:
             The state, as Ignite's engines do.
@@ -127,8 +125,8 @@ class EventLoop(Engine):
         Raises:
             TypeError: if `data` cannot be iterated.
             ValueError: if a limit is below 1, both limits are given, or `data` is empty.
-            ResumeError: if the run stands in the middle of an epoch of another loader, or `data` has
-                another length than the run began with.
+            ResumeError: if the run stands in the middle of an epoch of another loader, or `data`
+                has another length than the run began with.
         """
         _check_limits(data, max_epochs, max_iters, epoch_length)
         self.state.dataloader = data
@@ -141,7 +139,8 @@ class EventLoop(Engine):
         self._set_epoch_length(data, epoch_length)
         if self._finished():
             logger.warning(
-                "nothing to do: the run is finished at epoch %d, iteration %d; raise max_epochs to continue",
+                "nothing to do: the run is finished at epoch %d, iteration %d; "
+                "raise max_epochs to continue it",
                 self.state.epoch,
                 self.state.iteration,
             )
@@ -153,11 +152,11 @@ class EventLoop(Engine):
         self.state.iteration = self.state.epoch = self.epoch_iteration = 0
         self.state.epoch_length = None
         self._in_epoch = self._interrupted = self._batch_pending = False
-        self._iterator = None
+        self.batches.rewind()
 
     def _set_epoch_length(self, data: Iterable[Any] | None, given: int | None) -> None:
         stored = self.state.epoch_length
-        length = given if given is not None else self._get_data_length(data)
+        length = given if given is not None else length_of(data)
         if length is None and data is None and stored is None:
             raise ValueError("epoch_length must be given when data is None, got neither")
         if length is not None and length < 1:
@@ -165,31 +164,27 @@ class EventLoop(Engine):
         changes = stored is not None and length is not None and length != stored
         if changes and (given is None or self._in_epoch):
             raise ResumeError(
-                f"the run has epochs of {stored} iterations, and this loader gives {length}: continue with "
-                f"data of the same length, or, between two epochs, say epoch_length={length}"
+                f"the run has epochs of {stored} iterations, and this loader gives {length}: "
+                "continue with data of the same length, or, between two epochs, say "
+                f"epoch_length={length}"
             )
         self.state.epoch_length = length if length is not None else stored
 
-    def _get_data_length(self, data: Iterable[Any] | None) -> int | None:
-        try:
-            return len(data) if isinstance(data, Sized) else None
-        except TypeError:  # a DataLoader over an iterable data set has __len__ and no length
-            return None
-
     def _check_continues(self, data: Iterable[Any] | None) -> None:
-        same = self._iterator is not None and self._iterator_data is data
-        left = self.state.epoch_length is None or self.epoch_iteration < self.state.epoch_length
-        if self._in_epoch and self.epoch_iteration and left and not (same or self._data_restored):
+        same = self.batches.keeps_its_place and self.batches.data is data
+        rest = self.state.epoch_length is None or self.epoch_iteration < self.state.epoch_length
+        if self.epoch_iteration and rest and not same:
             raise ResumeError(
-                f"epoch {self.state.epoch} stands at iteration {self.epoch_iteration}, and this loader does "
-                "not say how to go there: continue with the loader of the earlier run, use one with "
-                "state_dict() and load_state_dict(), or start over with trainer.state.max_epochs = None"
+                f"epoch {self.state.epoch} stands at iteration {self.epoch_iteration}, and this "
+                "loader does not say how to go there: continue with the loader of the earlier run, "
+                "use one with state_dict() and load_state_dict(), or start over with "
+                "trainer.state.max_epochs = None"
             )
         if not same:
             self.set_data(data)
 
     def _finished(self) -> bool:
-        # Epochs may differ in length (terminate_epoch, stages), so iterations do not tell the epoch.
+        # Epochs may differ in length (terminate_epoch, stages): iterations do not tell the epoch.
         state = self.state
         if state.max_iters is not None:
             return bool(state.iteration >= state.max_iters)
@@ -248,10 +243,12 @@ class EventLoop(Engine):
         while not self._stopped():
             if self.should_terminate_single_epoch:
                 self._fire_event(Events.TERMINATE_SINGLE_EPOCH, iter_counter=self.epoch_iteration)
-                self._iterator = None
+                self.batches.rewind()
                 return True
             if self.epoch_iteration == state.epoch_length:
-                self._close_iterator()
+                # Where an epoch is one pass over the data, the next epoch begins a new pass.
+                if length_of(self.batches.data) == state.epoch_length:
+                    self.batches.rewind()
                 return True
             if state.max_iters is not None and state.iteration >= state.max_iters:
                 return False
@@ -276,30 +273,26 @@ class EventLoop(Engine):
         if self.epoch_iteration != state.epoch_length or self._stopped():
             self._fire_event(RunEvents.SAFE_POINT)
 
+    # -- batches ---------------------------------------------------------------------------------
+
     def set_data(self, data: Iterable[Any] | None) -> None:
         """Take the following batches from `data`; the length of the epoch stays.
 
         Args:
             data: batches that can be iterated once an epoch.
         """
-        self.state.dataloader = self._iterator_data = data
-        self._iterator, self._batch_pending = None, False
-
-    # -- batches ---------------------------------------------------------------------------------
+        self.state.dataloader = data
+        self.batches.switch(data)
+        self._batch_pending = False
 
     def _fetch(self) -> bool:
         """Put the next batch into the state; return False where an epoch of unknown length ends."""
         state = self.state
         state.batch = None  # frees the last batch before the next one is made
         self._fire_event(Events.GET_BATCH_STARTED)
-        if self._iterator is None:
-            self._open_iterator()
-        iterator = self._iterator
-        assert iterator is not None
         try:
-            state.batch = next(iterator)
+            state.batch = self.batches.next(state.epoch - 1)
         except StopIteration:
-            self._iterator = None
             if state.epoch_length is None and self.epoch_iteration:
                 return False
             self._fire_event(Events.DATALOADER_STOP_ITERATION)
@@ -308,35 +301,19 @@ class EventLoop(Engine):
         return True
 
     def _first_batch(self) -> Any:
-        iterator = self._open_iterator()
         try:
-            return next(iterator)
+            return self.batches.next(self.state.epoch - 1)
         except StopIteration:
             raise ResumeError(
-                f"the loader gave no batch at iteration {self.epoch_iteration} of epoch {self.state.epoch}, "
-                f"which has {self.state.epoch_length}: a loader must give batches each time it is iterated"
+                f"the loader gave no batch at iteration {self.epoch_iteration} of epoch "
+                f"{self.state.epoch}, which has {self.state.epoch_length}: a loader must give "
+                "batches each time it is iterated"
             ) from None
-
-    def _open_iterator(self) -> Iterator[Any]:
-        data = self._iterator_data
-        if data is None:
-            self._iterator = itertools.repeat(None)
-        else:
-            if not self._data_restored:
-                _tell_epoch(data, self.state.epoch - 1)
-            self._iterator = iter(data)
-        self._data_restored = False
-        return self._iterator
-
-    def _close_iterator(self) -> None:
-        # Where an epoch is one pass over the data, the next pass starts anew; else the pass goes on.
-        if self._get_data_length(self._iterator_data) == self.state.epoch_length:
-            self._iterator = None
 
     # -- state -----------------------------------------------------------------------------------
 
     def state_dict(self) -> OrderedDict[str, Any]:
-        """Return the position of the run: numbers only, the keys of Ignite's and `epoch`, `epoch_iteration`."""
+        """Return the position of the run: Ignite's keys, `epoch` and `epoch_iteration`."""
         keys = ("epoch_length", "iteration", "epoch", "max_epochs", "max_iters")
         position = OrderedDict((key, getattr(self.state, key)) for key in keys)
         position["epoch_iteration"] = self.epoch_iteration
@@ -387,11 +364,3 @@ def _check_limits(
     for name, value in limits.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
-
-
-def _tell_epoch(data: Any, epoch: int) -> None:
-    """Tell the loader, or the sampler inside it, which epoch comes; without it a sampler repeats its order."""
-    for owner in (data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)):
-        if hasattr(owner, "set_epoch"):
-            owner.set_epoch(epoch)
-            return

@@ -48,8 +48,8 @@ class _Mean:
 class MetricsCollector:
     """Gathers scalars and gives their means: for each log point, and for each epoch.
 
-    Tensors stay where they are, as references, until `log` or `end_epoch` fetches all of them with one
-    transfer. Over several ranks the means are those of all ranks.
+    Tensors stay where they are, as references, until `log` or `end_epoch` fetches all of them with
+    one transfer. Over several ranks the means are those of all ranks.
 
     Args:
         on_record: called when `record` is new.
@@ -67,8 +67,8 @@ class MetricsCollector:
         """Publish values of this iteration.
 
         Args:
-            scalars: tag to a number or a tensor of one element; kept by reference, so a tensor must not be
-                changed in place afterwards (parameters are copied).
+            scalars: tag to a number or a tensor of one element; kept by reference, so a tensor
+                must not be changed in place afterwards (parameters are copied).
             named: the same, for tags that are Python names.
 
         Raises:
@@ -81,17 +81,20 @@ class MetricsCollector:
                     window[tag].append(_kept(tag, value) if isinstance(value, Tensor) else value)
 
     def gauge(self, tag: str, function: Callable[[], Scalar]) -> None:
-        """Publish what `function()` returns at each log point: a rate, a temperature, memory in use."""
+        """Publish what `function()` returns at each log point: a rate, memory in use."""
         self._gauges[tag] = function
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
-        """Give values that are final already (an evaluation's) to the sinks, as a record of their own."""
+        """Give final values (an evaluation's) to the sinks, as a record of their own."""
         for tag, value in values.items():
             self._history[tag].append(float(value))
         self._emit(Record(step, {tag: float(value) for tag, value in values.items()}))
 
     def log(self, step: int) -> None:
-        """Give the means since the last log point, and the gauges, to the sinks; nothing where nothing came."""
+        """Give the means since the last log point, and the gauges, to the sinks.
+
+        Nothing happens where nothing was published since.
+        """
         means = self._drain()
         if means:
             values = {tag: mean.value for tag, mean in means.items()}
@@ -111,16 +114,18 @@ class MetricsCollector:
         """Return the values of a tag: one for each epoch, or for each report.
 
         Raises:
-            KeyError: if nothing was published under the name; the message names the tags that are there.
+            KeyError: if nothing was published under the name; the message names the tags that are
+                there.
         """
         if name not in self._history:
             raise KeyError(
-                f"no history of {name!r}; there is one of {', '.join(sorted(self._history)) or 'nothing'}"
+                f"no history of {name!r}; there is one of "
+                f"{', '.join(sorted(self._history)) or 'nothing'}"
             )
         return list(self._history[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the next log point and the end of the epoch need, as tensors and numbers."""
+        """Return all that the next log point and the end of the epoch need."""
         return {
             "window": {tag: _packed(values) for tag, values in self._window.items()},
             "epoch": {tag: [mean.total, mean.count] for tag, mean in self._epoch.items()},
@@ -177,7 +182,7 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
 
 
 def _fetch(values: Mapping[str, Scalar], *, over_ranks: bool = False) -> dict[str, float]:
-    """Bring scalars to the host, with one transfer where they are on one device; summed over ranks if asked."""
+    """Bring scalars to the host with one transfer, summed over ranks if asked."""
     devices = [value.device for value in values.values() if isinstance(value, Tensor)]
     over_ranks = over_ranks and world_size() > 1
     if not values or not (devices or over_ranks):

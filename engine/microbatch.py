@@ -1,10 +1,10 @@
 """One update in pieces: the gradient of the whole batch in the memory of a piece.
 
-A loss that couples the samples of a batch needs all features at once, so its gradient is cached (Gao et al.
-2021, arXiv:2101.06983): every piece goes through the model without a graph; the loss on all features gives
-each feature's gradient; every piece goes through the model again, with the same random draws, and its
-features' gradients go backward. A loss that is a mean over samples needs no second pass: the pieces' sums
-and weights add up.
+A loss that couples the samples of a batch needs all features at once, so its gradient is cached
+(Gao et al. 2021, arXiv:2101.06983): every piece goes through the model without a graph; the loss
+on all features gives each feature's gradient; every piece goes through the model again, with the
+same random draws, and its features' gradients go backward. A loss that is a mean over samples
+needs no second pass: the pieces' sums and weights add up.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ Forward = Callable[[Any], Outputs]
 class SampleMeanLoss(Protocol):
     """A loss that is a weighted mean over samples, and tells sum and weight apart.
 
-    The loss of a batch is the sum of its pieces' totals over the sum of their weights, over all ranks.
+    The loss of a batch is the sum of its pieces' totals over the sum of their weights, over all
+    ranks.
     """
 
     couples_samples: bool
 
     def total_and_weight(self, *outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weighted sum over the samples given and the sum of their weights, two scalars."""
+        """Return the weighted sum over the samples and the sum of their weights, scalars."""
         ...
 
 
 def loss_terms(loss: nn.Module, outputs: Outputs) -> Terms:
-    """Return the named terms of a loss whose sum is its value; `{"loss": value}` where it names none."""
+    """Return the named terms whose sum is the loss; `{"loss": value}` where it names none."""
     terms = getattr(loss, "terms", None)
     if terms is None:
         return {"loss": loss(*outputs.values())}
@@ -65,7 +66,7 @@ def total(terms: Terms) -> Tensor:
 
 
 class MutableBuffers:
-    """The buffers that a forward pass changes, kept so that a second pass starts from the same values."""
+    """The buffers that a forward pass changes, kept for a second pass to start from them."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -78,18 +79,17 @@ class MutableBuffers:
 
     def before_piece(self) -> None:
         """Keep what the next piece starts from."""
-        if self._before_first is None:
+        if not self._versions:
             self._snapshots.append(self.read())
 
     def after_first_piece(self) -> None:
         """Find out which buffers the first piece has changed; the others need no keeping."""
-        assert self._before_first is not None
         now = dict(self._model.named_buffers())
         self._names = [
             n for n, (b, v) in self._versions.items() if now[n] is not b or now[n]._version != v
         ]
         self._snapshots = [{n: self._before_first[n] for n in self._names}]
-        self._before_first = None
+        self._before_first = {}
         self._versions = {}
 
     def restore(self, piece: int) -> None:
@@ -116,7 +116,8 @@ class GradientCache:
     Args:
         model: whose buffers and random draws the second pass repeats.
         device: where it draws.
-        not_last_piece: a context for all backward passes but the last (a data-parallel wrapper's `no_sync`).
+        not_last_piece: a context for all backward passes but the last (a data-parallel wrapper's
+            `no_sync`).
     """
 
     model: nn.Module
@@ -129,7 +130,7 @@ class GradientCache:
         self._buffers = MutableBuffers(self.model)
 
     def outputs(self, forward: Forward, pieces: Sequence[Any]) -> Outputs:
-        """Run the first pass; return the outputs of the whole batch, as leaves that take a gradient."""
+        """Run the first pass; return the whole batch's outputs, as leaves for gradients."""
         parts: list[Outputs] = []
         with torch.no_grad():
             for index, piece in enumerate(pieces):
@@ -141,7 +142,7 @@ class GradientCache:
         return _as_leaves(joined(parts))
 
     def backward(self, forward: Forward, pieces: Sequence[Any], outputs: Outputs) -> None:
-        """Run the second pass: send the gradients in `outputs` through the model, piece by piece."""
+        """Run the second pass: send the gradients in `outputs` through the model."""
         after_loss = torch_random_state(self.device)
         final = self._buffers.read()
         start = 0
@@ -180,7 +181,7 @@ def _as_leaves(outputs: Outputs) -> Outputs:
 
 
 def _send_back(cached: Outputs, again: Outputs, start: int, *, last: bool) -> int:
-    """Send one piece's share of the cached gradients backward; return where the next piece starts."""
+    """Send one piece's share of the gradients backward; return where the next piece starts."""
     tensors, gradients, stop = [], [], start
     for name, value in again.items():
         if value.ndim:

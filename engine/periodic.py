@@ -19,9 +19,10 @@ class _Entry:
 class Periodic:
     """Calls each handler when the iteration is a multiple of its period.
 
-    A filter of Ignite's own (`Events.ITERATION_COMPLETED(every=n)`) is asked on every iteration for every
-    handler; here one comparison an iteration says that nothing is due. Due iterations follow from the
-    iteration alone, so that a resumed run calls its handlers when the uninterrupted one would.
+    A filter of Ignite's own (`Events.ITERATION_COMPLETED(every=n)`) is asked on every iteration
+    for every handler; here one comparison an iteration says that nothing is due. Due iterations
+    follow from the iteration alone, so that a resumed run calls its handlers when the
+    uninterrupted one would.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The random generators that a run draws from: read, restored, and kept out of an onlooker's way."""
+"""The random generators that a run draws from: read, restored, kept from an onlooker."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _cuda_in_use() -> bool:
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of Python's, NumPy's and torch's generators (CPU and every CUDA device in use).
+    """Return the state of Python's, NumPy's and torch's generators, every CUDA device's too.
 
     Tensors, numbers and lists only, so that a checkpoint with it loads with `weights_only=True`.
     """
@@ -40,7 +40,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     """Put the generators into a state that `random_state` returned.
 
     Args:
-        state: its CUDA part may be for fewer or more devices than there are; the common ones are set.
+        state: its CUDA part may be for fewer or more devices than there are; the common ones are
+            set.
     """
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["internal"]), python["gauss"]))
@@ -54,7 +55,10 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Leave every generator as it was, whatever is drawn inside (a data loader draws a seed, for one)."""
+    """Leave every generator as it was, whatever is drawn inside.
+
+    A data loader draws a seed each time it is iterated, for one.
+    """
     state = random_state()
     try:
         yield
@@ -63,7 +67,7 @@ def preserved_random_state() -> Iterator[None]:
 
 
 def torch_random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return the state of the generators that a forward pass on `device` draws from, without a synchronisation."""
+    """Return the state of the generators that a forward pass on `device` draws from."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return torch.get_rng_state(), cuda
 

@@ -8,7 +8,8 @@ import attrs
 import torch
 
 Precision = Literal["fp32", "bf16", "fp16"]
-"""What the model computes in: float32, or autocast to bfloat16 or float16. Parameters stay as they are."""
+"""What the model computes in: float32, or autocast to bfloat16 or float16. Parameters stay as they
+are."""
 
 
 def _check_precision(_: Any, __: attrs.Attribute[str], value: object) -> None:
@@ -39,11 +40,12 @@ class TrainerSettings:
     Attributes:
         precision: fp32, bf16 or fp16. fp16 scales the loss; the others need no scaling.
         microbatch_size: samples that go through the model at once; None: the whole batch.
-        device: where model, loss and batches go; None: the process's accelerator where there is one, else
-            the CPU.
-        compile: whether the model is compiled in place (`torch.nn.Module.compile`); its state-dict keys stay.
-        seed: of Python's, NumPy's and torch's generators when a run starts from its beginning; None leaves
-            them alone.
+        device: where model, loss and batches go; None: the process's accelerator where there is
+            one, else the CPU.
+        compile: whether the model is compiled in place (`torch.nn.Module.compile`); its state-dict
+            keys stay.
+        seed: of Python's, NumPy's and torch's generators when a run starts from its beginning;
+            None leaves them alone.
         log_every: iterations between two log points; the end of an epoch is one too.
 
     Raises:

@@ -78,13 +78,13 @@ class TrainStep:
         return output
 
     def gradients(self, trainer: Trainer, batch: Any, size: int) -> tuple[Terms, Tensor]:
-        """Put the gradient of the batch's loss into the parameters; return detached terms and loss."""
+        """Put the gradient of the loss into the parameters; return detached terms and loss."""
         if self.microbatch_size is None or size <= self.microbatch_size:
             return self.coupled(trainer, batch, [batch])
         pieces = split(batch, self.microbatch_size)
         if getattr(self.loss, "couples_samples", True):
             return self.coupled(trainer, batch, pieces)
-        return self.accumulated(trainer, pieces)
+        return self.accumulated(trainer, pieces, self.microbatch_size)
 
     def forward(self, batch: Any) -> Outputs:
         """Return the task's outputs for a batch or a piece of one."""
@@ -92,7 +92,7 @@ class TrainStep:
             return self.task(self.model, batch)
 
     def coupled(self, trainer: Trainer, batch: Any, pieces: list[Any]) -> tuple[Terms, Tensor]:
-        """Take the loss of all samples at once, with cached gradients where there are several pieces."""
+        """Take the loss of all samples at once; cache gradients where there are pieces."""
         cache = None
         if len(pieces) == 1:
             outputs = self.forward(batch)
@@ -111,9 +111,13 @@ class TrainStep:
             cache.backward(self.forward, pieces, outputs)
         return terms, value.detach()
 
-    def accumulated(self, trainer: Trainer, pieces: list[Any]) -> tuple[Terms, Tensor]:
-        """Add up the gradients of a mean over samples, each piece weighted by what it holds."""
-        assert self.microbatch_size is not None
+    def accumulated(
+        self, trainer: Trainer, pieces: list[Any], divisor: int
+    ) -> tuple[Terms, Tensor]:
+        """Add up the gradients of a mean over samples, each piece weighted by what it holds.
+
+        The divisor is the same on all ranks and taken out at the end; it keeps fp16 in range.
+        """
         parts, sums, weights = [], [], []
         for index, piece in enumerate(pieces):
             last = index == len(pieces) - 1
@@ -121,8 +125,7 @@ class TrainStep:
                 outputs = self.forward(piece)
                 with self.autocast():
                     value, weight = self.total_and_weight(outputs, batch_size(piece))
-                # The divisor is the same on all ranks and is taken out below; it keeps fp16 in range.
-                self.scaled(value / self.microbatch_size).backward()
+                self.scaled(value / divisor).backward()
             parts.append({name: tensor.detach() for name, tensor in outputs.items()})
             sums.append(value.detach())
             weights.append(weight.detach())
@@ -133,7 +136,7 @@ class TrainStep:
         value = torch.stack(sums).sum() * inverse
         trainer.terms = terms = {"loss": value}
         trainer.fire_event(StepEvents.LOSS_COMPUTED)
-        self._rescale(inverse * self.microbatch_size)
+        self._rescale(inverse * divisor)
         return terms, value
 
     def total_and_weight(self, outputs: Outputs, size: int) -> tuple[Tensor, Tensor]:
@@ -154,10 +157,10 @@ class TrainStep:
         if self.scaler is None:
             self.optimizer.step()
         else:
-            before = self._loss_scale()
+            before = _loss_scale(self.scaler)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            self.skipped_steps += self._loss_scale() < before
+            self.skipped_steps += _loss_scale(self.scaler) < before
         for constrain in self._constrain:
             constrain()
 
@@ -166,15 +169,10 @@ class TrainStep:
         return value if self.scaler is None else self.scaler.scale(value)
 
     def autocast(self) -> Any:
-        """Return a fresh autocast context; casts cached without a graph must not outlive their pass."""
+        """Return a fresh autocast context: casts cached without a graph must not be reused."""
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
-
-    def _loss_scale(self) -> Tensor:
-        # The public get_scale() waits for the device.
-        assert self.scaler is not None
-        return self.scaler._get_scale_async().clone()  # type: ignore[union-attr]
 
     def _rescale(self, factor: Tensor) -> None:
         parameters = (*self.model.parameters(), *self.loss.parameters())
@@ -190,6 +188,12 @@ def published(output: StepOutput) -> dict[str, Tensor]:
     return scalars
 
 
+def _loss_scale(scaler: torch.amp.GradScaler) -> Tensor:
+    # The public get_scale() waits for the device.
+    scale = scaler._get_scale_async()  # noqa: SLF001
+    return torch.zeros(()) if scale is None else scale.clone()
+
+
 def check_fp16(device: torch.device) -> None:
     """Run a small convolution forward and backward in fp16, which some CPUs cannot.
 
@@ -202,5 +206,6 @@ def check_fp16(device: torch.device) -> None:
             layer(torch.zeros(1, 1, 4, 4, device=device)).sum().backward()
     except RuntimeError as error:
         raise ValueError(
-            f"precision must be fp32 or bf16 on this {device.type} device, which cannot compute fp16, got 'fp16'"
+            f"precision must be fp32 or bf16 on this {device.type} device, which cannot compute "
+            "fp16, got 'fp16'"
         ) from error

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from diptych.engine.errors import BatchError
 
 Outputs = dict[str, Tensor]
-"""Named tensors [B, ...], in the order in which the loss takes them; a 0-dim tensor is shared by all samples."""
+"""Named tensors [B, ...], in the order in which the loss takes them; a 0-dim tensor is shared by
+all samples."""
 
 Key = str | int
 T = TypeVar("T", bound="KeyedTask")
@@ -37,8 +38,8 @@ def look_up(batch: Any, key: Key, position: int) -> Any:
     """Return one part of a batch, or None where it has no such part.
 
     Args:
-        batch: a mapping (by key), an object with attributes (by name), or a tuple or list (by index; a name
-            means the task's own position).
+        batch: a mapping (by key), an object with attributes (by name), or a tuple or list (by
+            index; a name means the task's own position).
         key: the key, name or index.
         position: where the part stands in a tuple or list when `key` is a name.
     """
@@ -111,10 +112,11 @@ class KeyedTask:
 
 @attrs.frozen(kw_only=True)
 class ImageText(KeyedTask):
-    """`model(image, text)` to `image_features` and `text_features` [B, D], with `groups` [B] where given.
+    """`model(image, text)` to `image_features` and `text_features` [B, D], and any `groups` [B].
 
-    The model returns a tuple that begins with the two, or a mapping (or object) that has `image_features` and
-    `text_features` (open_clip's names) or `image_embeds` and `text_embeds` (Hugging Face's).
+    The model returns a tuple that begins with the two, or a mapping (or object) that has
+    `image_features` and `text_features` (open_clip's names) or `image_embeds` and `text_embeds`
+    (Hugging Face's).
     """
 
     image: Key = "image"
@@ -138,8 +140,8 @@ class ImageText(KeyedTask):
             if all(isinstance(value, Tensor) for value in found):
                 return found[0], found[1]
         raise BatchError(
-            "image_text needs a model that returns (image_features, text_features), or a mapping with "
-            f"these or with image_embeds and text_embeds, got {_describe(output)}"
+            "image_text needs a model that returns (image_features, text_features), or a mapping "
+            f"with these or with image_embeds and text_embeds, got {_describe(output)}"
         )
 
 

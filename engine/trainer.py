@@ -44,8 +44,9 @@ class Trainer(EventLoop):
 
     Args:
         model: moved to the device; compiled in place where the settings say so.
-        loss: takes the task's outputs in their order and returns a scalar; moved to the device. What it may
-            have besides (`terms`, `couples_samples`, `constrain`, `scalars`) is described in the guide.
+        loss: takes the task's outputs in their order and returns a scalar; moved to the device.
+            What it may have besides (`terms`, `couples_samples`, `constrain`, `scalars`) is
+            described in the guide.
         optimizer: holds the parameters to train, those of the loss included.
         task: what a batch means: a function from model and batch to named tensors.
         precision: fp32, bf16 or fp16; see `TrainerSettings` for this and what follows.
@@ -61,11 +62,12 @@ class Trainer(EventLoop):
         scaler: fp16's gradient scaler, else None.
         handlers: what was attached, in order.
         terms: the terms of the last loss, detached.
-        state: Ignite's; `state.metrics` holds the last epoch's means and the last evaluation's values.
+        state: Ignite's; `state.metrics` holds the last epoch's means and the last evaluation's
+            values.
 
     Raises:
-        ValueError: if a setting is out of range, the device cannot compute in the precision, or the optimizer
-            lacks a parameter of the loss.
+        ValueError: if a setting is out of range, the device cannot compute in the precision, or
+            the optimizer lacks a parameter of the loss.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class Trainer(EventLoop):
         precision: Precision = "fp32",
         microbatch_size: int | None = None,
         device: torch.device | str | None = None,
-        compile: bool = False,
+        compile: bool = False,  # noqa: A002 - the field's word for it
         seed: int | None = None,
         log_every: int = 50,
         step: Step | None = None,
@@ -120,7 +122,7 @@ class Trainer(EventLoop):
         self._outputs = outputs
 
     def attach(self, *handlers: Handler) -> Trainer:
-        """Attach handlers in order; those of one event run in the order in which they were attached.
+        """Attach handlers; those of one event run in the order in which they were attached.
 
         Args:
             handlers: objects with `attach(engine)`: this library's, Ignite's or one's own.
@@ -131,8 +133,8 @@ class Trainer(EventLoop):
         for handler in handlers:
             if isinstance(handler, type) or not isinstance(handler, Handler):
                 raise TypeError(
-                    f"a handler must be an object with attach(trainer), got {handler!r}; for a plain function "
-                    "use trainer.add_event_handler(event, function)"
+                    f"a handler must be an object with attach(trainer), got {handler!r}; for a "
+                    "plain function use trainer.add_event_handler(event, function)"
                 )
         for handler in handlers:
             handler.attach(self)
@@ -174,7 +176,8 @@ class Trainer(EventLoop):
         self.state.metrics.update(self.metrics.end_epoch())
 
     def _log_rest(self, _: Engine) -> None:
-        # A run that was stopped keeps its window: the run that continues it logs what nobody stopped would.
+        # A run that was stopped keeps its window: the run that continues it logs what nobody
+        # stopped would.
         if not self.should_terminate:
             self.metrics.log(self.state.iteration)
 
