@@ -95,6 +95,7 @@ def tell_epoch(data: Any, epoch: int) -> None:
     Without it a distributed sampler repeats one order for ever.
     """
     for owner in (data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)):
-        if hasattr(owner, "set_epoch"):
-            owner.set_epoch(epoch)
+        set_epoch = getattr(owner, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
             return

@@ -187,8 +187,8 @@ class EventLoop(Engine):
         # Epochs may differ in length (terminate_epoch, stages): iterations do not tell the epoch.
         state = self.state
         if state.max_iters is not None:
-            return bool(state.iteration >= state.max_iters)
-        return not self._in_epoch and bool(state.epoch >= state.max_epochs)
+            return state.iteration >= state.max_iters
+        return not self._in_epoch and state.epoch >= (state.max_epochs or 0)
 
     # -- the loop --------------------------------------------------------------------------------
 

@@ -134,7 +134,8 @@ class MetricsCollector:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state that `state_dict` returned."""
-        self._window.clear(), self._epoch.clear(), self._history.clear()
+        for values in (self._window, self._epoch, self._history):
+            values.clear()
         self._window.update(
             {tag: _unpacked(values) for tag, values in state_dict["window"].items()}
         )

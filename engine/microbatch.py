@@ -65,15 +65,20 @@ def total(terms: Terms) -> Tensor:
     return functools.reduce(operator.add, terms.values())
 
 
+def _version(tensor: Tensor) -> int:
+    # torch counts the changes in place; the counter has no public name.
+    return tensor._version  # noqa: SLF001
+
+
 class MutableBuffers:
     """The buffers that a forward pass changes, kept for a second pass to start from them."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._before_first: dict[str, Tensor] | None = {
+        self._before_first: dict[str, Tensor] = {
             n: b.detach().clone() for n, b in model.named_buffers()
         }
-        self._versions = {n: (b, b._version) for n, b in model.named_buffers()}
+        self._versions = {n: (b, _version(b)) for n, b in model.named_buffers()}
         self._names: list[str] = []
         self._snapshots: list[dict[str, Tensor]] = []
 
@@ -86,7 +91,7 @@ class MutableBuffers:
         """Find out which buffers the first piece has changed; the others need no keeping."""
         now = dict(self._model.named_buffers())
         self._names = [
-            n for n, (b, v) in self._versions.items() if now[n] is not b or now[n]._version != v
+            n for n, (b, v) in self._versions.items() if now[n] is not b or _version(now[n]) != v
         ]
         self._snapshots = [{n: self._before_first[n] for n in self._names}]
         self._before_first = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -61,7 +62,11 @@ class TrainStep:
         self.microbatch_size = settings.microbatch_size
         self.autocast_dtype = AUTOCAST.get(settings.precision)
         self.skipped_steps = torch.zeros((), device=self.device)
-        self._constrain = [m.constrain for m in self.loss.modules() if hasattr(m, "constrain")]
+        self._constrain: list[Callable[[], object]] = [
+            constrain
+            for module in self.loss.modules()
+            if callable(constrain := getattr(module, "constrain", None))
+        ]
 
     def __call__(self, trainer: Trainer, batch: Any) -> StepOutput:
         """Make one update of `batch`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -80,7 +81,7 @@ class Trainer(EventLoop):
         precision: Precision = "fp32",
         microbatch_size: int | None = None,
         device: torch.device | str | None = None,
-        compile: bool = False,  # noqa: A002 - the field's word for it
+        compile: bool = False,
         seed: int | None = None,
         log_every: int = 50,
         step: Step | None = None,
@@ -104,7 +105,8 @@ class Trainer(EventLoop):
         self._outputs: Outputs = {}
         self.terms: dict[str, Tensor] = {}
         self.handlers: list[Handler] = []
-        super().__init__(step or TrainStep(self))
+        process: Callable[[Any, Any], Any] = step or TrainStep(self)
+        super().__init__(process)
         self.metrics = MetricsCollector(on_record=lambda: self.fire_event(MetricsEvents.LOGGED))
         self._publish_gauges()
         self.add_event_handler(Events.STARTED, self._prepare)
@@ -156,7 +158,7 @@ class Trainer(EventLoop):
         scalars: Callable[[], Mapping[str, Tensor]] | None = getattr(self.loss, "scalars", None)
         if scalars is not None:
             for name in scalars():
-                self.metrics.gauge(f"train/{name}", lambda name=name: scalars()[name])
+                self.metrics.gauge(f"train/{name}", partial(_named_scalar, scalars, name))
         step = self._process_function
         if self.scaler is not None and isinstance(step, TrainStep):
             self.metrics.gauge("train/skipped_steps", lambda: step.skipped_steps)
@@ -180,6 +182,10 @@ class Trainer(EventLoop):
         # stopped would.
         if not self.should_terminate:
             self.metrics.log(self.state.iteration)
+
+
+def _named_scalar(scalars: Callable[[], Mapping[str, Tensor]], name: str) -> Tensor:
+    return scalars()[name]
 
 
 def check_loss_is_optimized(loss: nn.Module, optimizer: Optimizer) -> None:
