@@ -1,4 +1,4 @@
-"""What every test shares: one thread, one seed, a Hypothesis profile, and a reason for each skip."""
+"""What every test shares: one thread, one seed, a Hypothesis profile, skips with a reason."""
 
 import pytest
 import torch

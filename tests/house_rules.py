@@ -1,0 +1,279 @@
+"""The house rules as checkers: each takes one source file and yields what strays from the rule."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("engine", "handlers", "losses")
+SCRIPTS = ("examples", "benchmarks")
+
+# Beside the standard library: what a room may import anywhere, and, for the extras that not
+# everybody installs, inside a function only.
+MAY_IMPORT = {
+    "losses": {"torch", "diptych.losses"},
+    # NumPy for its random state, which is part of a run's.
+    "engine": {"torch", "ignite", "attrs", "numpy", "diptych.engine"},
+    "handlers": {"torch", "ignite", "attrs", "tensorboard", "diptych.engine", "diptych.handlers"},
+}
+MAY_IMPORT_LATE = {"losses": set[str](), "engine": set[str](), "handlers": {"matplotlib"}}
+
+FILE_LINES = 400
+FUNCTION_LINES = 40
+COMPLEXITY = 10
+VAGUE = {
+    "util",
+    "utils",
+    "helper",
+    "helpers",
+    "common",
+    "misc",
+    "core",
+    "manager",
+    "stuff",
+    "tools",
+}
+
+# Written with brackets, so that this file does not mention what it looks for.
+HOSTS = re.compile(
+    r"py[p]i\.org|python[h]osted|npm[j]s|yarn[p]kg|download\.py[t]orch|deb[.]debian|con[d]a\.(io|org)",
+    re.IGNORECASE,
+)
+TALK = re.compile(
+    r"\b(this|next|previous|last) sessi[o]n\b|\bsub-?ag[e]nts?\b|/wor[k]/|\.librar[y]\b"
+    r"|\bcha[t]bot\b|\bas an A[I]\b|\bthe brie[f]\b|\bclau[d]e\b",
+    re.IGNORECASE,
+)
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+BRANCHES = (
+    ast.If,
+    ast.For,
+    ast.AsyncFor,
+    ast.While,
+    ast.IfExp,
+    ast.ExceptHandler,
+    ast.Assert,
+    ast.comprehension,
+    ast.match_case,
+)
+UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+UNSAFE_CALLS = {"eval", "exec", "system", "popen", "__import__"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One text file of the repository.
+
+    Attributes:
+        path: its path below the repository's root, with forward slashes.
+        text: what stands in it.
+    """
+
+    path: str
+    text: str
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        """The syntax tree of a Python file."""
+        return ast.parse(self.text, filename=self.path)
+
+    @property
+    def room(self) -> str:
+        """The first folder of the path."""
+        return self.path.partition("/")[0]
+
+    @property
+    def functions(self) -> Iterator[Function]:
+        """Every function, methods and nested functions included."""
+        return (n for n in ast.walk(self.tree) if isinstance(n, Function))
+
+    @property
+    def calls(self) -> Iterator[ast.Call]:
+        """Every call."""
+        return (n for n in ast.walk(self.tree) if isinstance(n, ast.Call))
+
+    def at(self, line: int, message: str) -> str:
+        """Return the message with the place that it speaks of."""
+        return f"{self.path}:{line}: {message}"
+
+
+def read(*folders: str, suffixes: Iterable[str] = (".py",)) -> list[Source]:
+    """Return the files below these folders of the repository, in order of their paths."""
+    found = [
+        path
+        for folder in folders
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in suffixes and "__pycache__" not in path.parts
+    ]
+    return [Source(p.relative_to(ROOT).as_posix(), p.read_text(encoding="utf-8")) for p in found]
+
+
+def imported_modules(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
+    """Yield (line, module, inside a function) for each absolute import, spelt-out ones too."""
+    late = {n for f in ast.walk(tree) if isinstance(f, Function) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [node.module]
+            if node.module == "diptych":
+                names = [f"diptych.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and called(node) == "import_module":
+            names = [str(arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant)]
+        for name in names:
+            yield node.lineno, name, node in late  # type: ignore[attr-defined]
+
+
+def called(call: ast.Call) -> str:
+    """Return the last part of the name that is called: `load` for `torch.load(path)`."""
+    return str(getattr(call.func, "id", getattr(call.func, "attr", "")))
+
+
+def complexity(function: Function) -> int:
+    """Return the cyclomatic complexity of a function, what is nested in it included."""
+    nodes = list(ast.walk(function))
+    operators = sum(len(n.values) - 1 for n in nodes if isinstance(n, ast.BoolOp))
+    return 1 + sum(isinstance(n, BRANCHES) for n in nodes) + operators
+
+
+def body_lines(function: Function) -> int:
+    """Return the number of lines of a function without its docstring."""
+    docstring = ast.get_docstring(function, clean=False)
+    last = function.end_lineno or function.lineno
+    return last - function.lineno + 1 - (len(docstring.splitlines()) if docstring else 0)
+
+
+def allowed_package(module: str) -> str:
+    """Return the name under which the table of arrows knows a module."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "diptych" else parts[0]
+
+
+def wrong_arrows(source: Source) -> Iterator[str]:
+    """Imports of a room that its place in the house does not allow."""
+    always, late = MAY_IMPORT[source.room], MAY_IMPORT_LATE[source.room]
+    for line, module, inside_function in imported_modules(source.tree):
+        package = allowed_package(module)
+        if package in sys.stdlib_module_names or package in always:
+            continue
+        if package not in late:
+            yield source.at(line, f"{source.room} must not import {module}")
+        elif not inside_function:
+            yield source.at(line, f"{module} is an extra: import it in the function that needs it")
+
+
+def uninstalled_names(source: Source) -> Iterator[str]:
+    """Imports of a room by its folder's name, which exists in a checkout only."""
+    for line, module, _ in imported_modules(source.tree):
+        if module.split(".")[0] in ROOMS:
+            yield source.at(line, f"import diptych.{module}, not {module}")
+
+
+def relative_imports(source: Source) -> Iterator[str]:
+    """Imports that start with a dot."""
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            yield source.at(node.lineno, "relative import")
+
+
+def long_files(source: Source) -> Iterator[str]:
+    """Files over the limit of lines."""
+    lines = len(source.text.splitlines())
+    if lines > FILE_LINES:
+        yield source.at(1, f"{lines} lines, at most {FILE_LINES}")
+
+
+def long_functions(source: Source) -> Iterator[str]:
+    """Functions over the limit of lines, their docstrings left out."""
+    for function in source.functions:
+        if (lines := body_lines(function)) > FUNCTION_LINES:
+            yield source.at(function.lineno, f"{function.name} has {lines} lines")
+
+
+def complex_functions(source: Source) -> Iterator[str]:
+    """Functions over the limit of cyclomatic complexity."""
+    for function in source.functions:
+        if (branches := complexity(function)) > COMPLEXITY:
+            yield source.at(function.lineno, f"{function.name} has complexity {branches}")
+
+
+def vague_names(source: Source) -> Iterator[str]:
+    """Files and folders whose names say nothing about what is in them."""
+    for part in Path(source.path).with_suffix("").parts:
+        if part in VAGUE:
+            yield source.at(1, f"{part} says nothing about what is in it")
+
+
+def prints(source: Source) -> Iterator[str]:
+    """Calls of print, and logging set up over the user's head."""
+    for call in source.calls:
+        if called(call) in {"print", "basicConfig"}:
+            yield source.at(call.lineno, f"{called(call)} in the library")
+
+
+def empty_bodies(source: Source) -> Iterator[str]:
+    """Functions that do nothing and are neither abstract nor part of a protocol."""
+    protocol = {
+        method
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.ClassDef)
+        and any(getattr(b, "id", getattr(b, "attr", "")) == "Protocol" for b in node.bases)
+        for method in node.body
+    }
+    for function in source.functions:
+        marks = {getattr(d, "id", getattr(d, "attr", "")) for d in function.decorator_list}
+        if function in protocol or marks & {"abstractmethod", "overload"}:
+            continue
+        if all(is_nothing(statement) for statement in function.body):
+            yield source.at(function.lineno, f"{function.name} has an empty body")
+
+
+def is_nothing(statement: ast.stmt) -> bool:
+    """Say whether a statement is `pass`, `...` or a docstring."""
+    constant = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    return constant or isinstance(statement, ast.Pass)
+
+
+def unsafe_code(source: Source) -> Iterator[str]:
+    """Pickle, eval, a shell, and checkpoints loaded as code."""
+    for line, module, _ in imported_modules(source.tree):
+        if module.split(".")[0] in UNSAFE_MODULES:
+            yield source.at(line, f"{module} runs what it reads")
+    for call in source.calls:
+        keywords = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
+        name = ast.unparse(call.func)
+        bare = isinstance(call.func, ast.Name) or name.startswith("os.")
+        if (called(call) in UNSAFE_CALLS and bare) or keywords.get("shell") is True:
+            yield source.at(call.lineno, f"{name} runs text as code")
+        if name == "torch.load" and keywords.get("weights_only") is not True:
+            yield source.at(call.lineno, "torch.load without weights_only=True")
+
+
+def synchronising_losses(source: Source) -> Iterator[str]:
+    """Calls in a loss that wait for the device."""
+    for call in source.calls:
+        if called(call) == "item" and not call.args:
+            yield source.at(call.lineno, ".item() waits for the device")
+
+
+def swallowed_arguments(source: Source) -> Iterator[str]:
+    """Constructors and forward methods whose `**kwargs` would take a misspelt argument."""
+    for function in source.functions:
+        if function.name in {"__init__", "forward", "terms"} and function.args.kwarg:
+            yield source.at(function.lineno, f"{function.name} swallows misspelt arguments")
+
+
+def outside_talk(source: Source) -> Iterator[str]:
+    """Text that speaks of a package registry's host or of anything but the project."""
+    for number, line in enumerate(source.text.splitlines(), start=1):
+        for match in (HOSTS.search(line), TALK.search(line)):
+            if match:
+                yield source.at(number, f"speaks of {match.group()!r}")
