@@ -64,7 +64,7 @@ BRANCHES = (
     ast.match_case,
 )
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-UNSAFE_CALLS = {"eval", "exec", "system", "popen", "__import__"}
+UNSAFE_CALLS = {"eval", "exec", "__import__", "os.system", "os.popen"}
 
 
 @dataclass(frozen=True)
@@ -115,26 +115,35 @@ def read(*folders: str, suffixes: Iterable[str] = (".py",)) -> list[Source]:
     return [Source(p.relative_to(ROOT).as_posix(), p.read_text(encoding="utf-8")) for p in found]
 
 
-def imported_modules(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
-    """Yield (line, module, inside a function) for each absolute import, spelt-out ones too."""
-    late = {n for f in ast.walk(tree) if isinstance(f, Function) for n in ast.walk(f)}
-    for node in ast.walk(tree):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names = [node.module]
-            if node.module == "diptych":
-                names = [f"diptych.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Call) and called(node) == "import_module":
-            names = [str(arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant)]
-        for name in names:
-            yield node.lineno, name, node in late  # type: ignore[attr-defined]
+def imported_by(node: ast.AST) -> list[str]:
+    """Return the modules that a statement imports, or a call of `import_module` that spells one."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.module == "diptych":
+        return [f"diptych.{alias.name}" for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [] if node.level else [str(node.module)]
+    if isinstance(node, ast.Call) and called(node) == "import_module":
+        return [str(arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant)]
+    return []
+
+
+def imports(source: Source) -> Iterator[tuple[int, str, bool]]:
+    """Yield (line, module, inside a function) for each absolute import."""
+    late = {node for function in source.functions for node in ast.walk(function)}
+    for node in ast.walk(source.tree):
+        for module in imported_by(node):
+            yield getattr(node, "lineno", 1), module, node in late
+
+
+def last_name(node: ast.expr) -> str:
+    """Return the last part of a dotted name: `load` for `torch.load`."""
+    return str(getattr(node, "id", getattr(node, "attr", "")))
 
 
 def called(call: ast.Call) -> str:
     """Return the last part of the name that is called: `load` for `torch.load(path)`."""
-    return str(getattr(call.func, "id", getattr(call.func, "attr", "")))
+    return last_name(call.func)
 
 
 def complexity(function: Function) -> int:
@@ -160,7 +169,7 @@ def allowed_package(module: str) -> str:
 def wrong_arrows(source: Source) -> Iterator[str]:
     """Imports of a room that its place in the house does not allow."""
     always, late = MAY_IMPORT[source.room], MAY_IMPORT_LATE[source.room]
-    for line, module, inside_function in imported_modules(source.tree):
+    for line, module, inside_function in imports(source):
         package = allowed_package(module)
         if package in sys.stdlib_module_names or package in always:
             continue
@@ -172,7 +181,7 @@ def wrong_arrows(source: Source) -> Iterator[str]:
 
 def uninstalled_names(source: Source) -> Iterator[str]:
     """Imports of a room by its folder's name, which exists in a checkout only."""
-    for line, module, _ in imported_modules(source.tree):
+    for line, module, _ in imports(source):
         if module.split(".")[0] in ROOMS:
             yield source.at(line, f"import diptych.{module}, not {module}")
 
@@ -221,16 +230,12 @@ def prints(source: Source) -> Iterator[str]:
 
 def empty_bodies(source: Source) -> Iterator[str]:
     """Functions that do nothing and are neither abstract nor part of a protocol."""
-    protocol = {
-        method
-        for node in ast.walk(source.tree)
-        if isinstance(node, ast.ClassDef)
-        and any(getattr(b, "id", getattr(b, "attr", "")) == "Protocol" for b in node.bases)
-        for method in node.body
-    }
+    classes = [node for node in ast.walk(source.tree) if isinstance(node, ast.ClassDef)]
+    protocols = [c for c in classes if "Protocol" in {last_name(base) for base in c.bases}]
+    declared = {method for protocol in protocols for method in protocol.body}
     for function in source.functions:
-        marks = {getattr(d, "id", getattr(d, "attr", "")) for d in function.decorator_list}
-        if function in protocol or marks & {"abstractmethod", "overload"}:
+        marks = {last_name(decorator) for decorator in function.decorator_list}
+        if function in declared or marks & {"abstractmethod", "overload"}:
             continue
         if all(is_nothing(statement) for statement in function.body):
             yield source.at(function.lineno, f"{function.name} has an empty body")
@@ -242,16 +247,19 @@ def is_nothing(statement: ast.stmt) -> bool:
     return constant or isinstance(statement, ast.Pass)
 
 
-def unsafe_code(source: Source) -> Iterator[str]:
-    """Pickle, eval, a shell, and checkpoints loaded as code."""
-    for line, module, _ in imported_modules(source.tree):
+def unsafe_imports(source: Source) -> Iterator[str]:
+    """Modules that run what they read."""
+    for line, module, _ in imports(source):
         if module.split(".")[0] in UNSAFE_MODULES:
             yield source.at(line, f"{module} runs what it reads")
+
+
+def unsafe_calls(source: Source) -> Iterator[str]:
+    """Text run as code, text handed to a shell, checkpoints loaded as code."""
     for call in source.calls:
         keywords = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
         name = ast.unparse(call.func)
-        bare = isinstance(call.func, ast.Name) or name.startswith("os.")
-        if (called(call) in UNSAFE_CALLS and bare) or keywords.get("shell") is True:
+        if name in UNSAFE_CALLS or keywords.get("shell") is True:
             yield source.at(call.lineno, f"{name} runs text as code")
         if name == "torch.load" and keywords.get("weights_only") is not True:
             yield source.at(call.lineno, "torch.load without weights_only=True")

@@ -79,7 +79,8 @@ def test_no_function_is_a_stub() -> None:
 
 
 def test_nothing_that_is_read_is_run() -> None:
-    find_none(rules.unsafe_code, rules.read(*ROOMS, *SCRIPTS))
+    find_none(rules.unsafe_imports, rules.read(*ROOMS, *SCRIPTS))
+    find_none(rules.unsafe_calls, rules.read(*ROOMS, *SCRIPTS))
 
 
 def test_losses_never_wait_for_the_device() -> None:
@@ -131,12 +132,17 @@ PLANTED: list[tuple[Checker, str, str, str]] = [
         "f has an empty body",
     ),
     (rules.empty_bodies, "engine/x.py", "class A:\n    def f(self): ...", "f has an empty body"),
-    (rules.unsafe_code, "engine/x.py", "import pickle", "pickle runs what it reads"),
-    (rules.unsafe_code, "engine/x.py", "eval('1')", "eval runs text"),
-    (rules.unsafe_code, "engine/x.py", "os.system('ls')", "os.system runs text"),
-    (rules.unsafe_code, "engine/x.py", "subprocess.run('ls', shell=True)", "runs text as code"),
-    (rules.unsafe_code, "engine/x.py", "torch.load(p)", "without weights_only=True"),
-    (rules.unsafe_code, "engine/x.py", "torch.load(p, weights_only=False)", "without weights_only"),
+    (rules.unsafe_imports, "engine/x.py", "import pickle", "pickle runs what it reads"),
+    (rules.unsafe_calls, "engine/x.py", "eval('1')", "eval runs text"),
+    (rules.unsafe_calls, "engine/x.py", "os.system('ls')", "os.system runs text"),
+    (rules.unsafe_calls, "engine/x.py", "subprocess.run('ls', shell=True)", "runs text as code"),
+    (rules.unsafe_calls, "engine/x.py", "torch.load(p)", "without weights_only=True"),
+    (
+        rules.unsafe_calls,
+        "engine/x.py",
+        "torch.load(p, weights_only=False)",
+        "without weights_only",
+    ),
     (rules.synchronising_losses, "losses/x.py", "loss.item()", "waits for the device"),
     (rules.swallowed_arguments, "losses/x.py", "def __init__(self, **kwargs): x()", "misspelt"),
     (rules.outside_talk, "docs/x.md", "see https://py" + "pi.org/project/x", "speaks of"),
@@ -165,7 +171,7 @@ KEPT: list[tuple[Checker, str, str]] = [
     (rules.vague_names, "handlers/checkpoint_manager.py", ""),
     (rules.empty_bodies, "engine/x.py", "class A(Protocol):\n    def f(self): ..."),
     (rules.empty_bodies, "engine/x.py", "class A:\n    @abstractmethod\n    def f(self): ..."),
-    (rules.unsafe_code, "engine/x.py", "model.eval()\ntorch.load(p, weights_only=True)"),
+    (rules.unsafe_calls, "engine/x.py", "model.eval()\ntorch.load(p, weights_only=True)"),
     (rules.swallowed_arguments, "losses/registry.py", "def get_loss(name, **kwargs): return 1"),
     (rules.outside_talk, "docs/x.md", "Install it with pip."),
 ]
