@@ -117,14 +117,17 @@ def read(*folders: str, suffixes: Iterable[str] = (".py",)) -> list[Source]:
 
 def imported_by(node: ast.AST) -> list[str]:
     """Return the modules that a statement imports, or a call of `import_module` that spells one."""
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    if isinstance(node, ast.ImportFrom) and node.module == "diptych":
-        return [f"diptych.{alias.name}" for alias in node.names]
-    if isinstance(node, ast.ImportFrom):
-        return [] if node.level else [str(node.module)]
-    if isinstance(node, ast.Call) and called(node) == "import_module":
-        return [str(arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant)]
+    match node:
+        case ast.Import(names=names):
+            return [alias.name for alias in names]
+        case ast.ImportFrom(module="diptych", names=names):
+            return [f"diptych.{alias.name}" for alias in names]
+        case ast.ImportFrom(module=str(module), level=0):
+            return [module]
+        case ast.Call(args=[ast.Constant(value=str(module)), *_]) if (
+            called(node) == "import_module"
+        ):
+            return [module]
     return []
 
 
@@ -230,15 +233,20 @@ def prints(source: Source) -> Iterator[str]:
 
 def empty_bodies(source: Source) -> Iterator[str]:
     """Functions that do nothing and are neither abstract nor part of a protocol."""
-    classes = [node for node in ast.walk(source.tree) if isinstance(node, ast.ClassDef)]
-    protocols = [c for c in classes if "Protocol" in {last_name(base) for base in c.bases}]
-    declared = {method for protocol in protocols for method in protocol.body}
+    declared = protocol_methods(source.tree)
     for function in source.functions:
         marks = {last_name(decorator) for decorator in function.decorator_list}
         if function in declared or marks & {"abstractmethod", "overload"}:
             continue
         if all(is_nothing(statement) for statement in function.body):
             yield source.at(function.lineno, f"{function.name} has an empty body")
+
+
+def protocol_methods(tree: ast.Module) -> set[ast.stmt]:
+    """Return what stands in the bodies of the classes that are protocols."""
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    protocols = [c for c in classes if any(last_name(base) == "Protocol" for base in c.bases)]
+    return {statement for protocol in protocols for statement in protocol.body}
 
 
 def is_nothing(statement: ast.stmt) -> bool:
