@@ -1,0 +1,1 @@
+"""Losses on pairs of features, one paper a file."""

@@ -1,0 +1,1 @@
+"""Losses between modalities, one paper a file."""

@@ -1,0 +1,1 @@
+"""Losses with labels, one paper a file."""

@@ -1,0 +1,183 @@
+"""The batch of all ranks: gathering features with gradient, and averages that are exact over ranks.
+
+The convention of every loss here: a rank returns a value that *averages* over ranks, each rank
+with equal weight, to the loss of the global batch; and the gather's backward is a sum over ranks.
+Averaging parameter gradients over ranks, as data-parallel training does, then gives the gradient
+of the global batch exactly, for encoders and for the loss's own parameters alike.
+
+Alone (no process group, or one rank) nothing here communicates.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Return the number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sum_over_ranks(local: Tensor) -> Tensor:
+    """Add a tensor of one shape over ranks, with gradient (whose backward sums over ranks too)."""
+    if world_size() == 1:
+        return local
+    summed: Tensor = _Sum.apply(local)  # type: ignore[no-untyped-call]
+    return summed
+
+
+class GlobalBatch(NamedTuple):
+    """Where this rank's samples stand in the batch of all ranks, rank after rank.
+
+    Attributes:
+        sizes: The number of samples on each rank.
+        rank: This rank.
+    """
+
+    sizes: tuple[int, ...]
+    rank: int
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self.sizes)
+
+    @property
+    def size(self) -> int:
+        """Number of samples on this rank, b."""
+        return self.sizes[self.rank]
+
+    @property
+    def total(self) -> int:
+        """Number of samples on all ranks, B."""
+        return sum(self.sizes)
+
+    @property
+    def offset(self) -> int:
+        """Index of this rank's first sample in the global batch."""
+        return sum(self.sizes[: self.rank])
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Return the global indices of this rank's samples, int64 [b]."""
+        return torch.arange(self.offset, self.offset + self.size, device=device)
+
+    def gather(self, local: Tensor) -> Tensor:
+        """Gather [b, ...] from every rank into [B, ...]; the backward sums over ranks.
+
+        Integers, and whatever needs no gradient, are gathered as they are.
+        """
+        if self.world_size == 1:
+            return local
+        gathered: Tensor = _Gather.apply(local, self)  # type: ignore[no-untyped-call]
+        return gathered
+
+    def mean(self, values: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Return this rank's share of the mean over all samples of all ranks.
+
+        Args:
+            values: One value for each sample of this rank, [b], or their sum.
+            valid: Bool [b], the samples that count. The others must hold 0.
+
+        Returns:
+            A scalar which, averaged over ranks, is the mean over the global batch; 0, with its
+            graph, if no sample counts.
+        """
+        if valid is None:
+            return values.sum() * (self.world_size / self.total)
+        return values.sum() * self.world_size / sum_over_ranks(valid.sum()).clamp_min(1)
+
+
+def global_batch(size: int, **agreed: int) -> GlobalBatch:
+    """Learn the sizes of every rank's batch, through host memory: no device is synchronised.
+
+    Args:
+        size: The number of samples on this rank; 0 is fine as long as some rank has one.
+        **agreed: Numbers in which all ranks must agree, such as the feature dimension, by name.
+            Disagreement would otherwise show as a hang.
+
+    Raises:
+        ValueError: If no rank has a sample, or if ranks disagree (raised on every rank).
+    """
+    if world_size() == 1:
+        batch = GlobalBatch((size,), 0)
+    else:
+        rows = _exchange([size, *agreed.values()])
+        for position, name in enumerate(agreed, start=1):
+            received = [row[position] for row in rows]
+            if len(set(received)) > 1:
+                raise ValueError(f"{name} must be equal on all ranks, got {received} by rank")
+        batch = GlobalBatch(tuple(row[0] for row in rows), dist.get_rank())
+    if batch.total == 0:
+        raise ValueError("a loss needs at least one sample, got an empty batch")
+    return batch
+
+
+_host_groups: dict[str, Any] = {}
+
+
+def _host_group() -> Any:
+    """Return a group that can exchange host tensors: the default one, or a gloo group beside it."""
+    world = dist.group.WORLD
+    if "cpu:gloo" in dist.get_backend_config(world):
+        return world
+    if _host_groups.get("world") is not world:
+        # All ranks come here at the same call of the same loss, as new_group demands.
+        _host_groups.update(world=world, group=dist.new_group(backend="gloo"))
+    return _host_groups["group"]
+
+
+def _exchange(numbers: list[int]) -> list[list[int]]:
+    """Return every rank's numbers, in the order of ranks."""
+    local = torch.tensor(numbers, dtype=torch.int64)
+    gathered = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(gathered, local, group=_host_group())
+    return [row.tolist() for row in gathered]
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather of uneven pieces; backward: sum over ranks, own piece kept."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, batch: GlobalBatch) -> Tensor:
+        ctx.batch = batch
+        largest = max(batch.sizes)
+        padded = local.contiguous()
+        if local.shape[0] < largest:
+            padded = local.new_zeros(largest, *local.shape[1:])
+            padded[: local.shape[0]] = local
+        pieces = [torch.empty_like(padded) for _ in batch.sizes]
+        dist.all_gather(pieces, padded)
+        return torch.cat([piece[:size] for piece, size in zip(pieces, batch.sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        batch: GlobalBatch = ctx.batch
+        gradient = gradients[0].contiguous()
+        if dist.get_backend() == "nccl" and len(set(batch.sizes)) == 1:
+            own = gradient.new_empty(batch.size, *gradient.shape[1:])
+            dist.reduce_scatter_tensor(own, gradient)
+            return own, None
+        # gloo lacks reduce-scatter, and uneven pieces have none: sum everything, keep the own.
+        summed = gradient.clone()
+        dist.all_reduce(summed)
+        return summed[batch.offset : batch.offset + batch.size].contiguous(), None
+
+
+class _Sum(torch.autograd.Function):
+    """All-reduce by sum in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:  # noqa: ARG004 - autograd's signature
+        summed = local.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed)
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004 - autograd's signature
+        summed = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed)
+        return summed

@@ -1,0 +1,196 @@
+"""Objectives: pure functions from logits, or from features, to losses.
+
+The first part works on matrices of logits: `info_nce`, `sigmoid`, `hinge`, `off_diagonal`. The
+second, `contrast`, `symmetric_contrast` and `sigmoid_contrast`, starts from features, because only
+there can a loss choose not to hold the matrix: they take `tile`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diptych.losses.base.positives import Positives
+from diptych.losses.base.validation import check_choice
+
+Tile = int | str | None
+"""How a loss holds its matrix: ``"auto"``, None (whole), or the number of rows of a tile."""
+
+KINDS = ("outside", "inside", "mask")
+"""What several positives of one anchor mean; see `contrast`."""
+
+
+def info_nce(
+    logits: Tensor,
+    positives: Tensor,
+    kept: Tensor | None = None,
+    *,
+    log_weights: Tensor | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Return each row's logsumexp over the denominator less mean or logsumexp over the positives.
+
+    Args:
+        logits: [n, m].
+        positives: Bool [n, m], the numerator.
+        kept: Bool [n, m], the denominator; None: every column. Positives need not be in it.
+        log_weights: [n, m], the logs of weights on the terms of the denominator.
+        reduction: ``"mean"``: the mean of log-probabilities (the sum stands outside the log);
+            ``"logsumexp"``: the log of the summed probability (inside).
+        label_smoothing: The share of the target that is spread evenly over the kept columns.
+
+    Returns:
+        [n]; exactly 0, with zero gradient, for a row without a positive or without a kept column.
+    """
+    # An empty row is computed on all its columns and dropped at the end: masking it to -inf
+    # first would leave a NaN in the gradient that no later `where` removes.
+    empty = ~positives.any(1, keepdim=True)
+    if kept is not None:
+        empty = empty | ~kept.any(1, keepdim=True)
+    denominator = logits if log_weights is None else logits + log_weights
+    if kept is not None:
+        denominator = denominator.masked_fill(~(kept | empty), -math.inf)
+    if reduction == "mean":
+        numerator = masked_mean(logits, positives)
+    else:
+        numerator = logits.masked_fill(~(positives | empty), -math.inf).logsumexp(1)
+    if label_smoothing:
+        spread = logits.mean(1) if kept is None else masked_mean(logits, kept)
+        numerator = (1 - label_smoothing) * numerator + label_smoothing * spread
+    return (denominator.logsumexp(1) - numerator).masked_fill(empty[:, 0], 0.0)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of each row's entries under a mask, [n]; 0 for a row without any."""
+    return values.masked_fill(~mask, 0.0).sum(1) / mask.sum(1).clamp_min(1)
+
+
+def sigmoid(logits: Tensor, positives: Tensor) -> Tensor:
+    """Return -sum_j log sigmoid(z_ij * logit_ij), [n], z = +1 for a positive, else -1."""
+    return F.softplus(torch.where(positives, -logits, logits)).sum(1)
+
+
+def hinge(positive: Tensor, similarity: Tensor, negatives: Tensor, margin: float) -> Tensor:
+    """Return relu(margin + similarity - positive), [n, m]; 0 where `negatives` is False.
+
+    Args:
+        positive: [n], each anchor's similarity to its own pair.
+        similarity: [n, m].
+        negatives: Bool [n, m].
+        margin: By how much a negative must stay below the positive.
+    """
+    return F.relu(margin + similarity - positive[:, None]).masked_fill(~negatives, 0.0)
+
+
+def off_diagonal(matrix: Tensor) -> Tensor:
+    """Return the entries off the diagonal of a square matrix, [n * (n - 1)], row by row."""
+    n = matrix.shape[0]
+    return matrix.flatten()[:-1].view(n - 1, n + 1)[:, 1:].flatten()
+
+
+def check_tile(tile: Tile) -> None:
+    """Raise ValueError unless `tile` is "auto", None or an int >= 1."""
+    if tile is None or tile == "auto":
+        return
+    if isinstance(tile, bool) or not isinstance(tile, int) or tile < 1:
+        raise ValueError(f"tile must be 'auto', None or a number of rows >= 1, got {tile!r}")
+
+
+def contrast(
+    anchors: Tensor,
+    candidates: Tensor,
+    scale: Tensor,
+    positives: Positives,
+    *,
+    kind: str = "outside",
+    decoupled: bool = False,
+    label_smoothing: float = 0.0,
+    symmetric: bool = False,
+    tile: Tile = "auto",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return the InfoNCE losses of all anchors against all candidates, summed, a scalar.
+
+    With l = scale * anchors @ candidates.T, K the candidates but the anchor itself, P the
+    positives: ``outside`` is lse_K(l) - mean_P(l), ``inside`` is lse_K(l) - lse_P(l); ``mask`` is
+    lse_{K - P + own}(l) - l_own, own being the partner: the rest of the group is dropped.
+
+    An anchor without a positive, or without a denominator, adds exactly 0 and has no gradient.
+
+    Args:
+        anchors: [n, D], normalised, float32 or float64.
+        candidates: [m, D], likewise.
+        scale: 0-dim, 1 / temperature.
+        positives: Which candidates match.
+        kind: What several positives mean: ``"outside"``, ``"inside"`` or ``"mask"``.
+        decoupled: Whether positives are left out of the denominator (arXiv:2110.06848).
+        label_smoothing: The share of the target spread evenly over the denominator's columns.
+        symmetric: Whether the candidates are anchors too (n = m, partners and groups alike in both
+            directions); their losses are added, the product is shared.
+        tile: Rows of a tile; None: the whole matrix; ``"auto"``: whichever the memory asks for.
+        dtype: What the features came in; half precision may go to an accelerator's matrix units.
+    """
+    logits = scale * (anchors @ candidates.T)
+    if positives.partner is not None and not (decoupled or label_smoothing or positives.grouped):
+        losses = _single(logits, positives)
+        if symmetric:
+            losses = losses + logits.logsumexp(0) - logits.diagonal()
+        return losses.sum()
+    matches, kept = masks(positives, kind, decoupled=decoupled)
+    directions = (logits, logits.T) if symmetric else (logits,)
+    reduction = "logsumexp" if kind == "inside" else "mean"
+    summed = [
+        info_nce(matrix, matches, kept, reduction=reduction, label_smoothing=label_smoothing)
+        for matrix in directions
+    ]
+    return torch.cat(summed).sum()
+
+
+def sigmoid_contrast(
+    anchors: Tensor,
+    candidates: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    positives: Positives,
+    *,
+    tile: Tile = "auto",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return the pairwise sigmoid losses of all anchors and candidates, summed, a scalar.
+
+    Args:
+        anchors: [n, D], normalised.
+        candidates: [m, D], normalised.
+        scale: 0-dim, 1 / temperature.
+        bias: 0-dim, added to the scaled similarities.
+        positives: Which candidates match.
+        tile: As for `contrast`.
+        dtype: As for `contrast`.
+    """
+    return sigmoid(scale * (anchors @ candidates.T) + bias, positives.matches()).sum()
+
+
+def masks(positives: Positives, kind: str, *, decoupled: bool) -> tuple[Tensor, Tensor | None]:
+    """Return (numerator, denominator) masks for a kind of positives; None: every column."""
+    check_choice("positives", kind, KINDS)
+    matches = positives.matches()
+    if kind == "mask":
+        own = positives.own()
+        kept = positives.others() & ~matches
+        return own, kept if decoupled else kept | own
+    if decoupled:
+        return matches, positives.others() & ~matches
+    return matches, positives.others() if positives.itself is not None else None
+
+
+def _single(logits: Tensor, positives: Positives) -> Tensor:
+    """Return lse - own for anchors with one positive each: no mask but the anchor's own."""
+    assert positives.partner is not None
+    own = logits.gather(1, positives.partner[:, None])[:, 0]
+    if positives.itself is not None:
+        logits = logits.scatter(1, positives.itself[:, None], -math.inf)
+    return logits.logsumexp(1) - own

@@ -1,0 +1,119 @@
+"""Temperature: fixed, scheduled, or learned in log space within bounds."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from diptych.losses.base.validation import check_positive
+
+
+class Temperature(nn.Module):
+    """A temperature tau, of which a loss uses the scale s = 1 / tau.
+
+    Learned, the parameter `logit_scale` holds ln(s) (CLIP, arXiv:2103.00020): steps are relative
+    and s stays positive. It wants no weight decay, which would pull tau towards 1, and `constrain`
+    after each optimizer step, which keeps s within its bounds. Fixed, it is a plain number,
+    no parameter and no part of the state dict. Either way `value` may be set at any time.
+
+    Args:
+        value: tau, > 0.
+        learn: Whether tau is learned.
+        min_scale: Lower bound of a learned s; None: unbounded.
+        max_scale: Upper bound of a learned s; None: unbounded.
+
+    Raises:
+        ValueError: If `value` is not > 0, the bounds are not ordered, or a learned `value` lies
+            outside its bounds.
+    """
+
+    def __init__(
+        self,
+        value: float,
+        *,
+        learn: bool = False,
+        min_scale: float | None = None,
+        max_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive("temperature", value)
+        self.min_scale = min_scale
+        self.max_scale = max_scale
+        self._check_bounds(value, learn=learn)
+        self._initial = float(value)
+        self._fixed = float(value)
+        self.logit_scale: nn.Parameter | None = None
+        self._initial_log = 0.0
+        if learn:
+            log_scale = -math.log(value)
+            self.logit_scale = nn.Parameter(torch.tensor(log_scale, dtype=torch.float32))
+            # ln(s) as float32 holds it. The scale is taken relative to it, so that a float64 loss
+            # starts from exactly the temperature that was asked for, not from one rounded to 1e-8.
+            self._initial_log = float(torch.tensor(log_scale, dtype=torch.float32, device="cpu"))
+
+    def _check_bounds(self, value: float, *, learn: bool) -> None:
+        low = 0.0 if self.min_scale is None else self.min_scale
+        high = math.inf if self.max_scale is None else self.max_scale
+        if not 0 <= low < high:
+            raise ValueError(
+                f"the scale's bounds must satisfy 0 < min_scale < max_scale, got {low} and {high}"
+            )
+        slack = 1e-9  # 1 / 0.01 is not exactly 100
+        if learn and not low * (1 - slack) <= 1 / value <= high * (1 + slack):
+            raise ValueError(
+                "a learned temperature must lie in"
+                f" [{1 / high:g}, {1 / low if low else math.inf:g}], got {value};"
+                " widen the bounds of the scale, or fix the temperature"
+            )
+
+    @property
+    def learned(self) -> bool:
+        """Whether tau is a parameter."""
+        return self.logit_scale is not None
+
+    @property
+    def value(self) -> float:
+        """Tau as a number. Reading a learned one waits for its device; setting one does not."""
+        if self.logit_scale is None:
+            return self._fixed
+        return self._initial * math.exp(self._initial_log - float(self.logit_scale.detach()))
+
+    @value.setter
+    def value(self, value: float) -> None:
+        """Set tau, > 0."""
+        check_positive("temperature", value)
+        if self.logit_scale is None:
+            self._fixed = float(value)
+        else:
+            with torch.no_grad():
+                self.logit_scale.fill_(-math.log(value))
+
+    def scale(self, like: Tensor) -> Tensor:
+        """Return s = 1 / tau, a 0-dim tensor of the dtype and on the device of `like`."""
+        if self.logit_scale is None:
+            return torch.full((), 1 / self._fixed, dtype=like.dtype, device=like.device)
+        change = self.logit_scale.to(like.dtype) - self._initial_log
+        return change.exp() / self._initial
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Put a learned scale back within its bounds, in place, after an optimizer step."""
+        if self.logit_scale is not None and (self.min_scale or self.max_scale):
+            self.logit_scale.clamp_(
+                min=math.log(self.min_scale) if self.min_scale else None,
+                max=math.log(self.max_scale) if self.max_scale else None,
+            )
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Return `temperature` and `logit_scale` (ln s), detached, for logs."""
+        like = torch.empty(0) if self.logit_scale is None else self.logit_scale
+        scale = self.scale(like).detach()
+        return {"temperature": 1 / scale, "logit_scale": scale.log()}
+
+    def extra_repr(self) -> str:
+        """Return what print(loss) shows; no device is read for it."""
+        if not self.learned:
+            return f"{self._fixed:g}"
+        return f"learned from {self._initial:g}, scale in [{self.min_scale}, {self.max_scale}]"

@@ -1,0 +1,91 @@
+"""SigLIPLoss: every pair of the batch judged on its own by a sigmoid."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diptych.losses.base.contrastive import BaseContrastiveLoss, Pairs
+from diptych.losses.base.objectives import Tile, check_tile, sigmoid_contrast
+from diptych.losses.base.temperature import Temperature
+from diptych.losses.contrastive.clip import pair_positives
+from diptych.losses.registry import register_loss
+
+
+@register_loss("siglip")
+class SigLIPLoss(BaseContrastiveLoss):
+    """Pairwise sigmoid loss: is this text this image's, for all B x B combinations (SigLIP).
+
+    -(1/B) sum_ij log sigmoid(z_ij (s i.t + b)), z = +1 for matching pairs and -1 for the others,
+    s = 1 / temperature: divided by B, not by B^2. It is > 0. With `groups`, pairs of one group
+    match one another, each a positive of its own.
+
+    Across ranks: the second sides are gathered, with gradient; a rank judges its b rows against
+    all B columns, in b x B memory, and divides by the global B. Exact for uneven local batches.
+
+    Source: Zhai et al. 2023, arXiv:2303.15343.
+
+    Args:
+        temperature: tau, > 0; the paper starts at 0.1.
+        bias: b; -10, as in the paper, starts from the prior that pairs do not match.
+        learn_temperature: Whether ln(1 / tau) and the bias are parameters. Give them no
+            weight decay.
+        max_logit_scale: Upper bound of a learned 1 / tau, held by `constrain`; None, as in the
+            paper: unbounded.
+        normalize: Whether features are normalised here.
+        tile: Rows of a tile, in memory linear in the batch; None: the whole matrix; ``"auto"``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    symmetric: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.1,
+        bias: float = -10.0,
+        learn_temperature: bool = True,
+        max_logit_scale: float | None = None,
+        normalize: bool = True,
+        tile: Tile = "auto",
+    ) -> None:
+        super().__init__(
+            temperature=Temperature(
+                temperature, learn=learn_temperature, max_scale=max_logit_scale
+            ),
+            normalize=normalize,
+        )
+        check_tile(tile)
+        self.tile = tile
+        value = torch.tensor(float(bias))
+        if not torch.isfinite(value):
+            raise ValueError(f"bias must be finite, got {bias}")
+        self.bias: Tensor
+        if learn_temperature:
+            self.bias = nn.Parameter(value)
+        else:
+            self.register_buffer("bias", value, persistent=False)
+
+    def objective(self, pairs: Pairs) -> dict[str, Tensor]:
+        """Return {"contrastive": the loss}."""
+        batch = pairs.batch
+        groups = None if pairs.groups is None else batch.gather(pairs.groups)
+        losses = sigmoid_contrast(
+            pairs.first,
+            batch.gather(pairs.second),
+            self.temperature.scale(pairs.first),
+            self.bias.to(pairs.first.dtype),
+            pair_positives(pairs, groups),
+            tile=self.tile,
+            dtype=pairs.dtype,
+        )
+        return {"contrastive": batch.mean(losses)}
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Return the temperature, its log scale and the bias, where they are learned."""
+        scalars = super().scalars()
+        return {**scalars, "bias": self.bias.detach()} if scalars else scalars

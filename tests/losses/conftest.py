@@ -1,0 +1,15 @@
+"""Ranks to run losses on, started once for all tests of the room."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.losses.ranks import Ranks
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Three processes that act as ranks of a gloo group."""
+    started = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield started
+    started.close()
