@@ -124,10 +124,8 @@ def imported_by(node: ast.AST) -> list[str]:
             return [f"diptych.{alias.name}" for alias in names]
         case ast.ImportFrom(module=str(module), level=0):
             return [module]
-        case ast.Call(args=[ast.Constant(value=str(module)), *_]) if (
-            called(node) == "import_module"
-        ):
-            return [module]
+        case ast.Call(args=[ast.Constant(value=str(name)), *_]) if called(node) == "import_module":
+            return [name]
     return []
 
 
