@@ -6,6 +6,7 @@ from diptych.engine.errors import BatchError, CheckpointError, ResumeError
 from diptych.engine.evaluator import Evaluator
 from diptych.engine.events import EvaluationEvents, MetricsEvents, RunEvents, StepEvents
 from diptych.engine.metrics_collector import MetricsCollector
+from diptych.engine.seeded_loader import SeededLoader
 from diptych.engine.settings import TrainerSettings
 from diptych.engine.step import StepOutput, TrainStep
 from diptych.engine.trainer import Trainer
@@ -19,6 +20,7 @@ __all__ = [
     "MetricsEvents",
     "ResumeError",
     "RunEvents",
+    "SeededLoader",
     "StepEvents",
     "StepOutput",
     "TrainStep",

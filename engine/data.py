@@ -167,6 +167,12 @@ class _Groups:
     def set_epoch(self, epoch: int) -> None:
         tell_epoch(self._loader, epoch)
 
+    def __getattr__(self, name: str) -> Any:
+        # Between two groups the loader's own position is the group's, where it has one.
+        if name in {"state_dict", "load_state_dict"}:
+            return getattr(self._loader, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
 
 def in_groups(loader: Iterable[Any], count: int) -> _Groups:
     """Group `count` batches of a loader into one, so that one update sees them all.

@@ -1,0 +1,179 @@
+"""The whole state of a run: what a checkpoint holds, and how a trainer takes it back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import ignite
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from diptych.engine.distributed import rank, world_size
+from diptych.engine.errors import CheckpointError
+from diptych.engine.random_state import random_state, set_random_state
+
+if TYPE_CHECKING:
+    from diptych.engine.trainer import Trainer
+
+FORMAT = 1
+"""Raised when a checkpoint's layout changes so that an older version cannot read it."""
+
+
+def run_state(trainer: Trainer) -> dict[str, Any]:
+    """Return everything that the rest of the run depends on: tensors, numbers, strings, lists.
+
+    Call it where nothing is pending (`RunEvents.SAFE_POINT`). Tensors are the live ones, not
+    copies. Over several ranks it is collective, and every rank gets the random state of all.
+    """
+    return {
+        "format": FORMAT,
+        "model": clean_state_dict(trainer.model),
+        "loss": clean_state_dict(trainer.loss),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": None if trainer.scaler is None else trainer.scaler.state_dict(),
+        "trainer": dict(trainer.state_dict()),
+        "metrics": trainer.metrics.state_dict(),
+        "last_metrics": {k: float(v) for k, v in trainer.state.metrics.items() if _is_number(v)},
+        "handlers": {name: h.state_dict() for name, h in stateful_handlers(trainer).items()},
+        "random": _of_all_ranks(random_state()),
+        "data": trainer.batches.position(),
+        "fingerprint": fingerprint(trainer),
+    }
+
+
+def load_run_state(trainer: Trainer, state: Mapping[str, Any]) -> None:
+    """Put a trainer, and everything attached to it, into a state that `run_state` returned.
+
+    The trainer's loader, where the run stopped inside an epoch, is the one in
+    `trainer.state.dataloader`.
+
+    Raises:
+        CheckpointError: if the state belongs to another model, loss, optimizer or set of handlers;
+            nothing has been changed then.
+        ResumeError: if the loader cannot go to the position.
+    """
+    handlers = stateful_handlers(trainer)
+    _check(trainer, state, handlers)
+    load_clean_state_dict(trainer.model, state["model"])
+    load_clean_state_dict(trainer.loss, state["loss"])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    if trainer.scaler is not None and state["scaler"] is not None:
+        trainer.scaler.load_state_dict(state["scaler"])
+    for name, handler in handlers.items():
+        handler.load_state_dict(state["handlers"][name])
+    trainer.load_state_dict(state["trainer"])
+    trainer.metrics.load_state_dict(state["metrics"])
+    trainer.state.metrics.update(state["last_metrics"])
+    if trainer.epoch_iteration:
+        trainer.set_data(trainer.state.dataloader)
+        trainer.batches.restore(state["data"])
+    states = state["random"]
+    set_random_state(states[min(rank(), len(states) - 1)])
+
+
+def stateful_handlers(trainer: Trainer) -> dict[str, Any]:
+    """Return by name every handler that has a state, attached or added to an event, in their order.
+
+    The name is the class's, with a number from the second of a class on.
+    """
+    candidates: list[Any] = list(trainer.handlers)
+    for entries in trainer._event_handlers.values():  # noqa: SLF001 - Ignite lists handlers nowhere else
+        for function, _, _ in entries:
+            parent = getattr(function, "_parent", None)
+            added = function if parent is None else parent()
+            candidates.append(getattr(added, "__self__", added))
+    named: dict[str, Any] = {}
+    seen = {
+        id(own)
+        for own in (trainer, trainer.model, trainer.loss, trainer.optimizer, trainer.metrics)
+    }
+    for candidate in candidates:
+        if id(candidate) in seen or isinstance(candidate, type):
+            continue
+        seen.add(id(candidate))
+        if hasattr(candidate, "state_dict") and hasattr(candidate, "load_state_dict"):
+            kind = type(candidate).__name__
+            count = 1 + sum(type(h).__name__ == kind for h in named.values())
+            named[kind if count == 1 else f"{kind}_{count}"] = candidate
+    return named
+
+
+def clean_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's state with the keys of the bare module, whatever wraps it or its parts."""
+    return {key.replace("_orig_mod.", ""): v for key, v in unwrapped(module).state_dict().items()}
+
+
+def load_clean_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a state with the keys of the bare module into a module that may be wrapped."""
+    bare = unwrapped(module)
+    bare.load_state_dict({key: state[key.replace("_orig_mod.", "")] for key in bare.state_dict()})
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module inside data-parallel and compiled wrappers."""
+    while True:
+        if isinstance(module, (DistributedDataParallel, DataParallel)):
+            module = module.module
+        elif "_orig_mod" in dict(module.named_children()):
+            module = module.get_submodule("_orig_mod")
+        else:
+            return module
+
+
+def fingerprint(trainer: Trainer) -> dict[str, Any]:
+    """Return the settings and versions that a run was made with, as strings and numbers."""
+    settings = {
+        k: v if isinstance(v, (int, float, bool, str)) or v is None else str(v)
+        for k, v in attrs.asdict(trainer.settings).items()
+    }
+    versions = {"torch": str(torch.__version__), "ignite": str(ignite.__version__)}
+    return {"settings": settings, "versions": versions, "ranks": world_size()}
+
+
+def _check(trainer: Trainer, state: Mapping[str, Any], handlers: Mapping[str, Any]) -> None:
+    if state.get("format", 0) > FORMAT:
+        raise CheckpointError(
+            f"the checkpoint has format {state['format']}, and this version reads up to {FORMAT}: "
+            "update diptych"
+        )
+    for part, module in (("model", trainer.model), ("loss", trainer.loss)):
+        _check_keys(part, state[part], clean_state_dict(module))
+    missing = sorted(set(handlers) - set(state["handlers"]))
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint has no state of {', '.join(missing)}, but of "
+            f"{', '.join(state['handlers']) or 'no handler'}: attach the handlers of the saved run"
+        )
+
+
+def _check_keys(part: str, saved: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> None:
+    lacking = sorted(set(here) - set(saved))
+    extra = sorted(set(saved) - set(here))
+    shapes = [
+        f"{key} {tuple(saved[key].shape)} instead of {tuple(here[key].shape)}"
+        for key in here
+        if key in saved and isinstance(here[key], Tensor) and saved[key].shape != here[key].shape
+    ]
+    told = [
+        f"{what} {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}"
+        for what, keys in (("lacks", lacking), ("has besides", extra), ("has", shapes))
+        if keys
+    ]
+    if told:
+        raise CheckpointError(f"the checkpoint is of another {part}: it {'; it '.join(told)}")
+
+
+def _of_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
+    if world_size() == 1:
+        return [state]
+    states: list[dict[str, Any]] = [{}] * world_size()
+    dist.all_gather_object(states, state)
+    return states
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)

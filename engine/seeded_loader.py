@@ -1,0 +1,184 @@
+"""A loader whose order and augmentations are functions of a seed, its position a number."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from diptych.engine.distributed import rank, world_size
+from diptych.engine.errors import ResumeError
+from diptych.engine.random_state import preserved_random_state
+
+Draw = tuple[int, int]
+"""An epoch and the index of a sample: together with the seed, all that its augmentation depends
+on."""
+
+
+class SeededLoader:
+    """Gives batches of a map-style data set; resuming inside an epoch reads no skipped sample.
+
+    The order is a function of (seed, epoch), and whatever the data set draws for a sample, from
+    torch's, NumPy's or Python's global generator, is a function of (seed, epoch, index): the
+    number of workers, of ranks, and an interruption change neither. The generators of the calling
+    process stay as they are.
+
+    Args:
+        dataset: has `__len__` and `__getitem__`.
+        batch_size: samples of an update, over all ranks together; each rank gets its share of it.
+        seed: of order and augmentations.
+        shuffle: whether each epoch has an order of its own.
+        drop_last: whether a last, smaller batch is left out.
+        num_workers: processes that read ahead; 0 reads in this one.
+        collate: makes a batch of a list of samples; torch's default otherwise.
+
+    Raises:
+        ValueError: if the data set has fewer samples than ranks, or a batch fewer than one for
+            each.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        num_workers: int = 0,
+        collate: Callable[[list[Any]], Any] | None = None,
+    ) -> None:
+        if batch_size < world_size():
+            raise ValueError(
+                f"batch_size must be >= {world_size()}, one sample for each rank, got {batch_size}"
+            )
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self._shuffle, self._drop_last = shuffle, drop_last
+        self._epoch = self._batch = self._start = 0
+        self._loader = DataLoader(
+            _SeededSamples(dataset, seed),
+            batch_sampler=_Batches(self),
+            num_workers=num_workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=num_workers > 0,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        if len(self) == 0:
+            raise ValueError(
+                f"the data set must fill one batch of {batch_size}, got {self._samples} samples"
+            )
+        if 0 < self._samples % batch_size < world_size() and not drop_last:
+            raise ValueError(
+                f"the last batch must have a sample for each of {world_size()} ranks, got "
+                f"{self._samples % batch_size}: take another batch_size, or drop_last=True"
+            )
+
+    @property
+    def _samples(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        whole = self._samples / self.batch_size
+        return math.floor(whole) if self._drop_last else math.ceil(whole)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin epoch `epoch`, counted from 0, at the next iteration."""
+        self._epoch, self._batch, self._start = epoch, 0, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self._batch, self._start = self._start, 0
+        for batch in self._loader:
+            self._batch += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position: the epoch, its batches so far, and what the order depends on."""
+        return {
+            "epoch": self._epoch,
+            "batch": self._batch,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "samples": self._samples,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Go to a position; the next iteration begins with the batch after it.
+
+        Raises:
+            ResumeError: if the seed, the batch size or the number of samples differs.
+        """
+        mine = self.state_dict()
+        for key in ("seed", "batch_size", "samples"):
+            if state_dict[key] != mine[key]:
+                raise ResumeError(
+                    f"the data's {key} must be {state_dict[key]}, as when the run was saved, "
+                    f"got {mine[key]}"
+                )
+        self._epoch = state_dict["epoch"]
+        self._batch = self._start = state_dict["batch"]
+
+    def batches(self) -> Iterator[list[Draw]]:
+        """Give this rank's share of each batch of the epoch, from the position on."""
+        order = self._order()
+        for number in range(self._batch, len(self)):
+            whole = order[number * self.batch_size : (number + 1) * self.batch_size]
+            bounds = [len(whole) * r // world_size() for r in (rank(), rank() + 1)]
+            yield [(self._epoch, index) for index in whole[bounds[0] : bounds[1]]]
+
+    def _order(self) -> list[int]:
+        if not self._shuffle:
+            return list(range(self._samples))
+        generator = torch.Generator().manual_seed(_mixed(self.seed, self._epoch))
+        return torch.randperm(self._samples, generator=generator).tolist()
+
+
+class _Batches:
+    """The batch sampler of a `SeededLoader`'s own DataLoader."""
+
+    def __init__(self, loader: SeededLoader) -> None:
+        self._owner = loader
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        return self._owner.batches()
+
+    def __len__(self) -> int:
+        return len(self._owner)
+
+
+class _SeededSamples(Dataset[Any]):
+    """Reads each sample with generators seeded for it alone."""
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        self._dataset, self._seed = dataset, seed
+
+    def __getitems__(self, draws: Sequence[Draw]) -> list[Any]:
+        if get_worker_info() is not None:  # a worker's generators are its own
+            return [self[draw] for draw in draws]
+        with preserved_random_state():
+            return [self[draw] for draw in draws]
+
+    def __getitem__(self, draw: Draw) -> Any:
+        epoch, index = draw
+        seed = _mixed(self._seed, epoch, index)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        # torch.manual_seed would seed the accelerators as well.
+        torch.default_generator.manual_seed(seed)
+        return self._dataset[index]
+
+
+def _mixed(*numbers: int) -> int:
+    """Mix whole numbers into one seed, so that neighbours have unrelated streams (splitmix64)."""
+    state = 0
+    for number in numbers:
+        state = (state ^ number) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state & 0x7FFFFFFFFFFFFFFF

@@ -1,0 +1,275 @@
+"""Saves a run, and resumes it, so that an interruption changes nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+from ignite.engine import Events
+
+from diptych.engine.distributed import rank
+from diptych.engine.errors import CheckpointError, ResumeError
+from diptych.engine.events import RunEvents
+from diptych.engine.run_state import load_run_state, run_state
+from diptych.handlers.checkpoint_store import SUFFIX, CheckpointStore, Entry
+
+if TYPE_CHECKING:
+    from diptych.engine import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def _check_every(_: Any, __: attrs.Attribute[Any], value: object) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if value != "epoch" and not whole:
+        raise ValueError(f"every must be 'epoch' or a number of iterations >= 1, got {value!r}")
+
+
+@attrs.define(eq=False)
+class CheckpointManager:
+    """Saves the whole run on a cadence, keeps the latest and the best, and resumes.
+
+    A checkpoint holds all that the rest of the run depends on: model, loss, optimizer, scaler,
+    position, metrics so far, every attached handler that has a state, and the random generators.
+    It loads with `weights_only=True`.
+
+    Event: `RunEvents.SAFE_POINT` (saves), `RunEvents.RESTORE` (resumes).
+    Cost: nothing between two saves; a save writes the state to the disk and reads it once, while
+        the run waits.
+
+    Args:
+        directory: of this run's checkpoints.
+        every: "epoch", or iterations between two saves. Inside an epoch a run can be resumed with a
+            loader that has `state_dict()` and `load_state_dict()` (`SeededLoader`, torchdata's);
+            with any other, saves wait for the end of the epoch.
+        best: the metric by which checkpoints are ranked; each new value of it is saved with the
+            run.
+        mode: whether a larger ("max") or a smaller ("min") value is better.
+        keep: checkpoints to keep: with `best`, the best ones and the latest besides; without, the
+            latest.
+        resume: "auto" continues from the latest checkpoint in the directory, where there is one; a
+            path continues from that file; None starts anew in an empty directory.
+
+    Raises:
+        ValueError: if an argument is out of range.
+        CheckpointError: while running: see `save_checkpoint` and `load_checkpoint`.
+    """
+
+    directory: Path = attrs.field(converter=Path)
+    every: int | Literal["epoch"] = attrs.field(
+        default="epoch", validator=_check_every, kw_only=True
+    )
+    best: str | None = attrs.field(default=None, kw_only=True)
+    mode: Literal["max", "min"] = attrs.field(
+        default="max", validator=attrs.validators.in_(("max", "min")), kw_only=True
+    )
+    keep: int = attrs.field(default=3, validator=attrs.validators.ge(1), kw_only=True)
+    resume: Path | Literal["auto"] | None = attrs.field(default="auto", kw_only=True)
+    _trainer: Trainer | None = attrs.field(default=None, init=False, repr=False)
+    _store: CheckpointStore = attrs.field(init=False, repr=False)
+    _scored: int = attrs.field(default=0, init=False, repr=False)
+    _due: bool = attrs.field(default=False, init=False, repr=False)
+    _restored: bool = attrs.field(default=False, init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._store = CheckpointStore(self.directory)
+
+    def attach(self, trainer: Trainer) -> None:
+        """Save on the trainer's safe points, and resume before its run is decided."""
+        self._trainer = trainer
+        trainer.add_event_handler(RunEvents.RESTORE, self._restore)
+        trainer.add_event_handler(Events.STARTED, self._say_what_can_be_resumed)
+        if self.every == "epoch":
+            trainer.add_event_handler(Events.EPOCH_COMPLETED, self._fall_due)
+        else:
+            trainer.every(self.every, self._fall_due)
+        trainer.add_event_handler(RunEvents.SAFE_POINT, self._save_if_due)
+
+    def save_checkpoint(self, epoch: int, metrics: Mapping[str, float]) -> Path:
+        """Save the run now, by hand.
+
+        Args:
+            epoch: goes into the file's name.
+            metrics: kept with the checkpoint; `load_checkpoint` returns them.
+
+        Returns:
+            The file.
+
+        Raises:
+            CheckpointError: if nothing is attached yet, or the file cannot be written; the
+                checkpoints before it stand.
+        """
+        trainer = self._attached()
+        state = {**run_state(trainer), "saved": {"epoch": epoch, "metrics": dict(metrics)}}
+        name = f"checkpoint_epoch_{epoch}{SUFFIX}"
+        if trainer.epoch_iteration:
+            name = f"checkpoint_epoch_{epoch}_iteration_{trainer.state.iteration}{SUFFIX}"
+        if rank() == 0:
+            iteration = trainer.state.iteration
+            score = metrics.get(self.best) if self.best else None
+            self._store.write(
+                name,
+                state,
+                epoch=epoch,
+                iteration=iteration,
+                metrics=metrics,
+                score=score,
+                resumable=not _place_is_lost(trainer),
+            )
+        return self.directory / name
+
+    def load_checkpoint(self, path: Path | str) -> tuple[int, dict[str, float]]:
+        """Put the attached trainer, and all that is attached to it, into the state of a checkpoint.
+
+        Args:
+            path: a file that `save_checkpoint` returned, or its name in the directory.
+
+        Returns:
+            The epoch and the metrics that it was saved with.
+
+        Raises:
+            CheckpointError: if the file is missing, damaged, or of another model.
+            ResumeError: if it stands inside an epoch and the trainer's loader cannot go there.
+        """
+        path = Path(path)
+        store = self._store if path.parent == Path() else CheckpointStore(path.parent)
+        state = store.read(path.name)
+        try:
+            load_run_state(self._attached(), state)
+        except (CheckpointError, ResumeError) as error:
+            raise type(error)(f"checkpoint {path}: {error}") from error
+        return state["saved"]["epoch"], dict(state["saved"]["metrics"])
+
+    def get_latest_checkpoint(self) -> Path | None:
+        """Return the complete checkpoint that a run would resume from, or None."""
+        entries = self._resumable()
+        return self.directory / entries[0].file if entries else None
+
+    def get_best_checkpoint(self) -> Path | None:
+        """Return the complete checkpoint with the best score, or None."""
+        ranked = self._ranked(self._store.entries())
+        return self.directory / ranked[0].file if ranked else None
+
+    def _attached(self) -> Trainer:
+        if self._trainer is None:
+            raise CheckpointError("a CheckpointManager must be attached to a trainer first")
+        return self._trainer
+
+    def _resumable(self) -> list[Entry]:
+        """Return the entries that a run can go on from, the latest first."""
+        entries = [entry for entry in self._store.entries() if entry.resumable]
+        return sorted(entries, key=lambda entry: -entry.iteration)
+
+    def _ranked(self, entries: list[Entry]) -> list[Entry]:
+        """Return the entries that have a score, the best first, the earlier first where equal."""
+        sign = -1 if self.mode == "max" else 1
+        scored = [(entry.score, entry) for entry in entries if entry.score is not None]
+        return [
+            entry
+            for _, entry in sorted(scored, key=lambda pair: (sign * pair[0], pair[1].iteration))
+        ]
+
+    def _restore(self, trainer: Trainer) -> None:
+        if self._restored or trainer.state.iteration:  # a run that goes on in this process
+            return
+        self._restored = True
+        if rank() == 0 and self.directory.is_dir():
+            self._store.sweep()
+        if self.resume is None:
+            self._refuse_to_mix()
+        elif self.resume != "auto":
+            self.load_checkpoint(self.resume)
+        else:
+            self._resume_latest()
+
+    def _refuse_to_mix(self) -> None:
+        latest = self.get_latest_checkpoint()
+        if latest is not None:
+            raise CheckpointError(
+                f"the directory of a new run must hold no checkpoint, got {latest}: take another "
+                "directory, or resume='auto' to continue that run"
+            )
+
+    def _resume_latest(self) -> None:
+        """Continue from the latest checkpoint that can be read; name each that cannot."""
+        entries = self._resumable()
+        for entry in entries:
+            try:
+                state = self._store.read(entry.file)
+            except CheckpointError as error:
+                logger.warning("%s; the one before it is taken", error)
+                continue
+            load_run_state(self._attached(), state)
+            logger.info("resumed %s", self.directory / entry.file)
+            return
+        if entries:
+            raise CheckpointError(
+                f"none of {len(entries)} checkpoints in {self.directory} can be read"
+            )
+
+    def _say_what_can_be_resumed(self, trainer: Trainer) -> None:
+        if self.every != "epoch" and trainer.batches.position() is None:
+            logger.warning(
+                "%s cannot go to a position, so the run is saved at the end of each epoch only",
+                type(trainer.state.dataloader).__name__,
+            )
+
+    def _fall_due(self, _: Trainer) -> None:
+        self._due = True
+
+    def _save_if_due(self, trainer: Trainer) -> None:
+        score = self._new_score(trainer)
+        due = self._due and not _place_is_lost(trainer)
+        if not due and score is None:
+            return
+        self._due = self._due and not due
+        metrics = {
+            k: float(v) for k, v in trainer.state.metrics.items() if isinstance(v, (int, float))
+        }
+        if score is None and self.best is not None:
+            metrics.pop(self.best, None)  # an older value, of other weights
+        self.save_checkpoint(trainer.state.epoch, metrics)
+        if rank() == 0:
+            self._store.remove(self._superfluous())
+        self._check_best_is_published(trainer)
+
+    def _new_score(self, trainer: Trainer) -> float | None:
+        """Return the value of the ranking metric where it is a new one."""
+        if self.best is None:
+            return None
+        try:
+            history = trainer.metrics.get_history(self.best)
+        except KeyError:
+            return None
+        is_new = len(history) > self._scored
+        self._scored = len(history)
+        return history[-1] if is_new else None
+
+    def _check_best_is_published(self, trainer: Trainer) -> None:
+        if self.best is not None and self._scored == 0 and not trainer.epoch_iteration:
+            there = ", ".join(sorted(trainer.state.metrics)) or "none"
+            raise CheckpointError(
+                f"best must be a metric that the run publishes by the end of its first epoch, got "
+                f"{self.best!r}; there are {there}"
+            )
+
+    def _superfluous(self) -> set[str]:
+        entries, by_time = self._store.entries(), self._resumable()
+        kept = self._ranked(entries)[: self.keep] if self.best else by_time[: self.keep]
+        return {e.file for e in entries} - {e.file for e in (*kept, *by_time[:1])}
+
+    def state_dict(self) -> dict[str, int]:
+        """Return how many values of the ranking metric have been seen."""
+        return {"scored": self._scored}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Go on from a state that `state_dict` returned."""
+        self._scored = state_dict["scored"]
+
+
+def _place_is_lost(trainer: Trainer) -> bool:
+    """Say whether the run stands inside an epoch of a loader that cannot go there again."""
+    return bool(trainer.epoch_iteration) and trainer.batches.position() is None
