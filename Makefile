@@ -31,10 +31,10 @@ train: $(STAMP)  ## Train an image-text model on the emoji that ship with the re
 	$(BIN)/python examples/emoji/train.py $(ARGS)
 
 test: $(STAMP)  ## Run the tests (ARGS="tests/engine -k resume" selects some)
-	$(TEST) -n $(WORKERS) -m "not slow" $(ARGS)
+	$(TEST) -n $(WORKERS) --dist loadgroup -m "not slow" $(ARGS)
 
 test-long: $(STAMP)  ## Run the slow tests too
-	$(TEST) -n $(WORKERS) $(ARGS)
+	$(TEST) -n $(WORKERS) --dist loadgroup $(ARGS)
 
 check: lint types architecture  ## Run every static check
 
