@@ -20,9 +20,10 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("engine", "handlers", "losses")
-LEFT_OUT = shutil.ignore_patterns(
-    ".*", "build", "dist", "site", "runs", "*.egg-info", "__pycache__"
-)
+BUILT = ("build", "dist", "site", "runs", "*.egg-info", "__pycache__")
+
+# One worker builds, once, and runs every test of this file.
+pytestmark = pytest.mark.xdist_group("distribution")
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
@@ -112,7 +113,7 @@ def test_the_sdist_holds_what_a_build_and_its_reader_need(sdist: Path) -> None:
 
     needed = {"pyproject.toml", "README.md", "LICENSE", "engine/trainer.py", "losses/py.typed"}
     assert needed <= names
-    assert not [n for n in names if n.startswith((".venv", ".git/", "runs", "site"))]
+    assert not [n for n in names if n.startswith((".venv", ".git/", "runs", "site", "tests"))]
 
 
 def requirements(name: str, extras: frozenset[str]) -> Iterator[Requirement]:
