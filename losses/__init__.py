@@ -2,8 +2,9 @@
 
 A loss is an ``nn.Module`` that returns a scalar; `terms(...)` returns the named, weighted parts
 whose sum it is. Losses on pairs are called ``loss(first, second, groups=None)`` with [B, D]
-features and optional integer group ids. In a process group they gather what they need by themselves. Build
-one by class, ``CLIPLoss(temperature=0.07)``, or by name, ``get_loss("clip", temperature=0.07)``.
+features and optional integer group ids. In a process group they gather what they need by
+themselves. Build one by class, ``CLIPLoss(temperature=0.07)``, or by name,
+``get_loss("clip", temperature=0.07)``.
 
 Adding a loss is one file in one of the folders: derive from `BaseContrastiveLoss` or
 `BaseSupervisedLoss`, decorate with ``@register_loss("name")``. Every module in the folders is
@@ -21,8 +22,17 @@ from diptych.losses.base.projection import Projection
 from diptych.losses.base.queue import Queue
 from diptych.losses.base.supervised import BaseSupervisedLoss
 from diptych.losses.base.temperature import Temperature
+from diptych.losses.contrastive.barlow_twins import BarlowTwinsLoss
 from diptych.losses.contrastive.clip import CLIPLoss
+from diptych.losses.contrastive.decorrelation import DecorrelationLoss
+from diptych.losses.contrastive.decoupled import DecoupledContrastiveLoss
+from diptych.losses.contrastive.hard_negative import HardNegativeLoss
+from diptych.losses.contrastive.moco import MoCoLoss
+from diptych.losses.contrastive.negative_cosine import NegativeCosineLoss
 from diptych.losses.contrastive.siglip import SigLIPLoss
+from diptych.losses.contrastive.simclr import NTXentLoss
+from diptych.losses.contrastive.triplet import TripletLoss
+from diptych.losses.contrastive.vicreg import VICRegLoss
 from diptych.losses.registry import (
     UnknownLossError,
     available_losses,
@@ -39,18 +49,27 @@ for _module in pkgutil.walk_packages(__path__, prefix=f"{__name__}."):
         importlib.import_module(_module.name)
 
 __all__ = [
+    "BarlowTwinsLoss",
     "BaseContrastiveLoss",
     "BaseSupervisedLoss",
     "CLIPLoss",
     "CrossEntropyLoss",
+    "DecorrelationLoss",
+    "DecoupledContrastiveLoss",
+    "HardNegativeLoss",
     "HardNegatives",
+    "MoCoLoss",
+    "NTXentLoss",
+    "NegativeCosineLoss",
     "Pairs",
     "Positives",
     "Projection",
     "Queue",
     "SigLIPLoss",
     "Temperature",
+    "TripletLoss",
     "UnknownLossError",
+    "VICRegLoss",
     "available_losses",
     "get_loss",
     "get_loss_class",

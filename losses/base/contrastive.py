@@ -54,7 +54,10 @@ class BaseContrastiveLoss(nn.Module):
       is written for one process is exact on many, at the cost of B x B memory on each.
 
     Args:
-        temperature: tau, > 0, or a `Temperature`.
+        temperature: tau, > 0.
+        learn_temperature: Whether ln(1 / tau) is a parameter. Give it no weight decay.
+        min_logit_scale: Lower bound of a learned 1 / tau; None: unbounded.
+        max_logit_scale: Upper bound of a learned 1 / tau; None: unbounded.
         normalize: Whether features are divided by their L2 norm.
 
     Attributes:
@@ -71,11 +74,22 @@ class BaseContrastiveLoss(nn.Module):
     sides: ClassVar[tuple[str, str]] = ("first", "second")
     without_gradient: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, *, temperature: float | Temperature = 0.07, normalize: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.07,
+        learn_temperature: bool = False,
+        min_logit_scale: float | None = 1.0,
+        max_logit_scale: float | None = 100.0,
+        normalize: bool = True,
+    ) -> None:
         super().__init__()
-        if not isinstance(temperature, Temperature):
-            temperature = Temperature(temperature)
-        self.temperature = temperature
+        self.temperature = Temperature(
+            temperature,
+            learn=learn_temperature,
+            min_scale=min_logit_scale,
+            max_scale=max_logit_scale,
+        )
         self.normalize = normalize
 
     def forward(self, first: Tensor, second: Tensor, groups: Tensor | None = None) -> Tensor:

@@ -14,8 +14,7 @@ from diptych.losses.base.objectives import (
     contrast,
 )
 from diptych.losses.base.positives import Positives
-from diptych.losses.base.temperature import Temperature
-from diptych.losses.base.validation import check_at_least, check_choice
+from diptych.losses.base.validation import check_choice
 from diptych.losses.registry import register_loss
 
 
@@ -85,11 +84,10 @@ class CLIPLoss(BaseContrastiveLoss):
         normalize: bool = True,
         tile: Tile = "auto",
     ) -> None:
-        check_at_least("max_logit_scale", max_logit_scale, 1.0 + 1e-6)
         super().__init__(
-            temperature=Temperature(
-                temperature, learn=learn_temperature, min_scale=1.0, max_scale=max_logit_scale
-            ),
+            temperature=temperature,
+            learn_temperature=learn_temperature,
+            max_logit_scale=max_logit_scale,
             normalize=normalize,
         )
         check_label_smoothing(label_smoothing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor, nn
 
 from diptych.losses.base.contrastive import BaseContrastiveLoss, Pairs
 from diptych.losses.base.objectives import Tile, check_tile, sigmoid_contrast
-from diptych.losses.base.temperature import Temperature
 from diptych.losses.contrastive.clip import pair_positives
 from diptych.losses.registry import register_loss
 
@@ -54,21 +54,23 @@ class SigLIPLoss(BaseContrastiveLoss):
         tile: Tile = "auto",
     ) -> None:
         super().__init__(
-            temperature=Temperature(
-                temperature, learn=learn_temperature, max_scale=max_logit_scale
-            ),
+            temperature=temperature,
+            learn_temperature=learn_temperature,
+            min_logit_scale=None,
+            max_logit_scale=max_logit_scale,
             normalize=normalize,
         )
         check_tile(tile)
-        self.tile = tile
-        value = torch.tensor(float(bias))
-        if not torch.isfinite(value):
+        if not math.isfinite(bias):
             raise ValueError(f"bias must be finite, got {bias}")
-        self.bias: Tensor
+        self.tile = tile
+        self.bias: nn.Parameter | float = float(bias)
+        self._rounding = 0.0
         if learn_temperature:
-            self.bias = nn.Parameter(value)
-        else:
-            self.register_buffer("bias", value, persistent=False)
+            stored = torch.tensor(float(bias), dtype=torch.float32)
+            self.bias = nn.Parameter(stored)
+            # What float32 rounds off, so that a float64 loss starts from exactly this bias.
+            self._rounding = bias - float(torch.tensor(bias, dtype=torch.float32, device="cpu"))
 
     def objective(self, pairs: Pairs) -> dict[str, Tensor]:
         """Return {"contrastive": the loss}."""
@@ -78,14 +80,20 @@ class SigLIPLoss(BaseContrastiveLoss):
             pairs.first,
             batch.gather(pairs.second),
             self.temperature.scale(pairs.first),
-            self.bias.to(pairs.first.dtype),
+            self._bias(pairs.first),
             pair_positives(pairs, groups),
             tile=self.tile,
             dtype=pairs.dtype,
         )
         return {"contrastive": batch.mean(losses)}
 
+    def _bias(self, like: Tensor) -> Tensor:
+        if isinstance(self.bias, Tensor):
+            return self.bias.to(like.dtype) + self._rounding
+        return torch.full((), self.bias, dtype=like.dtype, device=like.device)
+
     def scalars(self) -> dict[str, Tensor]:
         """Return the temperature, its log scale and the bias, where they are learned."""
-        scalars = super().scalars()
-        return {**scalars, "bias": self.bias.detach()} if scalars else scalars
+        if not isinstance(self.bias, Tensor):
+            return super().scalars()
+        return {**super().scalars(), "bias": self.bias.detach()}

@@ -1,0 +1,32 @@
+"""Moments over the global batch, from sums over ranks, with gradient."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from diptych.losses.base.gather import GlobalBatch, sum_over_ranks
+
+
+def centered(features: Tensor, batch: GlobalBatch) -> Tensor:
+    """Return this rank's features [b, D] less the mean over all ranks' samples."""
+    return features - sum_over_ranks(features.sum(0)) / batch.total
+
+
+def second_moment(left: Tensor, right: Tensor, batch: GlobalBatch, *, ddof: int = 0) -> Tensor:
+    """Return the sum over all ranks' samples of left_i right_j, divided by B - ddof, [D, E].
+
+    Of centred features it is the covariance, unbiased with ``ddof=1``. Every rank holds all of it;
+    D x E numbers are communicated, whatever the batch.
+
+    Args:
+        left: [b, D].
+        right: [b, E].
+        batch: Sizes of all ranks.
+        ddof: What is subtracted from the count.
+    """
+    return sum_over_ranks(left.T @ right) / (batch.total - ddof)
+
+
+def variance(features: Tensor, batch: GlobalBatch) -> Tensor:
+    """Return the biased variance over all ranks of centred features, [D]."""
+    return sum_over_ranks(features.square().sum(0)) / batch.total

@@ -1,0 +1,60 @@
+"""NTXentLoss: two views of each sample against all other views in the batch."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from diptych.losses.base.contrastive import BaseContrastiveLoss, Pairs
+from diptych.losses.base.objectives import Tile, check_tile, contrast
+from diptych.losses.base.two_views import two_views
+from diptych.losses.registry import register_loss
+
+
+@register_loss("simclr")
+class NTXentLoss(BaseContrastiveLoss):
+    """Normalised temperature-scaled cross entropy between two views of each sample (SimCLR).
+
+    The mean over 2B anchors of lse_{k != i}(z_i.z_k / tau) - z_i.z_pos / tau: the anchor itself is
+    left out of the denominator, its other view is not. It is >= 0 and about ln(2B - 1) at chance; a
+    single sample gives 0 and no gradient. With `groups`, all views of the group are positives, the
+    mean of their log-probabilities is taken (SupCon's outer form).
+
+    Across ranks: both views are gathered, with gradient; a rank computes its 2b rows against all 2B
+    columns. Exact for uneven local batches.
+
+    Source: Chen et al. 2020, arXiv:2002.05709.
+
+    Args:
+        temperature: tau, > 0.
+        learn_temperature: Whether ln(1 / tau) is a parameter, bounded to [0, ln 100].
+        normalize: Whether features are normalised here.
+        tile: Rows of a tile, in memory linear in the batch; None: the whole matrix; ``"auto"``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    symmetric: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.5,
+        learn_temperature: bool = False,
+        normalize: bool = True,
+        tile: Tile = "auto",
+    ) -> None:
+        super().__init__(
+            temperature=temperature, learn_temperature=learn_temperature, normalize=normalize
+        )
+        check_tile(tile)
+        self.tile = tile
+
+    def objective(self, pairs: Pairs) -> dict[str, Tensor]:
+        """Return {"contrastive": the loss}."""
+        anchors, candidates, positives = two_views(pairs)
+        scale = self.temperature.scale(anchors)
+        losses = contrast(anchors, candidates, scale, positives, tile=self.tile, dtype=pairs.dtype)
+        return {"contrastive": 0.5 * pairs.batch.mean(losses)}
