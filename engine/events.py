@@ -17,6 +17,7 @@ STARTED
     EvaluationEvents.EVALUATED          val/... are in trainer.state.metrics
   RunEvents.SAFE_POINT                  the last iteration's, after the epoch's own handlers
 COMPLETED | TERMINATE | INTERRUPT | EXCEPTION_RAISED
+RunEvents.RELEASE                       whatever happened: let go of what was taken at RESTORE
 ```
 
 Every event takes Ignite's filters; `every=n` counts iterations for all events of this module.
@@ -50,10 +51,14 @@ class EvaluationEvents(EventEnum):
 
 
 class RunEvents(EventEnum):
-    """The two moments at which a whole run may be loaded or saved."""
+    """When a whole run may be loaded (`RESTORE`) and saved (`SAFE_POINT`), and when it is over.
+
+    `RELEASE` follows every `RESTORE`, however the run between them ends.
+    """
 
     RESTORE = "restore"
     SAFE_POINT = "safe_point"
+    RELEASE = "release"
 
 
 ITERATION_EVENTS: tuple[EventEnum, ...] = (

@@ -130,7 +130,19 @@ class EventLoop(Engine):
         """
         _check_limits(data, max_epochs, max_iters, epoch_length)
         self.state.dataloader = data
-        self._fire_event(RunEvents.RESTORE)
+        try:
+            self._fire_event(RunEvents.RESTORE)
+            return self._start(data, max_epochs, max_iters, epoch_length)
+        finally:
+            self._fire_event(RunEvents.RELEASE)
+
+    def _start(
+        self,
+        data: Iterable[Any] | None,
+        max_epochs: int | None,
+        max_iters: int | None,
+        epoch_length: int | None,
+    ) -> State:
         if self.state.max_epochs is None and self.state.max_iters is None:
             self._start_over()
             max_epochs = 1 if max_epochs is None and max_iters is None else max_epochs

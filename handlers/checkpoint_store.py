@@ -21,7 +21,7 @@ UNFINISHED = ".unfinished"
 
 @attrs.frozen(kw_only=True)
 class Entry:
-    """A complete checkpoint, as the manifest lists it.
+    """A checkpoint, as the manifest lists it.
 
     Attributes:
         file: its name in the folder.
@@ -29,8 +29,8 @@ class Entry:
         iteration: updates that were made.
         metrics: the values that it was saved with.
         score: the value that it is ranked by, or None.
-        resumable: whether a run can go on from it; not inside an epoch of a loader without
-            positions.
+        resumable: whether a run can go on from it.
+        by_hand: whether it was asked for, and so is never removed.
         size: bytes.
         sha256: of the file, in hexadecimal.
     """
@@ -39,10 +39,11 @@ class Entry:
     epoch: int
     iteration: int
     metrics: dict[str, float]
-    score: float | None
-    resumable: bool
-    size: int
-    sha256: str
+    score: float | None = None
+    resumable: bool = True
+    by_hand: bool = False
+    size: int = 0
+    sha256: str = ""
 
 
 class CheckpointStore:
@@ -73,42 +74,28 @@ class CheckpointStore:
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is no manifest of checkpoints: {error}") from error
 
-    def write(
-        self,
-        name: str,
-        state: Mapping[str, Any],
-        *,
-        epoch: int,
-        iteration: int,
-        metrics: Mapping[str, float],
-        score: float | None = None,
-        resumable: bool = True,
-    ) -> Entry:
+    def write(self, entry: Entry, state: Mapping[str, Any]) -> Entry:
         """Write a checkpoint and enter it in the manifest; one of the same name is replaced.
+
+        Returns:
+            The entry, with size and digest.
 
         Raises:
             CheckpointError: if it cannot be written; the checkpoints before it stand.
         """
-        path = self.directory / name
-        unfinished = path.with_name(name + UNFINISHED)
+        path = self.directory / entry.file
+        unfinished = path.with_name(entry.file + UNFINISHED)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with unfinished.open("wb") as file:
                 torch.save(dict(state), file)
                 file.flush()
                 os.fsync(file.fileno())
-            entry = Entry(
-                file=name,
-                epoch=epoch,
-                iteration=iteration,
-                metrics=dict(metrics),
-                score=score,
-                resumable=resumable,
-                size=unfinished.stat().st_size,
-                sha256=_sha256(unfinished),
-            )
+            size, digest = unfinished.stat().st_size, _sha256(unfinished)
+            entry = attrs.evolve(entry, size=size, sha256=digest)
             unfinished.replace(path)
-            self._write_manifest([e for e in self.entries() if e.file != name] + [entry])
+            others = [other for other in self.entries() if other.file != entry.file]
+            self._write_manifest([*others, entry])
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             unfinished.unlink(missing_ok=True)
             raise CheckpointError(f"checkpoint {path} could not be written: {error}") from error
@@ -138,11 +125,19 @@ class CheckpointStore:
         return state
 
     def remove(self, names: set[str]) -> None:
-        """Remove checkpoints: first from the manifest, which never lists a missing file."""
-        if names:
+        """Remove checkpoints: first from the manifest, which never lists a missing file.
+
+        Raises:
+            CheckpointError: if the folder cannot be written.
+        """
+        if not names:
+            return
+        try:
             self._write_manifest([e for e in self.entries() if e.file not in names])
             for name in names:
                 (self.directory / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{self.directory} could not be tidied: {error}") from error
 
     def sweep(self) -> list[str]:
         """Remove what a killed process left half done; return the names."""

@@ -249,24 +249,35 @@ def test_left_overs_of_a_killed_save_are_swept(tmp_path):
     resumed = make_trainer()
     resumed.attach(CheckpointManager(tmp_path))
     resumed.run(make_loader(), max_epochs=1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_epoch_1.pt", "manifest.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint_epoch_1.pt",
+        "manifest.json",
+        "run.lock",
+    ]
 
 
-def test_a_write_that_fails_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("failing", [{2}, {3}])
+def test_a_full_disk_is_told_and_leaves_the_earlier_checkpoint(
+    tmp_path, monkeypatch, caplog, background, failing
+):
     trainer = make_trainer()
-    manager = CheckpointManager(tmp_path, keep=1)
-    trainer.attach(manager)
-    trainer.run(make_loader(), max_epochs=1)
+    trainer.attach(CheckpointManager(tmp_path, keep=1, background=background))
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def full(_: int) -> None:
+        if any((tmp_path / f"checkpoint_epoch_{n}.pt.unfinished").exists() for n in failing):
+            raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match="No space left"):
-        trainer.run(make_loader(), max_epochs=2)
-    monkeypatch.undo()
-    assert [p.name for p in tmp_path.glob("*.pt*")] == ["checkpoint_epoch_1.pt"]
-    torch.load(manager.get_latest_checkpoint(), weights_only=True)
+    if 3 in failing:  # nothing comes after it that could save the end of the run
+        with pytest.raises(CheckpointError, match="No space left"):
+            trainer.run(make_loader(), max_epochs=3)
+    else:
+        trainer.run(make_loader(), max_epochs=3)
+        assert "checkpoint_epoch_2.pt could not be written" in caplog.text
+    left = "checkpoint_epoch_2.pt" if 3 in failing else "checkpoint_epoch_3.pt"
+    assert [p.name for p in tmp_path.glob("*.pt*")] == [left]
+    torch.load(tmp_path / left, weights_only=True)
 
 
 def test_a_new_run_refuses_a_directory_with_checkpoints(tmp_path):
