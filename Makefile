@@ -11,13 +11,14 @@ LINKS := $(ROOMS:%=.typing/diptych/%)
 
 # One thread for each process: the tests run side by side and their numbers do not depend on it.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
 .DEFAULT_GOAL := help
 .PHONY: help install train test test-long check lint types architecture format \
-	docs serve-docs dist clean
+	public-names docs serve-docs dist clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,10 +31,10 @@ install: $(STAMP)  ## Make .venv and install everything that development needs
 train: $(STAMP)  ## Train an image-text model on the emoji that ship with the repository
 	$(BIN)/python examples/emoji/train.py $(ARGS)
 
-test: $(STAMP)  ## Run the tests (ARGS="tests/engine -k resume" selects some)
+test: $(STAMP) $(LINKS)  ## Run the tests (ARGS="tests/engine -k resume" selects some)
 	$(TEST) -n $(WORKERS) --dist loadgroup -m "not slow" $(ARGS)
 
-test-long: $(STAMP)  ## Run the slow tests too
+test-long: $(STAMP) $(LINKS)  ## Run the slow tests too
 	$(TEST) -n $(WORKERS) --dist loadgroup $(ARGS)
 
 check: lint types architecture  ## Run every static check
@@ -48,7 +49,7 @@ types: $(STAMP) $(LINKS)  ## Check types with mypy, over the installed namespace
 architecture: $(STAMP)  ## Check the arrows between the rooms and the house rules
 	$(TEST) -q tests/test_architecture.py
 
-# Type checkers do not follow an editable install; they do follow these links (mypy_path).
+# Type checkers and the API pages do not follow an editable install; they follow these links.
 .typing/diptych/%:
 	mkdir -p $(@D)
 	ln -sfn ../../$* $@
@@ -57,11 +58,14 @@ format: $(STAMP)  ## Format the code and fix what Ruff can fix
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
-docs: $(STAMP)  ## Build the documentation into site/
-	$(BIN)/mkdocs build --strict --quiet
+public-names: $(STAMP)  ## Write down the public names after a deliberate change
+	$(BIN)/python -m tests.test_public_names
 
-serve-docs: $(STAMP)  ## Serve the documentation and rebuild it on every change
-	$(BIN)/mkdocs serve
+docs: $(STAMP) $(LINKS)  ## Build the documentation into site/
+	$(MKDOCS) build --strict --quiet
+
+serve-docs: $(STAMP) $(LINKS)  ## Serve the documentation and rebuild it on every change
+	$(MKDOCS) serve
 
 dist: $(STAMP)  ## Build the wheel and the sdist into dist/ and check their metadata
 	rm -rf build dist

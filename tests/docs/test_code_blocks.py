@@ -1,0 +1,106 @@
+"""Every Python block of the README and the documentation runs, page by page, from top to bottom."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+
+# `<!-- run first` hides what a page takes for granted; `<!-- not run: why -->` stands before a
+# block that cannot run in a test.
+BLOCK = re.compile(
+    r"^(?:<!-- not run:(?P<reason>[^\n]*)-->\n+)?```python[^\n]*\n(?P<shown>.*?)^```$"
+    r"|^<!-- run first\n(?P<hidden>.*?)^-->$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of code.
+
+    Attributes:
+        line: the line of the page on which it starts.
+        code: its text.
+        reason: why it is not run; None: it is run.
+    """
+
+    line: int
+    code: str
+    reason: str | None
+
+
+def blocks(text: str) -> list[Block]:
+    """Return the blocks of a page in their order."""
+    found = []
+    for match in BLOCK.finditer(text):
+        part = "shown" if match["shown"] is not None else "hidden"
+        line = text.count("\n", 0, match.start(part)) + 1
+        found.append(Block(line, match[part], match["reason"]))
+    return found
+
+
+def run(page: str, found: list[Block], folder: Path) -> None:
+    """Run the blocks of a page in one namespace; an error's traceback names the page's line."""
+    lines: list[str] = []
+    for block in found:
+        if block.reason is None:
+            lines += [""] * (block.line - 1 - len(lines))
+            lines += block.code.splitlines()
+    script = folder / page
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    runpy.run_path(str(script))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_code_of_a_page_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    run(f"{page.stem}.py", blocks(page.read_text("utf-8")), tmp_path / "code")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_block_that_is_not_run_says_why(page: Path) -> None:
+    reasons = [block.reason for block in blocks(page.read_text("utf-8"))]
+
+    assert all(reason is None or len(reason.split()) > 2 for reason in reasons)
+
+
+def test_the_documentation_has_code_to_run() -> None:
+    shown = [block for page in PAGES for block in blocks(page.read_text("utf-8"))]
+
+    assert sum(block.reason is None for block in shown) >= 10
+
+
+def test_blocks_share_a_namespace_and_hidden_ones_come_first(tmp_path: Path) -> None:
+    page = "<!-- run first\nx = 1\n-->\n```python\ny = x + 1\n```\n```python\nassert y == 2\n```\n"
+
+    run("page.py", blocks(page), tmp_path)
+
+    assert [block.line for block in blocks(page)] == [2, 5, 8]
+
+
+def test_a_failing_block_names_the_line_of_its_page(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError) as caught:
+        run("page.py", blocks("# Title\n\n```python\nx = 1\n1 / 0\n```\n"), tmp_path)
+
+    assert caught.traceback[-1].lineno + 1 == 5
+
+
+def test_only_a_marked_block_is_left_out(tmp_path: Path) -> None:
+    marked = "<!-- not run: needs a second machine -->\n\n```python\n1 / 0\n```\n"
+
+    run("page.py", blocks(marked), tmp_path)
+
+    assert blocks(marked)[0].reason == " needs a second machine "
+    with pytest.raises(ZeroDivisionError):
+        run("page.py", blocks("not run: because\n\n```python\n1 / 0\n```\n"), tmp_path)
