@@ -1,6 +1,7 @@
 """An Ignite engine and the one step that it runs."""
 
 from diptych.engine import tasks
+from diptych.engine.certify import certify
 from diptych.engine.data import in_groups
 from diptych.engine.errors import BatchError, CheckpointError, ResumeError
 from diptych.engine.evaluator import Evaluator
@@ -26,6 +27,7 @@ __all__ = [
     "TrainStep",
     "Trainer",
     "TrainerSettings",
+    "certify",
     "in_groups",
     "tasks",
 ]
