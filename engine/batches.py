@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
@@ -35,27 +36,43 @@ class BatchSource:
         """Begin anew at the next batch."""
         self._iterator, self._restored = None, False
 
-    def next(self, epoch: int) -> Any:
+    def next(self, epoch: int, done: int = 0, epoch_length: int | None = None) -> Any:
         """Return the next batch.
 
         Args:
             epoch: counted from 0, for a loader that orders its samples by it.
+            done: batches of the epoch that are done.
+            epoch_length: batches of the epoch; more than the loader has are several passes.
 
         Raises:
             StopIteration: where the pass over the loader ends; the next call begins another.
         """
         if self._iterator is None:
-            self._iterator = self._open(epoch)
+            self._iterator = self._open(epoch, done, epoch_length)
         try:
             return next(self._iterator)
         except StopIteration:
             self.rewind()
             raise
+        except BaseException:
+            self._after_failure()
+            raise
 
-    def _open(self, epoch: int) -> Iterator[Any]:
+    def _after_failure(self) -> None:
+        """Keep the place, if the loader can; a generator is of no use after an exception."""
+        position = self.position()
+        if position is not None and hasattr(self.data, "load_state_dict"):
+            self.restore(position)
+        elif inspect.isgenerator(self._iterator):
+            self.rewind()
+
+    def _open(self, epoch: int, done: int, epoch_length: int | None) -> Iterator[Any]:
         if self.data is None:
             return itertools.repeat(None)
         if not self._restored:
+            length = length_of(self.data)
+            if length and epoch_length:  # two passes of one epoch must not repeat one order
+                epoch = epoch * -(-epoch_length // length) + done // length
             tell_epoch(self.data, epoch)
         self._restored = False
         return iter(self.data)

@@ -11,8 +11,8 @@ STARTED
       StepEvents.GRADIENTS_READY        unscaled, averaged over ranks: look, clip, balance
       StepEvents.OPTIMIZER_STEPPED      schedules, weight averages, momentum encoders
     ITERATION_COMPLETED
-    (every log point) MetricsEvents.LOGGED        one transfer; a plain dict of floats for every
-    sink RunEvents.SAFE_POINT                nothing is pending: save here
+    MetricsEvents.LOGGED                every log point: one transfer, a plain dict of floats
+    RunEvents.SAFE_POINT                nothing is pending: save here
   EPOCH_COMPLETED
     EvaluationEvents.EVALUATED          val/... are in trainer.state.metrics
   RunEvents.SAFE_POINT                  the last iteration's, after the epoch's own handlers

@@ -28,11 +28,13 @@ class EventLoop(Engine):
       continues it. (`state.max_epochs = None` before `run` starts over, as in Ignite.)
     - `terminate()` and `interrupt()` take effect when the running iteration has ended, never in
       its middle. The next `run` with the same loader continues with the next batch of the epoch.
-    - An exception always reaches the caller. `EXCEPTION_RAISED` fires once before it does. The
-      iteration in which it was raised does not count; the next `run` repeats it with its batch.
+    - An exception always reaches the caller. `EXCEPTION_RAISED` fires once before it does. An
+      iteration whose step did not end does not count; the next `run` repeats it with its batch,
+      from `GET_BATCH_COMPLETED` on.
     - Another loader in the middle of an epoch, or one of another length, is an error.
     - `EPOCH_STARTED` fires once an epoch, also when the epoch is continued later.
-    - A loader that has `set_epoch` (or whose sampler has) is told the epoch, counted from 0.
+    - A loader that has `set_epoch` (or whose sampler has) is told the epoch, counted from 0;
+      where an epoch holds several passes, each pass has a number of its own.
 
     Attributes:
         epoch_iteration: batches of the running epoch that are done; 0 between two epochs.
@@ -47,6 +49,7 @@ class EventLoop(Engine):
         self.epoch_iteration = 0
         self._in_epoch = False
         self._interrupted = False
+        self._batch: Any = None
         self._batch_pending = False
         self.batches = BatchSource()
         self._periodic: dict[Any, Periodic] = {}
@@ -152,7 +155,7 @@ class EventLoop(Engine):
         if self._finished():
             logger.warning(
                 "nothing to do: the run is finished at epoch %d, iteration %d; "
-                "raise max_epochs to continue it",
+                "raise max_epochs or max_iters to continue it",
                 self.state.epoch,
                 self.state.iteration,
             )
@@ -177,8 +180,8 @@ class EventLoop(Engine):
         if changes and (given is None or self._in_epoch):
             raise ResumeError(
                 f"the run has epochs of {stored} iterations, and this loader gives {length}: "
-                "continue with data of the same length, or, between two epochs, say "
-                f"epoch_length={length}"
+                f"continue with data of the same length, or say epoch_length={stored} to keep the "
+                f"length, or, between two epochs, epoch_length={length} to change it"
             )
         self.state.epoch_length = length if length is not None else stored
 
@@ -239,13 +242,13 @@ class EventLoop(Engine):
         if not self._in_epoch:
             self.state.epoch += 1
             self._in_epoch = True
+            self.should_terminate_single_epoch = False
             self._fire_event(Events.EPOCH_STARTED)
         if not self._run_iterations():
             return
         self.state.times[Events.EPOCH_COMPLETED.name] = time.perf_counter() - started
         if self.should_terminate_single_epoch != "skip_epoch_completed":
             self._fire_event(Events.EPOCH_COMPLETED)
-        self.should_terminate_single_epoch = False
         self._in_epoch, self.epoch_iteration = False, 0
         self._fire_event(RunEvents.SAFE_POINT)
 
@@ -271,8 +274,9 @@ class EventLoop(Engine):
         return False
 
     def _run_iteration(self, state: State) -> None:
+        state.batch = self._batch  # as the loader gave it, whatever an earlier try made of it
+        self._fire_event(Events.GET_BATCH_COMPLETED)
         state.iteration += 1
-        self._batch_pending = True
         try:
             self._fire_event(Events.ITERATION_STARTED)
             state.output = self._process_function(self, state.batch)
@@ -298,28 +302,30 @@ class EventLoop(Engine):
         self._batch_pending = False
 
     def _fetch(self) -> bool:
-        """Put the next batch into the state; return False where an epoch of unknown length ends."""
+        """Take the next batch; return False where an epoch of unknown length ends."""
         state = self.state
-        state.batch = None  # frees the last batch before the next one is made
+        self._batch = state.batch = None  # frees the last batch before the next one is made
         self._fire_event(Events.GET_BATCH_STARTED)
         try:
-            state.batch = self.batches.next(state.epoch - 1)
+            self._batch = self.batches.next(
+                state.epoch - 1, self.epoch_iteration, state.epoch_length
+            )
         except StopIteration:
             if state.epoch_length is None and self.epoch_iteration:
                 return False
             self._fire_event(Events.DATALOADER_STOP_ITERATION)
-            state.batch = self._first_batch()
-        self._fire_event(Events.GET_BATCH_COMPLETED)
+            self._batch = self._first_batch()
+        self._batch_pending = True
         return True
 
     def _first_batch(self) -> Any:
+        state = self.state
         try:
-            return self.batches.next(self.state.epoch - 1)
+            return self.batches.next(state.epoch - 1, self.epoch_iteration, state.epoch_length)
         except StopIteration:
             raise ResumeError(
-                f"the loader gave no batch at iteration {self.epoch_iteration} of epoch "
-                f"{self.state.epoch}, which has {self.state.epoch_length}: a loader must give "
-                "batches each time it is iterated"
+                "a loader must give batches each time it is iterated, got none after iteration "
+                f"{self.epoch_iteration} of epoch {state.epoch}"
             ) from None
 
     # -- state -----------------------------------------------------------------------------------
@@ -329,6 +335,8 @@ class EventLoop(Engine):
         keys = ("epoch_length", "iteration", "epoch", "max_epochs", "max_iters")
         position = OrderedDict((key, getattr(self.state, key)) for key in keys)
         position["epoch_iteration"] = self.epoch_iteration
+        if self._in_epoch and not self.epoch_iteration:  # nothing of the epoch is done
+            position["epoch"] -= 1
         position.update((key, getattr(self.state, key)) for key in self.state_dict_user_keys)
         return position
 
@@ -346,6 +354,14 @@ class EventLoop(Engine):
         if missing:
             raise ResumeError(f"a run's position needs {missing}, got only {sorted(state_dict)}")
         iteration, length = state_dict["iteration"], state_dict["epoch_length"]
+        if not {"max_epochs", "max_iters"} & set(state_dict):
+            raise ResumeError(
+                f"a run's position needs max_epochs or max_iters, got only {sorted(state_dict)}"
+            )
+        if iteration and not length and "epoch_iteration" not in state_dict:
+            raise ResumeError(
+                f"epoch_length must be >= 1 to place iteration {iteration}, got {length}"
+            )
         epochs, rest = divmod(iteration, length) if length else (0, 0)
         self._start_over()
         self.state.iteration, self.state.epoch_length = iteration, length
