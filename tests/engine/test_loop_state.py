@@ -1,0 +1,231 @@
+"""The position of a run: finished runs, other lengths, and state dicts."""
+
+from __future__ import annotations
+
+import io
+import logging
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ignite.engine import Engine, Events
+
+from diptych.engine import ResumeError, RunEvents
+from tests.engine.loops import Positioned, Tape, Unsized, call_at, events_of, plain_rows
+
+LENGTH = 4
+
+
+def stored(state):
+    """Return a state after a trip through a file."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_a_finished_run_says_so_and_does_nothing(caplog):
+    loop, data = Tape(), range(LENGTH)
+    loop.run(data, max_epochs=2)
+    fired = events_of(loop, *Events)
+    with caplog.at_level(logging.WARNING):
+        state = loop.run(data, max_epochs=2)
+    assert "nothing to do" in caplog.text
+    assert state is loop.state
+    assert (fired, loop.rows) == ([], plain_rows(data, 2))
+
+
+def test_a_finished_state_that_is_loaded_does_not_train_again(caplog):
+    first, data = Tape(), range(LENGTH)
+    first.run(data, max_epochs=2)
+    second = Tape()
+    second.load_state_dict(stored(first.state_dict()))
+    second.run(data, max_epochs=2)
+    assert second.rows == []
+    assert "nothing to do" in caplog.text
+    second.run(data, max_epochs=3)
+    assert second.rows == plain_rows(data, 3)[2 * LENGTH :]
+
+
+def test_a_larger_max_epochs_continues_and_a_smaller_one_does_nothing():
+    loop, data = Tape(), range(LENGTH)
+    loop.run(data, max_epochs=2)
+    loop.run(data, max_epochs=1)
+    assert loop.rows == plain_rows(data, 2)
+    loop.run(data, max_epochs=3)
+    assert loop.rows == plain_rows(data, 3)
+
+
+@pytest.mark.parametrize("stop", [2, LENGTH])
+def test_max_epochs_none_starts_over(stop: int):
+    loop, data = Tape(), range(LENGTH)
+    handle = loop.add_event_handler(Events.ITERATION_COMPLETED(once=stop), loop.terminate)
+    loop.run(data, max_epochs=1)
+    handle.remove()
+    loop.rows.clear()
+    loop.state.max_epochs = None
+    loop.run(range(3), max_epochs=2)
+    assert loop.rows == plain_rows(range(3), 2)
+
+
+def test_a_loader_of_another_length_is_a_clear_error():
+    loop = Tape()
+    loop.run(range(LENGTH), max_epochs=1)
+    with pytest.raises(
+        ResumeError, match=f"epochs of {LENGTH} iterations, and this loader gives 3"
+    ):
+        loop.run(range(3), max_epochs=2)
+    other = Tape()
+    other.load_state_dict(loop.state_dict())
+    with pytest.raises(
+        ResumeError, match=f"epochs of {LENGTH} iterations, and this loader gives 3"
+    ):
+        other.run(range(3), max_epochs=2)
+
+
+def test_a_new_length_that_is_said_is_taken_between_two_epochs_and_refused_inside_one():
+    loop = Tape()
+    loop.run(range(LENGTH), max_epochs=1)
+    loop.run(range(3), max_epochs=2, epoch_length=3)
+    assert loop.rows == [*plain_rows(range(LENGTH), 1), (2, 5, 0), (2, 6, 1), (2, 7, 2)]
+    call_at(loop, 8, loop.interrupt)
+    data = range(3)
+    loop.run(data, max_epochs=4)
+    with pytest.raises(ResumeError):
+        loop.run(data, max_epochs=4, epoch_length=2)
+
+
+def test_an_epoch_length_of_ones_own_is_repeated_to_continue():
+    loop, data = Tape(), range(LENGTH)
+    loop.run(data, max_epochs=1, epoch_length=3)
+    with pytest.raises(ResumeError, match="epoch_length=3 to keep the length"):
+        loop.run(data, max_epochs=2)
+    loop.run(data, max_epochs=2, epoch_length=3)
+    assert [batch for *_, batch in loop.rows] == [0, 1, 2, 3, 0, 1]
+
+
+@given(stop=st.integers(0, 3 * LENGTH))
+def test_a_position_saved_at_any_safe_point_continues_the_run_with_a_loader_that_can(stop: int):
+    first, data = Tape(), Positioned(LENGTH)
+    saved = {0: (first.state_dict(), data.state_dict())}
+    first.add_event_handler(
+        RunEvents.SAFE_POINT,
+        lambda e: saved.update({e.state.iteration: (e.state_dict(), e.batches.position())}),
+    )
+    first.run(data, max_epochs=3)
+    assert sorted(saved) == list(range(3 * LENGTH + 1))
+
+    second, fresh = Tape(), Positioned(LENGTH)
+    position, place = stored(saved[stop])
+
+    @second.on(RunEvents.RESTORE)
+    def restore(engine: Tape) -> None:
+        engine.load_state_dict(position)
+        if engine.epoch_iteration:
+            engine.set_data(engine.state.dataloader)
+            engine.batches.restore(place)
+
+    fired = events_of(second, Events.EPOCH_STARTED, Events.EPOCH_COMPLETED)
+    second.run(fresh, max_epochs=3)
+    assert second.rows == first.rows[stop:]
+    assert second.state_dict() == first.state_dict()
+    assert fired.count("EPOCH_STARTED") == 3 - -(-stop // LENGTH)
+    assert fired.count("EPOCH_COMPLETED") == 3 - stop // LENGTH
+
+
+def test_inside_an_epoch_a_loader_without_a_position_is_a_clear_error():
+    first = Tape()
+    call_at(first, 2, first.terminate)
+    first.run(range(LENGTH), max_epochs=2)
+    second = Tape()
+    second.load_state_dict(first.state_dict())
+    with pytest.raises(
+        ResumeError, match="epoch 1 stands at iteration 2, and this loader does not"
+    ):
+        second.run(range(LENGTH), max_epochs=2)
+    with pytest.raises(ResumeError, match="needs a loader with load_state_dict"):
+        second.batches.restore({"position": 2})
+    assert second.rows == []
+
+
+@pytest.mark.parametrize("event", [Events.STARTED, Events.EPOCH_STARTED, Events.EPOCH_COMPLETED])
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_position_saved_around_an_epoch_loses_no_epoch(event, epoch: int):
+    first, saved = Tape(), []
+    first.add_event_handler(event, lambda e: saved.append((len(e.rows), e.state_dict())))
+    first.run(range(LENGTH), max_epochs=2)
+    done, position = saved[min(epoch, len(saved)) - 1]
+    second = Tape()
+    second.load_state_dict(position)
+    second.run(range(LENGTH), max_epochs=2)
+    assert second.rows == first.rows[done:]
+
+
+def test_a_position_saved_after_an_exception_in_the_loader_loses_no_epoch():
+    class Broken(Unsized):
+        def __iter__(self):
+            raise OSError("no disk")
+
+    first = Tape()
+    with pytest.raises(OSError, match="no disk"):
+        first.run(Broken([]), max_epochs=2)
+    second = Tape()
+    second.load_state_dict(first.state_dict())
+    second.run(range(LENGTH), max_epochs=2)
+    assert second.rows == plain_rows(range(LENGTH), 2)
+
+
+@given(epochs=st.integers(1, 3), stop=st.integers(1, 3 * LENGTH))
+def test_a_state_dict_makes_the_round_trip(epochs: int, stop: int):
+    loop = Tape()
+    call_at(loop, stop, loop.terminate)
+    loop.run(range(LENGTH), max_epochs=epochs)
+    other = Tape()
+    other.load_state_dict(stored(loop.state_dict()))
+    assert other.state_dict() == loop.state_dict()
+
+
+def test_user_keys_travel_with_the_position_and_are_missed():
+    loop = Tape()
+    loop.state_dict_user_keys.append("alpha")
+    loop.state.alpha = 0.25
+    loop.run(range(LENGTH))
+    other = Tape()
+    other.state_dict_user_keys.append("alpha")
+    other.load_state_dict(stored(loop.state_dict()))
+    assert other.state.alpha == 0.25
+    with pytest.raises(ResumeError, match="alpha"):
+        other.load_state_dict({"iteration": 0, "epoch_length": 3, "max_epochs": 1})
+
+
+@pytest.mark.parametrize("limit", [{"max_epochs": 3}, {"max_iters": 3 * LENGTH}])
+def test_an_ignite_engines_state_is_continued(limit):
+    engine = Engine(lambda e, b: None)
+    engine.add_event_handler(Events.EPOCH_COMPLETED(once=2), engine.terminate)
+    engine.run(range(LENGTH), **limit)
+    loop = Tape()
+    loop.load_state_dict(engine.state_dict())
+    loop.run(range(LENGTH))
+    assert loop.rows == plain_rows(range(LENGTH), 3)[2 * LENGTH :]
+
+
+@pytest.mark.parametrize(
+    "position",
+    [
+        {},
+        {"iteration": 3},
+        {"iteration": 3, "epoch_length": None, "max_epochs": 2},
+        {"iteration": 3, "epoch_length": LENGTH},
+    ],
+)
+def test_a_position_that_does_not_say_where_it_is_is_a_clear_error(position):
+    with pytest.raises(ResumeError):
+        Tape().load_state_dict(position)
+
+
+def test_restore_handlers_see_the_new_loader_before_the_start_is_decided():
+    loop, data, seen = Tape(), range(LENGTH), []
+    loop.add_event_handler(RunEvents.RESTORE, lambda e: seen.append(e.state.dataloader))
+    loop.run(data)
+    assert seen == [data]

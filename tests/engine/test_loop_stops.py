@@ -1,0 +1,265 @@
+"""Runs that stop before their end: interrupts, terminations, exceptions, and what comes after."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ignite.engine import Events
+from torch.utils.data import DataLoader, Dataset
+
+from diptych.engine import ResumeError, RunEvents, StepEvents
+from tests.engine.loops import Positioned, Tape, Unsized, call_at, events_of, plain_rows
+from tests.engine.models import paired, trainer_of
+
+LENGTH, EPOCHS = 3, 3
+LAST = LENGTH * EPOCHS
+ENDS = (Events.STARTED, Events.INTERRUPT, Events.TERMINATE, Events.COMPLETED)
+DURING = (Events.GET_BATCH_STARTED, Events.GET_BATCH_COMPLETED, Events.ITERATION_STARTED)
+
+
+@given(stops=st.sets(st.integers(1, LAST)), sized=st.booleans())
+def test_interrupted_runs_continue_with_the_next_batch(stops: set[int], sized: bool):
+    loop, data = Tape(), range(LENGTH) if sized else Unsized(range(LENGTH))
+    for stop in stops:
+        call_at(loop, stop, loop.interrupt)
+    fired = events_of(loop, *ENDS)
+    for _ in range(len(stops) + 1):
+        loop.run(data, max_epochs=EPOCHS)
+    assert loop.rows == plain_rows(range(LENGTH), EPOCHS)
+    assert fired == ["STARTED", *["INTERRUPT"] * len(stops), "COMPLETED"]
+
+
+@given(stops=st.sets(st.integers(1, LAST)), sized=st.booleans())
+def test_terminated_runs_continue_with_the_next_batch(stops: set[int], sized: bool):
+    loop, data = Tape(), range(LENGTH) if sized else Unsized(range(LENGTH))
+    for stop in stops:
+        call_at(loop, stop, loop.terminate)
+    for _ in range(len(stops) + 1):
+        loop.run(data, max_epochs=EPOCHS)
+    assert loop.rows == plain_rows(range(LENGTH), EPOCHS)
+    assert loop.state.epoch == EPOCHS
+
+
+def test_terminate_fires_terminate_and_completed_unless_told_not_to():
+    for skip, expected in ((False, ["TERMINATE", "COMPLETED"]), (True, ["TERMINATE"])):
+        loop = Tape()
+        call_at(loop, 2, lambda loop=loop, skip=skip: loop.terminate(skip_completed=skip))
+        fired = events_of(loop, *ENDS)
+        loop.run(range(LENGTH), max_epochs=EPOCHS)
+        assert fired == ["STARTED", *expected]
+
+
+@pytest.mark.parametrize("event", DURING)
+@pytest.mark.parametrize("method", ["terminate", "interrupt"])
+def test_a_stop_asked_for_inside_an_iteration_waits_for_its_end(event, method):
+    loop = Tape()
+    fired = events_of(loop, RunEvents.SAFE_POINT)
+    iteration = 2 if event is Events.ITERATION_STARTED else 1  # the iteration counts from there
+    call_at(loop, iteration, getattr(loop, method), event)
+    loop.run(range(LENGTH), max_epochs=EPOCHS)
+    assert loop.rows == plain_rows(range(LENGTH), EPOCHS)[:2]
+    assert fired == ["SAFE_POINT"] * 2
+
+
+@pytest.mark.parametrize("event", [Events.STARTED, Events.EPOCH_STARTED])
+def test_a_stop_asked_for_before_the_first_iteration_runs_none(event):
+    loop = Tape()
+    handle = loop.add_event_handler(event, loop.terminate)
+    loop.run(range(LENGTH), max_epochs=EPOCHS)
+    assert loop.rows == []
+    handle.remove()
+    loop.run(range(LENGTH), max_epochs=EPOCHS)
+    assert loop.rows == plain_rows(range(LENGTH), EPOCHS)
+
+
+def test_a_run_stopped_in_the_last_iteration_of_an_epoch_completes_the_epoch_later():
+    loop, data = Tape(), range(LENGTH)
+    call_at(loop, LENGTH, loop.interrupt)
+    fired = events_of(loop, Events.EPOCH_COMPLETED, RunEvents.SAFE_POINT, Events.COMPLETED)
+    loop.run(data, max_epochs=1)
+    assert fired == ["SAFE_POINT"] * LENGTH
+    loop.run(data, max_epochs=1)
+    assert fired[LENGTH:] == ["EPOCH_COMPLETED", "SAFE_POINT", "COMPLETED"]
+    assert loop.rows == plain_rows(data, 1)
+
+
+def test_another_loader_in_the_middle_of_an_epoch_is_a_clear_error_and_changes_nothing():
+    loop, data = Tape(), list(range(LENGTH))
+    call_at(loop, 2, loop.interrupt)
+    loop.run(data, max_epochs=EPOCHS)
+    for other in (list(data), None):
+        with pytest.raises(ResumeError, match="epoch 1 stands at iteration 2"):
+            loop.run(other, max_epochs=EPOCHS)
+    loop.run(data, max_epochs=EPOCHS)
+    assert loop.rows == plain_rows(data, EPOCHS)
+
+
+def test_between_two_epochs_another_loader_of_the_same_length_takes_over():
+    loop = Tape()
+    loop.run("abc", max_epochs=1)
+    loop.run("xyz", max_epochs=2)
+    assert [batch for *_, batch in loop.rows] == list("abcxyz")
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, SystemExit, StopIteration])
+@given(at=st.integers(1, LAST))
+def test_an_exception_in_the_step_reaches_the_caller_and_the_batch_is_repeated(kind, at: int):
+    loop, data = Tape({at: kind("broken")}), range(LENGTH)
+    raised = []
+    loop.add_event_handler(Events.EXCEPTION_RAISED, raised.append)
+    with pytest.raises(kind, match="broken"):
+        loop.run(data, max_epochs=EPOCHS)
+    assert [type(error) for error in raised] == [kind]
+    assert loop.state.iteration == at - 1
+    loop.run(data, max_epochs=EPOCHS)
+    assert loop.rows == plain_rows(data, EPOCHS)
+    assert len(raised) == 1
+
+
+def test_an_exception_handler_that_raises_again_is_called_once():
+    loop = Tape({2: ValueError("broken")})
+    calls = []
+
+    def again(error: BaseException) -> None:
+        calls.append(error)
+        raise error
+
+    loop.add_event_handler(Events.EXCEPTION_RAISED, again)
+    with pytest.raises(ValueError, match="broken"):
+        loop.run(range(LENGTH))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        Events.STARTED,
+        Events.EPOCH_STARTED,
+        Events.GET_BATCH_STARTED,
+        Events.GET_BATCH_COMPLETED,
+        Events.ITERATION_STARTED,
+        Events.ITERATION_COMPLETED,
+        Events.EPOCH_COMPLETED,
+        RunEvents.RESTORE,
+        RunEvents.SAFE_POINT,
+    ],
+)
+@pytest.mark.parametrize("call", [1, 2])
+def test_an_exception_in_a_handler_loses_and_repeats_no_batch(event, call: int):
+    loop, data = Tape(), range(LENGTH)
+    calls = []
+
+    def fail_once() -> None:
+        calls.append(event)
+        if len(calls) == call:
+            raise ValueError("broken handler")
+
+    loop.add_event_handler(event, fail_once)
+    if call == 2 and event in (Events.STARTED, RunEvents.RESTORE):
+        loop.run(data, max_epochs=1)
+    with pytest.raises(ValueError, match="broken handler"):
+        loop.run(data, max_epochs=EPOCHS)
+    loop.run(data, max_epochs=EPOCHS)
+    assert loop.rows == plain_rows(data, EPOCHS)
+
+
+@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", range(LENGTH))
+def test_a_loader_with_a_position_repeats_the_batch_that_it_failed_to_give(kind, at: int):
+    loop, data = Tape(), Positioned(LENGTH, {at: kind("no disk")})
+    raised = []
+    loop.add_event_handler(Events.EXCEPTION_RAISED, raised.append)
+    with pytest.raises(kind, match="no disk"):
+        loop.run(data, max_epochs=EPOCHS)
+    loop.run(data, max_epochs=EPOCHS)
+    assert loop.rows == plain_rows(range(LENGTH), EPOCHS)
+    assert len(raised) == 1
+
+
+def test_an_iterator_that_survives_its_exception_goes_on():
+    class Flaky(Unsized):
+        failed = False
+
+        def __iter__(self):
+            self.rest = iter(self.values)
+            return self
+
+        def __next__(self):
+            if not self.failed:
+                self.failed = True
+                raise OSError("no disk")
+            return next(self.rest)
+
+    loop, data = Tape(), Flaky(range(LENGTH))
+    with pytest.raises(OSError, match="no disk"):
+        loop.run(data, max_epochs=2)
+    loop.run(data, max_epochs=2)
+    assert loop.rows == plain_rows(range(LENGTH), 2)
+
+
+def test_an_iterator_that_died_of_its_exception_is_a_clear_error_inside_the_epoch():
+    class Dying(Unsized):
+        failed = False
+
+        def __iter__(self):
+            for value in self.values:
+                if value == 1 and not self.failed:
+                    self.failed = True
+                    raise OSError("no disk")
+                yield value
+
+    loop, data = Tape(), Dying(range(LENGTH))
+    with pytest.raises(OSError, match="no disk"):
+        loop.run(data, max_epochs=2)
+    with pytest.raises(ResumeError, match="epoch 1 stands at iteration 1"):
+        loop.run(data, max_epochs=2)
+    assert loop.rows == plain_rows(range(LENGTH), 2)[:1]
+
+
+class Samples(Dataset):
+    """Numbers."""
+
+    def __len__(self) -> int:
+        return 7
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_torchs_data_loader_continues_after_an_interrupt(workers: int):
+    loop = Tape()
+    data = DataLoader(Samples(), batch_size=2, num_workers=workers)
+    call_at(loop, 3, loop.interrupt)
+    loop.run(data, max_epochs=2)
+    loop.run(data, max_epochs=2)
+    assert [batch.tolist() for *_, batch in loop.rows] == [[0, 1], [2, 3], [4, 5], [6]] * 2
+
+
+def test_a_repeated_batch_is_prepared_once():
+    loop, data = Tape({2: ValueError("broken")}), range(LENGTH)
+    for event in (Events.GET_BATCH_COMPLETED, Events.ITERATION_STARTED):
+        loop.add_event_handler(
+            event, lambda e: setattr(e.state, "batch", f"{e.state.batch} prepared")
+        )
+    with pytest.raises(ValueError, match="broken"):
+        loop.run(data, max_epochs=2)
+    loop.run(data, max_epochs=2)
+    assert loop.rows == plain_rows([f"{n} prepared prepared" for n in data], 2)
+
+
+def test_an_exception_in_a_trainers_step_changes_no_parameter():
+    trainer, batches = trainer_of(), [paired(4) for _ in range(4)]
+    before = {n: p.clone() for n, p in trainer.model.named_parameters()}
+
+    def fail() -> None:
+        raise ValueError("stop here")
+
+    handle = trainer.add_event_handler(StepEvents.GRADIENTS_READY, fail)
+    with pytest.raises(ValueError, match="stop here"):
+        trainer.run(batches, max_epochs=1)
+    assert all(p.equal(before[n]) for n, p in trainer.model.named_parameters())
+    handle.remove()
+    trainer.run(batches, max_epochs=1)
+    assert trainer.state.iteration == 4
