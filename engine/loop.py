@@ -68,8 +68,10 @@ class EventLoop(Engine):
             event: an event that fires at most a few times an iteration.
 
         Raises:
-            ValueError: if the period is no whole number of at least 1.
+            ValueError: if the period is no whole number of at least 1, or the event has a filter.
         """
+        if getattr(event, "filter", None) is not None:
+            raise ValueError(f"event must come without a filter, got {event!r}")
         if event not in self._periodic:
             self._periodic[event] = Periodic()
             self.add_event_handler(event, self._periodic[event])

@@ -52,11 +52,11 @@ class Periodic:
     def _dispatch(self, engine: Engine, iteration: int) -> None:
         # A jump back (a loaded state) makes every stored due iteration worthless.
         restarted = iteration <= self._seen
+        self._seen = iteration  # now, so that a handler that fails finds its iteration repeated
         for entry in list(self._entries):
             if restarted or entry.due == 0 or iteration > entry.due:
                 entry.due = -(-iteration // entry.period) * entry.period
             if iteration == entry.due:
                 entry.handler(engine)
                 entry.due += entry.period
-        self._seen = iteration
         self._due = min(entry.due for entry in self._entries)
