@@ -87,7 +87,7 @@ class GlobalBatch(NamedTuple):
             graph, if no sample counts.
         """
         if valid is None:
-            return values.sum() * (self.world_size / self.total)
+            return values.sum() / (self.total / self.world_size)
         return values.sum() * self.world_size / sum_over_ranks(valid.sum()).clamp_min(1)
 
 

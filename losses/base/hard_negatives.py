@@ -57,7 +57,8 @@ class HardNegatives:
             if positive is None:
                 raise ValueError("semi-hard negatives need the positive similarities")
             bound = positive.detach()[:, None]
-            return negatives & (scores < bound) & (scores > bound - margin)
+            # Written as exclusions: a NaN compares as False, and must stay to be seen.
+            return negatives & ~(scores >= bound) & ~(scores <= bound - margin)
         k = min(self.k or 1, scores.shape[1])
         best = scores.masked_fill(~negatives, -math.inf).topk(k, dim=1).indices
         return torch.zeros_like(negatives).scatter_(1, best, True) & negatives

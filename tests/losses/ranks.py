@@ -81,7 +81,7 @@ def _serve(rank: int, pipe: Any) -> None:
         )
         try:
             answer = (function(*arguments), "")
-        except Exception:
+        except Exception:  # noqa: BLE001 - the parent raises it
             answer = (None, f"rank {rank}: {traceback.format_exc()}")
         dist.destroy_process_group()
         pipe.send_bytes(pickle.dumps(answer))
@@ -128,7 +128,7 @@ def measure(build: Callable[[], nn.Module], calls: Sequence[Sequence[Tensor]]) -
     if dist.is_initialized():
         for tensor in found.values():
             dist.all_reduce(tensor)
-            tensor /= dist.get_world_size()
+            tensor.div_(dist.get_world_size())
     return {**found, **{f"state {name}": value for name, value in loss.state_dict().items()}}
 
 

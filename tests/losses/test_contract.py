@@ -1,5 +1,7 @@
 """Every registered loss keeps the contract, alone and on several ranks."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,8 +13,13 @@ from tests.losses.ranks import Ranks, assert_same_on_ranks
 NAMES = list(available_losses())
 
 
+def build(name: str) -> Callable[[], nn.Module]:
+    loss = get_loss_class(name)
+    return getattr(loss, "example", loss)
+
+
 def case(name: str) -> Case:
-    return Case(get_loss_class(name).example)
+    return Case(build(name))
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -26,7 +33,7 @@ def test_every_loss_keeps_the_contract(name: str, check: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_loss_is_the_same_on_one_two_and_three_ranks(name: str, ranks: Ranks) -> None:
-    assert_same_on_ranks(ranks, get_loss_class(name).example, case(name).inputs())
+    assert_same_on_ranks(ranks, build(name), case(name).inputs())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -35,7 +42,7 @@ def test_every_loss_on_pairs_is_the_same_on_ranks_with_groups(name: str, ranks: 
     if case(name).names()[len(inputs) :][:1] != ["groups"]:
         pytest.skip("takes no groups")
     groups = torch.tensor([4, 1, 4, 2, 1, 4])
-    assert_same_on_ranks(ranks, get_loss_class(name).example, (*inputs, groups))
+    assert_same_on_ranks(ranks, build(name), (*inputs, groups))
 
 
 @pytest.mark.slow
