@@ -19,8 +19,13 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from diptych.engine.data import batch_size
 from diptych.engine.errors import BatchError
-from diptych.engine.random_state import set_torch_random_state, torch_random_state
+from diptych.engine.random_state import (
+    ForwardRandomState,
+    forward_random_state,
+    set_forward_random_state,
+)
 from diptych.engine.tasks import Outputs
 
 Terms = dict[str, Tensor]
@@ -65,53 +70,26 @@ def total(terms: Terms) -> Tensor:
     return functools.reduce(operator.add, terms.values())
 
 
-def _version(tensor: Tensor) -> int:
-    # torch counts the changes in place; the counter has no public name.
-    return tensor._version  # noqa: SLF001
+class Buffers:
+    """A model's buffers as they are now, for a second pass over the pieces to start from.
 
-
-class MutableBuffers:
-    """The buffers that a forward pass changes, kept for a second pass to start from them."""
+    The second pass makes the changes of the first anew (a batch norm's statistics, the vectors of
+    a spectral norm), so that they are made once, and every piece sees what it saw. All are kept:
+    torch does not tell which ones a forward pass changes (batch norm's leave no trace).
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._before_first: dict[str, Tensor] = {
-            n: b.detach().clone() for n, b in model.named_buffers()
-        }
-        self._versions = {n: (b, _version(b)) for n, b in model.named_buffers()}
-        self._names: list[str] = []
-        self._snapshots: list[dict[str, Tensor]] = []
-
-    def before_piece(self) -> None:
-        """Keep what the next piece starts from."""
-        if not self._versions:
-            self._snapshots.append(self.read())
-
-    def after_first_piece(self) -> None:
-        """Find out which buffers the first piece has changed; the others need no keeping."""
-        now = dict(self._model.named_buffers())
-        self._names = [
-            n for n, (b, v) in self._versions.items() if now[n] is not b or _version(now[n]) != v
+        self._kept = [
+            (module, name, buffer, buffer.detach().clone())
+            for module in model.modules()
+            for name, buffer in module.named_buffers(recurse=False)
         ]
-        self._snapshots = [{n: self._before_first[n] for n in self._names}]
-        self._before_first = {}
-        self._versions = {}
 
-    def restore(self, piece: int) -> None:
-        """Put the buffers to what the first pass of a piece started from."""
-        self.write(self._snapshots[piece])
-
-    def read(self) -> dict[str, Tensor]:
-        """Return copies of the buffers that change."""
-        buffers = dict(self._model.named_buffers())
-        return {name: buffers[name].detach().clone() for name in self._names}
-
-    def write(self, values: dict[str, Tensor]) -> None:
-        """Put the buffers to given values."""
-        buffers = dict(self._model.named_buffers())
+    def restore(self) -> None:
+        """Put the buffers back, those too that a module has replaced."""
         with torch.no_grad():
-            for name, value in values.items():
-                buffers[name].copy_(value)
+            for module, name, buffer, value in self._kept:
+                setattr(module, name, buffer.copy_(value))
 
 
 @attrs.define(eq=False)
@@ -128,51 +106,53 @@ class GradientCache:
     model: nn.Module
     device: torch.device
     not_last_piece: Callable[[], AbstractContextManager[Any]] = nullcontext
-    _random: list[tuple[Tensor, Tensor | None]] = attrs.field(factory=list, init=False)
-    _buffers: MutableBuffers = attrs.field(init=False)
+    _random: list[ForwardRandomState] = attrs.field(factory=list, init=False)
+    _buffers: Buffers = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._buffers = MutableBuffers(self.model)
+        self._buffers = Buffers(self.model)
 
     def outputs(self, forward: Forward, pieces: Sequence[Any]) -> Outputs:
         """Run the first pass; return the whole batch's outputs, as leaves for gradients."""
         parts: list[Outputs] = []
         with torch.no_grad():
-            for index, piece in enumerate(pieces):
-                self._buffers.before_piece()
-                self._random.append(torch_random_state(self.device))
+            for piece in pieces:
+                self._random.append(forward_random_state(self.device))
                 parts.append(forward(piece))
-                if index == 0:
-                    self._buffers.after_first_piece()
-        return _as_leaves(joined(parts))
+        return _as_leaves(joined(parts, pieces))
 
     def backward(self, forward: Forward, pieces: Sequence[Any], outputs: Outputs) -> None:
         """Run the second pass: send the gradients in `outputs` through the model."""
-        after_loss = torch_random_state(self.device)
-        final = self._buffers.read()
+        after_loss = forward_random_state(self.device)
+        self._buffers.restore()
         start = 0
         for index, piece in enumerate(pieces):
             last = index == len(pieces) - 1
             with nullcontext() if last else self.not_last_piece():
-                self._buffers.restore(index)
-                set_torch_random_state(self._random[index], self.device)
+                set_forward_random_state(self._random[index], self.device)
                 again = forward(piece)
                 start = _send_back(outputs, again, start, last=last)
-        self._buffers.write(final)
-        set_torch_random_state(after_loss, self.device)
+        set_forward_random_state(after_loss, self.device)
 
 
-def joined(parts: Sequence[Outputs]) -> Outputs:
+def joined(parts: Sequence[Outputs], pieces: Sequence[Any]) -> Outputs:
     """Return the outputs of all pieces as those of the whole batch.
 
     Raises:
-        BatchError: if the pieces name different outputs.
+        BatchError: if the pieces name different outputs, or one has not a piece's samples first.
     """
     names = list(parts[0])
-    for part in parts:
+    for part, piece in zip(parts, pieces, strict=True):
         if list(part) != names:
             raise BatchError(
                 f"a task must name the same outputs for every piece, got {names} and {list(part)}"
+            )
+        size = batch_size(piece)
+        wrong = {n: tuple(v.shape) for n, v in part.items() if v.ndim and v.shape[0] != size}
+        if wrong:
+            raise BatchError(
+                f"an output must have the piece's {size} samples as its first dimension, or no "
+                f"dimension where all samples share it, got {wrong}"
             )
     return {name: _join([part[name] for part in parts]) for name in names}
 

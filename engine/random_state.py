@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ForwardRandomState = tuple[Any, Any, Tensor, Tensor | None]
+"""What Python's, NumPy's, torch's CPU and the device's generators stand at."""
+
 
 def _cuda_in_use() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_initialized()
@@ -66,15 +69,17 @@ def preserved_random_state() -> Iterator[None]:
         set_random_state(state)
 
 
-def torch_random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return the state of the generators that a forward pass on `device` draws from."""
+def forward_random_state(device: torch.device) -> ForwardRandomState:
+    """Return the state of whatever a forward pass on `device` draws from, without waiting."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), cuda
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
 
 
-def set_torch_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    """Put the generators into a state that `torch_random_state` returned."""
-    cpu, cuda = state
+def set_forward_random_state(state: ForwardRandomState, device: torch.device) -> None:
+    """Put the generators into a state that `forward_random_state` returned."""
+    python, numpy, cpu, cuda = state
+    random.setstate(python)
+    np.random.set_state(numpy)
     torch.set_rng_state(cpu)
     if cuda is not None:
         torch.cuda.set_rng_state(cuda, device)

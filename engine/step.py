@@ -134,7 +134,7 @@ class TrainStep:
             parts.append({name: tensor.detach() for name, tensor in outputs.items()})
             sums.append(value.detach())
             weights.append(weight.detach())
-        trainer.outputs = joined(parts)
+        trainer.outputs = joined(parts, pieces)
         trainer.fire_event(StepEvents.FORWARD_COMPLETED)
         ranks, weight = world_size(), sum_over_ranks(torch.stack(weights).sum())
         inverse = torch.where(weight > 0, ranks / weight, torch.zeros_like(weight))
