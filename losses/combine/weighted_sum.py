@@ -1,0 +1,92 @@
+"""WeightedSum: several losses on the same outputs, added with fixed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from diptych.losses.base.validation import check_at_least
+from diptych.losses.combine.composite import MultipleLosses
+from diptych.losses.contrastive.clip import CLIPLoss
+from diptych.losses.contrastive.siglip import SigLIPLoss
+from diptych.losses.registry import register_loss
+
+
+@register_loss("weighted_sum")
+class WeightedSum(MultipleLosses):
+    """Sum of losses with a weight each: sum_k w_k L_k.
+
+    Called with what the task gives; every part takes all of it, or what `inputs` names. Its range
+    is that of the parts. Terms: each part's, by the part's name, weighted.
+
+    Across ranks: the parts see to it; their sum is exact if they are.
+
+    Args:
+        losses: The parts by name, or in a sequence, named as they are registered.
+        weights: A number >= 0 for each part, by name or in the same order; None: 1. The attribute
+            `weights` may be changed while training.
+        inputs: For a part, the positions of the arguments that it takes, such as
+            ``{"clip": (0, 1), "cross_entropy": (2, 3)}``; a part that is not named takes all.
+
+    Raises:
+        ValueError: If names or numbers of parts and weights differ, or a weight is < 0.
+        TypeError: If a part is no ``nn.Module``.
+    """
+
+    def __init__(
+        self,
+        *,
+        losses: Mapping[str, nn.Module] | Sequence[nn.Module],
+        weights: Mapping[str, float] | Sequence[float] | None = None,
+        inputs: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        super().__init__(losses, inputs)
+        if weights is None:
+            weights = dict.fromkeys(self.losses, 1.0)
+        elif not isinstance(weights, Mapping):
+            if len(weights) != len(self.losses):
+                raise ValueError(
+                    f"weights must be as many as losses, {len(self.losses)}, got {len(weights)}"
+                )
+            weights = dict(zip(self.losses, weights, strict=True))
+        if weights.keys() != self.losses.keys():
+            raise ValueError(
+                f"weights must name the losses {sorted(self.losses)}, got {sorted(weights)}"
+            )
+        for name, weight in weights.items():
+            check_at_least(f"weights[{name!r}]", weight, 0)
+        self.weights = {name: float(weights[name]) for name in self.losses}
+
+    def terms(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Return every part's terms, weighted, by the part's name.
+
+        Args:
+            *inputs: What the task gives.
+        """
+        terms: dict[str, Tensor] = {}
+        for name, weight in self.weights.items():
+            terms |= self.part_terms(name, weight, *self.inputs_of(name, inputs))
+        return terms
+
+    def total_and_weight(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (weighted total, weight) of a single part that is a mean over samples.
+
+        Raises:
+            TypeError: If the sum couples samples: it is no such mean.
+        """
+        if self.couples_samples:
+            raise TypeError(
+                "a sum of several losses, or of one that couples samples, is no mean over samples;"
+                " call forward on the whole batch"
+            )
+        ((name, factor),) = self.weights.items()
+        loss: Any = self.losses[name]
+        total, weight = loss.total_and_weight(*self.inputs_of(name, inputs))
+        return factor * total, weight
+
+    @classmethod
+    def example(cls) -> WeightedSum:
+        """Return a small instance for the contract test."""
+        return cls(losses=(CLIPLoss(), SigLIPLoss()), weights=(1.0, 0.5))

@@ -1,0 +1,106 @@
+"""CaptioningLoss: images and texts contrasted, and texts generated from images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from diptych.losses.base.validation import check_at_least, check_pair
+from diptych.losses.combine.composite import CompositeLoss
+from diptych.losses.contrastive.clip import CLIPLoss
+from diptych.losses.registry import register_loss
+from diptych.losses.supervised.cross_entropy import CrossEntropyLoss, check_classification
+
+
+@register_loss("captioning")
+class CaptioningLoss(CompositeLoss):
+    """Contrastive captioner: CLIP between image and text, cross entropy of the caption (CoCa).
+
+    contrastive_weight * CLIP(image, text) + caption_weight * CE(logits[:, :-1], labels[:, 1:]),
+    the cross entropy a mean over the tokens that are not pads. It is >= 0; without a token to
+    predict the caption term is 0. Terms: `contrastive`, `caption`.
+
+    Called ``loss(image, text, logits, labels)``: the logits at a position predict the next one.
+
+    Across ranks: CLIP gathers image and text features; the caption term gathers nothing and is
+    divided by the tokens of all ranks, so that a rank with short captions counts for less. Exact.
+
+    Source: Yu et al. 2022, arXiv:2205.01917.
+
+    Args:
+        contrastive_weight: >= 0.
+        caption_weight: >= 0.
+        pad_id: The token that fills up captions and does not count.
+        contrastive: The loss on image and text; None: ``CLIPLoss()``.
+
+    Raises:
+        ValueError: If a weight is < 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        contrastive_weight: float = 1.0,
+        caption_weight: float = 2.0,
+        pad_id: int = 0,
+        contrastive: nn.Module | None = None,
+    ) -> None:
+        check_at_least("contrastive_weight", contrastive_weight, 0)
+        check_at_least("caption_weight", caption_weight, 0)
+        super().__init__(
+            {
+                "contrastive": CLIPLoss() if contrastive is None else contrastive,
+                "caption": CrossEntropyLoss(ignore_index=pad_id),
+            }
+        )
+        self.contrastive_weight = contrastive_weight
+        self.caption_weight = caption_weight
+
+    def terms(
+        self,
+        image: Tensor,
+        text: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        groups: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the weighted terms `contrastive` and `caption`.
+
+        Args:
+            image: Features [b, D].
+            text: Features [b, D].
+            logits: [b, T, C], for each position of the caption and each token.
+            labels: The caption's tokens, integers [b, T].
+            groups: Integers [b]; pairs with equal ids match one another.
+
+        Raises:
+            ValueError: If shapes do not fit.
+            TypeError: If features and logits are not floating point or labels not integers.
+        """
+        check_pair(("image", "text"), image, text)
+        check_classification(logits, labels)
+        if logits.dim() != 3 or logits.shape[0] != image.shape[0]:
+            raise ValueError(
+                f"logits must be [batch, tokens, classes] with batch = {image.shape[0]}, got shape"
+                f" {tuple(logits.shape)}"
+            )
+        following = logits[:, :-1], labels[:, 1:]
+        return {
+            **self.part_terms("contrastive", self.contrastive_weight, image, text, groups),
+            **self.part_terms("caption", self.caption_weight, *following),
+        }
+
+    @classmethod
+    def example(cls) -> CaptioningLoss:
+        """Return a small instance for the contract test."""
+        return cls()
+
+    def example_inputs(
+        self, batch: int, *, dim: int = 8, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, ...]:
+        """Return features [batch, dim], logits [batch, 5, dim] and labels [batch, 5], pads too."""
+        image, text = (torch.randn(batch, dim, generator=generator) for _ in range(2))
+        logits = torch.randn(batch, 5, dim, generator=generator)
+        labels = torch.randint(1, dim, (batch, 5), generator=generator)
+        lengths = 5 - torch.arange(batch) % 3
+        return image, text, logits, labels * (torch.arange(5) < lengths[:, None])

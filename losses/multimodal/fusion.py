@@ -1,0 +1,230 @@
+"""ImageTextMatchingLoss: does a fusion network tell matching pairs from hard mismatches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diptych.losses.base.contrastive import normalize, total
+from diptych.losses.base.gather import GlobalBatch, global_batch, sum_over_ranks
+from diptych.losses.base.positives import Positives
+from diptych.losses.base.projection import Projection
+from diptych.losses.base.temperature import Temperature
+from diptych.losses.base.validation import check_floating, check_groups, working_dtype
+from diptych.losses.registry import register_loss
+
+
+class FusionHead(nn.Module):
+    """The simplest fusion: a two-layer perceptron on (image, text, image * text).
+
+    Args:
+        dim: D, features of each side.
+        hidden_dim: Features between the layers; None: D.
+
+    Shape:
+        [n, D] and [n, D] to [n, 2]: logits of "does not match" and "matches".
+    """
+
+    def __init__(self, *, dim: int, hidden_dim: int | None = None) -> None:
+        super().__init__()
+        self.layers = Projection(input_dim=3 * dim, output_dim=2, hidden_dim=hidden_dim or dim)
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        """Return the logits of n pairs, [n, 2]."""
+        logits: Tensor = self.layers(torch.cat((image, text, image * text), dim=-1))
+        return logits
+
+
+@register_loss("fusion")
+class ImageTextMatchingLoss(nn.Module):
+    """Two-way cross entropy of fused pairs: matches against hard mismatches (ALBEF, BLIP).
+
+    Each image is fused with its text, with a text drawn from the batch, and each text with a drawn
+    image: -log softmax(fusion(image, text))[matches], a mean over all B + 2B pairs. What is similar
+    is drawn more often: with probability softmax(cos / temperature) over the samples of other
+    groups. It is >= 0, about ln 2 at chance. A sample that has no other group in the batch has
+    no mismatch, and the mean has fewer pairs.
+
+    Called ``loss(image, text, groups=None)`` with features [B, D], or tokens [B, T, D] (as many as
+    each side has, the first standing for the sample where pairs are compared). The fusion gets
+    them as they come, not normalised, in one call on all 3 b pairs of a rank.
+
+    The draw belongs to the global batch: B numbers for each direction from one generator, whatever
+    the ranks and pieces. Its state is in the state dict; evaluation leaves it where it was.
+
+    Across ranks: both sides are gathered, with gradient; a rank fuses the pairs of its own images
+    and texts. Exact for uneven local batches. The draw is rank 0's.
+
+    Source: Li et al. 2021, arXiv:2107.07651; Li et al. 2022, arXiv:2201.12086.
+
+    Args:
+        fusion: Called (image [n, ..., D], text [n, ..., D]), returns logits [n, 2]: of "does not
+            match" and "matches". A module's parameters become the loss's; `FusionHead` is a plain
+            one.
+        temperature: tau of the draw, > 0; small draws the hardest only.
+        generator: Where the draw comes from; None: one of the loss's own, seeded with 0.
+
+    Raises:
+        TypeError: If `fusion` cannot be called.
+        ValueError: If an argument is out of range.
+    """
+
+    couples_samples: ClassVar[bool] = True
+    exempt: ClassVar[dict[str, str]] = {
+        "permutation": "which mismatch is drawn for a sample depends on its place in the batch",
+        "compiles": "a generator's draw does not compile",
+    }
+
+    def __init__(
+        self,
+        *,
+        fusion: Callable[[Tensor, Tensor], Tensor],
+        temperature: float = 0.07,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(fusion):
+            raise TypeError(f"fusion must be callable, got {type(fusion).__name__}")
+        self.fusion = fusion
+        self.temperature = Temperature(temperature)
+        self.generator = torch.Generator().manual_seed(0) if generator is None else generator
+
+    def forward(self, image: Tensor, text: Tensor, groups: Tensor | None = None) -> Tensor:
+        """Return the loss, a scalar which averages over ranks to that of the global batch.
+
+        Args:
+            image: [b, D] or [b, T, D], floating point.
+            text: [b, D] or [b, T, D], floating point.
+            groups: Integers [b]; pairs with equal ids are no mismatches of one another.
+
+        Raises:
+            ValueError: If shapes do not fit, or the fusion does not return [n, 2].
+            TypeError: If features are not floating point or groups not integers.
+        """
+        return total(self.terms(image, text, groups))
+
+    def terms(self, image: Tensor, text: Tensor, groups: Tensor | None = None) -> dict[str, Tensor]:
+        """Return {"matching": the loss}. Arguments as for `forward`."""
+        _check_sides(image, text, groups)
+        batch = global_batch(image.shape[0], features=image.shape[-1])
+        dtype = working_dtype(image, text)
+        image, text = image.to(dtype), text.to(dtype)
+        images, texts = batch.gather(image), batch.gather(text)
+        drawn_texts, drawn_images, valid = self._draw(images, texts, groups, batch)
+        logits = self.fusion(
+            torch.cat((image, image, images.index_select(0, drawn_images))),
+            torch.cat((text, texts.index_select(0, drawn_texts), text)),
+        )
+        if logits.shape != (3 * batch.size, 2):
+            raise ValueError(
+                f"fusion must return logits [n, 2] for n pairs of image and text, got shape"
+                f" {tuple(logits.shape)} for n = {3 * batch.size}"
+            )
+        matches = torch.zeros(3 * batch.size, dtype=torch.int64, device=logits.device)
+        matches[: batch.size] = 1
+        with torch.autocast(logits.device.type, enabled=False):
+            values = F.cross_entropy(logits.to(dtype), matches, reduction="none")
+        counted = torch.cat((torch.ones_like(valid), valid, valid))
+        return {"matching": batch.mean(values.masked_fill(~counted, 0.0), counted)}
+
+    @torch.no_grad()
+    def _draw(
+        self, images: Tensor, texts: Tensor, groups: Tensor | None, batch: GlobalBatch
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw mismatches for this rank's samples.
+
+        Returns:
+            Indices in the global batch of a text for each image and of an image for each text,
+            int64 [b], and bool [b], which samples have a mismatch at all.
+        """
+        rows = slice(batch.offset, batch.offset + batch.size)
+        mismatches = Positives(
+            batch.total,
+            partner=batch.positions(images.device),
+            row_groups=groups,
+            column_groups=None if groups is None else batch.gather(groups),
+        ).negatives()
+        valid = mismatches.any(1)
+        with torch.autocast(images.device.type, enabled=False):
+            pooled = [normalize(x if x.dim() == 2 else x[:, 0]) for x in (images, texts)]
+            scale = self.temperature.scale(images)
+            uniform = self._uniform(batch, images)[:, rows]
+            drawn = [
+                _sample(scale * (own[rows] @ others.T), mismatches | ~valid[:, None], position)
+                for own, others, position in zip(pooled, reversed(pooled), uniform, strict=True)
+            ]
+        return drawn[0], drawn[1], valid
+
+    def _uniform(self, batch: GlobalBatch, like: Tensor) -> Tensor:
+        """Return numbers in [0, 1) for the global batch, [2, B], those of rank 0 on every rank."""
+        before = None if self.training else self.generator.get_state()
+        numbers = torch.rand(
+            2,
+            batch.total,
+            generator=self.generator,
+            dtype=torch.float64,
+            device=self.generator.device,
+        )
+        if before is not None:
+            self.generator.set_state(before)
+        numbers = numbers.to(device=like.device, dtype=like.dtype, non_blocking=True)
+        return sum_over_ranks(numbers if batch.rank == 0 else torch.zeros_like(numbers))
+
+    def get_extra_state(self) -> Tensor:
+        """Return the generator's state, which the state dict holds."""
+        return self.generator.get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Put the generator back to a state."""
+        self.generator.set_state(state.cpu())
+
+    @classmethod
+    def example(cls) -> ImageTextMatchingLoss:
+        """Return a small instance for the contract test."""
+        return cls(fusion=FusionHead(dim=8))
+
+    def example_inputs(
+        self, batch: int, *, dim: int = 8, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, ...]:
+        """Return image and text features, [batch, dim] each, for the contract test."""
+        return tuple(torch.randn(batch, dim, generator=generator) for _ in range(2))
+
+
+def _check_sides(image: Tensor, text: Tensor, groups: Tensor | None) -> None:
+    for name, side in (("image", image), ("text", text)):
+        check_floating(name, side)
+        if side.dim() not in (2, 3) or 0 in side.shape[1:]:
+            raise ValueError(
+                f"{name} must be [batch, features] or [batch, tokens, features], got shape"
+                f" {tuple(side.shape)}"
+            )
+    if (image.shape[0], image.shape[-1]) != (text.shape[0], text.shape[-1]):
+        raise ValueError(
+            "image and text must agree in batch and features, got"
+            f" {tuple(image.shape)} and {tuple(text.shape)}"
+        )
+    if groups is not None:
+        check_groups("groups", groups, image.shape[0])
+
+
+def _sample(logits: Tensor, allowed: Tensor, uniform: Tensor) -> Tensor:
+    """Draw a column of each row with probability softmax(logits) over the allowed ones.
+
+    Args:
+        logits: [n, m].
+        allowed: Bool [n, m], at least one in each row.
+        uniform: In [0, 1], [n]: where in the cumulative distribution the draw falls.
+
+    Returns:
+        int64 [n].
+    """
+    cumulative = logits.masked_fill(~allowed, -torch.inf).softmax(1).cumsum(1)
+    # Just below the sum at most: rounding must not draw past the last allowed column.
+    largest = torch.nextafter(cumulative[:, -1], torch.zeros_like(uniform))
+    position = torch.minimum(uniform * cumulative[:, -1], largest)
+    drawn = torch.searchsorted(cumulative, position[:, None], right=True)[:, 0]
+    return drawn.clamp_max(logits.shape[1] - 1)  # NaN features draw nothing
