@@ -22,6 +22,10 @@ from diptych.losses.base.projection import Projection
 from diptych.losses.base.queue import Queue
 from diptych.losses.base.supervised import BaseSupervisedLoss
 from diptych.losses.base.temperature import Temperature
+from diptych.losses.combine.hybrid import HybridLoss
+from diptych.losses.combine.matryoshka import MatryoshkaLoss
+from diptych.losses.combine.uncertainty import UncertaintyWeighted
+from diptych.losses.combine.weighted_sum import WeightedSum
 from diptych.losses.contrastive.barlow_twins import BarlowTwinsLoss
 from diptych.losses.contrastive.clip import CLIPLoss
 from diptych.losses.contrastive.decorrelation import DecorrelationLoss
@@ -33,6 +37,10 @@ from diptych.losses.contrastive.siglip import SigLIPLoss
 from diptych.losses.contrastive.simclr import NTXentLoss
 from diptych.losses.contrastive.triplet import TripletLoss
 from diptych.losses.contrastive.vicreg import VICRegLoss
+from diptych.losses.multimodal.captioning import CaptioningLoss
+from diptych.losses.multimodal.consistency import ConsistencyLoss
+from diptych.losses.multimodal.cross_modal import CrossModalLoss
+from diptych.losses.multimodal.fusion import FusionHead, ImageTextMatchingLoss
 from diptych.losses.registry import (
     UnknownLossError,
     available_losses,
@@ -41,6 +49,7 @@ from diptych.losses.registry import (
     register_loss,
 )
 from diptych.losses.supervised.cross_entropy import CrossEntropyLoss
+from diptych.losses.supervised.supervised_contrastive import SupervisedContrastiveLoss
 
 for _module in pkgutil.walk_packages(__path__, prefix=f"{__name__}."):
     if _module.name.removeprefix(f"{__name__}.").startswith(
@@ -53,11 +62,18 @@ __all__ = [
     "BaseContrastiveLoss",
     "BaseSupervisedLoss",
     "CLIPLoss",
+    "CaptioningLoss",
+    "ConsistencyLoss",
     "CrossEntropyLoss",
+    "CrossModalLoss",
     "DecorrelationLoss",
     "DecoupledContrastiveLoss",
+    "FusionHead",
     "HardNegativeLoss",
     "HardNegatives",
+    "HybridLoss",
+    "ImageTextMatchingLoss",
+    "MatryoshkaLoss",
     "MoCoLoss",
     "NTXentLoss",
     "NegativeCosineLoss",
@@ -66,10 +82,13 @@ __all__ = [
     "Projection",
     "Queue",
     "SigLIPLoss",
+    "SupervisedContrastiveLoss",
     "Temperature",
     "TripletLoss",
+    "UncertaintyWeighted",
     "UnknownLossError",
     "VICRegLoss",
+    "WeightedSum",
     "available_losses",
     "get_loss",
     "get_loss_class",
