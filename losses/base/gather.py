@@ -138,6 +138,11 @@ def _exchange(numbers: list[int]) -> list[list[int]]:
     return [row.tolist() for row in gathered]
 
 
+def _scatters(device: torch.device) -> bool:
+    """Say whether the default group's backend for a device has a reduce-scatter."""
+    return f"{device.type}:nccl" in dist.get_backend_config(dist.group.WORLD)
+
+
 class _Gather(torch.autograd.Function):
     """All-gather of uneven pieces; backward: sum over ranks, own piece kept."""
 
@@ -157,11 +162,11 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         batch: GlobalBatch = ctx.batch
         gradient = gradients[0].contiguous()
-        if dist.get_backend() == "nccl" and len(set(batch.sizes)) == 1:
-            own = gradient.new_empty(batch.size, *gradient.shape[1:])
-            dist.reduce_scatter_tensor(own, gradient)
+        if len(set(batch.sizes)) == 1 and _scatters(gradient.device):
+            own = torch.empty_like(gradient[: batch.size])
+            dist.reduce_scatter(own, list(gradient.split(batch.size)))
             return own, None
-        # gloo lacks reduce-scatter, and uneven pieces have none: sum everything, keep the own.
+        # Not every backend scatters, and not in uneven pieces: sum everything, keep the own.
         summed = gradient.clone()
         dist.all_reduce(summed)
         return summed[batch.offset : batch.offset + batch.size].contiguous(), None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -67,6 +68,7 @@ class Ranks:
 def _serve(rank: int, pipe: Any) -> None:
     """Run what comes through the pipe until it closes."""
     torch.set_num_threads(1)
+    warnings.simplefilter("error")
     while True:
         try:
             store, ranks, function, arguments = pickle.loads(pipe.recv_bytes())  # noqa: S301

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from diptych.losses.base import gather
 from diptych.losses.base.gather import GlobalBatch, global_batch, sum_over_ranks, world_size
 from tests.losses.ranks import Ranks
 
@@ -82,6 +83,17 @@ def test_uneven_pieces_are_gathered_in_order_with_summed_gradients(
     averages = {key: sum(a[key] for a in found) / world for key in ("mean", "mean of even")}
     assert math.isclose(averages["mean"], sum(rows) / len(rows), rel_tol=1e-12)
     assert math.isclose(averages["mean of even"], sum(even) / len(even), rel_tol=1e-12)
+
+
+def gather_with_reduce_scatter(sizes: tuple[int, ...]) -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gather, "_scatters", lambda device: True)
+        return gather_on_rank(sizes)["gradient"]
+
+
+def test_the_reduce_scatter_of_other_backends_gives_the_same_gradients(ranks: Ranks) -> None:
+    found = ranks.run(gather_with_reduce_scatter, [((2, 2, 2),)] * 3)
+    assert found == [[6.0, 12.0], [18.0, 24.0], [30.0, 36.0]]
 
 
 def sum_on_rank(value: float) -> tuple[float, float]:
