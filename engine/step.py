@@ -73,7 +73,7 @@ class TrainStep:
         batch = to_device(batch, self.device)
         size = batch_size(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        terms, value = self.gradients(trainer, batch, size)
+        terms, value = self.gradients(trainer, batch)
         self.finish_gradients()
         trainer.fire_event(StepEvents.GRADIENTS_READY)
         self.update()
@@ -82,10 +82,12 @@ class TrainStep:
         trainer.metrics.update(published(output))
         return output
 
-    def gradients(self, trainer: Trainer, batch: Any, size: int) -> tuple[Terms, Tensor]:
+    def gradients(self, trainer: Trainer, batch: Any) -> tuple[Terms, Tensor]:
         """Put the gradient of the loss into the parameters; return detached terms and loss."""
-        if self.microbatch_size is None or size <= self.microbatch_size:
+        if self.microbatch_size is None:
             return self.coupled(trainer, batch, [batch])
+        # The loss decides, not the size: with a batch that fits on one rank and not on another,
+        # the ranks would meet in different collectives.
         pieces = split(batch, self.microbatch_size)
         if getattr(self.loss, "couples_samples", True):
             return self.coupled(trainer, batch, pieces)
@@ -136,9 +138,10 @@ class TrainStep:
             weights.append(weight.detach())
         trainer.outputs = joined(parts, pieces)
         trainer.fire_event(StepEvents.FORWARD_COMPLETED)
-        ranks, weight = world_size(), sum_over_ranks(torch.stack(weights).sum())
-        inverse = torch.where(weight > 0, ranks / weight, torch.zeros_like(weight))
-        value = torch.stack(sums).sum() * inverse
+        dtype = torch.promote_types(sums[0].dtype, torch.float32)  # weights may be whole numbers
+        weight = sum_over_ranks(torch.stack(weights).sum(dtype=dtype))
+        inverse = torch.where(weight > 0, world_size() / weight, 0)
+        value = torch.stack(sums).sum(dtype=dtype) * inverse
         trainer.terms = terms = {"loss": value}
         trainer.fire_event(StepEvents.LOSS_COMPUTED)
         self._rescale(inverse * divisor)
@@ -149,7 +152,7 @@ class TrainStep:
         if isinstance(self.loss, SampleMeanLoss):
             return self.loss.total_and_weight(*outputs.values())
         value = self.loss(*outputs.values())
-        return value * size, torch.full_like(value.detach(), float(size))
+        return value * size, torch.full_like(value.detach(), size, dtype=torch.float32)
 
     def finish_gradients(self) -> None:
         """Average what no wrapper averages, and take the loss scale out."""
