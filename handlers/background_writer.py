@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -50,12 +51,26 @@ class BackgroundWriter:
         return error
 
 
-def snapshot(state: Any) -> Any:
-    """Return a copy of nested containers whose tensors are copies on the host."""
+def snapshot(state: Any, previous: Any = None) -> Any:
+    """Return a copy of nested containers whose tensors are copies on the host.
+
+    Args:
+        state: mappings, lists and tuples of tensors and plain values.
+        previous: an earlier snapshot that nobody needs any more; its tensors are filled anew where
+            they fit, since fresh memory costs more than the copy.
+    """
     if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
+        fits = isinstance(previous, torch.Tensor) and _alike(state, previous)
+        return previous.copy_(state.detach()) if fits else state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
-        return {key: snapshot(value) for key, value in state.items()}
+        before = previous if isinstance(previous, dict) else {}
+        return {key: snapshot(value, before.get(key)) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(snapshot(value) for value in state)
+        earlier = previous if isinstance(previous, type(state)) else ()
+        pairs = itertools.zip_longest(state, earlier[: len(state)])
+        return type(state)(snapshot(value, before) for value, before in pairs)
     return state
+
+
+def _alike(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    return tensor.shape == other.shape and tensor.dtype == other.dtype

@@ -53,7 +53,8 @@ class CheckpointManager:
 
     Event: `RunEvents.SAFE_POINT` (saves), `RunEvents.RESTORE` (resumes).
     Cost: one comparison an iteration between two saves. A save copies the state, writes it to the
-        disk and reads it once; with `background` the run waits for the copy only.
+        disk and reads it once; with `background` the run waits for the copy only, which stays in
+        host memory for the next one.
 
     Args:
         directory: of this run's checkpoints; one process (and its ranks) at a time has it.
@@ -89,6 +90,7 @@ class CheckpointManager:
     _writer: BackgroundWriter = attrs.field(init=False, repr=False)
     _lock: RunLock = attrs.field(init=False, repr=False)
     _signals: StopSignals = attrs.field(factory=StopSignals, init=False, repr=False)
+    _snapshot: Any = attrs.field(default=None, init=False, repr=False)
     _scored: int = attrs.field(default=0, init=False, repr=False)
     _due: bool = attrs.field(default=False, init=False, repr=False)
     _saved_at: float = attrs.field(default=0.0, init=False, repr=False)
@@ -147,9 +149,10 @@ class CheckpointManager:
             by_hand=by_hand,
         )
         if rank() == 0:
-            self._writer.submit(
-                partial(self._write, entry, snapshot(state) if self.background else state)
-            )
+            self._writer.wait()
+            if self.background:
+                state = self._snapshot = snapshot(state, self._snapshot)
+            self._writer.submit(partial(self._write, entry, state))
         return self.directory / entry.file
 
     def _write(self, entry: Entry, state: Mapping[str, Any]) -> None:
