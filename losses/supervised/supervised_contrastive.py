@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diptych.losses.base.contrastive import normalize, total
 from diptych.losses.base.gather import GlobalBatch, global_batch
-from diptych.losses.base.objectives import Tile, check_tile, contrast
+from diptych.losses.base.objectives import Tile, check_tile, contrast, info_nce
 from diptych.losses.base.positives import Positives
 from diptych.losses.base.temperature import Temperature
 from diptych.losses.base.validation import (
@@ -31,7 +31,8 @@ class SupervisedContrastiveLoss(nn.Module):
     outside the log (L_out). It is >= 0. If no anchor has a positive it is 0, with a graph.
 
     Called ``loss(features, labels)`` with features [B, D] or [B, V, D], V views of each sample; or
-    ``loss(first, second, labels)`` with two modalities [B, D], which count as two views.
+    ``loss(first, second, labels)`` with two modalities [B, D], which count as two views. Labels are
+    [B], or multi-hot [B, C]: then samples match whose labels overlap (no tiles there).
 
     Across ranks: features and labels are gathered, with gradient; a rank contrasts its b V anchors
     with all B V candidates and divides by the anchors of all ranks. Exact for uneven batches.
@@ -46,6 +47,8 @@ class SupervisedContrastiveLoss(nn.Module):
             the modality) other than its own; ``"intra"``: its own view (modality) alone.
         without_positive: An anchor without a positive is left out of the mean (``"ignore"``) or
             counts in it as 0 (``"zero"``, as in the authors' code).
+        overlap: In [0, 1): multi-hot labels match if more than this share of their union (Jaccard)
+            is in both; 0: if they have one in common.
         normalize: Whether features are normalised here.
         tile: Rows of a tile, in memory linear in the batch; None: the whole matrix; ``"auto"``.
 
@@ -62,18 +65,22 @@ class SupervisedContrastiveLoss(nn.Module):
         learn_temperature: bool = False,
         candidates: str = "all",
         without_positive: str = "ignore",
+        overlap: float = 0.0,
         normalize: bool = True,
         tile: Tile = "auto",
     ) -> None:
         super().__init__()
         check_choice("candidates", candidates, ("all", "cross", "intra"))
         check_choice("without_positive", without_positive, ("ignore", "zero"))
+        if not 0 <= overlap < 1:
+            raise ValueError(f"overlap must lie in [0, 1), got {overlap}")
         check_tile(tile)
         self.temperature = Temperature(
             temperature, learn=learn_temperature, min_scale=1.0, max_scale=100.0
         )
         self.candidates = candidates
         self.without_positive = without_positive
+        self.overlap = overlap
         self.normalize = normalize
         self.tile = tile
 
@@ -85,7 +92,7 @@ class SupervisedContrastiveLoss(nn.Module):
         Args:
             features: [b, D] or [b, V, D], floating point; [b, D] if `second` is a modality.
             second: The other modality, [b, D]; or, as the last argument, the labels.
-            labels: Integers [b].
+            labels: Integers [b], or multi-hot 0 and 1 [b, C].
 
         Raises:
             ValueError: If shapes do not fit, or there is one view where two are needed.
@@ -111,18 +118,14 @@ class SupervisedContrastiveLoss(nn.Module):
             everyone, everyones_labels = batch.gather(anchors), batch.gather(labels)
             losses, counted = [], []
             for own, seen in self._blocks(count):
-                positives = self._positives(labels, everyones_labels, batch, len(own), len(seen))
-                losses.append(
-                    contrast(
-                        torch.cat([anchors[:, view] for view in own]),
-                        torch.cat([everyone[:, view] for view in seen]),
-                        self.temperature.scale(anchors),
-                        positives,
-                        tile=self.tile,
-                        dtype=views.dtype,
-                    )
+                loss, has_positive = self._contrast(
+                    torch.cat([anchors[:, view] for view in own]),
+                    torch.cat([everyone[:, view] for view in seen]),
+                    self._positives(labels, everyones_labels, batch, len(own), len(seen)),
+                    views.dtype,
                 )
-                counted.append(positives.counts() > 0)
+                losses.append(loss)
+                counted.append(has_positive)
             summed = torch.stack(losses)
             if self.without_positive == "zero":
                 return {"supervised": batch.mean(summed) / count}
@@ -146,9 +149,24 @@ class SupervisedContrastiveLoss(nn.Module):
         return Positives(
             batch.total * seen,
             itself=None if self.candidates == "cross" else itself,
-            row_groups=labels.repeat(own),
-            column_groups=everyones.repeat(seen),
+            row_groups=torch.cat([labels] * own),
+            column_groups=torch.cat([everyones] * seen),
         )
+
+    def _contrast(
+        self, anchors: Tensor, candidates: Tensor, positives: Positives, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sum of the anchors' losses and bool [n], which anchors have a positive."""
+        scale = self.temperature.scale(anchors)
+        rows, columns = positives.row_groups, positives.column_groups
+        assert rows is not None
+        assert columns is not None
+        if rows.dim() == 1:
+            loss = contrast(anchors, candidates, scale, positives, tile=self.tile, dtype=dtype)
+            return loss, positives.counts() > 0
+        kept = positives.others()
+        matches = kept & (jaccard(rows, columns) > self.overlap)
+        return info_nce(scale * (anchors @ candidates.T), matches, kept).sum(), matches.any(1)
 
     def scalars(self) -> dict[str, Tensor]:
         """Return a learned temperature and its log scale, detached, for logs."""
@@ -165,6 +183,18 @@ class SupervisedContrastiveLoss(nn.Module):
         """Return features [batch, 2, dim] and labels [batch] for the contract test."""
         features = torch.randn(batch, 2, dim, generator=generator)
         return features, torch.randint(3, (batch,), generator=generator)
+
+
+def jaccard(rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the share of the union of two multi-hot rows that both have, float32 [n, m].
+
+    Args:
+        rows: 0 or 1, [n, C].
+        columns: 0 or 1, [m, C].
+    """
+    rows, columns = rows.float(), columns.float()
+    both = rows @ columns.T
+    return both / (rows.sum(1)[:, None] + columns.sum(1) - both).clamp_min(1)
 
 
 def _views_and_labels(
@@ -184,5 +214,5 @@ def _views_and_labels(
         )
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor of integers, got {type(labels).__name__}")
-    check_groups("labels", labels, features.shape[0])
+    check_groups("labels", labels[:, 0] if labels.dim() == 2 else labels, features.shape[0])
     return features if features.dim() == 3 else features[:, None], labels
