@@ -62,6 +62,11 @@ class TrainStep:
         self.microbatch_size = settings.microbatch_size
         self.autocast_dtype = AUTOCAST.get(settings.precision)
         self.skipped_steps = torch.zeros((), device=self.device)
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        # Their gradients would add up for ever: nobody else clears them.
+        self._held_by_nobody = [
+            p for p in (*trainer.model.parameters(), *self.loss.parameters()) if id(p) not in held
+        ]
         self._constrain: list[Callable[[], object]] = [
             constrain
             for module in self.loss.modules()
@@ -73,6 +78,8 @@ class TrainStep:
         batch = to_device(batch, self.device)
         size = batch_size(batch)
         self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self._held_by_nobody:
+            parameter.grad = None
         terms, value = self.gradients(trainer, batch)
         self.finish_gradients()
         trainer.fire_event(StepEvents.GRADIENTS_READY)

@@ -117,11 +117,12 @@ class Trainer(EventLoop):
     @property
     def outputs(self) -> Outputs:
         """The task's outputs for the last batch, detached."""
-        return {name: tensor.detach() for name, tensor in self._outputs.items()}
+        return self._outputs
 
     @outputs.setter
     def outputs(self, outputs: Outputs) -> None:
-        self._outputs = outputs
+        # Detached at once: a reference to the graph would outlive a step that fails.
+        self._outputs = {name: tensor.detach() for name, tensor in outputs.items()}
 
     def attach(self, *handlers: Handler) -> Trainer:
         """Attach handlers; those of one event run in the order in which they were attached.
