@@ -5,6 +5,7 @@ with equal weight, to the loss of the global batch; and the gather's backward is
 Averaging parameter gradients over ranks, as data-parallel training does, then gives the gradient
 of the global batch exactly, for encoders and for the loss's own parameters alike.
 
+Gathering is collective: all ranks call a loss equally often, in evaluation too.
 Alone (no process group, or one rank) nothing here communicates.
 """
 

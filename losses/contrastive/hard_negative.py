@@ -102,7 +102,7 @@ class HardNegativeLoss(BaseContrastiveLoss):
         """Return the losses of 2b anchors, [2b]."""
         anchors, candidates, positives = two_views(pairs)
         scale = self.temperature.scale(anchors)
-        logits = scale * (anchors @ candidates.T)
+        logits = (scale * anchors) @ candidates.T
         own = scale * (pairs.first * pairs.second).sum(1).repeat(2)
         negatives = positives.negatives()
         empty = ~negatives.any(1)
@@ -128,10 +128,10 @@ class HardNegativeLoss(BaseContrastiveLoss):
             losses = info_nce(logits, own, own | negatives, log_weights=weights)
             return losses.masked_fill(~negatives.any(1), 0.0)
 
-        rows = scale * (pairs.first @ batch.gather(pairs.second).T)
+        rows = (scale * pairs.first) @ batch.gather(pairs.second).T
         if batch.world_size == 1:
             return direction(rows) + direction(rows.T)
-        return direction(rows) + direction(scale * (pairs.second @ batch.gather(pairs.first).T))
+        return direction(rows) + direction((scale * pairs.second) @ batch.gather(pairs.first).T)
 
 
 def _log_difference(hard: Tensor, own: Tensor, log_count: Tensor, prior: float) -> Tensor:
