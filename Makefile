@@ -6,6 +6,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LOWER := .venv-lower
 ROOMS := engine handlers losses
 LINKS := $(ROOMS:%=.typing/diptych/%)
 
@@ -14,11 +15,11 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-long check lint types architecture format \
+.PHONY: help install train test test-long test-lower-bounds check lint types architecture format \
 	public-names docs serve-docs dist clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -36,6 +37,18 @@ test: $(STAMP) $(LINKS)  ## Run the tests (ARGS="tests/engine -k resume" selects
 
 test-long: $(STAMP) $(LINKS)  ## Run the slow tests too
 	$(TEST) -n $(WORKERS) --dist loadgroup $(ARGS)
+
+test-lower-bounds: $(LOWER)/.installed $(LINKS)  ## Run the tests with the oldest versions allowed
+	OMP_NUM_THREADS=1 $(LOWER)/bin/python -m pytest -n $(WORKERS) --dist loadgroup \
+		-m "not slow" $(ARGS)
+
+$(LOWER)/.installed: pyproject.toml constraints.txt constraints-lower.txt
+	test -x $(LOWER)/bin/python || $(PYTHON) -m venv $(LOWER)
+	$(LOWER)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[test]'
+	$(LOWER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--requirement constraints-lower.txt
+	touch $@
 
 check: lint types architecture  ## Run every static check
 
@@ -73,6 +86,6 @@ dist: $(STAMP)  ## Build the wheel and the sdist into dist/ and check their meta
 	$(BIN)/twine check --strict dist/*
 
 clean:  ## Remove everything that was built, the environment included
-	rm -rf $(VENV) .typing .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist site
+	rm -rf $(VENV) $(LOWER) .typing .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist site
 	rm -rf *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
