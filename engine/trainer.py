@@ -67,8 +67,9 @@ class Trainer(EventLoop):
             values.
 
     Raises:
+        TypeError: if model, loss, optimizer or task is something else.
         ValueError: if a setting is out of range, the device cannot compute in the precision, or
-            the optimizer lacks a parameter of the loss.
+            the optimizer lacks a parameter of the loss, or holds none that the run is about.
     """
 
     def __init__(
@@ -94,10 +95,10 @@ class Trainer(EventLoop):
             seed=seed,
             log_every=log_every,
         )
+        check_parts(model, loss, optimizer, task)
         self.device = self.settings.device or idist.device()
         self.model, self.loss = model.to(self.device), loss.to(self.device)
         self.optimizer, self.task = optimizer, task
-        check_loss_is_optimized(loss, optimizer)
         self.scaler = self._gradient_scaler()
         if compile:
             self.model.compile()
@@ -147,7 +148,10 @@ class Trainer(EventLoop):
     def train(self, loader: Iterable[Any], num_epochs: int) -> list[float]:
         """Run until `num_epochs` epochs are done; return the mean loss of each epoch so far."""
         self.run(loader, max_epochs=num_epochs)
-        return self.metrics.get_history("train/loss")
+        try:
+            return self.metrics.get_history("train/loss")
+        except KeyError:  # the run was stopped inside its first epoch
+            return []
 
     def _gradient_scaler(self) -> torch.amp.GradScaler | None:
         if self.settings.precision != "fp16":
@@ -189,16 +193,33 @@ def _named_scalar(scalars: Callable[[], Mapping[str, Tensor]], name: str) -> Ten
     return scalars()[name]
 
 
-def check_loss_is_optimized(loss: nn.Module, optimizer: Optimizer) -> None:
-    """Check that the optimizer holds every parameter that the loss wants to learn.
+def check_parts(model: nn.Module, loss: nn.Module, optimizer: Optimizer, task: Task) -> None:
+    """Check that the parts of a training are what they should be, and belong together.
 
     Raises:
-        ValueError: naming those that it lacks.
+        TypeError: naming the part that is something else.
+        ValueError: naming the parameters of the loss that the optimizer lacks, or if it holds
+            nothing of the model and the loss at all.
     """
+    for name, part, kind in (
+        ("model", model, nn.Module),
+        ("loss", loss, nn.Module),
+        ("optimizer", optimizer, Optimizer),
+    ):
+        if not isinstance(part, kind):
+            raise TypeError(f"{name} must be a torch {kind.__name__}, got {part!r}")
+    if not callable(task):
+        raise TypeError(f"task must be a function of a model and a batch, got {task!r}")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [n for n, p in loss.named_parameters() if p.requires_grad and id(p) not in held]
     if missing:
         raise ValueError(
             f"the optimizer must hold the loss's parameters, got none of {', '.join(missing)}: "
             "build it with [*model.parameters(), *loss.parameters()]"
+        )
+    own = [id(p) for p in (*model.parameters(), *loss.parameters()) if p.requires_grad]
+    if own and held.isdisjoint(own):
+        raise ValueError(
+            "the optimizer must hold parameters of the model or the loss, got only others: build "
+            "it from the very model that is trained, after any copy of it"
         )
