@@ -46,7 +46,7 @@ HOSTS = re.compile(
     re.IGNORECASE,
 )
 TALK = re.compile(
-    r"\b(this|next|previous|last) sessi[o]n\b|\bsub-?ag[e]nts?\b|/wor[k]/|\.librar[y]\b"
+    r"\b(this|next|previous|last) sessi[o]n\b|\bsub-?ag[e]nts?\b|/wor[k]/|/\.librar[y]/"
     r"|\bcha[t]bot\b|\bas an A[I]\b|\bthe brie[f]\b|\bclau[d]e\b",
     re.IGNORECASE,
 )
@@ -59,7 +59,6 @@ BRANCHES = (
     ast.While,
     ast.IfExp,
     ast.ExceptHandler,
-    ast.Assert,
     ast.comprehension,
     ast.match_case,
 )
@@ -147,11 +146,15 @@ def called(call: ast.Call) -> str:
     return last_name(call.func)
 
 
-def complexity(function: Function) -> int:
-    """Return the cyclomatic complexity of a function, what is nested in it included."""
+def complexity(function: Function, *, is_test: bool = False) -> int:
+    """Return the cyclomatic complexity of a function, what is nested in it included.
+
+    An assert is a branch, but in a test: there it is what the test is for.
+    """
+    branches = BRANCHES if is_test else (*BRANCHES, ast.Assert)
     nodes = list(ast.walk(function))
     operators = sum(len(n.values) - 1 for n in nodes if isinstance(n, ast.BoolOp))
-    return 1 + sum(isinstance(n, BRANCHES) for n in nodes) + operators
+    return 1 + sum(isinstance(n, branches) for n in nodes) + operators
 
 
 def body_lines(function: Function) -> int:
@@ -170,6 +173,8 @@ def allowed_package(module: str) -> str:
 def wrong_arrows(source: Source) -> Iterator[str]:
     """Imports of a room that its place in the house does not allow."""
     always, late = MAY_IMPORT[source.room], MAY_IMPORT_LATE[source.room]
+    if Path(source.path).name.startswith("triton_"):  # torch brings Triton where there are GPUs
+        always = always | {"triton"}
     for line, module, inside_function in imports(source):
         package = allowed_package(module)
         if package in sys.stdlib_module_names or package in always:
@@ -202,8 +207,13 @@ def long_files(source: Source) -> Iterator[str]:
 
 
 def long_functions(source: Source) -> Iterator[str]:
-    """Functions over the limit of lines, their docstrings left out."""
+    """Functions over the limit of lines, their docstrings left out.
+
+    A GPU kernel (`@triton.jit`) may be longer: to cut one up is to pass a dozen registers around.
+    """
     for function in source.functions:
+        if any(last_name(decorator) == "jit" for decorator in function.decorator_list):
+            continue
         if (lines := body_lines(function)) > FUNCTION_LINES:
             yield source.at(function.lineno, f"{function.name} has {lines} lines")
 
@@ -211,7 +221,8 @@ def long_functions(source: Source) -> Iterator[str]:
 def complex_functions(source: Source) -> Iterator[str]:
     """Functions over the limit of cyclomatic complexity."""
     for function in source.functions:
-        if (branches := complexity(function)) > COMPLEXITY:
+        branches = complexity(function, is_test=source.room == "tests")
+        if branches > COMPLEXITY:
             yield source.at(function.lineno, f"{function.name} has complexity {branches}")
 
 
@@ -279,9 +290,14 @@ def synchronising_losses(source: Source) -> Iterator[str]:
 
 
 def swallowed_arguments(source: Source) -> Iterator[str]:
-    """Constructors and forward methods whose `**kwargs` would take a misspelt argument."""
+    """Constructors and calls whose `**kwargs` would take a misspelt argument and drop it."""
     for function in source.functions:
-        if function.name in {"__init__", "forward", "terms"} and function.args.kwarg:
+        rest = function.args.kwarg
+        if rest is None or function.name not in {"__init__", "forward", "terms"}:
+            continue
+        calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+        passed_on = {ast.unparse(k.value) for call in calls for k in call.keywords if not k.arg}
+        if rest.arg not in passed_on and not isinstance(function.body[-1], ast.Raise):
             yield source.at(function.lineno, f"{function.name} swallows misspelt arguments")
 
 

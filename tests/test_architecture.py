@@ -98,6 +98,7 @@ def test_text_speaks_of_the_project_alone() -> None:
 PLANTED: list[tuple[Checker, str, str, str]] = [
     (rules.wrong_arrows, "losses/x.py", "import ignite", "losses must not import ignite"),
     (rules.wrong_arrows, "losses/x.py", "from diptych.engine import Trainer", "diptych.engine"),
+    (rules.wrong_arrows, "losses/base/tiled.py", "import triton", "must not import triton"),
     (rules.wrong_arrows, "engine/x.py", "from diptych import losses", "diptych.losses"),
     (rules.wrong_arrows, "engine/x.py", "import diptych.handlers.jsonl", "diptych.handlers"),
     (rules.wrong_arrows, "engine/x.py", "import_module('diptych.losses')", "diptych.losses"),
@@ -168,11 +169,15 @@ KEPT: list[tuple[Checker, str, str]] = [
     (rules.long_files, "engine/x.py", "x = 1\n" * 400),
     (rules.long_functions, "engine/x.py", "def f():\n    '''" + "\n" * 50 + "'''\n    return 1"),
     (rules.complex_functions, "engine/x.py", "def f(x):\n" + "    if x: x()\n" * 9),
+    (rules.long_functions, "losses/x.py", "@triton.jit\ndef f():\n" + "    x = 1\n" * 50),
+    (rules.complex_functions, "tests/test_x.py", "def f(x):\n" + "    assert x\n" * 20),
+    (rules.wrong_arrows, "losses/base/triton_kernels.py", "import triton.language as tl"),
     (rules.vague_names, "handlers/checkpoint_manager.py", ""),
     (rules.empty_bodies, "engine/x.py", "class A(Protocol):\n    def f(self): ..."),
     (rules.empty_bodies, "engine/x.py", "class A:\n    @abstractmethod\n    def f(self): ..."),
     (rules.unsafe_calls, "engine/x.py", "model.eval()\ntorch.load(p, weights_only=True)"),
     (rules.swallowed_arguments, "losses/registry.py", "def get_loss(name, **kwargs): return 1"),
+    (rules.swallowed_arguments, "losses/x.py", "def forward(self, **kw): return f(**kw)"),
     (rules.outside_talk, "docs/x.md", "Install it with pip."),
 ]
 
