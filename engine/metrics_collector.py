@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import attrs
@@ -72,13 +73,14 @@ class MetricsCollector:
             named: the same, for tags that are Python names.
 
         Raises:
+            TypeError: if a value is neither a number nor a tensor.
             ValueError: if a tensor has more than one element.
         """
         window = self._window
         for values in (scalars, named):
             if values:
                 for tag, value in values.items():
-                    window[tag].append(_kept(tag, value) if isinstance(value, Tensor) else value)
+                    window[tag].append(value if type(value) is float else _kept(tag, value))
 
     def gauge(self, tag: str, function: Callable[[], Scalar]) -> None:
         """Publish what `function()` returns at each log point: a rate, memory in use."""
@@ -95,11 +97,10 @@ class MetricsCollector:
 
         Nothing happens where nothing was published since.
         """
-        means = self._drain()
-        if means:
-            values = {tag: mean.value for tag, mean in means.items()}
-            values.update(_fetch({tag: function() for tag, function in self._gauges.items()}))
-            self._emit(Record(step, values))
+        if self._window:
+            gauges = {tag: _kept(tag, function()) for tag, function in self._gauges.items()}
+            means, read = self._drain(gauges)
+            self._emit(Record(step, {**{tag: mean.value for tag, mean in means.items()}, **read}))
 
     def end_epoch(self) -> dict[str, float]:
         """Return the mean of every tag over the epoch, and add it to the tag's history."""
@@ -147,17 +148,24 @@ class MetricsCollector:
         if self._on_record is not None:
             self._on_record()
 
-    def _drain(self) -> dict[str, _Mean]:
-        """Empty the window into the epoch's means; return the window's."""
-        sums = _fetch({tag: _sum(values) for tag, values in self._window.items()}, over_ranks=True)
-        means = {tag: _Mean(sums[tag], len(v) * world_size()) for tag, v in self._window.items()}
+    def _drain(
+        self, gauges: Mapping[str, Scalar] | None = None
+    ) -> tuple[dict[str, _Mean], dict[str, float]]:
+        """Empty the window into the epoch's means; return the window's, and the gauges."""
+        sums = {tag: _sum(values) for tag, values in self._window.items()}
+        totals, read = _fetch(sums, gauges or {})
+        means = {tag: _Mean(totals[tag], len(v) * world_size()) for tag, v in self._window.items()}
         for tag, mean in means.items():
             self._epoch[tag].add(mean.total, mean.count)
         self._window.clear()
-        return means
+        return means, read
 
 
-def _kept(tag: str, value: Tensor) -> Tensor:
+def _kept(tag: str, value: Any) -> Scalar:
+    if not isinstance(value, Tensor):
+        if isinstance(value, Real):
+            return float(value)
+        raise TypeError(f"{tag} must be a number or a tensor of one element, got {value!r}")
     if value.numel() != 1:
         raise ValueError(
             f"{tag} must be a number or a tensor of one element, got shape {tuple(value.shape)}"
@@ -170,7 +178,7 @@ def _kept(tag: str, value: Tensor) -> Tensor:
 def _sum(values: list[Scalar]) -> Scalar:
     """Add up one tag's values where they are; float64, so that the grouping hardly shows."""
     tensors = [value for value in values if isinstance(value, Tensor)]
-    numbers = math.fsum(value for value in values if not isinstance(value, Tensor))
+    numbers = float(sum(value for value in values if not isinstance(value, Tensor)))
     if not tensors:
         return numbers
     return _stacked(tensors).double().sum() + numbers
@@ -182,17 +190,21 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
     return torch.stack(tensors)
 
 
-def _fetch(values: Mapping[str, Scalar], *, over_ranks: bool = False) -> dict[str, float]:
-    """Bring scalars to the host with one transfer, summed over ranks if asked."""
-    devices = [value.device for value in values.values() if isinstance(value, Tensor)]
-    over_ranks = over_ranks and world_size() > 1
-    if not values or not (devices or over_ranks):
-        return {tag: float(value) for tag, value in values.items()}
-    device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
-    packed = torch.stack([_on(device, value) for value in values.values()])
-    if over_ranks:
-        packed = sum_over_ranks(packed)
-    return dict(zip(values, packed.tolist(), strict=True))
+def _fetch(
+    sums: Mapping[str, Scalar], gauges: Mapping[str, Scalar]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Bring scalars to the host with one transfer, the sums added up over ranks."""
+    values = [*sums.values(), *gauges.values()]
+    devices = [value.device for value in values if isinstance(value, Tensor)]
+    if values and (devices or world_size() > 1):
+        device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+        packed = torch.stack([_on(device, value) for value in values])
+        packed = torch.cat([sum_over_ranks(packed[: len(sums)]), packed[len(sums) :]])
+        numbers: list[float] = packed.tolist()
+    else:
+        numbers = [float(value) for value in values]
+    totals = dict(zip(sums, numbers[: len(sums)], strict=True))
+    return totals, dict(zip(gauges, numbers[len(sums) :], strict=True))
 
 
 def _on(device: torch.device, value: Scalar) -> Tensor:
