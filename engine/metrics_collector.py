@@ -162,10 +162,14 @@ class MetricsCollector:
 
 
 def _kept(tag: str, value: Any) -> Scalar:
-    if not isinstance(value, Tensor):
-        if isinstance(value, Real):
-            return float(value)
-        raise TypeError(f"{tag} must be a number or a tensor of one element, got {value!r}")
+    if isinstance(value, Tensor):
+        return _detached(tag, value)
+    if isinstance(value, Real):
+        return float(value)
+    raise TypeError(f"{tag} must be a number or a tensor of one element, got {value!r}")
+
+
+def _detached(tag: str, value: Tensor) -> Tensor:
     if value.numel() != 1:
         raise ValueError(
             f"{tag} must be a number or a tensor of one element, got shape {tuple(value.shape)}"
