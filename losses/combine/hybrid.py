@@ -55,6 +55,7 @@ class HybridLoss(CompositeLoss):
 
     @alpha.setter
     def alpha(self, alpha: float) -> None:
+        """Set the weight of VICReg, in [0, 1]."""
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
         self._alpha = float(alpha)

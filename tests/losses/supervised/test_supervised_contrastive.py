@@ -15,16 +15,23 @@ from tests.losses.oracles import draw
 from tests.losses.ranks import Ranks, assert_same_on_ranks
 
 LABELS = torch.tensor([0, 1, 0, 2, 1, 0])
+Place = tuple[int, int]
 Match = Callable[[int, int], bool]
-See = Callable[[tuple[int, int], tuple[int, int]], bool]
+See = Callable[[Place, Place], bool]
 
 
 def by_label(i: int, j: int) -> bool:
     return bool(LABELS[i] == LABELS[j])
 
 
-def everything(anchor: tuple[int, int], other: tuple[int, int]) -> bool:
+def everything(anchor: Place, other: Place) -> bool:
     return True
+
+
+def anchor_loop(logit: dict[Place, Tensor], matching: list[Place]) -> Tensor:
+    """Return the mean over an anchor's positives of -log p, p over all that it sees."""
+    bottom = torch.stack([x.exp() for x in logit.values()]).sum().log()
+    return sum(bottom - logit[q] for q in matching) / len(matching)
 
 
 def loops(
@@ -36,18 +43,20 @@ def loops(
     zero: bool = False,
 ) -> Tensor:
     """Return L_out of the paper, anchor after anchor, candidate after candidate."""
-    places = [(i, v) for i in range(views.shape[0]) for v in range(views.shape[1])]
-    unit = {p: views[p] / views[p].square().sum().sqrt() for p in places}
+    unit = {
+        (i, v): view / view.square().sum().sqrt()
+        for i, sample in enumerate(views)
+        for v, view in enumerate(sample)
+    }
     values = []
-    for p in places:
-        others = [q for q in places if q != p and see(p, q)]
+    for p, anchor in unit.items():
+        others = [q for q in unit if q != p and see(p, q)]
+        logit = {q: (anchor * unit[q]).sum() / temperature for q in others}
         matching = [q for q in others if match(p[0], q[0])]
-        if not matching:
-            values += [torch.zeros(())] if zero else []
-            continue
-        logit = {q: (unit[p] * unit[q]).sum() / temperature for q in others}
-        bottom = torch.stack([logit[q].exp() for q in others]).sum().log()
-        values.append(sum(bottom - logit[q] for q in matching) / len(matching))
+        if matching:
+            values.append(anchor_loop(logit, matching))
+        elif zero:
+            values.append(torch.zeros((), dtype=views.dtype))
     return torch.stack(values).mean()
 
 
