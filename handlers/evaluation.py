@@ -1,0 +1,246 @@
+"""Runs an evaluator on a cadence and publishes its values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import nullcontext
+from typing import Any, Literal, cast
+
+import attrs
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+from ignite.metrics import Metric
+from torch import Tensor, nn
+
+from diptych.engine import EvaluationEvents, Evaluator, Trainer
+from diptych.engine.data import batch_size
+from diptych.engine.distributed import sum_over_ranks, world_size
+from diptych.engine.errors import BatchError
+from diptych.engine.evaluator import Metrics, evaluation_mode
+from diptych.engine.microbatch import SampleMeanLoss
+from diptych.engine.settings import Precision
+from diptych.engine.step import AUTOCAST
+from diptych.engine.tasks import Outputs, Task
+
+
+def _check_loader(_: Any, __: attrs.Attribute[Any], loader: object) -> None:
+    if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
+        raise TypeError(
+            "loader must be something that can be iterated again for each evaluation, got "
+            f"{type(loader).__name__}"
+        )
+
+
+def _check_every(_: Any, __: attrs.Attribute[Any], every: object) -> None:
+    whole = isinstance(every, int) and not isinstance(every, bool) and every >= 1
+    if every != "epoch" and not whole:
+        raise ValueError(f"every must be 'epoch' or a number of iterations >= 1, got {every!r}")
+
+
+def _check_prefix(_: Any, __: attrs.Attribute[str], prefix: str) -> None:
+    if not prefix or prefix != prefix.strip("/") or prefix == "train":
+        raise ValueError(
+            f"prefix must be a name such as 'val', and not 'train', got {prefix!r}: values are "
+            "published as prefix/name"
+        )
+
+
+@attrs.define(eq=False)
+class Evaluation:
+    """Evaluates the model while it trains, and publishes the values as `val/...`.
+
+    ```python
+    Evaluation(loader, metrics=[RetrievalRecall(k=(1, 5, 10))], every="epoch")
+    Evaluation(unseen, metrics=[RetrievalRecall()], every=500, prefix="unseen", at_start=True)
+    ```
+
+    Each value goes, as prefix/name, into `trainer.state.metrics`, into the metrics' history, and to
+    every sink; then `EvaluationEvents.EVALUATED` fires. One of them is `val/loss`: the trainer's
+    loss, its mean over the loader's batches weighted by their sizes; a contrastive loss depends on
+    the size of the batch, so compare it between loaders of one batch size only. Model and loss are
+    in eval mode (a queue takes nothing in) and random generators stand still meanwhile: the run
+    goes on as if nothing had happened.
+
+    Over several ranks every rank evaluates what its own loader gives, and the values are those of
+    all: give the loader a sampler that shards it without padding. A loss that couples the samples
+    of a batch sees the batches of all ranks together, of which there must be as many on each.
+
+    Event: `Events.EPOCH_COMPLETED` or, with a number, `Events.ITERATION_COMPLETED`, and
+        `Events.STARTED` with `at_start`.
+    Cost: a forward pass over the loader and what the metrics cost, while training waits; nothing
+        between two evaluations.
+
+    Args:
+        loader: batches, the same each time it is iterated.
+        metrics: Ignite metrics, in a sequence or by name; see `Evaluator`.
+        every: "epoch", or iterations between two evaluations.
+        prefix: what the names of the values begin with; each evaluation of a trainer has its own.
+        task: what a batch means; None: the trainer's task.
+        model: what to evaluate, an averaged model say; None: the trainer's model.
+        at_start: whether to evaluate before a run's first iteration too, as iteration 0.
+        loss: whether to publish the loss. Default: with the trainer's own task.
+
+    Attributes:
+        evaluator: the `Evaluator`, once attached; Ignite's handlers attach to it too.
+        values: what was published last, by name; empty before.
+
+    Raises:
+        TypeError: if the loader can be iterated once only (a generator), or a metric is none.
+        ValueError: if an argument is out of range; when attached, if another evaluation of the
+            trainer has this prefix, or a metric is called "loss" beside the loss.
+        BatchError: while running: if ranks have different numbers of batches for a loss that
+            couples them.
+    """
+
+    loader: Iterable[Any] = attrs.field(validator=_check_loader)
+    metrics: Metrics = attrs.field(default=(), kw_only=True)
+    every: int | Literal["epoch"] = attrs.field(
+        default="epoch", validator=_check_every, kw_only=True
+    )
+    prefix: str = attrs.field(default="val", validator=_check_prefix, kw_only=True)
+    task: Task | None = attrs.field(default=None, kw_only=True)
+    model: nn.Module | None = attrs.field(default=None, kw_only=True)
+    at_start: bool = attrs.field(default=False, kw_only=True)
+    loss: bool = attrs.field(kw_only=True)
+    evaluator: Evaluator = attrs.field(init=False, repr=False)
+    values: dict[str, float] = attrs.field(factory=dict, init=False, repr=False)
+
+    @loss.default
+    def _with_own_task(self) -> bool:
+        return self.task is None
+
+    def attach(self, trainer: Trainer) -> None:
+        """Evaluate on the trainer's events."""
+        for other in trainer.handlers:
+            if isinstance(other, Evaluation) and other.prefix == self.prefix:
+                raise ValueError(
+                    f"each Evaluation needs a prefix of its own, got {self.prefix!r} twice"
+                )
+        self.evaluator = Evaluator(
+            trainer.model if self.model is None else self.model,
+            task=trainer.task if self.task is None else self.task,
+            metrics=self.metrics,
+            precision=trainer.settings.precision,
+            device=trainer.device,
+        )
+        if self.loss:
+            self._check_names()
+            loss = ValidationLoss(trainer.loss, trainer.settings.precision, trainer.device)
+            loss.attach(self.evaluator, "loss")
+        if self.at_start:
+            trainer.add_event_handler(Events.STARTED, self._evaluate_at_start)
+        if self.every == "epoch":
+            trainer.add_event_handler(Events.EPOCH_COMPLETED, self.evaluate)
+        else:
+            trainer.every(self.every, self.evaluate)
+
+    def evaluate(self, trainer: Trainer) -> dict[str, float]:
+        """Evaluate now, publish the values and return them by name."""
+        if self.loss and couples_samples(trainer.loss):
+            _check_same_length(self.loader)
+        with evaluation_mode(trainer.loss):
+            values = self.evaluator.evaluate(self.loader)
+        if self.loss:
+            values["loss"] = self.evaluator.state.metrics["loss"]
+        self.values = {f"{self.prefix}/{name}": value for name, value in values.items()}
+        trainer.state.metrics.update(self.values)
+        trainer.metrics.report(trainer.state.iteration, self.values)
+        trainer.fire_event(EvaluationEvents.EVALUATED)
+        return self.values
+
+    def _evaluate_at_start(self, trainer: Trainer) -> None:
+        if trainer.state.iteration == 0:
+            self.evaluate(trainer)
+
+    def _check_names(self) -> None:
+        if isinstance(self.metrics, Mapping):
+            names = list(self.metrics)
+        else:
+            names = [type(metric).__name__.lower() for metric in self.metrics]
+        if "loss" in names:
+            raise ValueError(
+                "a metric must not be called 'loss', which is the trainer's loss, got "
+                f"{', '.join(names)}: name it in a mapping, or give loss=False"
+            )
+
+
+class ValidationLoss(Metric):
+    """The mean of a loss over an evaluator's batches; the task's outputs are its arguments.
+
+    A loss that couples samples is weighted by batch size. A mean over samples (one that has
+    `total_and_weight`) is that of all samples together.
+
+    Event: Ignite's for metrics.
+    Cost: the loss of each batch, without a synchronisation until the end.
+
+    Args:
+        loss: taken in the mode that it is in.
+        precision: of the autocast around it.
+        device: where it computes.
+    """
+
+    def __init__(self, loss: nn.Module, precision: Precision, device: torch.device) -> None:
+        self._loss = loss
+        self._dtype = AUTOCAST.get(precision)
+        super().__init__(device=device)
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        self._totals: list[Tensor] = []
+        self._weights: list[Tensor] = []
+
+    @torch.no_grad()
+    def iteration_completed(self, engine: Engine) -> None:
+        """Take the output of an evaluator's iteration."""
+        self.update(cast(Outputs, engine.state.output))
+
+    @torch.no_grad()
+    def update(self, output: Outputs) -> None:
+        """Add a batch.
+
+        Args:
+            output: the task's tensors, in the order in which the loss takes them.
+        """
+        dtype = self._dtype
+        with nullcontext() if dtype is None else torch.autocast(self._device.type, dtype=dtype):
+            total, weight = self._total_and_weight(output)
+        self._totals.append(total.detach().double())
+        self._weights.append(weight.detach().double())
+
+    def _total_and_weight(self, output: Outputs) -> tuple[Tensor, Tensor]:
+        if isinstance(self._loss, SampleMeanLoss) and not couples_samples(self._loss):
+            return self._loss.total_and_weight(*output.values())
+        value = self._loss(*output.values())
+        size = torch.full_like(value, batch_size(output), dtype=torch.float64)
+        return (value if couples_samples(self._loss) else value * size), size
+
+    def compute(self) -> float:
+        """Return the mean over all batches of all ranks; 0 where nothing has a weight."""
+        totals, weights = torch.stack(self._totals), torch.stack(self._weights)
+        if couples_samples(self._loss):
+            # Each rank's value is its share of the global batch's loss, their mean.
+            weights = sum_over_ranks(weights)
+            totals = sum_over_ranks(totals) / world_size() * weights
+            total, weight = totals.sum(), weights.sum()
+        else:
+            total, weight = sum_over_ranks(torch.stack([totals.sum(), weights.sum()])).unbind()
+        return float(torch.where(weight > 0, total / weight, total))
+
+
+def couples_samples(loss: nn.Module) -> bool:
+    """Say whether a loss of a batch is no mean over samples, and gathers those of all ranks."""
+    return bool(getattr(loss, "couples_samples", False))
+
+
+def _check_same_length(loader: Iterable[Any]) -> None:
+    """Raise where ranks would wait for one another's batches for ever."""
+    if world_size() == 1:
+        return
+    lengths: list[int | None] = [None] * world_size()
+    dist.all_gather_object(lengths, len(loader) if isinstance(loader, Sized) else None)
+    if len(set(lengths)) > 1:
+        raise BatchError(
+            "a loss that couples samples needs as many batches on every rank, got "
+            f"{lengths}: shard the loader evenly, or give loss=False"
+        )
