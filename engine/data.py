@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import pairwise
 from typing import Any
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,7 +55,10 @@ def _rebuild_mapping(batch: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
 
 
 def _holds_containers(values: Sequence[Any]) -> bool:
-    return any(isinstance(v, (Tensor, Mapping, tuple, list)) or attrs.has(type(v)) for v in values)
+    kinds = (Tensor, Mapping, tuple, list)
+    return any(
+        isinstance(v, kinds) or attrs.has(type(v)) or dataclasses.is_dataclass(v) for v in values
+    )
 
 
 def leaves(batch: Any) -> list[Any]:
@@ -97,8 +102,8 @@ def split(batch: Any, size: int) -> list[Any]:
     """Cut `batch` into as few pieces of at most `size` samples as it takes, in order.
 
     The pieces differ by one sample at the most, so that none is too small for a batch norm.
-    Tensors and lists as long as the batch are cut; other leaves (a temperature, a name) go into
-    every piece.
+    Tensors, arrays and lists as long as the batch are cut; other leaves (a temperature, a name) go
+    into every piece. A list of tensors is a container of columns, not of samples.
 
     Args:
         batch: tensors [B, ...] in any nesting.
@@ -110,7 +115,8 @@ def split(batch: Any, size: int) -> list[Any]:
 
     def cut(start: int, stop: int) -> Any:
         def take(leaf: Any) -> Any:
-            per_sample = isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == samples
+            columns = (Tensor, np.ndarray)
+            per_sample = isinstance(leaf, columns) and leaf.ndim and leaf.shape[0] == samples
             listed = isinstance(leaf, (list, tuple)) and len(leaf) == samples
             return leaf[start:stop] if per_sample or listed else leaf
 
@@ -138,6 +144,8 @@ def _join_leaves(values: Sequence[Any]) -> Any:
     first = values[0]
     if isinstance(first, Tensor) and first.ndim:
         return torch.cat(list(values))
+    if isinstance(first, np.ndarray) and first.ndim:
+        return np.concatenate(list(values))
     if isinstance(first, (list, tuple)):
         return type(first)(item for value in values for item in value)
     return first
@@ -148,6 +156,7 @@ class _Groups:
 
     def __init__(self, loader: Iterable[Any], count: int) -> None:
         self._loader, self._count = loader, count
+        self._start: Any = None
 
     def __len__(self) -> int:
         if not isinstance(self._loader, Sized):
@@ -155,23 +164,31 @@ class _Groups:
         return math.ceil(len(self._loader) / self._count)
 
     def __iter__(self) -> Iterator[Any]:
-        group = []
-        for batch in self._loader:
-            group.append(batch)
-            if len(group) == self._count:
-                yield join(group)
-                group = []
-        if group:
+        batches, self._start = iter(self._loader), None
+        while True:
+            if hasattr(self._loader, "state_dict"):
+                self._start = self._loader.state_dict()
+            group = list(itertools.islice(batches, self._count))
+            self._start = None
+            if not group:
+                return
             yield join(group)
 
     def set_epoch(self, epoch: int) -> None:
         tell_epoch(self._loader, epoch)
 
     def __getattr__(self, name: str) -> Any:
-        # Between two groups the loader's own position is the group's, where it has one.
-        if name in {"state_dict", "load_state_dict"}:
+        # Groups have a position where the loader has one.
+        if name == "state_dict" and hasattr(self._loader, name):
+            return self._position
+        if name == "load_state_dict":
             return getattr(self._loader, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def _position(self) -> Any:
+        # A group that could not be read as a whole begins anew; between two groups the loader's
+        # own position is the group's.
+        return self._loader.state_dict() if self._start is None else self._start  # type: ignore[attr-defined]
 
 
 def in_groups(loader: Iterable[Any], count: int) -> _Groups:

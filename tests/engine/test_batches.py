@@ -1,0 +1,106 @@
+"""Where batches come from: the place in a loader, and what a loader is told."""
+
+from __future__ import annotations
+
+import pytest
+from torch.utils.data import DataLoader, IterableDataset
+
+from diptych.engine import ResumeError
+from diptych.engine.batches import BatchSource, length_of, tell_epoch
+from tests.engine.loops import EpochAware, Positioned, Unsized
+
+
+class Stream(IterableDataset):
+    """An endless data set: its DataLoader has __len__ and no length."""
+
+    def __iter__(self):
+        yield from iter(int, 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "length"),
+    [
+        (None, None),
+        ([1, 2], 2),
+        (range(0), 0),
+        (Unsized([1]), None),
+        (DataLoader(Stream()), None),
+        (DataLoader([1, 2, 3], batch_size=2), 2),
+    ],
+)
+def test_the_length_is_known_or_none(data, length):
+    assert length_of(data) == length
+
+
+def test_a_source_gives_the_passes_one_after_the_other():
+    source = BatchSource()
+    source.switch("ab")
+    for _ in range(2):
+        assert not source.keeps_its_place
+        assert [source.next(0), source.next(0)] == ["a", "b"]
+        assert source.keeps_its_place
+        with pytest.raises(StopIteration):
+            source.next(0)
+
+
+def test_switching_to_the_same_loader_keeps_the_place_and_to_another_begins_it():
+    source, data = BatchSource(), ["a", "b"]
+    source.switch(data)
+    assert source.next(0) == "a"
+    source.switch(data)
+    assert source.next(0) == "b"
+    source.switch(["a", "b"])
+    assert source.next(0) == "a"
+
+
+def test_rewinding_begins_a_new_pass():
+    source = BatchSource()
+    source.switch("ab")
+    assert source.next(0) == "a"
+    source.rewind()
+    assert source.next(0) == "a"
+
+
+def test_a_position_is_restored_in_another_source():
+    source, other = BatchSource(), BatchSource()
+    source.switch(Positioned(5))
+    assert [source.next(0) for _ in range(3)] == [0, 1, 2]
+    other.switch(Positioned(5))
+    other.restore(source.position())
+    assert other.keeps_its_place
+    assert [other.next(0) for _ in range(2)] == [3, 4]
+
+
+def test_a_loader_without_a_position_has_none_and_takes_none():
+    source = BatchSource()
+    source.switch([1, 2])
+    assert source.position() is None
+    with pytest.raises(ResumeError, match=r"needs a loader with load_state_dict\(\), got list"):
+        source.restore({"position": 1})
+
+
+def test_a_restored_loader_is_not_told_its_epoch_since_that_would_rewind_it():
+    class Both(Positioned, EpochAware):
+        def __init__(self, length: int) -> None:
+            Positioned.__init__(self, length)
+            self.told = []
+
+    data, source = Both(3), BatchSource()
+    source.switch(data)
+    source.restore({"position": 2})
+    assert source.next(4) == 2
+    assert data.told == []
+    with pytest.raises(StopIteration):
+        source.next(4)
+    assert source.next(5) == 0
+    assert data.told == [5]
+
+
+def test_only_the_outermost_that_can_is_told_the_epoch():
+    class Loader:
+        sampler = EpochAware("")
+        batch_sampler = EpochAware("")
+
+    tell_epoch(Loader(), 3)
+    assert (Loader.sampler.told, Loader.batch_sampler.told) == ([3], [])
+    tell_epoch([1, 2], 3)
