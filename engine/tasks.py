@@ -54,7 +54,7 @@ def look_up(batch: Any, key: Key, position: int) -> Any:
 def names_of(batch: Any) -> str:
     """Say what a batch holds, for an error message."""
     if isinstance(batch, Mapping):
-        return ", ".join(repr(key) for key in batch)
+        return ", ".join(repr(key) for key in batch) or "nothing"
     if hasattr(batch, "_fields"):
         return ", ".join(repr(name) for name in batch._fields)
     if isinstance(batch, (tuple, list)):

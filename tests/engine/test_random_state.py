@@ -1,0 +1,91 @@
+"""Random generators: read, stored, restored, and kept out of an onlooker's way."""
+
+from __future__ import annotations
+
+import io
+import random
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from diptych.engine.random_state import (
+    forward_random_state,
+    preserved_random_state,
+    random_state,
+    set_forward_random_state,
+    set_random_state,
+)
+
+
+def draws() -> list[Any]:
+    """Draw from every generator, a second normal number of a pair included."""
+    return [
+        random.random(),
+        random.gauss(0, 1),
+        float(np.random.rand()),
+        float(np.random.standard_normal()),
+        torch.rand(3).tolist(),
+        torch.randn(5).tolist(),
+    ]
+
+
+def stored(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_a_state_in_a_file_continues_every_generator(before: int):
+    for _ in range(before):
+        draws()
+    state = random_state()
+    expected = draws(), draws()
+    set_random_state(stored(state))
+    assert (draws(), draws()) == expected
+
+
+def test_a_state_that_was_read_does_not_follow_later_draws():
+    state = random_state()
+    first = draws()
+    set_random_state(state)
+    assert draws() == first
+    set_random_state(state)
+    assert draws() == first
+
+
+def test_what_is_drawn_inside_does_not_show_outside_even_after_an_exception():
+    state = random_state()
+    expected = draws()
+    set_random_state(state)
+    with preserved_random_state():
+        draws()
+    with suppress(ValueError), preserved_random_state():
+        draws()
+        raise ValueError
+    assert draws() == expected
+
+
+def test_a_forward_pass_can_be_given_the_same_draws_again():
+    device = torch.device("cpu")
+    draws()
+    state = forward_random_state(device)
+    expected = draws()
+    set_forward_random_state(state, device)
+    assert draws() == expected
+
+
+@pytest.mark.gpu
+def test_the_draws_of_every_cuda_device_continue():
+    def drawn() -> list[float]:
+        return [torch.rand((), device=f"cuda:{n}").item() for n in range(torch.cuda.device_count())]
+
+    drawn()
+    state = stored(random_state())
+    expected = drawn()
+    set_random_state(state)
+    assert drawn() == expected
