@@ -1,0 +1,164 @@
+"""What every exported handler promises; a new one needs an entry in EXAMPLES to pass."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diptych import handlers
+from diptych.engine import Trainer, tasks
+
+
+class Example(NamedTuple):
+    """A handler to try.
+
+    Attributes:
+        build: returns a new one, which may write into a folder.
+        observes: whether it only looks, so that the run must not notice it.
+        refused: arguments that must be refused, each in place of a good one.
+    """
+
+    build: Callable[[Path], Any]
+    observes: bool
+    refused: tuple[dict[str, Any], ...] = ()
+
+
+def make_loader(seed: int = 0) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(6, 4, 3, generator=generator)
+    return [{"image": image, "label": torch.arange(4) % 2} for image in images]
+
+
+EXAMPLES = {
+    "CheckpointManager": Example(
+        lambda folder: handlers.CheckpointManager(folder / "checkpoints"),
+        observes=True,
+        refused=({"directory": ".", "every": 0}, {"directory": ".", "keep": 0}),
+    ),
+    "EarlyStopping": Example(
+        lambda _: handlers.EarlyStopping(metric="train/loss", patience=99),
+        observes=True,
+        refused=({"patience": 0}, {"mode": "up"}),
+    ),
+    "Evaluation": Example(
+        lambda _: handlers.Evaluation(make_loader(seed=1), every=2, at_start=True),
+        observes=True,
+        refused=({"loader": iter([])}, {"loader": [], "every": 0}, {"loader": [], "prefix": ""}),
+    ),
+    "GradientClipping": Example(
+        lambda _: handlers.GradientClipping(max_norm=0.1),
+        observes=False,
+        refused=({}, {"max_norm": 0.0}, {"max_value": -1.0}),
+    ),
+    "JsonLines": Example(handlers.JsonLines, observes=True, refused=({},)),
+    "LearningRate": Example(
+        lambda _: handlers.LearningRate(warmup=3),
+        observes=False,
+        refused=({"warmup": -1}, {"decay": "none"}, {"floor": 2.0}),
+    ),
+    "ProgressBar": Example(
+        lambda _: handlers.ProgressBar(),
+        observes=True,
+        refused=({"refresh": -1.0}, {"interval": -1.0}),
+    ),
+    "RunRecord": Example(handlers.RunRecord, observes=True, refused=({},)),
+    "TensorBoard": Example(handlers.TensorBoard, observes=True, refused=({},)),
+    "Throughput": Example(lambda _: handlers.Throughput(), observes=True),
+}
+
+EXPORTED = {
+    name: member
+    for name, member in vars(handlers).items()
+    if name in handlers.__all__ and inspect.isclass(member) and hasattr(member, "attach")
+}
+OBSERVERS = sorted(name for name, example in EXAMPLES.items() if example.observes)
+
+every_handler = pytest.mark.parametrize("name", sorted(EXAMPLES))
+every_observer = pytest.mark.parametrize("name", OBSERVERS)
+
+
+def make_trainer() -> Trainer:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    return Trainer(
+        model,
+        nn.CrossEntropyLoss(),
+        optimizer,
+        task=tasks.classification,
+        device="cpu",
+        seed=3,
+        log_every=4,
+    )
+
+
+def trained(*attached: Any) -> Trainer:
+    trainer = make_trainer().attach(*attached)
+    trainer.run(make_loader(), max_epochs=2)
+    return trainer
+
+
+def assert_same_run(trainer: Trainer, bare: Trainer) -> None:
+    for name, value in bare.model.state_dict().items():
+        assert torch.equal(trainer.model.state_dict()[name], value), name
+    assert trainer.metrics.get_history("train/loss") == bare.metrics.get_history("train/loss")
+
+
+def test_every_exported_handler_has_an_example():
+    metrics = {name for name, member in EXPORTED.items() if hasattr(member, "compute")}
+    assert set(EXPORTED) - metrics == set(EXAMPLES)
+
+
+@every_handler
+def test_a_handler_attaches_and_lets_the_run_end(name, tmp_path):
+    handler = EXAMPLES[name].build(tmp_path)
+    trainer = trained(handler)
+    assert trainer.handlers == [handler]
+    assert trainer.state.iteration == 12
+
+
+@every_observer
+def test_an_observer_changes_no_number(name, tmp_path):
+    assert_same_run(trained(EXAMPLES[name].build(tmp_path)), trained())
+
+
+def test_all_observers_together_change_no_number(tmp_path):
+    assert_same_run(trained(*(EXAMPLES[name].build(tmp_path) for name in OBSERVERS)), trained())
+
+
+@every_handler
+def test_a_state_survives_a_file_that_is_read_without_pickle(name, tmp_path):
+    handler = EXAMPLES[name].build(tmp_path)
+    assert hasattr(handler, "state_dict") == hasattr(handler, "load_state_dict")
+    if not hasattr(handler, "state_dict"):
+        return
+    trained(handler)
+    torch.save(handler.state_dict(), tmp_path / "state.pt")
+    again = EXAMPLES[name].build(tmp_path)
+    make_trainer().attach(again)
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert again.state_dict() == handler.state_dict()
+
+
+@every_handler
+def test_a_misspelt_or_unfit_argument_is_refused(name):
+    cls = EXPORTED[name]
+    with pytest.raises(TypeError, match="misspelt"):
+        cls(misspelt=1)
+    for arguments in EXAMPLES[name].refused:
+        with pytest.raises((TypeError, ValueError)):
+            cls(**arguments)
+
+
+@pytest.mark.parametrize("name", sorted(EXPORTED))
+def test_the_docstring_states_event_and_cost(name):
+    doc = inspect.getdoc(EXPORTED[name]) or ""
+    assert re.search(r"^Event: \S", doc, re.MULTILINE), "say on which events it acts"
+    assert re.search(r"^Cost: \S", doc, re.MULTILINE), "say what it costs"
