@@ -1,0 +1,121 @@
+"""A training with everything that an interruption could spoil, as a script to be killed.
+
+Usage: python -m tests.interruption.training FOLDER
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from ignite.handlers import EMAHandler
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from diptych.engine import SeededLoader, Trainer, tasks
+from diptych.handlers import (
+    CheckpointManager,
+    EarlyStopping,
+    Evaluation,
+    GradientClipping,
+    JsonLines,
+    LearningRate,
+    RetrievalRecall,
+)
+from diptych.losses import MoCoLoss
+
+EPOCHS, SAMPLES, BATCH = 4, 44, 8
+
+
+class Pairs(Dataset):
+    """Two noisy views of each sample; the noise is drawn when it is read."""
+
+    def __init__(self) -> None:
+        self.base = torch.randn(SAMPLES, 12, generator=torch.Generator().manual_seed(1))
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        first, second = self.base[index] + 0.3 * torch.randn(2, 12)
+        return {"first": first, "second": second, "group": torch.tensor(index)}
+
+
+class Encoder(nn.Module):
+    """Batch norm and dropout: buffers that move, and draws in the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 8)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def as_pairs(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Call the two views what the metric calls the two sides."""
+    return {
+        "image_features": outputs["first_features"],
+        "text_features": outputs["second_features"],
+    }
+
+
+def build(folder: Path) -> tuple[Trainer, SeededLoader]:
+    """Make the trainer with all its handlers, and its loader."""
+    torch.manual_seed(0)
+    model, loss = Encoder(), MoCoLoss(dim=8, queue_size=20)
+    optimizer = torch.optim.AdamW([*model.parameters(), *loss.parameters()], lr=0.01)
+    trainer = Trainer(
+        model,
+        loss,
+        optimizer,
+        task=tasks.two_views,
+        device="cpu",
+        seed=2,
+        log_every=3,
+        microbatch_size=3,
+    )
+    average = EMAHandler(trainer.model, momentum=0.05)
+    average.attach(trainer)
+    evaluated = SeededLoader(Pairs(), BATCH, seed=9, shuffle=False)
+    recall = RetrievalRecall(k=(1, 5), output_transform=as_pairs)
+    trainer.attach(
+        LearningRate(warmup=5, decay="cosine"),
+        GradientClipping(max_norm=1.0),
+        Evaluation(evaluated, metrics=[recall]),
+        EarlyStopping(metric="val/recall@1", patience=50),
+        JsonLines(folder),
+        CheckpointManager(folder / "checkpoints", every=2, best="val/recall@1", background=True),
+    )
+    return trainer, SeededLoader(Pairs(), BATCH, seed=3, num_workers=2)
+
+
+def main() -> None:
+    """Train to the end, from wherever the last process came, and write the digest of the result."""
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    if "RANK" in os.environ:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{sys.argv[2]}",
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+        )
+    trainer, loader = build(folder)
+    trainer.run(loader, max_epochs=EPOCHS)
+    state = {**trainer.model.state_dict(), **trainer.loss.state_dict()}
+    content = b"".join(value.numpy().tobytes() for value in state.values())
+    if int(os.environ.get("RANK", "0")) == 0:
+        (folder / "digest").write_text(hashlib.sha256(content).hexdigest())
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
