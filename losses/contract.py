@@ -185,10 +185,10 @@ def check_gradients(case: Case) -> None:
 
     point = [inputs[i] for i in varied] + list(parameters.values())
     point = [x.detach().clone().requires_grad_() for x in point]
-    require(
-        torch.autograd.gradcheck(value, tuple(point), raise_exception=False),
-        "gradients differ from finite differences",
-    )
+    # Fast mode takes one random direction for each tensor; networks have too many numbers for all.
+    fast = sum(x.numel() for x in point) > 100
+    agree = torch.autograd.gradcheck(value, tuple(point), raise_exception=False, fast_mode=fast)
+    require(agree, "gradients differ from finite differences")
 
 
 def check_permutation(case: Case) -> None:
