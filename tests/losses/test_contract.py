@@ -97,7 +97,7 @@ class Broken(InTenLines):
         ("waits", "no_host_sync", "host waits"),
         ("hides NaN", "nan", "a NaN in argument 0"),
         ("order", "permutation", "the batch's order matters"),
-        ("detached", "gradients", "second gets no gradient"),
+        ("detached", "gradients", "first gets no gradient"),
         ("one side", "symmetry", "swapping the sides"),
         ("mean over dimensions", "call", "scalar"),
     ],
