@@ -13,8 +13,10 @@ from ignite.engine import Engine
 from ignite.metrics import Metric
 from torch import Tensor, nn
 
+from diptych.engine.batches import length_of
 from diptych.engine.data import to_device
-from diptych.engine.errors import BatchError
+from diptych.engine.errors import BatchError, ResumeError
+from diptych.engine.loop import EventLoop
 from diptych.engine.random_state import preserved_random_state
 from diptych.engine.settings import Precision, TrainerSettings
 from diptych.engine.step import AUTOCAST
@@ -23,7 +25,7 @@ from diptych.engine.tasks import Outputs, Task
 Metrics = Sequence[Metric] | Mapping[str, Metric]
 
 
-class Evaluator(Engine):
+class Evaluator(EventLoop):
     """Runs a task over a loader and returns its metrics.
 
     An Ignite engine whose output is the task's named tensors. The model is in eval mode for as
@@ -31,7 +33,7 @@ class Evaluator(Engine):
     left as they were.
 
     Args:
-        model: to evaluate.
+        model: to evaluate; moved to the device.
         task: what a batch means.
         metrics: Ignite metrics, by name or in a sequence; one that computes a dictionary gives its
             own names, any other in a sequence is called by its class (`Accuracy` is `accuracy`).
@@ -44,8 +46,6 @@ class Evaluator(Engine):
         ValueError: if two metrics have one name.
     """
 
-    interrupt_resume_enabled = False
-
     def __init__(
         self,
         model: nn.Module,
@@ -57,8 +57,8 @@ class Evaluator(Engine):
     ) -> None:
         super().__init__(self._evaluate_batch)
         settings = TrainerSettings(precision=precision, device=device)
-        self.model, self.task = model, task
         self.device = settings.device or idist.device()
+        self.model, self.task = model.to(self.device), task
         self._autocast_dtype = AUTOCAST.get(precision)
         self._metrics = _named(metrics)
         for name, metric in self._metrics.items():
@@ -69,17 +69,24 @@ class Evaluator(Engine):
 
         Raises:
             BatchError: if the loader is empty.
+            RuntimeError: if a handler ended the evaluation before its loader did.
         """
+        empty = "an evaluation needs at least one batch, got an empty loader"
+        if length_of(loader) == 0:
+            raise BatchError(empty)
+        state = self.state
+        state.max_epochs = state.max_iters = None
+        state.metrics = {}
         with preserved_random_state(), evaluation_mode(self.model):
-            self.state.max_epochs = None
             try:
                 self.run(loader, max_epochs=1)
-            except ValueError as error:
-                if "zero size" in str(error):
-                    raise BatchError(
-                        "an evaluation needs at least one batch, got an empty loader"
-                    ) from error
-                raise
+            except ResumeError as error:
+                raise BatchError(empty) from error
+        if self._in_epoch or not state.epoch:
+            raise RuntimeError(
+                f"the evaluation ended before its loader, after {state.iteration} batches: call "
+                "terminate_epoch() to end it early with the values so far"
+            )
         return self._values()
 
     def _evaluate_batch(self, _: Engine, batch: Any) -> Outputs:
@@ -92,7 +99,9 @@ class Evaluator(Engine):
         values: dict[str, float] = {}
         for name in self._metrics:
             result = self.state.metrics[name]
-            values.update(result if isinstance(result, Mapping) else {name: result})
+            given = result if isinstance(result, Mapping) else {name: result}
+            _check_names([*values, *given])
+            values.update(given)
         return {name: _number(name, value) for name, value in values.items()}
 
 
@@ -119,17 +128,20 @@ def _named(metrics: Metrics) -> dict[str, Metric]:
             raise TypeError(
                 f"a metric must be an ignite.metrics.Metric, got {metric!r} for {name!r}"
             )
-    names = [name for name, _ in named]
+    _check_names([name for name, _ in named])
+    return dict(named)
+
+
+def _check_names(names: Sequence[str]) -> None:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(
             f"metrics must have different names, got {', '.join(repeated)} twice: pass a mapping"
         )
-    return dict(named)
 
 
 def _snake_case(name: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def _number(name: str, value: Any) -> float:
