@@ -1,0 +1,52 @@
+"""Augmentation of a batch of drawings from random numbers that were drawn sample by sample."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NUMBER_OF_DRAWS = 11
+SHIFT = 0.2  # of half the image
+SCALE = 0.15
+ROTATION = 0.2  # radians
+COLOR = 0.3
+GRAY_PROBABILITY = 0.1
+
+
+def augment(images: Tensor, draws: Tensor) -> Tensor:
+    """Shift, scale, rotate and recolour each drawing a little; no mirroring, since arrows point.
+
+    Args:
+        images: uint8 [B, 3, H, W], on white.
+        draws: uniform in [0, 1), [B, NUMBER_OF_DRAWS].
+
+    Returns:
+        Float [B, 3, H, W], about [0, 1]; colours may leave it.
+    """
+    signed = 2 * draws - 1
+    warped = _warp(images.float() / 255, signed[:, :4])
+    colored = _recolor(warped, signed[:, 4:10])
+    gray = draws[:, 10, None, None, None] < GRAY_PROBABILITY
+    return torch.where(gray, colored.mean(dim=1, keepdim=True), colored)
+
+
+def _warp(images: Tensor, signed: Tensor) -> Tensor:
+    scale, angle = 1 + SCALE * signed[:, 0], ROTATION * signed[:, 1]
+    cos, sin, shift = scale * angle.cos(), scale * angle.sin(), SHIFT * signed[:, 2:]
+    rows = [
+        torch.stack([cos, -sin, shift[:, 0]], dim=1),
+        torch.stack([sin, cos, shift[:, 1]], dim=1),
+    ]
+    grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
+    # What comes in from outside is 0, so white has to be 0 as well.
+    return 1 + F.grid_sample(images - 1, grid, align_corners=False)
+
+
+def _recolor(images: Tensor, signed: Tensor) -> Tensor:
+    change = (COLOR * signed)[:, :, None, None]
+    gray = images.mean(dim=1, keepdim=True)
+    images = gray + (images - gray) * (1 + change[:, 0:1])
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    images = mean + (images - mean) * (1 + change[:, 1:2])
+    return images * (1 + change[:, 2:5] / 2) + change[:, 5:6] / 2

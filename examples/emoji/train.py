@@ -1,0 +1,138 @@
+"""Train two towers on emoji and captions, and ask them for emoji and drawings they never saw.
+
+    python -m examples.emoji.train
+
+Some two minutes on two CPU cores. `--help` lists the flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diptych.engine import Evaluator, SeededLoader, Trainer, tasks
+from diptych.handlers import (
+    Evaluation,
+    GradientClipping,
+    LearningRate,
+    RetrievalRecall,
+    default_handlers,
+    latest_run,
+    new_run,
+)
+from diptych.losses import get_loss
+from examples.emoji.data import TrainingPairs, collate, read_emoji, unseen_drawings, unseen_emoji
+from examples.emoji.model import TwoTowers
+from examples.emoji.results import RANKS, results_table
+
+LOSSES = ("clip", "siglip", "simclr", "decoupled", "hard_negative", "triplet", "vicreg")
+RUNS, NAME = Path("runs"), "emoji"
+
+
+def one_side(model: TwoTowers, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A task for evaluation batches, which hold images or captions, each with their groups."""
+    if "image" in batch:
+        return {"image_features": model.encode_image(batch["image"]), "groups": batch["group"]}
+    return {"text_features": model.encode_text(batch["text"]), "groups": batch["group"]}
+
+
+def main() -> None:
+    """Train, evaluate and print the results."""
+    flags = parse_flags()
+    run_dir = flags.run_dir or find_run(resume=flags.resume)
+    emoji = read_emoji()
+    loader = SeededLoader(
+        TrainingPairs(emoji), flags.batch_size, seed=flags.seed, drop_last=True, collate=collate
+    )
+    splits = {"unseen_drawing": unseen_drawings(emoji), "unseen_emoji": unseen_emoji(emoji)}
+
+    torch.manual_seed(flags.seed)
+    model, loss = TwoTowers(), get_loss(flags.loss)
+    optimizer = torch.optim.Adam(
+        [*model.parameters(), *loss.parameters()], lr=2e-3, betas=(0.9, 0.98), fused=True
+    )
+    trainer = Trainer(
+        model,
+        loss,
+        optimizer,
+        task=tasks.image_text,
+        precision=flags.precision,
+        microbatch_size=flags.microbatch_size,
+        seed=flags.seed,
+    )
+    evaluations = [
+        Evaluation(
+            batches,
+            metrics=[RetrievalRecall(RANKS)],
+            task=one_side,
+            prefix=split,
+            every=5 * len(loader),
+        )
+        for split, batches in splits.items()
+    ]
+    trainer.attach(
+        LearningRate(warmup=len(loader) * flags.epochs // 10, decay="cosine"),
+        GradientClipping(max_norm=1.0),
+        *evaluations,
+        *default_handlers(run_dir, resume="auto" if flags.resume else None),
+    )
+    trainer.run(loader, max_epochs=flags.epochs)
+
+    recall = {
+        split: Evaluator(model, task=one_side, metrics=[RetrievalRecall(RANKS)]).evaluate(batches)
+        for split, batches in splits.items()
+    }
+    print(f"\n{results_table(recall, splits)}\n\nrun: {run_dir}\ntensorboard --logdir {RUNS}")
+
+
+def find_run(*, resume: bool) -> Path:
+    """Return the folder of a new run or, to resume, that of the last one.
+
+    Raises:
+        SystemExit: if there is none to resume.
+    """
+    if not resume:
+        return new_run(RUNS, NAME)
+    last = latest_run(RUNS, NAME)
+    if last is None:
+        raise SystemExit(f"--resume needs a run in {RUNS / NAME}, got none: start one without it")
+    return last
+
+
+def parse_flags() -> argparse.Namespace:
+    """Return the flags of the command line."""
+    parser = argparse.ArgumentParser(
+        description="Train an image-text model on emoji.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--epochs", type=int, default=50, help="passes over the 2,990 training drawings")
+    add("--batch-size", type=int, default=256, help="pairs of an update")
+    add(
+        "--microbatch-size",
+        type=int,
+        help="pairs that go through the model at once: bounds the memory and changes nothing else",
+    )
+    add(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="what the model computes in; bf16 pays on a GPU, and fp16 needs one",
+    )
+    add("--loss", choices=LOSSES, default="clip", help="what is minimised")
+    add("--run-dir", type=Path, help="folder of the run; without it a new one in runs/emoji")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --run-dir or, without that, with the last one",
+    )
+    add("--seed", type=int, default=0, help="of weights, order, captions and augmentation")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
