@@ -1,0 +1,243 @@
+"""Operators: the tiled objectives as torch knows them, each with the operator of its gradient.
+
+`torch.compile` keeps a custom operator whole. The gradient has no gradient of its own: a second
+derivative raises.
+"""
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diptych.losses.base import tiled_blocks
+from diptych.losses.base.tiled_blocks import Entries, Gradients, Logits, losses
+
+HALF = (torch.bfloat16, torch.float16)
+
+_FEATURES = "Tensor anchors, Tensor candidates, Tensor scale"
+_ENTRIES = "Tensor partner, Tensor? itself, Tensor? row_groups, Tensor? column_groups"
+
+
+def working_dtype(features: Tensor) -> torch.dtype:
+    """Return the dtype of the blocks of logits: float64 for float64 features, else float32."""
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
+
+
+@functools.cache
+def triton_runs_on(device: torch.device) -> bool:
+    """Return whether the Triton kernels run there.
+
+    They ask for tensor cores of bfloat16 (compute capability 8.0), and for tensor descriptors and
+    float32 results of half products, which came with Triton 3.4 and the torch of that time.
+    """
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and "dtype_out" in torch.ops.aten.addmm.overloads()
+        and importlib.util.find_spec("triton") is not None
+        and importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+    )
+
+
+def _backend(
+    anchors: Tensor, candidates: Tensor, scale: Tensor, bias: Tensor | None = None
+) -> tuple[Any, Logits]:
+    """Return the module whose functions compute the blocks, and what they compute them from."""
+    if anchors.dtype in HALF and anchors.shape[1] % 8 == 0 and triton_runs_on(anchors.device):
+        from diptych.losses.base import triton_blocks  # noqa: PLC0415 - Triton is not everywhere
+
+        return triton_blocks, Logits(_aligned(anchors), _aligned(candidates), scale, bias)
+    dtype = working_dtype(anchors)
+    return tiled_blocks, Logits(anchors.to(dtype), candidates.to(dtype), scale, bias)
+
+
+def _aligned(features: Tensor) -> Tensor:
+    """Return features as a tensor descriptor wants them: contiguous, at a multiple of 16 bytes."""
+    features = features.contiguous()
+    return features if features.data_ptr() % 16 == 0 else features.clone()
+
+
+def _like(gradients: Gradients, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return gradients with those of the features in the features' dtype."""
+    anchors, candidates, scale, bias = gradients
+    return anchors.to(features.dtype), candidates.to(features.dtype), scale, bias
+
+
+@torch.library.custom_op(
+    "diptych::contrast",
+    mutates_args=(),
+    schema=f"({_FEATURES}, {_ENTRIES}, bool group_matches, Tensor valid, bool decoupled,"
+    " float smoothing, bool symmetric, int rows) -> (Tensor, Tensor, Tensor)",
+)
+def contrast(  # noqa: PLR0917 - an operator's arguments are positional
+    anchors: Tensor,
+    candidates: Tensor,
+    scale: Tensor,
+    partner: Tensor,
+    itself: Tensor | None,
+    row_groups: Tensor | None,
+    column_groups: Tensor | None,
+    group_matches: bool,  # noqa: FBT001
+    valid: Tensor,
+    decoupled: bool,  # noqa: FBT001
+    smoothing: float,
+    symmetric: bool,  # noqa: FBT001
+    rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the summed loss, and the statistics of rows [3, n] and columns ([3, m] or [3, 0])."""
+    entries = Entries(partner, itself, row_groups, column_groups, group_matches)
+    with torch.autocast(anchors.device.type, enabled=False):
+        backend, logits = _backend(anchors, candidates, scale)
+        sums = backend.contrast_sums(logits, entries, symmetric=symmetric, rows=rows)
+        total, statistics = scale.new_zeros(()), []
+        for one in sums[: 1 + symmetric]:
+            loss, kept = losses(one, valid, decoupled=decoupled, smoothing=smoothing)
+            total += loss
+            statistics.append(kept)
+    if not symmetric:
+        statistics.append(scale.new_empty(3, 0))
+    return total, statistics[0], statistics[1]
+
+
+@contrast.register_fake
+def _(
+    anchors: Tensor, candidates: Tensor, scale: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    symmetric = settings[-2]
+    columns = candidates.shape[0] if symmetric else 0
+    return (scale.new_empty(()), scale.new_empty(3, anchors.shape[0]), scale.new_empty(3, columns))
+
+
+@torch.library.custom_op(
+    "diptych::contrast_gradient",
+    mutates_args=(),
+    schema=f"(Tensor weight, {_FEATURES}, {_ENTRIES}, bool group_matches, Tensor row_statistics,"
+    " Tensor column_statistics, int rows) -> (Tensor, Tensor, Tensor)",
+)
+def contrast_gradient(  # noqa: PLR0917
+    weight: Tensor,
+    anchors: Tensor,
+    candidates: Tensor,
+    scale: Tensor,
+    partner: Tensor,
+    itself: Tensor | None,
+    row_groups: Tensor | None,
+    column_groups: Tensor | None,
+    group_matches: bool,  # noqa: FBT001
+    row_statistics: Tensor,
+    column_statistics: Tensor,
+    rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `weight` times the gradients of the summed loss for anchors, candidates and scale."""
+    entries = Entries(partner, itself, row_groups, column_groups, group_matches)
+    with torch.autocast(anchors.device.type, enabled=False):
+        backend, logits = _backend(anchors, candidates, scale)
+        gradients = backend.contrast_gradients(
+            logits,
+            entries,
+            row_statistics,
+            column_statistics if column_statistics.shape[1] else None,
+            weight=weight,
+            rows=rows,
+        )
+    return _like(gradients, anchors)[:3]
+
+
+@contrast_gradient.register_fake
+def _(weight: Tensor, anchors: Tensor, candidates: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(anchors), torch.empty_like(candidates), torch.empty_like(weight)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *features, partner, itself, row_groups, column_groups, group_matches = inputs[:8]
+    ctx.save_for_backward(*features, partner, itself, row_groups, column_groups, *output[1:])
+    ctx.group_matches, ctx.rows = group_matches, inputs[-1]
+
+
+def _differentiate(ctx: Any, *weights: Tensor) -> tuple[Tensor | None, ...]:
+    *inputs, row_statistics, column_statistics = ctx.saved_tensors
+    gradients = contrast_gradient(
+        weights[0], *inputs, ctx.group_matches, row_statistics, column_statistics, ctx.rows
+    )
+    return (*gradients, *[None] * 10)
+
+
+contrast.register_autograd(_differentiate, setup_context=_keep)
+
+
+@torch.library.custom_op(
+    "diptych::sigmoid_contrast",
+    mutates_args=(),
+    schema=f"({_FEATURES}, Tensor bias, {_ENTRIES}, int rows) -> Tensor",
+)
+def sigmoid_contrast(  # noqa: PLR0917
+    anchors: Tensor,
+    candidates: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    partner: Tensor,
+    itself: Tensor | None,
+    row_groups: Tensor | None,
+    column_groups: Tensor | None,
+    rows: int,
+) -> Tensor:
+    """Return the summed loss."""
+    entries = Entries(partner, itself, row_groups, column_groups, group_matches=True)
+    with torch.autocast(anchors.device.type, enabled=False):
+        backend, logits = _backend(anchors, candidates, scale, bias)
+        total: Tensor = backend.sigmoid_sum(logits, entries, rows=rows)
+    return total
+
+
+@sigmoid_contrast.register_fake
+def _(*inputs: Any) -> Tensor:
+    scale: Tensor = inputs[2]
+    return scale.new_empty(())
+
+
+@torch.library.custom_op(
+    "diptych::sigmoid_contrast_gradient",
+    mutates_args=(),
+    schema=f"(Tensor weight, {_FEATURES}, Tensor bias, {_ENTRIES}, int rows)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def sigmoid_contrast_gradient(  # noqa: PLR0917
+    weight: Tensor,
+    anchors: Tensor,
+    candidates: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    partner: Tensor,
+    itself: Tensor | None,
+    row_groups: Tensor | None,
+    column_groups: Tensor | None,
+    rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return `weight` times the gradients for anchors, candidates, scale and bias."""
+    entries = Entries(partner, itself, row_groups, column_groups, group_matches=True)
+    with torch.autocast(anchors.device.type, enabled=False):
+        backend, logits = _backend(anchors, candidates, scale, bias)
+        gradients = backend.sigmoid_gradients(logits, entries, weight=weight, rows=rows)
+    return _like(gradients, anchors)
+
+
+@sigmoid_contrast_gradient.register_fake
+def _(weight: Tensor, anchors: Tensor, candidates: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    scalar = torch.empty_like(weight)
+    return torch.empty_like(anchors), torch.empty_like(candidates), scalar, scalar.clone()
+
+
+def _keep_sigmoid(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    *tensors, ctx.rows = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_sigmoid(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = sigmoid_contrast_gradient(weight, *ctx.saved_tensors, ctx.rows)
+    return (*gradients, *[None] * 5)
+
+
+sigmoid_contrast.register_autograd(_differentiate_sigmoid, setup_context=_keep_sigmoid)
