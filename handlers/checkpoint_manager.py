@@ -20,6 +20,7 @@ from diptych.engine.events import RunEvents
 from diptych.engine.run_state import load_run_state, run_state
 from diptych.handlers.background_writer import BackgroundWriter, snapshot
 from diptych.handlers.checkpoint_store import SUFFIX, CheckpointStore, Entry
+from diptych.handlers.export import check_can_export, export_weights
 from diptych.handlers.run_lock import RunLock
 from diptych.handlers.stop_signals import StopSignals, exit_error
 
@@ -68,9 +69,12 @@ class CheckpointManager:
         resume: "auto" continues from the latest checkpoint in the directory, where there is one;
             a path continues from that file; None starts anew in an empty directory.
         background: whether a thread writes while the run goes on.
+        export: whether each new best checkpoint (each checkpoint, without `best`) also gives
+            `model.safetensors`, the weights alone. Needs the extra `safetensors`.
 
     Raises:
         ValueError: if an argument is out of range.
+        ImportError: if `export` is asked for without the extra.
         CheckpointError: while running: see `save_checkpoint` and `load_checkpoint`.
     """
 
@@ -85,6 +89,7 @@ class CheckpointManager:
     keep: int = attrs.field(default=3, validator=attrs.validators.ge(1), kw_only=True)
     resume: Path | str | None = attrs.field(default="auto", kw_only=True)
     background: bool = attrs.field(default=False, kw_only=True)
+    export: bool = attrs.field(default=False, kw_only=True)
     _trainer: Trainer | None = attrs.field(default=None, init=False, repr=False)
     _store: CheckpointStore = attrs.field(init=False, repr=False)
     _writer: BackgroundWriter = attrs.field(init=False, repr=False)
@@ -96,6 +101,8 @@ class CheckpointManager:
     _saved_at: float = attrs.field(default=0.0, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
+        if self.export:
+            check_can_export()
         self._store = CheckpointStore(self.directory)
         self._writer = BackgroundWriter(in_thread=self.background)
         self._lock = RunLock(self.directory)
@@ -157,6 +164,9 @@ class CheckpointManager:
 
     def _write(self, entry: Entry, state: Mapping[str, Any]) -> None:
         self._store.write(entry, state)
+        best = self._ranked(self._store.entries())
+        if self.export and (not self.best or (best and best[0].file == entry.file)):
+            export_weights(state["model"], self.directory / "model.safetensors")
         self._store.remove(self._superfluous())
 
     def load_checkpoint(self, path: Path | str) -> tuple[int, dict[str, float]]:

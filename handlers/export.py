@@ -1,0 +1,50 @@
+"""The weights of a model as a safetensors file, for other programs to read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from diptych.engine.errors import CheckpointError
+
+
+def check_can_export() -> None:
+    """Check that the package that writes the file is there.
+
+    Raises:
+        ImportError: naming the extra to install.
+    """
+    try:
+        import safetensors.torch  # noqa: F401, PLC0415 - an extra: only who exports has it
+    except ImportError as error:
+        raise ImportError(
+            "exporting weights needs the package safetensors: pip install 'diptych[safetensors]'"
+        ) from error
+
+
+def export_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write a model's weights and buffers; the file is replaced in one step.
+
+    Args:
+        weights: a state dict; tensors that share memory are written each for itself.
+        path: of the file.
+
+    Raises:
+        CheckpointError: if it cannot be written; an earlier file stands.
+    """
+    from safetensors import SafetensorError  # noqa: PLC0415 - an extra
+    from safetensors.torch import save_file  # noqa: PLC0415
+
+    unfinished = path.with_name(path.name + ".unfinished")
+    tensors = {name: value.detach().cpu().clone() for name, value in weights.items()}
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, unfinished)
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except (OSError, SafetensorError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise CheckpointError(f"weights {path} could not be written: {error}") from error
