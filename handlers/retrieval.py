@@ -18,6 +18,9 @@ from diptych.engine.distributed import rank, world_size
 from diptych.engine.errors import BatchError
 from diptych.handlers.ranking import Items, MatchRanks, match_ranks
 
+PIECE = 4096
+"""Rows that are kept together while batches come in."""
+
 Outputs = Mapping[str, Tensor]
 
 
@@ -55,10 +58,10 @@ class RetrievalRecall(Metric):
     as better, and so does one that is not a number. A collapsed model gets no recall.
 
     Event: Ignite's for metrics; it is reset when an epoch of its evaluator starts.
-    Cost: one product of N x M similarities, made and counted in tiles: features of N images and M
-        texts in float32 and, while it computes, one more copy of a side. Over ranks each computes
-        its share of the tiles; features are gathered, from shards of any size. The values are
-        those of one process.
+    Cost: one product of N x M similarities, made and counted in tiles, once for both directions.
+        It keeps the features of N images and M texts in float32 and, while it computes, another
+        copy of a side at most. Over ranks features are gathered, from shards of any size, and each
+        computes its share of the tiles; the values are those of one process.
 
     Args:
         k: one or several numbers of results to look at, each >= 1.
@@ -202,6 +205,7 @@ class _Side:
 
     _features: list[Tensor] = attrs.field(factory=list)
     _groups: list[Tensor] = attrs.field(factory=list)
+    _small: int = 0
 
     @property
     def device(self) -> torch.device | None:
@@ -215,9 +219,18 @@ class _Side:
             raise BatchError(f"groups must be integers [{len(features)}], got {got}")
         self._features.append(F.normalize(features.detach().float(), dim=1))
         self._groups.append(groups.detach().to(features.device, torch.int64))
+        self._small += 1
+        self._join_small()
+
+    def _join_small(self) -> None:
+        # The system takes large pieces back one by one while `items` puts them together.
+        small = self._features[-self._small :]
+        if sum(map(len, small)) >= PIECE:
+            self._features[-self._small :] = [torch.cat(small)]
+            self._small = 0
 
     def items(self) -> Items:
-        """Return all rows in the order of their groups; the pieces make room for them."""
+        """Return all rows in the order of their groups, and keep them so, in one piece."""
         if not self._features:
             return Items(torch.empty(0, 0), torch.empty(0, dtype=torch.int64))
         groups = torch.cat(self._groups)
@@ -227,10 +240,11 @@ class _Side:
             position[order] = torch.arange(len(groups), device=groups.device)
             features = self._features[0].new_empty(len(groups), self._features[0].shape[1])
             start = 0
-            for piece in self._features:
+            while self._features:
+                piece = self._features.pop(0)
                 features.index_copy_(0, position[start : start + len(piece)], piece)
                 start += len(piece)
-            self._features, self._groups = [features], [groups[order]]
+            self._features, self._groups, self._small = [features], [groups[order]], 0
         return Items(self._features[0], self._groups[0])
 
 

@@ -1,0 +1,233 @@
+"""Times and memory of retrieval metrics, against the score product alone and two usual ways.
+
+    python benchmarks/retrieval.py --images 10000 --captions 5 --dim 256 --threads 2
+
+Every row is a process of its own, which runs once a round; the figures are the best round's. Memory
+is the largest resident size while the values are computed, beyond that with the features in
+memory. Rows marked ~ ran with a tenth of the images: their time is multiplied by 100, since it
+grows with the square, and so is their memory where it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+from collections.abc import Callable, Iterator
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diptych.handlers.retrieval import RetrievalMetrics, RetrievalRecall
+
+K = (1, 5, 10)
+TILE = 512
+
+
+class Size(NamedTuple):
+    """How much there is to rank."""
+
+    images: int
+    captions: int
+    dim: int
+
+
+class Figures(NamedTuple):
+    """What one run took, and what it found."""
+
+    seconds: float
+    megabytes: float
+    recall: float
+
+
+def batches(size: Size) -> Iterator[dict[str, Tensor]]:
+    """Yield 250 images at a time with their captions, which are near them."""
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, size.images, 250):
+        groups = torch.arange(start, min(start + 250, size.images))
+        images = torch.randn(len(groups), size.dim, generator=generator)
+        owners = torch.arange(len(groups)).repeat_interleave(size.captions)
+        noise = torch.randn(len(owners), size.dim, generator=generator)
+        yield {
+            "image_features": images,
+            "text_features": images[owners] + 3.5 * noise,
+            "groups": groups,
+            "text_groups": groups[owners],
+        }
+
+
+def features(size: Size) -> tuple[Tensor, Tensor]:
+    """Return all images [N, D] and texts [N C, D], at unit length."""
+    images, texts = torch.empty(size.images, size.dim), torch.empty(0)
+    texts = torch.empty(size.images * size.captions, size.dim)
+    for batch in batches(size):
+        groups = batch["groups"]
+        start, stop = int(groups[0]), int(groups[-1]) + 1
+        images[start:stop] = torch.nn.functional.normalize(batch["image_features"])
+        texts[start * size.captions : stop * size.captions] = torch.nn.functional.normalize(
+            batch["text_features"]
+        )
+    return images, texts
+
+
+def peak() -> float:
+    """Return the largest resident size so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measured(work: Callable[[], float]) -> Figures:
+    """Return time and memory of `work`, which returns recall@1."""
+    before = peak()
+    started = perf_counter()
+    recall = work()
+    return Figures(perf_counter() - started, peak() - before, recall)
+
+
+def product_alone(size: Size) -> Figures:
+    """Make every score in tiles, and forget it."""
+    images, texts = features(size)
+
+    def work() -> float:
+        buffer = torch.empty(TILE * TILE)
+        for rows in images.split(TILE):
+            for columns in texts.split(TILE):
+                scores = buffer[: len(rows) * len(columns)].view(len(rows), len(columns))
+                torch.mm(rows, columns.T, out=scores)
+        return float("nan")
+
+    return measured(work)
+
+
+def diptych(metric: RetrievalRecall, size: Size) -> Figures:
+    """Compute a metric that has seen all batches."""
+    for batch in batches(size):
+        metric.update(batch)
+    return measured(lambda: metric.compute()["recall@1"])
+
+
+def recall_only(size: Size) -> Figures:
+    """Recall@k."""
+    return diptych(RetrievalRecall(K), size)
+
+
+def all_metrics(size: Size) -> Figures:
+    """Recall@k, mAP@k, MRR, median and mean rank."""
+    return diptych(RetrievalMetrics(K), size)
+
+
+def full_matrix_topk(size: Size) -> Figures:
+    """Hold all scores; recall@k from the 10 largest of each row and column."""
+    images, texts = features(size)
+    owners = torch.arange(size.images).repeat_interleave(size.captions)
+
+    def work() -> float:
+        scores = images @ texts.T
+        best = owners[scores.topk(max(K), dim=1).indices]
+        image_hits = (best == torch.arange(size.images)[:, None]).cumsum(1) > 0
+        best = scores.T.topk(max(K), dim=1).indices
+        text_hits = (best == owners[:, None]).cumsum(1) > 0
+        return float(image_hits[:, 0].float().mean() + text_hits[:, 0].float().mean()) / 2
+
+    return measured(work)
+
+
+def full_matrix_argsort(size: Size) -> Figures:
+    """Hold all scores and sort them whole."""
+    images, texts = features(size)
+    owners = torch.arange(size.images).repeat_interleave(size.captions)
+
+    def work() -> float:
+        scores = images @ texts.T
+        order = scores.argsort(dim=1, descending=True)
+        image_ranks = (owners[order] == torch.arange(size.images)[:, None]).int().argmax(1)
+        order = scores.T.argsort(dim=1, descending=True)
+        text_ranks = (order == owners[:, None]).int().argmax(1)
+        return float((image_ranks == 0).float().mean() + (text_ranks == 0).float().mean()) / 2
+
+    return measured(work)
+
+
+def python_loops(size: Size) -> Figures:
+    """Loop over every query and every result."""
+    images, texts = features(size)
+
+    def best_is_own(query: Tensor, gallery: Tensor, own: range) -> bool:
+        scores = (gallery @ query).tolist()
+        best = max(scores[i] for i in own)
+        rank = 1
+        for index, score in enumerate(scores):
+            if index not in own and score >= best:
+                rank += 1
+        return rank == 1
+
+    def work() -> float:
+        c = size.captions
+        first = [best_is_own(q, texts, range(i * c, i * c + c)) for i, q in enumerate(images)]
+        second = [best_is_own(q, images, range(i // c, i // c + 1)) for i, q in enumerate(texts)]
+        return (sum(first) / len(first) + sum(second) / len(second)) / 2
+
+    return measured(work)
+
+
+ROWS: tuple[tuple[str, Callable[[Size], Figures], bool], ...] = (
+    ("score product alone", product_alone, False),
+    ("RetrievalRecall", recall_only, False),
+    ("RetrievalMetrics", all_metrics, False),
+    ("full matrix, top-k", full_matrix_topk, False),
+    ("full matrix, argsort", full_matrix_argsort, True),
+    ("Python loops, O(N^2)", python_loops, True),
+)
+
+
+def run(row: int, size: Size, threads: int) -> Figures:
+    """Run a row of the table in this process."""
+    torch.set_num_threads(threads)
+    return ROWS[row][1](size)
+
+
+def main() -> None:
+    """Run every row and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=10_000, help="images to rank")
+    parser.add_argument("--captions", type=int, default=5, help="captions of each image")
+    parser.add_argument("--dim", type=int, default=256, help="dimension of the features")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each row")
+    parser.add_argument("--skip-slow", action="store_true", help="leave out the rows marked ~")
+    arguments = parser.parse_args()
+    size = Size(arguments.images, arguments.captions, arguments.dim)
+    rows = [i for i, (_, _, slow) in enumerate(ROWS) if not (slow and arguments.skip_slow)]
+    found: dict[int, list[Figures]] = {row: [] for row in rows}
+    context = multiprocessing.get_context("spawn")
+    for _ in range(arguments.rounds):
+        for row in rows:
+            own = size._replace(images=size.images // 10) if ROWS[row][2] else size
+            with context.Pool(1) as pool:
+                found[row].append(pool.apply(run, (row, own, arguments.threads)))
+    print_table(size, arguments.threads, found)
+
+
+def print_table(size: Size, threads: int, found: dict[int, list[Figures]]) -> None:
+    """Print the best figures of each row and their ratios to the first row's."""
+    print(
+        f"{size.images} images x {size.captions} captions, D = {size.dim}, float32, "
+        f"{threads} threads, torch {torch.__version__}\n"
+    )
+    print(f"{'':24} {'seconds':>9} {'x product':>10} {'MB beyond':>10} {'recall@1':>9}")
+    product = min(figures.seconds for figures in found[0])
+    for row, runs in found.items():
+        name, _, slow = ROWS[row]
+        scale = 100 if slow else 1
+        seconds = scale * min(figures.seconds for figures in runs)
+        megabytes = scale * min(figures.megabytes for figures in runs)
+        recall = "" if row == 0 else f"{runs[0].recall:9.4f}"
+        print(
+            f"{'~ ' if slow else '  '}{name:22} {seconds:9.2f} {seconds / product:10.2f} "
+            f"{megabytes:10.0f} {recall:>9}"
+        )
+
+
+if __name__ == "__main__":
+    main()
