@@ -8,12 +8,14 @@ there can a loss choose not to hold the matrix: they take `tile`.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diptych.losses.base.positives import Positives
+from diptych.losses.base.tiled import resolve_tile, tiled_contrast, tiled_sigmoid_contrast
 from diptych.losses.base.validation import check_choice
 
 Tile = int | str | None
@@ -70,7 +72,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def sigmoid(logits: Tensor, positives: Tensor) -> Tensor:
-    """Return -sum_j log sigmoid(z_ij * logit_ij), [n], z = +1 for a positive, else -1."""
+    """Return each row's sum of ln(1 + exp(-z * logit)), z = +1 for a positive, else -1, [n]."""
     return F.softplus(torch.where(positives, -logits, logits)).sum(1)
 
 
@@ -134,20 +136,31 @@ def contrast(
         tile: Rows of a tile; None: the whole matrix; ``"auto"``: whichever the memory asks for.
         dtype: What the features came in; half precision may go to an accelerator's matrix units.
     """
-    logits = scale * (anchors @ candidates.T)
-    if positives.partner is not None and not (decoupled or label_smoothing or positives.grouped):
-        losses = _single(logits, positives)
-        if symmetric:
-            losses = losses + logits.logsumexp(0) - logits.diagonal()
-        return losses.sum()
-    matches, kept = masks(positives, kind, decoupled=decoupled)
-    directions = (logits, logits.T) if symmetric else (logits,)
-    reduction = "logsumexp" if kind == "inside" else "mean"
-    summed = [
-        info_nce(matrix, matches, kept, reduction=reduction, label_smoothing=label_smoothing)
-        for matrix in directions
-    ]
-    return torch.cat(summed).sum()
+    rows = resolve_tile(tile, anchors, candidates)
+    if rows is not None:
+        return tiled_contrast(
+            anchors,
+            candidates,
+            scale,
+            positives,
+            rows=rows,
+            kind=kind,
+            decoupled=decoupled,
+            label_smoothing=label_smoothing,
+            symmetric=symmetric,
+            dtype=dtype,
+        )
+    logits = (scale * anchors) @ candidates.T
+    if positives.partner is None or decoupled or label_smoothing or positives.grouped:
+        matches, kept = masks(positives, kind, decoupled=decoupled)
+        reduction = "logsumexp" if kind == "inside" else "mean"
+        objective = partial(info_nce, reduction=reduction, label_smoothing=label_smoothing)
+        losses = objective(logits, matches, kept)
+        return (losses + objective(logits.T, matches, kept) if symmetric else losses).sum()
+    losses = _single(logits, positives)
+    if symmetric:
+        losses = losses + logits.logsumexp(0) - logits.diagonal()
+    return losses.sum()
 
 
 def sigmoid_contrast(
@@ -171,7 +184,12 @@ def sigmoid_contrast(
         tile: As for `contrast`.
         dtype: As for `contrast`.
     """
-    return sigmoid(scale * (anchors @ candidates.T) + bias, positives.matches()).sum()
+    rows = resolve_tile(tile, anchors, candidates)
+    if rows is not None:
+        return tiled_sigmoid_contrast(
+            anchors, candidates, scale, bias, positives, rows=rows, dtype=dtype
+        )
+    return sigmoid((scale * anchors) @ candidates.T + bias, positives.matches()).sum()
 
 
 def masks(positives: Positives, kind: str, *, decoupled: bool) -> tuple[Tensor, Tensor | None]:
