@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,11 +34,29 @@ LOSSES = ("clip", "siglip", "simclr", "decoupled", "hard_negative", "triplet", "
 RUNS, NAME = Path("runs"), "emoji"
 
 
-def one_side(model: TwoTowers, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def one_side(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A task for evaluation batches, which hold images or captions, each with their groups."""
     if "image" in batch:
         return {"image_features": model.encode_image(batch["image"]), "groups": batch["group"]}
     return {"text_features": model.encode_text(batch["text"]), "groups": batch["group"]}
+
+
+def build_trainer(flags: argparse.Namespace) -> Trainer:
+    """Return model, loss and optimizer in a trainer, with nothing attached yet."""
+    torch.manual_seed(flags.seed)
+    model, loss = TwoTowers(), get_loss(flags.loss)
+    optimizer = torch.optim.Adam(
+        [*model.parameters(), *loss.parameters()], lr=2e-3, betas=(0.9, 0.98), fused=True
+    )
+    return Trainer(
+        model,
+        loss,
+        optimizer,
+        task=tasks.image_text,
+        precision=flags.precision,
+        microbatch_size=flags.microbatch_size,
+        seed=flags.seed,
+    )
 
 
 def main() -> None:
@@ -50,43 +69,28 @@ def main() -> None:
     )
     splits = {"unseen_drawing": unseen_drawings(emoji), "unseen_emoji": unseen_emoji(emoji)}
 
-    torch.manual_seed(flags.seed)
-    model, loss = TwoTowers(), get_loss(flags.loss)
-    optimizer = torch.optim.Adam(
-        [*model.parameters(), *loss.parameters()], lr=2e-3, betas=(0.9, 0.98), fused=True
-    )
-    trainer = Trainer(
-        model,
-        loss,
-        optimizer,
-        task=tasks.image_text,
-        precision=flags.precision,
-        microbatch_size=flags.microbatch_size,
-        seed=flags.seed,
-    )
-    evaluations = [
-        Evaluation(
-            batches,
-            metrics=[RetrievalRecall(RANKS)],
-            task=one_side,
-            prefix=split,
-            every=5 * len(loader),
-        )
-        for split, batches in splits.items()
-    ]
+    trainer = build_trainer(flags)
     trainer.attach(
         LearningRate(warmup=len(loader) * flags.epochs // 10, decay="cosine"),
         GradientClipping(max_norm=1.0),
-        *evaluations,
+        *(
+            Evaluation(
+                batches,
+                metrics=[RetrievalRecall(k=RANKS)],
+                task=one_side,
+                prefix=split,
+                every=5 * len(loader),
+            )
+            for split, batches in splits.items()
+        ),
         *default_handlers(run_dir, resume="auto" if flags.resume else None),
     )
     trainer.run(loader, max_epochs=flags.epochs)
 
-    recall = {
-        split: Evaluator(model, task=one_side, metrics=[RetrievalRecall(RANKS)]).evaluate(batches)
-        for split, batches in splits.items()
-    }
-    print(f"\n{results_table(recall, splits)}\n\nrun: {run_dir}\ntensorboard --logdir {RUNS}")
+    evaluator = Evaluator(trainer.model, task=one_side, metrics=[RetrievalRecall(k=RANKS)])
+    results = {split: evaluator.evaluate(batches) for split, batches in splits.items()}
+    print(f"\n{results_table(results, splits)}\n\nrun: {run_dir}")
+    print(f"tensorboard --logdir {flags.run_dir or RUNS}")
 
 
 def find_run(*, resume: bool) -> Path:
