@@ -8,6 +8,9 @@ from hypothesis import settings
 settings.register_profile("diptych", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("diptych")
 
+# Data that a module draws when it is imported is the same in every worker.
+torch.manual_seed(0)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip the tests that need a CUDA device where there is none."""
