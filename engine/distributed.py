@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -33,7 +34,11 @@ def replicated(model: nn.Module, device: torch.device) -> nn.Module:
     """
     if world_size() == 1 or not any(p.requires_grad for p in model.parameters()):
         return model
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,  # `share_buffers` does it, once an update
+    )
 
 
 def without_sync(model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
@@ -48,6 +53,25 @@ def same_on_all_ranks(module: nn.Module) -> None:
     if world_size() > 1:
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor.detach(), src=0)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank rank 0's buffers, with one broadcast for each type that they have.
+
+    Once at the beginning of an update: a wrapper that does it in some of the forward passes would
+    do it between the two passes of a cached gradient, which must start from the same values.
+    """
+    if world_size() == 1:
+        return
+    by_type: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for buffer in model.buffers():
+        by_type[buffer.dtype].append(buffer.detach())
+    for buffers in by_type.values():
+        packed = torch.cat([buffer.reshape(-1) for buffer in buffers])
+        dist.broadcast(packed, src=0)
+        parts = packed.split([buffer.numel() for buffer in buffers])
+        for buffer, part in zip(buffers, parts, strict=True):
+            buffer.copy_(part.view_as(buffer))
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -13,6 +13,7 @@ from diptych.engine.data import batch_size, split, to_device
 from diptych.engine.distributed import (
     average_gradients,
     replicated,
+    share_buffers,
     sum_over_ranks,
     without_sync,
     world_size,
@@ -80,6 +81,7 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         for parameter in self._held_by_nobody:
             parameter.grad = None
+        share_buffers(self.model)
         terms, value = self.gradients(trainer, batch)
         self.finish_gradients()
         trainer.fire_event(StepEvents.GRADIENTS_READY)
@@ -108,7 +110,9 @@ class TrainStep:
     def coupled(self, trainer: Trainer, batch: Any, pieces: list[Any]) -> tuple[Terms, Tensor]:
         """Take the loss of all samples at once; cache gradients where there are pieces."""
         cache = None
-        if len(pieces) == 1:
+        # Over ranks a single piece is cached too: others may have several, and the wrapper's
+        # collectives in a first forward pass with a graph must come after the loss's on all.
+        if len(pieces) == 1 and (self.microbatch_size is None or world_size() == 1):
             outputs = self.forward(batch)
         else:
             cache = GradientCache(trainer.model, self.device, without_sync(self.model))

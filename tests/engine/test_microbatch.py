@@ -17,6 +17,7 @@ from diptych.engine import BatchError, tasks
 from diptych.engine.data import split
 from tests.engine.models import (
     CoupledLoss,
+    RunningScale,
     TwoTower,
     gradients_of,
     paired,
@@ -28,22 +29,6 @@ from tests.engine.models import (
 )
 
 EXACT = 1e-10
-
-
-class RunningScale(nn.Module):
-    """Divides by a running size, which every forward pass changes first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("size", torch.ones((), dtype=torch.float64))
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("constant", torch.full((2,), 3.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            self.size.mul_(0.5).add_(0.5 * x.abs().mean())
-            self.calls += 1
-        return torch.tanh(x / self.size.clone())  # one graph holds the sizes of several passes
 
 
 class Skips(nn.Module):
