@@ -236,7 +236,11 @@ def test_a_loss_that_couples_samples_is_averaged_over_ranks(ranks):
 
 
 def evaluate_in_group(batches: int) -> str:
-    trainer = make_trainer()
+    model, loss = nn.Linear(3, 2), Queueing()
+    optimizer = torch.optim.SGD(model.parameters())
+    trainer = Trainer(  # its step is never run
+        model, loss, optimizer, task=tasks.classification, device="cpu", step=lambda *_: None
+    )
     evaluation = Evaluation(make_loader(samples=4 * batches))
     trainer.attach(evaluation)
     try:
