@@ -1,0 +1,102 @@
+"""The run's values in TensorBoard: `tensorboard --logdir runs`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from ignite.engine import Events
+
+from diptych.engine.distributed import rank
+from diptych.engine.events import MetricsEvents
+from diptych.handlers.run_directory import run_settings
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    from diptych.engine import Trainer
+
+AT_THE_END = (Events.COMPLETED, Events.INTERRUPT, Events.EXCEPTION_RAISED)
+
+
+@attrs.define(eq=False)
+class TensorBoard:
+    """Writes every record as scalars, and the run's settings and versions as text.
+
+    TensorBoard keeps scalars as float32. A resumed run writes a further file into the folder and
+    tells TensorBoard to forget what came after the checkpoint, so that no point is double. A
+    handler that shows anything else (images, histograms, a layout of the charts) takes `writer`.
+
+    Event: `MetricsEvents.LOGGED`; `STARTED` opens the file and `COMPLETED`, `INTERRUPT` or
+        `EXCEPTION_RAISED` closes it. Rank 0 alone writes.
+    Cost: some 70 microseconds a record, which a thread puts into the file at once; half a second
+        for the import when the run starts.
+
+    Args:
+        directory: of the event files; made if it is not there.
+    """
+
+    directory: Path = attrs.field(converter=Path)
+    _writer: SummaryWriter | None = attrs.field(default=None, init=False, repr=False)
+
+    def attach(self, trainer: Trainer) -> None:
+        """Write each record of the trainer."""
+        if rank() == 0:
+            trainer.add_event_handler(Events.STARTED, self._start)
+            trainer.add_event_handler(MetricsEvents.LOGGED, self._write)
+
+    @property
+    def writer(self) -> SummaryWriter:
+        """The open writer, for handlers of rank 0; opened where it is not."""
+        if self._writer is None:
+            # Imported here: it takes longer than the rest of the library.
+            from torch.utils.tensorboard.writer import SummaryWriter  # noqa: PLC0415
+
+            self._writer = SummaryWriter(str(self.directory))
+        return self._writer
+
+    def close(self) -> None:
+        """Close the file; the next use of `writer` opens a further one."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _start(self, trainer: Trainer) -> None:
+        for event in AT_THE_END:
+            # Added now, so that it comes after whatever the other handlers write at the end.
+            if trainer.has_event_handler(self._end, event):
+                trainer.remove_event_handler(self._end, event)
+            trainer.add_event_handler(event, self._end)
+        iteration = trainer.state.iteration
+        # What another handler has written at this start stays.
+        self._forget(iteration + 1 if iteration or self._writer else 0)
+        text = json.dumps(run_settings(trainer), indent=2)
+        self.writer.add_text("settings", f"```json\n{text}\n```", iteration)
+        self.writer.flush()
+
+    def _end(self, *_: object) -> None:
+        self.close()
+
+    def _forget(self, step: int) -> None:
+        """Tell TensorBoard that the points of earlier files from this step on do not count."""
+        event = self._new_event()
+        event.session_log.status = event.session_log.START
+        self._add(event, step)
+
+    def _write(self, trainer: Trainer) -> None:
+        # All values in one event, without a call of add_scalar for each: a tenth of the time.
+        event, record = self._new_event(), trainer.metrics.record
+        for tag, value in record.values.items():
+            event.summary.value.add(tag=tag, simple_value=value)
+        self._add(event, record.step)
+
+    def _new_event(self) -> Any:
+        from tensorboard.compat.proto.event_pb2 import Event  # noqa: PLC0415
+
+        return Event()
+
+    def _add(self, event: Any, step: int) -> None:
+        file_writer: Any = self.writer.file_writer
+        file_writer.add_event(event, step)

@@ -1,0 +1,90 @@
+"""Small runs for the sinks: a trainer, a loader that knows its place, streams to look at."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import torch
+from ignite.engine import Events
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from diptych.engine import SeededLoader, Trainer, tasks
+from diptych.engine.metrics_collector import Record
+
+EPOCH_LENGTH = 6
+
+
+class Squares(Dataset[dict[str, Tensor]]):
+    """Eleven samples: six batches of two, the last one smaller."""
+
+    def __len__(self) -> int:
+        return 11
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"image": torch.full((3,), index / 11), "label": torch.tensor(index % 2)}
+
+
+def loader() -> SeededLoader:
+    """Return a loader of six batches."""
+    return SeededLoader(Squares(), 2, seed=3)
+
+
+def make_trainer(*, log_every: int = 4, **settings: Any) -> Trainer:
+    """Return a trainer whose runs log at every fourth iteration and at the end of an epoch."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.2), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return Trainer(
+        model,
+        nn.CrossEntropyLoss(),
+        optimizer,
+        task=tasks.classification,
+        device="cpu",
+        log_every=log_every,
+        seed=5,
+        **settings,
+    )
+
+
+def report_each_epoch(trainer: Trainer, *values: float, tag: str = "val/recall@1") -> None:
+    """Report one of the values as a result at the end of each epoch."""
+    trainer.add_event_handler(
+        Events.EPOCH_COMPLETED,
+        lambda: trainer.metrics.report(
+            trainer.state.iteration, {tag: values[trainer.state.epoch - 1]}
+        ),
+    )
+
+
+def kept_records(trainer: Trainer) -> list[Record]:
+    """Return a list that fills with the trainer's records."""
+    from diptych.engine import MetricsEvents
+
+    records: list[Record] = []
+    trainer.add_event_handler(MetricsEvents.LOGGED, lambda: records.append(trainer.metrics.record))
+    return records
+
+
+class Stop(BaseException):
+    """Stands for the end of the process."""
+
+
+def stop_at(trainer: Trainer, iteration: int) -> None:
+    """End the run as a kill would, in the middle of an iteration."""
+
+    def stop() -> None:
+        if trainer.state.iteration == iteration:
+            raise Stop
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, stop)
+
+
+class Terminal(io.StringIO):
+    """A stream that says that it is a terminal."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True

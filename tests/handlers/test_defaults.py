@@ -1,0 +1,114 @@
+"""The default handlers together: what a folder holds, that they change nothing, what they cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from ignite.engine import Engine
+
+from diptych.engine import StepEvents, StepOutput, Trainer
+from diptych.handlers import CheckpointManager, default_handlers, read_records
+from tests.handlers.runs import kept_records, loader, make_trainer, report_each_epoch
+
+ITERATIONS = 2_000
+LIMIT = 4.0
+"""Times a bare Ignite engine; the benchmark says how much it is on a machine at rest."""
+
+
+def run(folder: Path | None, epochs: int = 2, **options: object) -> Trainer:
+    trainer = make_trainer()
+    report_each_epoch(trainer, 0.5, 0.25, 0.75)
+    if folder is not None:
+        trainer.attach(*default_handlers(folder, **options))
+    trainer.run(loader(), max_epochs=epochs)
+    return trainer
+
+
+def test_a_run_folder_holds_everything_about_the_run(tmp_path):
+    run(tmp_path, best="val/recall@1")
+
+    names = {path.name for path in tmp_path.iterdir()}
+    (events,) = [name for name in names if name.startswith("events.out.tfevents")]
+    assert names - {events} == {
+        "checkpoints",
+        "metrics.jsonl",
+        "metrics.measured.jsonl",
+        "settings.json",
+    }
+
+
+def test_the_same_command_continues_the_run(tmp_path):
+    run(tmp_path, epochs=1)
+
+    trainer = run(tmp_path, epochs=2)
+
+    assert trainer.state.iteration == 12
+    assert [r.step for r in read_records(tmp_path)] == [4, 6, 6, 8, 12, 12]
+
+
+def test_attaching_them_changes_no_number(tmp_path):
+    bare, watched = make_trainer(), make_trainer()
+    watched.attach(*default_handlers(tmp_path))
+    values = [kept_records(bare), kept_records(watched)]
+
+    for trainer in (bare, watched):
+        trainer.run(loader(), max_epochs=3)
+
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(bare.model.parameters(), watched.model.parameters(), strict=True)
+    )
+    for expected, record in zip(*values, strict=True):
+        assert {t: v for t, v in record.values.items() if t in expected.values} == expected.values
+        assert all(t in expected.values or t.startswith("time/") for t in record.values)
+
+
+def test_the_checkpoints_keep_what_was_asked_for(tmp_path):
+    run(tmp_path, epochs=3, best="val/recall@1", keep=1)
+
+    (manager,) = [h for h in default_handlers(tmp_path) if isinstance(h, CheckpointManager)]
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("*.pt"))
+    assert kept == ["checkpoint_epoch_3.pt"]
+    assert manager.directory == tmp_path / "checkpoints"
+
+
+def test_a_wrong_option_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="every must be"):
+        default_handlers(tmp_path, every=0)
+
+
+def no_op_trainer() -> Trainer:
+    scalars = {f"train/{name}": torch.zeros(()) for name in ("loss", "a", "b", "c", "d")}
+    output = StepOutput(scalars["train/loss"], {}, 1)
+
+    def step(trainer: Trainer, _: int) -> StepOutput:
+        for event in StepEvents:
+            trainer.fire_event(event)
+        trainer.metrics.update(scalars)
+        return output
+
+    return make_trainer(log_every=50, step=step)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def test_they_cost_little_beside_a_bare_ignite_engine(tmp_path, capsys):
+    data = [0] * ITERATIONS
+    ratios = []
+    for attempt in range(6):
+        bare = Engine(lambda *_: None)
+        trainer = no_op_trainer().attach(
+            *default_handlers(tmp_path / str(attempt), every=10 * ITERATIONS)
+        )
+        expected = seconds(lambda engine=bare: engine.run(data))
+        ratios.append(seconds(lambda t=trainer: t.run(data)) / expected)
+
+    assert min(ratios) < LIMIT
