@@ -25,24 +25,29 @@ def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
     hold a tensor or a container. Everything else is a leaf: a tensor, a number, a list of strings.
     """
     if isinstance(batch, Mapping):
-        return _rebuild_mapping(
-            batch, {key: map_leaves(value, function) for key, value in batch.items()}
-        )
+        items = {key: map_leaves(value, function) for key, value in batch.items()}
+        return _rebuild_mapping(batch, items)
     if attrs.has(type(batch)):
-        names = [(field.name, field.alias) for field in attrs.fields(type(batch)) if field.init]
-        return attrs.evolve(
-            batch, **{alias: map_leaves(getattr(batch, name), function) for name, alias in names}
-        )
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        names_ = [field.name for field in dataclasses.fields(batch) if field.init]
-        return dataclasses.replace(
-            batch, **{n: map_leaves(getattr(batch, n), function) for n in names_}
-        )
-    if isinstance(batch, tuple) and hasattr(batch, "_make"):
-        return batch._make(map_leaves(value, function) for value in batch)
+        taken = {f.alias: f.name for f in attrs.fields(type(batch)) if f.init}
+        return attrs.evolve(batch, **_map_fields(batch, taken, function))
+    if _is_dataclass(batch):
+        taken = {f.name: f.name for f in dataclasses.fields(batch) if f.init}
+        return dataclasses.replace(batch, **_map_fields(batch, taken, function))
     if isinstance(batch, (tuple, list)) and _holds_containers(batch):
-        return type(batch)(map_leaves(value, function) for value in batch)
+        # A named tuple takes its values one by one.
+        rebuild = getattr(batch, "_make", type(batch))
+        return rebuild([map_leaves(value, function) for value in batch])
     return function(batch)
+
+
+def _map_fields(
+    batch: Any, taken: Mapping[str, str], function: Callable[[Any], Any]
+) -> dict[str, Any]:
+    return {key: map_leaves(getattr(batch, name), function) for key, name in taken.items()}
+
+
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def _rebuild_mapping(batch: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
@@ -55,10 +60,10 @@ def _rebuild_mapping(batch: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
 
 
 def _holds_containers(values: Sequence[Any]) -> bool:
+    if hasattr(values, "_make"):
+        return True
     kinds = (Tensor, Mapping, tuple, list)
-    return any(
-        isinstance(v, kinds) or attrs.has(type(v)) or dataclasses.is_dataclass(v) for v in values
-    )
+    return any(isinstance(v, kinds) or attrs.has(type(v)) or _is_dataclass(v) for v in values)
 
 
 def leaves(batch: Any) -> list[Any]:

@@ -173,19 +173,20 @@ class EventLoop(Engine):
 
     def _set_epoch_length(self, data: Iterable[Any] | None, given: int | None) -> None:
         stored = self.state.epoch_length
-        length = given if given is not None else length_of(data)
-        if length is None and data is None and stored is None:
-            raise ValueError("epoch_length must be given when data is None, got neither")
-        if length is not None and length < 1:
+        length = length_of(data) if given is None else given
+        if length is None:
+            if data is None and stored is None:
+                raise ValueError("epoch_length must be given when data is None, got neither")
+            return
+        if length < 1:
             raise ValueError("data must hold at least one batch, got an empty loader")
-        changes = stored is not None and length is not None and length != stored
-        if changes and (given is None or self._in_epoch):
+        if stored not in {None, length} and (given is None or self._in_epoch):
             raise ResumeError(
                 f"the run has epochs of {stored} iterations, and this loader gives {length}: "
                 f"continue with data of the same length, or say epoch_length={stored} to keep the "
                 f"length, or, between two epochs, epoch_length={length} to change it"
             )
-        self.state.epoch_length = length if length is not None else stored
+        self.state.epoch_length = length
 
     def _check_continues(self, data: Iterable[Any] | None) -> None:
         same = self.batches.keeps_its_place and self.batches.data is data

@@ -59,13 +59,9 @@ def names_of(batch: Any) -> str:
         return ", ".join(repr(name) for name in batch._fields)
     if isinstance(batch, (tuple, list)):
         return f"{len(batch)} parts without names"
-    public = (
-        [name for name in vars(batch) if not name.startswith("_")]
-        if hasattr(batch, "__dict__")
-        else []
-    )
-    slots = [name for name in getattr(type(batch), "__slots__", ()) if not name.startswith("_")]
-    return ", ".join(repr(name) for name in public or slots) or f"a {type(batch).__name__}"
+    names = [*getattr(batch, "__dict__", ()), *getattr(type(batch), "__slots__", ())]
+    public = [repr(name) for name in names if not name.startswith("_")]
+    return ", ".join(public) or f"a {type(batch).__name__}"
 
 
 @attrs.frozen(kw_only=True)

@@ -110,10 +110,7 @@ class Trainer(EventLoop):
         super().__init__(process)
         self.metrics = MetricsCollector(on_record=lambda: self.fire_event(MetricsEvents.LOGGED))
         self._publish_gauges()
-        self.add_event_handler(Events.STARTED, self._prepare)
-        self.add_event_handler(Events.EPOCH_COMPLETED, self._end_epoch)
-        self.add_event_handler(Events.COMPLETED, self._log_rest)
-        self.every(log_every, self._log, RunEvents.SAFE_POINT)
+        self._add_own_handlers()
 
     @property
     def outputs(self) -> Outputs:
@@ -122,7 +119,10 @@ class Trainer(EventLoop):
 
     @outputs.setter
     def outputs(self, outputs: Outputs) -> None:
-        # Detached at once: a reference to the graph would outlive a step that fails.
+        """Take the task's outputs.
+
+        They are detached at once: a reference to the graph would outlive a step that fails.
+        """
         self._outputs = {name: tensor.detach() for name, tensor in outputs.items()}
 
     def attach(self, *handlers: Handler) -> Trainer:
@@ -168,6 +168,12 @@ class Trainer(EventLoop):
         if self.scaler is not None and isinstance(step, TrainStep):
             self.metrics.gauge("train/skipped_steps", lambda: step.skipped_steps)
 
+    def _add_own_handlers(self) -> None:
+        self.add_event_handler(Events.STARTED, self._prepare)
+        self.add_event_handler(Events.EPOCH_COMPLETED, self._end_epoch)
+        self.add_event_handler(Events.COMPLETED, self._log_rest)
+        self.every(self.settings.log_every, self._log, RunEvents.SAFE_POINT)
+
     def _prepare(self, _: Engine) -> None:
         if self.settings.seed is not None and self.state.iteration == 0:
             manual_seed(self.settings.seed + rank())
@@ -201,25 +207,30 @@ def check_parts(model: nn.Module, loss: nn.Module, optimizer: Optimizer, task: T
         ValueError: naming the parameters of the loss that the optimizer lacks, or if it holds
             nothing of the model and the loss at all.
     """
-    for name, part, kind in (
-        ("model", model, nn.Module),
-        ("loss", loss, nn.Module),
-        ("optimizer", optimizer, Optimizer),
-    ):
-        if not isinstance(part, kind):
-            raise TypeError(f"{name} must be a torch {kind.__name__}, got {part!r}")
+    _check_kind("model", model, nn.Module)
+    _check_kind("loss", loss, nn.Module)
+    _check_kind("optimizer", optimizer, Optimizer)
     if not callable(task):
         raise TypeError(f"task must be a function of a model and a batch, got {task!r}")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [n for n, p in loss.named_parameters() if p.requires_grad and id(p) not in held]
+    missing = [n for n, p in _learned(loss) if id(p) not in held]
     if missing:
         raise ValueError(
             f"the optimizer must hold the loss's parameters, got none of {', '.join(missing)}: "
             "build it with [*model.parameters(), *loss.parameters()]"
         )
-    own = [id(p) for p in (*model.parameters(), *loss.parameters()) if p.requires_grad]
+    own = {id(p) for _, p in (*_learned(model), *_learned(loss))}
     if own and held.isdisjoint(own):
         raise ValueError(
             "the optimizer must hold parameters of the model or the loss, got only others: build "
             "it from the very model that is trained, after any copy of it"
         )
+
+
+def _check_kind(name: str, part: object, kind: type) -> None:
+    if not isinstance(part, kind):
+        raise TypeError(f"{name} must be a torch {kind.__name__}, got {part!r}")
+
+
+def _learned(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
