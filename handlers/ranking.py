@@ -49,6 +49,8 @@ class Items(NamedTuple):
 
     def without_copies(self) -> Items:
         """Return the items without those that show an earlier one of their group again."""
+        if bool((self.groups.diff() > 0).all()):
+            return self
         height, width = STRIP
         copy = torch.zeros_like(self.groups, dtype=torch.bool)
         place = torch.arange(len(copy), device=copy.device)
