@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
 
 from diptych.engine.distributed import rank, world_size
 from diptych.engine.errors import CheckpointError
@@ -125,13 +126,18 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def fingerprint(trainer: Trainer) -> dict[str, Any]:
-    """Return the settings and versions that a run was made with, as strings and numbers."""
+    """Return the settings, versions and kind of optimizer of a run, as strings and numbers."""
     settings = {
         k: v if isinstance(v, (int, float, bool, str)) or v is None else str(v)
         for k, v in attrs.asdict(trainer.settings).items()
     }
     versions = {"torch": str(torch.__version__), "ignite": str(ignite.__version__)}
-    return {"settings": settings, "versions": versions, "ranks": world_size()}
+    return {
+        "settings": settings,
+        "versions": versions,
+        "optimizer": type(trainer.optimizer).__name__,
+        "ranks": world_size(),
+    }
 
 
 def _check(trainer: Trainer, state: Mapping[str, Any], handlers: Mapping[str, Any]) -> None:
@@ -142,11 +148,28 @@ def _check(trainer: Trainer, state: Mapping[str, Any], handlers: Mapping[str, An
         )
     for part, module in (("model", trainer.model), ("loss", trainer.loss)):
         _check_keys(part, state[part], clean_state_dict(module))
+    _check_optimizer(trainer.optimizer, state)
     missing = sorted(set(handlers) - set(state["handlers"]))
     if missing:
         raise CheckpointError(
             f"the checkpoint has no state of {', '.join(missing)}, but of "
             f"{', '.join(state['handlers']) or 'no handler'}: attach the handlers of the saved run"
+        )
+
+
+def _check_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Check what the optimizer itself would notice too late, or not at all."""
+    here, saved = type(optimizer).__name__, state["fingerprint"].get("optimizer")
+    if saved not in {None, here}:
+        raise CheckpointError(f"the checkpoint is of another optimizer: of {saved}, not of {here}")
+    groups = [
+        [len(group["params"]) for group in held["param_groups"]]
+        for held in (state["optimizer"], optimizer.state_dict())
+    ]
+    if groups[0] != groups[1]:
+        raise CheckpointError(
+            f"the checkpoint is of another optimizer: its groups have {groups[0]} parameters, "
+            f"and those here {groups[1]}"
         )
 
 

@@ -1,0 +1,176 @@
+"""The state of a whole run: it goes on bit for bit through a file, and nowhere else."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from ignite.engine import Events
+from ignite.handlers import EarlyStopping
+from torch import Tensor, nn
+
+from diptych.engine import CheckpointError, RunEvents, SeededLoader, Trainer
+from diptych.engine.run_state import (
+    clean_state_dict,
+    load_clean_state_dict,
+    load_run_state,
+    run_state,
+    stateful_handlers,
+    unwrapped,
+)
+from tests.engine.models import CoupledLoss, TwoTower, paired, sgd, trainer_of
+
+PAIRS = paired(20)
+
+
+class Pairs(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {key: value[index] + 0.1 * torch.randn(()) for key, value in PAIRS.items()}
+
+
+@attrs.define(eq=False)
+class CountsSteps:
+    """A handler with a memory."""
+
+    steps: int = 0
+
+    def attach(self, trainer: Trainer) -> None:
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self.count)
+
+    def count(self) -> None:
+        self.steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.steps = state_dict["steps"]
+
+
+def made(seed: int = 0) -> tuple[Trainer, SeededLoader, list[Any]]:
+    torch.manual_seed(seed)
+    model = TwoTower(lambda: nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(0.3))).double()
+    loss = CoupledLoss().double()
+    optimizer = torch.optim.AdamW([*model.parameters(), *loss.parameters()], lr=0.01)
+    trainer = trainer_of(model, loss, optimizer=optimizer, log_every=3, microbatch_size=3)
+    trainer.attach(CountsSteps())
+    records: list[Any] = []
+    trainer.add_event_handler("LOGGED", lambda: records.append(trainer.metrics.record))
+    return trainer, SeededLoader(Pairs(), 5, seed=3), records
+
+
+def stored(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def identical(first: Any, second: Any) -> bool:
+    if isinstance(first, Mapping):
+        return first.keys() == second.keys() and all(identical(first[k], second[k]) for k in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(identical, first, second))
+    return first.equal(second) if isinstance(first, Tensor) else first == second
+
+
+@pytest.mark.parametrize("at", [1, 3, 4, 7])
+def test_a_run_goes_on_from_any_safe_point_as_if_nothing_had_happened(at: int):
+    whole, loader, records = made()
+    saved: list[Any] = []
+    whole.add_event_handler(
+        RunEvents.SAFE_POINT(once=at), lambda: saved.append((stored(run_state(whole)), [*records]))
+    )
+    whole.run(loader, max_epochs=3)
+    state, before = saved[0]
+
+    resumed, again, later = made(seed=99)
+    resumed.add_event_handler(RunEvents.RESTORE, lambda: load_run_state(resumed, state))
+    torch.rand(7)  # another process has drawn other numbers
+    resumed.run(again, max_epochs=3)
+    assert identical(run_state(resumed), run_state(whole))
+    assert [*before, *later] == records
+    assert resumed.handlers[0].steps == 12
+
+
+def other_model() -> Trainer:
+    return trainer_of(nn.Sequential(nn.Linear(3, 2)).double())
+
+
+def other_optimizer() -> Trainer:
+    trainer, _, _ = made(seed=1)
+    return trainer_of(trainer.model, trainer.loss, optimizer=sgd(trainer.model, trainer.loss))
+
+
+def other_groups() -> Trainer:
+    trainer, _, _ = made(seed=1)
+    groups = [{"params": list(m.parameters())} for m in (trainer.model, trainer.loss)]
+    return trainer_of(trainer.model, trainer.loss, optimizer=torch.optim.AdamW(groups))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (other_model, "of another model: it lacks 0.bias, 0.weight; it has besides image.0.bias"),
+        (other_optimizer, "of another optimizer: of AdamW, not of SGD"),
+        (other_groups, r"groups have \[14\] parameters, and those here \[12, 2\]"),
+    ],
+)
+def test_a_state_of_another_run_is_refused_and_changes_nothing(other, message):
+    trainer, loader, _ = made()
+    trainer.run(loader, max_epochs=1)
+    stranger = other()
+    before = stored(run_state(stranger))
+    with pytest.raises(CheckpointError, match=message):
+        load_run_state(stranger, stored(run_state(trainer)))
+    assert identical(stored(run_state(stranger)), before)
+
+
+def test_a_state_without_a_handlers_part_names_the_handler():
+    trainer, loader, _ = made()
+    trainer.run(loader, max_epochs=1)
+    state = run_state(trainer)
+    trainer.attach(CountsSteps())
+    with pytest.raises(CheckpointError, match="no state of CountsSteps_2, but of CountsSteps"):
+        load_run_state(trainer, state)
+
+
+def test_a_state_of_a_newer_format_is_refused():
+    trainer = trainer_of()
+    with pytest.raises(CheckpointError, match="format 999"):
+        load_run_state(trainer, {**run_state(trainer), "format": 999})
+
+
+def test_handlers_with_a_state_are_found_however_they_were_added():
+    trainer = trainer_of()
+    attached, added, filtered = CountsSteps(), CountsSteps(), CountsSteps()
+    stopping = EarlyStopping(patience=2, score_function=lambda _: 0.0, trainer=trainer)
+    trainer.attach(attached)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, added.count)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED(every=2), filtered.count)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, stopping)
+    assert stateful_handlers(trainer) == {
+        "CountsSteps": attached,
+        "CountsSteps_2": added,
+        "CountsSteps_3": filtered,
+        "EarlyStopping": stopping,
+    }
+
+
+def test_keys_are_those_of_the_bare_module_whatever_wraps_it():
+    model = TwoTower()
+    wrapped = nn.DataParallel(torch.compile(model))
+    assert unwrapped(wrapped) is model
+    assert list(clean_state_dict(wrapped)) == list(model.state_dict())
+    other = TwoTower()
+    other.image = torch.compile(other.image)
+    assert list(clean_state_dict(other)) == list(model.state_dict())
+    load_clean_state_dict(other, model.state_dict())
+    assert identical(clean_state_dict(other), model.state_dict())
