@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP)  ## Make .venv and install everything that development needs
 
 train: $(STAMP)  ## Train an image-text model on the emoji that ship with the repository
-	$(BIN)/python examples/emoji/train.py $(ARGS)
+	$(BIN)/python -m examples.emoji.train $(ARGS)
 
 test: $(STAMP) $(LINKS)  ## Run the tests (ARGS="tests/engine -k resume" selects some)
 	$(TEST) -n $(WORKERS) --dist loadgroup -m "not slow" $(ARGS)

@@ -192,9 +192,11 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_as_json(item) for item in value]
     if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, float):
-        return json_number(value)
+        return _as_json(value.item())
+    return json_number(value) if isinstance(value, float) else _as_word(value)
+
+
+def _as_word(value: Any) -> Any:
     if value is None or isinstance(value, (str, int)):
         return value
     if isinstance(value, (Path, torch.device, torch.dtype)):

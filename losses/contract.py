@@ -163,15 +163,7 @@ def check_call(case: Case) -> None:
 def check_gradients(case: Case) -> None:
     """Gradients by inputs and parameters equal finite differences in float64."""
     loss, inputs = case.loss(), case.inputs(4)
-    names, stopped = case.names(), case.declared("without_gradient", ())
-    _, found = gradients(case, inputs)
-    floating = [i for i, x in enumerate(inputs) if x.is_floating_point()]
-    varied = []
-    for i, gradient in zip(floating, found, strict=False):
-        named = names[i] if i < len(names) else f"argument {i}"
-        none = gradient is None or not bool(gradient.any())
-        require(none == (named in stopped), f"{named} gets {'no' if none else 'a'} gradient")
-        varied += [] if none else [i]
+    varied = _inputs_with_gradient(case, inputs)
     parameters = dict(loss.named_parameters())
 
     def value(*tensors: Tensor) -> Tensor:
@@ -189,6 +181,20 @@ def check_gradients(case: Case) -> None:
     fast = sum(x.numel() for x in point) > 100
     agree = torch.autograd.gradcheck(value, tuple(point), raise_exception=False, fast_mode=fast)
     require(agree, "gradients differ from finite differences")
+
+
+def _inputs_with_gradient(case: Case, inputs: tuple[Tensor, ...]) -> list[int]:
+    """Return which inputs get a gradient: all but those that the loss names."""
+    names, stopped = case.names(), case.declared("without_gradient", ())
+    _, found = gradients(case, inputs)
+    floating = [i for i, x in enumerate(inputs) if x.is_floating_point()]
+    varied = []
+    for i, gradient in zip(floating, found, strict=False):
+        named = names[i] if i < len(names) else f"argument {i}"
+        none = gradient is None or not bool(gradient.any())
+        require(none == (named in stopped), f"{named} gets {'no' if none else 'a'} gradient")
+        varied += [] if none else [i]
+    return varied
 
 
 def check_permutation(case: Case) -> None:

@@ -104,7 +104,7 @@ PLANTED: list[tuple[Checker, str, str, str]] = [
     (rules.wrong_arrows, "engine/x.py", "import_module('diptych.losses')", "diptych.losses"),
     (rules.wrong_arrows, "engine/x.py", "def f():\n    import diptych.losses", "diptych.losses"),
     (rules.wrong_arrows, "handlers/x.py", "import diptych.losses", "diptych.losses"),
-    (rules.wrong_arrows, "handlers/x.py", "import matplotlib", "is an extra"),
+    (rules.wrong_arrows, "handlers/x.py", "import safetensors", "is an extra"),
     (rules.wrong_arrows, "handlers/x.py", "import numpy", "must not import numpy"),
     (
         rules.uninstalled_names,
@@ -164,7 +164,7 @@ KEPT: list[tuple[Checker, str, str]] = [
     (rules.wrong_arrows, "losses/x.py", "import math\nimport torch\nfrom diptych.losses import x"),
     (rules.wrong_arrows, "engine/x.py", "import attrs\nfrom ignite.engine import Engine"),
     (rules.wrong_arrows, "handlers/x.py", "from diptych.engine import x\nimport tensorboard"),
-    (rules.wrong_arrows, "handlers/x.py", "def f():\n    import matplotlib.pyplot"),
+    (rules.wrong_arrows, "handlers/x.py", "def f():\n    import safetensors.torch"),
     (rules.uninstalled_names, "examples/x.py", "import diptych.engine\nimport data"),
     (rules.long_files, "engine/x.py", "x = 1\n" * 400),
     (rules.long_functions, "engine/x.py", "def f():\n    '''" + "\n" * 50 + "'''\n    return 1"),

@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diptych.losses.combine.composite import MultipleLosses
 from diptych.losses.contrastive.clip import CLIPLoss
-from diptych.losses.contrastive.decoupled import DecoupledContrastiveLoss
-from diptych.losses.contrastive.hard_negative import HardNegativeLoss
-from diptych.losses.contrastive.negative_cosine import NegativeCosineLoss
 from diptych.losses.contrastive.siglip import SigLIPLoss
 from diptych.losses.registry import register_loss
-
-
-def can_be_negative(loss: Any) -> bool:
-    """Say whether a loss's value can be below 0; a loss may say so itself, by that attribute."""
-    declared = getattr(loss, "can_be_negative", None)
-    if declared is not None:
-        return bool(declared)
-    if isinstance(loss, NegativeCosineLoss):
-        return loss.kind == "simsiam"
-    if isinstance(loss, HardNegativeLoss):
-        return loss.kind == "hn_nce" and loss.alpha < 1
-    return isinstance(loss, DecoupledContrastiveLoss)
 
 
 @register_loss("uncertainty")
@@ -67,7 +51,9 @@ class UncertaintyWeighted(MultipleLosses):
     ) -> None:
         super().__init__(losses, inputs)
         for name, loss in self.losses.items():
-            signed = [type(x).__name__ for x in loss.modules() if can_be_negative(x)]
+            signed = [
+                type(x).__name__ for x in loss.modules() if getattr(x, "can_be_negative", False)
+            ]
             if signed:
                 raise ValueError(
                     f"losses must not be negative, got {name!r} with {signed[0]}: its weight would"

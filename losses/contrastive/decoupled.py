@@ -42,6 +42,7 @@ class DecoupledContrastiveLoss(BaseContrastiveLoss):
 
     symmetric: ClassVar[bool] = True
     minimum_batch: ClassVar[int] = 2
+    can_be_negative: ClassVar[bool] = True
 
     def __init__(
         self,

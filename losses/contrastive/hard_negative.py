@@ -89,6 +89,11 @@ class HardNegativeLoss(BaseContrastiveLoss):
         self.detach_weights = detach_weights
         self.negatives = HardNegatives(beta=beta)
 
+    @property
+    def can_be_negative(self) -> bool:
+        """Whether the value can be below 0."""
+        return self.kind == "hn_nce" and self.alpha < 1
+
     def objective(self, pairs: Pairs) -> dict[str, Tensor]:
         """Return {"contrastive": the loss}."""
         losses = self._debiased(pairs) if self.kind == "debiased" else self._hn_nce(pairs)

@@ -42,6 +42,11 @@ class NegativeCosineLoss(BaseSupervisedLoss):
         check_choice("kind", kind, ("simsiam", "byol"))
         self.kind = kind
 
+    @property
+    def can_be_negative(self) -> bool:
+        """Whether the value can be below 0."""
+        return self.kind == "simsiam"
+
     def total_and_weight(
         self, predictions: Tensor, targets: Tensor, groups: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

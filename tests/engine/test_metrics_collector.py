@@ -56,10 +56,8 @@ def mean(values: list[Any]) -> float:
     return math.fsum(map(float, values)) / len(values)
 
 
-@given(events=EVENTS)
-def test_windows_and_epochs_give_the_means_of_plain_lists(events: list[Any]):
-    collector = Listening()
-    ends = play(collector, events)
+def means_by_plain_lists(events: list[Any]) -> tuple[list[Any], list[dict[str, float]]]:
+    """Return each log point's step and means, and each epoch's means."""
     windows, epochs = [], []
     window: dict[str, list[Any]] = {}
     epoch: dict[str, list[Any]] = {}
@@ -75,6 +73,14 @@ def test_windows_and_epochs_give_the_means_of_plain_lists(events: list[Any]):
             for tag, value in event.items():
                 window.setdefault(tag, []).append(value)
                 epoch.setdefault(tag, []).append(value)
+    return windows, epochs
+
+
+@given(events=EVENTS)
+def test_windows_and_epochs_give_the_means_of_plain_lists(events: list[Any]):
+    collector = Listening()
+    ends = play(collector, events)
+    windows, epochs = means_by_plain_lists(events)
     assert [record.step for record in collector.records] == [step for step, _ in windows]
     for record, (_, values) in zip(collector.records, windows, strict=True):
         assert record.values == pytest.approx(values, abs=1e-6)

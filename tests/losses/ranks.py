@@ -95,6 +95,17 @@ def split(inputs: Sequence[Tensor], sizes: Sequence[int]) -> list[tuple[Tensor, 
     return list(zip(*pieces, strict=True))
 
 
+def make_encoders(inputs: Sequence[Tensor]) -> nn.ModuleDict:
+    """Return a linear map for each floating input that has samples."""
+    return nn.ModuleDict(
+        {
+            f"encoder_{i}": nn.Linear(x.shape[-1], x.shape[-1], dtype=torch.float64)
+            for i, x in enumerate(inputs)
+            if x.is_floating_point() and x.dim()
+        }
+    )
+
+
 def measure(build: Callable[[], nn.Module], calls: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
     """Return what a data-parallel trainer would see after some calls, averaged over ranks.
 
@@ -106,13 +117,7 @@ def measure(build: Callable[[], nn.Module], calls: Sequence[Sequence[Tensor]]) -
     case = Case(build)
     loss = case.loss()
     torch.manual_seed(0)
-    encoders = nn.ModuleDict(
-        {
-            f"encoder_{i}": nn.Linear(x.shape[-1], x.shape[-1], dtype=torch.float64)
-            for i, x in enumerate(calls[0])
-            if x.is_floating_point() and x.dim()
-        }
-    )
+    encoders = make_encoders(calls[0])
     found: dict[str, Tensor] = {}
     for inputs in calls:
         loss.zero_grad()
