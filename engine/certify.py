@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -130,7 +130,8 @@ def _interrupted(
     if trainer.epoch_iteration and trainer.batches.position() is None:
         raise ResumeError(
             "an interruption inside an epoch needs a loader with state_dict() and "
-            f"load_state_dict(), got {type(loader).__name__}: take a SeededLoader, or interrupt at the end of an epoch"
+            f"load_state_dict(), got {type(loader).__name__}: take a SeededLoader, or interrupt "
+            "at the end of an epoch"
         )
     file = io.BytesIO()
     torch.save(run_state(trainer), file)
@@ -172,12 +173,18 @@ def _differences(name: str, expected: Any, received: Any) -> Iterator[Difference
             path = f"{name}.{key}" if name else str(key)
             yield from _differences(path, expected.get(key), received.get(key))
     elif isinstance(expected, (list, tuple)) and isinstance(received, (list, tuple)):
-        if len(expected) != len(received):
-            yield Difference(name, f"{len(expected)} values", f"{len(received)} values")
-        for index, pair in enumerate(zip(expected, received, strict=False)):
-            yield from _differences(f"{name}[{index}]", *pair)
+        yield from _differences_of_items(name, expected, received)
     elif _is_value(expected) and _is_value(received) and not _equal(expected, received):
         yield Difference(name, _shown(expected), _shown(received))
+
+
+def _differences_of_items(
+    name: str, expected: Sequence[Any], received: Sequence[Any]
+) -> Iterator[Difference]:
+    if len(expected) != len(received):
+        yield Difference(name, f"{len(expected)} values", f"{len(received)} values")
+    for index, pair in enumerate(zip(expected, received, strict=False)):
+        yield from _differences(f"{name}[{index}]", *pair)
 
 
 def _is_value(value: Any) -> bool:

@@ -41,6 +41,11 @@ class Periodic:
         self._entries.append(_Entry(period, handler))
         self._due = 0
 
+    @property
+    def handlers(self) -> list[Callable[[Any], object]]:
+        """The functions that were added, in their order."""
+        return [entry.handler for entry in self._entries]
+
     def __call__(self, engine: Engine) -> None:
         """Call what is due; the handler of the one event that this dispatcher stands for."""
         iteration = engine.state.iteration

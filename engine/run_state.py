@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -81,26 +81,31 @@ def stateful_handlers(trainer: Trainer) -> dict[str, Any]:
 
     The name is the class's, with a number from the second of a class on.
     """
-    candidates: list[Any] = list(trainer.handlers)
-    for entries in trainer._event_handlers.values():  # noqa: SLF001 - Ignite lists handlers nowhere else
-        for function, _, _ in entries:
-            parent = getattr(function, "_parent", None)
-            added = function if parent is None else parent()
-            candidates.append(getattr(added, "__self__", added))
+    own = (trainer, trainer.model, trainer.loss, trainer.optimizer, trainer.metrics)
+    seen = {id(part) for part in own}
     named: dict[str, Any] = {}
-    seen = {
-        id(own)
-        for own in (trainer, trainer.model, trainer.loss, trainer.optimizer, trainer.metrics)
-    }
-    for candidate in candidates:
-        if id(candidate) in seen or isinstance(candidate, type):
-            continue
-        seen.add(id(candidate))
-        if hasattr(candidate, "state_dict") and hasattr(candidate, "load_state_dict"):
+    for candidate in (*trainer.handlers, *_owners_of_functions(trainer)):
+        if id(candidate) not in seen and _has_state(candidate):
+            seen.add(id(candidate))
             kind = type(candidate).__name__
-            count = 1 + sum(type(h).__name__ == kind for h in named.values())
+            count = 1 + sum(type(handler).__name__ == kind for handler in named.values())
             named[kind if count == 1 else f"{kind}_{count}"] = candidate
     return named
+
+
+def _owners_of_functions(trainer: Trainer) -> Iterator[Any]:
+    """Give the object behind each function that was added to an event."""
+    for entries in trainer._event_handlers.values():  # noqa: SLF001 - Ignite lists them nowhere else
+        for function, _, _ in entries:
+            parent = getattr(function, "_parent", None)
+            for added in getattr(function, "handlers", None) or [parent() if parent else function]:
+                yield getattr(added, "__self__", added)
+
+
+def _has_state(candidate: Any) -> bool:
+    if isinstance(candidate, type):
+        return False
+    return hasattr(candidate, "state_dict") and hasattr(candidate, "load_state_dict")
 
 
 def clean_state_dict(module: nn.Module) -> dict[str, Tensor]:

@@ -309,3 +309,26 @@ def test_a_newer_format_asks_for_an_update(tmp_path):
 def test_arguments_out_of_range_are_refused(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         CheckpointManager(tmp_path, **arguments)
+
+
+def test_a_function_called_every_few_iterations_brings_its_objects_state(tmp_path):
+    class Counter:
+        count = 0
+
+        def step(self, _: Trainer) -> None:
+            self.count += 1
+
+        def state_dict(self) -> dict[str, int]:
+            return {"count": self.count}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.count = state["count"]
+
+    counters = []
+    for epochs in (1, 2):
+        trainer, counter = make_trainer(), Counter()
+        counters.append(counter)
+        trainer.every(3, counter.step)
+        trainer.attach(CheckpointManager(tmp_path))
+        trainer.run(make_loader(), max_epochs=epochs)
+    assert [counter.count for counter in counters] == [2, 4]
