@@ -114,7 +114,7 @@ def parse_flags() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--epochs", type=int, default=50, help="passes over the 2,990 training drawings")
+    add("--epochs", type=int, default=45, help="passes over the 2,990 training drawings")
     add("--batch-size", type=int, default=256, help="pairs of an update")
     add(
         "--microbatch-size",
