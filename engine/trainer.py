@@ -56,7 +56,7 @@ class Trainer(EventLoop):
         compile: whether to compile the model.
         seed: of all generators when a run starts from its beginning.
         log_every: iterations between two log points.
-        step: a step of one's own, called with the trainer and the batch, instead of `TrainStep`.
+        step: instead of `TrainStep`, a subclass of it, or a function of the trainer and the batch.
 
     Attributes:
         metrics: the `MetricsCollector` to publish to.
@@ -85,7 +85,7 @@ class Trainer(EventLoop):
         compile: bool = False,
         seed: int | None = None,
         log_every: int = 50,
-        step: Step | None = None,
+        step: Step | type[TrainStep] | None = None,
     ) -> None:
         self.settings = TrainerSettings(
             precision=precision,
@@ -106,11 +106,15 @@ class Trainer(EventLoop):
         self._outputs: Outputs = {}
         self.terms: dict[str, Tensor] = {}
         self.handlers: list[Handler] = []
-        process: Callable[[Any, Any], Any] = step or TrainStep(self)
-        super().__init__(process)
+        super().__init__(self._make_step(step))
         self.metrics = MetricsCollector(on_record=lambda: self.fire_event(MetricsEvents.LOGGED))
         self._publish_gauges()
         self._add_own_handlers()
+
+    def _make_step(self, step: Step | type[TrainStep] | None) -> Callable[[Any, Any], Any]:
+        if step is None:
+            return TrainStep(self)
+        return step(self) if isinstance(step, type) else step
 
     @property
     def outputs(self) -> Outputs:

@@ -21,7 +21,7 @@ from ignite.handlers import (
 from ignite.metrics import RunningAverage
 from torch import Tensor, nn
 
-from diptych.engine import RunEvents, StepEvents, Trainer, tasks
+from diptych.engine import RunEvents, StepEvents, Trainer, TrainStep, tasks
 from tests.engine.loops import call_at
 from tests.engine.models import CoupledLoss, TwoTower, paired, sgd, trainer_of, twins
 
@@ -303,3 +303,24 @@ def test_what_has_no_attach_is_refused_and_nothing_is_attached(handler):
 
 def test_a_trainer_is_an_ignite_engine():
     assert isinstance(trainer_of(), Engine)
+
+
+def test_a_phase_of_the_step_can_be_replaced_by_a_subclass():
+    class Doubled(TrainStep):
+        def scaled(self, value: Tensor) -> Tensor:
+            return 2 * value
+
+    seen: list[Tensor] = []
+    for step in (None, Doubled):
+        torch.manual_seed(0)
+        model, loss = TwoTower().double(), CoupledLoss().double()
+        trainer = Trainer(
+            model, loss, sgd(model, loss), task=tasks.image_text, device="cpu", step=step
+        )
+        trainer.add_event_handler(
+            StepEvents.GRADIENTS_READY(once=1),
+            lambda own: seen.append(next(own.model.parameters()).grad.clone()),
+        )
+        torch.manual_seed(1)
+        trainer.run(batches(1), max_epochs=1)
+    torch.testing.assert_close(seen[1], 2 * seen[0])
