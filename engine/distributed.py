@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -34,11 +35,13 @@ def replicated(model: nn.Module, device: torch.device) -> nn.Module:
     """
     if world_size() == 1 or not any(p.requires_grad for p in model.parameters()):
         return model
-    return DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,  # `share_buffers` does it, once an update
-    )
+    # `share_buffers` does it, once an update. Newer torch has another word for it.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    word = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    settings: dict[str, Any] = {word: False}
+    if device.type == "cuda":
+        settings["device_ids"] = [device]
+    return DistributedDataParallel(model, **settings)
 
 
 def without_sync(model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:

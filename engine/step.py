@@ -201,10 +201,11 @@ class TrainStep:
 
 def published(output: StepOutput) -> dict[str, Tensor]:
     """Return the scalars of an update by their tags; a single term is the loss itself."""
-    scalars = {"train/loss": output.loss}
-    if len(output.terms) > 1:
-        scalars.update({f"train/{name}": term for name, term in output.terms.items()})
-    return scalars
+    loss = {"train/loss": output.loss}
+    if len(output.terms) == 1:
+        return loss
+    # The loss last, so that a term of the same name does not hide it.
+    return {**{f"train/{name}": term for name, term in output.terms.items()}, **loss}
 
 
 def _loss_scale(scaler: torch.amp.GradScaler) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -242,6 +243,7 @@ def results() -> dict[str, Any]:
 def work(rank: int, folder: str) -> None:
     """Compute all cases in one of the processes, and leave them in a file."""
     torch.set_num_threads(1)
+    warnings.simplefilter("error")
     place = Path(folder)
     dist.init_process_group(
         "gloo",

@@ -261,6 +261,17 @@ def test_terms_are_published_beside_the_loss_and_a_single_one_is_the_loss():
     assert values["train/loss"] == pytest.approx(total)
 
 
+def test_a_term_called_loss_does_not_hide_the_loss():
+    class Two(nn.Module):
+        def terms(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+            return {"loss": image.mean(), "rest": text.mean()}
+
+    trainer = trainer_of(loss=Two(), log_every=1)
+    trainer.run(batches(1), max_epochs=1)
+    total = sum(trainer.state.output.terms.values())
+    assert trainer.metrics.record.values["train/loss"] == pytest.approx(total.item())
+
+
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
