@@ -129,6 +129,11 @@ class MetricsCollector:
             )
         return list(self._history[name])
 
+    def reset(self) -> None:
+        """Forget every value that was published; the gauges stay."""
+        for values in (self._tensors, self._numbers, self._epoch, self._history):
+            values.clear()
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next log point and the end of the epoch need."""
         window = {
@@ -146,8 +151,7 @@ class MetricsCollector:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state that `state_dict` returned."""
-        for values in (self._tensors, self._numbers, self._epoch, self._history):
-            values.clear()
+        self.reset()
         for tag, kept in state_dict["window"].items():
             if kept["tensors"] is not None:
                 self._tensors[tag].extend(kept["tensors"].unbind())

@@ -36,6 +36,7 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
         "loss": clean_state_dict(trainer.loss),
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": None if trainer.scaler is None else trainer.scaler.state_dict(),
+        "skipped_steps": trainer.skipped_steps,
         "trainer": dict(trainer.state_dict()),
         "metrics": trainer.metrics.state_dict(),
         "last_metrics": {k: float(v) for k, v in trainer.state.metrics.items() if _is_number(v)},
@@ -64,6 +65,7 @@ def load_run_state(trainer: Trainer, state: Mapping[str, Any]) -> None:
     trainer.optimizer.load_state_dict(state["optimizer"])
     if trainer.scaler is not None and state["scaler"] is not None:
         trainer.scaler.load_state_dict(state["scaler"])
+        trainer.skipped_steps.copy_(state["skipped_steps"])
     for name, handler in handlers.items():
         handler.load_state_dict(state["handlers"][name])
     trainer.load_state_dict(state["trainer"])

@@ -62,7 +62,7 @@ class TrainStep:
         self.device, self.scaler = trainer.device, trainer.scaler
         self.microbatch_size = settings.microbatch_size
         self.autocast_dtype = AUTOCAST.get(settings.precision)
-        self.skipped_steps = torch.zeros((), device=self.device)
+        self.skipped_steps = trainer.skipped_steps
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         # Their gradients would add up for ever: nobody else clears them.
         self._held_by_nobody = [

@@ -61,6 +61,7 @@ class Trainer(EventLoop):
     Attributes:
         metrics: the `MetricsCollector` to publish to.
         scaler: fp16's gradient scaler, else None.
+        skipped_steps: updates that fp16 has skipped so far, on the device.
         handlers: what was attached, in order.
         terms: the terms of the last loss, detached.
         state: Ignite's; `state.metrics` holds the last epoch's means and the last evaluation's
@@ -100,6 +101,7 @@ class Trainer(EventLoop):
         self.model, self.loss = model.to(self.device), loss.to(self.device)
         self.optimizer, self.task = optimizer, task
         self.scaler = self._gradient_scaler()
+        self.skipped_steps = torch.zeros((), device=self.device)
         if compile:
             self.model.compile()
         same_on_all_ranks(self.loss)
@@ -168,9 +170,13 @@ class Trainer(EventLoop):
         if scalars is not None:
             for name in scalars():
                 self.metrics.gauge(f"train/{name}", partial(_named_scalar, scalars, name))
-        step = self._process_function
-        if self.scaler is not None and isinstance(step, TrainStep):
-            self.metrics.gauge("train/skipped_steps", lambda: step.skipped_steps)
+        if self.scaler is not None:
+            self.metrics.gauge("train/skipped_steps", lambda: self.skipped_steps)
+
+    def _start_over(self) -> None:
+        if self.state.iteration:
+            self.metrics.reset()
+        super()._start_over()
 
     def _add_own_handlers(self) -> None:
         self.add_event_handler(Events.STARTED, self._prepare)

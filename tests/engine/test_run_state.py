@@ -100,6 +100,17 @@ def test_a_run_goes_on_from_any_safe_point_as_if_nothing_had_happened(at: int):
     assert resumed.handlers[0].steps == 12
 
 
+def test_the_count_of_skipped_steps_goes_on():
+    model, loss = TwoTower(), CoupledLoss()
+    first, second = (trainer_of(model, loss, precision="fp16") for _ in range(2))
+    batch = {key: value.float() for key, value in PAIRS.items()}
+    first.run([{**batch, "image": batch["image"] * 1e30}], max_epochs=1)
+    assert first.skipped_steps == 1
+    load_run_state(second, stored(run_state(first)))
+    second.run([{**batch, "image": batch["image"] * 1e30}], max_epochs=2)
+    assert second.skipped_steps == 2
+
+
 def other_model() -> Trainer:
     return trainer_of(nn.Sequential(nn.Linear(3, 2)).double())
 

@@ -168,6 +168,20 @@ def test_train_that_is_stopped_before_its_first_epoch_ends_returns_no_loss():
     assert trainer.train(batches(4), 1) == []
 
 
+def test_starting_over_forgets_the_losses_of_the_run_before():
+    trainer, data = trainer_of(), batches(4)
+    trainer.train(data, 1)
+    handle = trainer.add_event_handler(Events.ITERATION_COMPLETED(once=6), trainer.interrupt)
+    trainer.run(data, max_epochs=3)
+    handle.remove()
+    trainer.state.max_epochs = None
+    losses: list[float] = []
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda: losses.append(trainer.state.output.loss.item())
+    )
+    assert trainer.train(data, 1) == pytest.approx([sum(losses) / 4])
+
+
 def test_a_seed_makes_two_runs_equal_bit_for_bit():
     model = TwoTower(lambda: nn.Dropout(0.5)).double()
     data = batches(3)
