@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,8 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
     """Return everything that the rest of the run depends on: tensors, numbers, strings, lists.
 
     Call it where nothing is pending (`RunEvents.SAFE_POINT`). Tensors are the live ones, not
-    copies. Over several ranks it is collective, and every rank gets the random state of all.
+    copies. Over several ranks it is collective: random states and metrics are those of all ranks,
+    the handlers' states are this rank's.
     """
     return {
         "format": FORMAT,
@@ -38,7 +40,7 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
         "scaler": None if trainer.scaler is None else trainer.scaler.state_dict(),
         "skipped_steps": trainer.skipped_steps,
         "trainer": dict(trainer.state_dict()),
-        "metrics": trainer.metrics.state_dict(),
+        "metrics": _of_all_ranks(trainer.metrics.state_dict()),
         "last_metrics": {k: float(v) for k, v in trainer.state.metrics.items() if _is_number(v)},
         "handlers": {name: h.state_dict() for name, h in stateful_handlers(trainer).items()},
         "random": _of_all_ranks(random_state()),
@@ -69,7 +71,7 @@ def load_run_state(trainer: Trainer, state: Mapping[str, Any]) -> None:
     for name, handler in handlers.items():
         handler.load_state_dict(state["handlers"][name])
     trainer.load_state_dict(state["trainer"])
-    trainer.metrics.load_state_dict(state["metrics"])
+    trainer.metrics.load_state_dict(_metrics_of_this_rank(state["metrics"]))
     trainer.state.metrics.update(state["last_metrics"])
     if trainer.epoch_iteration:
         trainer.set_data(trainer.state.dataloader)
@@ -203,6 +205,31 @@ def _of_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
     states: list[dict[str, Any]] = [{}] * world_size()
     dist.all_gather_object(states, state)
     return states
+
+
+def _metrics_of_this_rank(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return this rank's metrics; for another number of ranks, with the means of all in each.
+
+    The values since the last log point are each rank's own, and a log point averages over ranks.
+    """
+    if len(states) == world_size():
+        return states[rank()]
+    windows = [state["window"] for state in states]
+    mean = {
+        tag: {
+            "tensors": _mean_of([window[tag]["tensors"] for window in windows]),
+            "numbers": [
+                statistics.fmean(v) for v in zip(*(w[tag]["numbers"] for w in windows), strict=True)
+            ],
+        }
+        for tag in windows[0]
+    }
+    return {**states[0], "window": mean}
+
+
+def _mean_of(tensors: list[Tensor | None]) -> Tensor | None:
+    given = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(given).mean(0) if given else None
 
 
 def _is_number(value: Any) -> bool:

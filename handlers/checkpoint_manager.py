@@ -157,6 +157,7 @@ class CheckpointManager:
         )
         if rank() == 0:
             self._writer.wait()
+            self._tell_failure()
             if self.background:
                 state = self._snapshot = snapshot(state, self._snapshot)
             self._writer.submit(partial(self._write, entry, state))
@@ -324,7 +325,7 @@ class CheckpointManager:
             history = trainer.metrics.get_history(self.best)
         except KeyError:
             return None
-        is_new = len(history) > self._scored
+        is_new = len(history) != self._scored  # fewer: the run has started over
         self._scored = len(history)
         return history[-1] if is_new else None
 

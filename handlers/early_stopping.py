@@ -94,6 +94,7 @@ class EarlyStopping:
     def _start(self, trainer: Trainer) -> None:
         if trainer.state.iteration == 0 and (self.stopped or self.best_iteration > 0):
             self.reset()
+            self._judged = 0
         if self.stopped:
             logger.warning(
                 "the run stays stopped: %s has not improved on %s for %d values; "

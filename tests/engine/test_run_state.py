@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diptych.engine import CheckpointError, RunEvents, SeededLoader, Trainer
 from diptych.engine.run_state import (
+    _metrics_of_this_rank,
     clean_state_dict,
     load_clean_state_dict,
     load_run_state,
@@ -185,3 +186,15 @@ def test_keys_are_those_of_the_bare_module_whatever_wraps_it():
     assert list(clean_state_dict(other)) == list(model.state_dict())
     load_clean_state_dict(other, model.state_dict())
     assert identical(clean_state_dict(other), model.state_dict())
+
+
+def test_the_values_since_the_last_log_point_are_each_ranks_own(monkeypatch):
+    window = {"train/loss": {"tensors": torch.tensor([1.0, 2.0]), "numbers": [4.0]}}
+    other = {"train/loss": {"tensors": torch.tensor([3.0, 6.0]), "numbers": [8.0]}}
+    states = [{"window": window, "epoch": {}}, {"window": other, "epoch": {}}]
+    merged = _metrics_of_this_rank(states)["window"]["train/loss"]
+    assert merged["tensors"].tolist() == [2.0, 4.0]
+    assert merged["numbers"] == [6.0]
+    monkeypatch.setattr("diptych.engine.run_state.world_size", lambda: 2)
+    monkeypatch.setattr("diptych.engine.run_state.rank", lambda: 1)
+    assert _metrics_of_this_rank(states) is states[1]
