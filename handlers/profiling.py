@@ -53,9 +53,7 @@ class Throughput:
         trainer.add_event_handler(Events.GET_BATCH_STARTED, self._start_fetching)
         trainer.add_event_handler(Events.GET_BATCH_COMPLETED, self._end_fetching)
         trainer.add_event_handler(MetricsEvents.LOGGED, self._start_over_if_read)
-        trainer.metrics.gauge(
-            "time/samples_per_second", lambda: self._samples_per_second(trainer)
-        )
+        trainer.metrics.gauge("time/samples_per_second", lambda: self._samples_per_second(trainer))
         trainer.metrics.gauge("time/step", self._seconds_per_iteration)
         trainer.metrics.gauge("time/data", self._seconds_for_data)
         if trainer.device.type == "cuda":

@@ -6,6 +6,7 @@ import json
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +122,10 @@ def test_what_was_logged_before_an_exception_is_in_the_file(tmp_path):
 
 
 def test_a_result_after_the_end_goes_into_a_further_file(tmp_path):
-    board = TensorBoard(tmp_path)
-    trainer = make_trainer().attach(board)
+    trainer = make_trainer().attach(TensorBoard(tmp_path))
     trainer.run(loader(), max_epochs=1)
 
     trainer.metrics.report(6, {"test/recall@1": 0.5})
-    board.close()
 
     assert scalars(tmp_path)["test/recall@1"] == [(6, 0.5)]
     assert [step for step, _ in scalars(tmp_path)["train/loss"]] == [4, 6]
@@ -138,6 +137,30 @@ def test_rank_zero_alone_writes(tmp_path, monkeypatch):
     make_trainer().attach(TensorBoard(tmp_path / "run")).run(loader(), max_epochs=1)
 
     assert not (tmp_path / "run").exists()
+
+
+def test_a_point_is_in_the_file_when_the_iteration_ends(tmp_path):
+    seen: list[int] = []
+    trainer = make_trainer().attach(TensorBoard(tmp_path))
+    trainer.add_event_handler(
+        Events.ITERATION_STARTED(once=5),
+        lambda: seen.extend(s for s, _ in scalars(tmp_path)["train/loss"]),
+    )
+
+    trainer.run(loader(), max_epochs=1)
+
+    assert seen == [4]
+
+
+def test_writing_starts_no_thread(tmp_path):
+    before = threading.active_count()
+    running: list[int] = []
+    trainer = make_trainer().attach(TensorBoard(tmp_path))
+    trainer.add_event_handler(Events.COMPLETED, lambda: running.append(threading.active_count()))
+
+    trainer.run(loader(), max_epochs=1)
+
+    assert running == [before]
 
 
 @pytest.mark.slow
