@@ -14,6 +14,7 @@ import argparse
 import multiprocessing
 import resource
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from time import perf_counter
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ def batches(size: Size) -> Iterator[dict[str, Tensor]]:
 
 def features(size: Size) -> tuple[Tensor, Tensor]:
     """Return all images [N, D] and texts [N C, D], at unit length."""
-    images, texts = torch.empty(size.images, size.dim), torch.empty(0)
+    images = torch.empty(size.images, size.dim)
     texts = torch.empty(size.images * size.captions, size.dim)
     for batch in batches(size):
         groups = batch["groups"]
@@ -204,8 +205,8 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for row in rows:
             own = size._replace(images=size.images // 10) if ROWS[row][2] else size
-            with context.Pool(1) as pool:
-                found[row].append(pool.apply(run, (row, own, arguments.threads)))
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                found[row].append(pool.submit(run, row, own, arguments.threads).result())
     print_table(size, arguments.threads, found)
 
 

@@ -244,8 +244,10 @@ class _Side:
                 piece = self._features.pop(0)
                 features.index_copy_(0, position[start : start + len(piece)], piece)
                 start += len(piece)
-            self._features, self._groups, self._small = [features], [groups[order]], 0
-        return Items(self._features[0], self._groups[0])
+            groups = groups[order]
+            self._features, self._small = [features], 0
+        self._groups = [groups]
+        return Items(self._features[0], groups)
 
 
 def _average_precision(ranks: MatchRanks, k: int) -> float:

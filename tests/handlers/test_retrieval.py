@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diptych.engine import BatchError, Evaluator, tasks
-from diptych.handlers import ranking
+from diptych.handlers import ranking, retrieval
 from diptych.handlers.retrieval import RetrievalMetrics, RetrievalRecall
 
 Item = tuple[tuple[float, ...], int]
@@ -93,16 +93,20 @@ sides = st.lists(st.tuples(vectors, st.integers(0, 5)), min_size=1, max_size=14)
 
 
 @given(
-    images=sides, texts=sides, size=st.integers(1, 14), tile=st.sampled_from([(2, 3), (512, 512)])
+    images=sides,
+    texts=sides,
+    size=st.integers(1, 14),
+    tile=st.sampled_from([(2, 3), (512, 512)]),
+    piece=st.sampled_from([1, 5, 4096]),
 )
-def test_every_value_is_that_of_sorting_all_results(images, texts, size, tile):
+def test_every_value_is_that_of_sorting_all_results(images, texts, size, tile, piece):
     texts = [*texts, (texts[0][0], images[0][1])]  # at least one pair matches
-    metric = updated(
-        RetrievalMetrics(KS), [*pieces("image", images, size), *pieces("text", texts, size)]
-    )
+    batches = [*pieces("image", images, size), *pieces("text", texts, size)]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "PIECE", piece)
         patch.setattr(ranking, "STRIP", tile)
         patch.setattr(ranking, "_tile_shape", lambda _: tile)
+        metric = updated(RetrievalMetrics(KS), batches)
         values = metric.compute()
     assert values == pytest.approx(brute_force(images, texts), abs=1e-12)
     assert metric.compute() == values
@@ -154,6 +158,16 @@ def test_an_image_repeated_for_each_of_its_captions_is_one_image():
         )
     assert 0.2 < once["recall@1"] < 0.9
     assert repeated.compute() == pytest.approx(once, abs=0.02, rel=0.02)
+
+
+@pytest.mark.parametrize("piece", [1, 16, 40, 4096])
+def test_values_do_not_depend_on_how_batches_are_kept(monkeypatch, piece):
+    images, texts, groups = make_captioned()
+    whole = {"image_features": images, "text_features": texts[::5], "groups": groups}
+    expected = updated(RetrievalMetrics(), [whole]).compute()
+    monkeypatch.setattr(retrieval, "PIECE", piece)
+    batches = [{key: value[part] for key, value in whole.items()} for part in groups.split(8)]
+    assert updated(RetrievalMetrics(), batches).compute() == expected
 
 
 def test_ranks_over_many_tiles_are_those_of_the_whole_matrix():
