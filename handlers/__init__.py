@@ -8,7 +8,7 @@ from diptych.handlers.gradients import GradientClipping
 from diptych.handlers.jsonl import JsonLines, read_records
 from diptych.handlers.profiling import Throughput
 from diptych.handlers.progress import ProgressBar
-from diptych.handlers.retrieval import RetrievalRecall
+from diptych.handlers.retrieval import RetrievalMetrics, RetrievalRecall
 from diptych.handlers.run_directory import RunRecord, latest_run, new_run
 from diptych.handlers.schedules import LearningRate
 from diptych.handlers.tensorboard import TensorBoard
@@ -21,6 +21,7 @@ __all__ = [
     "JsonLines",
     "LearningRate",
     "ProgressBar",
+    "RetrievalMetrics",
     "RetrievalRecall",
     "RunRecord",
     "TensorBoard",
