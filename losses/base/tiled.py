@@ -26,7 +26,7 @@ def resolve_tile(tile: int | str | None, anchors: Tensor, candidates: Tensor) ->
     """Return the number of rows of a block, or None for the plain form.
 
     ``"auto"`` takes the plain form up to 8192 x 8192 logits on an accelerator and 4096 x 4096
-    on a CPU: there it holds at most about ... and blocks of 32 Mi and 4 Mi logits beyond.
+    on a CPU: there memory is no concern; beyond, blocks have 32 Mi and 4 Mi logits.
 
     Args:
         tile: ``"auto"``, None (plain) or a number of rows.
