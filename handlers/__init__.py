@@ -1,9 +1,11 @@
 """What happens around the step, one concern a file."""
 
+from diptych.handlers.balancing import ModalityBalancing
 from diptych.handlers.checkpoint_manager import CheckpointManager
 from diptych.handlers.defaults import default_handlers
 from diptych.handlers.early_stopping import EarlyStopping
 from diptych.handlers.evaluation import Evaluation
+from diptych.handlers.gradient_diagnostics import GradientDiagnostics
 from diptych.handlers.gradients import GradientClipping
 from diptych.handlers.jsonl import JsonLines, read_records
 from diptych.handlers.profiling import Throughput
@@ -18,8 +20,10 @@ __all__ = [
     "EarlyStopping",
     "Evaluation",
     "GradientClipping",
+    "GradientDiagnostics",
     "JsonLines",
     "LearningRate",
+    "ModalityBalancing",
     "ProgressBar",
     "RetrievalMetrics",
     "RetrievalRecall",

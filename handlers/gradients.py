@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 import attrs
-from torch import nn
-from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 
 from diptych.engine import StepEvents, Trainer
+from diptych.handlers.gradient_norms import shared_norms
 
 
 def _check_bound(_: Any, attribute: attrs.Attribute[float], value: float) -> None:
@@ -50,18 +50,15 @@ class GradientClipping:
 
     def attach(self, trainer: Trainer) -> None:
         """Clip when the trainer's gradients are ready."""
+        shared_norms(trainer)
         trainer.add_event_handler(StepEvents.GRADIENTS_READY, self._clip)
 
     def _clip(self, trainer: Trainer) -> None:
-        parameters: list[nn.Parameter] = [
-            parameter
-            for group in trainer.optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        trainer.metrics.update({"gradients/norm": norm})
+        measured = shared_norms(trainer).measure_anew(trainer)
+        if not measured.parameters:  # a handler before this one took them away
+            return
+        trainer.metrics.update({"gradients/norm": measured.total})
         if self.max_norm is not None:
-            clip_grads_with_norm_(parameters, self.max_norm, norm)
+            clip_grads_with_norm_(measured.parameters, self.max_norm, measured.total)
         if self.max_value is not None:
-            clip_grad_value_(parameters, self.max_value)
+            clip_grad_value_(measured.parameters, self.max_value)

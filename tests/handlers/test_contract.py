@@ -57,11 +57,21 @@ EXAMPLES = {
         observes=False,
         refused=({}, {"max_norm": 0.0}, {"max_value": -1.0}),
     ),
+    "GradientDiagnostics": Example(
+        lambda _: handlers.GradientDiagnostics(every=2),
+        observes=True,
+        refused=({"every": 0}, {"components": "image"}),
+    ),
     "JsonLines": Example(handlers.JsonLines, observes=True, refused=({},)),
     "LearningRate": Example(
         lambda _: handlers.LearningRate(warmup=3),
         observes=False,
         refused=({"warmup": -1}, {"decay": "none"}, {"floor": 2.0}),
+    ),
+    "ModalityBalancing": Example(
+        lambda _: handlers.ModalityBalancing(components=("0", "3"), warmup=2),
+        observes=False,
+        refused=({"components": ("image",)}, {"ratio": 0.0}, {"smoothing": 1.0}),
     ),
     "ProgressBar": Example(
         lambda _: handlers.ProgressBar(),

@@ -1,0 +1,79 @@
+"""Components: the parts of a model and its loss by name, and the parameters that belong to each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from diptych.engine import Trainer
+from diptych.engine.run_state import unwrapped
+
+Components = Mapping[str, str | Sequence[str]] | Sequence[str]
+"""Names of components with the paths of their parameters; a path alone is its own name.
+
+A path is the beginning of a parameter's name, in whole parts: "image.blocks" holds
+"image.blocks.0.weight" and not "image.blocks_2.weight". A part may be a pattern:
+"image.blocks.*.attention". The loss's parameters begin with "loss".
+"""
+
+
+def parameter_names(trainer: Trainer) -> dict[str, nn.Parameter]:
+    """Return the parameters of the model by their names, then the loss's by "loss." and theirs."""
+    model, loss = unwrapped(trainer.model), unwrapped(trainer.loss)
+    pairs = [
+        *model.named_parameters(),
+        *((f"loss.{name}", parameter) for name, parameter in loss.named_parameters()),
+    ]
+    named: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for name, parameter in pairs:
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            named[name.replace("_orig_mod.", "")] = parameter
+    return named
+
+
+def find_components(trainer: Trainer, components: Components | None) -> dict[str, set[int]]:
+    """Return the ids of each component's parameters, by the component's name.
+
+    Args:
+        trainer: whose model and loss.
+        components: None: the model's top-level children, its own parameters each for itself, and
+            the loss.
+
+    Raises:
+        ValueError: if a component has no parameter; the message lists what there is.
+    """
+    named = parameter_names(trainer)
+    if components is None:
+        components = list(dict.fromkeys(name.partition(".")[0] for name in named))
+    found: dict[str, set[int]] = {}
+    for component, patterns in _with_patterns(components):
+        found[component] = {
+            id(parameter)
+            for name, parameter in named.items()
+            if any(_begins_with(name, pattern) for pattern in patterns)
+        }
+        if not found[component]:
+            raise ValueError(
+                f"component {component!r} must have parameters, got none that begin with "
+                f"{' or '.join(patterns)}; names begin with "
+                f"{', '.join(dict.fromkeys(name.partition('.')[0] for name in named))}"
+            )
+    return found
+
+
+def _with_patterns(components: Components) -> Iterator[tuple[str, Sequence[str]]]:
+    if not isinstance(components, Mapping):
+        components = {name: name for name in components}
+    for component, patterns in components.items():
+        yield component, [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def _begins_with(name: str, pattern: str) -> bool:
+    parts, patterns = name.split("."), pattern.split(".")
+    if len(patterns) > len(parts):
+        return False
+    return all(map(fnmatchcase, parts, patterns))

@@ -1,0 +1,73 @@
+"""Components by name: which parameters a path holds, and what there is when it holds none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from diptych.engine import Trainer, tasks
+from diptych.handlers.components import find_components, parameter_names
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+class TwoTowers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        self.image_2 = nn.Linear(2, 2)
+        self.text = nn.Linear(3, 2)
+        self.text.weight = self.image[0].weight  # tied
+        self.gain = nn.Parameter(torch.ones(()))
+
+
+def make_trainer() -> Trainer:
+    model, loss = TwoTowers(), Scaled()
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
+    return Trainer(model, loss, optimizer, task=tasks.image_text, device="cpu")
+
+
+def names_in(trainer: Trainer, components: object) -> dict[str, set[str]]:
+    names = {id(p): name for name, p in parameter_names(trainer).items()}
+    found = find_components(trainer, components)
+    return {component: {names[i] for i in members} for component, members in found.items()}
+
+
+def test_by_default_there_is_one_for_each_child_each_own_parameter_and_the_loss():
+    assert names_in(make_trainer(), None) == {
+        "image": {"image.0.weight", "image.0.bias", "image.1.weight", "image.1.bias"},
+        "image_2": {"image_2.weight", "image_2.bias"},
+        "text": {"text.bias"},
+        "gain": {"gain"},
+        "loss": {"loss.scale"},
+    }
+
+
+def test_a_path_holds_whole_parts_of_names():
+    assert "image_2.weight" not in names_in(make_trainer(), ["image"])["image"]
+    assert names_in(make_trainer(), ["image.1"]) == {"image.1": {"image.1.weight", "image.1.bias"}}
+
+
+def test_a_component_may_have_several_paths_and_patterns_of_whole_parts():
+    found = names_in(make_trainer(), {"biases": "*.*.bias", "heads": ("image.1", "text")})
+    assert found == {
+        "biases": {"image.0.bias", "image.1.bias"},
+        "heads": {"image.1.weight", "image.1.bias", "text.bias"},
+    }
+
+
+def test_a_component_without_parameters_is_refused_and_told_what_there_is():
+    with pytest.raises(ValueError, match=r"'vision'.*begin with gain, image, image_2, text, loss$"):
+        find_components(make_trainer(), ["vision"])
+
+
+def test_a_compiled_model_has_the_names_of_the_bare_one():
+    trainer = make_trainer()
+    names = list(parameter_names(trainer))
+    trainer.model = torch.compile(trainer.model)
+    assert list(parameter_names(trainer)) == names
