@@ -1,17 +1,14 @@
-"""What the step needs of a process group: replicas, averaged gradients, sums over ranks."""
+"""What a run needs of a process group: equal modules and buffers, sums, agreement."""
 
 from __future__ import annotations
 
-import inspect
+import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 
 def world_size() -> int:
@@ -24,35 +21,8 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def replicated(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the model in torch's data-parallel wrapper.
-
-    Alone, or with nothing to train, that is the model itself.
-
-    Args:
-        model: on `device`; its parameters and buffers become those of rank 0 on every rank.
-        device: this rank's.
-    """
-    if world_size() == 1 or not any(p.requires_grad for p in model.parameters()):
-        return model
-    # `share_buffers` does it, once an update. Newer torch has another word for it.
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    word = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    settings: dict[str, Any] = {word: False}
-    if device.type == "cuda":
-        settings["device_ids"] = [device]
-    return DistributedDataParallel(model, **settings)
-
-
-def without_sync(model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
-    """Return what makes a context in which backward passes leave gradients on their rank."""
-    if isinstance(model, DistributedDataParallel):
-        return model.no_sync
-    return nullcontext
-
-
 def same_on_all_ranks(module: nn.Module) -> None:
-    """Give every rank rank 0's parameters and buffers of a module that no wrapper keeps equal."""
+    """Give every rank rank 0's parameters and buffers of a module."""
     if world_size() > 1:
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor.detach(), src=0)
@@ -61,8 +31,8 @@ def same_on_all_ranks(module: nn.Module) -> None:
 def share_buffers(model: nn.Module) -> None:
     """Give every rank rank 0's buffers, with one broadcast for each type that they have.
 
-    Once at the beginning of an update: a wrapper that does it in some of the forward passes would
-    do it between the two passes of a cached gradient, which must start from the same values.
+    Once at the beginning of an update, not in a forward pass: both passes of a cached gradient must
+    start from the same values.
     """
     if world_size() == 1:
         return
@@ -77,17 +47,6 @@ def share_buffers(model: nn.Module) -> None:
             buffer.copy_(part.view_as(buffer))
 
 
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average the gradients of parameters that no wrapper averages; a missing one counts as 0."""
-    if world_size() == 1:
-        return
-    for parameter in parameters:
-        if parameter.requires_grad:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            dist.all_reduce(gradient)
-            parameter.grad = gradient.div_(world_size())
-
-
 def sum_over_ranks(value: Tensor) -> Tensor:
     """Return the sum of a tensor over all ranks, without a gradient; alone, the tensor itself."""
     if world_size() == 1:
@@ -95,3 +54,29 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     result = value.detach().clone()
     dist.all_reduce(result)
     return result
+
+
+def check_same_on_all_ranks(what: str, words: Sequence[str]) -> None:
+    """Check that all ranks hold the same words in the same order, which what follows relies on.
+
+    Raises:
+        RuntimeError: on all ranks, if they do not, naming this rank's.
+    """
+    if world_size() == 1:
+        return
+    digest = float(zlib.crc32("\n".join(words).encode()))
+    extremes = torch.tensor([digest, -digest], dtype=torch.float64, device=exchange_device())
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    highest, lowest = extremes.tolist()
+    if highest != -lowest:
+        raise RuntimeError(
+            f"{what} must be the same on all ranks, in the same order, got "
+            f"{', '.join(words) or 'none'} on rank {rank()} and others elsewhere"
+        )
+
+
+def exchange_device() -> torch.device:
+    """Return a device whose tensors the process group takes; the CPU without one."""
+    if world_size() > 1 and "nccl" in str(dist.get_backend()):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -12,14 +11,14 @@ from typing import Any
 from ignite.engine import Engine, Events, State
 
 from diptych.engine.batches import BatchSource, length_of
+from diptych.engine.dispatcher import Dispatcher
 from diptych.engine.errors import ResumeError
 from diptych.engine.events import ITERATION_EVENTS, RunEvents
-from diptych.engine.periodic import Periodic
 
 logger = logging.getLogger(__name__)
 
 
-class EventLoop(Engine):
+class EventLoop(Dispatcher):
     """An Ignite `Engine` whose runs can be stopped and continued at any iteration.
 
     What differs from the base class:
@@ -52,59 +51,6 @@ class EventLoop(Engine):
         self._batch: Any = None
         self._batch_pending = False
         self.batches = BatchSource()
-        self._periodic: dict[Any, Periodic] = {}
-
-    def every(
-        self, period: int, handler: Callable[[Any], object], event: Any = Events.ITERATION_COMPLETED
-    ) -> None:
-        """Call `handler(engine)` at `event` whenever the iteration is a multiple of `period`.
-
-        All periodic handlers of an event share one dispatcher, which costs one comparison on an
-        iteration where nothing is due. It stands where the first of them was added.
-
-        Args:
-            period: iterations between two calls.
-            handler: called with this engine.
-            event: an event that fires at most a few times an iteration.
-
-        Raises:
-            ValueError: if the period is no whole number of at least 1, or the event has a filter.
-        """
-        if getattr(event, "filter", None) is not None:
-            raise ValueError(f"event must come without a filter, got {event!r}")
-        if event not in self._periodic:
-            self._periodic[event] = Periodic()
-            self.add_event_handler(event, self._periodic[event])
-        self._periodic[event].add(period, handler)
-
-    def register_events(
-        self, *event_names: Any, event_to_attr: dict[Any, str] | None = None
-    ) -> None:
-        """Register events of one's own, as Ignite's engines do."""
-        super().register_events(*event_names, event_to_attr=event_to_attr)
-        self._fireable = frozenset(self._allowed_events)
-
-    def fire_event(self, event_name: Any) -> None:
-        """Call the handlers of a registered event.
-
-        Raises:
-            ValueError: if the event is not registered.
-        """
-        if event_name not in self._fireable:
-            self._assert_allowed_event(event_name)
-        self._fire_event(event_name)
-
-    def _fire_event(self, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
-        # The base class formats a debug message for every event: more than a no-op handler costs.
-        self.last_event_name = event_name
-        handlers = self._event_handlers.get(event_name)
-        if not handlers:
-            return
-        for function, args, kwargs in handlers:
-            if args and isinstance(args[0], weakref.ref):
-                function(self, *event_args, *args[1:], **kwargs, **event_kwargs)
-            else:
-                function(*event_args, *args, **kwargs, **event_kwargs)
 
     # -- what a run starts from ------------------------------------------------------------------
 
@@ -136,10 +82,10 @@ class EventLoop(Engine):
         _check_limits(data, max_epochs, max_iters, epoch_length)
         self.state.dataloader = data
         try:
-            self._fire_event(RunEvents.RESTORE)
+            self.fire_event(RunEvents.RESTORE)
             return self._start(data, max_epochs, max_iters, epoch_length)
         finally:
-            self._fire_event(RunEvents.RELEASE)
+            self.fire_event(RunEvents.RELEASE)
 
     def _start(
         self,
@@ -213,10 +159,12 @@ class EventLoop(Engine):
     def _internal_run(self) -> State:
         self.should_terminate = self.should_terminate_single_epoch = self.should_interrupt = False
         started = time.perf_counter()
+        self._find_listeners()
         try:
             if not self._interrupted:
                 self._init_timers(self.state)
-                self._fire_event(Events.STARTED)
+                self.fire_event(Events.STARTED)
+                self._find_listeners()  # Ignite's profilers put theirs into the table
             self._interrupted = False
             while not self._stopped() and not self._finished():
                 self._run_epoch()
@@ -233,12 +181,12 @@ class EventLoop(Engine):
         self.state.times[Events.COMPLETED.name] = time.perf_counter() - started
         if self.should_interrupt and not self.should_terminate:
             self._interrupted = True
-            self._fire_event(Events.INTERRUPT)
+            self.fire_event(Events.INTERRUPT)
             return
         if self.should_terminate:
-            self._fire_event(Events.TERMINATE)
+            self.fire_event(Events.TERMINATE)
         if self.should_terminate != "skip_completed":
-            self._fire_event(Events.COMPLETED)
+            self.fire_event(Events.COMPLETED)
 
     def _run_epoch(self) -> None:
         started = time.perf_counter()
@@ -246,14 +194,14 @@ class EventLoop(Engine):
             self.state.epoch += 1
             self._in_epoch = True
             self.should_terminate_single_epoch = False
-            self._fire_event(Events.EPOCH_STARTED)
+            self.fire_event(Events.EPOCH_STARTED)
         if not self._run_iterations():
             return
         self.state.times[Events.EPOCH_COMPLETED.name] = time.perf_counter() - started
         if self.should_terminate_single_epoch != "skip_epoch_completed":
-            self._fire_event(Events.EPOCH_COMPLETED)
+            self.fire_event(Events.EPOCH_COMPLETED)
         self._in_epoch, self.epoch_iteration = False, 0
-        self._fire_event(RunEvents.SAFE_POINT)
+        self.fire_event(RunEvents.SAFE_POINT)
 
     def _run_iterations(self) -> bool:
         """Run the rest of the epoch; say whether it has ended."""
@@ -278,19 +226,19 @@ class EventLoop(Engine):
 
     def _run_iteration(self, state: State) -> None:
         state.batch = self._batch  # as the loader gave it, whatever an earlier try made of it
-        self._fire_event(Events.GET_BATCH_COMPLETED)
+        self.fire_event(Events.GET_BATCH_COMPLETED)
         state.iteration += 1
         try:
-            self._fire_event(Events.ITERATION_STARTED)
+            self.fire_event(Events.ITERATION_STARTED)
             state.output = self._process_function(self, state.batch)
         except BaseException:
             state.iteration -= 1
             raise
         self._batch_pending = False
         self.epoch_iteration += 1
-        self._fire_event(Events.ITERATION_COMPLETED)
+        self.fire_event(Events.ITERATION_COMPLETED)
         if self.epoch_iteration != state.epoch_length or self._stopped():
-            self._fire_event(RunEvents.SAFE_POINT)
+            self.fire_event(RunEvents.SAFE_POINT)
 
     # -- batches ---------------------------------------------------------------------------------
 
@@ -308,7 +256,7 @@ class EventLoop(Engine):
         """Take the next batch; return False where an epoch of unknown length ends."""
         state = self.state
         self._batch = state.batch = None  # frees the last batch before the next one is made
-        self._fire_event(Events.GET_BATCH_STARTED)
+        self.fire_event(Events.GET_BATCH_STARTED)
         try:
             self._batch = self.batches.next(
                 state.epoch - 1, self.epoch_iteration, state.epoch_length
@@ -316,7 +264,7 @@ class EventLoop(Engine):
         except StopIteration:
             if state.epoch_length is None and self.epoch_iteration:
                 return False
-            self._fire_event(Events.DATALOADER_STOP_ITERATION)
+            self.fire_event(Events.DATALOADER_STOP_ITERATION)
             self._batch = self._first_batch()
         self._batch_pending = True
         return True

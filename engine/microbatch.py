@@ -99,13 +99,12 @@ class GradientCache:
     Args:
         model: whose buffers and random draws the second pass repeats.
         device: where it draws.
-        not_last_piece: a context for all backward passes but the last (a data-parallel wrapper's
-            `no_sync`).
+        last_backward: a context for the last backward pass of the update.
     """
 
     model: nn.Module
     device: torch.device
-    not_last_piece: Callable[[], AbstractContextManager[Any]] = nullcontext
+    last_backward: Callable[[], AbstractContextManager[Any]] = nullcontext
     _random: list[ForwardRandomState] = attrs.field(factory=list, init=False)
     _buffers: Buffers = attrs.field(init=False)
 
@@ -128,7 +127,7 @@ class GradientCache:
         start = 0
         for index, piece in enumerate(pieces):
             last = index == len(pieces) - 1
-            with nullcontext() if last else self.not_last_piece():
+            with self.last_backward() if last else nullcontext():
                 set_forward_random_state(self._random[index], self.device)
                 again = forward(piece)
                 start = _send_back(outputs, again, start, last=last)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import attrs
 from ignite.engine import Engine
 
+from diptych.engine.listener import Listener
+
 
 @attrs.define(eq=False)
 class _Entry:
     period: int
-    handler: Callable[[Any], object]
+    listener: Listener
     due: int = 0
 
 
@@ -23,9 +25,14 @@ class Periodic:
     for every handler; here one comparison an iteration says that nothing is due. Due iterations
     follow from the iteration alone, so that a resumed run calls its handlers when the
     uninterrupted one would.
+
+    Args:
+        event: the one event that it listens to.
+        call: calls listeners.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, event: Any, call: Callable[[Iterable[Listener]], object]) -> None:
+        self._event, self._call = event, call
         self._entries: list[_Entry] = []
         self._due = 0
         self._seen = -1
@@ -38,13 +45,13 @@ class Periodic:
         """
         if isinstance(period, bool) or not isinstance(period, int) or period < 1:
             raise ValueError(f"period must be a whole number of iterations >= 1, got {period!r}")
-        self._entries.append(_Entry(period, handler))
+        self._entries.append(_Entry(period, Listener(self._event, handler, period=period)))
         self._due = 0
 
     @property
-    def handlers(self) -> list[Callable[[Any], object]]:
-        """The functions that were added, in their order."""
-        return [entry.handler for entry in self._entries]
+    def listeners(self) -> list[Listener]:
+        """What was added, in order."""
+        return [entry.listener for entry in self._entries]
 
     def __call__(self, engine: Engine) -> None:
         """Call what is due; the handler of the one event that this dispatcher stands for."""
@@ -52,9 +59,9 @@ class Periodic:
         if self._seen < iteration < self._due:
             self._seen = iteration
             return
-        self._dispatch(engine, iteration)
+        self._dispatch(iteration)
 
-    def _dispatch(self, engine: Engine, iteration: int) -> None:
+    def _dispatch(self, iteration: int) -> None:
         # A jump back (a loaded state) makes every stored due iteration worthless.
         restarted = iteration <= self._seen
         self._seen = iteration  # now, so that a handler that fails finds its iteration repeated
@@ -62,6 +69,6 @@ class Periodic:
             if restarted or entry.due == 0 or iteration > entry.due:
                 entry.due = -(-iteration // entry.period) * entry.period
             if iteration == entry.due:
-                entry.handler(engine)
+                self._call((entry.listener,))
                 entry.due += entry.period
         self._due = min(entry.due for entry in self._entries)

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from diptych.engine.data import batch_size, split, to_device
-from diptych.engine.distributed import (
-    average_gradients,
-    replicated,
-    share_buffers,
-    sum_over_ranks,
-    without_sync,
-    world_size,
-)
+from diptych.engine.distributed import share_buffers, sum_over_ranks, world_size
 from diptych.engine.events import StepEvents
+from diptych.engine.gradient_average import GradientAverage
 from diptych.engine.microbatch import (
     GradientCache,
     SampleMeanLoss,
@@ -27,7 +21,7 @@ from diptych.engine.microbatch import (
     loss_terms,
     total,
 )
-from diptych.engine.tasks import Outputs
+from diptych.engine.tasks import Outputs, Task
 
 if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer
@@ -57,30 +51,38 @@ class TrainStep:
 
     def __init__(self, trainer: Trainer) -> None:
         settings = trainer.settings
-        self.model = replicated(trainer.model, trainer.device)
-        self.loss, self.optimizer, self.task = trainer.loss, trainer.optimizer, trainer.task
+        self._trainer = trainer
         self.device, self.scaler = trainer.device, trainer.scaler
         self.microbatch_size = settings.microbatch_size
         self.autocast_dtype = AUTOCAST.get(settings.precision)
         self.skipped_steps = trainer.skipped_steps
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        # Their gradients would add up for ever: nobody else clears them.
-        self._held_by_nobody = [
-            p for p in (*trainer.model.parameters(), *self.loss.parameters()) if id(p) not in held
-        ]
-        self._constrain: list[Callable[[], object]] = [
-            constrain
-            for module in self.loss.modules()
-            if callable(constrain := getattr(module, "constrain", None))
-        ]
+        self.average = GradientAverage(lambda: (self.model, self.loss))
+
+    @property
+    def model(self) -> nn.Module:
+        """The trainer's model."""
+        return self._trainer.model
+
+    @property
+    def loss(self) -> nn.Module:
+        """The trainer's loss."""
+        return self._trainer.loss
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The trainer's optimizer."""
+        return self._trainer.optimizer
+
+    @property
+    def task(self) -> Task:
+        """The trainer's task."""
+        return self._trainer.task
 
     def __call__(self, trainer: Trainer, batch: Any) -> StepOutput:
         """Make one update of `batch`."""
         batch = to_device(batch, self.device)
         size = batch_size(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        for parameter in self._held_by_nobody:
-            parameter.grad = None
+        self.clear_gradients()
         share_buffers(self.model)
         terms, value = self.gradients(trainer, batch)
         self.finish_gradients()
@@ -90,6 +92,13 @@ class TrainStep:
         output = StepOutput(value, terms, size)
         trainer.metrics.update(published(output))
         return output
+
+    def clear_gradients(self) -> None:
+        """Forget all gradients: also of what no optimizer holds, where they would add up."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for module in (self.model, self.loss):
+            for parameter in module.parameters():
+                parameter.grad = None
 
     def gradients(self, trainer: Trainer, batch: Any) -> tuple[Terms, Tensor]:
         """Put the gradient of the loss into the parameters; return detached terms and loss."""
@@ -110,12 +119,12 @@ class TrainStep:
     def coupled(self, trainer: Trainer, batch: Any, pieces: list[Any]) -> tuple[Terms, Tensor]:
         """Take the loss of all samples at once; cache gradients where there are pieces."""
         cache = None
-        # Over ranks a single piece is cached too: others may have several, and the wrapper's
-        # collectives in a first forward pass with a graph must come after the loss's on all.
+        # Over ranks a single piece is cached too: others may have several, and the exchange of
+        # gradients must come after the loss's collectives on all.
         if len(pieces) == 1 and (self.microbatch_size is None or world_size() == 1):
             outputs = self.forward(batch)
         else:
-            cache = GradientCache(trainer.model, self.device, without_sync(self.model))
+            cache = GradientCache(self.model, self.device, self.average.last_backward)
             outputs = cache.outputs(self.forward, pieces)
         trainer.outputs = outputs
         trainer.fire_event(StepEvents.FORWARD_COMPLETED)
@@ -124,7 +133,8 @@ class TrainStep:
             value = total(terms)
         trainer.terms = terms = {name: term.detach() for name, term in terms.items()}
         trainer.fire_event(StepEvents.LOSS_COMPUTED)
-        self.scaled(value).backward()
+        with self.average.last_backward() if cache is None else nullcontext():
+            self.scaled(value).backward()
         if cache is not None:
             cache.backward(self.forward, pieces, outputs)
         return terms, value.detach()
@@ -139,10 +149,10 @@ class TrainStep:
         parts, sums, weights = [], [], []
         for index, piece in enumerate(pieces):
             last = index == len(pieces) - 1
-            with nullcontext() if last else without_sync(self.model)():
-                outputs = self.forward(piece)
-                with self.autocast():
-                    value, weight = self.total_and_weight(outputs, batch_size(piece))
+            outputs = self.forward(piece)
+            with self.autocast():
+                value, weight = self.total_and_weight(outputs, batch_size(piece))
+            with self.average.last_backward() if last else nullcontext():
                 self.scaled(value / divisor).backward()
             parts.append({name: tensor.detach() for name, tensor in outputs.items()})
             sums.append(value.detach())
@@ -155,6 +165,7 @@ class TrainStep:
         value = torch.stack(sums).sum(dtype=dtype) * inverse
         trainer.terms = terms = {"loss": value}
         trainer.fire_event(StepEvents.LOSS_COMPUTED)
+        self.average.receive()
         self._rescale(inverse * divisor)
         return terms, value
 
@@ -166,8 +177,8 @@ class TrainStep:
         return value * size, torch.full_like(value.detach(), size, dtype=torch.float32)
 
     def finish_gradients(self) -> None:
-        """Average what no wrapper averages, and take the loss scale out."""
-        average_gradients(self.loss.parameters())
+        """Take the averages over ranks, and the loss scale out."""
+        self.average.receive()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
 
@@ -180,8 +191,10 @@ class TrainStep:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.skipped_steps += _loss_scale(self.scaler) < before
-        for constrain in self._constrain:
-            constrain()
+        for module in self.loss.modules():
+            constrain = getattr(module, "constrain", None)
+            if callable(constrain):
+                constrain()
 
     def scaled(self, value: Tensor) -> Tensor:
         """Return the value that goes backward: times the loss scale in fp16."""

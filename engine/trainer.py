@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from diptych.engine.distributed import rank, same_on_all_ranks
 from diptych.engine.events import MetricsEvents, RunEvents
+from diptych.engine.listener import cost_table
 from diptych.engine.loop import EventLoop
 from diptych.engine.metrics_collector import MetricsCollector
 from diptych.engine.settings import Precision, TrainerSettings
@@ -98,16 +99,19 @@ class Trainer(EventLoop):
         )
         check_parts(model, loss, optimizer, task)
         self.device = self.settings.device or idist.device()
-        self.model, self.loss = model.to(self.device), loss.to(self.device)
+        self.model = model.to(self.device)
         self.optimizer, self.task = optimizer, task
+        self._loss = loss.to(self.device)
         self.scaler = self._gradient_scaler()
         self.skipped_steps = torch.zeros((), device=self.device)
         if compile:
             self.model.compile()
-        same_on_all_ranks(self.loss)
+        same_on_all_ranks(self.model)
+        same_on_all_ranks(self._loss)
         self._outputs: Outputs = {}
         self.terms: dict[str, Tensor] = {}
         self.handlers: list[Handler] = []
+        self._gauges_of_loss: list[str] = []
         super().__init__(self._make_step(step))
         self.metrics = MetricsCollector(on_record=lambda: self.fire_event(MetricsEvents.LOGGED))
         self._publish_gauges()
@@ -117,6 +121,23 @@ class Trainer(EventLoop):
         if step is None:
             return TrainStep(self)
         return step(self) if isinstance(step, type) else step
+
+    @property
+    def loss(self) -> nn.Module:
+        """What is minimised. Another one may take its place between two updates.
+
+        Its parameters must be in the optimizer by then.
+        """
+        return self._loss
+
+    @loss.setter
+    def loss(self, loss: nn.Module) -> None:
+        check_parts(self.model, loss, self.optimizer, self.task)
+        self._loss = loss.to(self.device)
+        same_on_all_ranks(loss)
+        if not loss.training:
+            loss.train()
+        self._publish_gauges()
 
     @property
     def outputs(self) -> Outputs:
@@ -159,6 +180,15 @@ class Trainer(EventLoop):
         except KeyError:  # the run was stopped inside its first epoch
             return []
 
+    def describe(self) -> str:
+        """Return a Markdown table of all that listens to this trainer's events.
+
+        A row names the handler, its event, how often it is called, how often it was, and the time
+        that it took on the host so far, without that of handlers which it caused to be called. Work
+        that it has queued on a device shows in the step that waits for it.
+        """
+        return cost_table(self.listeners)
+
     def _gradient_scaler(self) -> torch.amp.GradScaler | None:
         if self.settings.precision != "fp16":
             return None
@@ -166,10 +196,13 @@ class Trainer(EventLoop):
         return torch.amp.GradScaler(self.device.type)
 
     def _publish_gauges(self) -> None:
+        for tag in self._gauges_of_loss:
+            self.metrics.remove_gauge(tag)
         scalars: Callable[[], Mapping[str, Tensor]] | None = getattr(self.loss, "scalars", None)
-        if scalars is not None:
-            for name in scalars():
-                self.metrics.gauge(f"train/{name}", partial(_named_scalar, scalars, name))
+        names = () if scalars is None else scalars()
+        self._gauges_of_loss = [f"train/{name}" for name in names]
+        for name in names:
+            self.metrics.gauge(f"train/{name}", partial(_named_scalar, scalars, name))
         if self.scaler is not None:
             self.metrics.gauge("train/skipped_steps", lambda: self.skipped_steps)
 

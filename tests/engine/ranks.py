@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from diptych.engine import MetricsEvents, tasks
+from diptych.engine import MetricsCollector, MetricsEvents, tasks
 from tests.engine.models import (
     RunningScale,
     SquareLoss,
@@ -213,6 +214,61 @@ def multi_crop() -> dict[str, Any]:
     return {"gradients": copied_gradients(model, loss)}
 
 
+class WithStrays(TwoTower):
+    """Two towers beside a parameter that no loss reaches, and one that the first rank's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.never = nn.Parameter(torch.ones(3))
+        self.sometimes = nn.Parameter(torch.ones(()))
+
+    def forward(self, image: Tensor, text: Tensor) -> Any:
+        first, second = super().forward(image, text)
+        return (first * self.sometimes if dist.get_rank() == 0 else first), second
+
+
+def strays() -> dict[str, Any]:
+    """Return the gradients of an update that does not reach all parameters on all ranks."""
+    model, loss = made(WithStrays), made(GatheringLoss)
+    found = gradients_of(trainer_of(model, loss), shares(pairs())[dist.get_rank()])
+    return {"gradients": found, "never": model.never.grad, "sometimes": model.sometimes.grad}
+
+
+def thawed() -> dict[str, Any]:
+    """Return the gradients of a second update, whose model was frozen in part for the first."""
+    model, loss = made(frozen_image_tower), made(GatheringLoss)
+    trainer = trainer_of(model, loss, optimizer=sgd(model, loss, lr=0.0))
+    share = shares(pairs())[dist.get_rank()]
+    trainer.run([share], max_epochs=1)
+    model.image.requires_grad_(True)
+    trainer.run([share], max_epochs=2)
+    return {"gradients": copied_gradients(model, loss)}
+
+
+def recomputed() -> dict[str, Any]:
+    """Return the gradients of a layer that reentrant checkpointing sends back twice."""
+
+    class Twice(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            again = checkpoint(super().forward, x.requires_grad_(), use_reentrant=True)
+            return again + super().forward(x)
+
+    model, loss = made(Twice), made(GlobalSquareLoss)
+    share = shares(labelled())[dist.get_rank()]
+    return {"gradients": gradients_of(trainer_of(model, loss, task=tasks.classification), share)}
+
+
+def other_tags() -> dict[str, str]:
+    """Return what a log point says to ranks that have published different tags."""
+    metrics = MetricsCollector()
+    metrics.update({f"train/{dist.get_rank()}": 1.0})
+    try:
+        metrics.log(1)
+    except RuntimeError as error:
+        return {"error": str(error)}
+    return {}
+
+
 class Linear(nn.Linear):
     """A linear layer of two outputs."""
 
@@ -237,7 +293,16 @@ def results() -> dict[str, Any]:
         for name, case in CASES.items():
             found[f"{name} {size}"] = updates(*case, size)
         found[f"buffers {size}"] = second_update(size)
-    return {**found, "logged": logged(), "apart": started_apart(), "crops": multi_crop()}
+    return {
+        **found,
+        "logged": logged(),
+        "apart": started_apart(),
+        "crops": multi_crop(),
+        "strays": strays(),
+        "thawed": thawed(),
+        "recomputed": recomputed(),
+        "other tags": other_tags(),
+    }
 
 
 def work(rank: int, folder: str) -> None:

@@ -60,6 +60,42 @@ def test_a_frozen_tower_changes_nothing_for_the_other(found):
         assert relative_error(rank["frozen 2"]["gradients"], expected) < EXACT
 
 
+def test_a_tower_that_is_thawed_between_two_updates_trains_from_then_on(found):
+    model = ranks.made(ranks.TwoTower)
+    expected = plain_gradients(model, ranks.made(CoupledLoss), [ranks.pairs()])
+    for rank in found:
+        assert relative_error(rank["thawed"]["gradients"], expected) < EXACT
+
+
+def test_parameters_that_a_loss_does_not_reach_hold_nothing_up(found):
+    model = ranks.made(ranks.TwoTower)
+    expected = plain_gradients(model, ranks.made(CoupledLoss), [ranks.pairs()])
+    for rank in found:
+        strays = rank["strays"]
+        assert strays["never"] is None
+        assert strays["sometimes"].isfinite()
+        assert strays["sometimes"] != 0
+        towers = {n: g for n, g in strays["gradients"].items() if n in expected}
+        assert relative_error(towers, expected) < EXACT
+    assert found[0]["strays"]["sometimes"].equal(found[1]["strays"]["sometimes"])
+
+
+def test_a_layer_that_is_sent_back_twice_is_averaged_once_it_is_complete(found):
+    class Twice(ranks.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model, loss = ranks.made(Twice), ranks.made(SquareLoss)
+    expected = plain_gradients(model, loss, [ranks.labelled()], task=tasks.classification)
+    for rank in found:
+        assert relative_error(rank["recomputed"]["gradients"], expected) < EXACT
+
+
+def test_ranks_that_publish_different_tags_are_told_so_on_all_of_them(found):
+    for index, rank in enumerate(found):
+        assert f"got train/{index} on rank {index}" in rank["other tags"]["error"]
+
+
 @pytest.mark.parametrize("size", ranks.SIZES)
 def test_every_rank_begins_an_update_with_the_first_ranks_buffers_in_both_passes(found, size):
     model, loss = ranks.made(ranks.running_scale), ranks.made(CoupledLoss)

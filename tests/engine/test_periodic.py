@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ignite.engine import Engine, Events
+from ignite.engine import Events
 
 from diptych.engine import RunEvents
+from diptych.engine.dispatcher import Dispatcher
 from diptych.engine.periodic import Periodic
 from tests.engine.loops import Tape, call_at
 
@@ -18,7 +19,8 @@ PERIODS = st.lists(st.integers(1, 7), min_size=1, max_size=4)
 def test_due_iterations_equal_a_plain_modulo_through_jumps_to_and_fro(
     periods: list[int], jumps: list[int]
 ):
-    engine, periodic, calls = Engine(lambda e, b: None), Periodic(), []
+    engine, calls = Dispatcher(lambda e, b: None), []
+    periodic = Periodic(Events.ITERATION_COMPLETED, engine.call)
     for number, period in enumerate(periods):
         periodic.add(period, lambda e, n=number: calls.append((n, e.state.iteration)))
     expected = []
