@@ -2,36 +2,62 @@
 
 from diptych.handlers.balancing import ModalityBalancing
 from diptych.handlers.checkpoint_manager import CheckpointManager
+from diptych.handlers.curriculum import Curriculum
 from diptych.handlers.defaults import default_handlers
 from diptych.handlers.early_stopping import EarlyStopping
 from diptych.handlers.evaluation import Evaluation
 from diptych.handlers.gradient_diagnostics import GradientDiagnostics
 from diptych.handlers.gradients import GradientClipping
+from diptych.handlers.guard import FaultError, LossGuard
+from diptych.handlers.health import RepresentationHealth
+from diptych.handlers.health_rules import RULES, Finding, History, Rule
+from diptych.handlers.in_batch_accuracy import InBatchAccuracy
 from diptych.handlers.jsonl import JsonLines, read_records
+from diptych.handlers.parameter_groups import parameter_groups
+from diptych.handlers.probes import KNNAccuracy, ZeroShotAccuracy
+from diptych.handlers.probes_linear import LinearProbeAccuracy, OnlineLinearProbe
 from diptych.handlers.profiling import Throughput
 from diptych.handlers.progress import ProgressBar
 from diptych.handlers.retrieval import RetrievalMetrics, RetrievalRecall
 from diptych.handlers.run_directory import RunRecord, latest_run, new_run
 from diptych.handlers.schedules import LearningRate
+from diptych.handlers.stage import Stage
+from diptych.handlers.stages import StagePlan
 from diptych.handlers.tensorboard import TensorBoard
 
 __all__ = [
+    "RULES",
     "CheckpointManager",
+    "Curriculum",
     "EarlyStopping",
     "Evaluation",
+    "FaultError",
+    "Finding",
     "GradientClipping",
     "GradientDiagnostics",
+    "History",
+    "InBatchAccuracy",
     "JsonLines",
+    "KNNAccuracy",
     "LearningRate",
+    "LinearProbeAccuracy",
+    "LossGuard",
     "ModalityBalancing",
+    "OnlineLinearProbe",
     "ProgressBar",
+    "RepresentationHealth",
     "RetrievalMetrics",
     "RetrievalRecall",
+    "Rule",
     "RunRecord",
+    "Stage",
+    "StagePlan",
     "TensorBoard",
     "Throughput",
+    "ZeroShotAccuracy",
     "default_handlers",
     "latest_run",
     "new_run",
+    "parameter_groups",
     "read_records",
 ]

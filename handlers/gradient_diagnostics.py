@@ -71,7 +71,7 @@ class GradientDiagnostics:
     components: Components | None = attrs.field(default=None, validator=_check_components)
     updates: bool = True
     _members: dict[str, set[int]] = attrs.field(factory=dict, init=False, repr=False)
-    _before: tuple[Sequence[nn.Parameter], Sequence[Tensor]] | None = attrs.field(
+    _before: tuple[list[nn.Parameter], list[Tensor]] | None = attrs.field(
         default=None, init=False, repr=False
     )
 
@@ -143,7 +143,7 @@ def _extremes(norms: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _copied(parameters: Sequence[nn.Parameter]) -> tuple[Sequence[nn.Parameter], Sequence[Tensor]]:
+def _copied(parameters: list[nn.Parameter]) -> tuple[list[nn.Parameter], list[Tensor]]:
     copies = [torch.empty_like(parameter.detach()) for parameter in parameters]
     torch._foreach_copy_(copies, [p.detach() for p in parameters])
     return parameters, copies

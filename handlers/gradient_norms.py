@@ -78,7 +78,8 @@ def norm_of(norms: Sequence[Tensor], device: torch.device) -> Tensor:
     """Return the norm of all that these are the norms of; 0 for none."""
     if not norms:
         return torch.zeros((), device=device)
-    return torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
+    return norm
 
 
 def _measured(trainer: Trainer) -> GradientNorms:
