@@ -7,7 +7,10 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
+import torch
+
 from diptych.engine.errors import ResumeError
+from diptych.engine.random_state import random_state, set_random_state
 
 
 class BatchSource:
@@ -21,11 +24,17 @@ class BatchSource:
         self.data: Iterable[Any] | None = None
         self._iterator: Iterator[Any] | None = None
         self._restored = False
+        self._at_end = False
 
     @property
     def keeps_its_place(self) -> bool:
         """Whether the next batch is the one after the last, here or from a checkpoint."""
         return self._iterator is not None or self._restored
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether the loader says where it stands, and can go there again."""
+        return hasattr(self.data, "state_dict") and hasattr(self.data, "load_state_dict")
 
     def switch(self, data: Iterable[Any] | None) -> None:
         """Take the batches from `data`, from its beginning unless it is the loader in use."""
@@ -69,18 +78,62 @@ class BatchSource:
     def _open(self, epoch: int, done: int, epoch_length: int | None) -> Iterator[Any]:
         if self.data is None:
             return itertools.repeat(None)
-        if not self._restored:
-            length = length_of(self.data)
-            if length and epoch_length:  # two passes of one epoch must not repeat one order
-                epoch = epoch * -(-epoch_length // length) + done // length
-            tell_epoch(self.data, epoch)
-        self._restored = False
+        if self._restored:
+            self._restored = False
+            return self._reopen(self.data)
+        length = length_of(self.data)
+        if length and epoch_length:  # two passes of one epoch must not repeat one order
+            epoch = epoch * -(-epoch_length // length) + done // length
+        tell_epoch(self.data, epoch)
         return iter(self.data)
+
+    def _reopen(self, data: Iterable[Any]) -> Iterator[Any]:
+        """Iterate a loader from its position; what it draws on the way there was drawn before."""
+        drawn, generators = random_state(), _states(_generators(data))
+        iterator = iter(data)
+        rest = list(itertools.islice(iterator, 1)) if self._at_end else []
+        if rest:  # it has begun the next pass by itself
+            return itertools.chain(rest, iterator)
+        set_random_state(drawn)
+        _set_states(_generators(data), generators)
+        return iter(data) if self._at_end else iterator
 
     def position(self) -> dict[str, Any] | None:
         """Return the loader's own state after the last batch; None for a loader that has none."""
-        state_dict = getattr(self.data, "state_dict", None)
-        return None if state_dict is None else dict(state_dict())
+        return dict(self.data.state_dict()) if self.has_positions else None  # type: ignore[union-attr]
+
+    def place(self) -> dict[str, Any]:
+        """Return all that continues the batches elsewhere: `restore_place` takes it."""
+        return {
+            "loader": type(self.data).__name__,
+            "position": self.position(),
+            "generators": _states(_generators(self.data)),
+        }
+
+    def restore_place(self, place: Mapping[str, Any], *, inside: bool) -> None:
+        """Go to a place that `place` returned.
+
+        Args:
+            place: of the last batch.
+            inside: whether it lies inside an epoch. Between two epochs, a loader that is told its
+                epoch needs no more, and one of another kind begins anew.
+
+        Raises:
+            ResumeError: if the place lies inside an epoch, and the loader cannot go there.
+        """
+        same = place["loader"] == type(self.data).__name__
+        if inside and self.has_positions and not same:
+            raise ResumeError(
+                f"inside an epoch the loader must be a {place['loader']}, as when the run was "
+                f"saved, got {type(self.data).__name__}"
+            )
+        if same:
+            _set_states(_generators(self.data), place["generators"])
+        if inside:
+            self.restore(place["position"] or {})
+        elif same and place["position"] is not None and _told_epoch(self.data) is None:
+            self.restore(place["position"])
+            self._at_end = True
 
     def restore(self, position: Mapping[str, Any]) -> None:
         """Put the loader to a position that `position` returned.
@@ -95,7 +148,7 @@ class BatchSource:
                 f"got {type(self.data).__name__}"
             )
         load_state_dict(position)
-        self._iterator, self._restored = None, True
+        self._iterator, self._restored, self._at_end = None, True, False
 
 
 def length_of(data: Iterable[Any] | None) -> int | None:
@@ -111,8 +164,27 @@ def tell_epoch(data: Any, epoch: int) -> None:
 
     Without it a distributed sampler repeats one order for ever.
     """
-    for owner in (data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)):
-        set_epoch = getattr(owner, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch)
-            return
+    owner = _told_epoch(data)
+    if owner is not None:
+        owner.set_epoch(epoch)
+
+
+def _told_epoch(data: Any) -> Any:
+    """Return what is told the epoch: the loader, its sampler, or None."""
+    owners = (data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None))
+    return next((owner for owner in owners if hasattr(owner, "set_epoch")), None)
+
+
+def _generators(data: Any) -> list[torch.Generator]:
+    """Return the generators of its own that a loader draws its order from."""
+    held = (getattr(owner, "generator", None) for owner in (data, getattr(data, "sampler", None)))
+    return [generator for generator in held if isinstance(generator, torch.Generator)]
+
+
+def _states(generators: Iterable[torch.Generator]) -> list[torch.Tensor]:
+    return [generator.get_state() for generator in generators]
+
+
+def _set_states(generators: Iterable[torch.Generator], states: Iterable[torch.Tensor]) -> None:
+    for generator, state in zip(generators, states, strict=False):
+        generator.set_state(state)

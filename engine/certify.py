@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import torch
 from ignite.engine import Events
-from torch import Tensor
+from torch import Tensor, nn
 
 from diptych.engine.errors import ResumeError
 from diptych.engine.random_state import (
@@ -18,7 +18,7 @@ from diptych.engine.random_state import (
     random_state,
     set_random_state,
 )
-from diptych.engine.run_state import load_run_state, run_state
+from diptych.engine.run_state import attached, load_run_state, run_state
 from diptych.engine.trainer import Trainer
 
 Build = Callable[[], tuple[Trainer, Iterable[Any]]]
@@ -111,7 +111,10 @@ class Certificate:
             load_run_state(resumed, saved)
             forgotten = tuple(_forgotten(cut, resumed))
             resumed.run(loader, max_iters=steps)
-            differences = tuple(_differences("", run_state(whole), run_state(resumed)))
+            differences = (
+                *_differences("", run_state(whole), run_state(resumed)),
+                *_differences_of_modules(whole, resumed),
+            )
         return InterruptionReport(steps, at, differences, forgotten)
 
 
@@ -147,9 +150,23 @@ def _forgotten(cut: Trainer, resumed: Trainer) -> Iterator[Difference]:
             yield from _differences(f"{name}.{key}", mine[key], other[key])
 
 
+def _differences_of_modules(whole: Trainer, resumed: Trainer) -> Iterator[Difference]:
+    """Give the weights that differ in modules of the handlers' own: an average, a teacher."""
+    for name, before, after in _handlers(whole, resumed):
+        others = _attributes(after)
+        for key, module in _attributes(before).items():
+            if isinstance(module, nn.Module) and isinstance(others.get(key), nn.Module):
+                yield from _differences(f"{name}.{key}", module, others[key])
+
+
+def _handlers(cut: Trainer, resumed: Trainer) -> Iterator[tuple[str, Any, Any]]:
+    for before, after in zip(attached(cut), attached(resumed), strict=False):
+        if type(before) is type(after):
+            yield type(before).__name__, before, after
+
+
 def _parts(cut: Trainer, resumed: Trainer) -> Iterator[tuple[str, Any, Any]]:
-    for before, after in zip(cut.handlers, resumed.handlers, strict=True):
-        yield type(before).__name__, before, after
+    yield from _handlers(cut, resumed)
     for part in ("model", "loss"):
         modules = dict(getattr(resumed, part).named_modules())
         for path, module in getattr(cut, part).named_modules():
@@ -163,11 +180,13 @@ def _attributes(owner: Any) -> dict[str, Any]:
     values = {name: getattr(owner, name) for name in slots if hasattr(owner, name)}
     values.update(getattr(owner, "__dict__", {}))
     buffers = values.pop("_buffers", {})
+    values.pop("_modules", None)
     return {**values, **buffers}
 
 
 def _differences(name: str, expected: Any, received: Any) -> Iterator[Difference]:
     """Give the leaves in which two nested states differ; what is no value is passed over."""
+    expected, received = _as_values(expected), _as_values(received)
     if isinstance(expected, Mapping) and isinstance(received, Mapping):
         for key in expected.keys() | received.keys():
             path = f"{name}.{key}" if name else str(key)
@@ -176,6 +195,10 @@ def _differences(name: str, expected: Any, received: Any) -> Iterator[Difference
         yield from _differences_of_items(name, expected, received)
     elif _is_value(expected) and _is_value(received) and not _equal(expected, received):
         yield Difference(name, _shown(expected), _shown(received))
+
+
+def _as_values(value: Any) -> Any:
+    return value.state_dict() if isinstance(value, nn.Module) else value
 
 
 def _differences_of_items(

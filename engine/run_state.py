@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator, Mapping
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -16,10 +17,17 @@ from torch.optim import Optimizer
 
 from diptych.engine.distributed import rank, world_size
 from diptych.engine.errors import CheckpointError
-from diptych.engine.random_state import random_state, set_random_state
+from diptych.engine.random_state import (
+    preserved_random_state,
+    random_state,
+    set_random_state,
+)
+from diptych.engine.window import mean_of_windows
 
 if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Raised when a checkpoint's layout changes so that an older version cannot read it."""
@@ -29,9 +37,11 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
     """Return everything that the rest of the run depends on: tensors, numbers, strings, lists.
 
     Call it where nothing is pending (`RunEvents.SAFE_POINT`). Tensors are the live ones, not
-    copies. Over several ranks it is collective: random states and metrics are those of all ranks,
-    the handlers' states are this rank's.
+    copies. Over several ranks it is collective: random states, metrics and the place in the data
+    are those of all ranks, the handlers' states are this rank's.
     """
+    with preserved_random_state():  # some loaders draw when they are asked where they stand
+        place = trainer.batches.place()
     return {
         "format": FORMAT,
         "model": clean_state_dict(trainer.model),
@@ -44,7 +54,7 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
         "last_metrics": {k: float(v) for k, v in trainer.state.metrics.items() if _is_number(v)},
         "handlers": {name: h.state_dict() for name, h in stateful_handlers(trainer).items()},
         "random": _of_all_ranks(random_state()),
-        "data": trainer.batches.position(),
+        "data": _of_all_ranks(place),
         "fingerprint": fingerprint(trainer),
     }
 
@@ -52,12 +62,14 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
 def load_run_state(trainer: Trainer, state: Mapping[str, Any]) -> None:
     """Put a trainer, and everything attached to it, into a state that `run_state` returned.
 
-    The trainer's loader, where the run stopped inside an epoch, is the one in
-    `trainer.state.dataloader`.
+    The trainer's loader is the one in `trainer.state.dataloader`. A handler that the saved run
+    did not have begins anew, and a saved state whose handler is gone is passed over: both are
+    logged as a warning.
 
     Raises:
-        CheckpointError: if the state belongs to another model, loss, optimizer or set of handlers;
-            nothing has been changed then.
+        CheckpointError: if the state belongs to another model, loss or optimizer, or to another
+            number of handlers of one class, so that which is which cannot be told; nothing has
+            been changed then.
         ResumeError: if the loader cannot go to the position.
     """
     handlers = stateful_handlers(trainer)
@@ -68,16 +80,24 @@ def load_run_state(trainer: Trainer, state: Mapping[str, Any]) -> None:
     if trainer.scaler is not None and state["scaler"] is not None:
         trainer.scaler.load_state_dict(state["scaler"])
         trainer.skipped_steps.copy_(state["skipped_steps"])
-    for name, handler in handlers.items():
-        handler.load_state_dict(state["handlers"][name])
+    for name in handlers.keys() & state["handlers"].keys():
+        handlers[name].load_state_dict(state["handlers"][name])
     trainer.load_state_dict(state["trainer"])
     trainer.metrics.load_state_dict(_metrics_of_this_rank(state["metrics"]))
     trainer.state.metrics.update(state["last_metrics"])
-    if trainer.epoch_iteration:
-        trainer.set_data(trainer.state.dataloader)
-        trainer.batches.restore(state["data"])
+    _restore_data(trainer, state)
     states = state["random"]
     set_random_state(states[min(rank(), len(states) - 1)])
+    if rank() == 0:
+        _tell_differences(trainer, state, handlers)
+
+
+def _restore_data(trainer: Trainer, state: Mapping[str, Any]) -> None:
+    inside, places = bool(trainer.epoch_iteration), state["data"]
+    if inside or trainer.state.dataloader is not None:
+        trainer.set_data(trainer.state.dataloader)
+        place = places[rank()] if len(places) == world_size() else places[0]
+        trainer.batches.restore_place(place, inside=inside)
 
 
 def stateful_handlers(trainer: Trainer) -> dict[str, Any]:
@@ -85,25 +105,32 @@ def stateful_handlers(trainer: Trainer) -> dict[str, Any]:
 
     The name is the class's, with a number from the second of a class on.
     """
-    own = (trainer, trainer.model, trainer.loss, trainer.optimizer, trainer.metrics)
-    seen = {id(part) for part in own}
+    counts: Counter[str] = Counter()
     named: dict[str, Any] = {}
-    for candidate in (*trainer.handlers, *_owners_of_functions(trainer)):
-        if id(candidate) not in seen and _has_state(candidate):
-            seen.add(id(candidate))
+    for candidate in attached(trainer):
+        average = getattr(candidate, "ema_model", None)
+        if _has_state(candidate) or isinstance(average, nn.Module):
             kind = type(candidate).__name__
-            count = 1 + sum(type(handler).__name__ == kind for handler in named.values())
-            named[kind if count == 1 else f"{kind}_{count}"] = candidate
+            counts[kind] += 1
+            name = kind if counts[kind] == 1 else f"{kind}_{counts[kind]}"
+            # Ignite's EMAHandler does not say what it holds.
+            named[name] = candidate if _has_state(candidate) else average
     return named
+
+
+def attached(trainer: Trainer) -> list[Any]:
+    """Return every object whose functions the trainer's events call, each once, in their order."""
+    own = (trainer, trainer.model, trainer.loss, trainer.optimizer, trainer.metrics)
+    found = {id(item): item for item in (*trainer.handlers, *_owners_of_functions(trainer))}
+    return [item for key, item in found.items() if key not in {id(part) for part in own}]
 
 
 def _owners_of_functions(trainer: Trainer) -> Iterator[Any]:
     """Give the object behind each function that was added to an event."""
-    for entries in trainer._event_handlers.values():  # noqa: SLF001 - Ignite lists them nowhere else
-        for function, _, _ in entries:
-            parent = getattr(function, "_parent", None)
-            for added in getattr(function, "handlers", None) or [parent() if parent else function]:
-                yield getattr(added, "__self__", added)
+    for listener in trainer.listeners:
+        parent = getattr(listener.function, "_parent", None)  # Ignite's wrapper of a filtered one
+        added = parent() if parent else listener.function
+        yield getattr(added, "__self__", added)
 
 
 def _has_state(candidate: Any) -> bool:
@@ -158,12 +185,44 @@ def _check(trainer: Trainer, state: Mapping[str, Any], handlers: Mapping[str, An
     for part, module in (("model", trainer.model), ("loss", trainer.loss)):
         _check_keys(part, state[part], clean_state_dict(module))
     _check_optimizer(trainer.optimizer, state)
-    missing = sorted(set(handlers) - set(state["handlers"]))
-    if missing:
-        raise CheckpointError(
-            f"the checkpoint has no state of {', '.join(missing)}, but of "
-            f"{', '.join(state['handlers']) or 'no handler'}: attach the handlers of the saved run"
-        )
+    _check_handlers(state["handlers"], handlers)
+
+
+def _check_handlers(saved: Collection[str], here: Collection[str]) -> None:
+    """Check that no handler would get the state of another one of its class."""
+    kinds = [Counter(name.partition("_")[0] for name in names) for names in (saved, here)]
+    for kind in sorted(kinds[0].keys() & kinds[1].keys()):
+        if kinds[0][kind] != kinds[1][kind]:
+            raise CheckpointError(
+                f"the checkpoint has states of {kinds[0][kind]} {kind}, and there are "
+                f"{kinds[1][kind]} here, so that which is which cannot be told: attach as many, in "
+                "the same order"
+            )
+
+
+def _tell_differences(
+    trainer: Trainer, state: Mapping[str, Any], handlers: Mapping[str, Any]
+) -> None:
+    """Log what of the saved run is not as it is here."""
+    fresh = sorted(handlers.keys() - state["handlers"].keys())
+    gone = sorted(state["handlers"].keys() - handlers.keys())
+    if fresh:
+        logger.warning("not in the checkpoint, so they begin anew: %s", ", ".join(fresh))
+    if gone:
+        logger.warning("in the checkpoint and not attached any more: %s", ", ".join(gone))
+    before, now = _flat(state["fingerprint"]), _flat(fingerprint(trainer))
+    for key in sorted(before.keys() & now.keys()):
+        if before[key] != now[key]:
+            logger.warning(
+                "%s was %s when the run was saved, and is %s", key, before[key], now[key]
+            )
+
+
+def _flat(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    return {**fingerprint, **fingerprint["settings"], **fingerprint["versions"]} | {
+        "settings": None,
+        "versions": None,
+    }
 
 
 def _check_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
@@ -214,22 +273,7 @@ def _metrics_of_this_rank(states: list[dict[str, Any]]) -> dict[str, Any]:
     """
     if len(states) == world_size():
         return states[rank()]
-    windows = [state["window"] for state in states]
-    mean = {
-        tag: {
-            "tensors": _mean_of([window[tag]["tensors"] for window in windows]),
-            "numbers": [
-                statistics.fmean(v) for v in zip(*(w[tag]["numbers"] for w in windows), strict=True)
-            ],
-        }
-        for tag in windows[0]
-    }
-    return {**states[0], "window": mean}
-
-
-def _mean_of(tensors: list[Tensor | None]) -> Tensor | None:
-    given = [tensor for tensor in tensors if tensor is not None]
-    return torch.stack(given).mean(0) if given else None
+    return {**states[0], "window": mean_of_windows([state["window"] for state in states])}
 
 
 def _is_number(value: Any) -> bool:

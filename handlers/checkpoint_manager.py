@@ -6,23 +6,25 @@ import logging
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
-import torch
 from ignite.engine import Events
 
-from diptych.engine.distributed import rank, sum_over_ranks
+from diptych.engine.distributed import rank
 from diptych.engine.errors import CheckpointError, ResumeError
 from diptych.engine.events import RunEvents
 from diptych.engine.run_state import load_run_state, run_state
-from diptych.handlers.background_writer import BackgroundWriter, snapshot
-from diptych.handlers.checkpoint_store import SUFFIX, CheckpointStore, Entry
-from diptych.handlers.export import check_can_export, export_weights
+from diptych.handlers.agreement import LaggedMaximum, on_all_ranks, on_rank_zero
+from diptych.handlers.checkpoint_entries import Entry, Ranking, resumable
+from diptych.handlers.checkpoint_resume import read_latest, refuse_to_mix
+from diptych.handlers.checkpoint_store import SUFFIX, CheckpointStore
+from diptych.handlers.checkpoint_writer import CheckpointWriter
+from diptych.handlers.export import check_can_export
 from diptych.handlers.run_lock import RunLock
-from diptych.handlers.stop_signals import StopSignals, exit_error
+from diptych.handlers.run_progress import is_over, place_is_lost, published, unpublished
+from diptych.handlers.stop_signals import StopSignals
 
 if TYPE_CHECKING:
     from diptych.engine import Trainer
@@ -39,6 +41,10 @@ def _check_every(_: Any, __: attrs.Attribute[Any], value: object) -> None:
         )
 
 
+def _absolute(path: Path | str) -> Path:
+    return Path(path).absolute()  # the process may go to another folder later
+
+
 @attrs.define(eq=False)
 class CheckpointManager:
     """Saves the whole run on a cadence, keeps the latest and the best, and resumes.
@@ -47,27 +53,38 @@ class CheckpointManager:
     position, metrics so far, every attached handler that has a state, the place in the data, and
     the random generators. It loads with `weights_only=True`.
 
+    The end of a run is saved whatever the cadence, so that its last weights are there and a larger
+    `max_epochs` goes on from them.
+
     On SIGTERM, SIGINT and SIGUSR1 the run finishes its iteration, saves, says so and ends with the
     conventional exit code; a second signal ends it at once. A save that fails is logged as an
     error and tried again at the next one; the checkpoints before it stand. Where the last save of
     a run failed, the run ends with the error.
 
-    Event: `RunEvents.SAFE_POINT` (saves), `RunEvents.RESTORE` (resumes).
+    Over several ranks rank 0 writes, all read, and all resume from the same checkpoint: the folder
+    must be one that all can see. The states of handlers are rank 0's.
+
+    Event: `RunEvents.SAFE_POINT` (saves), `RunEvents.RESTORE` (resumes); `COMPLETED`, `TERMINATE`
+        and `INTERRUPT` for the end.
     Cost: one comparison an iteration between two saves. A save copies the state, writes it to the
         disk and reads it once; with `background` the run waits for the copy only, which stays in
         host memory for the next one.
 
     Args:
-        directory: of this run's checkpoints; one process (and its ranks) at a time has it.
+        directory: of this run's checkpoints; one process (and its ranks) at a time has it. The
+            folder that it is when the manager is made, wherever the process goes later.
         every: "epoch", iterations, or a `datetime.timedelta` between two saves. Inside an epoch a
             run can be resumed with a loader that has `state_dict()` and `load_state_dict()`
             (`SeededLoader`, torchdata's); with any other, saves wait for the end of the epoch.
-        best: the metric by which checkpoints are ranked; each new value is saved with the run.
+        best: the metric by which checkpoints are ranked; each new value is saved with the run. A
+            value that is NaN ranks nowhere.
         mode: whether a larger ("max") or a smaller ("min") value is better.
         keep: checkpoints to keep: with `best`, the best ones and the latest besides; without, the
             latest.
-        resume: "auto" continues from the latest checkpoint in the directory, where there is one;
-            a path continues from that file; None starts anew in an empty directory.
+        resume: "auto" continues from the latest checkpoint in the directory, where there is one. A
+            path of another run's checkpoint is where a run begins whose directory is empty yet; a
+            path (or a file's name) in the directory goes back to that checkpoint, each time. None
+            starts anew, in an empty directory.
         background: whether a thread writes while the run goes on.
         export: whether each new best checkpoint (each checkpoint, without `best`) also gives
             `model.safetensors`, the weights alone. Needs the extra `safetensors`.
@@ -78,7 +95,7 @@ class CheckpointManager:
         CheckpointError: while running: see `save_checkpoint` and `load_checkpoint`.
     """
 
-    directory: Path = attrs.field(converter=Path)
+    directory: Path = attrs.field(converter=_absolute)
     every: int | timedelta | Literal["epoch"] = attrs.field(
         default="epoch", validator=_check_every, kw_only=True
     )
@@ -92,32 +109,41 @@ class CheckpointManager:
     export: bool = attrs.field(default=False, kw_only=True)
     _trainer: Trainer | None = attrs.field(default=None, init=False, repr=False)
     _store: CheckpointStore = attrs.field(init=False, repr=False)
-    _writer: BackgroundWriter = attrs.field(init=False, repr=False)
+    _writer: CheckpointWriter = attrs.field(init=False, repr=False)
     _lock: RunLock = attrs.field(init=False, repr=False)
+    _ranking: Ranking = attrs.field(init=False, repr=False)
     _signals: StopSignals = attrs.field(factory=StopSignals, init=False, repr=False)
-    _snapshot: Any = attrs.field(default=None, init=False, repr=False)
-    _scored: int = attrs.field(default=0, init=False, repr=False)
+    _ranks: LaggedMaximum = attrs.field(factory=LaggedMaximum, init=False, repr=False)
+    _scored: int | None = attrs.field(default=0, init=False, repr=False)
     _due: bool = attrs.field(default=False, init=False, repr=False)
+    _saved: int | None = attrs.field(default=None, init=False, repr=False)
     _saved_at: float = attrs.field(default=0.0, init=False, repr=False)
+    _timed: int = attrs.field(default=0, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         if self.export:
             check_can_export()
+        if self.resume not in {None, "auto"} and Path(str(self.resume)).parent != Path():
+            self.resume = _absolute(str(self.resume))
         self._store = CheckpointStore(self.directory)
-        self._writer = BackgroundWriter(in_thread=self.background)
+        self._ranking = Ranking(self.best, self.mode, self.keep)
+        self._writer = CheckpointWriter(
+            self._store, self._ranking, background=self.background, export=self.export
+        )
         self._lock = RunLock(self.directory)
 
     def attach(self, trainer: Trainer) -> None:
         """Save on the trainer's safe points, and resume before its run is decided."""
         self._trainer = trainer
         trainer.add_event_handler(RunEvents.RESTORE, self._restore)
-        trainer.add_event_handler(Events.STARTED, self._say_what_can_be_resumed)
+        trainer.add_event_handler(Events.STARTED, self._start)
         if self.every == "epoch":
             trainer.add_event_handler(Events.EPOCH_COMPLETED, self._fall_due)
         elif isinstance(self.every, int):
             trainer.every(self.every, self._fall_due)
         trainer.add_event_handler(RunEvents.SAFE_POINT, self._at_safe_point)
-        trainer.add_event_handler(Events.COMPLETED, self._finish)
+        for end in (Events.TERMINATE, Events.INTERRUPT, Events.COMPLETED):
+            trainer.add_event_handler(end, self._finish)
         trainer.add_event_handler(RunEvents.RELEASE, self._release)
 
     def save_checkpoint(self, epoch: int, metrics: Mapping[str, float]) -> Path:
@@ -135,10 +161,7 @@ class CheckpointManager:
                 checkpoints before it stand.
         """
         path = self._submit(epoch, metrics, by_hand=True)
-        self._writer.wait()
-        failure = self._writer.failure()
-        if failure is not None:
-            raise failure
+        self._writer.end()
         return path
 
     def _submit(self, epoch: int, metrics: Mapping[str, float], *, by_hand: bool) -> Path:
@@ -146,29 +169,20 @@ class CheckpointManager:
         trainer = self._attached()
         state = {**run_state(trainer), "saved": {"epoch": epoch, "metrics": dict(metrics)}}
         inside = f"_iteration_{trainer.state.iteration}" if trainer.epoch_iteration else ""
+        score = metrics.get(self.best) if self.best else None
         entry = Entry(
             file=f"checkpoint_epoch_{epoch}{inside}{SUFFIX}",
             epoch=epoch,
             iteration=trainer.state.iteration,
             metrics=dict(metrics),
-            score=metrics.get(self.best) if self.best else None,
-            resumable=not _place_is_lost(trainer),
+            score=score,
+            scored_by=None if score is None else self.best,
+            resumable=not place_is_lost(trainer),
             by_hand=by_hand,
         )
         if rank() == 0:
-            self._writer.wait()
-            self._tell_failure()
-            if self.background:
-                state = self._snapshot = snapshot(state, self._snapshot)
-            self._writer.submit(partial(self._write, entry, state))
+            self._writer.submit(entry, state)
         return self.directory / entry.file
-
-    def _write(self, entry: Entry, state: Mapping[str, Any]) -> None:
-        self._store.write(entry, state)
-        best = self._ranked(self._store.entries())
-        if self.export and (not self.best or (best and best[0].file == entry.file)):
-            export_weights(state["model"], self.directory / "model.safetensors")
-        self._store.remove(self._superfluous())
 
     def load_checkpoint(self, path: Path | str) -> tuple[int, dict[str, float]]:
         """Put the attached trainer, and all that is attached to it, into the state of a checkpoint.
@@ -185,21 +199,25 @@ class CheckpointManager:
         """
         path = Path(path)
         store = self._store if path.parent == Path() else CheckpointStore(path.parent)
-        state = store.read(path.name)
+        state = on_all_ranks(lambda: store.read(path.name))
+        self._load(store.directory / path.name, state)
+        return state["saved"]["epoch"], dict(state["saved"]["metrics"])
+
+    def _load(self, path: Path, state: Mapping[str, Any]) -> None:
         try:
             load_run_state(self._attached(), state)
         except (CheckpointError, ResumeError) as error:
             raise type(error)(f"checkpoint {path}: {error}") from error
-        return state["saved"]["epoch"], dict(state["saved"]["metrics"])
+        logger.info("resumed %s", path)
 
     def get_latest_checkpoint(self) -> Path | None:
         """Return the complete checkpoint that a run would resume from, or None."""
-        entries = self._resumable()
+        entries = resumable(self._store.entries())
         return self.directory / entries[0].file if entries else None
 
     def get_best_checkpoint(self) -> Path | None:
         """Return the complete checkpoint with the best score, or None."""
-        ranked = self._ranked(self._store.entries())
+        ranked = self._ranking.ranked(self._store.entries()) if self.best else []
         return self.directory / ranked[0].file if ranked else None
 
     def _attached(self) -> Trainer:
@@ -207,69 +225,53 @@ class CheckpointManager:
             raise CheckpointError("a CheckpointManager must be attached to a trainer first")
         return self._trainer
 
-    def _resumable(self) -> list[Entry]:
-        """Return the entries that a run can go on from, the latest first."""
-        entries = [entry for entry in self._store.entries() if entry.resumable]
-        return sorted(entries, key=lambda entry: -entry.iteration)
-
-    def _ranked(self, entries: list[Entry]) -> list[Entry]:
-        """Return the entries that have a score, the best first, the earlier first where equal."""
-        sign = -1 if self.mode == "max" else 1
-        scored = [(entry.score, entry) for entry in entries if entry.score is not None]
-        return [
-            entry
-            for _, entry in sorted(scored, key=lambda pair: (sign * pair[0], pair[1].iteration))
-        ]
-
     def _restore(self, trainer: Trainer) -> None:
         self._signals.install()
+        self._ranks.open()
         self._saved_at = time.monotonic()
-        if rank() == 0:
-            self._lock.acquire()
-            self._store.sweep()
+        on_rank_zero(self._take_directory)
         if trainer.state.iteration:  # a run that goes on in this process
             return
+        self._saved = None
+        entries = on_rank_zero(self._store.entries)
         if self.resume is None:
-            self._refuse_to_mix()
-        elif self.resume != "auto":
+            refuse_to_mix(self.directory, entries)
+        elif self.resume != "auto" and (self._goes_back() or not resumable(entries)):
             self.load_checkpoint(self.resume)
         else:
-            self._resume_latest()
+            self._resume_latest(resumable(entries))
+
+    def _take_directory(self) -> None:
+        self._lock.acquire()
+        self._store.sweep()
+        self._writer.export_what_a_kill_left_out()
 
     def _release(self, _: Trainer) -> None:
         self._writer.wait()
-        self._signals.remove()
+        self._ranks.close()
         self._lock.release()
+        self._signals.remove()
 
-    def _refuse_to_mix(self) -> None:
-        latest = self.get_latest_checkpoint()
-        if latest is not None:
-            raise CheckpointError(
-                f"the directory of a new run must hold no checkpoint, got {latest}: take another "
-                "directory, or resume='auto' to continue that run"
-            )
+    def _resume_latest(self, entries: list[Entry]) -> None:
+        found = read_latest(self._store, entries)
+        if found is not None:
+            self._load(*found)
+            self._saved = self._attached().state.iteration
 
-    def _resume_latest(self) -> None:
-        """Continue from the latest checkpoint that can be read; name each that cannot."""
-        entries = self._resumable()
-        for entry in entries:
-            try:
-                state = self._store.read(entry.file)
-            except CheckpointError as error:
-                logger.warning("%s; the one before it is taken", error)
-                continue
-            load_run_state(self._attached(), state)
-            logger.info("resumed %s", self.directory / entry.file)
-            return
-        if entries:
-            raise CheckpointError(
-                f"none of {len(entries)} checkpoints in {self.directory} can be read"
-            )
+    def _goes_back(self) -> bool:
+        """Say whether the run is to resume from a path in its own directory."""
+        parent = Path(str(self.resume)).parent
+        return parent in {Path(), self.directory}
 
-    def _say_what_can_be_resumed(self, trainer: Trainer) -> None:
-        if self.every != "epoch" and trainer.batches.position() is None:
+    def _start(self, trainer: Trainer) -> None:
+        if trainer.state.iteration == 0:
+            self._saved = None
+        if self._scored is None:
+            self._scored = len(published(trainer, self.best or ""))
+        if self.every != "epoch" and not trainer.batches.has_positions:
             logger.warning(
-                "%s cannot go to a position, so the run is saved at the end of each epoch only",
+                "%s cannot go to a position, so the run can be resumed at the end of each epoch "
+                "only",
                 type(trainer.state.dataloader).__name__,
             )
 
@@ -277,81 +279,78 @@ class CheckpointManager:
         self._due = True
 
     def _at_safe_point(self, trainer: Trainer) -> None:
-        self._tell_failure()
-        if isinstance(self.every, timedelta):
-            self._due |= self._time_is_up(self.every)
-        number = self._signals.received()
+        self._writer.tell_failure()
+        number, timed = self._ranks.exchange(self._signals.number, self._timed + self._time_is_up())
+        self._due |= timed > self._timed
+        self._timed = max(timed, self._timed)
+        if is_over(trainer):  # its last log point is still to come; `_finish` saves
+            return
         score = self._new_score(trainer)
-        due = (self._due or number > 0) and not _place_is_lost(trainer)
-        if due or score is not None:
-            self._due = self._due and not due
+        missing = unpublished(trainer, self.best) if self.best else None
+        asked = self._due or number > 0 or missing is not None
+        if score is not None or (asked and not place_is_lost(trainer)):
             self._save(trainer, score)
+        if missing is not None:
+            on_rank_zero(self._writer.end)
+            raise missing
         if number:
-            self._writer.wait()
-            latest = self.get_latest_checkpoint()
-            logger.warning("signal %d: the run ends here; it resumes from %s", number, latest)
-            raise exit_error(number)
+            self._leave(number)
 
-    def _time_is_up(self, every: timedelta) -> bool:
-        up = torch.tensor(time.monotonic() - self._saved_at >= every.total_seconds())
-        return bool(sum_over_ranks(up.long()) > 0)
+    def _time_is_up(self) -> bool:
+        if not isinstance(self.every, timedelta):
+            return False
+        return time.monotonic() - self._saved_at >= self.every.total_seconds()
 
     def _save(self, trainer: Trainer, score: float | None) -> None:
         self._saved_at = time.monotonic()
+        self._saved = trainer.state.iteration
+        self._due = self._due and place_is_lost(trainer)
         metrics = {
             k: float(v) for k, v in trainer.state.metrics.items() if isinstance(v, (int, float))
         }
-        if score is None and self.best is not None:
-            metrics.pop(self.best, None)  # an older value, of other weights
+        if self.best is not None:
+            metrics.pop(self.best, None)  # it may be an older value, of other weights
+            metrics.update({} if score is None else {self.best: score})
         self._submit(trainer.state.epoch, metrics, by_hand=False)
-        self._check_best_is_published(trainer)
 
-    def _tell_failure(self) -> None:
-        failure = self._writer.failure()
-        if failure is not None:
-            logger.error("%s; the run goes on, and the checkpoints before it stand", failure)
+    def _finish(self, trainer: Trainer) -> None:
+        if on_rank_zero(lambda: self._is_unsaved(trainer)):
+            self._save(trainer, self._new_score(trainer))
+        on_rank_zero(self._writer.end)
+        missing = unpublished(trainer, self.best) if self.best and is_over(trainer) else None
+        if missing is not None:
+            raise missing
+        self._ranks.exchange(self._signals.number, 0)  # the next call tells what this one gives
+        number, _ = self._ranks.exchange(self._signals.number, 0)
+        if number:
+            self._leave(number)
 
-    def _finish(self, _: Trainer) -> None:
+    def _is_unsaved(self, trainer: Trainer) -> bool:
         self._writer.wait()
-        failure = self._writer.failure()
-        if failure is not None:
-            raise failure
+        return self._writer.tell_failure() or self._saved != trainer.state.iteration
+
+    def _leave(self, number: int) -> None:
+        """End this process, when the last save is on the disk: all ranks wait for it."""
+        on_rank_zero(self._writer.end)
+        latest = on_rank_zero(self.get_latest_checkpoint)
+        if rank() == 0:
+            logger.warning("signal %d: the run ends here; it resumes from %s", number, latest)
+        raise self._signals.answer(number)
 
     def _new_score(self, trainer: Trainer) -> float | None:
         """Return the value of the ranking metric where it is a new one."""
         if self.best is None:
             return None
-        try:
-            history = trainer.metrics.get_history(self.best)
-        except KeyError:
-            return None
-        is_new = len(history) != self._scored  # fewer: the run has started over
-        self._scored = len(history)
-        return history[-1] if is_new else None
+        values = published(trainer, self.best)
+        is_new = bool(values) and len(values) != self._scored  # fewer: the run has started over
+        self._scored = len(values)
+        return values[-1] if is_new else None
 
-    def _check_best_is_published(self, trainer: Trainer) -> None:
-        if self.best is not None and self._scored == 0 and not trainer.epoch_iteration:
-            there = ", ".join(sorted(trainer.state.metrics)) or "none"
-            raise CheckpointError(
-                f"best must be a metric that the run publishes by the end of its first epoch, got "
-                f"{self.best!r}; there are {there}"
-            )
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many values of which ranking metric have been seen."""
+        return {"scored": self._scored, "best": self.best}
 
-    def _superfluous(self) -> set[str]:
-        entries = [entry for entry in self._store.entries() if not entry.by_hand]
-        by_time = [entry for entry in self._resumable() if not entry.by_hand]
-        kept = self._ranked(entries)[: self.keep] if self.best else by_time[: self.keep]
-        return {e.file for e in entries} - {e.file for e in (*kept, *by_time[:1])}
-
-    def state_dict(self) -> dict[str, int]:
-        """Return how many values of the ranking metric have been seen."""
-        return {"scored": self._scored}
-
-    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Go on from a state that `state_dict` returned."""
-        self._scored = state_dict["scored"]
-
-
-def _place_is_lost(trainer: Trainer) -> bool:
-    """Say whether the run stands inside an epoch of a loader that cannot go there again."""
-    return bool(trainer.epoch_iteration) and trainer.batches.position() is None
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a state that `state_dict` returned; another metric's count tells nothing."""
+        same = state_dict.get("best") == self.best
+        self._scored = state_dict["scored"] if same else None

@@ -7,51 +7,29 @@ import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import attrs
 import torch
 
 from diptych.engine.errors import CheckpointError
+from diptych.handlers.checkpoint_entries import Entry, added, entry_from
 
 MANIFEST = "manifest.json"
 SUFFIX = ".pt"
 UNFINISHED = ".unfinished"
-
-
-@attrs.frozen(kw_only=True)
-class Entry:
-    """A checkpoint, as the manifest lists it.
-
-    Attributes:
-        file: its name in the folder.
-        epoch: epochs that were started.
-        iteration: updates that were made.
-        metrics: the values that it was saved with.
-        score: the value that it is ranked by, or None.
-        resumable: whether a run can go on from it.
-        by_hand: whether it was asked for, and so is never removed.
-        size: bytes.
-        crc32: of the file: enough to tell a damaged one.
-    """
-
-    file: str
-    epoch: int
-    iteration: int
-    metrics: dict[str, float]
-    score: float | None = None
-    resumable: bool = True
-    by_hand: bool = False
-    size: int = 0
-    crc32: int = 0
+UNLISTED = ".unlisted"
+"""Ends the name of an empty file beside a checkpoint that is about to enter the manifest, or has
+just left it: where a kill leaves both, the checkpoint is swept away."""
 
 
 class CheckpointStore:
     """Writes, reads and removes the checkpoints of one run.
 
-    A file is written under another name, flushed to the disk, renamed, read back, and only then
-    entered in the manifest, which is replaced in one step. What the manifest does not list does
-    not count. A process that is killed at any instant leaves the earlier checkpoints as they were.
+    A file is written under another name, flushed to the disk, read back and compared with what was
+    written, renamed, and only then entered in the manifest, which is replaced in one step. What
+    the manifest does not list does not count. A process that is killed at any instant leaves the
+    earlier checkpoints as they were.
 
     Args:
         directory: made at the first write.
@@ -68,11 +46,14 @@ class CheckpointStore:
         """
         path = self.directory / MANIFEST
         try:
-            return [Entry(**entry) for entry in json.loads(path.read_text())["checkpoints"]]
+            return [entry_from(listed) for listed in json.loads(path.read_text())["checkpoints"]]
         except FileNotFoundError:
             return []
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is no manifest of checkpoints: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} is no manifest of checkpoints ({error}): move it away, and resume from "
+                "the path of a checkpoint"
+            ) from error
 
     def write(self, entry: Entry, state: Mapping[str, Any]) -> Entry:
         """Write a checkpoint and enter it in the manifest; one of the same name is replaced.
@@ -87,17 +68,15 @@ class CheckpointStore:
         unfinished = path.with_name(entry.file + UNFINISHED)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            with unfinished.open("wb") as file:
-                torch.save(dict(state), file)
-                file.flush()
-                os.fsync(file.fileno())
-            size, crc32 = unfinished.stat().st_size, _crc32(unfinished)
+            size, crc32 = _write_checked(unfinished, state)
             entry = attrs.evolve(entry, size=size, crc32=crc32)
+            self._mark(path).touch()
             unfinished.replace(path)
-            others = [other for other in self.entries() if other.file != entry.file]
-            self._write_manifest([*others, entry])
+            self._write_manifest(added(self.entries(), entry))
+            self._mark(path).unlink()
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             unfinished.unlink(missing_ok=True)
+            self._remove_unlisted()
             raise CheckpointError(f"checkpoint {path} could not be written: {error}") from error
         return entry
 
@@ -110,16 +89,14 @@ class CheckpointStore:
         path = self.directory / name
         if not path.is_file():
             raise CheckpointError(f"checkpoint {path} does not exist")
-        listed = next((entry for entry in self.entries() if entry.file == name), None)
-        if listed is not None and (path.stat().st_size, _crc32(path)) != (
-            listed.size,
-            listed.crc32,
-        ):
-            raise CheckpointError(f"checkpoint {path} is damaged: it is not what was written")
+        listed = {entry.file: (entry.size, entry.crc32) for entry in self.entries()}
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            damaged = name in listed and _size_and_crc32(path) != listed[name]
+            state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch, zipfile and pickle each have errors of their own
             raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+        if damaged:
+            raise CheckpointError(f"checkpoint {path} is damaged: it is not what was written")
         if not isinstance(state, dict) or "format" not in state:
             raise CheckpointError(f"{path} is no checkpoint of a run")
         return state
@@ -133,28 +110,43 @@ class CheckpointStore:
         if not names:
             return
         try:
-            self._write_manifest([e for e in self.entries() if e.file not in names])
             for name in names:
-                (self.directory / name).unlink(missing_ok=True)
+                self._mark(self.directory / name).touch()
+            self._write_manifest([e for e in self.entries() if e.file not in names])
+            self._remove_unlisted()
         except OSError as error:
             raise CheckpointError(f"{self.directory} could not be tidied: {error}") from error
 
-    def sweep(self) -> list[str]:
-        """Remove what a killed process left half done; return the names."""
-        listed = {entry.file for entry in self.entries()}
-        left = [
-            path
-            for path in self.directory.glob("*")
-            if path.name.endswith(UNFINISHED)
-            or (
-                path.name.startswith("checkpoint_")
-                and path.suffix == SUFFIX
-                and path.name not in listed
-            )
-        ]
-        for path in left:
+    def sweep(self) -> None:
+        """Remove what a killed process left half done.
+
+        A file that merely lies in the folder, put there by somebody, stays.
+
+        Raises:
+            CheckpointError: if the manifest cannot be read.
+        """
+        for path in self.directory.glob("*" + UNFINISHED):
             path.unlink(missing_ok=True)
-        return sorted(path.name for path in left)
+        self._remove_unlisted()
+
+    def strangers(self) -> list[Path]:
+        """Return the files that have the name of a checkpoint and that the manifest lacks."""
+        listed = {entry.file for entry in self.entries()}
+        files = self.directory.glob(f"checkpoint_*{SUFFIX}")
+        return sorted(path for path in files if path.name not in listed)
+
+    def _mark(self, path: Path) -> Path:
+        return path.with_name(path.name + UNLISTED)
+
+    def _remove_unlisted(self) -> None:
+        """Remove the files that are marked and that the manifest does not list; then the marks."""
+        marks = list(self.directory.glob("*" + UNLISTED))
+        listed = {entry.file for entry in self.entries()} if marks else set()
+        for mark in marks:
+            path = mark.with_name(mark.name.removesuffix(UNLISTED))
+            if path.name not in listed:
+                path.unlink(missing_ok=True)
+            mark.unlink(missing_ok=True)
 
     def _write_manifest(self, entries: list[Entry]) -> None:
         path = self.directory / MANIFEST
@@ -168,6 +160,35 @@ class CheckpointStore:
         _flush_directory(self.directory)
 
 
+class _Summed:
+    """A file that adds up the checksum of what is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.size = self.crc32 = 0
+
+    def write(self, data: bytes) -> int:
+        self.crc32 = zlib.crc32(data, self.crc32)
+        written = self._file.write(data)
+        self.size += written
+        return written
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _write_checked(path: Path, state: Mapping[str, Any]) -> tuple[int, int]:
+    """Write a state, flush it to the disk and read it back; return its size and checksum."""
+    with path.open("wb") as file:
+        summed = _Summed(file)
+        torch.save(dict(state), cast(BinaryIO, summed))
+        file.flush()
+        os.fsync(file.fileno())
+    if _size_and_crc32(path) != (summed.size, summed.crc32):
+        raise OSError("what was written does not read back")
+    return summed.size, summed.crc32
+
+
 def _flush_directory(directory: Path) -> None:
     # A rename is on the disk only when its directory is.
     descriptor = os.open(directory, os.O_RDONLY)
@@ -177,9 +198,9 @@ def _flush_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _crc32(path: Path) -> int:
+def _size_and_crc32(path: Path) -> tuple[int, int]:
     value = 0
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             value = zlib.crc32(chunk, value)
-    return value
+    return path.stat().st_size, value

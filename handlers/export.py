@@ -25,12 +25,15 @@ def check_can_export() -> None:
         ) from error
 
 
-def export_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+def export_weights(
+    weights: Mapping[str, Tensor], path: Path, *, source: Mapping[str, str] | None = None
+) -> None:
     """Write a model's weights and buffers; the file is replaced in one step.
 
     Args:
         weights: a state dict; tensors that share memory are written each for itself.
         path: of the file.
+        source: what the file says of where they come from; `exported_from` reads it.
 
     Raises:
         CheckpointError: if it cannot be written; an earlier file stands.
@@ -41,10 +44,25 @@ def export_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     unfinished = path.with_name(path.name + ".unfinished")
     tensors = {name: value.detach().cpu().clone() for name, value in weights.items()}
     try:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, unfinished)
+        save_file(
+            {name: value.contiguous() for name, value in tensors.items()},
+            unfinished,
+            metadata=dict(source) if source else None,
+        )
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)
     except (OSError, SafetensorError) as error:
         unfinished.unlink(missing_ok=True)
         raise CheckpointError(f"weights {path} could not be written: {error}") from error
+
+
+def exported_from(path: Path) -> dict[str, str]:
+    """Return what an exported file says of where its weights come from; {} if there is none."""
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - an extra
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError):
+        return {}

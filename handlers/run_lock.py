@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
+import platform
 from pathlib import Path
 
 from diptych.engine.errors import CheckpointError
@@ -12,7 +15,10 @@ try:
 except ImportError:  # Windows has no advisory locks of this kind
     fcntl = None  # type: ignore[assignment]
 
+logger = logging.getLogger(__name__)
+
 NAME = "run.lock"
+HELD = {errno.EACCES, errno.EAGAIN}
 
 
 class RunLock:
@@ -45,14 +51,17 @@ class RunLock:
             # Not flock: a loader's worker would inherit it, and outlive a killed parent by seconds.
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = os.read(descriptor, 64).decode(errors="replace").strip() or "unknown"
+            holder = os.read(descriptor, 256).decode(errors="replace").strip() or "unknown"
             os.close(descriptor)
+            if error.errno not in HELD:  # some network file systems have no locks
+                logger.warning("%s cannot be locked against a second run: %s", self._path, error)
+                return
             raise CheckpointError(
                 f"the run's folder {self._path.parent} must belong to one process, and process "
                 f"{holder} has it: wait for its end, or take another folder"
             ) from error
         os.truncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
+        os.write(descriptor, f"{os.getpid()} on {platform.node()}".encode())
         self._descriptor = descriptor
 
     def release(self) -> None:

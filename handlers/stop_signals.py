@@ -5,79 +5,69 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from diptych.engine.distributed import world_size
-
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+ECHO = 2.0
+"""Seconds in which a scheduler's signal may come once more: from the scheduler itself and from a
+launcher that passes it on."""
 
 
 class StopSignals:
     """Notes SIGTERM, SIGINT and SIGUSR1 (a scheduler's warning) for as long as it is installed.
 
-    The first signal is noted and nothing else; the second of a kind acts as it would without this
-    class. Over several ranks `received` is agreed on: each call starts a small all-reduce on the
-    CPU and waits for the one before it, so that all ranks see a signal at the same iteration, one
-    after it came.
+    The first signal is noted and nothing else; the second one acts as it would without this class.
+    Other than an interrupt from the keyboard, a signal that comes again within two seconds is the
+    first one's echo.
+
+    Attributes:
+        number: of the signal that came to this process, or 0.
     """
 
     def __init__(self) -> None:
-        self._number = self._owner = 0
+        self.number = 0
+        self._owner = 0
+        self._noted_at = 0.0
+        self._answered = False
         self._before: dict[int, Any] = {}
-        self._group: Any = None
-        self._pending: tuple[Any, torch.Tensor] | None = None
 
     def install(self) -> None:
         """Begin to note signals; nothing happens outside the main thread, which alone gets them."""
-        if world_size() > 1 and self._group is None:
-            self._group = dist.new_group(backend="gloo")
         if threading.current_thread() is not threading.main_thread() or self._before:
             return
         self._owner = os.getpid()
+        self._answered = False
         for name in SIGNALS:
             number = getattr(signal, name, None)
             if number is not None:
                 self._before[number] = signal.signal(number, self._note)
 
     def remove(self) -> None:
-        """Put the handlers back that were there before."""
+        """Put the handlers back that were there before; a signal that nobody answered acts now."""
         for number, before in self._before.items():
             signal.signal(number, before)
         self._before.clear()
-        self._number = 0
-        self._pending = None
+        number, self.number = self.number, 0
+        if number and not self._answered:
+            os.kill(os.getpid(), number)
 
-    def received(self) -> int:
-        """Return the number of the signal that came, the same on all ranks, or 0."""
-        if world_size() == 1 or self._group is None:
-            return self._number
-        agreed = 0
-        if self._pending is not None:
-            work, flag = self._pending
-            work.wait()
-            agreed = int(flag[0])
-        flag = torch.tensor([self._number])
-        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        self._pending = (work, flag)
-        return agreed
+    def answer(self, number: int) -> BaseException:
+        """Return what ends a process that a signal asked to end, with the code 128 + its number."""
+        self._answered = True
+        return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        forked = os.getpid() != self._owner  # a loader's worker, which its parent looks after
-        if forked and number == signal.SIGINT:
+        if os.getpid() != self._owner:  # a loader's worker, which its parent looks after
+            if number == signal.SIGTERM:
+                self._act(number)
             return
-        if self._number or forked:
-            signal.signal(number, self._before.get(number, signal.SIG_DFL))
-            os.kill(os.getpid(), number)
-            return
-        self._number = number
+        if not self.number:
+            self.number, self._noted_at = number, time.monotonic()
+        elif number == signal.SIGINT or time.monotonic() - self._noted_at > ECHO:
+            self._act(number)
 
-
-def exit_error(number: int) -> BaseException:
-    """Return what ends a process that a signal asked to end, with the code 128 + its number."""
-    if number == signal.SIGINT:
-        return KeyboardInterrupt()
-    return SystemExit(128 + number)
+    def _act(self, number: int) -> None:
+        signal.signal(number, self._before.get(number, signal.SIG_DFL))
+        os.kill(os.getpid(), number)

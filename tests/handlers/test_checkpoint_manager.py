@@ -47,12 +47,19 @@ def make_loader(seed: int = 0) -> SeededLoader:
     return SeededLoader(Augmented(x, torch.arange(22) % 4), 4, seed=seed)
 
 
-def make_trainer(width: int = 4) -> Trainer:
+def make_trainer(width: int = 4, microbatch_size: int | None = None) -> Trainer:
     torch.manual_seed(1)
     model, loss = Model(width), Loss()
     optimizer = torch.optim.AdamW([*model.parameters(), *loss.parameters()], lr=0.05)
     return Trainer(
-        model, loss, optimizer, task=tasks.classification, seed=3, device="cpu", log_every=4
+        model,
+        loss,
+        optimizer,
+        task=tasks.classification,
+        seed=3,
+        device="cpu",
+        log_every=4,
+        microbatch_size=microbatch_size,
     )
 
 
@@ -245,7 +252,8 @@ def test_left_overs_of_a_killed_save_are_swept(tmp_path):
     trainer.attach(CheckpointManager(tmp_path))
     trainer.run(make_loader(), max_epochs=1)
     (tmp_path / "checkpoint_epoch_2.pt.unfinished").write_bytes(b"half")
-    (tmp_path / "checkpoint_epoch_2.pt").write_bytes(b"not in the manifest")
+    (tmp_path / "checkpoint_epoch_2.pt").write_bytes(b"not in the manifest yet")
+    (tmp_path / "checkpoint_epoch_2.pt.unlisted").touch()
     resumed = make_trainer()
     resumed.attach(CheckpointManager(tmp_path))
     resumed.run(make_loader(), max_epochs=1)

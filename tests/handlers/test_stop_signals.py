@@ -77,7 +77,7 @@ def test_a_second_process_on_one_folder_is_refused_until_the_first_is_gone(tmp_p
     )
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(CheckpointError, match=f"process {holder.pid} has it"):
+        with pytest.raises(CheckpointError, match=f"process {holder.pid} on .* has it"):
             RunLock(tmp_path).acquire()
     finally:
         holder.kill()

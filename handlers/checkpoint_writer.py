@@ -1,0 +1,96 @@
+"""Puts checkpoints on the disk, at once or while the run goes on, and keeps the folder tidy."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from diptych.engine.errors import CheckpointError
+from diptych.handlers.background_writer import BackgroundWriter, snapshot
+from diptych.handlers.checkpoint_entries import Entry, Ranking
+from diptych.handlers.checkpoint_store import CheckpointStore
+from diptych.handlers.export import export_weights, exported_from
+
+logger = logging.getLogger(__name__)
+
+EXPORT = "model.safetensors"
+
+
+class CheckpointWriter:
+    """Writes a checkpoint, exports its weights where they are the best, removes what nobody needs.
+
+    Args:
+        store: the folder.
+        ranking: which checkpoints are the best, and which are kept.
+        background: whether a thread writes a copy of the state while the run goes on.
+        export: whether the best checkpoint's weights (without a metric, the last one's) are
+            written on their own as well.
+    """
+
+    def __init__(
+        self, store: CheckpointStore, ranking: Ranking, *, background: bool, export: bool
+    ) -> None:
+        self._store, self._ranking, self._export = store, ranking, export
+        self._background = background
+        self._jobs = BackgroundWriter(in_thread=background)
+        self._snapshot: Any = None
+
+    def submit(self, entry: Entry, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint, after the one before it."""
+        self.wait()
+        self.tell_failure()
+        if self._background:
+            state = self._snapshot = snapshot(state, self._snapshot)
+        self._jobs.submit(partial(self._write, entry, state))
+
+    def wait(self) -> None:
+        """Wait for the last checkpoint, without raising its error."""
+        self._jobs.wait()
+
+    def tell_failure(self) -> bool:
+        """Log the error of the last checkpoint, once, if it has ended with one; say whether."""
+        failure = self._jobs.failure()
+        if failure is not None:
+            logger.error("%s; the run goes on, and the checkpoints before it stand", failure)
+        return failure is not None
+
+    def end(self) -> None:
+        """Wait for the last checkpoint.
+
+        Raises:
+            CheckpointError: if it could not be written.
+        """
+        self.wait()
+        failure = self._jobs.failure()
+        if failure is not None:
+            raise failure
+
+    def export_what_a_kill_left_out(self) -> None:
+        """Export the best checkpoint's weights where the exported ones are another's."""
+        entry = self._to_export(self._store.entries()) if self._export else None
+        if entry is None or exported_from(self._store.directory / EXPORT) == _source(entry):
+            return
+        try:
+            self._export_weights(entry, self._store.read(entry.file))
+        except CheckpointError as error:
+            logger.warning("%s; its weights are not exported", error)
+
+    def _write(self, entry: Entry, state: Mapping[str, Any]) -> None:
+        entry = self._store.write(entry, state)
+        entries = self._store.entries()
+        if self._export and entry == self._to_export(entries):
+            self._export_weights(entry, state)
+        self._store.remove(self._ranking.superfluous(entries))
+
+    def _to_export(self, entries: list[Entry]) -> Entry | None:
+        best = self._ranking.ranked(entries) if self._ranking.metric else entries[::-1]
+        return best[0] if best else None
+
+    def _export_weights(self, entry: Entry, state: Mapping[str, Any]) -> None:
+        export_weights(state["model"], self._store.directory / EXPORT, source=_source(entry))
+
+
+def _source(entry: Entry) -> dict[str, str]:
+    return {"checkpoint": entry.file, "crc32": str(entry.crc32)}

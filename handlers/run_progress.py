@@ -1,0 +1,55 @@
+"""How far a run has come: what a handler that saves or judges it needs to know."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from diptych.engine.errors import CheckpointError
+from diptych.handlers.evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from diptych.engine import Trainer
+
+
+def is_over(trainer: Trainer) -> bool:
+    """Say whether the run has done all that it was asked for."""
+    state = trainer.state
+    if state.max_iters is not None:
+        return bool(state.iteration >= state.max_iters)
+    return not trainer.epoch_iteration and state.epoch >= (state.max_epochs or 0)
+
+
+def place_is_lost(trainer: Trainer) -> bool:
+    """Say whether the run stands inside an epoch of a loader that cannot go there again."""
+    return bool(trainer.epoch_iteration) and not trainer.batches.has_positions
+
+
+def published(trainer: Trainer, metric: str) -> list[float]:
+    """Return all values of a metric so far, none where it has no name in the run yet."""
+    try:
+        return trainer.metrics.get_history(metric)
+    except KeyError:
+        return []
+
+
+def unpublished(trainer: Trainer, metric: str) -> CheckpointError | None:
+    """Return an error where a metric should have had a value by now.
+
+    That is at the end of the first epoch; where an evaluation of its prefix is attached, with that
+    evaluation's first values; at the latest at the end of the run.
+    """
+    if published(trainer, metric):
+        return None
+    own = [
+        handler
+        for handler in trainer.handlers
+        if isinstance(handler, Evaluation) and metric.startswith(f"{handler.prefix}/")
+    ]
+    to_come = not all(evaluation.values for evaluation in own) if own else trainer.epoch_iteration
+    if to_come and not is_over(trainer):
+        return None
+    there = ", ".join(sorted(trainer.state.metrics)) or "none"
+    return CheckpointError(
+        "best must be a metric that the run publishes, by the end of its first epoch or by its "
+        f"first evaluation, got {metric!r}; there are {there}"
+    )

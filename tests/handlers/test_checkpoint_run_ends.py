@@ -1,0 +1,167 @@
+"""The end of a run is saved whatever the cadence, and a best metric that never came is told."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from ignite.engine import Events
+from torch.utils.data import DataLoader
+
+from diptych.engine import CheckpointError, MetricsEvents
+from diptych.handlers import EarlyStopping, Evaluation, JsonLines
+from diptych.handlers.checkpoint_manager import CheckpointManager
+from tests.handlers.runs import report_each_epoch
+from tests.handlers.test_checkpoint_manager import digest, make_loader, make_trainer
+
+
+def saved_iterations(folder) -> list[int]:
+    states = [torch.load(path, weights_only=True) for path in folder.glob("*.pt")]
+    return sorted(state["trainer"]["iteration"] for state in states)
+
+
+@pytest.mark.parametrize("limit", [{"max_epochs": 2}, {"max_iters": 9}, {"max_iters": 12}])
+@pytest.mark.parametrize("every", [100, 5])
+def test_the_end_is_saved_and_a_larger_limit_goes_on_from_it(tmp_path, limit, every):
+    first = make_trainer()
+    first.attach(CheckpointManager(tmp_path, every=every))
+    first.run(make_loader(), **limit)
+    assert saved_iterations(tmp_path)[-1] == first.state.iteration
+
+    resumed, whole = make_trainer(), make_trainer()
+    resumed.attach(CheckpointManager(tmp_path, every=every))
+    resumed.run(make_loader(), max_epochs=3)
+    whole.run(make_loader(), max_epochs=3)
+    assert resumed.state.iteration == 18
+    assert digest(resumed) == digest(whole)
+
+
+def test_the_end_is_saved_once(tmp_path, monkeypatch):
+    trainer = make_trainer()
+    manager = CheckpointManager(tmp_path, every=3)
+    trainer.attach(manager)
+    write, written = manager._store.write, []
+
+    def noted(entry, state):
+        written.append(entry.iteration)
+        return write(entry, state)
+
+    monkeypatch.setattr(manager._store, "write", noted)
+    trainer.run(make_loader(), max_epochs=1)
+    assert written == [3, 6]
+
+
+@pytest.mark.parametrize("end", ["terminate", "interrupt"])
+def test_a_run_that_ends_itself_early_is_saved_where_it_ends(tmp_path, end):
+    trainer = make_trainer()
+    trainer.attach(CheckpointManager(tmp_path, every=100))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=8), getattr(trainer, end))
+    trainer.run(make_loader(), max_epochs=3)
+    assert saved_iterations(tmp_path) == [8]
+    resumed, whole = make_trainer(), make_trainer()
+    resumed.attach(CheckpointManager(tmp_path, every=100))
+    resumed.run(make_loader(), max_epochs=3)
+    whole.run(make_loader(), max_epochs=3)
+    assert digest(resumed) == digest(whole)
+
+
+def test_a_run_that_early_stopping_ends_is_saved_and_stays_stopped(tmp_path, caplog):
+    iterations = []
+    for _ in range(2):
+        trainer = make_trainer()
+        report_each_epoch(trainer, 0.5, 0.4, 0.3, 0.2)
+        trainer.attach(
+            EarlyStopping(metric="val/recall@1", patience=2),
+            CheckpointManager(tmp_path, every=100),
+        )
+        trainer.run(make_loader(), max_epochs=4)
+        iterations.append(trainer.state.iteration)
+    assert iterations == [18, 18]
+    assert saved_iterations(tmp_path) == [18]
+    assert "the run stays stopped" in caplog.text
+
+
+def test_the_last_weights_are_kept_where_the_loader_has_no_positions(tmp_path):
+    trainer = make_trainer()
+    manager = CheckpointManager(tmp_path, keep=1)
+    trainer.attach(manager)
+    trainer.run(DataLoader(make_loader().dataset, batch_size=4), max_iters=8)
+    assert saved_iterations(tmp_path) == [6, 8]
+    assert manager.get_latest_checkpoint() == tmp_path / "checkpoint_epoch_1.pt"
+
+
+def test_the_last_record_of_a_run_is_never_lost_to_a_kill_after_its_last_iteration(tmp_path):
+    class Killed(BaseException):
+        pass
+
+    def run(folder, *, kill: bool) -> bytes:
+        trainer = make_trainer()  # logs every fourth iteration; the seventh at the end
+        if kill:
+
+            def end() -> None:
+                if trainer.metrics.record.step == 7:
+                    raise Killed
+
+            trainer.add_event_handler(MetricsEvents.LOGGED, end)
+        trainer.attach(JsonLines(folder), CheckpointManager(folder / "checkpoints", every=1))
+        trainer.run(make_loader(), max_iters=7)
+        return (folder / "metrics.jsonl").read_bytes()
+
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", kill=True)
+    expected = run(tmp_path / "whole", kill=False)
+    assert run(tmp_path / "killed", kill=False) == expected
+    assert b'"step": 7' in expected
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_the_end_is_tried_again_where_its_save_failed(tmp_path, monkeypatch, caplog, background):
+    trainer = make_trainer()
+    trainer.attach(CheckpointManager(tmp_path, every=4, background=background))
+    failures = iter([True])
+
+    def full(_: int) -> None:
+        if (tmp_path / "checkpoint_epoch_2_iteration_8.pt.unfinished").exists():
+            for _ in failures:
+                raise OSError(28, "No space left on device")
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=8), trainer.terminate)
+    monkeypatch.setattr(os, "fsync", full)
+    trainer.run(make_loader(), max_epochs=3)
+    assert "No space left" in caplog.text
+    assert saved_iterations(tmp_path)[-1] == 8
+
+
+def test_a_best_metric_may_come_with_a_later_evaluation(tmp_path):
+    trainer = make_trainer()
+    manager = CheckpointManager(tmp_path, best="val/loss", mode="min")
+    trainer.attach(Evaluation(make_loader(), every=10), manager)
+    trainer.run(make_loader(), max_epochs=3)
+    best = torch.load(manager.get_best_checkpoint(), weights_only=True)
+    assert best["trainer"]["iteration"] == 10
+
+
+@pytest.mark.parametrize(
+    ("every", "best", "iteration"), [(2, "val/los", 2), ("epoch", "val/los", 6), (99, "val/a", 18)]
+)
+def test_a_best_metric_that_an_evaluation_never_gives_ends_the_run_with_a_checkpoint(
+    tmp_path, every, best, iteration
+):
+    trainer = make_trainer()
+    trainer.attach(
+        Evaluation(make_loader(), every=every), CheckpointManager(tmp_path, every=50, best=best)
+    )
+    with pytest.raises(CheckpointError, match=f"best must be .* got '{best}'; there are"):
+        trainer.run(make_loader(), max_epochs=3)
+    assert saved_iterations(tmp_path) == [iteration]
+
+
+def test_a_metric_that_is_not_a_number_is_never_the_best_one(tmp_path):
+    trainer = make_trainer()
+    report_each_epoch(trainer, float("nan"), 0.1, float("nan"))
+    manager = CheckpointManager(tmp_path, best="val/recall@1", keep=1)
+    trainer.attach(manager)
+    trainer.run(make_loader(), max_epochs=3)
+    assert manager.get_best_checkpoint() == tmp_path / "checkpoint_epoch_2.pt"
+    assert saved_iterations(tmp_path) == [12, 18]
