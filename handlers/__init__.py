@@ -1,5 +1,6 @@
 """What happens around the step, one concern a file."""
 
+from diptych.handlers.averaging import WeightAverage
 from diptych.handlers.balancing import ModalityBalancing
 from diptych.handlers.checkpoint_manager import CheckpointManager
 from diptych.handlers.curriculum import Curriculum
@@ -13,6 +14,7 @@ from diptych.handlers.health import RepresentationHealth
 from diptych.handlers.health_rules import RULES, Finding, History, Rule
 from diptych.handlers.in_batch_accuracy import InBatchAccuracy
 from diptych.handlers.jsonl import JsonLines, read_records
+from diptych.handlers.momentum_encoder import MomentumEncoder
 from diptych.handlers.parameter_groups import parameter_groups
 from diptych.handlers.probes import KNNAccuracy, ZeroShotAccuracy
 from diptych.handlers.probes_linear import LinearProbeAccuracy, OnlineLinearProbe
@@ -43,6 +45,7 @@ __all__ = [
     "LinearProbeAccuracy",
     "LossGuard",
     "ModalityBalancing",
+    "MomentumEncoder",
     "OnlineLinearProbe",
     "ProgressBar",
     "RepresentationHealth",
@@ -54,6 +57,7 @@ __all__ = [
     "StagePlan",
     "TensorBoard",
     "Throughput",
+    "WeightAverage",
     "ZeroShotAccuracy",
     "default_handlers",
     "latest_run",

@@ -42,6 +42,11 @@ EXAMPLES = {
         observes=True,
         refused=({"directory": ".", "every": 0}, {"directory": ".", "keep": 0}),
     ),
+    "Curriculum": Example(
+        lambda _: handlers.Curriculum("loss.label_smoothing", end=0.3, over=5, shape="cosine"),
+        observes=False,
+        refused=({"path": "loss.alpha"}, {"path": "loss.alpha", "end": 1, "over": -1}),
+    ),
     "EarlyStopping": Example(
         lambda _: handlers.EarlyStopping(metric="train/loss", patience=99),
         observes=True,
@@ -84,6 +89,11 @@ EXAMPLES = {
         observes=False,
         refused=({"components": ("image",)}, {"ratio": 0.0}, {"smoothing": 1.0}),
     ),
+    "MomentumEncoder": Example(
+        lambda _: handlers.MomentumEncoder(online="2.online", target="2.target"),
+        observes=False,
+        refused=({"momentum": 1.0}, {"schedule": "linear"}, {"total": 0}),
+    ),
     "OnlineLinearProbe": Example(
         lambda _: handlers.OnlineLinearProbe(classes=2, features="logits"),
         observes=True,
@@ -100,8 +110,23 @@ EXAMPLES = {
         refused=({"every": 0}, {"samples": 1}, {"patience": 0}, {"features": "logits"}),
     ),
     "RunRecord": Example(handlers.RunRecord, observes=True, refused=({},)),
+    "StagePlan": Example(
+        lambda _: handlers.StagePlan(
+            [
+                handlers.Stage("last", trains="3", epochs=1, lr=0.1),
+                handlers.Stage("all", epochs=1, lr=0.01, metric="train/loss"),
+            ]
+        ),
+        observes=False,
+        refused=({"stages": []},),
+    ),
     "TensorBoard": Example(handlers.TensorBoard, observes=True, refused=({},)),
     "Throughput": Example(lambda _: handlers.Throughput(), observes=True),
+    "WeightAverage": Example(
+        lambda _: handlers.WeightAverage(),
+        observes=True,
+        refused=({"decay": 1.0}, {"buffers": "alias"}),
+    ),
 }
 
 EXPORTED = {
@@ -118,6 +143,7 @@ every_observer = pytest.mark.parametrize("name", OBSERVERS)
 def make_trainer() -> Trainer:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
+    model[2].online, model[2].target = nn.Linear(2, 2), nn.Linear(2, 2)  # no part of the output
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     return Trainer(
         model,
