@@ -83,7 +83,8 @@ class EventLoop(Dispatcher):
         self.state.dataloader = data
         try:
             self.fire_event(RunEvents.RESTORE)
-            return self._start(data, max_epochs, max_iters, epoch_length)
+            # A handler may have put another loader in its place: that of a stage.
+            return self._start(self.state.dataloader, max_epochs, max_iters, epoch_length)
         finally:
             self.fire_event(RunEvents.RELEASE)
 
@@ -239,6 +240,10 @@ class EventLoop(Dispatcher):
         self.fire_event(Events.ITERATION_COMPLETED)
         if self.epoch_iteration != state.epoch_length or self._stopped():
             self.fire_event(RunEvents.SAFE_POINT)
+
+    def make_update(self, batch: Any) -> Any:
+        """Call the step with a batch, outside any run; return its output."""
+        return self._process_function(self, batch)
 
     # -- batches ---------------------------------------------------------------------------------
 

@@ -78,11 +78,11 @@ class LearningRate:
         groups = trainer.optimizer.param_groups
         for group in groups:
             group.setdefault("initial_lr", float(group["lr"]))
-        trainer.metrics.gauge("train/learning_rate", _rate_of(trainer, 0))
+        trainer.metrics.gauge("train/learning_rate", rate_of(trainer, 0))
         if len({group["initial_lr"] for group in groups}) > 1:
             for index, group in enumerate(groups):
                 tag = f"train/learning_rate/{group.get('name', index)}"
-                trainer.metrics.gauge(tag, _rate_of(trainer, index))
+                trainer.metrics.gauge(tag, rate_of(trainer, index))
         trainer.add_event_handler(Events.STARTED, self._check_length)
         trainer.add_event_handler(Events.ITERATION_STARTED, self._set)
 
@@ -105,11 +105,7 @@ class LearningRate:
     def _set(self, trainer: Trainer) -> None:
         factor = self.factor(trainer.state.iteration, self._length(trainer))
         for group in trainer.optimizer.param_groups:
-            rate = factor * group.setdefault("initial_lr", group["lr"])
-            if isinstance(group["lr"], Tensor):  # a captured or compiled optimizer reads this one
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+            set_rate(group, factor * group.setdefault("initial_lr", group["lr"]))
 
     def _length(self, trainer: Trainer) -> int | None:
         state = trainer.state
@@ -137,7 +133,17 @@ class LearningRate:
             )
 
 
-def _rate_of(trainer: Trainer, index: int) -> Callable[[], Tensor | float]:
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Set the rate of a parameter group, in place where it is a tensor."""
+    if isinstance(group["lr"], Tensor):  # a captured or compiled optimizer reads this one
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def rate_of(trainer: Trainer, index: int) -> Callable[[], Tensor | float]:
+    """Return a function that reads the rate in use of a parameter group."""
+
     # Loading an optimizer's state replaces its groups: they are looked up each time.
     def rate() -> Tensor | float:
         value: Tensor | float = trainer.optimizer.param_groups[index]["lr"]

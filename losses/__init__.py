@@ -24,6 +24,7 @@ from diptych.losses.base.supervised import BaseSupervisedLoss
 from diptych.losses.base.temperature import Temperature
 from diptych.losses.combine.hybrid import HybridLoss
 from diptych.losses.combine.matryoshka import MatryoshkaLoss
+from diptych.losses.combine.one_of import OneOf
 from diptych.losses.combine.uncertainty import UncertaintyWeighted
 from diptych.losses.combine.weighted_sum import WeightedSum
 from diptych.losses.contrastive.barlow_twins import BarlowTwinsLoss
@@ -77,6 +78,7 @@ __all__ = [
     "MoCoLoss",
     "NTXentLoss",
     "NegativeCosineLoss",
+    "OneOf",
     "Pairs",
     "Positives",
     "Projection",

@@ -1,0 +1,80 @@
+"""Attributes by their paths from the trainer: "loss.weights.vicreg", "model.head.scale"."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, MutableSequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from diptych.engine import Trainer
+from diptych.handlers.parameter_groups import near_matches
+
+ROOTS = ("loss", "model", "task")
+
+
+def read_attribute(trainer: Trainer, path: str) -> Any:
+    """Return the value at a path, which begins with "loss", "model" or "task".
+
+    Raises:
+        ValueError: if a part of the path is not there; the message lists the near ones.
+        TypeError: if the value is a tensor (what is learned, or a buffer) or a module.
+    """
+    owner, last = _owner(trainer, path)
+    value = _get(owner, last, path)
+    if isinstance(value, (Tensor, nn.Module)):
+        raise TypeError(
+            f"{path} must be a plain value that can be set, got a {type(value).__name__}"
+        )
+    return value
+
+
+def write_attribute(trainer: Trainer, path: str, value: Any) -> None:
+    """Set the value at a path that `read_attribute` knows."""
+    owner, last = _owner(trainer, path)
+    if isinstance(owner, MutableMapping):
+        owner[_key(owner, last)] = value
+    elif isinstance(owner, MutableSequence):
+        owner[int(last)] = value
+    else:
+        setattr(owner, last, value)
+
+
+def _owner(trainer: Trainer, path: str) -> tuple[Any, str]:
+    """Return what holds the last part of a path, and that part."""
+    first, *middle, last = path.split(".") if "." in path else (path, path)
+    if first not in ROOTS or first == path:
+        raise ValueError(
+            f"a path must begin with {', '.join(ROOTS)} and name an attribute of it, got {path!r}"
+        )
+    owner = getattr(trainer, first)
+    for part in middle:
+        owner = _get(owner, part, path)
+    return owner, last
+
+
+def _get(owner: Any, part: str, path: str) -> Any:
+    names = _names(owner)
+    if part not in names:
+        raise ValueError(
+            f"each part of a path must be an attribute, got {path!r}: "
+            f"{type(owner).__name__} has no {part!r}; {near_matches(part, names)}"
+        )
+    if isinstance(owner, MutableMapping):
+        return owner[_key(owner, part)]
+    return owner[int(part)] if isinstance(owner, MutableSequence) else getattr(owner, part)
+
+
+def _names(owner: Any) -> list[str]:
+    """Return the names of what an object, a mapping or a sequence holds for others to see."""
+    if isinstance(owner, MutableMapping):
+        return [str(key) for key in owner]
+    if isinstance(owner, MutableSequence):
+        return [str(index) for index in range(len(owner))]
+    names = dict.fromkeys([*getattr(owner, "__dict__", {}), *dir(owner)])
+    machinery = dir(nn.Module) if isinstance(owner, nn.Module) else ()
+    return [name for name in names if not name.startswith("_") and name not in machinery]
+
+
+def _key(owner: MutableMapping[Any, Any], part: str) -> Any:
+    return next(key for key in owner if str(key) == part)

@@ -1,0 +1,103 @@
+"""Stages and plans that cannot be, or do not fit their trainer, are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diptych.handlers import LearningRate, Stage, StagePlan
+from tests.handlers.staged import (
+    ALL,
+    HEAD,
+    loader,
+    make_trainer,
+)
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (Stage("s", trains="haed", epochs=1, lr=0.1), "'s': .* got 'haed', .* close are head"),
+        (
+            Stage("s", trains=["head", "blocks"], epochs=1, by_component={"head": 0.1}),
+            "'s': each trainable parameter must be in a group, got blocks.0.0.weight in none of h",
+        ),
+        (
+            Stage("s", epochs=1, lr=0.1, by_component={"blocks": 0.1, "blocks.1": 0.1}),
+            "'s': each parameter must be in one group, got blocks.1.0.weight in blocks and in bl",
+        ),
+        (
+            Stage("s", epochs=1, lr=0.1, by_component={"head": {"lr": 1.0, "beta": 0.9}}),
+            "options of 'head.*' must be the optimizer's, got 'beta', .* close are betas",
+        ),
+        (Stage("s", epochs=1, lr=0.1, loss="clip"), "CrossEntropyLoss has no 'active'"),
+        (Stage("s", epochs=1, lr=0.1, settings={"model.drop.q": 1}), "Dropout has no 'q'"),
+    ],
+)
+def test_a_stage_that_does_not_fit_the_trainer_is_refused_when_attached(stage, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(stage)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": 0.1}, "stage 's' needs epochs or steps, and not both, got None and None"),
+        ({"lr": 0.1, "epochs": 1, "steps": 1}, "not both, got 1 and 1"),
+        ({"lr": 0.1, "epochs": 0}, "epochs must be a whole number >= 1, got 0"),
+        ({"epochs": 1}, "needs lr, by_component or both, got neither"),
+        ({"epochs": 1, "lr": -1.0}, "lr must be >= 0 and finite, got -1.0"),
+        ({"epochs": 1, "lr": 0.1, "patience": 2}, "has a patience and needs its metric, got none"),
+    ],
+)
+def test_an_argument_out_of_range_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Stage("s", **arguments)
+
+
+def test_plans_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="needs stages, each with a name of its own, got none"):
+        StagePlan([])
+    with pytest.raises(ValueError, match=r"got \['head', 'head'\]"):
+        StagePlan([HEAD, HEAD])
+    with pytest.raises(ValueError, match=r"'b' loads the best .* needs a metric, got none"):
+        StagePlan([HEAD, Stage("b", epochs=1, lr=0.1, load="best")])
+    with pytest.raises(ValueError, match="got no stage before"):
+        StagePlan([Stage("b", epochs=1, lr=0.1, load="best")])
+
+
+def test_what_does_not_go_together_is_refused():
+    with pytest.raises(ValueError, match="one StagePlan, got a second"):
+        make_trainer(HEAD).attach(StagePlan([ALL]))
+    with pytest.raises(ValueError, match="got a LearningRate beside it"):
+        make_trainer(HEAD).attach(LearningRate()).run(loader())
+    trainer = make_trainer(attach=False)
+    model = trainer.model
+    trainer.optimizer = torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=0.1)
+    with pytest.raises(ValueError, match="makes the optimizer's groups, got an optimizer with 10"):
+        trainer.attach(StagePlan([HEAD]))
+
+
+def test_a_warm_up_as_long_as_its_stage_is_refused_before_the_first_iteration():
+    late = Stage("late", epochs=1, lr=0.1, batch_size=10, schedule=LearningRate(warmup=2))
+    trainer = make_trainer(HEAD, late)
+    with pytest.raises(ValueError, match=r"'late' must be shorter than the 2 iterations .* got 2"):
+        trainer.run(loader())
+    assert trainer.state.iteration == 0
+
+
+def test_a_batch_size_needs_a_loader_that_takes_one():
+    trainer = make_trainer(Stage("s", epochs=1, lr=0.1, batch_size=2))
+    with pytest.raises(TypeError, match="'s' must be of a SeededLoader, got a list"):
+        trainer.run(list(loader()))
+
+
+def test_a_metric_that_nobody_publishes_is_missed():
+    trainer = make_trainer(Stage("s", epochs=3, lr=0.1, metric="val/recal"))
+    with pytest.raises(KeyError, match=r"'s' must be one that is published .* got 'val/recal'"):
+        trainer.run(loader())
+
+
+def test_a_plan_describes_itself_only_when_attached():
+    with pytest.raises(ValueError, match="must be attached to a trainer first"):
+        StagePlan([HEAD]).describe()
