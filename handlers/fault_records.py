@@ -7,7 +7,7 @@ import dataclasses
 import os
 import re
 from collections import namedtuple
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -146,12 +146,16 @@ def _as_plain(value: Any) -> Any:
         return {key: _as_plain(item) for key, item in value.items()}
     fields = _fields_of(value)
     if fields is not None:
-        kind = "named tuple" if isinstance(value, tuple) else "data class"
-        parts = {name: _as_plain(getattr(value, name)) for name in fields}
-        return {KIND: kind, "name": type(value).__name__, "fields": parts}
+        return _as_fields(value, fields)
     if isinstance(value, (list, tuple)):
-        return type(value)(_as_plain(item) for item in value)
+        return type(value)(map(_as_plain, value))
     return _array_or_description(value)
+
+
+def _as_fields(value: Any, fields: Sequence[str]) -> dict[str, Any]:
+    kind = "named tuple" if isinstance(value, tuple) else "data class"
+    parts = {name: _as_plain(getattr(value, name)) for name in fields}
+    return {KIND: kind, "name": type(value).__name__, "fields": parts}
 
 
 def _fields_of(value: Any) -> list[str] | None:

@@ -209,18 +209,7 @@ class LossGuard:
         self._before = []
 
     def _decides_on_device(self, optimizer: Optimizer) -> bool:
-        if self.policy != "skip" or self.directory is not None:
-            return False
-        if type(optimizer) not in {Adam, AdamW, SGD}:
-            return False
-        if not all(group.get("fused") for group in optimizer.param_groups):
-            return False
-        # A fused SGD whose very first update is left out goes on from momentum that nobody set.
-        return not isinstance(optimizer, SGD) or all(
-            not group["momentum"] or all("momentum_buffer" in optimizer.state[p] for p in used)
-            for group in optimizer.param_groups
-            if (used := [p for p in group["params"] if p.grad is not None])
-        )
+        return self.policy == "skip" and self.directory is None and _skips_by_itself(optimizer)
 
     def _before_step(self, trainer: Trainer, optimizer: Any, *_: Any) -> None:
         """Tell the optimizer in the way of torch's scaler whether to leave this update out."""
@@ -313,6 +302,22 @@ class LossGuard:
             logger.error("%s; the run goes on", error)  # noqa: TRY400 - the message says it all
             return None
         return path
+
+
+def _skips_by_itself(optimizer: Optimizer) -> bool:
+    """Say whether an optimizer can leave its next update out on the device."""
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    if not fused or type(optimizer) not in {Adam, AdamW, SGD}:
+        return False
+    return not isinstance(optimizer, SGD) or all(
+        _has_momentum(optimizer, group) for group in optimizer.param_groups
+    )
+
+
+def _has_momentum(optimizer: SGD, group: Mapping[str, Any]) -> bool:
+    # A fused SGD whose very first update is left out goes on from momentum that nobody has set.
+    used = (p for p in group["params"] if p.grad is not None)
+    return not group["momentum"] or all("momentum_buffer" in optimizer.state[p] for p in used)
 
 
 def norms_by_name(trainer: Trainer, measured: GradientNorms) -> dict[str, Tensor]:

@@ -12,7 +12,10 @@ from diptych.handlers import (
     CheckpointManager,
     Evaluation,
     GradientClipping,
+    GradientDiagnostics,
     LearningRate,
+    LossGuard,
+    ModalityBalancing,
     RetrievalRecall,
     default_handlers,
 )
@@ -44,7 +47,8 @@ class TwoTowers(nn.Module):
 def make_trainer(**settings) -> Trainer:
     torch.manual_seed(0)
     model, loss = TwoTowers(), CLIPLoss()
-    optimizer = torch.optim.AdamW([*model.parameters(), *loss.parameters()], lr=1e-3)
+    parameters = [*model.parameters(), *loss.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=settings.pop("fused", None))
     return Trainer(
         model, loss, optimizer, task=tasks.image_text, seed=0, **{"log_every": 8, **settings}
     )
@@ -159,3 +163,73 @@ def test_a_compiled_model_keeps_its_keys_and_learns_the_same():
         losses.append(trainer.train(make_loader(), num_epochs=2))
         assert list(trainer.model.state_dict()) == keys
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-3, atol=1e-3)
+
+
+def broken_loader(at: int = 3) -> list[dict[str, torch.Tensor]]:
+    """Return batches, one of which (counted from 1) holds a NaN."""
+    loader = [{key: value.clone() for key, value in batch.items()} for batch in make_loader()]
+    loader[at - 1]["image"][0, 0] = torch.nan
+    return loader
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_nothing_waits_where_gradients_are_watched_balanced_and_guarded(precision):
+    trainer = make_trainer(precision=precision, log_every=1000, fused=True)
+    guard = LossGuard(window=3)
+    trainer.attach(
+        guard,
+        GradientDiagnostics(every=1),
+        ModalityBalancing(warmup=2),
+        GradientClipping(max_norm=1.0),
+    )
+    trainer.add_event_handler(
+        Events.GET_BATCH_COMPLETED, lambda: torch.cuda.set_sync_debug_mode("error")
+    )
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda: torch.cuda.set_sync_debug_mode("default")
+    )
+    loader = [{k: v.pin_memory() for k, v in batch.items()} for batch in broken_loader()]
+    try:
+        trainer.run(loader, max_epochs=2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert guard.caught == 2
+    assert all(torch.isfinite(w).all() for w in weights(trainer))
+
+
+@pytest.mark.parametrize("fused", [True, None])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_skipped_update_changes_nothing_on_the_device(precision, fused):
+    trainer = make_trainer(precision=precision, fused=fused).attach(LossGuard())
+    states: list[list[torch.Tensor]] = []
+
+    def keep() -> None:
+        moments = [t for state in trainer.optimizer.state.values() for t in state.values()]
+        buffers = [*trainer.model.buffers(), *trainer.loss.buffers()]
+        states.append([t.detach().cpu().clone() for t in (*weights(trainer), *buffers, *moments)])
+
+    for event in (Events.ITERATION_STARTED, Events.ITERATION_COMPLETED):
+        trainer.add_event_handler(event(once=3), keep)
+    trainer.run(broken_loader(at=3), max_epochs=1)
+    before, after = states
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_the_scalers_search_is_no_fault():
+    guard = LossGuard(budget=0)
+    trainer = make_trainer(precision="fp16", log_every=4, fused=True).attach(guard)
+    trainer.add_event_handler(
+        StepEvents.LOSS_COMPUTED(once=2), lambda: trainer.scaler.update(new_scale=2.0**40)
+    )
+    trainer.run(make_loader(), max_epochs=1)
+    assert guard.caught == 0
+    assert float(trainer.skipped_steps) >= 1
+
+
+def test_a_record_of_the_device_is_replayed_on_it(tmp_path):
+    from diptych.handlers.loss_guard import replay
+
+    trainer = make_trainer().attach(LossGuard(tmp_path))
+    trainer.run(broken_loader(), max_epochs=1)
+    [path] = tmp_path.glob("*.pt")
+    assert replay(path, make_trainer).differing() == []

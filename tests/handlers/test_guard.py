@@ -140,6 +140,48 @@ def test_spikes_are_judged_against_the_values_before_and_not_against_a_constant(
         assert guard.caught == 0
 
 
+def make_fp16_trainer(optimizer: str) -> Trainer:
+    try:
+        return make_trainer(optimizer, precision="fp16")
+    except ValueError as error:  # some CPUs cannot
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "fused adamw"])
+def test_the_search_of_fp16s_scaler_is_no_fault(optimizer):
+    trainer, guard = make_fp16_trainer(optimizer), LossGuard(budget=0)
+    trainer.add_event_handler(
+        StepEvents.LOSS_COMPUTED(once=2), lambda: trainer.scaler.update(new_scale=2.0**40)
+    )
+    trainer.attach(guard).run(batches(None), max_epochs=1)
+    assert guard.caught == 0
+    assert float(trainer.skipped_steps) > 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "fused adamw"])
+def test_in_fp16_a_fault_is_skipped_and_the_scaler_goes_on(optimizer):
+    trainer, guard = make_fp16_trainer(optimizer), LossGuard(window=3)
+    # A scale that fits from the start.
+    trainer.add_event_handler(
+        StepEvents.FORWARD_COMPLETED(once=1), lambda: trainer.scaler.load_state_dict(small)
+    )
+    small = {**trainer.scaler.state_dict(), "scale": 8.0}
+
+    @trainer.on(StepEvents.GRADIENTS_READY(once=6))
+    def plant() -> None:
+        trainer.model.text.weight.grad.mul_(1e4)
+
+    trainer.attach(guard)
+    states = states_of(trainer)
+    trainer.run(batches(), max_epochs=1)
+    pairs = zip(states[::2], states[1::2], strict=True)
+    assert [i for i, (a, b) in enumerate(pairs, 1) if same(a, b)] == [BAD, 6]
+    assert guard.caught == 2
+    assert float(trainer.skipped_steps) == 1  # of the NaN, which the scaler sees too
+    assert trainer.scaler.get_scale() == 4.0
+    assert not hasattr(trainer.optimizer, "found_inf")
+
+
 def test_without_a_spike_only_what_is_not_finite_is_caught():
     guard = LossGuard(spike=None, window=3)
     make_trainer().attach(guard).run(batches("spike"), max_epochs=1)
