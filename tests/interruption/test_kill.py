@@ -2,73 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
+import json
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-HANG = 120.0
-"""Seconds after which a process that should have ended counts as hanging."""
-
-
-def start(folder: Path, ranks: int) -> list[subprocess.Popen[bytes]]:
-    """Start the training on so many ranks, each a process group of its own with its workers."""
-    rendezvous = folder / f"rendezvous-{time.time_ns()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    processes = []
-    for rank in range(ranks):
-        ranked = {"RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
-        command = [
-            sys.executable,
-            "-m",
-            "tests.interruption.training",
-            str(folder),
-            str(rendezvous),
-        ]
-        with (folder / f"errors-{rank}").open("ab") as errors:
-            processes.append(
-                subprocess.Popen(
-                    command,
-                    cwd=ROOT,
-                    env={**os.environ, **ranked, "OMP_NUM_THREADS": "1"},
-                    stderr=errors,
-                    start_new_session=True,
-                )
-            )
-    return processes
-
-
-def kill(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Kill every process with its workers, as a machine that loses its power would."""
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def finish(folder: Path, ranks: int) -> tuple[str, bytes]:
-    """Let the training run to its end; return what it made."""
-    processes = start(folder, ranks)
-    codes = [process.wait(timeout=HANG) for process in processes]
-    assert codes == [0] * ranks, (folder / "errors-0").read_text()[-3000:]
-    return (folder / "digest").read_text(), (folder / "metrics.jsonl").read_bytes()
-
-
-def saves(folder: Path) -> int:
-    """Return a number that changes with every file written: a clock that knows the machine."""
-    checkpoints = folder / "checkpoints"
-    return (
-        sum(path.stat().st_mtime_ns for path in checkpoints.glob("*"))
-        if checkpoints.is_dir()
-        else 0
-    )
+from tests.interruption.processes import HANG, finish, kill, saves, start
 
 
 def kill_at_random(folder: Path, ranks: int, draw: random.Random) -> bool:
@@ -110,3 +51,19 @@ def test_a_run_killed_on_two_ranks_ends_like_the_one_nobody_touched(tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_killed_thirty_times_ends_like_the_one_nobody_touched(tmp_path, ranks):
     check(tmp_path, ranks=ranks, kills=30)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_ranks_and_another_micro_batch_go_on_with_the_same_order(
+    tmp_path, before, after
+):
+    finish(tmp_path / "whole", 1)
+    expected = json.loads((tmp_path / "whole" / "order.json").read_text())
+    folder = tmp_path / "killed"
+    processes = start(folder, before)
+    while not list((folder / "checkpoints").glob("*_iteration_*.pt")):
+        time.sleep(0.01)
+        assert all(process.poll() is None for process in processes)
+    kill(processes)
+    finish(folder, after, MICROBATCH_SIZE="5")
+    assert json.loads((folder / "order.json").read_text()) == expected

@@ -1,17 +1,23 @@
 """A training with everything that an interruption could spoil, as a script to be killed.
 
-Usage: python -m tests.interruption.training FOLDER
+Usage: python -m tests.interruption.training FOLDER RENDEZVOUS [SECONDS]
+
+With SECONDS an iteration takes at least as long, so that a signal meets it in the middle. The
+environment may give RANK, WORLD_SIZE and MICROBATCH_SIZE.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ignite.engine import Events
 from ignite.handlers import EMAHandler
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -66,8 +72,36 @@ def as_pairs(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def build(folder: Path) -> tuple[Trainer, SeededLoader]:
-    """Make the trainer with all its handlers, and its loader."""
+class Order:
+    """Notes the samples of every update, all ranks together, as part of the run's state."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
+
+    def attach(self, trainer: Trainer) -> None:
+        """Look at each batch when its update is done."""
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self.note)
+
+    def note(self, trainer: Trainer) -> None:
+        """Add the samples of one update."""
+        own = trainer.state.batch["group"].tolist()
+        shares = [own]
+        if dist.is_initialized():
+            shares = [[]] * dist.get_world_size()
+            dist.all_gather_object(shares, own)
+        self.seen.append([index for share in shares for index in share])
+
+    def state_dict(self) -> dict[str, list[list[int]]]:
+        """Return all that was seen."""
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state_dict: dict[str, list[list[int]]]) -> None:
+        """Go on from what was seen."""
+        self.seen = state_dict["seen"]
+
+
+def build(folder: Path) -> tuple[Trainer, SeededLoader, nn.Module, Order]:
+    """Make the trainer with all its handlers, its loader, the average and the order of samples."""
     torch.manual_seed(0)
     model, loss = Encoder(), MoCoLoss(dim=8, queue_size=20)
     optimizer = torch.optim.AdamW([*model.parameters(), *loss.parameters()], lr=0.01)
@@ -79,21 +113,25 @@ def build(folder: Path) -> tuple[Trainer, SeededLoader]:
         device="cpu",
         seed=2,
         log_every=3,
-        microbatch_size=3,
+        microbatch_size=int(os.environ.get("MICROBATCH_SIZE", "3")),
     )
     average = EMAHandler(trainer.model, momentum=0.05)
     average.attach(trainer)
     evaluated = SeededLoader(Pairs(), BATCH, seed=9, shuffle=False)
-    recall = RetrievalRecall(k=(1, 5), output_transform=as_pairs)
+    metrics = [RetrievalRecall(k=(1, 5), output_transform=as_pairs) for _ in range(2)]
+    order = Order()
     trainer.attach(
         LearningRate(warmup=5, decay="cosine"),
         GradientClipping(max_norm=1.0),
-        Evaluation(evaluated, metrics=[recall]),
+        Evaluation(evaluated, metrics=metrics[:1]),
+        Evaluation(evaluated, metrics=metrics[1:], prefix="average", model=average.ema_model),
         EarlyStopping(metric="val/recall@1", patience=50),
         JsonLines(folder),
+        order,
         CheckpointManager(folder / "checkpoints", every=2, best="val/recall@1", background=True),
     )
-    return trainer, SeededLoader(Pairs(), BATCH, seed=3, num_workers=2)
+    loader = SeededLoader(Pairs(), BATCH, seed=3, num_workers=2)
+    return trainer, loader, average.ema_model, order
 
 
 def main() -> None:
@@ -107,11 +145,14 @@ def main() -> None:
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
         )
-    trainer, loader = build(folder)
+    trainer, loader, average, order = build(folder)
+    if len(sys.argv) > 3:
+        trainer.add_event_handler(Events.ITERATION_STARTED, lambda: time.sleep(float(sys.argv[3])))
     trainer.run(loader, max_epochs=EPOCHS)
-    state = {**trainer.model.state_dict(), **trainer.loss.state_dict()}
-    content = b"".join(value.numpy().tobytes() for value in state.values())
+    states = [module.state_dict() for module in (trainer.model, trainer.loss, average)]
+    content = b"".join(value.numpy().tobytes() for state in states for value in state.values())
     if int(os.environ.get("RANK", "0")) == 0:
+        (folder / "order.json").write_text(json.dumps(order.seen))
         (folder / "digest").write_text(hashlib.sha256(content).hexdigest())
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,0 +1,75 @@
+"""Processes that train: started on one rank or several, killed, or let run to their end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+HANG = 120.0
+"""Seconds after which a process that should have ended counts as hanging."""
+
+
+def start(
+    folder: Path, ranks: int, *, seconds: float = 0.0, **environment: str
+) -> list[subprocess.Popen[bytes]]:
+    """Start the training on so many ranks, each a process group of its own with its workers."""
+    rendezvous = folder / f"rendezvous-{time.time_ns()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    processes = []
+    for rank in range(ranks):
+        ranked = {"RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
+        command = [
+            sys.executable,
+            "-m",
+            "tests.interruption.training",
+            str(folder),
+            str(rendezvous),
+            *([str(seconds)] if seconds else []),
+        ]
+        with (folder / f"errors-{rank}").open("ab") as errors:
+            processes.append(
+                subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    env={**os.environ, **ranked, **environment, "OMP_NUM_THREADS": "1"},
+                    stderr=errors,
+                    start_new_session=True,
+                )
+            )
+    return processes
+
+
+def kill(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Kill every process with its workers, as a machine that loses its power would."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def finish(folder: Path, ranks: int, **environment: str) -> tuple[str, bytes]:
+    """Let the training run to its end; return what it made."""
+    processes = start(folder, ranks, **environment)
+    assert codes(processes) == [0] * ranks, (folder / "errors-0").read_text()[-3000:]
+    return (folder / "digest").read_text(), (folder / "metrics.jsonl").read_bytes()
+
+
+def codes(processes: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Wait for the ends of processes; return their exit codes."""
+    return [process.wait(timeout=HANG) for process in processes]
+
+
+def saves(folder: Path) -> int:
+    """Return a number that changes with every file written: a clock that knows the machine."""
+    checkpoints = folder / "checkpoints"
+    return (
+        sum(path.stat().st_mtime_ns for path in checkpoints.glob("*"))
+        if checkpoints.is_dir()
+        else 0
+    )

@@ -1,0 +1,71 @@
+"""Signals to processes with workers, on one rank and on two: they save, and say so when they go."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from tests.interruption.processes import codes, finish, kill, saves, start
+
+
+def wait_for_a_save(folder, processes) -> None:
+    while not saves(folder):
+        time.sleep(0.01)
+        assert all(process.poll() is None for process in processes)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes]:
+    """Return what the run makes that nobody touched."""
+    return finish(tmp_path_factory.mktemp("whole"), 1)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGUSR1, 138), (signal.SIGINT, -signal.SIGINT)]
+)
+def test_a_signal_to_the_process_and_its_workers_saves_and_gives_the_conventional_code(
+    tmp_path, number, code, expected
+):
+    (process,) = start(tmp_path, 1, seconds=0.2)
+    wait_for_a_save(tmp_path, [process])
+    os.killpg(process.pid, number)
+    assert codes([process]) == [code]
+    told = (tmp_path / "errors-0").read_text()
+    assert f"signal {int(number)}: the run ends here; it resumes from {tmp_path}" in told
+    assert finish(tmp_path, 1) == expected
+
+
+def test_two_ranks_of_which_one_is_asked_end_at_one_iteration_with_a_checkpoint(tmp_path):
+    expected = finish(tmp_path / "whole", 2)
+    folder = tmp_path / "asked"
+    processes = start(folder, 2, seconds=0.2)
+    wait_for_a_save(folder, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)  # a launcher that passes on what a scheduler sent
+    assert codes(processes) == [143, 143]
+    assert "signal 15: the run ends here" in (folder / "errors-0").read_text()
+    assert "Traceback" not in (folder / "errors-1").read_text()
+    assert finish(folder, 2) == expected
+
+
+def test_a_second_process_on_the_folder_is_refused(tmp_path):
+    (first,) = start(tmp_path, 1, seconds=5.0)
+    wait_for_a_save(tmp_path, [first])
+    (second,) = start(tmp_path, 1)
+    assert codes([second]) == [1]
+    told = (tmp_path / "errors-0").read_text()
+    assert f"must belong to one process, and process {first.pid} on" in told
+    assert first.poll() is None
+    kill([first])
+
+
+def test_all_ranks_are_refused_where_one_is(tmp_path):
+    (tmp_path / "checkpoints").write_text("in the way of the folder")
+    processes = start(tmp_path, 2)
+    assert codes(processes) == [1, 1]
+    for rank in range(2):
+        assert "checkpoints cannot be written" in (tmp_path / f"errors-{rank}").read_text()
