@@ -313,6 +313,29 @@ def test_a_nan_on_one_rank_is_skipped_by_all_and_their_weights_stay_equal(
         assert names == [f"iteration_0000000{BAD}_rank_{r}.pt" for r in (0, 1)]
 
 
+def guarded_against_a_loss_of_one_rank(optimizer: str) -> tuple[dict[str, Tensor], int]:
+    """Train where one rank's loss alone spikes, without a gradient that would tell the other."""
+    guard = LossGuard(window=3)
+    trainer = make_trainer(optimizer).attach(guard)
+
+    @trainer.on(StepEvents.LOSS_COMPUTED)
+    def plant() -> None:
+        if trainer.state.iteration == BAD and dist.get_rank() == 1:
+            trainer.terms = {name: term + 1e5 for name, term in trainer.terms.items()}
+
+    trainer.run(batches(None), max_epochs=1)
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    return weights, guard.caught
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "fused adamw"])
+def test_ranks_agree_before_any_of_them_steps(ranks: Ranks, optimizer):
+    results = ranks.run(guarded_against_a_loss_of_one_rank, [(optimizer,)] * 2)
+    (first, caught), (second, caught_there) = results
+    assert caught == caught_there == 1
+    assert same(first, second)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
