@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from contextlib import nullcontext
-from typing import Any, Literal, cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 import attrs
 import torch
@@ -22,6 +22,22 @@ from diptych.engine.microbatch import SampleMeanLoss
 from diptych.engine.settings import Precision
 from diptych.engine.step import AUTOCAST
 from diptych.engine.tasks import Outputs, Task
+
+Weights = Literal["average", "model"]
+
+
+@runtime_checkable
+class AveragesWeights(Protocol):
+    """A handler that keeps an average of the weights."""
+
+    def averaged(self) -> AbstractContextManager[object]:
+        """Return a context in which the trainer's model holds the average; restored afterwards."""
+        ...
+
+
+def _check_weights(_: Any, __: attrs.Attribute[str], weights: object) -> None:
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights must be 'average' or 'model', got {weights!r}")
 
 
 def _check_loader(_: Any, __: attrs.Attribute[Any], loader: object) -> None:
@@ -62,6 +78,9 @@ class Evaluation:
     in eval mode (a queue takes nothing in) and random generators stand still meanwhile: the run
     goes on as if nothing had happened.
 
+    Where the trainer has a handler that averages its weights (`WeightAverage`), the average is
+    evaluated, and the weights of the run are put back bit for bit; `weights="model"` leaves them.
+
     Over several ranks every rank evaluates what its own loader gives, and the values are those of
     all: give the loader a sampler that shards it without padding. A loss that couples the samples
     of a batch sees the batches of all ranks together, of which there must be as many on each.
@@ -77,7 +96,9 @@ class Evaluation:
         every: "epoch", or iterations between two evaluations.
         prefix: what the names of the values begin with; each evaluation of a trainer has its own.
         task: what a batch means; None: the trainer's task.
-        model: what to evaluate, an averaged model say; None: the trainer's model.
+        model: what to evaluate, another model say; None: the trainer's model.
+        weights: "average": the average of the trainer's weights, where a handler keeps one;
+            "model": the weights as they are, and the only choice for a model of one's own.
         at_start: whether to evaluate before a run's first iteration too, as iteration 0.
         loss: whether to publish the loss. Default: with the trainer's own task.
 
@@ -88,7 +109,8 @@ class Evaluation:
     Raises:
         TypeError: if the loader can be iterated once only (a generator), or a metric is none.
         ValueError: if an argument is out of range; when attached, if another evaluation of the
-            trainer has this prefix, or a metric is called "loss" beside the loss.
+            trainer has this prefix, or a metric is called "loss" beside the loss; while running, if
+            several handlers average the weights.
         BatchError: while running: if ranks have different numbers of batches for a loss that
             couples them.
     """
@@ -101,6 +123,7 @@ class Evaluation:
     prefix: str = attrs.field(default="val", validator=_check_prefix, kw_only=True)
     task: Task | None = attrs.field(default=None, kw_only=True)
     model: nn.Module | None = attrs.field(default=None, kw_only=True)
+    weights: Weights = attrs.field(default="average", validator=_check_weights, kw_only=True)
     at_start: bool = attrs.field(default=False, kw_only=True)
     loss: bool = attrs.field(kw_only=True)
     evaluator: Evaluator = attrs.field(init=False, repr=False)
@@ -139,7 +162,7 @@ class Evaluation:
         """Evaluate now, publish the values and return them by name."""
         if self.loss and couples_samples(trainer.loss):
             _check_same_length(self.loader)
-        with evaluation_mode(trainer.loss):
+        with evaluation_mode(trainer.loss), self._weights(trainer):
             values = self.evaluator.evaluate(self.loader)
         if self.loss:
             values["loss"] = self.evaluator.state.metrics["loss"]
@@ -148,6 +171,17 @@ class Evaluation:
         trainer.metrics.report(trainer.state.iteration, self.values)
         trainer.fire_event(EvaluationEvents.EVALUATED)
         return self.values
+
+    def _weights(self, trainer: Trainer) -> AbstractContextManager[object]:
+        averages = [h for h in trainer.handlers if isinstance(h, AveragesWeights)]
+        if self.weights == "model" or self.model is not None or not averages:
+            return nullcontext()
+        if len(averages) > 1:
+            raise ValueError(
+                "one handler may average the weights that are evaluated, got "
+                f"{len(averages)}: give Evaluation weights='model', or attach one"
+            )
+        return averages[0].averaged()
 
     def _evaluate_at_start(self, trainer: Trainer) -> None:
         if trainer.state.iteration == 0:

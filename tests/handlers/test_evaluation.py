@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from ignite.engine import Events
@@ -173,6 +176,58 @@ def test_another_model_is_evaluated_in_place_of_the_trainers():
     assert other.training
 
 
+class Halved:
+    """Stands for a handler that averages weights: its average is half of them."""
+
+    def attach(self, trainer: Trainer) -> None:
+        self.model = trainer.model
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        kept = {name: value.clone() for name, value in self.model.state_dict().items()}
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.mul_(0.5)
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(kept)
+
+
+def loss_of(model: nn.Module) -> float:
+    whole = {key: torch.cat([b[key] for b in make_loader(seed=1)]) for key in ("image", "label")}
+    return F.cross_entropy(model.eval()(whole["image"]), whole["label"]).item()
+
+
+def test_averaged_weights_are_evaluated_where_there_are_any_and_put_back():
+    bare, trainer = make_trainer(), make_trainer()
+    average = Halved()
+    own, others = make_loader(seed=1), nn.Linear(3, 2)
+    trainer.attach(
+        average,
+        Evaluation(own, every=1, at_start=True),
+        Evaluation(own, every=1, prefix="plain", weights="model"),
+        Evaluation(own, every=1, prefix="other", model=others),
+    )
+    for one in (bare, trainer):
+        torch.manual_seed(3)  # of the dropout
+        one.run(make_loader(), max_epochs=1)
+    for name, value in bare.model.state_dict().items():
+        assert torch.equal(trainer.model.state_dict()[name], value), name
+    values = trainer.state.metrics
+    assert values["plain/loss"] == pytest.approx(loss_of(trainer.model), rel=1e-6)
+    assert values["other/loss"] == pytest.approx(loss_of(others), rel=1e-6)
+    with average.averaged():
+        assert values["val/loss"] == pytest.approx(loss_of(trainer.model), rel=1e-6)
+    assert values["val/loss"] != pytest.approx(values["plain/loss"], rel=1e-3)
+
+
+def test_two_averages_of_the_weights_are_refused():
+    trainer = make_trainer().attach(Halved(), Halved(), Evaluation(make_loader(), every=1))
+    with pytest.raises(ValueError, match=r"one handler may average the weights .* got 2"):
+        trainer.run(make_loader(), max_epochs=1)
+
+
 def test_two_evaluations_of_one_prefix_are_refused():
     trainer = make_trainer().attach(Evaluation(make_loader()))
     with pytest.raises(ValueError, match="prefix of its own, got 'val' twice"):
@@ -194,6 +249,7 @@ def test_a_metric_called_loss_beside_the_loss_is_refused():
         ({"prefix": ""}, "prefix must be a name"),
         ({"prefix": "val/"}, "got 'val/'"),
         ({"prefix": "train"}, "not 'train'"),
+        ({"weights": "ema"}, "weights must be 'average' or 'model', got 'ema'"),
     ],
 )
 def test_an_argument_out_of_range_is_refused(arguments, message):
