@@ -206,7 +206,7 @@ class LossGuard:
             self._restore_buffers(bad)
         elif bool(bad):
             self._catch(trainer, measured, values)
-        self._before = []
+        self._before, self._random = [], None
 
     def _decides_on_device(self, optimizer: Optimizer) -> bool:
         return self.policy == "skip" and self.directory is None and _skips_by_itself(optimizer)
@@ -244,7 +244,7 @@ class LossGuard:
         if record is not None:
             message += f"; recorded in {record}"
         if self.policy == "raise":
-            raise FaultError(f"{message}; see what it was with replay, or leave it out: 'skip'")
+            raise FaultError(f"{message}; policy='skip' leaves such batches out")
         for parameter in held_parameters(trainer):
             parameter.grad = None  # an optimizer leaves alone what has no gradient
         if self.policy == "stop":
