@@ -144,7 +144,8 @@ def _refined(names: Sequence[str], found: Sequence[dict[str, Membership]]) -> li
     for name in names:
         members = [members.get(name) for members in found]
         if any(members):
-            parts.setdefault(repr(members), []).append(name)
+            # Two towers stay apart, so that each group has the name of its part.
+            parts.setdefault(f"{name.partition('.')[0]}: {members}", []).append(name)
     groups: list[StageGroup] = []
     for held in parts.values():
         members = [members.get(held[0]) for members in found]
