@@ -2,11 +2,12 @@
 
 from diptych.engine import tasks
 from diptych.engine.certify import certify
-from diptych.engine.data import in_groups
+from diptych.engine.data import in_groups, of_this_rank
 from diptych.engine.errors import BatchError, CheckpointError, ResumeError
 from diptych.engine.evaluator import Evaluator
 from diptych.engine.events import EvaluationEvents, MetricsEvents, RunEvents, StepEvents
 from diptych.engine.metrics_collector import MetricsCollector
+from diptych.engine.process_group import process_group
 from diptych.engine.seeded_loader import SeededLoader
 from diptych.engine.settings import TrainerSettings
 from diptych.engine.step import StepOutput, TrainStep
@@ -29,5 +30,7 @@ __all__ = [
     "TrainerSettings",
     "certify",
     "in_groups",
+    "of_this_rank",
+    "process_group",
     "tasks",
 ]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diptych.engine.batches import tell_epoch
+from diptych.engine.distributed import rank, world_size
 from diptych.engine.errors import BatchError
 
 
@@ -117,17 +118,44 @@ def split(batch: Any, size: int) -> list[Any]:
     samples = batch_size(batch)
     pieces = -(-samples // size)
     bounds = [samples * index // pieces for index in range(pieces + 1)]
+    return [part(batch, start, stop) for start, stop in pairwise(bounds)]
 
-    def cut(start: int, stop: int) -> Any:
-        def take(leaf: Any) -> Any:
-            columns = (Tensor, np.ndarray)
-            per_sample = isinstance(leaf, columns) and leaf.ndim and leaf.shape[0] == samples
-            listed = isinstance(leaf, (list, tuple)) and len(leaf) == samples
-            return leaf[start:stop] if per_sample or listed else leaf
 
-        return map_leaves(batch, take)
+def part(batch: Any, start: int, stop: int) -> Any:
+    """Return the samples from `start` to `stop` of a batch; see `split` for what is a sample."""
+    samples = batch_size(batch)
 
-    return [cut(*pair) for pair in pairwise(bounds)]
+    def take(leaf: Any) -> Any:
+        columns = (Tensor, np.ndarray)
+        per_sample = isinstance(leaf, columns) and leaf.ndim and leaf.shape[0] == samples
+        listed = isinstance(leaf, (list, tuple)) and len(leaf) == samples
+        return leaf[start:stop] if per_sample or listed else leaf
+
+    return map_leaves(batch, take)
+
+
+def of_this_rank(batches: Sequence[Any]) -> list[Any]:
+    """Return this rank's part of each batch, so that several ranks share an evaluation.
+
+    Every rank gets as many batches as there are; alone, they stay whole. The parts of a batch
+    differ by one sample at the most.
+
+    Args:
+        batches: the same on all ranks, each of at least as many samples as there are ranks.
+
+    Raises:
+        BatchError: if a batch has fewer samples than there are ranks.
+    """
+    ranks = world_size()
+    sizes = [batch_size(batch) for batch in batches]
+    if min(sizes, default=ranks) < ranks:
+        raise BatchError(
+            f"a batch must have a sample for each of {ranks} ranks, got one of {min(sizes)}"
+        )
+    return [
+        part(batch, size * rank() // ranks, size * (rank() + 1) // ranks)
+        for batch, size in zip(batches, sizes, strict=True)
+    ]
 
 
 def join(batches: Sequence[Any]) -> Any:

@@ -24,6 +24,7 @@ ARCHIVE = Path(__file__).parent / "data" / "emoji.tar.gz"
 IMAGE_SIZE = 32
 STYLES = ("noto", "twemoji")
 KEYWORD_PROBABILITY = 0.7
+TOKEN_DROPOUT = 0.2
 EVALUATION_BATCH_SIZE = 512
 
 Drawing = tuple[int, str]
@@ -94,8 +95,9 @@ def training_drawings(emoji: Sequence[Emoji]) -> list[Drawing]:
 class TrainingPairs(Dataset[dict[str, Any]]):
     """A drawing and a caption at a time; all randomness comes from torch's global generator.
 
-    A caption is the name and each keyword with probability 0.7. What warps and colours the drawing
-    is drawn here, sample by sample, and applied by `collate`, to the whole batch at once.
+    A caption is the name and each keyword with probability 0.7, less a fifth of all tokens. What
+    warps and colours the drawing is drawn here, sample by sample, and applied by `collate`, to the
+    whole batch at once. So it depends on the sample alone, not on who shares its batch.
     """
 
     def __init__(self, emoji: Sequence[Emoji]) -> None:
@@ -112,10 +114,12 @@ class TrainingPairs(Dataset[dict[str, Any]]):
         keywords = self._keywords[group]
         kept = (torch.rand(len(keywords)) < KEYWORD_PROBABILITY).tolist()
         chosen = [keyword for keyword, keep in zip(keywords, kept, strict=True) if keep]
+        text = torch.cat([self._names[group], *chosen])
+        dropped = torch.rand(len(text)) < TOKEN_DROPOUT
         return {
             "image": self._images[index],
             "draws": torch.rand(NUMBER_OF_DRAWS),
-            "text": torch.cat([self._names[group], *chosen]),
+            "text": text.masked_fill(dropped, 0),
             "group": group,
         }
 

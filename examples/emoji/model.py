@@ -96,10 +96,9 @@ class TextEncoder(nn.Module):
 
     Args:
         dim: of the features.
-        token_dropout: share of the tokens that a caption loses in training.
     """
 
-    def __init__(self, dim: int, *, width: int = 256, token_dropout: float = 0.2) -> None:
+    def __init__(self, dim: int, *, width: int = 256) -> None:
         super().__init__()
         self.embedding = nn.EmbeddingBag(BUCKETS + 1, width, mode="mean", padding_idx=0)
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -108,13 +107,9 @@ class TextEncoder(nn.Module):
             nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, dim)
         )
         self.shortcut = nn.Linear(width, dim)
-        self.token_dropout = token_dropout
 
     def forward(self, text: Tensor) -> Tensor:
         """Return features [B, dim] of token numbers [B, L], padded with 0."""
-        if self.training:
-            dropped = torch.rand(text.shape, device=text.device) < self.token_dropout
-            text = text.masked_fill(dropped, 0)
         mean = self.norm(self.embedding(text))
         features: Tensor = self.hidden(mean) + self.shortcut(mean)
         return features

@@ -1,6 +1,7 @@
 """Train two towers on emoji and captions, and ask them for emoji and drawings they never saw.
 
-    python -m examples.emoji.train
+    python examples/emoji/train.py
+    torchrun --nproc-per-node=2 examples/emoji/train.py
 
 Some two minutes on two CPU cores. `--help` lists the flags.
 """
@@ -8,14 +9,23 @@ Some two minutes on two CPU cores. `--help` lists the flags.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from ignite import distributed as idist
 from torch import Tensor
 
-from diptych.engine import Evaluator, SeededLoader, Trainer, tasks
+from diptych.engine import (
+    Evaluator,
+    SeededLoader,
+    Trainer,
+    of_this_rank,
+    process_group,
+    tasks,
+)
 from diptych.handlers import (
     Evaluation,
     GradientClipping,
@@ -26,6 +36,8 @@ from diptych.handlers import (
     new_run,
 )
 from diptych.losses import get_loss
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, the examples are not found
 from examples.emoji.data import TrainingPairs, collate, read_emoji, unseen_drawings, unseen_emoji
 from examples.emoji.model import TwoTowers
 from examples.emoji.results import RANKS, results_table
@@ -68,6 +80,7 @@ def main() -> None:
         TrainingPairs(emoji), flags.batch_size, seed=flags.seed, drop_last=True, collate=collate
     )
     splits = {"unseen_drawing": unseen_drawings(emoji), "unseen_emoji": unseen_emoji(emoji)}
+    shares = {split: of_this_rank(batches) for split, batches in splits.items()}
 
     trainer = build_trainer(flags)
     trainer.attach(
@@ -81,16 +94,17 @@ def main() -> None:
                 prefix=split,
                 every=5 * len(loader),
             )
-            for split, batches in splits.items()
+            for split, batches in shares.items()
         ),
         *default_handlers(run_dir, resume="auto" if flags.resume else None),
     )
     trainer.run(loader, max_epochs=flags.epochs)
 
     evaluator = Evaluator(trainer.model, task=one_side, metrics=[RetrievalRecall(k=RANKS)])
-    results = {split: evaluator.evaluate(batches) for split, batches in splits.items()}
-    print(f"\n{results_table(results, splits)}\n\nrun: {run_dir}")
-    print(f"tensorboard --logdir {flags.run_dir or RUNS}")
+    results = {split: evaluator.evaluate(batches) for split, batches in shares.items()}
+    if idist.get_rank() == 0:
+        print(f"\n{results_table(results, splits)}\n\nrun: {run_dir}")
+        print(f"tensorboard --logdir {flags.run_dir or RUNS}")
 
 
 def find_run(*, resume: bool) -> Path:
@@ -139,4 +153,5 @@ def parse_flags() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    with process_group():
+        main()

@@ -76,9 +76,16 @@ def test_a_caption_in_training_holds_the_name_and_only_its_own_keywords(emoji, p
         one = emoji[pairs[index]["group"]]
         tokens = pairs[index]["text"].tolist()
         name = tokenize(one.name).tolist()
-        assert tokens[: len(name)] == name
+        kept = zip(tokens[: len(name)], name, strict=True)
+        assert all(token in {0, expected} for token, expected in kept)
         own = {token for words in (one.name, *one.keywords) for token in tokenize(words).tolist()}
-        assert set(tokens) <= own
+        assert set(tokens) <= {0, *own}
+
+
+def test_a_fifth_of_a_captions_tokens_is_left_out_in_training(pairs):
+    torch.manual_seed(0)
+    tokens = torch.cat([pairs[index]["text"] for index in range(0, len(pairs), 10)])
+    assert (tokens == 0).double().mean() == pytest.approx(0.2, abs=0.02)
 
 
 def test_a_sample_is_a_function_of_torchs_global_generator_alone(pairs):
