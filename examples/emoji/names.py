@@ -1,0 +1,84 @@
+"""The emoji's names as words, beside their drawings, for models that name what they see."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from examples.emoji.augment import NUMBER_OF_DRAWS, augment
+from examples.emoji.data import Batch, Drawing, Emoji, training_drawings
+
+PAD, EDGE, OTHER = 0, 1, 2
+"""What fills a batch, what begins and ends a name, and what stands for an unknown word."""
+
+
+class Words:
+    """The words of the names that are trained on, each with a number."""
+
+    def __init__(self, emoji: Sequence[Emoji]) -> None:
+        names = [emoji[i].name for i, _ in training_drawings(emoji)]
+        self._words = sorted({word for name in names for word in split(name)})
+        self._numbers = {word: i for i, word in enumerate(self._words, start=3)}
+
+    def __len__(self) -> int:
+        return 3 + len(self._words)
+
+    def encode(self, name: str) -> Tensor:
+        """Return the numbers of a name's words between two edges, int64 [L + 2]."""
+        return torch.tensor([EDGE, *(self._numbers.get(w, OTHER) for w in split(name)), EDGE])
+
+    def decode(self, tokens: Tensor) -> str:
+        """Return the words between the first edge and the next one."""
+        words = []
+        for token in tokens[1:].tolist():
+            if token in (EDGE, PAD):
+                break
+            words.append("?" if token == OTHER else self._words[token - 3])
+        return " ".join(words)
+
+
+def split(name: str) -> list[str]:
+    """Return the words of a name, in lower case and without punctuation."""
+    return re.findall(r"[\w#*]+", name.lower())
+
+
+class NamedDrawings(Dataset[dict[str, Any]]):
+    """A drawing that is trained on, and its emoji's name."""
+
+    def __init__(self, emoji: Sequence[Emoji], words: Words) -> None:
+        self._drawings = training_drawings(emoji)
+        self._images = [emoji[i].drawings[style] for i, style in self._drawings]
+        self._names = [words.encode(one.name) for one in emoji]
+
+    def __len__(self) -> int:
+        return len(self._drawings)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        group, _ = self._drawings[index]
+        draws = torch.rand(NUMBER_OF_DRAWS)
+        image, tokens = self._images[index], self._names[group]
+        return {"image": image, "draws": draws, "tokens": tokens, "group": group}
+
+
+def collate_named(samples: Sequence[dict[str, Any]]) -> Batch:
+    """Return `image` [B, 3, 32, 32], augmented, `tokens` [B, L] and `group` [B]."""
+    images = torch.stack([sample["image"] for sample in samples])
+    return {
+        "image": augment(images, torch.stack([sample["draws"] for sample in samples])),
+        "tokens": pad_sequence([sample["tokens"] for sample in samples], batch_first=True),
+        "group": torch.tensor([sample["group"] for sample in samples]),
+    }
+
+
+def named_batch(emoji: Sequence[Emoji], drawings: Sequence[Drawing], words: Words) -> Batch:
+    """Return one batch of drawings as they are, with their names."""
+    images = torch.stack([emoji[i].drawings[style] for i, style in drawings])
+    names = pad_sequence([words.encode(emoji[i].name) for i, _ in drawings], batch_first=True)
+    groups = torch.tensor([i for i, _ in drawings])
+    return {"image": images.float() / 255, "tokens": names, "group": groups}

@@ -1,0 +1,100 @@
+"""Learn features from pairs of views, without captions or labels, and probe them by category.
+
+python -m examples.self_supervised --method byol
+"""
+
+import argparse
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from diptych.engine import Evaluator, SeededLoader, Trainer, tasks
+from diptych.handlers import (
+    KNNAccuracy,
+    LearningRate,
+    MomentumEncoder,
+    default_handlers,
+    new_run,
+    parameter_groups,
+)
+from diptych.losses import BarlowTwinsLoss, MoCoLoss, NegativeCosineLoss, NTXentLoss, VICRegLoss
+from diptych.losses.base.projection import Projection
+from examples.emoji import labels
+from examples.emoji.data import Batch, Emoji, read_emoji, training_drawings
+from examples.emoji.model import ImageEncoder
+
+WIDTH, EPOCHS = 256, 20
+
+
+class Views(nn.Module):
+    """An encoder with a projection head, a target that follows them, a head that predicts it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.online = nn.Sequential(ImageEncoder(WIDTH, width=16), head())
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.predictor = head()
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return projected features [B, WIDTH] of drawings [B, 3, 32, 32]."""
+        return self.online(image)
+
+
+def head() -> nn.Module:
+    """Return two layers with batch normalisation between."""
+    return Projection(input_dim=WIDTH, output_dim=WIDTH, hidden_dim=512, normalization="batch")
+
+
+def queries_and_keys(model: Views, batch: Batch) -> Batch:
+    """MoCo's task: one view through the encoder, the other one through the momentum encoder."""
+    return {"query": model.online(batch["first"]), "key": model.target(batch["second"])}
+
+
+def predictions_and_targets(model: Views, batch: Batch) -> Batch:
+    """BYOL's task: each view predicts the target of the other."""
+    views = torch.cat([batch["first"], batch["second"]])
+    targets = model.target(views).roll(len(views) // 2, dims=0)
+    return {"predictions": model.predictor(model.online(views)), "targets": targets}
+
+
+def labelled(model: Views, batch: Batch) -> Batch:
+    """The probe's task: the features below the projection head."""
+    return {"features": model.online[0](batch["image"]), "labels": batch["label"]}
+
+
+METHODS = {
+    "simclr": (lambda: NTXentLoss(temperature=0.2), tasks.two_views),
+    "vicreg": (VICRegLoss, tasks.two_views),
+    "barlow_twins": (lambda: BarlowTwinsLoss(redundancy_weight=0.02), tasks.two_views),
+    "moco": (lambda: MoCoLoss(dim=WIDTH, queue_size=1024), queries_and_keys),
+    "byol": (lambda: NegativeCosineLoss(kind="byol"), predictions_and_targets),
+}
+
+
+def main(method: str, emoji: Sequence[Emoji], epochs: int = EPOCHS) -> dict[str, float]:
+    """Train; return the probe's accuracy before and after, and that of a constant answer."""
+    torch.manual_seed(0)
+    (make_loss, task), views = METHODS[method], labels.TwoDrawings(emoji)
+    model, loss = Views(), make_loss()
+    loader = SeededLoader(views, 128, seed=0, drop_last=True, collate=labels.collate_views)
+    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=1e-4, lr=2e-3))
+    trainer = Trainer(model, loss, optimizer, task=task, seed=0)
+    trainer.attach(LearningRate(warmup=len(loader)), *default_handlers(new_run("runs", method)))
+    if method in ("moco", "byol"):
+        trainer.attach(MomentumEncoder(momentum=0.97, schedule="cosine"))
+
+    bank = labels.labelled_batches(emoji, training_drawings(emoji))
+    unseen = labels.labelled_batches(emoji, labels.unseen_emoji_drawings(emoji))
+    probe = Evaluator(model, task=labelled, metrics={"kNN": KNNAccuracy(bank, k=20)})
+    results = {"constant": labels.largest_share(unseen), "untrained": probe.evaluate(unseen)["kNN"]}
+    trainer.run(loader, max_epochs=epochs)
+    return {**results, "trained": probe.evaluate(unseen)["kNN"]}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--method", choices=METHODS, default="simclr")
+    for name, accuracy in main(parser.parse_args().method, read_emoji()).items():
+        print(f"{name:10} {accuracy:6.1%}")
