@@ -40,6 +40,21 @@ def write_attribute(trainer: Trainer, path: str, value: Any) -> None:
         setattr(owner, last, value)
 
 
+def try_attribute(trainer: Trainer, path: str, *values: Any) -> None:
+    """Set the value at a path to each of these and back, so that a setter can refuse them now.
+
+    Raises:
+        ValueError: as `read_attribute`, or what the setter raises.
+        TypeError: as `read_attribute`.
+    """
+    there = read_attribute(trainer, path)
+    try:
+        for value in values:
+            write_attribute(trainer, path, value)
+    finally:
+        write_attribute(trainer, path, there)
+
+
 def _owner(trainer: Trainer, path: str) -> tuple[Any, str]:
     """Return what holds the last part of a path, and that part."""
     first, *middle, last = path.split(".") if "." in path else (path, path)

@@ -10,7 +10,7 @@ import attrs
 from ignite.engine import Events
 
 from diptych.engine import MetricsEvents, RunEvents, Trainer
-from diptych.handlers.attributes import read_attribute, write_attribute
+from diptych.handlers.attributes import read_attribute, try_attribute, write_attribute
 from diptych.handlers.evaluation import Evaluation
 
 Shape = Literal["linear", "cosine", "step"]
@@ -73,7 +73,8 @@ class Curriculum:
 
     Raises:
         ValueError: if arguments are out of range or do not fit one another; when attached, if the
-            path names nothing (the message lists the near names), or another curriculum has it.
+            path names nothing (the message lists the near names), another curriculum has it, or the
+            attribute refuses one of the values.
         TypeError: when attached, if what the path names is a tensor or a module.
         KeyError: while running: if nothing has the metric's name when it should have come first.
     """
@@ -136,6 +137,8 @@ class Curriculum:
         if self.start is None:
             self.start = there
             self._check_numbers()
+        if self.function is None:
+            try_attribute(trainer, self.path, self.start, self.end)
         self._trainer = trainer
         self._reset()
         trainer.metrics.gauge(f"curriculum/{self.name}", self._published)

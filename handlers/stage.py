@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -116,6 +117,12 @@ class Stage:
             )
         if self.patience is not None and self.metric is None:
             raise ValueError(f"stage {self.name!r} has a patience and needs its metric, got none")
+        for name, weight in self.loss_weights.items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(
+                    f"loss_weights of stage {self.name!r} must be >= 0 and finite, got {weight!r} "
+                    f"for {name!r}"
+                )
         if self.lr is None and not self.by_component:
             raise ValueError(f"stage {self.name!r} needs lr, by_component or both, got neither")
 

@@ -128,7 +128,10 @@ def _trained(stage: Stage, named: dict[str, nn.Parameter]) -> list[str]:
             check_pattern(pattern, named)
     except ValueError as error:
         raise ValueError(f"stage {stage.name!r}: {error}") from error
-    return [name for name in named if any(matches(name, pattern) for pattern in stage.trains)]
+    trained = [name for name in named if any(matches(name, p) for p in stage.trains)]
+    if not trained:
+        raise ValueError(f"stage {stage.name!r} must train something, got {stage.trains!r}")
+    return trained
 
 
 def _memberships(trainer: Trainer, stage: Stage, names: Sequence[str]) -> dict[str, Membership]:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from diptych.engine import CheckpointError, EvaluationEvents, RunEvents, SeededLoader, Trainer
 from diptych.engine.batches import length_of
+from diptych.engine.distributed import world_size
 from diptych.engine.run_state import clean_state_dict, load_clean_state_dict
-from diptych.handlers.attributes import read_attribute, write_attribute
+from diptych.handlers.attributes import try_attribute, write_attribute
 from diptych.handlers.evaluation import Evaluation
 from diptych.handlers.schedules import LearningRate, rate_of
 from diptych.handlers.stage import Stage
@@ -109,8 +110,8 @@ class StagePlan:
         if any(isinstance(other, StagePlan) for other in trainer.handlers):
             raise ValueError("a trainer must have one StagePlan, got a second one")
         for stage in self.stages:
-            for path in stage.assignments:
-                read_attribute(trainer, path)
+            for path, value in stage.assignments.items():
+                try_attribute(trainer, path, value)
         groups = StageGroups(trainer, self.stages)
         groups.install(trainer.optimizer)
         self._trainer, self._groups, self._task = trainer, groups, trainer.task
@@ -216,7 +217,12 @@ class StagePlan:
             self._sized(self.stage)
         elif isinstance(loader := self._loader_of(stage), SeededLoader):
             loader.batch_size = self._sizes[loader]
-        return length or None
+        if length == 0 or (stage.batch_size is not None and stage.batch_size < world_size()):
+            raise ValueError(
+                f"the batch_size of stage {stage.name!r} must be one that its loader can fill, and "
+                f"at least one sample for each of {world_size()} ranks, got {stage.batch_size}"
+            )
+        return length
 
     def _change_loader(self, trainer: Trainer) -> None:
         """Take the batches of a stage that begins from its loader, with its batch size."""
@@ -291,7 +297,7 @@ class StagePlan:
 
     def _count_steps(self, trainer: Trainer) -> None:
         done = trainer.state.iteration - self.progress.first_iteration
-        if done == self.stage.steps:
+        if self.stage.steps is not None and done >= self.stage.steps:
             self._end(trainer)
 
     def _end_epoch(self, trainer: Trainer) -> None:

@@ -228,3 +228,10 @@ def test_a_metric_that_nobody_publishes_is_missed_after_the_first_epoch():
     trainer.attach(Curriculum("loss.alpha", end=1.0, metric="val/recal", above=0.5))
     with pytest.raises(KeyError, match=r"got 'val/recal'; there are .*train/loss"):
         trainer.run(loader(), max_epochs=2)
+
+
+def test_a_value_that_the_attribute_refuses_is_refused_when_attached():
+    trainer = make_trainer(HybridLoss(alpha=0.25))
+    with pytest.raises(ValueError, match=r"alpha must lie in \[0, 1\], got 2"):
+        trainer.attach(Curriculum("loss.alpha", end=2.0))
+    assert trainer.loss.alpha == 0.25

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from diptych.engine import SeededLoader
 from diptych.handlers import LearningRate, Stage, StagePlan
+from diptych.losses import CrossEntropyLoss, OneOf
 from tests.handlers.staged import (
     ALL,
     HEAD,
+    Squares,
     loader,
     make_trainer,
 )
@@ -30,6 +33,7 @@ from tests.handlers.staged import (
             Stage("s", epochs=1, lr=0.1, by_component={"head": {"lr": 1.0, "beta": 0.9}}),
             "options of 'head.*' must be the optimizer's, got 'beta', .* close are betas",
         ),
+        (Stage("s", trains=(), epochs=1, lr=0.1), r"'s' must train something, got \(\)"),
         (Stage("s", epochs=1, lr=0.1, loss="clip"), "CrossEntropyLoss has no 'active'"),
         (Stage("s", epochs=1, lr=0.1, settings={"model.drop.q": 1}), "Dropout has no 'q'"),
     ],
@@ -47,6 +51,7 @@ def test_a_stage_that_does_not_fit_the_trainer_is_refused_when_attached(stage, m
         ({"lr": 0.1, "epochs": 0}, "epochs must be a whole number >= 1, got 0"),
         ({"epochs": 1}, "needs lr, by_component or both, got neither"),
         ({"epochs": 1, "lr": -1.0}, "lr must be >= 0 and finite, got -1.0"),
+        ({"epochs": 1, "lr": 0.1, "loss_weights": {"a": -1.0}}, "finite, got -1.0 for 'a'"),
         ({"epochs": 1, "lr": 0.1, "patience": 2}, "has a patience and needs its metric, got none"),
     ],
 )
@@ -101,3 +106,17 @@ def test_a_metric_that_nobody_publishes_is_missed():
 def test_a_plan_describes_itself_only_when_attached():
     with pytest.raises(ValueError, match="must be attached to a trainer first"):
         StagePlan([HEAD]).describe()
+
+
+def test_a_value_that_its_attribute_refuses_is_refused_when_attached():
+    loss = OneOf(losses={"a": CrossEntropyLoss(), "b": CrossEntropyLoss()})
+    with pytest.raises(ValueError, match="active must be one of a, b, got 'c'"):
+        make_trainer(Stage("s", epochs=1, lr=0.1, loss="c"), loss=loss)
+    assert loss.active == "a"
+
+
+def test_a_batch_size_that_the_loader_cannot_fill_is_refused_before_the_first_iteration():
+    trainer = make_trainer(HEAD, Stage("large", epochs=1, lr=0.1, batch_size=99))
+    with pytest.raises(ValueError, match="'large' must be one that its loader can fill"):
+        trainer.run(SeededLoader(Squares(), 4, drop_last=True))
+    assert trainer.state.iteration == 0
