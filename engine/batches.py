@@ -43,7 +43,9 @@ class BatchSource:
 
     def rewind(self) -> None:
         """Begin anew at the next batch."""
-        self._iterator, self._restored = None, False
+        # A loader that was put to the end of its pass, and not read since, must be read past it.
+        self._restored = self._at_end = self._restored and _told_epoch(self.data) is None
+        self._iterator = None
 
     def next(self, epoch: int, done: int = 0, epoch_length: int | None = None) -> Any:
         """Return the next batch.

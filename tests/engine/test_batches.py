@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from diptych.engine import ResumeError
@@ -104,3 +105,60 @@ def test_only_the_outermost_that_can_is_told_the_epoch():
     tell_epoch(Loader(), 3)
     assert (Loader.sampler.told, Loader.batch_sampler.told) == ([3], [])
     tell_epoch([1, 2], 3)
+
+
+class Shuffled:
+    """A loader with a state, as torchdata's: its order is drawn when it is iterated."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(3)
+        self.pending: dict[str, object] | None = None
+
+    def __iter__(self):
+        torch.rand(())  # a draw from the run's own generator, once a pass
+        if self.pending is None:
+            start, done = self.generator.get_state(), 0
+        else:
+            start, done = self.pending["start"], self.pending["done"]
+            self.generator.set_state(start)
+        self.pending = None
+        order = torch.randperm(5, generator=self.generator).tolist()
+        self.state = {"start": start, "done": done}
+        return self._rest(order)
+
+    def _rest(self, order):
+        for index in order[self.state["done"] :]:
+            self.state["done"] += 1
+            yield index
+
+    def state_dict(self):
+        return dict(self.state)
+
+    def load_state_dict(self, state):
+        self.pending = dict(state)
+
+
+@pytest.mark.parametrize("done", [1, 3, 5])
+def test_a_place_inside_a_pass_or_at_its_end_goes_on_with_the_same_order_and_draws(done):
+    def step(source):
+        try:
+            batch = source.next(0)
+        except StopIteration:
+            batch = source.next(0)
+        return batch, torch.rand(()).item()
+
+    def read(source, count):
+        return [step(source) for _ in range(count)]
+
+    torch.manual_seed(0)
+    source, other = BatchSource(), BatchSource()
+    source.switch(Shuffled())
+    read(source, done)
+    place, drawn = source.place(), torch.get_rng_state()
+    if done == 5:
+        source.rewind()
+    expected = read(source, 9)
+    other.switch(Shuffled())
+    other.restore_place(place, inside=done < 5)
+    torch.set_rng_state(drawn)
+    assert read(other, 9) == expected
