@@ -196,7 +196,7 @@ class RepresentationHealth:
     def _loss_over_chance(self, trainer: Trainer) -> Tensor:
         loss = torch.stack([term.float() for term in trainer.terms.values()]).sum()
         size = len(next(value for value in trainer.outputs.values() if value.ndim))
-        return loss / sum_over_ranks(loss.new_tensor(float(size))).log()
+        return loss / sum_over_ranks(loss.new_full((), float(size))).log()
 
     @torch.no_grad()
     def _keep(self, trainer: Trainer) -> None:

@@ -306,6 +306,7 @@ RULES: tuple[Rule, ...] = (
             "Give its parameters to the optimizer, look for a detach() or no_grad() on the way, "
             "or, where it is meant, set requires_grad_(False), which silences this."
         ),
+        unless=("stuck at chance",),
     ),
     Rule(
         name="temperature saturated",

@@ -13,9 +13,12 @@ from diptych.handlers import (
     Evaluation,
     GradientClipping,
     GradientDiagnostics,
+    InBatchAccuracy,
     LearningRate,
     LossGuard,
     ModalityBalancing,
+    OnlineLinearProbe,
+    RepresentationHealth,
     RetrievalRecall,
     default_handlers,
 )
@@ -91,6 +94,29 @@ def test_nothing_waits_for_the_device_between_two_log_points(tmp_path, precision
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(waited) == 16
+
+
+def test_what_watches_the_features_waits_at_log_points_alone():
+    trainer = make_trainer(log_every=1000)
+    probe = OnlineLinearProbe(classes=2, labels=lambda batch: (batch["text"][:, 0] > 40).long())
+    trainer.attach(RepresentationHealth(every=1), InBatchAccuracy(), probe)
+    watched: list[int] = []
+
+    @trainer.on(Events.GET_BATCH_COMPLETED)
+    def forbid():
+        torch.cuda.set_sync_debug_mode("error")
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def allow():
+        torch.cuda.set_sync_debug_mode("default")
+        watched.append(trainer.state.iteration)
+
+    try:
+        trainer.run(make_loader(), max_epochs=2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(watched) == 16
+    assert "health/auroc" in trainer.metrics.record.values
 
 
 def first_gradient(**settings) -> torch.Tensor:
