@@ -69,15 +69,17 @@ def _owner(trainer: Trainer, path: str) -> tuple[Any, str]:
 
 
 def _get(owner: Any, part: str, path: str) -> Any:
-    names = _names(owner)
-    if part not in names:
+    try:
+        if isinstance(owner, MutableMapping):
+            return owner[_key(owner, part)]
+        if isinstance(owner, MutableSequence):
+            return owner[int(part)]
+        return getattr(owner, part)
+    except (AttributeError, LookupError, ValueError) as error:
         raise ValueError(
-            f"each part of a path must be an attribute, got {path!r}: "
-            f"{type(owner).__name__} has no {part!r}; {near_matches(part, names)}"
-        )
-    if isinstance(owner, MutableMapping):
-        return owner[_key(owner, part)]
-    return owner[int(part)] if isinstance(owner, MutableSequence) else getattr(owner, part)
+            f"each part of a path must be an attribute, got {path!r}: {type(owner).__name__} has "
+            f"no {part!r}; {near_matches(part, _names(owner))}"
+        ) from error
 
 
 def _names(owner: Any) -> list[str]:
@@ -86,10 +88,11 @@ def _names(owner: Any) -> list[str]:
         return [str(key) for key in owner]
     if isinstance(owner, MutableSequence):
         return [str(index) for index in range(len(owner))]
-    names = dict.fromkeys([*getattr(owner, "__dict__", {}), *dir(owner)])
+    children = dict(owner.named_children()) if isinstance(owner, nn.Module) else {}
+    names = dict.fromkeys([*children, *getattr(owner, "__dict__", {}), *dir(owner)])
     machinery = dir(nn.Module) if isinstance(owner, nn.Module) else ()
     return [name for name in names if not name.startswith("_") and name not in machinery]
 
 
 def _key(owner: MutableMapping[Any, Any], part: str) -> Any:
-    return next(key for key in owner if str(key) == part)
+    return part if part in owner else {str(key): key for key in owner}[part]

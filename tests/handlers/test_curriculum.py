@@ -108,10 +108,16 @@ def test_entries_of_mappings_and_sequences_are_attributes_too():
     loss = WeightedSum(losses={"clip": CLIPLoss(), "siglip": SigLIPLoss()})
     loss.steps = [1.0, 2.0]
     trainer = make_trainer(loss)
-    trainer.attach(Curriculum("loss.weights.siglip", end=0.5), Curriculum("loss.steps.1", end=7.0))
+    trainer.model.drops = nn.Sequential(nn.Dropout(0.1))
+    trainer.attach(
+        Curriculum("loss.weights.siglip", end=0.5),
+        Curriculum("loss.steps.1", end=7.0),
+        Curriculum("model.drops.0.p", end=0.25),
+    )
     trainer.run(loader(), max_epochs=1)
     assert loss.weights == {"clip": 1.0, "siglip": 0.5}
     assert loss.steps == [1.0, 7.0]
+    assert trainer.model.drops[0].p == 0.25
 
 
 def test_contrast_hands_over_when_the_metric_passes_and_never_takes_back():
