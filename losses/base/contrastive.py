@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from diptych.losses.base.gather import GlobalBatch, global_batch
 from diptych.losses.base.temperature import Temperature
-from diptych.losses.base.validation import check_groups, check_pair, working_dtype
+from diptych.losses.base.validation import HALF, check_groups, check_pair, working_dtype
 
 
 class Pairs(NamedTuple):
@@ -21,6 +21,8 @@ class Pairs(NamedTuple):
         groups: Integer ids [b], or None.
         batch: Sizes of all ranks; gathers with gradient.
         dtype: What the features came in.
+        normalize: Whether the sides are as they came, in half precision, and `contrast` is to
+            normalise them: on an accelerator it does so without a copy.
     """
 
     first: Tensor
@@ -28,6 +30,7 @@ class Pairs(NamedTuple):
     groups: Tensor | None
     batch: GlobalBatch
     dtype: torch.dtype
+    normalize: bool = False
 
 
 def normalize(features: Tensor, epsilon: float = 1e-12) -> Tensor:
@@ -36,9 +39,39 @@ def normalize(features: Tensor, epsilon: float = 1e-12) -> Tensor:
     A vector whose norm is at most `epsilon` has no direction: it becomes zero and gets a zero
     gradient, where `F.normalize` would give one of 1 / epsilon.
     """
-    norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-    normalized: Tensor = features / norm.masked_fill(norm <= epsilon, torch.inf)
-    return normalized
+    unit: Tensor = _Normalize.apply(features, epsilon)  # type: ignore[no-untyped-call]
+    return unit
+
+
+class _Normalize(torch.autograd.Function):
+    """`normalize`, whose backward holds one copy of the features where autograd's holds four."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, epsilon: float) -> Tensor:
+        unit = features / _divisor(features, epsilon)
+        ctx.save_for_backward(features, unit)
+        ctx.epsilon = epsilon
+        return unit
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        features, unit = ctx.saved_tensors
+        norm = _divisor(features, ctx.epsilon)
+        along = torch.linalg.vecdot(gradients[0], unit)[..., None]
+        across = torch.addcmul(gradients[0], along, unit, value=-1)
+        # A second derivative needs what stands here; otherwise it is overwritten.
+        return across / norm if torch.is_grad_enabled() else across.div_(norm), None
+
+
+def normalized(features: Tensor) -> Tensor:
+    """Return features at unit norm in float32, or float64 if they came in it."""
+    return normalize(features.to(working_dtype(features)))
+
+
+def _divisor(features: Tensor, epsilon: float) -> Tensor:
+    """Return the norm of each row, its dimension kept; infinite where there is no direction."""
+    norm: Tensor = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+    return norm.masked_fill(norm <= epsilon, torch.inf)
 
 
 class BaseContrastiveLoss(nn.Module):
@@ -65,6 +98,7 @@ class BaseContrastiveLoss(nn.Module):
         symmetric: Whether swapping the sides leaves the value unchanged.
         minimum_batch: The least global batch for which the loss is defined.
         sides: What error messages call the two inputs.
+        normalizes_late: Whether `objective` hands `Pairs.normalize` on to `contrast`.
         without_gradient: Names of inputs through which, by the paper, no gradient flows.
     """
 
@@ -72,6 +106,7 @@ class BaseContrastiveLoss(nn.Module):
     symmetric: ClassVar[bool] = False
     minimum_batch: ClassVar[int] = 1
     sides: ClassVar[tuple[str, str]] = ("first", "second")
+    normalizes_late: ClassVar[bool] = False
     without_gradient: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
@@ -146,7 +181,10 @@ class BaseContrastiveLoss(nn.Module):
         """
         pairs = self.prepare(first, second, None)
         with torch.autocast(first.device.type, enabled=False):
-            rows, columns = (pairs.batch.gather(side) for side in (pairs.first, pairs.second))
+            sides = (pairs.first, pairs.second)
+            if pairs.normalize:
+                sides = normalized(pairs.first), normalized(pairs.second)
+            rows, columns = (pairs.batch.gather(side) for side in sides)
             return self.temperature.scale(rows) * (rows @ columns.T)
 
     def prepare(self, first: Tensor, second: Tensor, groups: Tensor | None) -> Pairs:
@@ -161,10 +199,22 @@ class BaseContrastiveLoss(nn.Module):
                 f"{type(self).__name__} needs a global batch of at least {self.minimum_batch},"
                 f" got {batch.total}; use larger batches, or drop the last, incomplete one"
             )
+        if self._late(first, second, batch):
+            return Pairs(first, second, groups, batch, first.dtype, normalize=True)
         dtype = working_dtype(first, second)
         with torch.autocast(first.device.type, enabled=False):
             sides = [self.normalize_features(side.to(dtype)) for side in (first, second)]
         return Pairs(sides[0], sides[1], groups, batch, first.dtype)
+
+    def _late(self, first: Tensor, second: Tensor, batch: GlobalBatch) -> bool:
+        """Return whether features go to `contrast` as they came."""
+        # Several ranks exchange gradients, which half precision would round once more.
+        if not self.normalize or batch.world_size > 1:
+            return False
+        # A subclass with an objective of its own has to say so for itself.
+        author = next(one for one in type(self).__mro__ if "objective" in vars(one))
+        half = first.dtype == second.dtype and first.dtype in HALF
+        return half and vars(author).get("normalizes_late", False)
 
     def scalars(self) -> dict[str, Tensor]:
         """Return detached values worth logging: a learned temperature and its log scale."""

@@ -14,8 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diptych.losses.base.contrastive import normalized
+from diptych.losses.base.half_precision import half_logits
 from diptych.losses.base.positives import Positives
 from diptych.losses.base.tiled import resolve_tile, tiled_contrast, tiled_sigmoid_contrast
+from diptych.losses.base.tiled_operators import kernels_take
 from diptych.losses.base.validation import check_choice
 
 Tile = int | str | None
@@ -113,6 +116,7 @@ def contrast(
     label_smoothing: float = 0.0,
     symmetric: bool = False,
     tile: Tile = "auto",
+    normalize: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the InfoNCE losses of all anchors against all candidates, summed, a scalar.
@@ -134,6 +138,7 @@ def contrast(
         symmetric: Whether the candidates are anchors too (n = m, partners and groups alike in both
             directions); their losses are added, the product is shared.
         tile: Rows of a tile; None: the whole matrix; ``"auto"``: whichever the memory asks for.
+        normalize: Whether features are still to be normalised; they may be in half precision then.
         dtype: What the features came in; half precision may go to an accelerator's matrix units.
     """
     rows = resolve_tile(tile, anchors, candidates)
@@ -148,9 +153,10 @@ def contrast(
             decoupled=decoupled,
             label_smoothing=label_smoothing,
             symmetric=symmetric,
+            normalize=normalize,
             dtype=dtype,
         )
-    logits = (scale * anchors) @ candidates.T
+    logits = _logits(anchors, candidates, scale, dtype, normalize=normalize)
     if positives.partner is None or decoupled or label_smoothing or positives.grouped:
         matches, kept = masks(positives, kind, decoupled=decoupled)
         reduction = "logsumexp" if kind == "inside" else "mean"
@@ -159,7 +165,7 @@ def contrast(
         return (losses + objective(logits.T, matches, kept) if symmetric else losses).sum()
     losses = _single(logits, positives)
     if symmetric:
-        losses = losses + logits.logsumexp(0) - logits.diagonal()
+        losses = losses + _single(logits.T, positives)
     return losses.sum()
 
 
@@ -171,6 +177,7 @@ def sigmoid_contrast(
     positives: Positives,
     *,
     tile: Tile = "auto",
+    normalize: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the pairwise sigmoid losses of all anchors and candidates, summed, a scalar.
@@ -182,14 +189,23 @@ def sigmoid_contrast(
         bias: 0-dim, added to the scaled similarities.
         positives: Which candidates match.
         tile: As for `contrast`.
+        normalize: As for `contrast`.
         dtype: As for `contrast`.
     """
     rows = resolve_tile(tile, anchors, candidates)
     if rows is not None:
         return tiled_sigmoid_contrast(
-            anchors, candidates, scale, bias, positives, rows=rows, dtype=dtype
+            anchors,
+            candidates,
+            scale,
+            bias,
+            positives,
+            rows=rows,
+            normalize=normalize,
+            dtype=dtype,
         )
-    return sigmoid((scale * anchors) @ candidates.T + bias, positives.matches()).sum()
+    logits = _logits(anchors, candidates, scale, dtype, normalize=normalize)
+    return sigmoid(logits + bias, positives.matches()).sum()
 
 
 def masks(positives: Positives, kind: str, *, decoupled: bool) -> tuple[Tensor, Tensor | None]:
@@ -205,10 +221,26 @@ def masks(positives: Positives, kind: str, *, decoupled: bool) -> tuple[Tensor, 
     return matches, positives.others() if positives.itself is not None else None
 
 
+def _logits(
+    anchors: Tensor,
+    candidates: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype | None,
+    *,
+    normalize: bool,
+) -> Tensor:
+    """Return scale * anchors @ candidates.T, float32 or float64."""
+    if dtype is not None and kernels_take(anchors, dtype):
+        logits: Tensor = half_logits(anchors.to(dtype), candidates.to(dtype), scale, normalize)
+        return logits
+    if normalize:
+        anchors, candidates = normalized(anchors), normalized(candidates)
+    return (scale * anchors) @ candidates.T
+
+
 def _single(logits: Tensor, positives: Positives) -> Tensor:
     """Return lse - own for anchors with one positive each: no mask but the anchor's own."""
     assert positives.partner is not None
-    own = logits.gather(1, positives.partner[:, None])[:, 0]
     if positives.itself is not None:
         logits = logits.scatter(1, positives.itself[:, None], -math.inf)
-    return logits.logsumexp(1) - own
+    return F.cross_entropy(logits, positives.partner, reduction="none")

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diptych.losses.base.validation import check_positive
+from diptych.losses.base.validation import check_positive, working_dtype
 
 
 class Temperature(nn.Module):
@@ -91,10 +91,11 @@ class Temperature(nn.Module):
                 self.logit_scale.fill_(-math.log(value))
 
     def scale(self, like: Tensor) -> Tensor:
-        """Return s = 1 / tau, a 0-dim tensor of the dtype and on the device of `like`."""
+        """Return s = 1 / tau, 0-dim, on the device of `like`: float64 beside it, else float32."""
+        dtype = working_dtype(like)
         if self.logit_scale is None:
-            return torch.full((), 1 / self._fixed, dtype=like.dtype, device=like.device)
-        change = self.logit_scale.to(like.dtype) - self._initial_log
+            return torch.full((), 1 / self._fixed, dtype=dtype, device=like.device)
+        change = self.logit_scale.to(dtype) - self._initial_log
         return change.exp() / self._initial
 
     @torch.no_grad()

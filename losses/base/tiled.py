@@ -14,19 +14,23 @@ import torch
 from torch import Tensor
 
 from diptych.losses.base import tiled_operators
+from diptych.losses.base.contrastive import normalized
 from diptych.losses.base.positives import Positives
 from diptych.losses.base.tiled_blocks import Entries
-from diptych.losses.base.tiled_operators import HALF, triton_runs_on, working_dtype
+from diptych.losses.base.tiled_operators import kernels_take
+from diptych.losses.base.validation import working_dtype
 
 _PLAIN_LOGITS = {"cpu": 2**24, "cuda": 2**26}
 _BLOCK_LOGITS = {"cpu": 2**22, "cuda": 2**25}
+_LEAST_ROWS = {"cpu": 32, "cuda": 512}
 
 
 def resolve_tile(tile: int | str | None, anchors: Tensor, candidates: Tensor) -> int | None:
     """Return the number of rows of a block, or None for the plain form.
 
     ``"auto"`` takes the plain form up to 8192 x 8192 logits on an accelerator and 4096 x 4096
-    on a CPU: there memory is no concern; beyond, blocks have 32 Mi and 4 Mi logits.
+    on a CPU: there memory is no concern. Beyond, blocks have 32 Mi and 4 Mi logits, and no
+    fewer than 512 and 32 rows.
 
     Args:
         tile: ``"auto"``, None (plain) or a number of rows.
@@ -39,7 +43,7 @@ def resolve_tile(tile: int | str | None, anchors: Tensor, candidates: Tensor) ->
     columns = candidates.shape[0]
     if anchors.shape[0] * columns <= _PLAIN_LOGITS[kind]:
         return None
-    return max(32, _BLOCK_LOGITS[kind] // columns)
+    return max(_LEAST_ROWS[kind], _BLOCK_LOGITS[kind] // columns)
 
 
 def tiled_contrast(
@@ -53,6 +57,7 @@ def tiled_contrast(
     decoupled: bool = False,
     label_smoothing: float = 0.0,
     symmetric: bool = False,
+    normalize: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return what `contrast` returns: the InfoNCE losses of all anchors, summed, a scalar.
@@ -67,32 +72,28 @@ def tiled_contrast(
         decoupled: Whether positives are left out of the denominator.
         label_smoothing: The share of the target spread evenly over the denominator's columns.
         symmetric: Whether the candidates are anchors too; own pairs then stand on the diagonal.
+        normalize: Whether features are still to be divided by their norms.
         dtype: What the features came in. bfloat16 and float16 on a GPU with Triton are multiplied
             as such, and summed in float32; everywhere else the blocks are float32 or float64.
     """
-    anchors, candidates, scale = _prepare(anchors, candidates, scale, dtype)
+    averaged = positives.grouped and kind == "outside"
+    adds_linear = averaged or label_smoothing > 0
+    late = normalize and not adds_linear and kernels_take(anchors, dtype)
+    anchors, candidates = _prepare(anchors, candidates, dtype, normalize=normalize and not late)
+    scale = scale.to(working_dtype(anchors))
     positives = _with_partner(positives)
     valid = _valid(positives, decoupled=decoupled)
     entries = _entries(positives, kind, decoupled=decoupled)
-    loss: Tensor = tiled_operators.contrast(
-        anchors,
-        candidates,
-        scale,
-        *entries,
-        valid,
-        decoupled,
-        label_smoothing,
-        symmetric,
-        rows,
-    )[0]
-    averaged = positives.grouped and kind == "outside"
-    if averaged or label_smoothing:
-        for first, second in ((anchors, candidates), (candidates, anchors))[: 1 + symmetric]:
-            point = _linear_part(
-                second, positives, kind, decoupled=decoupled, smoothing=label_smoothing
-            )
-            linear = (first.to(scale.dtype) * point).sum(1).masked_fill(~valid, 0.0)
-            loss = loss + scale * linear.sum()
+    settings = (valid, decoupled, label_smoothing, symmetric, late, rows)
+    loss: Tensor = tiled_operators.contrast(anchors, candidates, scale, *entries, *settings)[0]
+    if not adds_linear:
+        return loss
+    for first, second in ((anchors, candidates), (candidates, anchors))[: 1 + symmetric]:
+        point = _linear_part(
+            second, positives, kind, decoupled=decoupled, smoothing=label_smoothing
+        )
+        linear = (first.to(scale.dtype) * point).sum(1).masked_fill(~valid, 0.0)
+        loss = loss + scale * linear.sum()
     return loss
 
 
@@ -104,6 +105,7 @@ def tiled_sigmoid_contrast(
     positives: Positives,
     *,
     rows: int,
+    normalize: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return what `sigmoid_contrast` returns: all pairs' sigmoid losses, summed, a scalar.
@@ -115,22 +117,27 @@ def tiled_sigmoid_contrast(
         bias: 0-dim.
         positives: Which candidates match.
         rows: Rows of a block, >= 1.
+        normalize: As for `tiled_contrast`.
         dtype: As for `tiled_contrast`.
     """
-    anchors, candidates, scale = _prepare(anchors, candidates, scale, dtype)
+    late = normalize and kernels_take(anchors, dtype)
+    anchors, candidates = _prepare(anchors, candidates, dtype, normalize=normalize and not late)
+    scale, bias = (number.to(working_dtype(anchors)) for number in (scale, bias))
     loss: Tensor = tiled_operators.sigmoid_contrast(
-        anchors, candidates, scale, bias.to(scale.dtype), *_entries(positives)[:4], rows
+        anchors, candidates, scale, bias, *_entries(positives)[:4], late, rows
     )
     return loss
 
 
 def _prepare(
-    anchors: Tensor, candidates: Tensor, scale: Tensor, dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the features as the kernels take them, and the scale in the blocks' dtype."""
-    if dtype in HALF and triton_runs_on(anchors.device):
+    anchors: Tensor, candidates: Tensor, dtype: torch.dtype | None, *, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the features as the blocks take them, normalised if that is still to be done."""
+    if normalize:
+        anchors, candidates = normalized(anchors), normalized(candidates)
+    if kernels_take(anchors, dtype):
         anchors, candidates = anchors.to(dtype), candidates.to(dtype)
-    return anchors, candidates, scale.to(working_dtype(anchors))
+    return anchors, candidates
 
 
 def _with_partner(positives: Positives) -> Positives:

@@ -19,16 +19,19 @@ class Logits(NamedTuple):
     """The logits scale * anchors @ candidates.T + bias, [n, m], which are never held whole.
 
     Attributes:
-        anchors: [n, D], float32 or float64.
+        anchors: [n, D], float32 or float64; half precision for the Triton kernels.
         candidates: [m, D].
         scale: 0-dim.
         bias: 0-dim, or None for 0.
+        normalize: Whether the features are still to be divided by their norms. The Triton kernels
+            do that; here they come normalised.
     """
 
     anchors: Tensor
     candidates: Tensor
     scale: Tensor
     bias: Tensor | None = None
+    normalize: bool = False
 
     def blocks(self, rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield each block of rows, its logits [rows, m], and a spare tensor of that shape.
@@ -141,7 +144,7 @@ class Gradients(NamedTuple):
 
     def add(self, logits: Logits, block: slice, gradient: Tensor, weight: Tensor) -> None:
         """Add what `weight` times the gradient of a block of logits [rows, m] contributes."""
-        anchors, candidates, scale, bias = logits
+        anchors, candidates, scale, bias, _ = logits
         product = torch.mm(gradient, candidates, out=self.anchors[block])
         self.scale.add_((product * anchors[block]).sum() * weight)
         product.mul_(scale * weight)

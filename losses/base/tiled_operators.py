@@ -13,28 +13,26 @@ from torch import Tensor
 
 from diptych.losses.base import tiled_blocks
 from diptych.losses.base.tiled_blocks import Entries, Gradients, Logits, losses
-
-HALF = (torch.bfloat16, torch.float16)
+from diptych.losses.base.validation import HALF, working_dtype
 
 _FEATURES = "Tensor anchors, Tensor candidates, Tensor scale"
 _ENTRIES = "Tensor partner, Tensor? itself, Tensor? row_groups, Tensor? column_groups"
 
 
-def working_dtype(features: Tensor) -> torch.dtype:
-    """Return the dtype of the blocks of logits: float64 for float64 features, else float32."""
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
-
-
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def triton_runs_on(device: torch.device) -> bool:
     """Return whether the Triton kernels run there.
 
     They ask for tensor cores of bfloat16 (compute capability 8.0), and for tensor descriptors and
     float32 results of half products, which came with Triton 3.4 and the torch of that time.
     """
+    return device.type == "cuda" and _has_triton(device)
+
+
+@functools.cache
+def _has_triton(device: torch.device) -> bool:
     return (
-        device.type == "cuda"
-        and torch.version.hip is None
+        torch.version.hip is None
         and torch.cuda.get_device_capability(device) >= (8, 0)
         and "dtype_out" in torch.ops.aten.addmm.overloads()
         and importlib.util.find_spec("triton") is not None
@@ -42,14 +40,21 @@ def triton_runs_on(device: torch.device) -> bool:
     )
 
 
+def kernels_take(features: Tensor, dtype: torch.dtype | None) -> bool:
+    """Return whether the Triton kernels compute with such features [n, D], once in `dtype`."""
+    return dtype in HALF and features.shape[1] % 8 == 0 and triton_runs_on(features.device)
+
+
 def _backend(
-    anchors: Tensor, candidates: Tensor, scale: Tensor, bias: Tensor | None = None
+    logits: tuple[Tensor, Tensor, Tensor], bias: Tensor | None = None, *, normalize: bool
 ) -> tuple[Any, Logits]:
     """Return the module whose functions compute the blocks, and what they compute them from."""
-    if anchors.dtype in HALF and anchors.shape[1] % 8 == 0 and triton_runs_on(anchors.device):
+    anchors, candidates, scale = logits
+    if kernels_take(anchors, anchors.dtype):
         from diptych.losses.base import triton_blocks  # noqa: PLC0415 - Triton is not everywhere
 
-        return triton_blocks, Logits(_aligned(anchors), _aligned(candidates), scale, bias)
+        sides = _aligned(anchors), _aligned(candidates)
+        return triton_blocks, Logits(*sides, scale, bias, normalize)
     dtype = working_dtype(anchors)
     return tiled_blocks, Logits(anchors.to(dtype), candidates.to(dtype), scale, bias)
 
@@ -70,7 +75,7 @@ def _like(gradients: Gradients, features: Tensor) -> tuple[Tensor, Tensor, Tenso
     "diptych::contrast",
     mutates_args=(),
     schema=f"({_FEATURES}, {_ENTRIES}, bool group_matches, Tensor valid, bool decoupled,"
-    " float smoothing, bool symmetric, int rows) -> (Tensor, Tensor, Tensor)",
+    " float smoothing, bool symmetric, bool normalize, int rows) -> (Tensor, Tensor, Tensor)",
 )
 def contrast(  # noqa: PLR0917 - an operator's arguments are positional
     anchors: Tensor,
@@ -85,12 +90,13 @@ def contrast(  # noqa: PLR0917 - an operator's arguments are positional
     decoupled: bool,  # noqa: FBT001
     smoothing: float,
     symmetric: bool,  # noqa: FBT001
+    normalize: bool,  # noqa: FBT001
     rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the summed loss, and the statistics of rows [3, n] and columns ([3, m] or [3, 0])."""
     entries = Entries(partner, itself, row_groups, column_groups, group_matches)
     with torch.autocast(anchors.device.type, enabled=False):
-        backend, logits = _backend(anchors, candidates, scale)
+        backend, logits = _backend((anchors, candidates, scale), normalize=normalize)
         sums = backend.contrast_sums(logits, entries, symmetric=symmetric, rows=rows)
         total, statistics = scale.new_zeros(()), []
         for one in sums[: 1 + symmetric]:
@@ -106,7 +112,7 @@ def contrast(  # noqa: PLR0917 - an operator's arguments are positional
 def _(
     anchors: Tensor, candidates: Tensor, scale: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    symmetric = settings[-2]
+    symmetric = settings[-3]
     columns = candidates.shape[0] if symmetric else 0
     return (scale.new_empty(()), scale.new_empty(3, anchors.shape[0]), scale.new_empty(3, columns))
 
@@ -115,7 +121,7 @@ def _(
     "diptych::contrast_gradient",
     mutates_args=(),
     schema=f"(Tensor weight, {_FEATURES}, {_ENTRIES}, bool group_matches, Tensor row_statistics,"
-    " Tensor column_statistics, int rows) -> (Tensor, Tensor, Tensor)",
+    " Tensor column_statistics, bool normalize, int rows) -> (Tensor, Tensor, Tensor)",
 )
 def contrast_gradient(  # noqa: PLR0917
     weight: Tensor,
@@ -129,12 +135,13 @@ def contrast_gradient(  # noqa: PLR0917
     group_matches: bool,  # noqa: FBT001
     row_statistics: Tensor,
     column_statistics: Tensor,
+    normalize: bool,  # noqa: FBT001
     rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `weight` times the gradients of the summed loss for anchors, candidates and scale."""
     entries = Entries(partner, itself, row_groups, column_groups, group_matches)
     with torch.autocast(anchors.device.type, enabled=False):
-        backend, logits = _backend(anchors, candidates, scale)
+        backend, logits = _backend((anchors, candidates, scale), normalize=normalize)
         gradients = backend.contrast_gradients(
             logits,
             entries,
@@ -154,15 +161,15 @@ def _(weight: Tensor, anchors: Tensor, candidates: Tensor, *_: Any) -> tuple[Ten
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *features, partner, itself, row_groups, column_groups, group_matches = inputs[:8]
     ctx.save_for_backward(*features, partner, itself, row_groups, column_groups, *output[1:])
-    ctx.group_matches, ctx.rows = group_matches, inputs[-1]
+    ctx.group_matches, ctx.settings = group_matches, inputs[-2:]
 
 
 def _differentiate(ctx: Any, *weights: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, row_statistics, column_statistics = ctx.saved_tensors
     gradients = contrast_gradient(
-        weights[0], *inputs, ctx.group_matches, row_statistics, column_statistics, ctx.rows
+        weights[0], *inputs, ctx.group_matches, row_statistics, column_statistics, *ctx.settings
     )
-    return (*gradients, *[None] * 10)
+    return (*gradients, *[None] * 11)
 
 
 contrast.register_autograd(_differentiate, setup_context=_keep)
@@ -171,7 +178,7 @@ contrast.register_autograd(_differentiate, setup_context=_keep)
 @torch.library.custom_op(
     "diptych::sigmoid_contrast",
     mutates_args=(),
-    schema=f"({_FEATURES}, Tensor bias, {_ENTRIES}, int rows) -> Tensor",
+    schema=f"({_FEATURES}, Tensor bias, {_ENTRIES}, bool normalize, int rows) -> Tensor",
 )
 def sigmoid_contrast(  # noqa: PLR0917
     anchors: Tensor,
@@ -182,12 +189,13 @@ def sigmoid_contrast(  # noqa: PLR0917
     itself: Tensor | None,
     row_groups: Tensor | None,
     column_groups: Tensor | None,
+    normalize: bool,  # noqa: FBT001
     rows: int,
 ) -> Tensor:
     """Return the summed loss."""
     entries = Entries(partner, itself, row_groups, column_groups, group_matches=True)
     with torch.autocast(anchors.device.type, enabled=False):
-        backend, logits = _backend(anchors, candidates, scale, bias)
+        backend, logits = _backend((anchors, candidates, scale), bias, normalize=normalize)
         total: Tensor = backend.sigmoid_sum(logits, entries, rows=rows)
     return total
 
@@ -201,8 +209,8 @@ def _(*inputs: Any) -> Tensor:
 @torch.library.custom_op(
     "diptych::sigmoid_contrast_gradient",
     mutates_args=(),
-    schema=f"(Tensor weight, {_FEATURES}, Tensor bias, {_ENTRIES}, int rows)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor weight, {_FEATURES}, Tensor bias, {_ENTRIES}, bool normalize,"
+    " int rows) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def sigmoid_contrast_gradient(  # noqa: PLR0917
     weight: Tensor,
@@ -214,12 +222,13 @@ def sigmoid_contrast_gradient(  # noqa: PLR0917
     itself: Tensor | None,
     row_groups: Tensor | None,
     column_groups: Tensor | None,
+    normalize: bool,  # noqa: FBT001
     rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `weight` times the gradients for anchors, candidates, scale and bias."""
     entries = Entries(partner, itself, row_groups, column_groups, group_matches=True)
     with torch.autocast(anchors.device.type, enabled=False):
-        backend, logits = _backend(anchors, candidates, scale, bias)
+        backend, logits = _backend((anchors, candidates, scale), bias, normalize=normalize)
         gradients = backend.sigmoid_gradients(logits, entries, weight=weight, rows=rows)
     return _like(gradients, anchors)
 
@@ -231,13 +240,14 @@ def _(weight: Tensor, anchors: Tensor, candidates: Tensor, *_: Any) -> tuple[Ten
 
 
 def _keep_sigmoid(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    *tensors, ctx.rows = inputs
+    *tensors, ctx.normalize, ctx.rows = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate_sigmoid(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = sigmoid_contrast_gradient(weight, *ctx.saved_tensors, ctx.rows)
-    return (*gradients, *[None] * 5)
+    settings = ctx.normalize, ctx.rows
+    gradients = sigmoid_contrast_gradient(weight, *ctx.saved_tensors, *settings)
+    return (*gradients, *[None] * 6)
 
 
 sigmoid_contrast.register_autograd(_differentiate_sigmoid, setup_context=_keep_sigmoid)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -25,6 +26,7 @@ from diptych.losses.base import triton_kernels as kernels
 from diptych.losses.base.tiled_blocks import Entries, Gradients, Logits, LogSum, Sums
 
 _TILE = {"ROWS": 128, "COLUMNS": 128, "STEP": 64, "num_warps": 4, "num_stages": 3}
+_BLOCK = [_TILE["ROWS"], _TILE["COLUMNS"]]
 _BAND = 16
 _LOG2_E = 1.4426950408889634
 
@@ -59,29 +61,28 @@ class _Chunk(NamedTuple):
         return -(-self.height // _TILE["ROWS"]), -(-self.width // _TILE["COLUMNS"])
 
 
-_Launch = Callable[[_Chunk, Tensor, Tensor], None]
-"""Writes the gradient of a chunk of logits [height, width] to its first tensor, and adds each
-tile's gradients of scale and bias to its second, [2, tiles]."""
+_Sides = tuple[TensorDescriptor, TensorDescriptor]
+"""A chunk's anchors and candidates, as the kernels load them."""
+
+_Launch = Callable[[_Chunk, _Sides, TensorDescriptor, Tensor], None]
+"""Writes the gradient of a chunk of logits [height, width] to its third argument, and adds each
+tile's gradients of scale and bias to its fourth, [2, tiles]."""
 
 
 class _Problem:
-    """Logits and entries as the kernels take them."""
+    """Logits and entries as the kernels take them: of features at their norm."""
 
     def __init__(self, logits: Logits, entries: Entries) -> None:
-        anchors, candidates, scale, bias = self.logits = logits
+        anchors, candidates, scale, bias, _ = self.logits = logits
         self.n, self.m = anchors.shape[0], candidates.shape[0]
         self.scalars = [scale] if bias is None else [scale, bias]
-        features = [
-            TensorDescriptor.from_tensor(anchors, [_TILE["ROWS"], _TILE["STEP"]]),
-            TensorDescriptor.from_tensor(candidates, [_TILE["COLUMNS"], _TILE["STEP"]]),
-        ]
         partner = entries.partner.to(torch.int32)
         itself = partner if entries.itself is None else entries.itself.to(torch.int32)
         group, groups = kernels.NEGATIVE, [partner, partner]  # stand in for what is not read
         if entries.row_groups is not None and entries.column_groups is not None:
             group = kernels.POSITIVE if entries.group_matches else kernels.NEITHER
             groups = [entries.row_groups.contiguous(), entries.column_groups.contiguous()]
-        self.inputs = [*features, partner, itself, *groups]
+        self.inputs = [partner, itself, *groups]
         self.settings = {
             "WIDTH": anchors.shape[1],
             "ITSELF": entries.itself is not None,
@@ -89,23 +90,31 @@ class _Problem:
             **_TILE,
         }
 
-    def tiles(self, kernel: Any, chunk: _Chunk, *arguments: Tensor | int, **settings: Any) -> None:
+    def tiles(
+        self, kernel: Any, chunk: _Chunk, sides: _Sides, *arguments: Any, **settings: Any
+    ) -> None:
         """Run a kernel on every tile of a chunk."""
         down, across = chunk.tiles
-        self._run(kernel, down * across, chunk, *arguments, BAND=_BAND, **settings)
+        self._run(kernel, down * across, chunk, sides, arguments, BAND=_BAND, **settings)
 
-    def rows(self, kernel: Any, *arguments: Tensor | int, **settings: Any) -> None:
+    def rows(self, kernel: Any, sides: _Sides, *arguments: Any, **settings: Any) -> None:
         """Run a kernel on every row of tiles."""
         whole = _Chunk(0, 0, self.n, self.m)
-        self._run(kernel, whole.tiles[0], whole, *arguments, **settings)
+        self._run(kernel, whole.tiles[0], whole, sides, arguments, **settings)
 
     def _run(
-        self, kernel: Any, programs: int, chunk: _Chunk, *arguments: Tensor | int, **settings: Any
+        self,
+        kernel: Any,
+        programs: int,
+        chunk: _Chunk,
+        sides: _Sides,
+        arguments: tuple[Any, ...],
+        **settings: Any,
     ) -> None:
         shape = (*chunk, self.n, self.m)
         with torch.cuda.device(self.scalars[0].device):
             kernel[(programs,)](
-                *self.inputs, *shape, *self.scalars, *arguments, **settings, **self.settings
+                *sides, *self.inputs, *shape, *self.scalars, *arguments, **settings, **self.settings
             )
 
     def chunks(self, height: int, width: int) -> Iterator[_Chunk]:
@@ -124,14 +133,16 @@ def contrast_sums(
     rows: int,  # noqa: ARG001 - nothing here grows with it
 ) -> tuple[Sums, Sums | None]:
     """Return the sums of the rows and, if symmetric, of the columns, as in `tiled_blocks`."""
-    problem, reference = _Problem(logits, entries), _reference(logits)
+    reference, logits = _reference(logits), _at_norm(logits)
+    problem = _Problem(logits, entries)
     n, m = problem.n, problem.m
     own, row_total = logits.scale.new_zeros(2, n)
     column_total = logits.scale.new_zeros(m if symmetric else 0)
     for chunk in problem.chunks(_CHUNK_ROWS, _FORWARD_COLUMNS):
         down, across = chunk.tiles
         sums = own.new_empty(across, chunk.height), own.new_empty(down, chunk.width * symmetric)
-        problem.tiles(kernels.bounded_sums, chunk, reference, own, *sums, BOTH=symmetric)
+        sides = _sides(logits.anchors[chunk.rows], logits.candidates[chunk.columns])
+        problem.tiles(kernels.bounded_sums, chunk, sides, reference, own, *sums, BOTH=symmetric)
         row_total[chunk.rows] += sums[0].sum(0)
         if symmetric:
             column_total[chunk.columns] += sums[1].sum(0)
@@ -151,11 +162,12 @@ def _with_positives(
     problem: _Problem, entries: Entries, negatives: LogSum, own: Tensor, exact: Tensor
 ) -> Sums:
     """Return the sums of rows; those of negatives are computed again where `exact` says so."""
-    problem.rows(kernels.online_sums, exact, *negatives, POSITIVES=False)
+    sides = _sides(*problem.logits[:2])
+    problem.rows(kernels.online_sums, sides, exact, *negatives, POSITIVES=False)
     if not entries.group_matches:
         return Sums(negatives, LogSum(own, torch.ones_like(own)))
     positives = LogSum.empty(own, problem.n)
-    problem.rows(kernels.online_sums, torch.ones_like(exact), *positives, POSITIVES=True)
+    problem.rows(kernels.online_sums, sides, torch.ones_like(exact), *positives, POSITIVES=True)
     return Sums(negatives, positives)
 
 
@@ -179,9 +191,9 @@ def contrast_gradients(
     least = torch.minimum(row_terms[0].amin(), column_terms[0].amin())
     exact = (~(least >= reference - _DEPTH)).to(torch.int32)
 
-    def launch(chunk: _Chunk, gradient: Tensor, sums: Tensor) -> None:
+    def launch(chunk: _Chunk, sides: _Sides, gradient: TensorDescriptor, sums: Tensor) -> None:
         arguments = (reference, exact, pull, row_terms, column_terms, gradient, sums)
-        problem.tiles(kernels.contrast_gradient, chunk, *arguments, BOTH=both)
+        problem.tiles(kernels.contrast_gradient, chunk, sides, *arguments, BOTH=both)
 
     return _gradients(problem, launch, weight, rows)
 
@@ -193,11 +205,13 @@ def sigmoid_sum(
     rows: int,  # noqa: ARG001 - nothing here grows with it
 ) -> Tensor:
     """Return the sum of softplus(-z * logit), z = +1 for a positive, else -1."""
+    logits = _at_norm(logits)
     problem, total = _Problem(logits, entries), torch.zeros_like(logits.scale)
     for chunk in problem.chunks(_CHUNK_ROWS, _FORWARD_COLUMNS):
         down, across = chunk.tiles
         sums = total.new_zeros(down * across)
-        problem.tiles(kernels.sigmoid_losses, chunk, sums)
+        sides = _sides(logits.anchors[chunk.rows], logits.candidates[chunk.columns])
+        problem.tiles(kernels.sigmoid_losses, chunk, sides, sums)
         total += sums.sum()
     return total
 
@@ -206,20 +220,21 @@ def sigmoid_gradients(logits: Logits, entries: Entries, *, weight: Tensor, rows:
     """Return `weight` times the gradients of `sigmoid_sum`."""
     problem = _Problem(logits, entries)
 
-    def launch(chunk: _Chunk, gradient: Tensor, sums: Tensor) -> None:
-        problem.tiles(kernels.sigmoid_gradient, chunk, gradient, sums, sums.shape[1])
+    def launch(chunk: _Chunk, sides: _Sides, gradient: TensorDescriptor, sums: Tensor) -> None:
+        problem.tiles(kernels.sigmoid_gradient, chunk, sides, gradient, sums, sums.shape[1])
 
     return _gradients(problem, launch, weight, rows)
 
 
 def _gradients(problem: _Problem, launch: _Launch, weight: Tensor, rows: int) -> Gradients:
     """Return the gradients of features and scalars, from those of the logits, chunk by chunk."""
-    anchors, candidates, scale, _ = problem.logits
+    anchors, candidates, scale, _, normalize = problem.logits
     factor = scale * weight
     row_gradients = torch.empty_like(anchors)
     column_total = factor.new_zeros(candidates.shape)
     sums = _add_chunks(problem, launch, factor, (row_gradients, column_total), rows=rows)
-    column_gradients = torch.mul(column_total, factor, out=torch.empty_like(candidates))
+    # The chunk's memory is free again by now.
+    column_gradients = feature_gradients(column_total, candidates, factor, normalize=normalize)
     return Gradients(row_gradients, column_gradients, *(one.sum() * weight for one in sums))
 
 
@@ -233,36 +248,104 @@ def _add_chunks(
 ) -> Tensor:
     """Write the rows' gradients, add to the columns' total, and return the sums of the tiles.
 
-    A chunk holds as many logits as `rows` rows have.
+    A chunk holds as many logits as `rows` rows have. Features are normalised chunk by chunk too,
+    those of the rows where their gradients will stand.
     """
-    anchors, candidates, _, _ = problem.logits
+    anchors, candidates, _, _, normalize = problem.logits
     row_gradients, column_total = gradients
     height = min(_CHUNK_ROWS, _rounded_up(problem.n))
     width = min(_rounded_up(rows * problem.m // height + 1), _rounded_up(problem.m))
     sums = factor.new_zeros(2, height // _TILE["ROWS"] * (width // _TILE["COLUMNS"]))
-    memory = anchors.new_empty(height * width, dtype=torch.bfloat16)
+    memory = anchors.new_empty(height, width, dtype=torch.bfloat16)
     row_total = factor.new_empty(min(height, problem.n), anchors.shape[1])
+    spare = anchors.new_empty(width if normalize else 0, anchors.shape[1])
     for chunk in problem.chunks(height, width):
-        gradient = memory[: chunk.height * chunk.width].view(chunk.height, chunk.width)
-        launch(chunk, gradient, sums)
-        total = row_total[: chunk.height]
-        if chunk.column == 0:
-            total.zero_()
-        _add_product(total, gradient, candidates[chunk.columns])
-        _add_product(column_total[chunk.columns], gradient.T, anchors[chunk.rows])
+        gradient, total = memory[: chunk.height, : chunk.width], row_total[: chunk.height]
+        left, right, done = (
+            anchors[chunk.rows],
+            candidates[chunk.columns],
+            row_gradients[chunk.rows],
+        )
+        if normalize:
+            left = normalize_features(left, done) if chunk.column == 0 else done
+            right = normalize_features(right, spare[: chunk.width])
+        launch(chunk, _sides(left, right), TensorDescriptor.from_tensor(gradient, _BLOCK), sums)
+        _add_product(total, gradient, right, first=chunk.column == 0)
+        _add_product(column_total[chunk.columns], gradient.T, left)
         if chunk.column + chunk.width == problem.m:
-            torch.mul(total, factor, out=row_gradients[chunk.rows])
+            features = anchors[chunk.rows]
+            feature_gradients(total, features, factor, normalize=normalize, out=done)
     return sums
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to a float32 total, in place."""
-    torch.addmm(total, left, right.to(left.dtype), out_dtype=torch.float32, out=total)
+def feature_gradients(
+    totals: Tensor, features: Tensor, factor: Tensor, *, normalize: bool, out: Tensor | None = None
+) -> Tensor:
+    """Return the features' gradients [rows, D] from totals that lack a factor and normalisation.
+
+    Args:
+        totals: [rows, D], float32: the gradients for features at their norm, but for a factor.
+        features: [rows, D], as they came.
+        factor: 0-dim, float32.
+        normalize: Whether the features were normalised on the way.
+        out: Where to write, in the features' dtype.
+    """
+    out = torch.empty_like(features) if out is None else out
+    size = features.shape[1]
+    with torch.cuda.device(features.device):
+        kernels.feature_gradients[(len(features),)](
+            totals,
+            features,
+            factor,
+            out,
+            NORMALIZE=normalize,
+            SIZE=size,
+            BLOCK=triton.next_power_of_2(size),
+        )
+    return out
+
+
+def _at_norm(logits: Logits) -> Logits:
+    """Return logits whose features are normalised already."""
+    if not logits.normalize:
+        return logits
+    anchors, candidates = (normalize_features(side) for side in logits[:2])
+    return logits._replace(anchors=anchors, candidates=candidates, normalize=False)
+
+
+def normalize_features(features: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return features [rows, D] divided by their norms; one without a direction becomes 0."""
+    out = torch.empty_like(features) if out is None else out
+    size = features.shape[1]
+    with torch.cuda.device(features.device):
+        kernels.normalize_features[(len(features),)](
+            features, out, SIZE=size, BLOCK=triton.next_power_of_2(size)
+        )
+    return out
+
+
+def _sides(anchors: Tensor, candidates: Tensor) -> _Sides:
+    """Return features as the kernels load them."""
+    return (
+        TensorDescriptor.from_tensor(anchors, [_TILE["ROWS"], _TILE["STEP"]]),
+        TensorDescriptor.from_tensor(candidates, [_TILE["COLUMNS"], _TILE["STEP"]]),
+    )
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool = False) -> None:
+    """Add left @ right to a float32 total, in place; to 0 if it is the first."""
+    right = right.to(left.dtype)
+    if first:
+        torch.mm(left, right, out_dtype=torch.float32, out=total)
+    else:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
 
 
 def _reference(logits: Logits) -> Tensor:
     """Return the exponent of 2 to which all sums are relative, 0-dim: below a bound on logits."""
     bound = logits.scale.abs() * _LOG2_E
+    if logits.normalize:
+        return bound - _HEADROOM
     for side in logits[:2]:
         bound = bound * torch.linalg.vector_norm(side, dim=1, dtype=torch.float32).amax()
     return bound - _HEADROOM
@@ -272,7 +355,8 @@ def _terms(statistics: Tensor, reference: Tensor) -> Tensor:
     """Return statistics as the kernel takes them: as exponents of 2, and the weights, [4, n]."""
     normalizer, pull, positive = statistics
     normalizer = normalizer * _LOG2_E
-    return torch.stack([normalizer, pull, positive * _LOG2_E, torch.exp2(reference - normalizer)])
+    weights = torch.exp2(reference - normalizer)
+    return torch.stack([normalizer, pull, positive * _LOG2_E, weights])
 
 
 def _rounded_up(count: int) -> int:

@@ -4,8 +4,8 @@ Exponents are of 2 here, because that is what the hardware computes. Nearly ever
 negatives alone; it skips the branch that looks at each entry.
 
 Arguments that all kernels share:
-    anchors, candidates: Descriptors of [n, WIDTH] and [m, WIDTH], for tiles of ROWS and COLUMNS in
-        steps of STEP.
+    anchors, candidates: Descriptors of a chunk's features, [height, WIDTH] and [width, WIDTH], for
+        tiles of ROWS and COLUMNS in steps of STEP.
     partner, itself, row_groups, column_groups: As in `tiled_blocks.Entries`; ITSELF and GROUP say
         which of them to read.
     row, column, height, width: The chunk of logits that a launch computes, a tile a program.
@@ -100,8 +100,7 @@ def bounded_sums(
     """
     down, across, rows, columns = _place(row, column, height, width, BAND, ROWS, COLUMNS)
     total = _products(
-        anchors, candidates, row + down * ROWS, column + across * COLUMNS,
-        WIDTH, ROWS, COLUMNS, STEP,
+        anchors, candidates, down * ROWS, across * COLUMNS, WIDTH, ROWS, COLUMNS, STEP
     )
     factor, least = tl.load(scale) * LOG2_E, tl.load(reference)
     if _special(rows, columns, n, m, partner, itself, ITSELF, GROUP):
@@ -134,13 +133,13 @@ def online_sums(
     """
     if tl.load(needed) == 0:
         return
-    first = row + tl.program_id(0) * ROWS
-    rows = first + tl.arange(0, ROWS)
+    first = tl.program_id(0) * ROWS
+    rows = row + first + tl.arange(0, ROWS)
     factor = tl.load(scale) * LOG2_E
     maximum = tl.full((ROWS,), -3.0e38, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    for start in range(column, column + width, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
+    for start in range(0, width, COLUMNS):
+        columns = column + start + tl.arange(0, COLUMNS)
         exponents = factor * _products(
             anchors, candidates, first, start, WIDTH, ROWS, COLUMNS, STEP
         )
@@ -198,8 +197,7 @@ def contrast_gradient(
     """
     down, across, rows, columns = _place(row, column, height, width, BAND, ROWS, COLUMNS)
     total = _products(
-        anchors, candidates, row + down * ROWS, column + across * COLUMNS,
-        WIDTH, ROWS, COLUMNS, STEP,
+        anchors, candidates, down * ROWS, across * COLUMNS, WIDTH, ROWS, COLUMNS, STEP
     )
     factor = tl.load(scale) * LOG2_E
     special = _special(rows, columns, n, m, partner, itself, ITSELF, GROUP)
@@ -219,7 +217,7 @@ def contrast_gradient(
         values = tl.exp2(total * factor - tl.load(reference)) * weights
         scale_sum = tl.sum(tl.sum(values * total, 1), 0)
     _add(sums, scale_sum)
-    _write(gradient, values, rows - row, columns - column, height, width)
+    gradient.store([down * ROWS, across * COLUMNS], values.to(tl.bfloat16))
 
 
 @triton.jit
@@ -230,13 +228,43 @@ def _add(sums, value):
 
 
 @triton.jit
-def _write(gradient, values, rows, columns, height, width):
-    """Write a tile of a chunk [height, width]."""
+def normalize_features(features, normalized, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Write a row [SIZE] a program, divided by its norm; 0 for a row without a direction."""
+    row = tl.program_id(0).to(tl.int64)
+    places = tl.arange(0, BLOCK)
+    values = tl.load(features + row * SIZE + places, places < SIZE, 0.0).to(tl.float32)
+    inverse = _inverse_norm(values)
+    values = (values * inverse).to(normalized.dtype.element_ty)
+    tl.store(normalized + row * SIZE + places, values, places < SIZE)
+
+
+@triton.jit
+def feature_gradients(
+    totals, features, factor, gradients,
+    NORMALIZE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Write factor times a row of totals, through the normalisation of its feature if there is one.
+
+    What lies along the feature does not change its direction: it is taken away.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    places = tl.arange(0, BLOCK)
+    total = tl.load(totals + row * SIZE + places, places < SIZE, 0.0) * tl.load(factor)
+    if NORMALIZE:
+        feature = tl.load(features + row * SIZE + places, places < SIZE, 0.0).to(tl.float32)
+        inverse = _inverse_norm(feature)
+        feature = feature * inverse
+        total = (total - tl.sum(total * feature, 0) * feature) * inverse
     tl.store(
-        gradient + rows[:, None] * width + columns[None, :],
-        values.to(gradient.dtype.element_ty),
-        (rows < height)[:, None] & (columns < width)[None, :],
+        gradients + row * SIZE + places, total.to(gradients.dtype.element_ty), places < SIZE
     )
+
+
+@triton.jit
+def _inverse_norm(values):
+    """Return 1 / norm, or 0 where the norm is too small to have a direction."""
+    norm = tl.sqrt(tl.sum(values * values, 0))
+    return tl.where(norm <= 1e-12, 0.0, 1.0 / norm)
 
 
 @triton.jit
@@ -265,8 +293,7 @@ def sigmoid_losses(
     """Add the sum of each tile's losses to sums."""
     down, across, rows, columns = _place(row, column, height, width, BAND, ROWS, COLUMNS)
     total = _products(
-        anchors, candidates, row + down * ROWS, column + across * COLUMNS,
-        WIDTH, ROWS, COLUMNS, STEP,
+        anchors, candidates, down * ROWS, across * COLUMNS, WIDTH, ROWS, COLUMNS, STEP
     )
     logits = total * tl.load(scale) + tl.load(bias)
     if _special(rows, columns, n, m, partner, itself, ITSELF, GROUP):
@@ -291,8 +318,7 @@ def sigmoid_gradient(
     """Write the gradient of a chunk of logits; add those of scale and bias to sums [2, slots]."""
     down, across, rows, columns = _place(row, column, height, width, BAND, ROWS, COLUMNS)
     total = _products(
-        anchors, candidates, row + down * ROWS, column + across * COLUMNS,
-        WIDTH, ROWS, COLUMNS, STEP,
+        anchors, candidates, down * ROWS, across * COLUMNS, WIDTH, ROWS, COLUMNS, STEP
     )
     logits = total * tl.load(scale) + tl.load(bias)
     if _special(rows, columns, n, m, partner, itself, ITSELF, GROUP):
@@ -307,4 +333,4 @@ def sigmoid_gradient(
         scale_sum, bias_sum = tl.sum(tl.sum(values * total, 1), 0), tl.sum(tl.sum(values, 1), 0)
     _add(sums, scale_sum)
     _add(sums + slots, bias_sum)
-    _write(gradient, values, rows - row, columns - column, height, width)
+    gradient.store([down * ROWS, across * COLUMNS], values.to(tl.bfloat16))

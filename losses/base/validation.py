@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+HALF = (torch.bfloat16, torch.float16)
+"""The dtypes of half precision."""
+
 
 def check_floating(name: str, tensor: Tensor) -> None:
     """Raise TypeError unless a tensor is floating point."""

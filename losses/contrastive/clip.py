@@ -72,6 +72,7 @@ class CLIPLoss(BaseContrastiveLoss):
     """
 
     symmetric: ClassVar[bool] = True
+    normalizes_late: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -114,6 +115,7 @@ class CLIPLoss(BaseContrastiveLoss):
                 label_smoothing=self.label_smoothing,
                 symmetric=symmetric,
                 tile=self.tile,
+                normalize=pairs.normalize,
                 dtype=pairs.dtype,
             )
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diptych.losses.base.contrastive import BaseContrastiveLoss, Pairs
 from diptych.losses.base.objectives import Tile, check_tile, sigmoid_contrast
+from diptych.losses.base.validation import working_dtype
 from diptych.losses.contrastive.clip import pair_positives
 from diptych.losses.registry import register_loss
 
@@ -42,6 +43,7 @@ class SigLIPLoss(BaseContrastiveLoss):
     """
 
     symmetric: ClassVar[bool] = True
+    normalizes_late: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -83,17 +85,18 @@ class SigLIPLoss(BaseContrastiveLoss):
             self._bias(pairs.first),
             pair_positives(pairs, groups),
             tile=self.tile,
+            normalize=pairs.normalize,
             dtype=pairs.dtype,
         )
         return {"contrastive": batch.mean(losses)}
 
     def _bias(self, like: Tensor) -> Tensor:
         if isinstance(self.bias, Tensor):
-            return self.bias.to(like.dtype) + self._rounding
-        return torch.full((), self.bias, dtype=like.dtype, device=like.device)
+            return self.bias.to(working_dtype(like)).reshape(()) + self._rounding
+        return torch.full((), self.bias, dtype=working_dtype(like), device=like.device)
 
     def scalars(self) -> dict[str, Tensor]:
         """Return the temperature, its log scale and the bias, where they are learned."""
         if not isinstance(self.bias, Tensor):
             return super().scalars()
-        return {**super().scalars(), "bias": self.bias.detach()}
+        return {**super().scalars(), "bias": self.bias.detach().reshape(())}

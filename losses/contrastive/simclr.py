@@ -37,6 +37,7 @@ class NTXentLoss(BaseContrastiveLoss):
     """
 
     symmetric: ClassVar[bool] = True
+    normalizes_late: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -56,5 +57,13 @@ class NTXentLoss(BaseContrastiveLoss):
         """Return {"contrastive": the loss}."""
         anchors, candidates, positives = two_views(pairs)
         scale = self.temperature.scale(anchors)
-        losses = contrast(anchors, candidates, scale, positives, tile=self.tile, dtype=pairs.dtype)
+        losses = contrast(
+            anchors,
+            candidates,
+            scale,
+            positives,
+            tile=self.tile,
+            normalize=pairs.normalize,
+            dtype=pairs.dtype,
+        )
         return {"contrastive": 0.5 * pairs.batch.mean(losses)}

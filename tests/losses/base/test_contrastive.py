@@ -21,6 +21,11 @@ def test_normalised_vectors_have_unit_length_and_the_usual_gradient() -> None:
     torch.testing.assert_close(results[0], results[1], rtol=1e-14, atol=1e-15)
 
 
+def test_normalisation_has_a_second_derivative() -> None:
+    leaf = draw(3, 4).requires_grad_()
+    assert torch.autograd.gradgradcheck(normalize, (leaf,))
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-13])
 def test_a_vector_without_direction_becomes_zero_and_gets_no_gradient(scale: float) -> None:
     features = (torch.ones(2, 3, dtype=torch.float64) * scale).requires_grad_()

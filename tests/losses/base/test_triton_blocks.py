@@ -1,0 +1,107 @@
+"""The Triton kernels give the numbers of float64 within half precision, and wait for nothing."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diptych.losses import CLIPLoss, NTXentLoss, SigLIPLoss
+
+pytestmark = pytest.mark.gpu
+
+LOSSES = {
+    "clip": CLIPLoss,
+    "clip at scale 100": partial(CLIPLoss, temperature=0.01),
+    "clip inside": partial(CLIPLoss, positives="inside"),
+    "clip mask": partial(CLIPLoss, positives="mask"),
+    "clip smoothed": partial(CLIPLoss, label_smoothing=0.1),
+    "siglip": SigLIPLoss,
+    "simclr": partial(NTXentLoss, learn_temperature=True),
+}
+
+
+def drawn(pairs: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return related features on the device, of norms far from 1."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    first, noise = torch.randn(2, pairs, dim, device="cuda", generator=generator)
+    return (3 * first).to(dtype), (first + 2 * noise).to(dtype)
+
+
+def value_and_gradients(loss: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    """Return them in float64, those of the loss's own parameters too."""
+    sides = [side.detach().clone().requires_grad_() for side in inputs[:2]]
+    value = loss.cuda()(*sides, *inputs[2:])
+    value.backward()
+    every = [value.detach(), *(one.grad for one in (*sides, *loss.parameters()))]
+    return [one.double() for one in every]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("tile", [None, 64])
+@pytest.mark.parametrize("name", LOSSES)
+def test_half_precision_is_within_its_rounding_of_float64(
+    name: str, tile: int | None, grouped: bool, dtype: torch.dtype
+) -> None:
+    first, second = drawn(500, 72, dtype)
+    groups = [torch.arange(500, device="cuda") // 3] if grouped else []
+    exact = value_and_gradients(LOSSES[name](tile=None), first.double(), second.double(), *groups)
+    found = value_and_gradients(LOSSES[name](tile=tile), first, second, *groups)
+    for one, other in zip(found, exact, strict=True):
+        assert (one - other).norm() <= 1e-2 * other.norm()
+    assert (found[0] - exact[0]).abs() <= 1e-3 * exact[0]
+
+
+@pytest.mark.parametrize("tile", [None, 2])
+def test_a_feature_without_direction_gets_no_gradient_and_a_nan_shows(tile: int | None) -> None:
+    first, second = drawn(16, 16, torch.bfloat16)
+    first[3] = 0
+    value, gradient, *_ = value_and_gradients(CLIPLoss(tile=tile), first, second)
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+    assert not gradient[3].any()
+    first[3, 3] = torch.nan
+    assert value_and_gradients(CLIPLoss(tile=tile), first, second)[0].isnan()
+
+
+@pytest.mark.parametrize("tile", [None, 64])
+def test_nothing_waits_for_the_device(tile: int | None) -> None:
+    loss = CLIPLoss(tile=tile).cuda()
+    first, second = (side.requires_grad_() for side in drawn(256, 64, torch.bfloat16))
+    loss(first, second).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss(first, second).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("tile", [None, 64])
+def test_the_loss_compiles_whole(tile: int | None) -> None:
+    loss = CLIPLoss(tile=tile).cuda()
+    sides = drawn(256, 64, torch.bfloat16)
+    whole = torch.compile(loss, fullgraph=True)
+    torch.testing.assert_close(
+        value_and_gradients(whole, *sides)[:3],
+        value_and_gradients(loss, *sides)[:3],
+        rtol=2e-2,
+        atol=1e-4,
+    )
+
+
+def test_memory_beside_the_gradients_is_a_block_and_one_side() -> None:
+    sides = [side.requires_grad_() for side in drawn(16384, 512, torch.bfloat16)]
+    loss = CLIPLoss().cuda()
+    loss(*sides).backward()
+    for side in sides:
+        side.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss(*sides).backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    features = 2 * sides[0].numel()  # bytes
+    block = 2 * 2**25
+    assert peak <= 4 * features + block + 2**25
