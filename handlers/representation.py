@@ -104,14 +104,17 @@ def sides_of(
     if names is None:
         names = [name for name in outputs if name.endswith("_features")][:2]
     found = [outputs[name] for name in names if name in outputs]
-    fit = len(found) == len(names) and len(found) in sides
-    if not fit or any(side.ndim != 2 or len(side) != len(found[0]) for side in found):
+    if len(found) != len(names) or len(found) not in sides or not _fit(found):
         raise BatchError(
             f"the task's outputs must have {' and '.join(names) or 'some that end in _features'} "
             f"of shape [B, D], got {_shapes(outputs)}: name them with features="
         )
     ends = (name.removesuffix("_features") for name in names)
     return {end: unit(side[:rows]) for end, side in zip(ends, found, strict=True)}
+
+
+def _fit(sides: Sequence[Tensor]) -> bool:
+    return all(side.ndim == 2 and len(side) == len(sides[0]) for side in sides)
 
 
 def _shapes(outputs: Outputs) -> str:
