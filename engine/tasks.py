@@ -142,6 +142,29 @@ class ImageText(KeyedTask):
 
 
 @attrs.frozen(kw_only=True)
+class HuggingFace(ImageText):
+    """As `ImageText`, for models that are called by keywords, as those of `transformers` are.
+
+    `model(pixel_values=..., input_ids=..., attention_mask=...)`, the mask where the batch has one.
+    The model's own loss and logits are not asked for.
+    """
+
+    image: Key = "pixel_values"
+    text: Key = "input_ids"
+    mask: Key = "attention_mask"
+
+    def __call__(self, model: nn.Module, batch: Any, /) -> Outputs:
+        """Return the features of both sides."""
+        inputs = {"pixel_values": self.part(batch, "image"), "input_ids": self.part(batch, "text")}
+        mask = self.optional_part(batch, "mask")
+        image, text = self._features(
+            model(**inputs) if mask is None else model(**inputs, attention_mask=mask)
+        )
+        outputs = {"image_features": image, "text_features": text}
+        return _with_groups(outputs, self.optional_part(batch, "group"))
+
+
+@attrs.frozen(kw_only=True)
 class TwoViews(KeyedTask):
     """`model(view)` of two views of a sample to `first_features` and `second_features` [B, D].
 
@@ -211,6 +234,7 @@ def _describe(output: Any) -> str:
 
 
 image_text = ImageText()
+huggingface = HuggingFace()
 two_views = TwoViews()
 classification = Classification()
 next_token = NextToken()

@@ -20,6 +20,7 @@ from diptych.losses.base.hard_negatives import HardNegatives
 from diptych.losses.base.positives import Positives
 from diptych.losses.base.projection import Projection
 from diptych.losses.base.queue import Queue
+from diptych.losses.base.shared_scale import share_logit_scale
 from diptych.losses.base.supervised import BaseSupervisedLoss
 from diptych.losses.base.temperature import Temperature
 from diptych.losses.combine.hybrid import HybridLoss
@@ -95,4 +96,5 @@ __all__ = [
     "get_loss",
     "get_loss_class",
     "register_loss",
+    "share_logit_scale",
 ]

@@ -173,3 +173,21 @@ def test_a_model_that_returns_several_things_is_described(task):
     batch = dict.fromkeys(("first", "second", "image", "label", "tokens"), IMAGE)
     with pytest.raises(BatchError, match="needs a model that returns one tensor, got a tuple of 2"):
         task(Returns(PAIR), batch)
+
+
+class ByKeywords(nn.Module):
+    """Called as the models of transformers are; the mask scales the text where there is one."""
+
+    def forward(self, input_ids, pixel_values, attention_mask=None):
+        text = input_ids if attention_mask is None else input_ids * attention_mask
+        return {"text_embeds": 2 * text, "image_embeds": 3 * pixel_values}
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_huggingface_calls_the_model_by_keywords(masked):
+    batch = {"input_ids": torch.ones(2, 3), "pixel_values": torch.ones(2, 3)}
+    extra = {"attention_mask": torch.zeros(2, 3), "group": torch.arange(2)} if masked else {}
+    outputs = tasks.huggingface(ByKeywords(), batch | extra)
+    assert torch.equal(outputs["image_features"], 3 * batch["pixel_values"])
+    assert torch.equal(outputs["text_features"], torch.full((2, 3), 0.0 if masked else 2.0))
+    assert ("groups" in outputs) == masked
