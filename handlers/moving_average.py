@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import attrs
@@ -58,7 +57,7 @@ def is_continuous(tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def follow(averages: Sequence[Tensor], values: Sequence[Tensor], weight: float | Tensor) -> None:
+def follow(averages: list[Tensor], values: list[Tensor], weight: float | Tensor) -> None:
     """Move averages towards values, in place: average += weight * (value - average).
 
     Args:

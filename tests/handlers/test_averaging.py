@@ -11,10 +11,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from ignite.engine import Events
+from ignite.metrics import Loss
 from torch import Tensor, nn
 
-from diptych.engine import CheckpointError, SeededLoader, StepEvents, Trainer, certify, tasks
-from diptych.handlers import CheckpointManager, LossGuard
+from diptych.engine import (
+    CheckpointError,
+    Evaluator,
+    SeededLoader,
+    StepEvents,
+    Trainer,
+    certify,
+    tasks,
+)
+from diptych.handlers import CheckpointManager, Evaluation, LossGuard
 from diptych.handlers.averaging import WeightAverage
 from tests.handlers.runs import Squares, Stop, stop_at
 
@@ -72,6 +81,11 @@ def averaged_by_hand(values: list[Tensor], decay: float, *, warmup: bool) -> Ten
         d = min(decay, (1 + n) / (10 + n)) if warmup else decay
         average = d * average + (1 - d) * value.double()
     return average
+
+
+def mean_loss() -> Loss:
+    """Return Ignite's own mean of the cross entropy."""
+    return Loss(nn.functional.cross_entropy, output_transform=lambda output: tuple(output.values()))
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -325,3 +339,16 @@ def test_an_average_without_a_trainer_says_so():
 def test_an_argument_out_of_range_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         WeightAverage(**arguments)
+
+
+def test_an_evaluation_takes_the_averages_and_leaves_the_trained_weights():
+    trainer, average = make_trainer(), WeightAverage(decay=0.9)
+    trainer.attach(average, Evaluation(make_loader(2)))
+    trainer.run(make_loader(), max_epochs=1)
+    trained = copied(trainer.model.state_dict())
+    evaluator = Evaluator(trainer.model, task=tasks.classification, metrics={"loss": mean_loss()})
+    with average.averaged():
+        expected = evaluator.evaluate(make_loader(2))["loss"]
+    assert trainer.state.metrics["val/loss"] == pytest.approx(expected, rel=1e-6)
+    assert evaluator.evaluate(make_loader(2))["loss"] != pytest.approx(expected, rel=1e-3)
+    assert_same(trainer.model.state_dict(), trained)
