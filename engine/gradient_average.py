@@ -39,28 +39,19 @@ class _Bucket:
 
     def launch(self) -> None:
         """Begin the exchange of the gradients that this rank has; a missing one counts as 0."""
-        gradients = [p.grad for p in self.parameters]
-        sparse = [tuple(g.shape) for g in gradients if g is not None and g.is_sparse]
-        if sparse:
-            raise ValueError(
-                f"gradients over several ranks must be dense, got sparse ones of {sparse}: build "
-                "the embedding with sparse=False"
-            )
-        dense = [
-            torch.zeros_like(p) if g is None else g
-            for p, g in zip(self.parameters, gradients, strict=True)
-        ]
-        present = dense[0].new_ones(len(dense))
-        if any(g is None for g in gradients):
-            present = torch.stack(
-                [present.new_zeros(()) if g is None else present.new_ones(()) for g in gradients]
-            )
-        packed = torch.cat([*(gradient.reshape(-1) for gradient in dense), present])
-        packed[: -len(dense)].div_(
-            world_size()
-        )  # before the sum, which keeps half precision finite
+        gradients = [_dense(parameter) for parameter in self.parameters]
+        packed = torch.cat([*(g.reshape(-1) for g in gradients), self._present(gradients[0])])
+        # Divided before the sum, which keeps half precision finite.
+        packed[: -len(gradients)].div_(world_size())
         self.packed, self.again = packed, False
         self.work = dist.all_reduce(packed, async_op=True)
+
+    def _present(self, like: Tensor) -> Tensor:
+        """Return for each parameter 1 where this rank has its gradient, else 0."""
+        missing = [parameter.grad is None for parameter in self.parameters]
+        if not any(missing):
+            return like.new_ones(len(missing))
+        return torch.stack([like.new_zeros(()) if m else like.new_ones(()) for m in missing])
 
     def receive(self) -> None:
         """Put the averages into the parameters; nothing where no rank has a gradient."""
@@ -183,6 +174,19 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> list[_Bucket]:
         buckets[-1].parameters.append(parameter)
         size += parameter.numel()
     return buckets
+
+
+def _dense(parameter: nn.Parameter) -> Tensor:
+    """Return a parameter's gradient, zeros where it has none."""
+    gradient = parameter.grad
+    if gradient is None:
+        return torch.zeros_like(parameter)
+    if gradient.is_sparse:
+        raise ValueError(
+            f"gradients over several ranks must be dense, got a sparse one of "
+            f"{tuple(gradient.shape)}: build the embedding with sparse=False"
+        )
+    return gradient
 
 
 def _put(parameter: nn.Parameter, average: Tensor) -> None:

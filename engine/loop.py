@@ -158,7 +158,9 @@ class EventLoop(Dispatcher):
     # -- the loop --------------------------------------------------------------------------------
 
     def _internal_run(self) -> State:
-        self.should_terminate = self.should_terminate_single_epoch = self.should_interrupt = False
+        self.should_terminate = self.should_interrupt = False
+        if not self._in_epoch:  # an epoch that was to end when the run stopped in it still is
+            self.should_terminate_single_epoch = False
         started = time.perf_counter()
         self._find_listeners()
         try:

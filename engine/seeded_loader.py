@@ -53,12 +53,9 @@ class SeededLoader:
         num_workers: int = 0,
         collate: Callable[[list[Any]], Any] | None = None,
     ) -> None:
-        if batch_size < world_size():
-            raise ValueError(
-                f"batch_size must be >= {world_size()}, one sample for each rank, got {batch_size}"
-            )
-        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.dataset, self.seed = dataset, seed
         self._shuffle, self._drop_last = shuffle, drop_last
+        self.batch_size = batch_size
         self._epoch = self._batch = self._start = 0
         self._loader = DataLoader(
             _SeededSamples(dataset, seed),
@@ -69,15 +66,34 @@ class SeededLoader:
             persistent_workers=num_workers > 0,
             generator=torch.Generator().manual_seed(seed),
         )
-        if len(self) == 0:
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of the global batch; may be set between two epochs.
+
+        Raises:
+            ValueError: when it is set, if a batch would have fewer samples than there are ranks,
+                or the data set does not fill one.
+        """
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, batch_size: int) -> None:
+        ranks, samples = world_size(), self._samples
+        if batch_size < ranks:
             raise ValueError(
-                f"the data set must fill one batch of {batch_size}, got {self._samples} samples"
+                f"batch_size must be >= {ranks}, one sample for each rank, got {batch_size}"
             )
-        if 0 < self._samples % batch_size < world_size() and not drop_last:
+        if samples == 0 or (self._drop_last and samples < batch_size):
             raise ValueError(
-                f"the last batch must have a sample for each of {world_size()} ranks, got "
-                f"{self._samples % batch_size}: take another batch_size, or drop_last=True"
+                f"the data set must fill one batch of {batch_size}, got {samples} samples"
             )
+        if 0 < samples % batch_size < ranks and not self._drop_last:
+            raise ValueError(
+                f"the last batch must have a sample for each of {ranks} ranks, got "
+                f"{samples % batch_size}: take another batch_size, or drop_last=True"
+            )
+        self._batch_size = batch_size
 
     @property
     def _samples(self) -> int:

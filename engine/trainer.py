@@ -65,6 +65,7 @@ class Trainer(EventLoop):
         skipped_steps: updates that fp16 has skipped so far, on the device.
         handlers: what was attached, in order.
         terms: the terms of the last loss, detached.
+        step: what was given as `step`.
         state: Ignite's; `state.metrics` holds the last epoch's means and the last evaluation's
             values.
 
@@ -99,23 +100,27 @@ class Trainer(EventLoop):
         )
         check_parts(model, loss, optimizer, task)
         self.device = self.settings.device or idist.device()
-        self.model = model.to(self.device)
+        self.model, self._loss = self._placed(model), self._placed(loss)
         self.optimizer, self.task = optimizer, task
-        self._loss = loss.to(self.device)
         self.scaler = self._gradient_scaler()
         self.skipped_steps = torch.zeros((), device=self.device)
         if compile:
             self.model.compile()
-        same_on_all_ranks(self.model)
-        same_on_all_ranks(self._loss)
         self._outputs: Outputs = {}
         self.terms: dict[str, Tensor] = {}
         self.handlers: list[Handler] = []
         self._gauges_of_loss: list[str] = []
+        self.step = step
         super().__init__(self._make_step(step))
         self.metrics = MetricsCollector(on_record=lambda: self.fire_event(MetricsEvents.LOGGED))
         self._publish_gauges()
         self._add_own_handlers()
+
+    def _placed(self, module: nn.Module) -> nn.Module:
+        """Return the module on this rank's device, with rank 0's values."""
+        module = module.to(self.device)
+        same_on_all_ranks(module)
+        return module
 
     def _make_step(self, step: Step | type[TrainStep] | None) -> Callable[[Any, Any], Any]:
         if step is None:
@@ -133,8 +138,7 @@ class Trainer(EventLoop):
     @loss.setter
     def loss(self, loss: nn.Module) -> None:
         check_parts(self.model, loss, self.optimizer, self.task)
-        self._loss = loss.to(self.device)
-        same_on_all_ranks(loss)
+        self._loss = self._placed(loss)
         if not loss.training:
             loss.train()
         self._publish_gauges()
@@ -199,10 +203,11 @@ class Trainer(EventLoop):
         for tag in self._gauges_of_loss:
             self.metrics.remove_gauge(tag)
         scalars: Callable[[], Mapping[str, Tensor]] | None = getattr(self.loss, "scalars", None)
-        names = () if scalars is None else scalars()
-        self._gauges_of_loss = [f"train/{name}" for name in names]
-        for name in names:
-            self.metrics.gauge(f"train/{name}", partial(_named_scalar, scalars, name))
+        self._gauges_of_loss = []
+        if scalars is not None:
+            for name in scalars():
+                self._gauges_of_loss.append(f"train/{name}")
+                self.metrics.gauge(f"train/{name}", partial(_named_scalar, scalars, name))
         if self.scaler is not None:
             self.metrics.gauge("train/skipped_steps", lambda: self.skipped_steps)
 

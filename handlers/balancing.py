@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -78,6 +78,8 @@ class ModalityBalancing:
         ValueError: if an argument is out of range; when attached, if a component has no
             parameters, both have a parameter in common, or gradients are clipped before.
     """
+
+    changes: ClassVar[tuple[str, ...]] = ("gradients",)
 
     components: Components = attrs.field(default=("image", "text"), validator=_check_components)
     ratio: float = attrs.field(default=1.0, validator=_check_ratio)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
@@ -36,6 +36,8 @@ class GradientClipping:
     Raises:
         ValueError: if neither is given, or one is not positive.
     """
+
+    changes: ClassVar[tuple[str, ...]] = ("gradients",)
 
     max_norm: float | None = attrs.field(
         default=None, validator=attrs.validators.optional(_check_bound)

@@ -8,7 +8,7 @@ import math
 import operator
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import attrs
 import torch
@@ -124,6 +124,8 @@ class LossGuard:
             already, or balances gradients before it.
         FaultError: while running: under "raise", or when the budget is exceeded.
     """
+
+    changes: ClassVar[tuple[str, ...]] = ("gradients", "weights")
 
     directory: Path | None = attrs.field(default=None, converter=attrs.converters.optional(Path))
     policy: Policy = attrs.field(default="skip", validator=_check_policy, kw_only=True)

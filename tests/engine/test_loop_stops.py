@@ -263,3 +263,16 @@ def test_an_exception_in_a_trainers_step_changes_no_parameter():
     handle.remove()
     trainer.run(batches, max_epochs=1)
     assert trainer.state.iteration == 4
+
+
+def test_an_epoch_that_was_to_end_when_the_run_was_interrupted_ends_when_it_goes_on():
+    loop, data = Tape(), range(5)
+
+    def stop_both() -> None:
+        loop.terminate_epoch()
+        loop.interrupt()
+
+    call_at(loop, 2, stop_both)
+    loop.run(data, max_epochs=2)
+    loop.run(data, max_epochs=2)
+    assert (loop.state.iteration, loop.state.epoch) == (2 + 5, 2)

@@ -1,4 +1,4 @@
-"""The certificate: does how you run your own training change what you get?"""
+"""A run that is interrupted and resumed, against one that nobody touches."""
 
 from __future__ import annotations
 
@@ -76,50 +76,26 @@ class InterruptionReport:
         return "\n".join(lines)
 
 
-class Certificate:
-    """Runs a training in several ways and compares what comes out."""
-
-    def interruption(self, build: Build, *, steps: int = 20, at: int = 7) -> InterruptionReport:
-        """Compare a run that is interrupted and resumed with one that is not, bit for bit.
-
-        The trainer is built three times, each from the same random state; no `CheckpointManager`
-        is needed, and none should be attached. Exact on a CPU; on an accelerator as far as its
-        kernels are deterministic.
-
-        Args:
-            build: makes a trainer and its loader.
-            steps: iterations of the whole run.
-            at: iterations before the interruption, 1 <= at < steps.
-
-        Returns:
-            The report; `report.passed` and `str(report)` say what it found.
-
-        Raises:
-            ValueError: if `at` is not inside the run.
-            ResumeError: if the loader cannot go to a position inside an epoch.
-        """
-        if not 1 <= at < steps:
-            raise ValueError(f"at must lie in [1, {steps - 1}], inside {steps} steps, got {at}")
-        with preserved_random_state():
-            start = random_state()
-            whole, loader = build()
-            whole.run(loader, max_iters=steps)
-            cut, saved = _interrupted(build, start, steps, at)
-            set_random_state(start)
-            resumed, loader = build()
-            resumed.state.dataloader = loader
-            load_run_state(resumed, saved)
-            forgotten = tuple(_forgotten(cut, resumed))
-            resumed.run(loader, max_iters=steps)
-            differences = (
-                *_differences("", run_state(whole), run_state(resumed)),
-                *_differences_of_modules(whole, resumed),
-            )
-        return InterruptionReport(steps, at, differences, forgotten)
-
-
-certify = Certificate()
-"""The certificate, ready to use."""
+def check_interruption(build: Build, steps: int, at: int) -> InterruptionReport:
+    """Run a training whole and interrupted; see `Certificate.interruption`."""
+    if not 1 <= at < steps:
+        raise ValueError(f"at must lie in [1, {steps - 1}], inside {steps} steps, got {at}")
+    with preserved_random_state():
+        start = random_state()
+        whole, loader = build()
+        whole.run(loader, max_iters=steps)
+        cut, saved = _interrupted(build, start, steps, at)
+        set_random_state(start)
+        resumed, loader = build()
+        resumed.state.dataloader = loader
+        load_run_state(resumed, saved)
+        forgotten = tuple(_forgotten(cut, resumed))
+        resumed.run(loader, max_iters=steps)
+        differences = (
+            *_differences("", run_state(whole), run_state(resumed)),
+            *_differences_of_modules(whole, resumed),
+        )
+    return InterruptionReport(steps, at, differences, forgotten)
 
 
 def _interrupted(

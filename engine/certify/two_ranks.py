@@ -1,0 +1,191 @@
+"""One update on two ranks, each a process of its own, against the same update on one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from diptych.engine.certify.report import Check, shortened
+from diptych.engine.certify.specimen import (
+    BATCH_NORM,
+    Gradients,
+    Specimen,
+    factor_of,
+    in_evaluation_mode,
+    names_of,
+    relative_error,
+)
+from diptych.engine.data import batch_size, join, part, to_device
+
+RANKS = 2
+TIMEOUT = timedelta(seconds=60)
+Shares = dict[str, list[Any]]
+Jobs = dict[str, tuple[Specimen, list[Any]]]
+
+
+def check_ranks(specimen: Specimen, batch: Any, tolerance: float) -> list[Check]:
+    """Compare two ranks with one, for equal and for unequal shares of the batch.
+
+    The ranks run on the CPU, and so does what they are compared with.
+    """
+    here = specimen.on_cpu()
+    batch = to_device(batch, here.device)
+    try:
+        found = run_on_two_ranks(jobs_of(here, batch))
+    except RankError as error:
+        return [Check("two ranks", None, passed=error.harmless, remark=str(error))]
+    return compared(here, batch, found, tolerance)
+
+
+def jobs_of(specimen: Specimen, batch: Any) -> Jobs:
+    """Return what two ranks have to run: each kind of shares, with and without batch norm."""
+    calm = specimen.changed(in_evaluation_mode(BATCH_NORM))
+    return {
+        f"{name}, {kind}": (one, shares)
+        for name, shares in _shares(batch).items()
+        for kind, one in (("as it is", specimen), ("calm", calm))
+    }
+
+
+def compared(
+    specimen: Specimen, batch: Any, found: dict[str, Gradients], tolerance: float
+) -> list[Check]:
+    """Return the checks that follow from what the jobs have found."""
+    calm = specimen.changed(in_evaluation_mode(BATCH_NORM))
+    return [
+        _check(name, shares, (specimen, calm), found, tolerance)
+        for name, shares in _shares(batch).items()
+    ]
+
+
+def _shares(batch: Any) -> Shares:
+    """Return the batches of both ranks by the name of the check."""
+    size = batch_size(batch)
+    half = size // 2
+    return {
+        f"two ranks, {half} + {half}": [part(batch, 0, half), part(batch, half, 2 * half)],
+        f"two ranks, {half + 1} + {size - half - 1}": [
+            part(batch, 0, half + 1),
+            part(batch, half + 1, size),
+        ],
+    }
+
+
+def _check(
+    name: str,
+    shares: list[Any],
+    specimens: tuple[Specimen, Specimen],
+    found: dict[str, Gradients],
+    tolerance: float,
+) -> Check:
+    whole, own = join(shares), found[f"{name}, as it is"]
+    expected = specimens[0].gradients(whole)
+    error = relative_error(own, expected)
+    if error <= tolerance:
+        return Check(name, error, passed=True)
+    norms = names_of(specimens[0].model, BATCH_NORM)
+    calm = relative_error(found[f"{name}, calm"], specimens[1].gradients(whole))
+    if norms and calm <= tolerance:
+        culprit = f"batch norm sees one rank's samples: {shortened(norms)}"
+    else:
+        culprit = _culprit(specimens[0], shares, own, expected, tolerance)
+    return Check(name, error, passed=False, remark=culprit)
+
+
+def _culprit(
+    specimen: Specimen, shares: list[Any], found: Gradients, expected: Gradients, tolerance: float
+) -> str:
+    factor = factor_of(found, expected) if found.keys() == expected.keys() else 0.0
+    scaled = {name: value * factor for name, value in expected.items()}
+    if factor and relative_error(found, scaled) <= tolerance:
+        return f"the gradient is {factor:.3g} times too large: a factor of the number of ranks"
+    apart = [specimen.gradients(share) for share in shares]
+    mean = {name: (value + apart[1].get(name, 0)) / RANKS for name, value in apart[0].items()}
+    if relative_error(found, mean) <= tolerance:
+        return "the loss sees its own rank's samples alone: it must gather those of the others"
+    return "the loss, or the model, does not say the same about the samples of all ranks"
+
+
+class RankError(Exception):
+    """Two ranks that did not run.
+
+    Args:
+        text: why.
+        harmless: whether that says nothing about the training.
+    """
+
+    def __init__(self, text: str, *, harmless: bool) -> None:
+        super().__init__(text)
+        self.harmless = harmless
+
+
+def run_on_two_ranks(jobs: Jobs) -> dict[str, Gradients]:
+    """Return what the first rank finds for each job, a specimen and each rank's batch.
+
+    Raises:
+        RankError: if the jobs cannot be sent to another process, or a rank fails.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            context.Process(target=_work, args=(rank, folder, jobs), daemon=True)
+            for rank in range(RANKS)
+        ]
+        _start(ranks)
+        for process in ranks:
+            process.join()
+        told = [path.read_text() for path in sorted(Path(folder).glob("*.txt"))]
+        if told:
+            raise RankError(told[0].strip().splitlines()[-1], harmless=False)
+        if any(process.exitcode for process in ranks):
+            raise RankError(
+                "the processes cannot import the script that runs here: put what it runs under "
+                'if __name__ == "__main__", or use python -m diptych.engine.certify',
+                harmless=True,
+            )
+        found: dict[str, Gradients] = torch.load(Path(folder) / "found.pt", weights_only=True)
+        return found
+
+
+def _start(ranks: Sequence[Any]) -> None:
+    try:
+        for process in ranks:
+            process.start()
+    except Exception as error:  # whatever an object says that cannot be sent
+        for process in ranks:
+            if process.pid is not None:
+                process.terminate()
+        raise RankError(
+            f"cannot be sent to other processes ({error}): define model, loss and task at the top "
+            "of a module, or run python -m diptych.engine.certify module:factory",
+            harmless=True,
+        ) from error
+
+
+def _work(rank: int, folder: str, jobs: Jobs) -> None:
+    """Be one of the ranks."""
+    torch.set_num_threads(1)
+    place = Path(folder)
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{place / 'meeting'}",
+            rank=rank,
+            world_size=RANKS,
+            timeout=TIMEOUT,
+        )
+        found = {name: one.gradients(shares[rank]) for name, (one, shares) in jobs.items()}
+        if rank == 0:
+            torch.save(found, place / "found.pt")
+        dist.destroy_process_group()
+    except BaseException:
+        (place / f"{rank}.txt").write_text(traceback.format_exc())
+        raise
