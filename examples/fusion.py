@@ -17,8 +17,7 @@ from diptych.handlers import (
     new_run,
     parameter_groups,
 )
-from diptych.losses import CLIPLoss, ImageTextMatchingLoss, WeightedSum
-from diptych.losses.multimodal.fusion import FusionHead
+from diptych.losses import CLIPLoss, FusionHead, ImageTextMatchingLoss, WeightedSum
 from examples.emoji.data import Emoji, TrainingPairs, collate, read_emoji, unseen_drawings
 from examples.emoji.model import TwoTowers
 
@@ -47,11 +46,13 @@ def results_of(trainer: Trainer, emoji: Sequence[Emoji]) -> dict[str, float]:
         return (yes - no).view(chosen.shape)
 
     recognised = (matches(own[:, None]) > 0).float().mean()
-    rejected = (matches(mismatch[:, None]) <= 0).float().mean()
+    others = own.roll(len(own) // 2)
+    rejected = [(matches(c[:, None]) <= 0).float().mean() for c in (others, mismatch)]
     ranked = nearest.gather(1, matches(nearest).argmax(dim=1, keepdim=True))[:, 0]
     return {
         "pairs recognised": float(recognised),
-        "nearest mismatches rejected": float(rejected),
+        "other captions rejected": float(rejected[0]),
+        "nearest mismatches rejected": float(rejected[1]),
         "recall@1, towers": float((nearest[:, 0] == own).float().mean()),
         f"recall@1, fusion of the best {CANDIDATES}": float((ranked == own).float().mean()),
         f"recall@{CANDIDATES}, towers": float((nearest == own[:, None]).any(dim=1).float().mean()),

@@ -19,8 +19,7 @@ from diptych.handlers import (
     new_run,
     parameter_groups,
 )
-from diptych.losses import BarlowTwinsLoss, MoCoLoss, NegativeCosineLoss, NTXentLoss, VICRegLoss
-from diptych.losses.base.projection import Projection
+from diptych.losses import Projection, get_loss
 from examples.emoji import labels
 from examples.emoji.data import Batch, Emoji, read_emoji, training_drawings
 from examples.emoji.model import ImageEncoder
@@ -64,20 +63,20 @@ def labelled(model: Views, batch: Batch) -> Batch:
     return {"features": model.online[0](batch["image"]), "labels": batch["label"]}
 
 
-METHODS = {
-    "simclr": (lambda: NTXentLoss(temperature=0.2), tasks.two_views),
-    "vicreg": (VICRegLoss, tasks.two_views),
-    "barlow_twins": (lambda: BarlowTwinsLoss(redundancy_weight=0.02), tasks.two_views),
-    "moco": (lambda: MoCoLoss(dim=WIDTH, queue_size=1024), queries_and_keys),
-    "byol": (lambda: NegativeCosineLoss(kind="byol"), predictions_and_targets),
+METHODS = {  # the loss, its arguments and the task
+    "simclr": ("simclr", {"temperature": 0.2}, tasks.two_views),
+    "vicreg": ("vicreg", {}, tasks.two_views),
+    "barlow_twins": ("barlow_twins", {"redundancy_weight": 0.02}, tasks.two_views),
+    "moco": ("moco", {"dim": WIDTH, "queue_size": 1024}, queries_and_keys),
+    "byol": ("negative_cosine", {"kind": "byol"}, predictions_and_targets),
 }
 
 
 def main(method: str, emoji: Sequence[Emoji], epochs: int = EPOCHS) -> dict[str, float]:
     """Train; return the probe's accuracy before and after, and that of a constant answer."""
     torch.manual_seed(0)
-    (make_loss, task), views = METHODS[method], labels.TwoDrawings(emoji)
-    model, loss = Views(), make_loss()
+    (name, arguments, task), views = METHODS[method], labels.TwoDrawings(emoji)
+    model, loss = Views(), get_loss(name, **arguments)
     loader = SeededLoader(views, 128, seed=0, drop_last=True, collate=labels.collate_views)
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=1e-4, lr=2e-3))
     trainer = Trainer(model, loss, optimizer, task=task, seed=0)

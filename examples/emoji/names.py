@@ -48,6 +48,12 @@ def split(name: str) -> list[str]:
     return re.findall(r"[\w#*]+", name.lower())
 
 
+def overlap(names: Sequence[str], others: Sequence[str]) -> float:
+    """Return the mean share of two names' words that are in both."""
+    pairs = [(set(a.split()), set(b.split())) for a, b in zip(names, others, strict=True)]
+    return sum(len(a & b) / len(a | b) for a, b in pairs) / len(pairs)
+
+
 class NamedDrawings(Dataset[dict[str, Any]]):
     """A drawing that is trained on, and its emoji's name."""
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from diptych.engine import SeededLoader, Trainer, certify, tasks
 from diptych.handlers import CheckpointManager, LearningRate
-from diptych.losses import CLIPLoss, CrossEntropyLoss, SigLIPLoss
-from diptych.losses.base.shared_scale import share_logit_scale
+from diptych.losses import CLIPLoss, CrossEntropyLoss, SigLIPLoss, share_logit_scale
 
 TEXT = {
     "vocab_size": 50,

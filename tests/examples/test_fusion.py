@@ -13,7 +13,7 @@ from examples.fusion import main, results_of
 def test_it_trains_and_tells_its_results(emoji, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     results = main(emoji[::12], epochs=2)
-    assert len(results) == 5
+    assert len(results) == 6
     assert all(0 <= value <= 1 for value in results.values())
 
 

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diptych.losses import CLIPLoss, NegativeCosineLoss, SigLIPLoss
-from diptych.losses.base.shared_scale import share_logit_scale
+from diptych.losses import CLIPLoss, NegativeCosineLoss, SigLIPLoss, share_logit_scale
 
 
 class Scaled(nn.Module):
