@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,11 @@ from ignite.engine import Events
 
 from diptych.engine.distributed import rank
 from diptych.engine.events import MetricsEvents
+from diptych.handlers.hyperparameters import hyperparameters, session_end, session_start
+from diptych.handlers.layout import Chart, charts_of, layout_summary
 from diptych.handlers.run_directory import run_settings
+from diptych.handlers.run_progress import is_over
+from diptych.handlers.run_texts import findings_of, findings_table, model_table
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -23,7 +28,14 @@ AT_THE_END = (Events.COMPLETED, Events.INTERRUPT, Events.EXCEPTION_RAISED)
 
 @attrs.define(eq=False)
 class TensorBoard:
-    """Writes every record as scalars, and the run's settings and versions as text.
+    """Writes every record as scalars, and what else tells how a run fares.
+
+    - Custom Scalars: the curves that are read together in one chart, under "Does it learn?", "How
+      fast?" and "Is it healthy?": see `diptych.handlers.layout`. A chart is there as soon as one
+      of its curves is.
+    - HParams: a row for each run with its settings and the last value of each scalar.
+    - Text: `settings` with versions, `model` with its parameters by component, `findings` of a
+      `RepresentationHealth`, and at the end `listeners`, what `trainer.describe()` returns.
 
     TensorBoard keeps scalars as float32. A resumed run writes a further file into the folder and
     tells TensorBoard to forget what came after the checkpoint, so that no point is double. A
@@ -31,8 +43,9 @@ class TensorBoard:
 
     Event: `MetricsEvents.LOGGED`; `STARTED` opens the file and `COMPLETED`, `INTERRUPT` or
         `EXCEPTION_RAISED` closes it. Rank 0 alone writes.
-    Cost: some 60 microseconds a record, which is in the file when the handler returns; half a
-        second for the import when the run starts.
+    Cost: some 60 microseconds a record, which is in the file when the handler returns; where a
+        record has new tags, a millisecond for the layout; half a second for the import when the
+        run starts.
 
     Args:
         directory: of the event files; made if it is not there.
@@ -41,6 +54,9 @@ class TensorBoard:
     directory: Path = attrs.field(converter=Path)
     _writer: SummaryWriter | None = attrs.field(default=None, init=False, repr=False)
     _ended: bool = attrs.field(default=False, init=False, repr=False)
+    _tags: set[str] = attrs.field(factory=set, init=False, repr=False)
+    _charts: tuple[Chart, ...] = attrs.field(default=(), init=False, repr=False)
+    _findings: int = attrs.field(default=0, init=False, repr=False)
 
     def attach(self, trainer: Trainer) -> None:
         """Write each record of the trainer."""
@@ -73,13 +89,41 @@ class TensorBoard:
         iteration = trainer.state.iteration
         # What another handler has written at this start stays.
         self._forget(iteration + 1 if iteration or self._writer else 0)
-        text = json.dumps(run_settings(trainer), indent=2)
-        self.writer.add_text("settings", f"```json\n{text}\n```", iteration)
+        self._show_settings(trainer)
+        # A resumed run keeps the charts of evaluations that are to come again.
+        self._tags, self._charts, self._findings = set(trainer.state.metrics), (), 0
         self._ended = False
 
-    def _end(self, *_: object) -> None:
+    def _end(self, trainer: Trainer, *_: object) -> None:
         self._ended = True
+        self._show_findings(trainer)
+        self.writer.add_text("listeners", trainer.describe(), trainer.state.iteration)
+        if is_over(trainer):
+            self._add_summary(session_end(), trainer.state.iteration)
         self.close()
+
+    def _show_settings(self, trainer: Trainer) -> None:
+        iteration, settings = trainer.state.iteration, run_settings(trainer)
+        text = json.dumps(settings, indent=2)
+        self.writer.add_text("settings", f"```json\n{text}\n```", iteration)
+        self.writer.add_text("model", model_table(trainer), iteration)
+        self._add_summary(session_start(hyperparameters(settings)), iteration)
+
+    def _show_findings(self, trainer: Trainer) -> None:
+        findings = findings_of(trainer)
+        if len(findings) > self._findings:
+            self.writer.add_text("findings", findings_table(findings), findings[-1].step)
+            self._findings = len(findings)
+
+    def _show_charts(self, tags: Iterable[str], step: int) -> None:
+        """Lay out the charts, where a new tag has given one of them its first curve."""
+        if self._tags.issuperset(tags):
+            return
+        self._tags.update(tags)
+        charts = charts_of(self._tags)
+        if charts != self._charts:
+            self._charts = charts
+            self._add_summary(layout_summary(charts), step)
 
     def _forget(self, step: int) -> None:
         """Tell TensorBoard that the points of earlier files from this step on do not count."""
@@ -93,6 +137,8 @@ class TensorBoard:
         for tag, value in record.values.items():
             event.summary.value.add(tag=tag, simple_value=value)
         self._add(event, record.step)
+        self._show_charts(record.values, record.step)
+        self._show_findings(trainer)
         if self._ended:
             self.close()
 
@@ -100,6 +146,11 @@ class TensorBoard:
         from tensorboard.compat.proto.event_pb2 import Event  # noqa: PLC0415
 
         return Event()
+
+    def _add_summary(self, summary: Any, step: int) -> None:
+        event = self._new_event()
+        event.summary.CopyFrom(summary)
+        self._add(event, step)
 
     def _add(self, event: Any, step: int) -> None:
         file_writer: Any = self.writer.file_writer

@@ -15,7 +15,15 @@ import pytest
 from ignite.engine import Events
 
 from diptych.engine import Trainer
-from diptych.handlers import CheckpointManager, JsonLines, TensorBoard, Throughput, read_records
+from diptych.handlers import (
+    CheckpointManager,
+    Finding,
+    JsonLines,
+    RepresentationHealth,
+    TensorBoard,
+    Throughput,
+    read_records,
+)
 from tests.handlers.runs import Stop, loader, make_trainer, report_each_epoch, stop_at
 
 Points = dict[str, list[tuple[int, float]]]
@@ -87,6 +95,95 @@ def test_settings_and_versions_are_shown_as_text(tmp_path):
     settings = json.loads(text.removeprefix("```json\n").removesuffix("\n```"))
     assert settings["trainer"]["seed"] == 5
     assert settings["versions"]["python"] == sys.version.split()[0]
+
+
+def layouts(folder: Path) -> list[tuple[int, list[str]]]:
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+    return [
+        (
+            event.step,
+            [
+                chart.title
+                for category in Layout.FromString(event.tensor_proto.string_val[0]).category
+                for chart in category.chart
+            ],
+        )
+        for event in read(folder).Tensors("custom_scalars__config__")
+    ]
+
+
+def test_the_layout_grows_with_the_first_curve_of_a_chart_alone(tmp_path):
+    trainer = make_trainer()
+    report_each_epoch(trainer, 0.1, 0.3, tag="val/image_to_text/recall@1")
+    trainer.attach(TensorBoard(tmp_path))
+
+    trainer.run(loader(), max_epochs=2)
+
+    loss, recall = "Loss: train and validation", "Retrieval: image to text"
+    assert layouts(tmp_path) == [(4, [loss]), (6, [loss, recall])]
+
+
+def hparams_of(folder: Path) -> set[str]:
+    return {tag for tag in read(folder).Tags()["tensors"] if tag.startswith("_hparams_")}
+
+
+def test_a_run_has_its_row_from_the_start_and_success_at_its_end(tmp_path):
+    seen: list[set[str]] = []
+    trainer = make_trainer().attach(TensorBoard(tmp_path))
+    trainer.add_event_handler(Events.COMPLETED, lambda: seen.append(hparams_of(tmp_path)))
+
+    trainer.run(loader(), max_epochs=1)
+
+    row, success = "_hparams_/session_start_info", "_hparams_/session_end_info"
+    assert seen == [{row}]
+    assert hparams_of(tmp_path) == {row, success}
+
+
+def test_a_run_that_broke_off_has_no_success(tmp_path):
+    trainer = make_trainer().attach(TensorBoard(tmp_path))
+    stop_at(trainer, 5)
+
+    with pytest.raises(Stop):
+        trainer.run(loader(), max_epochs=1)
+
+    assert hparams_of(tmp_path) == {"_hparams_/session_start_info"}
+
+
+def text_of(folder: Path, tag: str) -> list[tuple[int, str]]:
+    return [
+        (event.step, event.tensor_proto.string_val[0].decode())
+        for event in read(folder).Tensors(f"{tag}/text_summary")
+    ]
+
+
+def test_model_and_listeners_are_shown_as_tables(tmp_path):
+    make_trainer().attach(TensorBoard(tmp_path)).run(loader(), max_epochs=1)
+
+    ((start, model),) = text_of(tmp_path, "model")
+    ((end, listeners),) = text_of(tmp_path, "listeners")
+    assert (start, end) == (0, 6)
+    assert "| all | 26 | 26 |" in model
+    assert "TensorBoard" in listeners
+
+
+def test_findings_of_health_are_shown_at_the_step_at_which_they_were_made(tmp_path):
+    health = RepresentationHealth(features=("logits",), rules=())
+    trainer = make_trainer().attach(health, TensorBoard(tmp_path))
+
+    def find() -> None:
+        step = trainer.state.iteration
+        health.findings.append(Finding("collapse", step, "spread 0", "Look."))
+
+    trainer.add_event_handler(Events.ITERATION_STARTED(event_filter=lambda _, n: n in (2, 7)), find)
+
+    trainer.run(loader(), max_epochs=2)
+
+    (first_step, first), (second_step, second) = text_of(tmp_path, "findings")
+    assert (first_step, second_step) == (2, 7)
+    assert "| 2 | collapse" in first
+    assert "| 7 |" not in first
+    assert "| 7 | collapse" in second
 
 
 @attrs.define(eq=False)
