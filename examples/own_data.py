@@ -1,0 +1,326 @@
+"""Train two towers on a folder of one's own images and a CSV of their captions, with no code.
+
+    python examples/own_data.py --images DIR --captions captions.csv
+
+The CSV has a column `image`, names of files below DIR, and a column `caption`; an image may stand
+in several rows. What cannot be used is told before training starts. `--help` lists the flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import attrs
+import torch
+from ignite import distributed as idist
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from diptych.engine import SeededLoader, Trainer, of_this_rank, process_group, tasks
+from diptych.handlers import (
+    Evaluation,
+    GradientClipping,
+    LearningRate,
+    RetrievalRecall,
+    default_handlers,
+    new_run,
+    parameter_groups,
+)
+from diptych.losses import get_loss
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, the examples are not found
+from examples.emoji.augment import NUMBER_OF_DRAWS, augment
+from examples.emoji.data import to_tensor
+from examples.emoji.model import ScaledConv2d, TwoTowers
+from examples.emoji.text import tokenize
+
+SIZES = (32, 64)
+SHOWN = 5  # lines of a report, for each kind of problem
+MISSING, UNREADABLE = "the file is missing", "the file is no image that can be read"
+NO_IMAGE, NO_CAPTION = "no image is named", "the caption is empty"
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Pair:
+    """An image and a caption of it.
+
+    Attributes:
+        name: of the image, as in the CSV.
+        image: uint8 [3, H, W].
+        text: int64 [L], never empty.
+    """
+
+    name: str
+    image: Tensor
+    text: Tensor
+
+
+@attrs.frozen
+class Problem:
+    """A row that cannot be used.
+
+    Attributes:
+        line: of the CSV, on which the row ends.
+        kind: what is wrong, in words.
+        detail: the value that is wrong.
+    """
+
+    line: int
+    kind: str
+    detail: str
+
+
+def read_pairs(
+    images: Path, captions: Path, *, columns: tuple[str, str] = ("image", "caption"), size: int = 32
+) -> tuple[list[Pair], list[Problem]]:
+    """Read all pairs into memory, 3 * size * size bytes an image.
+
+    Args:
+        images: the folder that the names are below.
+        captions: the CSV, in UTF-8, whose first row names the columns.
+        columns: the names of the images' column and of the captions'.
+        size: of the images' sides; what does not fit a square is cut off at both ends.
+
+    Returns:
+        The pairs in the order of their rows, and what cannot be used.
+
+    Raises:
+        SystemExit: if the folder, the file or a column is not there, or the file is no UTF-8.
+    """
+    if not images.is_dir():
+        raise SystemExit(f"--images must be a folder, got {images}, which is none")
+    if not captions.is_file():
+        raise SystemExit(f"--captions must be a file, got {captions}, which is none")
+    pairs: list[Pair] = []
+    problems: list[Problem] = []
+    decoded: dict[str, Tensor | str] = {}
+    with captions.open(encoding="utf-8-sig", newline="") as file:
+        for line, name, caption in _rows(file, columns):
+            if name and name not in decoded:
+                decoded[name] = _decode(images / name, size)
+            image: Tensor | str = decoded[name] if name else NO_IMAGE
+            text = tokenize(caption)
+            if isinstance(image, str):
+                problems.append(Problem(line, image, name))
+            elif not len(text):
+                problems.append(Problem(line, NO_CAPTION, f"{name}: {caption!r}"))
+            else:
+                pairs.append(Pair(name=name, image=image, text=text))
+    return pairs, problems
+
+
+def _rows(file: TextIO, columns: tuple[str, str]) -> Iterator[tuple[int, str, str]]:
+    rows = csv.DictReader(file)
+    try:
+        there = list(rows.fieldnames or ())
+        if not set(columns) <= set(there):
+            raise SystemExit(
+                f"{file.name} must have the columns {columns[0]!r} and {columns[1]!r}, got "
+                f"{', '.join(map(repr, there)) or 'an empty file'}: name yours with --image-column "
+                "and --caption-column"
+            )
+        for row in rows:
+            image, caption = (row[column] or "" for column in columns)
+            yield rows.line_num, image.strip(), caption.strip()
+    except UnicodeDecodeError as error:
+        raise SystemExit(
+            f"{file.name} must be in UTF-8, got other bytes behind line {rows.line_num}: save it "
+            "as UTF-8"
+        ) from error
+
+
+def _decode(path: Path, size: int) -> Tensor | str:
+    """Return an image as a square of colours on white, or what is wrong with its file."""
+    if not path.is_file():
+        return MISSING
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return to_tensor(ImageOps.fit(image.convert("RGB"), (size, size)))
+    # What Pillow raises depends on the format, and on where in the file it is broken.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return UNREADABLE
+
+
+def problem_report(problems: Sequence[Problem], usable: int) -> str:
+    """Return what cannot be used: how many rows, and the first ones of each kind."""
+    lines = [f"{len(problems)} of {usable + len(problems)} rows cannot be used:"]
+    for kind, count in Counter(problem.kind for problem in problems).most_common():
+        lines.append(f"  {count}: {kind}")
+        first = [problem for problem in problems if problem.kind == kind][:SHOWN]
+        lines += [f"      line {problem.line}: {problem.detail}" for problem in first]
+        lines += ["      ..."] * (count > SHOWN)
+    return "\n".join(lines)
+
+
+def split(pairs: Sequence[Pair], held_out: float) -> tuple[list[Pair], list[Pair]]:
+    """Return the pairs to train on and those held out, all captions of an image on one side.
+
+    Which images are held out depends on their names alone, not on the order of the rows.
+
+    Args:
+        pairs: all of them.
+        held_out: the share of images that is held out, in [0, 1).
+    """
+    names = sorted(
+        {pair.name for pair in pairs}, key=lambda name: (zlib.crc32(name.encode()), name)
+    )
+    chosen = set(names[: round(held_out * len(names))])
+    kept = [pair for pair in pairs if pair.name not in chosen]
+    return kept, [pair for pair in pairs if pair.name in chosen]
+
+
+class Pairs(Dataset[dict[str, Any]]):
+    """A pair at a time; an image's place among the names is the group of all its captions."""
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self._pairs = pairs
+        names = dict.fromkeys(pair.name for pair in pairs)
+        self._groups = {name: group for group, name in enumerate(names)}
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pair = self._pairs[index]
+        return {
+            "image": pair.image,
+            "text": pair.text,
+            "group": self._groups[pair.name],
+            "draws": torch.rand(NUMBER_OF_DRAWS),
+        }
+
+
+def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Return a batch to train on: images [B, 3, H, W] moved and recoloured a little, texts."""
+    images = torch.stack([sample["image"] for sample in samples])
+    draws = torch.stack([sample["draws"] for sample in samples])
+    return {**evaluation_batch(samples), "image": augment(images, draws)}
+
+
+def evaluation_batch(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Return a batch with the images as they are: [B, 3, H, W] in [0, 1]."""
+    return {
+        "image": torch.stack([sample["image"] for sample in samples]).float() / 255,
+        "text": pad_sequence([sample["text"] for sample in samples], batch_first=True),
+        "group": torch.tensor([sample["group"] for sample in samples]),
+    }
+
+
+def build_model(size: int) -> TwoTowers:
+    """Return the towers of the emoji example, with one more convolution for 64 x 64 images."""
+    model = TwoTowers()
+    if size == 64:
+        stem = model.encode_image.stem
+        first = ScaledConv2d(3, stem.out_channels, 4, stride=2)
+        second = ScaledConv2d(stem.out_channels, stem.out_channels, 4, stride=2)
+        model.encode_image.stem = nn.Sequential(first, nn.GELU(), second)  # type: ignore[assignment]
+    return model
+
+
+def usable_pairs(flags: argparse.Namespace) -> list[Pair]:
+    """Return the pairs to use; tell what cannot be used.
+
+    Raises:
+        SystemExit: if there is something that cannot be used, without --skip-broken; or if fewer
+            than two images are left.
+    """
+    columns = (flags.image_column, flags.caption_column)
+    pairs, problems = read_pairs(
+        flags.images, flags.captions, columns=columns, size=flags.image_size
+    )
+    if problems:
+        report = problem_report(problems, len(pairs))
+        if not flags.skip_broken:
+            raise SystemExit(f"{report}\nmend them, or leave them out with --skip-broken")
+        if idist.get_rank() == 0:
+            print(f"{report}\nthey are left out\n")
+    images = len({pair.name for pair in pairs})
+    if images < 2:
+        raise SystemExit(f"{flags.captions} must name at least 2 usable images, got {images}")
+    return pairs
+
+
+def main(arguments: Sequence[str] | None = None) -> Trainer:
+    """Check the data, train, and return the trainer."""
+    flags = parse_flags(arguments)
+    train, held_out = (Pairs(part) for part in split(usable_pairs(flags), flags.held_out))
+    batch_size = min(flags.batch_size, len(train))
+    loader = SeededLoader(train, batch_size, seed=flags.seed, drop_last=True, collate=collate)
+
+    torch.manual_seed(flags.seed)
+    model, loss = build_model(flags.image_size), get_loss(flags.loss)
+    groups = parameter_groups(model, weight_decay=0.01, lr=flags.learning_rate, loss=loss)
+    trainer = Trainer(
+        model,
+        loss,
+        torch.optim.AdamW(groups, betas=(0.9, 0.98)),
+        task=tasks.image_text,
+        precision=flags.precision,
+        microbatch_size=flags.microbatch_size,
+        seed=flags.seed,
+        log_every=min(50, len(loader)),
+    )
+    steps = len(loader) * flags.epochs
+    trainer.attach(LearningRate(warmup=steps // 10, decay="cosine"), GradientClipping(max_norm=1.0))
+    if len(held_out):
+        samples = [held_out[index] for index in range(len(held_out))]
+        pieces = [samples[start : start + 256] for start in range(0, len(samples), 256)]
+        batches = of_this_rank([evaluation_batch(piece) for piece in pieces])
+        trainer.attach(Evaluation(batches, metrics=[RetrievalRecall(k=(1, 5, 10))]))
+    run_dir = flags.run_dir or new_run("runs", "own_data")
+    best = "val/recall@1" if len(held_out) else None
+    trainer.attach(*default_handlers(run_dir, best=best))
+    if idist.get_rank() == 0:
+        print(f"{len(train)} pairs to train on, {len(held_out)} held out; run: {run_dir}")
+    trainer.run(loader, max_epochs=flags.epochs)
+    return trainer
+
+
+def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the flags of the command line."""
+    parser = argparse.ArgumentParser(
+        description="Train an image-text model on your own images and captions.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--images", type=Path, required=True, help="the folder of the images")
+    add("--captions", type=Path, required=True, help="a CSV with a row for each caption")
+    add("--image-column", default="image", help="the column of the images' file names")
+    add("--caption-column", default="caption", help="the column of the captions")
+    add("--skip-broken", action="store_true", help="leave out the rows that cannot be used")
+    add("--image-size", type=int, choices=SIZES, default=32, help="pixels of an image's side")
+    add("--held-out", type=_share, default=0.1, help="the share of images to evaluate on")
+    add("--epochs", type=int, default=30, help="passes over the training pairs")
+    add("--batch-size", type=int, default=256, help="pairs of an update")
+    add("--microbatch-size", type=int, help="pairs that go through the model at once")
+    add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the model")
+    add("--learning-rate", type=float, default=2e-3, help="the highest one")
+    add("--loss", default="clip", help="the name of a contrastive loss")
+    add("--run-dir", type=Path, help="a run's folder, to go on with it; without it a new one")
+    add("--seed", type=int, default=0, help="of weights, order and augmentation")
+    return parser.parse_args(arguments)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text}")
+    return value
+
+
+if __name__ == "__main__":
+    with process_group():
+        main()

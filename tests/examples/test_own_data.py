@@ -1,0 +1,194 @@
+"""Own images and captions: what cannot be used is told before training, and what can trains."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from examples import own_data
+from examples.own_data import main, problem_report, read_pairs, split
+
+COLORS = ("red", "green", "blue", "yellow", "black", "white", "purple", "orange")
+
+
+def write_csv(path: Path, rows: list[tuple[str, ...]]) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return path
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    (folder / "more").mkdir(parents=True)
+    for index, color in enumerate(COLORS):
+        Image.new("RGB", (40 + index, 30), color).save(folder / f"{color}.png")
+    Image.new("L", (20, 20), 128).save(folder / "more" / "gray.jpg")
+    return folder
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> Path:
+    rows = [(f"{color}.png", f"a {word} square") for color in COLORS for word in (color, color * 2)]
+    return write_csv(tmp_path / "captions.csv", [("image", "caption"), *rows])
+
+
+@pytest.fixture
+def broken(images: Path, tmp_path: Path) -> Path:
+    whole = (images / "red.png").read_bytes()
+    (images / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (images / "text.png").write_text("not an image")
+    rows = [(f"{color}.png", color) for color in COLORS]
+    bad = [("gone.png", "x"), ("cut.png", "x"), ("text.png", "x"), ("red.png", " "), ("", "x")]
+    bad += [("red.png",)]
+    return write_csv(tmp_path / "broken.csv", [("image", "caption"), *rows, *bad])
+
+
+def test_it_trains_on_a_folder_and_a_csv(images, captions, tmp_path):
+    flags = ["--images", str(images), "--captions", str(captions), "--epochs", "2"]
+    flags += ["--held-out", "0.25", "--run-dir", str(tmp_path / "run")]
+
+    trainer = main(flags)
+
+    assert trainer.state.epoch == 2
+    assert trainer.metrics.get_history("train/loss")[-1] > 0
+    assert 0 <= trainer.metrics.get_history("val/recall@1")[-1] <= 1
+    assert (tmp_path / "run" / "settings.json").is_file()
+
+
+def test_larger_images_train_too(images, captions, tmp_path):
+    flags = ["--images", str(images), "--captions", str(captions), "--epochs", "1"]
+    flags += ["--image-size", "64", "--held-out", "0", "--run-dir", str(tmp_path / "run")]
+
+    trainer = main(flags)
+
+    assert trainer.state.epoch == 1
+    with pytest.raises(KeyError):
+        trainer.metrics.get_history("val/recall@1")
+
+
+def test_every_problem_is_counted_and_shown_with_its_line(images, broken):
+    pairs, problems = read_pairs(images, broken)
+
+    assert len(pairs) == 8
+    assert problem_report(problems, len(pairs)).splitlines() == [
+        "6 of 14 rows cannot be used:",
+        "  2: the file is no image that can be read",
+        "      line 11: cut.png",
+        "      line 12: text.png",
+        "  2: the caption is empty",
+        "      line 13: red.png: ''",
+        "      line 15: red.png: ''",
+        "  1: the file is missing",
+        "      line 10: gone.png",
+        "  1: no image is named",
+        "      line 14: ",
+    ]
+
+
+def test_a_long_report_shows_the_first_lines(images, tmp_path):
+    rows = [("image", "caption"), *[(f"{n}.png", "x") for n in range(9)]]
+
+    pairs, problems = read_pairs(images, write_csv(tmp_path / "gone.csv", rows))
+    report = problem_report(problems, len(pairs)).splitlines()
+
+    assert report[1] == "  9: the file is missing"
+    assert report[2] == "      line 2: 0.png"
+    assert report[-2:] == ["      line 6: 4.png", "      ..."]
+
+
+def test_nothing_trains_before_broken_rows_are_mended(images, broken, tmp_path):
+    run_dir = tmp_path / "run"
+    flags = ["--images", str(images), "--captions", str(broken), "--run-dir", str(run_dir)]
+
+    with pytest.raises(SystemExit, match=r"6 of 14 rows[\s\S]*--skip-broken"):
+        main(flags)
+
+    assert not run_dir.exists()
+
+
+def test_broken_rows_are_left_out_on_request(images, broken, tmp_path, capsys):
+    flags = ["--images", str(images), "--captions", str(broken), "--skip-broken"]
+    flags += ["--epochs", "1", "--run-dir", str(tmp_path / "run")]
+
+    trainer = main(flags)
+
+    assert trainer.state.iteration == 1
+    assert "they are left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("file", "text"), ("red.png", "x")], "'image' and 'caption', got 'file', 'text': name"),
+        ([], "got an empty file"),
+        ([("image", "caption"), ("red.png", "x")], "at least 2 usable images, got 1"),
+    ],
+)
+def test_a_csv_that_does_not_fit_says_what_to_do(images, tmp_path, rows, message):
+    path = write_csv(tmp_path / "wrong.csv", rows)
+
+    with pytest.raises(SystemExit, match=message):
+        main(["--images", str(images), "--captions", str(path)])
+
+
+def test_other_columns_are_named_with_flags(images, tmp_path):
+    path = write_csv(tmp_path / "other.csv", [("text", "file"), ("a red square", "red.png")])
+
+    pairs, problems = read_pairs(images, path, columns=("file", "text"))
+
+    assert ([pair.name for pair in pairs], problems) == (["red.png"], [])
+
+
+def test_a_folder_or_a_file_that_is_not_there_is_named(images, captions, tmp_path):
+    with pytest.raises(SystemExit, match=r"--images must be a folder, got .*nowhere"):
+        read_pairs(tmp_path / "nowhere", captions)
+    with pytest.raises(SystemExit, match=r"--captions must be a file, got .*nowhere\.csv"):
+        read_pairs(images, tmp_path / "nowhere.csv")
+
+
+def test_a_csv_in_another_encoding_says_so(images, tmp_path):
+    path = tmp_path / "latin.csv"
+    path.write_bytes("image,caption\nred.png,caf\xe9\n".encode("latin-1"))
+
+    with pytest.raises(SystemExit, match="must be in UTF-8"):
+        read_pairs(images, path)
+
+
+def test_images_are_squares_of_colours_and_transparent_ones_lie_on_white(images, tmp_path):
+    Image.new("RGBA", (10, 10), (0, 0, 0, 0)).save(images / "clear.png")
+    rows = [("image", "caption"), ("clear.png", "x"), ("more/gray.jpg", "x"), ("red.png", "x")]
+
+    pairs, problems = read_pairs(images, write_csv(tmp_path / "three.csv", rows), size=64)
+
+    assert problems == []
+    assert all(pair.image.shape == (3, 64, 64) for pair in pairs)
+    assert pairs[0].image.unique().tolist() == [255]
+    assert pairs[1].image.float().mean().sub(128).abs() < 3
+    assert pairs[2].image[:, 5, 5].tolist() == [255, 0, 0]
+
+
+def test_the_split_follows_the_names_and_keeps_captions_together(images, captions):
+    pairs, _ = read_pairs(images, captions)
+
+    kept, held_out = split(pairs, 0.25)
+    again = split(pairs[::-1], 0.25)[1]
+
+    names = [{pair.name for pair in part} for part in (kept, held_out, again)]
+    assert (len(names[0]), len(names[1])) == (6, 2)
+    assert names[0].isdisjoint(names[1])
+    assert names[1] == names[2]
+
+
+def test_captions_of_an_image_share_a_group(images, captions):
+    pairs, _ = read_pairs(images, captions)
+
+    batch = own_data.collate([own_data.Pairs(pairs)[index] for index in range(4)])
+
+    assert batch["group"].tolist() == [0, 0, 1, 1]
+    assert batch["image"].shape == (4, 3, 32, 32)
+    assert batch["text"].dtype == torch.int64
