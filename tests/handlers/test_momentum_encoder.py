@@ -204,3 +204,19 @@ def test_a_cosine_without_a_length_is_refused():
     trainer = make_trainer().attach(MomentumEncoder(schedule="cosine"))
     with pytest.raises(ValueError, match="a cosine schedule needs the run's length"):
         trainer.run((batch for batch in make_loader()), max_epochs=1)
+
+
+def follow_on_a_rank(half: int) -> dict[str, Tensor]:
+    """Train on this rank's half of each batch; return the weights of both parts."""
+    trainer = make_trainer().attach(MomentumEncoder(momentum=0.8))
+    batches = [{"image": b["image"][2 * half : 2 * half + 2]} for b in make_loader()]
+    trainer.run(batches, max_epochs=1)
+    return {name: p.detach() for name, p in trainer.model.named_parameters()}
+
+
+def test_all_ranks_have_the_same_target(ranks):
+    first, second = ranks.run(follow_on_a_rank, [(0,), (1,)])
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert torch.equal(second[key], value), key
+    assert not torch.equal(first["target.0.weight"], first["online.0.weight"])
