@@ -19,6 +19,7 @@ from diptych.engine.distributed import (
 )
 
 Scalar = Tensor | float | int
+FLOAT = torch.float32  # what a step publishes, nearly always
 
 
 class Window:
@@ -48,7 +49,7 @@ class Window:
                 type(value) is not Tensor
                 or value.ndim
                 or value.requires_grad
-                or value.dtype is not torch.float32
+                or value.dtype is not FLOAT
             ):
                 break
         else:
