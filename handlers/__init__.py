@@ -2,6 +2,7 @@
 
 from diptych.handlers.averaging import WeightAverage
 from diptych.handlers.balancing import ModalityBalancing
+from diptych.handlers.cards import RunCard
 from diptych.handlers.checkpoint_manager import CheckpointManager
 from diptych.handlers.curriculum import Curriculum
 from diptych.handlers.defaults import default_handlers
@@ -52,6 +53,7 @@ __all__ = [
     "RetrievalMetrics",
     "RetrievalRecall",
     "Rule",
+    "RunCard",
     "RunRecord",
     "Stage",
     "StagePlan",

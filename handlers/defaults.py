@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from diptych.engine.trainer import Handler
+from diptych.handlers.cards import RunCard
 from diptych.handlers.checkpoint_manager import CheckpointManager
 from diptych.handlers.jsonl import JsonLines
 from diptych.handlers.profiling import Throughput
@@ -57,6 +58,7 @@ def default_handlers(
         TensorBoard(run_dir),
         JsonLines(run_dir),
         ProgressBar(),
+        RunCard(directory=run_dir, best=best, mode=mode),
         CheckpointManager(
             run_dir / "checkpoints", every=every, best=best, mode=mode, keep=keep, resume=resume
         ),

@@ -109,9 +109,9 @@ class ProgressBar:
         rate = (state.iteration - self._first_iteration) / max(seconds, 1e-9)
         yield self._speed(trainer, rate)
         if left == 0:
-            yield f"in {_duration(seconds)}"
+            yield f"in {duration(seconds)}"
         elif left is not None and rate:
-            yield f"{_duration(left / rate)} left"
+            yield f"{duration(left / rate)} left"
 
     def _speed(self, trainer: Trainer, rate: float) -> str:
         samples = self._record.values.get("time/samples_per_second")
@@ -216,7 +216,8 @@ def _share(trainer: Trainer, left: int) -> float:
     return trainer.state.iteration / max(trainer.state.iteration + left, 1)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time as 2:03, or 1:02:03."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

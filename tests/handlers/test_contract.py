@@ -109,6 +109,12 @@ EXAMPLES = {
         observes=True,
         refused=({"every": 0}, {"samples": 1}, {"patience": 0}, {"features": "logits"}),
     ),
+    "RunCard": Example(
+        lambda folder: handlers.RunCard(directory=folder, best="train/loss", mode="min"),
+        observes=True,
+        refused=({"mode": "up"},),
+    ),
+    ),
     "RunRecord": Example(handlers.RunRecord, observes=True, refused=({},)),
     "StagePlan": Example(
         lambda _: handlers.StagePlan(
