@@ -122,7 +122,10 @@ class GradientAverage:
         self._launched = 0
 
     def _prepare(self) -> None:
-        trained, rest = map(_trained, self._modules())
+        model, loss = self._modules()
+        trained = _trained(model)
+        of_model = {id(parameter) for parameter in trained}
+        rest = [p for p in _trained(loss) if id(p) not in of_model]
         if [*map(id, (*trained, *rest))] != [*map(id, self._trained)]:
             self._trained = [*trained, *rest]
             self._rebuild(trained, rest)

@@ -207,7 +207,8 @@ class TrainStep:
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
     def _rescale(self, factor: Tensor) -> None:
-        parameters = (*self.model.parameters(), *self.loss.parameters())
+        # The loss may hold a parameter of the model, such as its temperature.
+        parameters = dict.fromkeys((*self.model.parameters(), *self.loss.parameters()))
         for gradient in (p.grad for p in parameters if p.grad is not None):
             gradient.mul_(factor)
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from diptych.engine import CheckpointError, EvaluationEvents, RunEvents, SeededLoader, Trainer
 from diptych.engine.batches import length_of
-from diptych.engine.distributed import world_size
 from diptych.engine.run_state import clean_state_dict, load_clean_state_dict
 from diptych.handlers.attributes import try_attribute, write_attribute
 from diptych.handlers.evaluation import Evaluation
@@ -202,7 +201,13 @@ class StagePlan:
         loader = self._loader_of(stage)
         if isinstance(loader, SeededLoader):
             own = self._sizes.setdefault(loader, loader.batch_size)
-            loader.batch_size = own if stage.batch_size is None else stage.batch_size
+            try:
+                loader.batch_size = own if stage.batch_size is None else stage.batch_size
+            except ValueError as error:
+                raise ValueError(
+                    f"the batch_size of stage {stage.name!r} must be one that its loader can fill: "
+                    f"{error}"
+                ) from error
         elif stage.batch_size is not None and loader is not None:
             raise TypeError(
                 f"the batch_size of stage {stage.name!r} must be of a SeededLoader, got a "
@@ -217,11 +222,6 @@ class StagePlan:
             self._sized(self.stage)
         elif isinstance(loader := self._loader_of(stage), SeededLoader):
             loader.batch_size = self._sizes[loader]
-        if length == 0 or (stage.batch_size is not None and stage.batch_size < world_size()):
-            raise ValueError(
-                f"the batch_size of stage {stage.name!r} must be one that its loader can fill, and "
-                f"at least one sample for each of {world_size()} ranks, got {stage.batch_size}"
-            )
         return length
 
     def _change_loader(self, trainer: Trainer) -> None:

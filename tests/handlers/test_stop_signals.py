@@ -50,9 +50,9 @@ def test_a_second_signal_ends_at_once(tmp_path):
     trainer.attach(CheckpointManager(tmp_path))
 
     def twice() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.1)
+        for _ in range(2):  # two of one instant may arrive as one
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
 
     trainer.add_event_handler(Events.ITERATION_STARTED(once=3), twice)
     with pytest.raises(KeyboardInterrupt):
