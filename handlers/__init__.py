@@ -8,6 +8,7 @@ from diptych.handlers.curriculum import Curriculum
 from diptych.handlers.defaults import default_handlers
 from diptych.handlers.early_stopping import EarlyStopping
 from diptych.handlers.evaluation import Evaluation
+from diptych.handlers.gallery import RetrievalGallery
 from diptych.handlers.gradient_diagnostics import GradientDiagnostics
 from diptych.handlers.gradients import GradientClipping
 from diptych.handlers.guard import FaultError, LossGuard
@@ -16,6 +17,7 @@ from diptych.handlers.health_rules import RULES, Finding, History, Rule
 from diptych.handlers.in_batch_accuracy import InBatchAccuracy
 from diptych.handlers.jsonl import JsonLines, read_records
 from diptych.handlers.momentum_encoder import MomentumEncoder
+from diptych.handlers.pair_samples import PairSamples
 from diptych.handlers.parameter_groups import parameter_groups
 from diptych.handlers.probes import KNNAccuracy, ZeroShotAccuracy
 from diptych.handlers.probes_linear import LinearProbeAccuracy, OnlineLinearProbe
@@ -48,8 +50,10 @@ __all__ = [
     "ModalityBalancing",
     "MomentumEncoder",
     "OnlineLinearProbe",
+    "PairSamples",
     "ProgressBar",
     "RepresentationHealth",
+    "RetrievalGallery",
     "RetrievalMetrics",
     "RetrievalRecall",
     "Rule",

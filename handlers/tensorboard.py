@@ -155,3 +155,19 @@ class TensorBoard:
     def _add(self, event: Any, step: int) -> None:
         file_writer: Any = self.writer.file_writer
         file_writer.add_event(event, step)
+
+
+def board_of(trainer: Trainer, handler: Any) -> TensorBoard:
+    """Return the board on which a handler shows something: its own `board`, or the attached one.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    boards = [handler.board, *trainer.handlers]
+    board = next((board for board in boards if isinstance(board, TensorBoard)), None)
+    if board is None:
+        raise ValueError(
+            f"{type(handler).__name__} needs a TensorBoard among the trainer's handlers, got none: "
+            "attach TensorBoard(run_dir) or default_handlers(run_dir)"
+        )
+    return board

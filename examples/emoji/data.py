@@ -151,6 +151,11 @@ def unseen_emoji(emoji: Sequence[Emoji]) -> list[Batch]:
     return _image_batches(emoji, drawings) + _caption_batches(emoji, unseen)
 
 
+def unseen_captions(emoji: Sequence[Emoji]) -> list[str]:
+    """Return the captions of `unseen_emoji`, as text."""
+    return [evaluation_caption(one) for one in emoji if one.split == UNSEEN_EMOJI]
+
+
 def evaluation_caption(one: Emoji) -> str:
     """Return the name and all keywords."""
     return " ".join([one.name, *one.keywords])

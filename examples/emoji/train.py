@@ -30,6 +30,8 @@ from diptych.handlers import (
     Evaluation,
     GradientClipping,
     LearningRate,
+    PairSamples,
+    RetrievalGallery,
     RetrievalRecall,
     default_handlers,
     latest_run,
@@ -38,7 +40,16 @@ from diptych.handlers import (
 from diptych.losses import get_loss
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, the examples are not found
-from examples.emoji.data import TrainingPairs, collate, read_emoji, unseen_drawings, unseen_emoji
+from examples.emoji.data import (
+    Batch,
+    Emoji,
+    TrainingPairs,
+    collate,
+    read_emoji,
+    unseen_captions,
+    unseen_drawings,
+    unseen_emoji,
+)
 from examples.emoji.model import TwoTowers
 from examples.emoji.results import RANKS, results_table
 
@@ -51,6 +62,13 @@ def one_side(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if "image" in batch:
         return {"image_features": model.encode_image(batch["image"]), "groups": batch["group"]}
     return {"text_features": model.encode_text(batch["text"]), "groups": batch["group"]}
+
+
+def unseen_samples(emoji: list[Emoji], batches: list[Batch]) -> PairSamples:
+    """Return the emoji that training never sees, for pictures of what is retrieved."""
+    images = torch.cat([batch["image"] for batch in batches if "image" in batch])
+    captions = unseen_captions(emoji)
+    return PairSamples(batches=batches, images=images, captions=captions, task=one_side)
 
 
 def build_trainer(flags: argparse.Namespace) -> Trainer:
@@ -96,6 +114,7 @@ def main() -> None:
             )
             for split, batches in shares.items()
         ),
+        RetrievalGallery(unseen_samples(emoji, splits["unseen_emoji"]), every=5 * len(loader)),
         *default_handlers(run_dir, resume="auto" if flags.resume else None),
     )
     trainer.run(loader, max_epochs=flags.epochs)

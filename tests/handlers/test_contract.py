@@ -36,6 +36,18 @@ def make_loader(seed: int = 0) -> list[dict[str, Tensor]]:
     return [{"image": image, "label": torch.arange(4) % 2} for image in images]
 
 
+def make_samples() -> handlers.PairSamples:
+    def both(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        features = model(batch["image"])
+        return {"image_features": features, "text_features": features}
+
+    images = torch.linspace(0, 1, 24 * 3).view(24, 3, 1, 1)
+    captions = [f"caption {index}" for index in range(24)]
+    return handlers.PairSamples(
+        batches=make_loader(seed=2), images=images, captions=captions, task=both
+    )
+
+
 EXAMPLES = {
     "CheckpointManager": Example(
         lambda folder: handlers.CheckpointManager(folder / "checkpoints"),
@@ -108,6 +120,13 @@ EXAMPLES = {
         lambda _: handlers.RepresentationHealth(features=("logits",), every=2, warmup=0),
         observes=True,
         refused=({"every": 0}, {"samples": 1}, {"patience": 0}, {"features": "logits"}),
+    ),
+    "RetrievalGallery": Example(
+        lambda folder: handlers.RetrievalGallery(
+            make_samples(), board=handlers.TensorBoard(folder), k=2
+        ),
+        observes=True,
+        refused=({}, {"samples": []}, {"samples": make_samples(), "k": 0}),
     ),
     "RunCard": Example(
         lambda folder: handlers.RunCard(directory=folder, best="train/loss", mode="min"),

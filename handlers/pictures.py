@@ -1,0 +1,181 @@
+"""Pictures for a person: thumbnails, sheets of results, heat maps, filters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.ImageFont import FreeTypeFont
+    from PIL.ImageFont import ImageFont as BitmapFont
+
+SIDE, GAP = 48, 6
+TEXT_WIDTH, LINE = 190, 14
+RIGHT, WRONG, INK, PAPER = "#1a9850", "#d7dbe0", "#20242a", "white"
+# From dark to light, as the eye orders them: a few colours of a perceptually even scale.
+SCALE = (
+    (13, 8, 84),
+    (84, 15, 140),
+    (158, 40, 128),
+    (216, 87, 92),
+    (248, 149, 64),
+    (245, 232, 60),
+)
+
+
+@attrs.frozen(eq=False)
+class Result:
+    """One of a query's results.
+
+    Attributes:
+        content: an image [C, H, W], or a text.
+        right: whether it matches.
+    """
+
+    content: Tensor | str
+    right: bool
+
+
+@attrs.frozen(eq=False)
+class Row:
+    """A query and its results, the best first.
+
+    Attributes:
+        query: an image [C, H, W], or a text.
+        rank: of the best match, from 1; None where nothing matches.
+        results: of one kind.
+    """
+
+    query: Tensor | str
+    rank: int | None
+    results: Sequence[Result]
+
+
+def as_bytes(images: Tensor) -> Tensor:
+    """Return images [..., 1 or 3, H, W] as uint8 [..., 3, H, W]; floats are in [0, 1]."""
+    if images.is_floating_point():
+        images = images.float().nan_to_num().clamp(0, 1).mul(255).round()
+    images = images.to(torch.uint8).cpu()
+    return images.expand(*images.shape[:-3], 3, *images.shape[-2:])
+
+
+def thumbnails(images: Tensor, side: int) -> Tensor:
+    """Return images [N, C, H, W] as uint8 [N, 3, side, side], whole, on white."""
+    whole = as_bytes(images).float()
+    height, width = whole.shape[-2:]
+    scale = side / max(height, width)
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    if scale > 1:
+        scaled = F.interpolate(whole, size=size, mode="nearest")
+    else:
+        scaled = F.interpolate(whole, size=size, mode="bilinear", antialias=True)
+    canvas = whole.new_full((len(whole), 3, side, side), 255.0)
+    top, left = (side - size[0]) // 2, (side - size[1]) // 2
+    canvas[:, :, top : top + size[0], left : left + size[1]] = scaled
+    return canvas.round().clamp(0, 255).to(torch.uint8)
+
+
+def sheet(rows: Sequence[Row]) -> Tensor:
+    """Return a picture, uint8 [3, H, W]: a line for each query.
+
+    First the query and the rank of its best match, then the results; those that match are green.
+    """
+    # Pillow comes with TensorBoard, and takes time to import.
+    from PIL import Image, ImageDraw  # noqa: PLC0415
+
+    in_text = isinstance(rows[0].results[0].content, str)
+    count = max(len(row.results) for row in rows)
+    height = max(SIDE, LINE * count if in_text else 0) + 2 * GAP
+    head = SIDE if isinstance(rows[0].query, Tensor) else TEXT_WIDTH
+    body = 3 * TEXT_WIDTH // 2 if in_text else count * (SIDE + 2 * GAP)
+    width = head + 4 * GAP + SIDE + body
+    picture = Image.new("RGB", (width, height * len(rows)), PAPER)
+    draw = ImageDraw.Draw(picture)
+    for index, row in enumerate(rows):
+        top = index * height
+        _put(picture, row.query, (GAP, top + GAP), head)
+        left = head + 2 * GAP
+        found = "none" if row.rank is None else f"rank {row.rank}"
+        draw.text((left, top + GAP + 16), found, RIGHT if row.rank == 1 else INK, _font())
+        _put_results(picture, row.results, (left + SIDE + GAP, top + GAP))
+    return _to_tensor(picture)
+
+
+def heat_map(values: Tensor, low: float, high: float, *, side: int = 384) -> Tensor:
+    """Return a matrix as a picture, uint8 [3, H, W], dark at `low` and light at `high`."""
+    scale = torch.tensor(SCALE, dtype=torch.float32)
+    place = ((values.float().cpu() - low) / (high - low)).nan_to_num().clamp(0, 1)
+    place = place * (len(scale) - 1)
+    below = place.floor().long().clamp(max=len(scale) - 2)
+    share = (place - below)[..., None]
+    colours = scale[below] * (1 - share) + scale[below + 1] * share
+    enlarged = max(1, side // max(values.shape))
+    picture = colours.round().to(torch.uint8).permute(2, 0, 1)
+    return picture.repeat_interleave(enlarged, 1).repeat_interleave(enlarged, 2)
+
+
+def tiles(images: Tensor, columns: int, *, gap: int = 2) -> Tensor:
+    """Return images, uint8 [N, 3, H, W], side by side in lines, as one picture."""
+    count, _, height, width = images.shape
+    lines = -(-count // columns)
+    sheet = images.new_full((3, lines * (height + gap), columns * (width + gap)), 255)
+    for index, image in enumerate(images):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        sheet[:, top : top + height, left : left + width] = image
+    return sheet
+
+
+def _put(picture: Image, content: Tensor | str, place: tuple[int, int], width: int) -> None:
+    from PIL import Image, ImageDraw  # noqa: PLC0415
+
+    if isinstance(content, str):
+        text = _shortened(content, width)
+        ImageDraw.Draw(picture).text((place[0], place[1] + 16), text, INK, _font())
+        return
+    pixels = thumbnails(content[None], SIDE)[0].permute(1, 2, 0).contiguous()
+    picture.paste(Image.frombytes("RGB", (SIDE, SIDE), pixels.numpy().tobytes()), place)
+
+
+def _put_results(picture: Image, results: Sequence[Result], place: tuple[int, int]) -> None:
+    from PIL import ImageDraw  # noqa: PLC0415
+
+    draw, (left, top) = ImageDraw.Draw(picture), place
+    for index, result in enumerate(results):
+        if isinstance(result.content, str):
+            text = _shortened(f"{index + 1}. {result.content}", 3 * TEXT_WIDTH // 2)
+            at = (left, top - 2 + index * LINE)
+            draw.text(at, text, RIGHT if result.right else INK, _font())
+            continue
+        x = left + index * (SIDE + 2 * GAP)
+        colour, frame = (RIGHT, 3) if result.right else (WRONG, 1)
+        box = (x - frame, top - frame, x + SIDE + frame - 1, top + SIDE + frame - 1)
+        draw.rectangle(box, outline=colour, width=frame)
+        _put(picture, result.content, (x, top), SIDE)
+
+
+def _shortened(text: str, width: int) -> str:
+    text = " ".join(text.split())
+    if _font().getlength(text) <= width:
+        return text
+    while text and _font().getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+@cache
+def _font() -> FreeTypeFont | BitmapFont:
+    from PIL import ImageFont  # noqa: PLC0415
+
+    return ImageFont.load_default(12)
+
+
+def _to_tensor(picture: Image) -> Tensor:
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return pixels.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()

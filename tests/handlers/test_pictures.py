@@ -1,0 +1,75 @@
+"""Thumbnails, sheets and heat maps, looked at pixel by pixel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diptych.handlers.pictures import (
+    SCALE,
+    Result,
+    Row,
+    as_bytes,
+    heat_map,
+    sheet,
+    thumbnails,
+    tiles,
+)
+
+GREEN = torch.tensor([26, 152, 80], dtype=torch.uint8)
+
+
+def has_green(picture: torch.Tensor) -> bool:
+    return bool((picture == GREEN[:, None, None]).all(0).any())
+
+
+def test_floats_and_bytes_give_the_same_picture():
+    whole = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+
+    assert torch.equal(as_bytes(whole.float() / 255), as_bytes(whole))
+    assert as_bytes(whole).shape == (1, 3, 16, 16)
+
+
+def test_what_is_out_of_range_or_no_number_is_drawn_all_the_same():
+    image = torch.tensor([-1.0, 2.0, torch.nan]).view(1, 1, 1, 3)
+
+    assert as_bytes(image)[0, 0].tolist() == [[0, 255, 0]]
+
+
+@pytest.mark.parametrize("size", [(4, 8), (200, 100), (48, 48)])
+def test_a_thumbnail_shows_the_whole_image_on_white(size):
+    shown = thumbnails(torch.zeros(1, 3, *size), 48)[0]
+
+    inside = size[0] * size[1] * (48 / max(size)) ** 2
+    assert shown.shape == (3, 48, 48)
+    assert (shown[0] == 0).sum() == inside
+    assert (shown[0] == 255).sum() == 48 * 48 - inside
+
+
+@pytest.mark.parametrize("content", [torch.rand(3, 8, 8), "a caption that is rather long " * 9])
+def test_a_right_result_is_green_and_a_wrong_one_is_not(content):
+    def row(*, right: bool) -> torch.Tensor:
+        return sheet([Row("query", 3, [Result(content, right)])])
+
+    assert has_green(row(right=True))
+    assert not has_green(row(right=False))
+
+
+def test_queries_are_lines_of_one_height():
+    row = Row(torch.rand(3, 8, 8), None, [Result("a", False), Result("b", True)])
+
+    assert sheet([row] * 3).shape[1] == 3 * sheet([row]).shape[1]
+
+
+def test_a_heat_map_goes_from_dark_to_light():
+    picture = heat_map(torch.tensor([[-1.0, 0.0], [1.0, torch.nan]]), 0.0, 1.0, side=2)
+
+    assert picture[:, 0, 0].tolist() == list(SCALE[0])
+    assert picture[:, 0, 1].tolist() == list(SCALE[0])
+    assert picture[:, 1, 0].tolist() == list(SCALE[-1])
+
+
+def test_tiles_fill_lines_from_the_left():
+    images = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 1, 1)
+
+    assert tiles(images, 2, gap=0)[0].tolist() == [[0, 1], [2, 255]]
