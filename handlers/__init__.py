@@ -14,8 +14,10 @@ from diptych.handlers.gradients import GradientClipping
 from diptych.handlers.guard import FaultError, LossGuard
 from diptych.handlers.health import RepresentationHealth
 from diptych.handlers.health_rules import RULES, Finding, History, Rule
+from diptych.handlers.histograms import Histograms
 from diptych.handlers.in_batch_accuracy import InBatchAccuracy
 from diptych.handlers.jsonl import JsonLines, read_records
+from diptych.handlers.learning_rate_finder import LearningRateCurve, find_learning_rate
 from diptych.handlers.momentum_encoder import MomentumEncoder
 from diptych.handlers.pair_samples import PairSamples
 from diptych.handlers.parameter_groups import parameter_groups
@@ -23,34 +25,40 @@ from diptych.handlers.probes import KNNAccuracy, ZeroShotAccuracy
 from diptych.handlers.probes_linear import LinearProbeAccuracy, OnlineLinearProbe
 from diptych.handlers.profiling import Throughput
 from diptych.handlers.progress import ProgressBar
+from diptych.handlers.projector import EmbeddingProjector
 from diptych.handlers.retrieval import RetrievalMetrics, RetrievalRecall
 from diptych.handlers.run_directory import RunRecord, latest_run, new_run
 from diptych.handlers.schedules import LearningRate
 from diptych.handlers.stage import Stage
 from diptych.handlers.stages import StagePlan
 from diptych.handlers.tensorboard import TensorBoard
+from diptych.handlers.traces import Profile
 
 __all__ = [
     "RULES",
     "CheckpointManager",
     "Curriculum",
     "EarlyStopping",
+    "EmbeddingProjector",
     "Evaluation",
     "FaultError",
     "Finding",
     "GradientClipping",
     "GradientDiagnostics",
+    "Histograms",
     "History",
     "InBatchAccuracy",
     "JsonLines",
     "KNNAccuracy",
     "LearningRate",
+    "LearningRateCurve",
     "LinearProbeAccuracy",
     "LossGuard",
     "ModalityBalancing",
     "MomentumEncoder",
     "OnlineLinearProbe",
     "PairSamples",
+    "Profile",
     "ProgressBar",
     "RepresentationHealth",
     "RetrievalGallery",
@@ -66,6 +74,7 @@ __all__ = [
     "WeightAverage",
     "ZeroShotAccuracy",
     "default_handlers",
+    "find_learning_rate",
     "latest_run",
     "new_run",
     "parameter_groups",

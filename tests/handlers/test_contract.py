@@ -64,6 +64,13 @@ EXAMPLES = {
         observes=True,
         refused=({"patience": 0}, {"mode": "up"}),
     ),
+    "EmbeddingProjector": Example(
+        lambda folder: handlers.EmbeddingProjector(
+            make_samples(), board=handlers.TensorBoard(folder)
+        ),
+        observes=True,
+        refused=({}, {"samples": []}),
+    ),
     "Evaluation": Example(
         lambda _: handlers.Evaluation(make_loader(seed=1), every=2, at_start=True),
         observes=True,
@@ -78,6 +85,11 @@ EXAMPLES = {
         lambda _: handlers.GradientDiagnostics(every=2),
         observes=True,
         refused=({"every": 0}, {"components": "image"}),
+    ),
+    "Histograms": Example(
+        lambda folder: handlers.Histograms(every=2, board=handlers.TensorBoard(folder)),
+        observes=True,
+        refused=({"every": 0},),
     ),
     "InBatchAccuracy": Example(
         lambda _: handlers.InBatchAccuracy(features=("logits", "logits")),
@@ -110,6 +122,11 @@ EXAMPLES = {
         lambda _: handlers.OnlineLinearProbe(classes=2, features="logits"),
         observes=True,
         refused=({"classes": 1}, {"classes": 2, "lr": 0.0}),
+    ),
+    "Profile": Example(
+        lambda folder: handlers.Profile(folder / "profile", skip=2, steps=2),
+        observes=True,
+        refused=({"directory": ".", "skip": 0}, {"directory": ".", "steps": 0}),
     ),
     "ProgressBar": Example(
         lambda _: handlers.ProgressBar(),

@@ -1,0 +1,133 @@
+"""The search for a learning rate: what it finds, and that the trainer stays as it was."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from diptych.engine import SeededLoader, Trainer, tasks
+from diptych.handlers import GradientClipping, find_learning_rate
+from tests.handlers.runs import Squares, kept_records, loader, make_trainer
+
+
+def bowl(curvature: float) -> Trainer:
+    """Return a trainer of one weight w under plain descent, with loss curvature * w ** 2 / 2."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 1.0)
+
+    class Half(nn.Module):
+        def forward(self, prediction: torch.Tensor) -> torch.Tensor:
+            return curvature * prediction.square().mean() / 2
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=123.0)
+
+    def task(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"prediction": model(batch["x"])}
+
+    return Trainer(model, Half(), optimizer, task=task, device="cpu")
+
+
+ONES = [{"x": torch.ones(2, 1)}]
+
+
+@pytest.mark.parametrize("curvature", [1.0, 1000.0])
+def test_the_suggestion_is_below_the_rate_at_which_descent_diverges(curvature):
+    curve = find_learning_rate(
+        bowl(curvature), ONES, start=1e-4 / curvature, end=100 / curvature, steps=100
+    )
+
+    # w shrinks by |1 - rate * curvature| at each step: it grows from a rate of 2 / curvature on.
+    assert curve.suggestion is not None
+    assert 0.005 < curve.suggestion * curvature < 2
+
+
+def test_the_rates_rise_by_a_constant_factor_from_start_to_end():
+    curve = find_learning_rate(bowl(1e-6), ONES, start=1e-3, end=1.0, steps=30)
+
+    ratios = [b / a for a, b in zip(curve.rates, curve.rates[1:], strict=False)]
+    assert (curve.rates[0], curve.rates[-1]) == pytest.approx((1e-3, 1.0))
+    assert len(curve.rates) == 30
+    assert ratios == pytest.approx([ratios[0]] * len(ratios), rel=1e-3)
+
+
+def test_a_loss_that_never_falls_gives_no_suggestion():
+    trainer = bowl(1.0)
+    trainer.model.weight.data.zero_()
+
+    assert find_learning_rate(trainer, ONES, steps=5).suggestion is None
+
+
+def test_the_trainer_and_the_run_after_it_are_as_if_nobody_had_searched():
+    plain, searched = make_trainer(), make_trainer()
+    records = kept_records(searched)
+    searched.attach(GradientClipping(max_norm=1.0))
+    plain.attach(GradientClipping(max_norm=1.0))
+    model, optimizer = copy.deepcopy([searched.model.state_dict(), searched.optimizer.state_dict()])
+    data = loader()
+    state = torch.get_rng_state()
+
+    find_learning_rate(searched, data, steps=10)
+
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(model[k], v) for k, v in searched.model.state_dict().items())
+    assert searched.optimizer.state_dict() == optimizer
+    assert (records, searched.state.iteration) == ([], 0)
+    plain.run(loader(), max_epochs=2)
+    searched.run(data, max_epochs=2)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(plain.model.parameters(), searched.model.parameters(), strict=True)
+    )
+
+
+def test_a_loss_that_overflows_ends_the_search():
+    curve = find_learning_rate(bowl(1e30), ONES, start=1e-3, end=1e3, steps=50)
+
+    assert not math.isfinite(curve.losses[-1])
+    assert len(curve.losses) < 10
+    assert curve.suggestion is None
+
+
+def test_a_search_that_fails_leaves_the_weights_alone():
+    trainer = bowl(1.0)
+
+    with pytest.raises(KeyError):
+        find_learning_rate(trainer, [*ONES, {"y": torch.ones(2, 1)}], steps=5)
+
+    assert float(trainer.model.weight.detach()) == 1.0
+    assert trainer.optimizer.param_groups[0]["lr"] == 123.0
+
+
+def test_all_groups_of_an_optimizer_take_the_rate():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    groups = [
+        {"params": part.parameters(), "lr": lr} for part, lr in zip(model, (1, 2), strict=True)
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    trainer = Trainer(
+        model, nn.CrossEntropyLoss(), optimizer, task=tasks.classification, device="cpu"
+    )
+
+    curve = find_learning_rate(trainer, SeededLoader(Squares(), 4), steps=8)
+
+    assert all(isinstance(rate, float) for rate in curve.rates)
+    assert [group["lr"] for group in optimizer.param_groups] == [1, 2]
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"start": 0.0}, "0 < start < end"),
+        ({"end": 1e-9}, "0 < start"),
+        ({"steps": 2}, "steps must"),
+    ],
+)
+def test_a_range_that_is_none_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        find_learning_rate(make_trainer(), loader(), **wrong)
