@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import attrs
@@ -121,15 +122,31 @@ def heat_map(values: Tensor, low: float, high: float, *, side: int = 384) -> Ten
     return picture.repeat_interleave(enlarged, 1).repeat_interleave(enlarged, 2)
 
 
-def tiles(images: Tensor, columns: int, *, gap: int = 2) -> Tensor:
-    """Return images, uint8 [N, 3, H, W], side by side in lines, as one picture."""
+def tiles(images: Tensor, columns: int, *, gap: int = 2, lines: int | None = None) -> Tensor:
+    """Return images, uint8 [N, 3, H, W], side by side in lines, as one picture.
+
+    Args:
+        images: from left to right, then downwards.
+        columns: images of a line.
+        gap: pixels between two.
+        lines: of the picture; None: as many as the images fill.
+    """
     count, _, height, width = images.shape
-    lines = -(-count // columns)
-    sheet = images.new_full((3, lines * (height + gap), columns * (width + gap)), 255)
+    lines = lines or -(-count // columns)
+    picture = images.new_full((3, lines * (height + gap), columns * (width + gap)), 255)
     for index, image in enumerate(images):
         top, left = index // columns * (height + gap), index % columns * (width + gap)
-        sheet[:, top : top + height, left : left + width] = image
-    return sheet
+        picture[:, top : top + height, left : left + width] = image
+    return picture
+
+
+def save_png(picture: Tensor, path: Path) -> None:
+    """Write a picture, uint8 [3, H, W], as a PNG."""
+    from PIL import Image  # noqa: PLC0415
+
+    _, height, width = picture.shape
+    pixels = picture.permute(1, 2, 0).contiguous().numpy().tobytes()
+    Image.frombytes("RGB", (width, height), pixels).save(path)
 
 
 def _put(picture: Image, content: Tensor | str, place: tuple[int, int], width: int) -> None:

@@ -1,0 +1,90 @@
+"""How weights and gradients are distributed, and what the first layer looks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from diptych.engine import StepEvents, Trainer
+from diptych.engine.distributed import rank
+from diptych.handlers.components import parameter_names
+from diptych.handlers.pictures import thumbnails, tiles
+from diptych.handlers.tensorboard import TensorBoard, board_of
+
+FILTER_SIDE, MOST_FILTERS, BINS = 32, 64, 64
+
+
+def _check_every(_: Any, __: attrs.Attribute[int], every: object) -> None:
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every must be a whole number of iterations >= 1, got {every!r}")
+
+
+@attrs.define(kw_only=True, eq=False)
+class Histograms:
+    """Shows the distributions of weights and gradients in TensorBoard, parameter by parameter.
+
+    `weights/<parameter>` and `weight_gradients/<parameter>`, as they are when an update is about to
+    be made; values that are not finite are left out. Where the model's first convolution looks at 1
+    or 3 channels, its filters are shown as the image `filters`, each stretched to its own range.
+
+    Event: `StepEvents.GRADIENTS_READY` every `every` iterations. Rank 0 alone draws.
+    Cost: all weights and gradients are copied to the host, which waits for the device: give `every`
+        a few hundred iterations or more. Some 1 kB of disk for each parameter and look, twice.
+
+    Args:
+        every: iterations between two looks.
+        gradients: whether to show gradients too.
+        board: where to draw; None: the `TensorBoard` that is attached. One that is not attached is
+            attached with this handler.
+
+    Raises:
+        ValueError: if `every` is below 1; at the first look, if there is no board.
+    """
+
+    every: int = attrs.field(default=500, validator=_check_every)
+    gradients: bool = True
+    board: TensorBoard | None = None
+
+    def attach(self, trainer: Trainer) -> None:
+        """Draw when gradients are ready."""
+        if self.board is not None and self.board not in trainer.handlers:
+            self.board.attach(trainer)
+        if rank() == 0:
+            trainer.every(self.every, self.draw, StepEvents.GRADIENTS_READY)
+
+    def draw(self, trainer: Trainer) -> None:
+        """Draw the weights and gradients of now."""
+        writer, step = board_of(trainer, self).writer, trainer.state.iteration
+        for name, parameter in parameter_names(trainer).items():
+            self._add(writer, f"weights/{name}", parameter, step)
+            if self.gradients and parameter.grad is not None:
+                self._add(writer, f"weight_gradients/{name}", parameter.grad, step)
+        filters = first_filters(trainer.model)
+        if filters is not None:
+            writer.add_image("filters", filters, step)
+
+    def _add(self, writer: Any, tag: str, values: Tensor, step: int) -> None:
+        values = values.detach().float().cpu()
+        finite = values[values.isfinite()]
+        if len(finite):
+            writer.add_histogram(tag, finite, step, bins=BINS)
+
+
+@torch.no_grad()
+def first_filters(model: nn.Module) -> Tensor | None:
+    """Return the filters of the first convolution, uint8 [3, H, W], at most 64 of them.
+
+    None where there is no convolution of two dimensions, or it looks at other than 1 or 3 channels
+    or at single pixels.
+    """
+    layer = next((part for part in model.modules() if isinstance(part, nn.Conv2d)), None)
+    if layer is None or layer.weight.shape[1] not in (1, 3) or layer.weight[0, 0].numel() == 1:
+        return None
+    weight = layer.weight[:MOST_FILTERS].detach().float().cpu()
+    low = weight.amin(dim=(1, 2, 3), keepdim=True)
+    high = weight.amax(dim=(1, 2, 3), keepdim=True)
+    shown = (weight - low) / (high - low).clamp(min=1e-12)
+    return tiles(thumbnails(shown, FILTER_SIDE), 8)
