@@ -44,15 +44,7 @@ class Window:
             ValueError: if a tensor has more than one element.
         """
         row: list[Any] = [*scalars.values()]
-        for value in row:
-            if (
-                type(value) is not Tensor
-                or value.ndim
-                or value.requires_grad
-                or value.dtype is not FLOAT
-            ):
-                break
-        else:
+        if _are_plain(row):
             tags = tuple(scalars)
             if tags in self._rows:
                 self._rows[tags] += row
@@ -130,29 +122,30 @@ class Window:
         tensors = [tensor for values in self._rows.values() for tensor in values]
         if not tensors and not gauges and world_size() == 1:
             return totals
-        sums, read = self._sums([*tensors, *gauges], len(tensors))
+        parts = self._column_sums(tensors)
         if world_size() > 1:
-            sums = sum_over_ranks(torch.cat([sums, sums.new_tensor(totals)]))
-            return [*torch.cat([sums, read]).tolist()]
-        values = torch.cat([sums, read]).tolist()
-        return [*values[: len(sums)], *totals, *values[len(sums) :]]
+            parts.append(torch.tensor(totals, dtype=torch.float64, device=exchange_device()))
+            parts = [sum_over_ranks(_joined(parts))]
+        read = [_stacked(gauges).double()] if gauges else []
+        values: list[float] = _joined([*parts, *read]).tolist() if parts or read else []
+        if world_size() > 1:
+            return values
+        sums = len(values) - len(gauges)
+        return [*values[:sums], *totals, *values[sums:]]
 
-    def _sums(self, tensors: list[Tensor], rows: int) -> tuple[Tensor, Tensor]:
-        """Return the sum of each column, and what follows the rows.
+    def _column_sums(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Return the sums of each kind of row, in float64: the grouping into windows hardly shows.
 
-        In float64, so that the grouping into windows hardly shows.
+        Args:
+            tensors: those of all rows, one kind after the other.
         """
         if not tensors:
-            empty = torch.zeros(0, dtype=torch.float64, device=exchange_device())
-            return empty, empty
-        stacked = _stacked(tensors)
-        parts = stacked[:rows].split([len(values) for values in self._rows.values()])
-        sums = [
+            return []
+        parts = _stacked(tensors).split([len(values) for values in self._rows.values()])
+        return [
             part.view(-1, len(tags)).sum(0, dtype=torch.float64)
             for tags, part in zip(self._rows, parts, strict=True)
         ]
-        none = stacked.new_zeros(0, dtype=torch.float64)
-        return torch.cat([none, *sums]), stacked[rows:].double()
 
 
 def mean_of_windows(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -169,6 +162,17 @@ def mean_of_windows(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for tag in states[0]["numbers"]
     }
     return {"rows": rows, "numbers": numbers}
+
+
+def _are_plain(values: list[Any]) -> bool:
+    """Say whether all are what a step publishes: scalars of one type, without a graph."""
+    try:
+        for value in values:
+            if value.ndim or value.requires_grad or value.dtype is not FLOAT:
+                return False
+    except AttributeError:  # a number
+        return False
+    return True
 
 
 def as_scalar(tag: str, value: Any) -> Scalar:
@@ -195,6 +199,10 @@ def _detached(tag: str, value: Tensor) -> Tensor:
     if not value.is_floating_point():
         value = value.double()
     return value if value.ndim == 0 else value.reshape(())
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts])
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

@@ -41,6 +41,11 @@ class BackgroundWriter:
         if self._job is not None:
             self._job.exception()
 
+    @property
+    def idle(self) -> bool:
+        """Whether no job runs and none has an outcome that nobody has asked for."""
+        return self._job is None
+
     def failure(self) -> CheckpointError | None:
         """Return the error of the last job, once, where it has ended with one."""
         if self._job is None or not self._job.done():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 from ignite.engine import Events
 
-from diptych.engine.distributed import rank
+from diptych.engine.distributed import rank, world_size
 from diptych.engine.errors import CheckpointError, ResumeError
 from diptych.engine.events import RunEvents
 from diptych.engine.run_state import load_run_state, run_state
@@ -119,6 +119,7 @@ class CheckpointManager:
     _saved: int | None = attrs.field(default=None, init=False, repr=False)
     _saved_at: float = attrs.field(default=0.0, init=False, repr=False)
     _timed: int = attrs.field(default=0, init=False, repr=False)
+    _waits: bool = attrs.field(default=False, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         if self.export:
@@ -229,6 +230,9 @@ class CheckpointManager:
         self._signals.install()
         self._ranks.open()
         self._saved_at = time.monotonic()
+        # Then nothing but what it is told decides whether it saves: nobody is asked each iteration.
+        timed = isinstance(self.every, timedelta)
+        self._waits = world_size() == 1 and self.best is None and not timed
         on_rank_zero(self._take_directory)
         if trainer.state.iteration:  # a run that goes on in this process
             return
@@ -279,6 +283,8 @@ class CheckpointManager:
         self._due = True
 
     def _at_safe_point(self, trainer: Trainer) -> None:
+        if self._waits and not self._due and not self._signals.number and self._writer.idle:
+            return
         self._writer.tell_failure()
         number, timed = self._ranks.exchange(self._signals.number, self._timed + self._time_is_up())
         self._due |= timed > self._timed

@@ -49,6 +49,11 @@ class CheckpointWriter:
         """Wait for the last checkpoint, without raising its error."""
         self._jobs.wait()
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being written and nothing remains to be told."""
+        return self._jobs.idle
+
     def tell_failure(self) -> bool:
         """Log the error of the last checkpoint, once, if it has ended with one; say whether."""
         failure = self._jobs.failure()
