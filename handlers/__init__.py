@@ -15,6 +15,7 @@ from diptych.handlers.guard import FaultError, LossGuard
 from diptych.handlers.health import RepresentationHealth
 from diptych.handlers.health_rules import RULES, Finding, History, Rule
 from diptych.handlers.histograms import Histograms
+from diptych.handlers.history_plots import HistoryPlots
 from diptych.handlers.in_batch_accuracy import InBatchAccuracy
 from diptych.handlers.jsonl import JsonLines, read_records
 from diptych.handlers.learning_rate_finder import LearningRateCurve, find_learning_rate
@@ -47,6 +48,7 @@ __all__ = [
     "GradientDiagnostics",
     "Histograms",
     "History",
+    "HistoryPlots",
     "InBatchAccuracy",
     "JsonLines",
     "KNNAccuracy",

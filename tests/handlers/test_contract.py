@@ -48,6 +48,14 @@ def make_samples() -> handlers.PairSamples:
     )
 
 
+class Reported(handlers.HistoryPlots):
+    """Brings what it reads."""
+
+    def attach(self, trainer: Trainer) -> None:
+        handlers.JsonLines(self.directory).attach(trainer)
+        super().attach(trainer)
+
+
 EXAMPLES = {
     "CheckpointManager": Example(
         lambda folder: handlers.CheckpointManager(folder / "checkpoints"),
@@ -90,6 +98,11 @@ EXAMPLES = {
         lambda folder: handlers.Histograms(every=2, board=handlers.TensorBoard(folder)),
         observes=True,
         refused=({"every": 0},),
+    ),
+    "HistoryPlots": Example(
+        Reported,
+        observes=True,
+        refused=({"directory": ".", "every": 0},),
     ),
     "InBatchAccuracy": Example(
         lambda _: handlers.InBatchAccuracy(features=("logits", "logits")),

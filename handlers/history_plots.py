@@ -1,0 +1,210 @@
+"""A run, or several beside one another, as one page of HTML that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from ignite.engine import Events
+
+from diptych.engine.distributed import rank
+from diptych.engine.run_state import attached
+from diptych.handlers.curves import COLORS, chart
+from diptych.handlers.jsonl import JsonLines, read_records
+
+if TYPE_CHECKING:
+    from diptych.engine import Trainer
+
+AT_THE_END = (Events.COMPLETED, Events.TERMINATE, Events.INTERRUPT, Events.EXCEPTION_RAISED)
+ALWAYS_DIFFERENT = ("started", "command")
+STYLE = """
+body { font: 14px system-ui, sans-serif; margin: 24px; color: #222; background: #fff }
+.charts { display: flex; flex-wrap: wrap; gap: 12px } svg { width: 360px; font-size: 10px }
+.axis { fill: none; stroke: #bbb } .end { text-anchor: end } .name { font-size: 12px }
+table { border-collapse: collapse; margin: 12px 0 }
+td, th { border: 1px solid #ddd; padding: 3px 8px;
+  text-align: left } td + td { font-variant-numeric: tabular-nums } h2 { margin-top: 28px }
+"""
+
+
+@attrs.frozen
+class RunHistory:
+    """What a run's folder tells.
+
+    Attributes:
+        name: of the run.
+        settings: dotted name to value, from `settings.json`; empty where there is none.
+        curves: tag to steps and values.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    curves: dict[str, list[tuple[int, float]]]
+
+
+@attrs.define(eq=False)
+class HistoryPlots:
+    """Draws the run's curves into `report.html`: one file without scripts that opens anywhere.
+
+    It reads what `JsonLines` writes into the folder, so a resumed run draws its whole history.
+    `python -m diptych.handlers.report compare runs/a runs/b` lays runs side by side.
+
+    Event: `STARTED`, every `every`th `EPOCH_COMPLETED`, and the end of the run. Rank 0 alone.
+    Cost: some milliseconds for a thousand records, each time; no synchronisation.
+
+    Args:
+        directory: the run's folder, to which a `JsonLines` of the trainer writes.
+        every: epochs between two drawings, >= 1.
+
+    Raises:
+        ValueError: if `every` is below 1; when the run starts, if no `JsonLines` writes there.
+    """
+
+    directory: Path = attrs.field(converter=Path)
+    every: int = attrs.field(default=1, validator=attrs.validators.ge(1), kw_only=True)
+
+    def attach(self, trainer: Trainer) -> None:
+        """Draw the trainer's runs."""
+        if rank() == 0:
+            trainer.add_event_handler(Events.STARTED, self._check)
+            trainer.add_event_handler(Events.EPOCH_COMPLETED, self._draw_if_due)
+            for event in AT_THE_END:
+                trainer.add_event_handler(event, self._draw)
+
+    def _check(self, trainer: Trainer) -> None:
+        written = [h.path for h in attached(trainer) if isinstance(h, JsonLines)]
+        if self.directory / "metrics.jsonl" not in written:
+            raise ValueError(
+                f"HistoryPlots must have a JsonLines that writes to {self.directory}, got "
+                f"{', '.join(map(str, written)) or 'none'}: attach JsonLines with that folder"
+            )
+
+    def _draw_if_due(self, trainer: Trainer) -> None:
+        if trainer.state.epoch % self.every == 0:
+            self._draw()
+
+    def _draw(self, *_: object) -> None:
+        if (self.directory / "metrics.jsonl").exists():
+            write_page(self.directory / "report.html", page([read_run(self.directory)]))
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write a page in one step: whoever reads it meanwhile sees the one before."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+def read_run(directory: Path) -> RunHistory:
+    """Return what a run's folder tells.
+
+    Raises:
+        FileNotFoundError: naming the folder, if it holds no metrics.jsonl.
+    """
+    path = directory / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"a run's folder must hold metrics.jsonl, got {directory}, which holds none: give the "
+            "folder of one run, such as runs/emoji/2026-01-31_09-30-00Z"
+        )
+    curves: dict[str, list[tuple[int, float]]] = {}
+    measured = path.with_suffix(".measured.jsonl")
+    for file in (path, measured):
+        for record in read_records(file) if file.is_file() else ():
+            for tag, value in record.values.items():
+                curves.setdefault(tag, []).append((record.step, value))
+    settings = directory / "settings.json"
+    known = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
+    return RunHistory("/".join(directory.resolve().parts[-2:]), _flat(known), curves)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        items = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
+        items = [(str(number), item) for number, item in enumerate(value)]
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in items:
+        flat |= _flat(item, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def differing_settings(runs: Sequence[RunHistory]) -> dict[str, list[Any]]:
+    """Return the settings in which the runs differ, each with its value in every run.
+
+    When a run started and by which command says nothing about what it was, nor where its files
+    are. A setting that a run lacks is "-".
+    """
+    paths = (".directory", ".path")
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    values = {
+        name: [run.settings.get(name, "-") for run in runs]
+        for name in names
+        if name.partition(".")[0] not in ALWAYS_DIFFERENT and not name.endswith(paths)
+    }
+    return {name: row for name, row in values.items() if any(item != row[0] for item in row)}
+
+
+def final_values(runs: Sequence[RunHistory]) -> dict[str, list[str]]:
+    """Return the last value of every tag, and the extremes where it has several, run by run."""
+    tags = sorted({tag for run in runs for tag in run.curves})
+    return {tag: [_summary(run.curves.get(tag, [])) for run in runs] for tag in tags}
+
+
+def _summary(curve: Sequence[tuple[int, float]]) -> str:
+    if not curve:
+        return "-"
+    finite = [value for _, value in curve if math.isfinite(value)]
+    span = f" ({min(finite):.4g} to {max(finite):.4g})" if len(finite) > 1 else ""
+    return f"{curve[-1][1]:.4g}{span}"
+
+
+def page(runs: Sequence[RunHistory]) -> str:
+    """Return a page of HTML: what differs, curves, the last values, and a single run's settings."""
+    names = [run.name for run in runs]
+    single = len(runs) == 1
+    title = names[0] if single else " | ".join(names)
+    parts = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{escape(title)}</h1>",
+    ]
+    if not single:
+        parts += _differences(runs)
+    parts += ['<h2>Curves</h2><div class="charts">']
+    for tag in sorted({tag for run in runs for tag in run.curves}):
+        # Every run keeps its colour, also where one before it lacks the tag.
+        parts.append(chart(tag, {run.name: run.curves.get(tag, []) for run in runs}))
+    parts += ["</div><h2>Last values (lowest to highest)</h2>", _table(names, final_values(runs))]
+    if single:
+        rows = {name: [value] for name, value in runs[0].settings.items()}
+        parts += ["<h2>Settings</h2>", _table(names, rows)]
+    return "\n".join([*parts, "</body></html>", ""])
+
+
+def _differences(runs: Sequence[RunHistory]) -> list[str]:
+    names, different = [run.name for run in runs], differing_settings(runs)
+    legend = " ".join(
+        f'<span style="color:{COLORS[i % len(COLORS)]}">&#9632; {escape(name)}</span>'
+        for i, name in enumerate(names)
+    )
+    table = _table(names, different) if different else "<p>None.</p>"
+    return ["<h2>Settings that differ</h2>", table, f"<p>{legend}</p>"]
+
+
+def _table(names: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    body = "\n".join(
+        f"<tr><td>{escape(name)}</td>"
+        + "".join(f"<td>{escape(str(value))}</td>" for value in values)
+        + "</tr>"
+        for name, values in rows.items()
+    )
+    return f"<table><tr><th></th>{head}</tr>\n{body}</table>"
