@@ -99,9 +99,18 @@ def _side(outputs: Sequence[Outputs], name: str, groups: Sequence[str]) -> tuple
         there = ", ".join(dict.fromkeys(key for output in outputs for key in output))
         raise BatchError(f"samples need {name} among the task's outputs, got {there}")
     features = torch.cat([output[name].float().cpu() for output in mine])
-    keys = [next((key for key in groups if key in output), None) for output in mine]
-    found = [output[key] for output, key in zip(mine, keys, strict=True) if key is not None]
-    numbers = torch.cat(found).long().cpu() if found else torch.arange(len(features))
-    if len(numbers) != len(features):
-        raise BatchError(f"groups must be one for each row, {len(features)}, got {len(numbers)}")
+    numbers = torch.cat([_groups(output, groups, len(output[name])) for output in mine])
+    if bool((numbers < 0).all()):
+        numbers = torch.arange(len(features))
+    if len(numbers) != len(features) or bool((numbers < 0).any()):
+        raise BatchError(
+            f"all rows or none must have a group >= 0, got {len(features)} rows and groups "
+            f"{numbers.unique().tolist()}"
+        )
     return F.normalize(features, dim=1), numbers
+
+
+def _groups(output: Outputs, names: Sequence[str], rows: int) -> Tensor:
+    """Return the groups of a batch, -1 where it has none."""
+    found = next((output[name] for name in names if name in output), None)
+    return torch.full((rows,), -1) if found is None else found.long().cpu()

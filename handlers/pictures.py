@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from PIL.ImageFont import FreeTypeFont
-    from PIL.ImageFont import ImageFont as BitmapFont
 
 SIDE, GAP = 48, 6
 TEXT_WIDTH, LINE = 190, 14
@@ -149,7 +144,7 @@ def save_png(picture: Tensor, path: Path) -> None:
     Image.frombytes("RGB", (width, height), pixels).save(path)
 
 
-def _put(picture: Image, content: Tensor | str, place: tuple[int, int], width: int) -> None:
+def _put(picture: Any, content: Tensor | str, place: tuple[int, int], width: int) -> None:
     from PIL import Image, ImageDraw  # noqa: PLC0415
 
     if isinstance(content, str):
@@ -160,7 +155,7 @@ def _put(picture: Image, content: Tensor | str, place: tuple[int, int], width: i
     picture.paste(Image.frombytes("RGB", (SIDE, SIDE), pixels.numpy().tobytes()), place)
 
 
-def _put_results(picture: Image, results: Sequence[Result], place: tuple[int, int]) -> None:
+def _put_results(picture: Any, results: Sequence[Result], place: tuple[int, int]) -> None:
     from PIL import ImageDraw  # noqa: PLC0415
 
     draw, (left, top) = ImageDraw.Draw(picture), place
@@ -187,12 +182,12 @@ def _shortened(text: str, width: int) -> str:
 
 
 @cache
-def _font() -> FreeTypeFont | BitmapFont:
+def _font() -> Any:
     from PIL import ImageFont  # noqa: PLC0415
 
     return ImageFont.load_default(12)
 
 
-def _to_tensor(picture: Image) -> Tensor:
+def _to_tensor(picture: Any) -> Tensor:
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     return pixels.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "engine": {"torch", "ignite", "attrs", "numpy", "diptych.engine"},
     "handlers": {"torch", "ignite", "attrs", "tensorboard", "diptych.engine", "diptych.handlers"},
 }
-MAY_IMPORT_LATE = {"losses": set[str](), "engine": set[str](), "handlers": {"safetensors"}}
+MAY_IMPORT_LATE = {"losses": set[str](), "engine": set[str](), "handlers": {"PIL", "safetensors"}}
 
 FILE_LINES = 400
 FUNCTION_LINES = 40

@@ -27,6 +27,7 @@ from diptych.engine import (
     tasks,
 )
 from diptych.handlers import (
+    EmbeddingProjector,
     Evaluation,
     GradientClipping,
     LearningRate,
@@ -98,6 +99,7 @@ def main() -> None:
         TrainingPairs(emoji), flags.batch_size, seed=flags.seed, drop_last=True, collate=collate
     )
     splits = {"unseen_drawing": unseen_drawings(emoji), "unseen_emoji": unseen_emoji(emoji)}
+    samples = unseen_samples(emoji, splits["unseen_emoji"])
     shares = {split: of_this_rank(batches) for split, batches in splits.items()}
 
     trainer = build_trainer(flags)
@@ -114,7 +116,8 @@ def main() -> None:
             )
             for split, batches in shares.items()
         ),
-        RetrievalGallery(unseen_samples(emoji, splits["unseen_emoji"]), every=5 * len(loader)),
+        RetrievalGallery(samples, every=5 * len(loader)),
+        EmbeddingProjector(samples),
         *default_handlers(run_dir, resume="auto" if flags.resume else None),
     )
     trainer.run(loader, max_epochs=flags.epochs)
