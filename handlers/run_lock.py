@@ -45,7 +45,8 @@ class RunLock:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise CheckpointError(
-                f"the run's folder {self._path.parent} cannot be written: {error}"
+                f"the run's folder {self._path.parent} cannot be written: {error}; give "
+                "another folder, or make this one writable"
             ) from error
         try:
             # Not flock: a loader's worker would inherit it, and outlive a killed parent by seconds.

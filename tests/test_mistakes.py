@@ -1,0 +1,144 @@
+"""Plausible mistakes: each gives an error that names the subject, the value and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diptych.engine import Trainer, tasks
+from diptych.handlers import (
+    CheckpointManager,
+    EarlyStopping,
+    Evaluation,
+    RetrievalRecall,
+    default_handlers,
+)
+from diptych.losses import CLIPLoss, get_loss
+
+BATCH = {"image": torch.randn(4, 3), "text": torch.randn(4, 5)}
+
+
+class TwoTowers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(3, 4), nn.Linear(5, 4)
+
+    def forward(self, image: Tensor, text: Tensor) -> Any:
+        return self.image(image), self.text(text)
+
+
+class OneFeature(TwoTowers):
+    def forward(self, image: Tensor, text: Tensor) -> Any:
+        return self.image(image) + self.text(text)
+
+
+class NoTensor(TwoTowers):
+    def forward(self, image: Tensor, text: Tensor) -> Any:
+        return "features"
+
+
+def trainer(model: nn.Module | None = None, **settings: Any) -> Trainer:
+    model, loss = model or TwoTowers(), CLIPLoss()
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
+    return Trainer(model, loss, optimizer, task=tasks.image_text, device="cpu", **settings)
+
+
+def run(batch: dict[str, Tensor], model: nn.Module | None = None) -> None:
+    trainer(model).run([batch])
+
+
+def loss_without_its_parameters(_: Path) -> None:
+    model = TwoTowers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Trainer(model, CLIPLoss(), optimizer, task=tasks.image_text, device="cpu")
+
+
+def best_that_nobody_publishes(folder: Path) -> None:
+    evaluation = Evaluation([BATCH], metrics=[RetrievalRecall(k=(1,))])
+    manager = CheckpointManager(folder, best="val/recal@1")
+    trainer().attach(evaluation, manager).run([BATCH])
+
+
+def folder_that_is_a_file(folder: Path) -> None:
+    (folder / "runs").write_text("a file")
+    trainer().attach(*default_handlers(folder / "runs" / "a")).run([BATCH])
+
+
+def patience_for_nothing(_: Path) -> None:
+    trainer().attach(EarlyStopping(metric="val/nothing", patience=1)).run([BATCH])
+
+
+MISTAKES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "a wrong key": (
+        lambda _: run({"picture": BATCH["image"], "text": BATCH["text"]}),
+        ["'image'", "'picture', 'text'", "with_keys(image=...)"],
+    ),
+    "images and texts of different number": (
+        lambda _: run({"image": torch.randn(4, 3), "text": torch.randn(3, 5)}),
+        ["one row for each pair", "(4, 4) and (3, 4)"],
+    ),
+    "a loss whose parameters the optimizer lacks": (
+        loss_without_its_parameters,
+        ["the optimizer must hold the loss's parameters", "*loss.parameters()"],
+    ),
+    "a misspelt loss": (lambda _: get_loss("clipp"), ["'clipp'", "did you mean 'clip'"]),
+    "a best metric that nobody publishes": (
+        best_that_nobody_publishes,
+        ["best must be a metric that the run publishes", "'val/recal@1'", "val/recall@1"],
+    ),
+    "a metric to stop by that nobody publishes": (
+        patience_for_nothing,
+        ["metric must be one that the run publishes", "'val/nothing'", "train/loss"],
+    ),
+    "an empty loader": (
+        lambda _: trainer().run([]),
+        ["data must hold at least one batch", "an empty loader"],
+    ),
+    "a folder that cannot be written": (
+        folder_that_is_a_file,
+        [
+            "the run's folder",
+            "runs/a/checkpoints",
+            "cannot be written",
+            "Not a directory",
+            "give another folder",
+        ],
+    ),
+    "a handler without attach": (
+        lambda _: trainer().attach(print),
+        ["attach(trainer)", "print", "trainer.add_event_handler(event, function)"],
+    ),
+    "a model that returns one feature": (
+        lambda _: run(BATCH, OneFeature()),
+        ["returns (image_features, text_features)", "one tensor (4, 4)"],
+    ),
+    "a model that returns no tensor": (
+        lambda _: run(BATCH, NoTensor()),
+        ["returns (image_features, text_features)", "got a str"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_with_what_was_received_and_what_to_do(mistake, tmp_path):
+    make, words = MISTAKES[mistake]
+
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - the words are what is checked
+        make(tmp_path)
+
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_fp16_on_a_cpu_that_cannot_is_told_with_what_it_can(monkeypatch):
+    def cannot(*_: object, **__: object) -> None:
+        raise RuntimeError("not implemented for 'Half'")
+
+    monkeypatch.setattr(torch, "autocast", cannot)
+
+    with pytest.raises(ValueError, match="precision must be fp32 or bf16 on this cpu device"):
+        trainer(precision="fp16")
