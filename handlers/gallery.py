@@ -126,11 +126,13 @@ class RetrievalGallery:
         ]
 
     def _table(self, rows: Sequence[Row]) -> str:
-        head = ["query", "rank", *(str(place + 1) for place in range(len(rows[0].results)))]
+        head = ["query", *(str(place + 1) for place in range(len(rows[0].results)))]
         lines = []
         for number, row in enumerate(rows):
             texts = [f"**{r.content}**" if r.right else str(r.content) for r in row.results]
-            lines.append([str(number + 1), str(row.rank or "none"), *texts])
+            # In one cell: TensorBoard breaks the lines of narrow columns inside words.
+            found = "no match" if row.rank is None else f"rank {row.rank}"
+            lines.append([f"{number + 1}, {found}", *texts])
         return markdown_table(head, lines)
 
 

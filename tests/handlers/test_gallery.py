@@ -72,9 +72,9 @@ def test_the_table_marks_what_is_right_and_names_the_rank(tmp_path):
 
     event = read(tmp_path).Tensors("gallery/image_to_text/text_summary")[0]
     lines = event.tensor_proto.string_val[0].decode().splitlines()
-    assert lines[0] == "| query | rank | 1 | 2 |"
-    assert lines[2].startswith("| 1 | 1 | **a red heart** |")
-    assert lines[3] == "| 2 | 2 | a cat | **a dog** |"
+    assert lines[0] == "| query | 1 | 2 |"
+    assert lines[2].startswith("| 1, rank 1 | **a red heart** |")
+    assert lines[3] == "| 2, rank 2 | a cat | **a dog** |"
 
 
 def test_one_sided_batches_with_groups_need_not_pair_up(tmp_path):
