@@ -18,7 +18,7 @@ from diptych.losses import CLIPLoss
 from examples.emoji.data import TrainingPairs, collate, read_emoji
 from examples.emoji.model import TwoTowers
 
-EPOCHS = 2
+EPOCHS = 5  # 30 updates: more than the warmup takes
 
 
 def main(epochs: int = EPOCHS, root: str = "runs") -> Trainer:
