@@ -48,7 +48,7 @@ class RetrievalGallery:
 
     Event: `STARTED` of a new run, `EPOCH_COMPLETED` or every so many iterations. Rank 0 alone
         draws, while the others wait at their next exchange.
-    Cost: the model's forward pass of the samples, their similarities, and some 50 ms for the
+    Cost: the model's forward pass of the samples, their similarities, and some 150 ms for the
         pictures, which take 100 to 200 kB of disk.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -176,9 +177,11 @@ def _shortened(text: str, width: int) -> str:
     text = " ".join(text.split())
     if _font().getlength(text) <= width:
         return text
-    while text and _font().getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+    # Longer beginnings are wider: the widest that fits is found by halving.
+    fits = bisect_right(
+        range(len(text)), width, key=lambda end: _font().getlength(text[:end] + "...")
+    )
+    return text[: max(0, fits - 1)] + "..."
 
 
 @cache

@@ -9,6 +9,8 @@ from diptych.handlers.pictures import (
     SCALE,
     Result,
     Row,
+    _font,
+    _shortened,
     as_bytes,
     heat_map,
     sheet,
@@ -53,6 +55,22 @@ def test_a_right_result_is_green_and_a_wrong_one_is_not(content):
 
     assert has_green(row(right=True))
     assert not has_green(row(right=False))
+
+
+@pytest.mark.parametrize("width", [0, 20, 100, 190])
+def test_a_text_is_cut_to_the_longest_beginning_that_fits(width):
+    text = "woman getting a haircut, and what else one may say of it"
+
+    cut = _shortened(text, width)
+
+    longer = text[: len(cut) - 2] + "..."
+    assert text.startswith(cut.removesuffix("..."))
+    assert cut == "..." or _font().getlength(cut) <= width
+    assert _font().getlength(longer) > width
+
+
+def test_a_text_that_fits_is_left_whole():
+    assert _shortened("a  red\nheart", 190) == "a red heart"
 
 
 def test_queries_are_lines_of_one_height():
