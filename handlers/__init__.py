@@ -33,6 +33,7 @@ from diptych.handlers.schedules import LearningRate
 from diptych.handlers.stage import Stage
 from diptych.handlers.stages import StagePlan
 from diptych.handlers.tensorboard import TensorBoard
+from diptych.handlers.to_logger import ToLogger
 from diptych.handlers.traces import Profile
 
 __all__ = [
@@ -73,6 +74,7 @@ __all__ = [
     "StagePlan",
     "TensorBoard",
     "Throughput",
+    "ToLogger",
     "WeightAverage",
     "ZeroShotAccuracy",
     "default_handlers",

@@ -177,6 +177,11 @@ EXAMPLES = {
     ),
     "TensorBoard": Example(handlers.TensorBoard, observes=True, refused=({},)),
     "Throughput": Example(lambda _: handlers.Throughput(), observes=True),
+    "ToLogger": Example(
+        lambda _: handlers.ToLogger(lambda values, step: None),
+        observes=True,
+        refused=({}, {"write": "log"}),
+    ),
     "WeightAverage": Example(
         lambda _: handlers.WeightAverage(),
         observes=True,

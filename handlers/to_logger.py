@@ -1,0 +1,66 @@
+"""The run's values in any of Ignite's loggers: W&B, MLflow, ClearML and others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from ignite.engine import Events
+
+from diptych.engine.distributed import rank
+from diptych.engine.events import MetricsEvents
+
+if TYPE_CHECKING:
+    from diptych.engine import Trainer
+
+AT_THE_END = (Events.COMPLETED, Events.EXCEPTION_RAISED)
+
+
+@attrs.define(eq=False)
+class ToLogger:
+    """Gives every record to a function such as the one that logs scalars in Ignite's loggers.
+
+    ```python
+    wandb = WandBLogger(project="emoji", mode="offline")
+    trainer.attach(ToLogger(lambda values, step: wandb.log(values, step=step), close=wandb.close))
+
+    mlflow = MLflowLogger()
+    trainer.attach(ToLogger(mlflow.log_metrics, close=mlflow.close))
+    ```
+
+    The tags are those of every other sink. The logger's own package is to be installed beside.
+
+    Event: `MetricsEvents.LOGGED`; `COMPLETED` or `EXCEPTION_RAISED` closes. Rank 0 alone.
+    Cost: that of the function, which may talk to a server; it is called at log points only.
+
+    Args:
+        write: called with a mapping of tag to number, and the iteration.
+        close: called when the run has ended or failed; None: nothing is.
+
+    Raises:
+        TypeError: if one cannot be called.
+    """
+
+    write: Callable[[dict[str, float], int], Any] = attrs.field(
+        validator=attrs.validators.is_callable()
+    )
+    close: Callable[[], Any] | None = attrs.field(
+        default=None, validator=attrs.validators.optional(attrs.validators.is_callable())
+    )
+
+    def attach(self, trainer: Trainer) -> None:
+        """Give the trainer's records to the logger."""
+        if rank() == 0:
+            trainer.add_event_handler(MetricsEvents.LOGGED, self._log)
+            for event in AT_THE_END:
+                trainer.add_event_handler(event, self._end)
+
+    def _log(self, trainer: Trainer) -> None:
+        record = trainer.metrics.record
+        if record.values:
+            self.write(dict(record.values), record.step)
+
+    def _end(self, *_: object) -> None:
+        if self.close is not None:
+            self.close()
