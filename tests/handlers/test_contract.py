@@ -163,7 +163,6 @@ EXAMPLES = {
         observes=True,
         refused=({"mode": "up"},),
     ),
-    ),
     "RunRecord": Example(handlers.RunRecord, observes=True, refused=({},)),
     "StagePlan": Example(
         lambda _: handlers.StagePlan(
