@@ -119,26 +119,19 @@ class Window:
 
     def _fetch(self, gauges: list[Tensor], totals: list[float]) -> list[float]:
         """Return the sums of the rows, `totals`, both over all ranks, and the gauges."""
-        tensors = [tensor for values in self._rows.values() for tensor in values]
-        if not tensors and not gauges and world_size() == 1:
-            return totals
-        parts = self._column_sums(tensors)
+        parts, own = self._column_sums(), totals
         if world_size() > 1:
             parts.append(torch.tensor(totals, dtype=torch.float64, device=exchange_device()))
-            parts = [sum_over_ranks(_joined(parts))]
-        read = [_stacked(gauges).double()] if gauges else []
-        values: list[float] = _joined([*parts, *read]).tolist() if parts or read else []
-        if world_size() > 1:
-            return values
+            parts, own = [sum_over_ranks(_joined(parts))], []
+        if gauges:
+            parts.append(_stacked(gauges).double())
+        values: list[float] = _joined(parts).tolist() if parts else []
         sums = len(values) - len(gauges)
-        return [*values[:sums], *totals, *values[sums:]]
+        return [*values[:sums], *own, *values[sums:]]
 
-    def _column_sums(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Return the sums of each kind of row, in float64: the grouping into windows hardly shows.
-
-        Args:
-            tensors: those of all rows, one kind after the other.
-        """
+    def _column_sums(self) -> list[Tensor]:
+        """Return the sums of each kind of row, in float64: windows hardly show in them."""
+        tensors = [tensor for values in self._rows.values() for tensor in values]
         if not tensors:
             return []
         parts = _stacked(tensors).split([len(values) for values in self._rows.values()])

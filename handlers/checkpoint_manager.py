@@ -283,8 +283,13 @@ class CheckpointManager:
         self._due = True
 
     def _at_safe_point(self, trainer: Trainer) -> None:
-        if self._waits and not self._due and not self._signals.number and self._writer.idle:
-            return
+        if not self._has_nothing_to_do():
+            self._look(trainer)
+
+    def _has_nothing_to_do(self) -> bool:
+        return self._waits and self._writer.idle and not (self._due or self._signals.number)
+
+    def _look(self, trainer: Trainer) -> None:
         self._writer.tell_failure()
         number, timed = self._ranks.exchange(self._signals.number, self._timed + self._time_is_up())
         self._due |= timed > self._timed
