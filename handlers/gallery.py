@@ -13,7 +13,7 @@ from torch import Tensor
 from diptych.engine import Trainer
 from diptych.engine.distributed import rank
 from diptych.handlers.pair_samples import PairFeatures, PairSamples
-from diptych.handlers.pictures import Result, Row, heat_map, sheet
+from diptych.handlers.pictures import Result, Row, check_can_draw, heat_map, sheet
 from diptych.handlers.ranking import TIE
 from diptych.handlers.run_texts import markdown_table
 from diptych.handlers.tensorboard import TensorBoard, board_of
@@ -62,6 +62,7 @@ class RetrievalGallery:
 
     Raises:
         ValueError: if an argument is out of range; when the run starts, if there is no board.
+        ImportError: if the extra `images` is not installed.
         BatchError: while running: if the samples' pictures are not as many as their features.
     """
 
@@ -73,6 +74,9 @@ class RetrievalGallery:
     queries: int = attrs.field(default=8, validator=_check_whole, kw_only=True)
     prefix: str = attrs.field(default="gallery", kw_only=True)
     board: TensorBoard | None = attrs.field(default=None, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        check_can_draw()
 
     def attach(self, trainer: Trainer) -> None:
         """Draw on the trainer's events."""

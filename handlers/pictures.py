@@ -55,6 +55,20 @@ class Row:
     results: Sequence[Result]
 
 
+def check_can_draw() -> None:
+    """Check that the package that draws is there.
+
+    Raises:
+        ImportError: naming the extra to install.
+    """
+    try:
+        import PIL.Image  # noqa: F401, PLC0415 - TensorBoard brings it, but not every version
+    except ImportError as error:
+        raise ImportError(
+            "drawing pictures needs the package pillow: pip install 'diptych[images]'"
+        ) from error
+
+
 def as_bytes(images: Tensor) -> Tensor:
     """Return images [..., 1 or 3, H, W] as uint8 [..., 3, H, W]; floats are in [0, 1]."""
     if images.is_floating_point():
@@ -84,7 +98,6 @@ def sheet(rows: Sequence[Row]) -> Tensor:
 
     First the query and the rank of its best match, then the results; those that match are green.
     """
-    # Pillow comes with TensorBoard, and takes time to import.
     from PIL import Image, ImageDraw  # noqa: PLC0415
 
     in_text = isinstance(rows[0].results[0].content, str)

@@ -12,7 +12,7 @@ from torch import Tensor
 from diptych.engine import Trainer
 from diptych.engine.distributed import rank
 from diptych.handlers.pair_samples import PairSamples
-from diptych.handlers.pictures import save_png, thumbnails, tiles
+from diptych.handlers.pictures import check_can_draw, save_png, thumbnails, tiles
 from diptych.handlers.tensorboard import TensorBoard, board_of
 
 THUMBNAIL = 32
@@ -41,11 +41,15 @@ class EmbeddingProjector:
     Raises:
         ValueError: when the run starts, if there is no board, or there are more samples than a
             picture of 8192 x 8192 holds.
+        ImportError: if the extra `images` is not installed.
         BatchError: when the run ends, if the samples' pictures are not as many as their features.
     """
 
     samples: PairSamples = attrs.field(validator=attrs.validators.instance_of(PairSamples))
     board: TensorBoard | None = attrs.field(default=None, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        check_can_draw()
 
     def attach(self, trainer: Trainer) -> None:
         """Write when the trainer has completed its run."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from diptych.handlers.pictures import (
     _font,
     _shortened,
     as_bytes,
+    check_can_draw,
     heat_map,
     sheet,
     thumbnails,
@@ -91,3 +94,9 @@ def test_tiles_fill_lines_from_the_left():
     images = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 1, 1)
 
     assert tiles(images, 2, gap=0)[0].tolist() == [[0, 1], [2, 255]]
+
+
+def test_without_pillow_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(ImportError, match=r"diptych\[images\]"):
+        check_can_draw()
