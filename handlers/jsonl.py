@@ -53,6 +53,7 @@ class JsonLines:
 
     path: Path = attrs.field(converter=_file_in)
     _started: bool = attrs.field(default=False, init=False, repr=False)
+    _running: bool = attrs.field(default=False, init=False, repr=False)
     _waiting: list[Record] = attrs.field(factory=list, init=False, repr=False)
     _resumed_sizes: dict[str, int] | None = attrs.field(default=None, init=False, repr=False)
     _open: dict[Path, BinaryIO] = attrs.field(factory=dict, init=False, repr=False)
@@ -97,7 +98,7 @@ class JsonLines:
         for name, size in (sizes or {}).items():
             _cut(self._files()[name], size)
         self._resumed_sizes = None
-        self._started = True
+        self._started = self._running = True
         for record in self._waiting:
             self._write(record)
         self._waiting.clear()
@@ -115,14 +116,20 @@ class JsonLines:
         for path, part in ((self.path, values), (self.measured_path, measured)):
             if part:
                 self._file(path).write(_line(record.step, part))
+        if not self._running:
+            self._close()
 
     def _file(self, path: Path) -> BinaryIO:
-        """Return the open file; opening it costs as much as writing a line."""
+        """Return the file, which stays open while the run goes on.
+
+        Opening it costs as much as writing a line.
+        """
         if path not in self._open:
             self._open[path] = path.open("ab", buffering=0)
         return self._open[path]
 
     def _close(self, _: Trainer | None = None) -> None:
+        self._running = False
         for file in self._open.values():
             file.close()
         self._open.clear()

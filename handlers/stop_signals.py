@@ -58,16 +58,20 @@ class StopSignals:
         self._answered = True
         return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:  # a loader's worker, which its parent looks after
             if number == signal.SIGTERM:
-                self._act(number)
+                self._act(number, frame)
             return
         if not self.number:
             self.number, self._noted_at = number, time.monotonic()
         elif number == signal.SIGINT or time.monotonic() - self._noted_at > ECHO:
-            self._act(number)
+            self._act(number, frame)
 
-    def _act(self, number: int) -> None:
-        signal.signal(number, self._before.get(number, signal.SIG_DFL))
-        os.kill(os.getpid(), number)
+    def _act(self, number: int, frame: FrameType | None) -> None:
+        before = self._before.get(number, signal.SIG_DFL)
+        signal.signal(number, before)
+        if callable(before):  # at once: a signal to this process may take its time
+            before(number, frame)
+        else:
+            os.kill(os.getpid(), number)
