@@ -120,6 +120,7 @@ class CheckpointManager:
     _saved_at: float = attrs.field(default=0.0, init=False, repr=False)
     _timed: int = attrs.field(default=0, init=False, repr=False)
     _waits: bool = attrs.field(default=False, init=False, repr=False)
+    _asleep: bool = attrs.field(default=False, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         if self.export:
@@ -181,6 +182,7 @@ class CheckpointManager:
             resumable=not place_is_lost(trainer),
             by_hand=by_hand,
         )
+        self._asleep = False
         if rank() == 0:
             self._writer.submit(entry, state)
         return self.directory / entry.file
@@ -233,6 +235,7 @@ class CheckpointManager:
         # Then nothing but what it is told decides whether it saves: nobody is asked each iteration.
         timed = isinstance(self.every, timedelta)
         self._waits = world_size() == 1 and self.best is None and not timed
+        self._asleep = False
         on_rank_zero(self._take_directory)
         if trainer.state.iteration:  # a run that goes on in this process
             return
@@ -280,14 +283,13 @@ class CheckpointManager:
             )
 
     def _fall_due(self, _: Trainer) -> None:
-        self._due = True
+        self._due, self._asleep = True, False
 
     def _at_safe_point(self, trainer: Trainer) -> None:
-        if not self._has_nothing_to_do():
-            self._look(trainer)
-
-    def _has_nothing_to_do(self) -> bool:
-        return self._waits and self._writer.idle and not (self._due or self._signals.number)
+        if self._asleep and not self._signals.number:
+            return
+        self._look(trainer)
+        self._asleep = self._waits and self._writer.idle and not self._due
 
     def _look(self, trainer: Trainer) -> None:
         self._writer.tell_failure()

@@ -72,7 +72,7 @@ class Throughput:
     def _start_fetching(self, trainer: Trainer) -> None:
         self._fetching_since = now = perf_counter()
         if self._iterations:
-            self._samples += _samples(trainer)  # of the iteration before
+            self._samples += getattr(trainer.state.output, "batch_size", 0)  # of the one before
         else:
             self._since = now
 
