@@ -70,6 +70,8 @@ class StopSignals:
 
     def _act(self, number: int, frame: FrameType | None) -> None:
         before = self._before.get(number, signal.SIG_DFL)
+        if before == signal.SIG_IGN:  # as for a shell's background job; asked twice, it ends
+            before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, before)
         if callable(before):  # at once: a signal to this process may take its time
             before(number, frame)

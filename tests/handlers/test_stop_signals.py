@@ -45,6 +45,15 @@ def test_a_signal_ends_the_run_after_its_iteration_with_a_checkpoint(tmp_path, n
     assert digest(resumed) == digest(whole)
 
 
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["default", "ignored"])
+def _before(request):
+    """What the process does on an interrupt without a trainer; a background job ignores it."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_before")
 def test_a_second_signal_ends_at_once(tmp_path):
     trainer = make_trainer()
     trainer.attach(CheckpointManager(tmp_path))
