@@ -79,6 +79,7 @@ class SeededLoader:
 
     @batch_size.setter
     def batch_size(self, batch_size: int) -> None:
+        """Take another size, if every rank has a part of every batch of that size."""
         ranks, samples = world_size(), self._samples
         if batch_size < ranks:
             raise ValueError(

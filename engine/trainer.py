@@ -137,6 +137,11 @@ class Trainer(EventLoop):
 
     @loss.setter
     def loss(self, loss: nn.Module) -> None:
+        """Take another loss, with rank 0's values, and publish its scalars in place of the last's.
+
+        Raises:
+            ValueError: if the optimizer lacks one of its parameters.
+        """
         check_parts(self.model, loss, self.optimizer, self.task)
         self._loss = self._placed(loss)
         if not loss.training:

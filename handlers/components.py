@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 
 from torch import nn
 
 from diptych.engine import Trainer
-from diptych.engine.run_state import unwrapped
+from diptych.handlers.parameter_groups import matches, named_parameters
 
 Components = Mapping[str, str | Sequence[str]] | Sequence[str]
 """Names of components with the paths of their parameters; a path alone is its own name.
@@ -21,18 +20,7 @@ A path is the beginning of a parameter's name, in whole parts: "image.blocks" ho
 
 def parameter_names(trainer: Trainer) -> dict[str, nn.Parameter]:
     """Return the parameters of the model by their names, then the loss's by "loss." and theirs."""
-    model, loss = unwrapped(trainer.model), unwrapped(trainer.loss)
-    pairs = [
-        *model.named_parameters(),
-        *((f"loss.{name}", parameter) for name, parameter in loss.named_parameters()),
-    ]
-    named: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    for name, parameter in pairs:
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            named[name.replace("_orig_mod.", "")] = parameter
-    return named
+    return named_parameters(trainer.model, trainer.loss)
 
 
 def find_components(trainer: Trainer, components: Components | None) -> dict[str, set[int]]:
@@ -54,7 +42,7 @@ def find_components(trainer: Trainer, components: Components | None) -> dict[str
         found[component] = {
             id(parameter)
             for name, parameter in named.items()
-            if any(_begins_with(name, pattern) for pattern in patterns)
+            if any(matches(name, pattern) for pattern in patterns)
         }
         if not found[component]:
             raise ValueError(
@@ -70,10 +58,3 @@ def _with_patterns(components: Components) -> Iterator[tuple[str, Sequence[str]]
         components = {name: name for name in components}
     for component, patterns in components.items():
         yield component, [patterns] if isinstance(patterns, str) else list(patterns)
-
-
-def _begins_with(name: str, pattern: str) -> bool:
-    parts, patterns = name.split("."), pattern.split(".")
-    if len(patterns) > len(parts):
-        return False
-    return all(map(fnmatchcase, parts, patterns))

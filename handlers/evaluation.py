@@ -22,6 +22,7 @@ from diptych.engine.microbatch import SampleMeanLoss
 from diptych.engine.settings import Precision
 from diptych.engine.step import AUTOCAST
 from diptych.engine.tasks import Outputs, Task
+from diptych.handlers.cadence import call_every, check_every
 
 Weights = Literal["average", "model"]
 
@@ -46,12 +47,6 @@ def _check_loader(_: Any, __: attrs.Attribute[Any], loader: object) -> None:
             "loader must be something that can be iterated again for each evaluation, got "
             f"{type(loader).__name__}"
         )
-
-
-def _check_every(_: Any, __: attrs.Attribute[Any], every: object) -> None:
-    whole = isinstance(every, int) and not isinstance(every, bool) and every >= 1
-    if every != "epoch" and not whole:
-        raise ValueError(f"every must be 'epoch' or a number of iterations >= 1, got {every!r}")
 
 
 def _check_prefix(_: Any, __: attrs.Attribute[str], prefix: str) -> None:
@@ -118,7 +113,7 @@ class Evaluation:
     loader: Iterable[Any] = attrs.field(validator=_check_loader)
     metrics: Metrics = attrs.field(default=(), kw_only=True)
     every: int | Literal["epoch"] = attrs.field(
-        default="epoch", validator=_check_every, kw_only=True
+        default="epoch", validator=check_every, kw_only=True
     )
     prefix: str = attrs.field(default="val", validator=_check_prefix, kw_only=True)
     task: Task | None = attrs.field(default=None, kw_only=True)
@@ -153,10 +148,7 @@ class Evaluation:
             loss.attach(self.evaluator, "loss")
         if self.at_start:
             trainer.add_event_handler(Events.STARTED, self._evaluate_at_start)
-        if self.every == "epoch":
-            trainer.add_event_handler(Events.EPOCH_COMPLETED, self.evaluate)
-        else:
-            trainer.every(self.every, self.evaluate)
+        call_every(trainer, self.every, self.evaluate)
 
     def evaluate(self, trainer: Trainer) -> dict[str, float]:
         """Evaluate now, publish the values and return them by name."""

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from diptych.engine import Trainer
 from diptych.engine.distributed import rank
+from diptych.handlers.cadence import call_every, check_every
 from diptych.handlers.pair_samples import PairFeatures, PairSamples
 from diptych.handlers.pictures import Result, Row, check_can_draw, heat_map, sheet
 from diptych.handlers.ranking import TIE
 from diptych.handlers.run_texts import markdown_table
-from diptych.handlers.tensorboard import TensorBoard, board_of
+from diptych.handlers.tensorboard import TensorBoard, attach_board_of, board_of
 
 MATRIX = 96
 """Groups in the similarity matrix, at most."""
@@ -25,12 +26,6 @@ MATRIX = 96
 def _check_whole(_: Any, attribute: attrs.Attribute[int], value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{attribute.name} must be a whole number >= 1, got {value!r}")
-
-
-def _check_every(_: Any, __: attrs.Attribute[Any], every: object) -> None:
-    whole = isinstance(every, int) and not isinstance(every, bool) and every >= 1
-    if every != "epoch" and not whole:
-        raise ValueError(f"every must be 'epoch' or a number of iterations >= 1, got {every!r}")
 
 
 @attrs.define(eq=False)
@@ -68,7 +63,7 @@ class RetrievalGallery:
 
     samples: PairSamples = attrs.field(validator=attrs.validators.instance_of(PairSamples))
     every: int | Literal["epoch"] = attrs.field(
-        default="epoch", validator=_check_every, kw_only=True
+        default="epoch", validator=check_every, kw_only=True
     )
     k: int = attrs.field(default=5, validator=_check_whole, kw_only=True)
     queries: int = attrs.field(default=8, validator=_check_whole, kw_only=True)
@@ -80,15 +75,11 @@ class RetrievalGallery:
 
     def attach(self, trainer: Trainer) -> None:
         """Draw on the trainer's events."""
-        if self.board is not None and self.board not in trainer.handlers:
-            self.board.attach(trainer)
+        attach_board_of(self, trainer)
         if rank() != 0:
             return
         trainer.add_event_handler(Events.STARTED, self._start)
-        if self.every == "epoch":
-            trainer.add_event_handler(Events.EPOCH_COMPLETED, self.draw)
-        else:
-            trainer.every(self.every, self.draw)
+        call_every(trainer, self.every, self.draw)
 
     def draw(self, trainer: Trainer) -> None:
         """Draw the pictures of now."""

@@ -12,14 +12,10 @@ from ignite.engine import Events
 from torch import Tensor, nn
 
 from diptych.engine import StepEvents, Trainer
+from diptych.handlers.cadence import check_iterations
 from diptych.handlers.components import Components, find_components
 from diptych.handlers.gradient_norms import held_parameters, norm_of, shared_norms
 from diptych.handlers.gradients import GradientClipping
-
-
-def _check_every(_: Any, __: attrs.Attribute[int], every: object) -> None:
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be a whole number of iterations >= 1, got {every!r}")
 
 
 def _check_components(_: Any, __: attrs.Attribute[Any], components: Any) -> None:
@@ -67,7 +63,7 @@ class GradientDiagnostics:
         ValueError: if an argument is out of range; when attached, if a component has no parameter.
     """
 
-    every: int = attrs.field(default=10, validator=_check_every)
+    every: int = attrs.field(default=10, validator=check_iterations)
     components: Components | None = attrs.field(default=None, validator=_check_components)
     updates: bool = True
     _members: dict[str, set[int]] = attrs.field(factory=dict, init=False, repr=False)

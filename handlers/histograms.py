@@ -10,16 +10,12 @@ from torch import Tensor, nn
 
 from diptych.engine import StepEvents, Trainer
 from diptych.engine.distributed import rank
+from diptych.handlers.cadence import check_iterations
 from diptych.handlers.components import parameter_names
 from diptych.handlers.pictures import thumbnails, tiles
-from diptych.handlers.tensorboard import TensorBoard, board_of
+from diptych.handlers.tensorboard import TensorBoard, attach_board_of, board_of
 
 FILTER_SIDE, MOST_FILTERS, BINS = 32, 64, 64
-
-
-def _check_every(_: Any, __: attrs.Attribute[int], every: object) -> None:
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be a whole number of iterations >= 1, got {every!r}")
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -44,14 +40,13 @@ class Histograms:
         ValueError: if `every` is below 1; at the first look, if there is no board.
     """
 
-    every: int = attrs.field(default=500, validator=_check_every)
+    every: int = attrs.field(default=500, validator=check_iterations)
     gradients: bool = True
     board: TensorBoard | None = None
 
     def attach(self, trainer: Trainer) -> None:
         """Draw when gradients are ready."""
-        if self.board is not None and self.board not in trainer.handlers:
-            self.board.attach(trainer)
+        attach_board_of(self, trainer)
         if rank() == 0:
             trainer.every(self.every, self.draw, StepEvents.GRADIENTS_READY)
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import attrs
 import torch
 
 from diptych.engine import StepEvents, Trainer
 from diptych.handlers import representation
-
-
-def _check_every(_: Any, __: attrs.Attribute[int], every: object) -> None:
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be a whole number of iterations >= 1, got {every!r}")
+from diptych.handlers.cadence import check_iterations
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -41,7 +36,7 @@ class InBatchAccuracy:
         BatchError: while running: if the task's outputs lack them, or they are not [B, D].
     """
 
-    every: int = attrs.field(default=1, validator=_check_every)
+    every: int = attrs.field(default=1, validator=check_iterations)
     features: Sequence[str] | None = None
 
     def __attrs_post_init__(self) -> None:

@@ -13,7 +13,7 @@ from diptych.engine import Trainer
 from diptych.engine.distributed import rank
 from diptych.handlers.pair_samples import PairSamples
 from diptych.handlers.pictures import check_can_draw, save_png, thumbnails, tiles
-from diptych.handlers.tensorboard import TensorBoard, board_of
+from diptych.handlers.tensorboard import TensorBoard, attach_board_of, board_of
 
 THUMBNAIL = 32
 LARGEST_SPRITE = 8192
@@ -53,8 +53,7 @@ class EmbeddingProjector:
 
     def attach(self, trainer: Trainer) -> None:
         """Write when the trainer has completed its run."""
-        if self.board is not None and self.board not in trainer.handlers:
-            self.board.attach(trainer)
+        attach_board_of(self, trainer)
         if rank() == 0:
             trainer.add_event_handler(Events.STARTED, self._check)
             trainer.add_event_handler(Events.COMPLETED, self.write)

@@ -7,7 +7,6 @@ from typing import Any
 
 import attrs
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from ignite.engine import Engine
 from ignite.exceptions import NotComputableError
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from diptych.engine.distributed import rank, world_size
 from diptych.engine.errors import BatchError
+from diptych.handlers.gathering import from_all_ranks, rows_of_all_ranks
 from diptych.handlers.ranking import Items, MatchRanks, match_ranks
 
 PIECE = 4096
@@ -263,22 +263,12 @@ def _gathered(items: Items, device: torch.device | None) -> Items:
         items: this rank's, maybe none.
         device: where a rank without items takes part.
     """
-    shapes: list[tuple[int, int]] = [(0, 0)] * world_size()
-    dist.all_gather_object(shapes, tuple(items.features.shape))
-    rows, dim = [shape[0] for shape in shapes], max(shape[1] for shape in shapes)
-    if max(rows) == 0:
+    shapes = from_all_ranks(tuple(items.features.shape))
+    if not any(shape[0] for shape in shapes):
         return items
-    features = items.features.reshape(len(items.groups), dim).to(device)
-    side = _Side(_rows_of_all(features, rows), _rows_of_all(items.groups.to(device), rows))
+    features = items.features.reshape(len(items.groups), max(shape[1] for shape in shapes))
+    side = _Side([rows_of_all_ranks(features, device)], [rows_of_all_ranks(items.groups, device)])
     return side.items()
-
-
-def _rows_of_all(local: Tensor, rows: Sequence[int]) -> list[Tensor]:
-    padded = local.new_zeros(max(rows), *local.shape[1:])
-    padded[: len(local)] = local
-    received = [torch.empty_like(padded) for _ in rows]
-    dist.all_gather(received, padded)
-    return [part[:count] for part, count in zip(received, rows, strict=True)]
 
 
 def _checked(k: tuple[int, ...]) -> tuple[int, ...]:

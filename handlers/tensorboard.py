@@ -157,6 +157,12 @@ class TensorBoard:
         file_writer.add_event(event, step)
 
 
+def attach_board_of(handler: Any, trainer: Trainer) -> None:
+    """Attach the `board` of a handler that has one of its own; one that is attached stays so."""
+    if handler.board is not None and handler.board not in trainer.handlers:
+        trainer.attach(handler.board)
+
+
 def board_of(trainer: Trainer, handler: Any) -> TensorBoard:
     """Return the board on which a handler shows something: its own `board`, or the attached one.
 

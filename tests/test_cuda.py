@@ -47,6 +47,26 @@ class TwoTowers(nn.Module):
         return self.image(image), self.text(text)
 
 
+def run_without_waiting(trainer):
+    """Run 16 iterations, inside of which waiting for the device is an error."""
+    waited: list[int] = []
+
+    @trainer.on(Events.GET_BATCH_COMPLETED)
+    def forbid():
+        torch.cuda.set_sync_debug_mode("error")
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def allow():
+        torch.cuda.set_sync_debug_mode("default")
+        waited.append(trainer.state.iteration)
+
+    try:
+        trainer.run(make_loader(), max_epochs=2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waited) == 16
+
+
 def make_trainer(**settings) -> Trainer:
     torch.manual_seed(0)
     model, loss = TwoTowers(), CLIPLoss()
@@ -78,44 +98,14 @@ def test_nothing_waits_for_the_device_between_two_log_points(tmp_path, precision
         GradientClipping(max_norm=1.0),
         *default_handlers(tmp_path, every="epoch"),
     )
-    waited: list[int] = []
-
-    @trainer.on(Events.GET_BATCH_COMPLETED)
-    def forbid():
-        torch.cuda.set_sync_debug_mode("error")
-
-    @trainer.on(Events.ITERATION_COMPLETED)
-    def allow():
-        torch.cuda.set_sync_debug_mode("default")
-        waited.append(trainer.state.iteration)
-
-    try:
-        trainer.run(make_loader(), max_epochs=2)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert len(waited) == 16
+    run_without_waiting(trainer)
 
 
 def test_what_watches_the_features_waits_at_log_points_alone():
     trainer = make_trainer(log_every=1000)
     probe = OnlineLinearProbe(classes=2, labels=lambda batch: (batch["text"][:, 0] > 40).long())
     trainer.attach(RepresentationHealth(every=1), InBatchAccuracy(), probe)
-    watched: list[int] = []
-
-    @trainer.on(Events.GET_BATCH_COMPLETED)
-    def forbid():
-        torch.cuda.set_sync_debug_mode("error")
-
-    @trainer.on(Events.ITERATION_COMPLETED)
-    def allow():
-        torch.cuda.set_sync_debug_mode("default")
-        watched.append(trainer.state.iteration)
-
-    try:
-        trainer.run(make_loader(), max_epochs=2)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert len(watched) == 16
+    run_without_waiting(trainer)
     assert "health/auroc" in trainer.metrics.record.values
 
 

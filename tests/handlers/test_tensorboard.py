@@ -18,6 +18,7 @@ from diptych.engine import Trainer
 from diptych.handlers import (
     CheckpointManager,
     Finding,
+    Histograms,
     JsonLines,
     RepresentationHealth,
     TensorBoard,
@@ -269,3 +270,9 @@ def test_importing_the_handlers_does_not_import_tensorboard():
     )
 
     assert output.stdout.strip() == "False"
+
+
+def test_a_board_that_two_handlers_share_is_attached_once(tmp_path):
+    board = TensorBoard(tmp_path)
+    trainer = make_trainer().attach(Histograms(board=board), Histograms(every=7, board=board))
+    assert [handler for handler in trainer.handlers if handler is board] == [board]

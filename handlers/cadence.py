@@ -1,0 +1,43 @@
+"""How often a handler is called: each epoch, or every so many iterations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+from ignite.engine import Events
+
+if TYPE_CHECKING:
+    from diptych.engine import Trainer
+
+
+def check_iterations(_: Any, __: attrs.Attribute[int], every: object) -> None:
+    """Check a number of iterations; an attrs validator.
+
+    Raises:
+        ValueError: if it is no whole number of at least 1.
+    """
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every must be a whole number of iterations >= 1, got {every!r}")
+
+
+def check_every(_: Any, __: attrs.Attribute[Any], every: object) -> None:
+    """Check "epoch" or a number of iterations; an attrs validator.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    whole = isinstance(every, int) and not isinstance(every, bool) and every >= 1
+    if every != "epoch" and not whole:
+        raise ValueError(f"every must be 'epoch' or a number of iterations >= 1, got {every!r}")
+
+
+def call_every(
+    trainer: Trainer, every: int | Literal["epoch"], function: Callable[[Any], object]
+) -> None:
+    """Call a function with the trainer after each epoch, or every so many iterations."""
+    if every == "epoch":
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, function)
+    else:
+        trainer.every(every, function)
