@@ -20,7 +20,8 @@ COMPLETED | TERMINATE | INTERRUPT | EXCEPTION_RAISED
 RunEvents.RELEASE                       whatever happened: let go of what was taken at RESTORE
 ```
 
-Every event takes Ignite's filters; `every=n` counts iterations for all events of this module.
+`RunEvents.SAVED` comes where a handler has saved the run, mostly at a safe point. Every event takes
+Ignite's filters; `every=n` counts iterations for all events of this module.
 """
 
 from ignite.engine import EventEnum
@@ -53,11 +54,13 @@ class EvaluationEvents(EventEnum):
 class RunEvents(EventEnum):
     """When a whole run may be loaded (`RESTORE`) and saved (`SAFE_POINT`), and when it is over.
 
-    `RELEASE` follows every `RESTORE`, however the run between them ends.
+    `SAVED` follows each checkpoint on every rank: at a safe point, at the end, or by hand; a thread
+    may still be writing it. `RELEASE` follows every `RESTORE`, however the run between them ends.
     """
 
     RESTORE = "restore"
     SAFE_POINT = "safe_point"
+    SAVED = "saved"
     RELEASE = "release"
 
 

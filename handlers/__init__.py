@@ -8,6 +8,7 @@ from diptych.handlers.curriculum import Curriculum
 from diptych.handlers.defaults import default_handlers
 from diptych.handlers.early_stopping import EarlyStopping
 from diptych.handlers.evaluation import Evaluation
+from diptych.handlers.filters import FirstLayerFilters
 from diptych.handlers.gallery import RetrievalGallery
 from diptych.handlers.gradient_diagnostics import GradientDiagnostics
 from diptych.handlers.gradients import GradientClipping
@@ -45,6 +46,7 @@ __all__ = [
     "Evaluation",
     "FaultError",
     "Finding",
+    "FirstLayerFilters",
     "GradientClipping",
     "GradientDiagnostics",
     "Histograms",

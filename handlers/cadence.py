@@ -22,6 +22,16 @@ def check_iterations(_: Any, __: attrs.Attribute[int], every: object) -> None:
         raise ValueError(f"every must be a whole number of iterations >= 1, got {every!r}")
 
 
+def check_epochs(_: Any, __: attrs.Attribute[int], every: object) -> None:
+    """Check a number of epochs; an attrs validator.
+
+    Raises:
+        ValueError: if it is no whole number of at least 1.
+    """
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every must be a whole number of epochs >= 1, got {every!r}")
+
+
 def check_every(_: Any, __: attrs.Attribute[Any], every: object) -> None:
     """Check "epoch" or a number of iterations; an attrs validator.
 

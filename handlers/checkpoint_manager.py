@@ -65,7 +65,7 @@ class CheckpointManager:
     must be one that all can see. The states of handlers are rank 0's.
 
     Event: `RunEvents.SAFE_POINT` (saves), `RunEvents.RESTORE` (resumes); `COMPLETED`, `TERMINATE`
-        and `INTERRUPT` for the end.
+        and `INTERRUPT` for the end. Fires `RunEvents.SAVED`.
     Cost: one comparison an iteration between two saves. A save copies the state, writes it to the
         disk and reads it once; with `background` the run waits for the copy only, which stays in
         host memory for the next one.
@@ -185,6 +185,7 @@ class CheckpointManager:
         self._asleep = False
         if rank() == 0:
             self._writer.submit(entry, state)
+        trainer.fire_event(RunEvents.SAVED)
         return self.directory / entry.file
 
     def load_checkpoint(self, path: Path | str) -> tuple[int, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""Curves as pictures in SVG that need nothing else."""
+"""Curves as charts: what stands where in each, and the same as SVG that needs nothing else."""
 
 from __future__ import annotations
 
@@ -6,52 +6,142 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
+import attrs
+
+SVG = "http://www.w3.org/2000/svg"
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 360, 180, 52, 24, 22
+LEGEND_LINE, LETTER = 13, 5.6  # pixels of a legend's line, and about as many of a letter in it
+INK, AXIS = "#222222", "#bbbbbb"
+SMALL, LARGE = 10, 12  # pixels of a letter's height
 COLORS = ("#3949ab", "#e65100", "#2e7d32", "#8e24aa", "#00838f", "#c62828", "#6d4c41", "#546e7a")
 POINTS = 400  # of a curve; more cannot be told apart
 
 Curve = Sequence[tuple[int, float]]
+Place = tuple[float, float]
 
 
-def chart(title: str, curves: Mapping[str, Curve]) -> str:
-    """Return one chart; values that are not finite leave a gap.
+@attrs.frozen
+class Label:
+    """A text of a chart; `place` is where its base line starts or, with `ends`, where it ends."""
+
+    text: str
+    place: Place
+    color: str = INK
+    size: int = SMALL
+    ends: bool = False
+
+
+@attrs.frozen
+class Line:
+    """A piece of a curve, a single point included."""
+
+    name: str
+    color: str
+    places: list[Place]
+
+
+@attrs.frozen
+class Drawing:
+    """A chart, laid out: pixels to the right and downwards from its upper left corner.
+
+    Attributes:
+        title: in words, also among the labels.
+        height: in pixels; the width is `WIDTH`.
+        labels: title, legend, and the ends of both axes.
+        axis: down, then to the right.
+        lines: the curves.
+    """
+
+    title: str
+    height: int
+    labels: list[Label]
+    axis: list[Place]
+    lines: list[Line]
+
+
+def draw(title: str, curves: Mapping[str, Curve], legend: Sequence[str] = ()) -> Drawing:
+    """Return curves laid out as a chart; values that are not finite leave a gap.
 
     Args:
         title: above it.
         curves: name to steps and values, in order.
+        legend: what the curves are called under the title, in their order; empty: nothing there.
     """
+    keys, top = _legend(legend, TOP)
+    bottom = top + HEIGHT - TOP - BOTTOM
     (first, last), (low, high) = _ranges(curves)
 
-    def place(x: float, y: float) -> str:
+    def place(x: float, y: float) -> Place:
         right = LEFT + (WIDTH - LEFT - 8) * (x - first) / ((last - first) or 1)
-        down = HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - low) / ((high - low) or 1)
-        return f"{right:.1f},{down:.1f}"
+        return right, bottom - (bottom - top) * (y - low) / ((high - low) or 1)
 
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
-        f"<title>{escape(title)}</title>",
-        f'<text x="{LEFT}" y="14" class="name">{escape(title)}</text>',
-        f'<path d="M{LEFT},{TOP}V{HEIGHT - BOTTOM}H{WIDTH - 8}" class="axis"/>',
-        f'<text x="{LEFT - 4}" y="{TOP + 8}" class="end">{high:.4g}</text>',
-        f'<text x="{LEFT - 4}" y="{HEIGHT - BOTTOM}" class="end">{low:.4g}</text>',
-        f'<text x="{LEFT}" y="{HEIGHT - 8}">{first:g}</text>',
-        f'<text x="{WIDTH - 8}" y="{HEIGHT - 8}" class="end">{last:g}</text>',
+    labels = [
+        Label(title, (LEFT, 14), size=LARGE),
+        *keys,
+        Label(f"{high:.4g}", (LEFT - 4, top + 8), ends=True),
+        Label(f"{low:.4g}", (LEFT - 4, bottom), ends=True),
+        Label(f"{first:g}", (LEFT, bottom + 14)),
+        Label(f"{last:g}", (WIDTH - 8, bottom + 14), ends=True),
     ]
-    for number, (name, curve) in enumerate(curves.items()):
-        color = COLORS[number % len(COLORS)]
-        pieces = [[place(x, y) for x, y in piece] for piece in _pieces(_thinned(curve))]
-        parts += [_drawn(name, piece, color) for piece in pieces]
+    lines = [
+        Line(name, color_of(number), [place(x, y) for x, y in piece])
+        for number, (name, curve) in enumerate(curves.items())
+        for piece in _pieces(_thinned(curve))
+    ]
+    axis: list[Place] = [(LEFT, top), (LEFT, bottom), (WIDTH - 8, bottom)]
+    return Drawing(title, bottom + BOTTOM, labels, axis, lines)
+
+
+def color_of(number: int) -> str:
+    """Return the colour of a chart's curve, counted from 0."""
+    return COLORS[number % len(COLORS)]
+
+
+def svg(drawing: Drawing) -> str:
+    """Return a chart as SVG; a curve's name shows under the pointer."""
+    corners = " ".join(map(_point, drawing.axis))
+    parts = [
+        f'<svg xmlns="{SVG}" viewBox="0 0 {WIDTH} {drawing.height}" role="img">',
+        f"<title>{escape(drawing.title)}</title>",
+        f'<polyline points="{corners}" fill="none" stroke="{AXIS}"/>',
+        *map(_text, drawing.labels),
+        *map(_line, drawing.lines),
+    ]
     return "\n".join([*parts, "</svg>"])
 
 
-def _drawn(name: str, places: Sequence[str], color: str) -> str:
-    if len(places) == 1:
-        x, _, y = places[0].partition(",")
-        return f'<circle cx="{x}" cy="{y}" r="2" fill="{color}"/>'
-    return (
-        f'<polyline points="{" ".join(places)}" fill="none" stroke="{color}" stroke-width="1.5">'
-        f"<title>{escape(name)}</title></polyline>"
-    )
+def _text(label: Label) -> str:
+    (x, y), anchor = label.place, ' text-anchor="end"' if label.ends else ""
+    style = f'font-size="{label.size}" fill="{label.color}"{anchor}'
+    return f'<text x="{x:g}" y="{y:g}" {style}>{escape(label.text)}</text>'
+
+
+def _line(line: Line) -> str:
+    name = f"<title>{escape(line.name)}</title>"
+    if len(line.places) == 1:
+        ((x, y),) = line.places
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{line.color}">{name}</circle>'
+    points = " ".join(map(_point, line.places))
+    style = f'fill="none" stroke="{line.color}" stroke-width="1.5"'
+    return f'<polyline class="curve" points="{points}" {style}>{name}</polyline>'
+
+
+def _point(place: Place) -> str:
+    return f"{place[0]:.1f},{place[1]:.1f}"
+
+
+def _legend(names: Sequence[str], top: int) -> tuple[list[Label], int]:
+    """Return the names in lines that start at a height, and the height where they end."""
+    labels: list[Label] = []
+    x, y = float(LEFT), top
+    for number, name in enumerate(names):
+        text = f"\N{BLACK SQUARE} {name}"
+        width = LETTER * (len(text) + 2)
+        if x > LEFT and x + width > WIDTH:
+            x, y = float(LEFT), y + LEGEND_LINE
+        labels.append(Label(text, (x, y + 4), color_of(number)))
+        x += width
+    return labels, y + LEGEND_LINE if names else y
 
 
 def _ranges(curves: Mapping[str, Curve]) -> Sequence[tuple[float, float]]:

@@ -1,21 +1,19 @@
-"""How weights and gradients are distributed, and what the first layer looks for."""
+"""How weights and gradients are distributed."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import attrs
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diptych.engine import StepEvents, Trainer
 from diptych.engine.distributed import rank
 from diptych.handlers.cadence import check_iterations
 from diptych.handlers.components import parameter_names
-from diptych.handlers.pictures import thumbnails, tiles
 from diptych.handlers.tensorboard import TensorBoard, attach_board_of, board_of
 
-FILTER_SIDE, MOST_FILTERS, BINS = 32, 64, 64
+BINS = 64
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -23,8 +21,7 @@ class Histograms:
     """Shows the distributions of weights and gradients in TensorBoard, parameter by parameter.
 
     `weights/<parameter>` and `weight_gradients/<parameter>`, as they are when an update is about to
-    be made; values that are not finite are left out. Where the model's first convolution looks at 1
-    or 3 channels, its filters are shown as the image `filters`, each stretched to its own range.
+    be made; values that are not finite are left out.
 
     Event: `StepEvents.GRADIENTS_READY` every `every` iterations. Rank 0 alone draws.
     Cost: all weights and gradients are copied to the host, which waits for the device: give `every`
@@ -57,29 +54,9 @@ class Histograms:
             self._add(writer, f"weights/{name}", parameter, step)
             if self.gradients and parameter.grad is not None:
                 self._add(writer, f"weight_gradients/{name}", parameter.grad, step)
-        filters = first_filters(trainer.model)
-        if filters is not None:
-            writer.add_image("filters", filters, step)
 
     def _add(self, writer: Any, tag: str, values: Tensor, step: int) -> None:
         values = values.detach().float().cpu()
         finite = values[values.isfinite()]
         if len(finite):
             writer.add_histogram(tag, finite, step, bins=BINS)
-
-
-@torch.no_grad()
-def first_filters(model: nn.Module) -> Tensor | None:
-    """Return the filters of the first convolution, uint8 [3, H, W], at most 64 of them.
-
-    None where there is no convolution of two dimensions, or it looks at other than 1 or 3 channels
-    or at single pixels.
-    """
-    layer = next((part for part in model.modules() if isinstance(part, nn.Conv2d)), None)
-    if layer is None or layer.weight.shape[1] not in (1, 3) or layer.weight[0, 0].numel() == 1:
-        return None
-    weight = layer.weight[:MOST_FILTERS].detach().float().cpu()
-    low = weight.amin(dim=(1, 2, 3), keepdim=True)
-    high = weight.amax(dim=(1, 2, 3), keepdim=True)
-    shown = (weight - low) / (high - low).clamp(min=1e-12)
-    return tiles(thumbnails(shown, FILTER_SIDE), 8)

@@ -13,9 +13,13 @@ import attrs
 from ignite.engine import Events
 
 from diptych.engine.distributed import rank
+from diptych.engine.events import RunEvents
 from diptych.engine.run_state import attached
-from diptych.handlers.curves import COLORS, chart
+from diptych.handlers.cadence import check_epochs
+from diptych.handlers.curves import COLORS, Drawing, color_of, draw, svg
+from diptych.handlers.curves_png import check_can_plot, save_charts
 from diptych.handlers.jsonl import JsonLines, read_records
+from diptych.handlers.layout import curves_by_question
 
 if TYPE_CHECKING:
     from diptych.engine import Trainer
@@ -24,8 +28,7 @@ AT_THE_END = (Events.COMPLETED, Events.TERMINATE, Events.INTERRUPT, Events.EXCEP
 ALWAYS_DIFFERENT = ("started", "command")
 STYLE = """
 body { font: 14px system-ui, sans-serif; margin: 24px; color: #222; background: #fff }
-.charts { display: flex; flex-wrap: wrap; gap: 12px } svg { width: 360px; font-size: 10px }
-.axis { fill: none; stroke: #bbb } .end { text-anchor: end } .name { font-size: 12px }
+.charts { display: flex; flex-wrap: wrap; gap: 12px } svg { width: 360px; font-family: sans-serif }
 table { border-collapse: collapse; margin: 12px 0 }
 td, th { border: 1px solid #ddd; padding: 3px 8px;
   text-align: left } td + td { font-variant-numeric: tabular-nums } h2 { margin-top: 28px }
@@ -51,28 +54,46 @@ class RunHistory:
 class HistoryPlots:
     """Draws the run's curves into `report.html`: one file without scripts that opens anywhere.
 
-    It reads what `JsonLines` writes into the folder, so a resumed run draws its whole history.
+    With `png` the same charts are the picture `curves.png` too. It reads what `JsonLines` writes
+    into the folder, so a resumed run draws its whole history.
     `python -m diptych.handlers.report compare runs/a runs/b` lays runs side by side.
 
-    Event: `STARTED`, every `every`th `EPOCH_COMPLETED`, and the end of the run. Rank 0 alone.
-    Cost: some milliseconds for a thousand records, each time; no synchronisation.
+    Event: `RunEvents.SAVED`, so that what stands beside a checkpoint tells of the same run; where
+        `every` is given, every so many `EPOCH_COMPLETED` instead; and the end of the run. Rank 0
+        alone.
+    Cost: some milliseconds for a thousand records, each time, and with `png` half a second, of
+        which the first import of matplotlib takes as much again; no synchronisation.
 
     Args:
         directory: the run's folder, to which a `JsonLines` of the trainer writes.
-        every: epochs between two drawings, >= 1.
+        every: epochs between two drawings, >= 1; None: as often as checkpoints are saved.
+        png: whether to draw `curves.png` too. Needs the extra `plots`.
 
     Raises:
         ValueError: if `every` is below 1; when the run starts, if no `JsonLines` writes there.
+        ImportError: if `png` is asked for without the extra.
     """
 
     directory: Path = attrs.field(converter=Path)
-    every: int = attrs.field(default=1, validator=attrs.validators.ge(1), kw_only=True)
+    every: int | None = attrs.field(
+        default=None,
+        validator=attrs.validators.optional(check_epochs),
+        kw_only=True,
+    )
+    png: bool = attrs.field(default=False, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        if self.png:
+            check_can_plot()
 
     def attach(self, trainer: Trainer) -> None:
         """Draw the trainer's runs."""
         if rank() == 0:
             trainer.add_event_handler(Events.STARTED, self._check)
-            trainer.add_event_handler(Events.EPOCH_COMPLETED, self._draw_if_due)
+            if self.every is None:
+                trainer.add_event_handler(RunEvents.SAVED, self._draw)
+            else:
+                trainer.add_event_handler(Events.EPOCH_COMPLETED(every=self.every), self._draw)
             for event in AT_THE_END:
                 trainer.add_event_handler(event, self._draw)
 
@@ -84,13 +105,12 @@ class HistoryPlots:
                 f"{', '.join(map(str, written)) or 'none'}: attach JsonLines with that folder"
             )
 
-    def _draw_if_due(self, trainer: Trainer) -> None:
-        if trainer.state.epoch % self.every == 0:
-            self._draw()
-
     def _draw(self, *_: object) -> None:
         if (self.directory / "metrics.jsonl").exists():
-            write_page(self.directory / "report.html", page([read_run(self.directory)]))
+            runs = [read_run(self.directory)]
+            write_page(self.directory / "report.html", page(runs))
+            if self.png:
+                save_charts(drawings(runs), self.directory / "curves.png")
 
 
 def write_page(path: Path, text: str) -> None:
@@ -178,21 +198,54 @@ def page(runs: Sequence[RunHistory]) -> str:
     ]
     if not single:
         parts += _differences(runs)
-    parts += ['<h2>Curves</h2><div class="charts">']
-    for tag in sorted({tag for run in runs for tag in run.curves}):
-        # Every run keeps its colour, also where one before it lacks the tag.
-        parts.append(chart(tag, {run.name: run.curves.get(tag, []) for run in runs}))
-    parts += ["</div><h2>Last values (lowest to highest)</h2>", _table(names, final_values(runs))]
+    for heading, charts in drawings(runs).items():
+        parts += [f'<h2>{escape(heading)}</h2><div class="charts">', *map(svg, charts), "</div>"]
+    parts += ["<h2>Last values (lowest to highest)</h2>", _table(names, final_values(runs))]
     if single:
         rows = {name: [value] for name, value in runs[0].settings.items()}
         parts += ["<h2>Settings</h2>", _table(names, rows)]
     return "\n".join([*parts, "</body></html>", ""])
 
 
+def drawings(runs: Sequence[RunHistory]) -> dict[str, list[Drawing]]:
+    """Return heading to charts: those of a run hold several tags, those of several runs one."""
+    headings = curves_by_question({tag for run in runs for tag in run.curves})
+    if len(runs) == 1:
+        return {
+            heading: [drawing for chart in charts for drawing in _charts_of_tags(runs[0], *chart)]
+            for heading, charts in headings.items()
+        }
+    # Every run keeps its colour, also where one before it lacks the tag.
+    return {
+        heading: [
+            draw(tag, {run.name: run.curves.get(tag, []) for run in runs})
+            for tag in dict.fromkeys(tag for _, tags in charts for tag in tags)
+        ]
+        for heading, charts in headings.items()
+    }
+
+
+def _charts_of_tags(run: RunHistory, title: str, tags: Sequence[str]) -> list[Drawing]:
+    """Return a run's curves in one chart, or in so many that each curve has its own colour."""
+    if title in tags:
+        return [draw(title, {title: run.curves[title]})]
+    parts = [tags[start : start + len(COLORS)] for start in range(0, len(tags), len(COLORS))]
+    return [draw(title, {tag: run.curves[tag] for tag in part}, _short(part)) for part in parts]
+
+
+def _short(tags: Sequence[str]) -> list[str]:
+    """Return what tells tags apart: their parts without those that all of them have."""
+    if len(tags) == 1:
+        return list(tags)
+    parts = [tag.split("/") for tag in tags]
+    shared = set(parts[0]).intersection(*parts)
+    return [" ".join(p for p in part if p not in shared) or part[-1] for part in parts]
+
+
 def _differences(runs: Sequence[RunHistory]) -> list[str]:
     names, different = [run.name for run in runs], differing_settings(runs)
     legend = " ".join(
-        f'<span style="color:{COLORS[i % len(COLORS)]}">&#9632; {escape(name)}</span>'
+        f'<span style="color:{color_of(i)}">&#9632; {escape(name)}</span>'
         for i, name in enumerate(names)
     )
     table = _table(names, different) if different else "<p>None.</p>"

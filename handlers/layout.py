@@ -33,6 +33,7 @@ class Chart:
 
 
 LEARNS, FAST, HEALTHY = "Does it learn?", "How fast?", "Is it healthy?"
+REST = "Everything else"
 # What stands beside the terms of a loss under train/ and is none.
 NO_TERM = (
     r"loss$|learning_rate|stage$|skipped_steps$|momentum$|in_batch_accuracy$|linear_probe_"
@@ -65,6 +66,20 @@ def charts_of(tags: Iterable[str]) -> tuple[Chart, ...]:
     """Return the charts that have a curve for at least one of the tags."""
     tags = list(tags)
     return tuple(chart for chart in CHARTS if any(map(chart.shows, tags)))
+
+
+def curves_by_question(tags: Iterable[str]) -> dict[str, list[tuple[str, list[str]]]]:
+    """Return heading to charts, each a title and its tags, sorted; every tag is in one or more.
+
+    The three questions come first, then under `REST` whatever tag answers none of them, in a chart
+    of its own.
+    """
+    left, headings = sorted(tags), dict[str, list[tuple[str, list[str]]]]()
+    for chart in charts_of(left):
+        shown = [tag for tag in left if chart.shows(tag)]
+        headings.setdefault(chart.question, []).append((chart.title, shown))
+    rest = [(tag, [tag]) for tag in left if not charts_of([tag])]
+    return {**headings, **({REST: rest} if rest else {})}
 
 
 def layout_summary(charts: Iterable[Chart]) -> Any:

@@ -22,7 +22,11 @@ MAY_IMPORT = {
     "engine": {"torch", "ignite", "attrs", "numpy", "diptych.engine"},
     "handlers": {"torch", "ignite", "attrs", "tensorboard", "diptych.engine", "diptych.handlers"},
 }
-MAY_IMPORT_LATE = {"losses": set[str](), "engine": set[str](), "handlers": {"PIL", "safetensors"}}
+MAY_IMPORT_LATE = {
+    "losses": set[str](),
+    "engine": set[str](),
+    "handlers": {"PIL", "matplotlib", "safetensors"},
+}
 
 FILE_LINES = 400
 FUNCTION_LINES = 40

@@ -29,6 +29,7 @@ from diptych.engine import (
 from diptych.handlers import (
     EmbeddingProjector,
     Evaluation,
+    FirstLayerFilters,
     GradientClipping,
     LearningRate,
     PairSamples,
@@ -117,6 +118,7 @@ def main() -> None:
             for split, batches in shares.items()
         ),
         RetrievalGallery(samples, every=5 * len(loader)),
+        FirstLayerFilters(every=5 * len(loader)),
         EmbeddingProjector(samples),
         *default_handlers(run_dir, resume="auto" if flags.resume else None),
     )

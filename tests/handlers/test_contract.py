@@ -84,6 +84,11 @@ EXAMPLES = {
         observes=True,
         refused=({"loader": iter([])}, {"loader": [], "every": 0}, {"loader": [], "prefix": ""}),
     ),
+    "FirstLayerFilters": Example(
+        lambda folder: handlers.FirstLayerFilters(board=handlers.TensorBoard(folder)),
+        observes=True,
+        refused=({"every": 0}, {"every": "step"}),
+    ),
     "GradientClipping": Example(
         lambda _: handlers.GradientClipping(max_norm=0.1),
         observes=False,
@@ -203,6 +208,7 @@ def make_trainer() -> Trainer:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
     model[2].online, model[2].target = nn.Linear(2, 2), nn.Linear(2, 2)  # no part of the output
+    model[2].pixels = nn.Conv2d(3, 4, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     return Trainer(
         model,

@@ -6,17 +6,22 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from xml.etree import ElementTree as ET
 
 import pytest
+from ignite.engine import Events
 
-from diptych.handlers import HistoryPlots, JsonLines, RunRecord
-from diptych.handlers.curves import POINTS, chart
-from diptych.handlers.history_plots import differing_settings, final_values, page, read_run
+from diptych.engine import RunEvents
+from diptych.handlers import CheckpointManager, HistoryPlots, JsonLines, RunRecord
+from diptych.handlers.history_plots import (
+    RunHistory,
+    differing_settings,
+    drawings,
+    final_values,
+    page,
+    read_run,
+)
 from diptych.handlers.report import main
 from tests.handlers.runs import Stop, loader, make_trainer, report_each_epoch, stop_at
-
-POLYLINE = "{http://www.w3.org/2000/svg}polyline"
 
 
 def run(folder: Path, epochs: int = 2, **settings: object) -> Path:
@@ -27,12 +32,6 @@ def run(folder: Path, epochs: int = 2, **settings: object) -> Path:
     return folder
 
 
-def points(svg: str) -> list[list[tuple[float, float]]]:
-    """Return the points of every line of a picture."""
-    lines = ET.fromstring(svg).iter(POLYLINE)  # noqa: S314
-    return [[tuple(map(float, p.split(","))) for p in line.get("points").split()] for line in lines]
-
-
 def test_a_run_leaves_a_report_with_every_tag_and_setting(tmp_path):
     text = (run(tmp_path / "a") / "report.html").read_text("utf-8")
 
@@ -40,29 +39,11 @@ def test_a_run_leaves_a_report_with_every_tag_and_setting(tmp_path):
         assert f"<title>{tag}</title>" in text
     assert "<td>trainer.precision</td><td>fp32</td>" in text
     assert "<script" not in text
+    headings = ("Does it learn?", "Everything else", "Last values", "Settings")
+    places = [text.index(f"<h2>{heading}") for heading in headings]
+    assert places == sorted(places)
     assert "http" not in text.replace('xmlns="http://www.w3.org/2000/svg"', "")
     HTMLParser().feed(text)
-
-
-def test_a_chart_reaches_from_its_lowest_value_to_its_highest():
-    ((first, middle, last),) = points(chart("loss", {"a": [(0, 4.0), (5, 3.0), (10, 2.0)]}))
-
-    assert first[0] < middle[0] < last[0]
-    assert first[1] < middle[1] < last[1]  # y points down
-    assert middle == pytest.approx([(first[0] + last[0]) / 2, (first[1] + last[1]) / 2], abs=0.1)
-
-
-def test_values_that_are_not_finite_leave_a_gap():
-    curve = [(0, 1.0), (1, 2.0), (2, float("nan")), (3, float("inf")), (4, 1.0), (5, 2.0)]
-
-    assert [len(line) for line in points(chart("loss", {"a": curve}))] == [2, 2]
-
-
-def test_long_curves_are_thinned_and_names_are_escaped():
-    svg = chart("<loss>", {"a&b": [(step, float(step)) for step in range(10_000)]})
-
-    assert len(points(svg)[0]) <= POINTS
-    assert "&lt;loss&gt;" in svg
 
 
 def test_an_interrupted_run_has_its_report(tmp_path):
@@ -128,3 +109,84 @@ def test_the_command_compares_runs_without_a_warning(tmp_path):
 def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
     assert main(["compare", str(tmp_path)]) == 2
     assert f"got {tmp_path}, which holds none" in capsys.readouterr().err
+
+
+def test_curves_that_answer_one_question_share_a_chart_of_a_single_run():
+    curves = {tag: [(1, 2.0), (2, 1.0)] for tag in ("train/loss", "val/loss", "other/thing")}
+
+    charts = drawings([RunHistory("a", {}, curves)])
+
+    assert list(charts) == ["Does it learn?", "Everything else"]
+    (loss,), (other,) = charts.values()
+    assert [line.name for line in loss.lines] == ["train/loss", "val/loss"]
+    assert [label.text[2:] for label in loss.labels[1:3]] == ["train", "val"]
+    assert (other.title, len(other.lines)) == ("other/thing", 1)
+
+
+def test_curves_beyond_the_colours_stand_in_a_further_chart():
+    names = [f"gradients/norm/block{number}" for number in range(10)]
+    charts = drawings([RunHistory("a", {}, {name: [(1, 1.0)] for name in names})])
+
+    (healthy,) = charts.values()
+    assert [len(chart.lines) for chart in healthy] == [8, 2]
+
+
+def test_runs_side_by_side_have_each_tag_in_a_chart_of_its_own():
+    curves = {"train/loss": [(1, 2.0)], "val/loss": [(1, 1.0)]}
+
+    (charts,) = drawings([RunHistory(n, {}, curves) for n in ("a", "b")]).values()
+
+    assert [chart.title for chart in charts] == ["train/loss", "val/loss"]
+    assert [[line.name for line in chart.lines] for chart in charts] == [["a", "b"]] * 2
+
+
+def test_the_report_is_drawn_at_each_checkpoint_with_all_that_was_logged_by_then(tmp_path):
+    trainer, seen = make_trainer(log_every=1), []
+    plots = HistoryPlots(tmp_path)
+    trainer.attach(JsonLines(tmp_path), plots, CheckpointManager(tmp_path / "c", every=4))
+
+    def look() -> None:
+        if (tmp_path / "report.html").exists():
+            curve = read_run(tmp_path).curves["train/loss"]
+            text = (tmp_path / "report.html").read_text("utf-8")
+            seen.append((trainer.state.iteration, text.count(","), len(curve)))
+
+    trainer.add_event_handler(RunEvents.SAVED, look)
+    trainer.run(loader(), max_epochs=2)
+
+    assert [iteration for iteration, _, _ in seen] == [4, 8, 12]
+    assert [logged for _, _, logged in seen] == [4, 8, 12]
+    assert seen[0][1] < seen[1][1] < seen[2][1]
+
+
+def test_every_so_many_epochs_replaces_the_checkpoints_cadence(tmp_path):
+    trainer, changes = make_trainer(), []
+    trainer.attach(JsonLines(tmp_path), HistoryPlots(tmp_path, every=2))
+
+    def look() -> None:
+        changes.append((tmp_path / "report.html").exists())
+
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, look)
+    trainer.run(loader(), max_epochs=3)
+
+    assert changes == [False, True, True]
+
+
+def test_the_picture_of_the_curves_is_a_png(tmp_path):
+    from PIL import Image
+
+    report_each_epoch(trainer := make_trainer(), 0.25, 0.75)
+    trainer.attach(JsonLines(tmp_path), HistoryPlots(tmp_path, png=True))
+    trainer.run(loader(), max_epochs=2)
+
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.format == "PNG"
+        colors = {color for _, color in picture.convert("RGB").getcolors(1 << 20)}
+    assert {(0x39, 0x49, 0xAB), (255, 255, 255)} <= colors
+
+
+def test_the_picture_without_its_package_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+    with pytest.raises(ImportError, match=r"diptych\[plots\]"):
+        HistoryPlots(tmp_path, png=True)
