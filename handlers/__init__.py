@@ -36,10 +36,12 @@ from diptych.handlers.stages import StagePlan
 from diptych.handlers.tensorboard import TensorBoard
 from diptych.handlers.to_logger import ToLogger
 from diptych.handlers.traces import Profile
+from diptych.handlers.trackers import ClearML, MLflow, WandB
 
 __all__ = [
     "RULES",
     "CheckpointManager",
+    "ClearML",
     "Curriculum",
     "EarlyStopping",
     "EmbeddingProjector",
@@ -59,6 +61,7 @@ __all__ = [
     "LearningRateCurve",
     "LinearProbeAccuracy",
     "LossGuard",
+    "MLflow",
     "ModalityBalancing",
     "MomentumEncoder",
     "OnlineLinearProbe",
@@ -77,6 +80,7 @@ __all__ = [
     "TensorBoard",
     "Throughput",
     "ToLogger",
+    "WandB",
     "WeightAverage",
     "ZeroShotAccuracy",
     "default_handlers",

@@ -35,6 +35,10 @@ td, th { border: 1px solid #ddd; padding: 3px 8px;
 """
 
 
+def _absolute(path: Path | str) -> Path:
+    return Path(path).absolute()  # as JsonLines does: the working directory may change
+
+
 @attrs.frozen
 class RunHistory:
     """What a run's folder tells.
@@ -74,7 +78,7 @@ class HistoryPlots:
         ImportError: if `png` is asked for without the extra.
     """
 
-    directory: Path = attrs.field(converter=Path)
+    directory: Path = attrs.field(converter=_absolute)
     every: int | None = attrs.field(
         default=None,
         validator=attrs.validators.optional(check_epochs),
@@ -210,19 +214,22 @@ def page(runs: Sequence[RunHistory]) -> str:
 def drawings(runs: Sequence[RunHistory]) -> dict[str, list[Drawing]]:
     """Return heading to charts: those of a run hold several tags, those of several runs one."""
     headings = curves_by_question({tag for run in runs for tag in run.curves})
-    if len(runs) == 1:
-        return {
-            heading: [drawing for chart in charts for drawing in _charts_of_tags(runs[0], *chart)]
-            for heading, charts in headings.items()
-        }
-    # Every run keeps its colour, also where one before it lacks the tag.
     return {
-        heading: [
-            draw(tag, {run.name: run.curves.get(tag, []) for run in runs})
-            for tag in dict.fromkeys(tag for _, tags in charts for tag in tags)
-        ]
+        heading: _beside_one_another(runs, charts) if len(runs) > 1 else _of_one(runs[0], charts)
         for heading, charts in headings.items()
     }
+
+
+def _beside_one_another(
+    runs: Sequence[RunHistory], charts: Sequence[tuple[str, list[str]]]
+) -> list[Drawing]:
+    tags = dict.fromkeys(tag for _, tags in charts for tag in tags)
+    # Every run keeps its colour, also where one before it lacks the tag.
+    return [draw(tag, {run.name: run.curves.get(tag, []) for run in runs}) for tag in tags]
+
+
+def _of_one(run: RunHistory, charts: Sequence[tuple[str, list[str]]]) -> list[Drawing]:
+    return [drawing for chart in charts for drawing in _charts_of_tags(run, *chart)]
 
 
 def _charts_of_tags(run: RunHistory, title: str, tags: Sequence[str]) -> list[Drawing]:

@@ -1,4 +1,4 @@
-"""The run's values in any of Ignite's loggers: W&B, MLflow, ClearML and others."""
+"""The run's values in a function, such as one of Ignite's loggers."""
 
 from __future__ import annotations
 
@@ -19,17 +19,15 @@ AT_THE_END = (Events.COMPLETED, Events.EXCEPTION_RAISED)
 
 @attrs.define(eq=False)
 class ToLogger:
-    """Gives every record to a function such as the one that logs scalars in Ignite's loggers.
+    """Gives every record to a function, such as one that logs scalars in a logger of Ignite's.
 
     ```python
-    wandb = WandBLogger(project="emoji", mode="offline")
-    trainer.attach(ToLogger(lambda values, step: wandb.log(values, step=step), close=wandb.close))
-
-    mlflow = MLflowLogger()
-    trainer.attach(ToLogger(mlflow.log_metrics, close=mlflow.close))
+    visdom = VisdomLogger()
+    trainer.attach(ToLogger(lambda values, step: show(visdom, values, step), close=visdom.close))
     ```
 
-    The tags are those of every other sink. The logger's own package is to be installed beside.
+    The tags are those of every other sink. `WandB`, `MLflow` and `ClearML` do more: they hand over
+    the settings, and go on in the same run when it is resumed.
 
     Event: `MetricsEvents.LOGGED`; `COMPLETED` or `EXCEPTION_RAISED` closes. Rank 0 alone.
     Cost: that of the function, which may talk to a server; it is called at log points only.

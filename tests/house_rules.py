@@ -25,7 +25,7 @@ MAY_IMPORT = {
 MAY_IMPORT_LATE = {
     "losses": set[str](),
     "engine": set[str](),
-    "handlers": {"PIL", "matplotlib", "safetensors"},
+    "handlers": {"PIL", "matplotlib", "mlflow", "safetensors"},
 }
 
 FILE_LINES = 400

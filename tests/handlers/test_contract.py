@@ -56,12 +56,36 @@ class Reported(handlers.HistoryPlots):
         super().attach(trainer)
 
 
+class Unsent:
+    """Stands for the service: what a handler would send goes nowhere."""
+
+    def _check_package(self) -> None:
+        self.sent: list[Any] = []
+
+    def _open(self, run: str) -> tuple[Any, str]:
+        return self, run or "new"
+
+    def _describe(self, *told: Any) -> None:
+        self.sent.append(told)
+
+    def _write(self, *told: Any) -> None:
+        self.sent.append(told)
+
+    def _close(self, *, failed: bool) -> None:
+        self.sent.append((failed,))
+
+
+def unsent(service: type) -> Any:
+    return type(service.__name__, (Unsent, service), {})("pairs")
+
+
 EXAMPLES = {
     "CheckpointManager": Example(
         lambda folder: handlers.CheckpointManager(folder / "checkpoints"),
         observes=True,
         refused=({"directory": ".", "every": 0}, {"directory": ".", "keep": 0}),
     ),
+    "ClearML": Example(lambda _: unsent(handlers.ClearML), observes=True, refused=({},)),
     "Curriculum": Example(
         lambda _: handlers.Curriculum("loss.label_smoothing", end=0.3, over=5, shape="cosine"),
         observes=False,
@@ -126,6 +150,7 @@ EXAMPLES = {
         observes=True,
         refused=({"policy": "ignore"}, {"budget": -1}, {"window": 0}),
     ),
+    "MLflow": Example(lambda _: unsent(handlers.MLflow), observes=True, refused=({},)),
     "ModalityBalancing": Example(
         lambda _: handlers.ModalityBalancing(components=("0", "3"), warmup=2),
         observes=False,
@@ -186,6 +211,7 @@ EXAMPLES = {
         observes=True,
         refused=({}, {"write": "log"}),
     ),
+    "WandB": Example(lambda _: unsent(handlers.WandB), observes=True, refused=({},)),
     "WeightAverage": Example(
         lambda _: handlers.WeightAverage(),
         observes=True,

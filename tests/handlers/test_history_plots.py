@@ -56,6 +56,15 @@ def test_an_interrupted_run_has_its_report(tmp_path):
     assert "train/loss" in (tmp_path / "report.html").read_text("utf-8")
 
 
+def test_the_folder_may_be_given_below_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = make_trainer().attach(JsonLines("runs/a"), HistoryPlots("runs/a"))
+
+    trainer.run(loader(), max_epochs=1)
+
+    assert (tmp_path / "runs" / "a" / "report.html").exists()
+
+
 def test_without_json_lines_the_run_does_not_start(tmp_path):
     trainer = make_trainer().attach(HistoryPlots(tmp_path))
 
