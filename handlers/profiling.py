@@ -1,31 +1,48 @@
-"""How fast the run is, where its time goes, and what it takes of the device's memory."""
+"""How fast the run is, whether it waits for its data, and what it takes of the device's memory."""
 
 from __future__ import annotations
 
+import logging
 import math
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 from ignite.engine import Events
 
-from diptych.engine.distributed import world_size
+from diptych.engine.distributed import rank, world_size
 from diptych.engine.events import MetricsEvents, RunEvents
+from diptych.handlers.data_wait import DataWaitRule, DeviceWait, HostWait, wait_of
+from diptych.handlers.health_rules import Finding
 
 if TYPE_CHECKING:
     from diptych.engine import Trainer
 
+logger = logging.getLogger(__name__)
+
 GIB = 2**30
 
 
-@attrs.define(eq=False)
+def _check_share(_: Any, __: attrs.Attribute[float], value: float) -> None:
+    if not 0 < value <= 1:
+        raise ValueError(f"tolerated_wait must be in (0, 1], got {value!r}")
+
+
+def _check_patience(_: Any, __: attrs.Attribute[int], value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"patience must be a whole number >= 1, got {value!r}")
+
+
+@attrs.define(kw_only=True, eq=False)
 class Throughput:
     """Publishes speed and memory at every log point, as means since the one before.
 
     - `time/samples_per_second`: samples of all ranks, from `trainer.state.output.batch_size`.
     - `time/step`: seconds for an iteration, waiting for its batch included.
-    - `time/data`: seconds of it in which the loop waited for its batch.
+    - `time/data`: seconds of it in which there was no batch to compute on. On a CUDA device that is
+      the time in which the device has nothing left to do while the loop waits for a batch;
+      elsewhere all the time that the loop waits.
     - `memory/allocated`, `memory/reserved` (CUDA): the most GiB that tensors took, and that the
       allocator held, since the process began.
 
@@ -34,25 +51,47 @@ class Throughput:
     happens between two epochs (evaluations, checkpoints) does not count; what happens inside one
     does.
 
-    Event: `GET_BATCH_STARTED`, `GET_BATCH_COMPLETED`.
-    Cost: a microsecond an iteration; no synchronisation between two log points.
+    Where `time/data` is more than `tolerated_wait` of `time/step` at `patience` log points in a
+    row, and this has cost ten seconds, a warning says so on rank 0, once in a process, with what to
+    do; `TensorBoard` shows it among the findings.
+
+    Event: `GET_BATCH_STARTED`, `GET_BATCH_COMPLETED`, `MetricsEvents.LOGGED`.
+    Cost: a microsecond an iteration, on a CUDA device ten and two events in its queue; no
+        synchronisation between two log points.
+
+    Args:
+        tolerated_wait: the share of an iteration's time that may go by without a batch, in (0, 1].
+        patience: log points in a row at which it must be larger for a warning, >= 1.
+
+    Attributes:
+        findings: the warning, where there was one.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
+    tolerated_wait: float = attrs.field(default=0.2, validator=_check_share)
+    patience: int = attrs.field(default=3, validator=_check_patience)
+    findings: list[Finding] = attrs.field(factory=list, init=False)
     _device: torch.device = attrs.field(default=torch.device("cpu"), init=False, repr=False)
     _since: float = attrs.field(default=0.0, init=False, repr=False)
-    _fetching_since: float = attrs.field(default=0.0, init=False, repr=False)
     _seconds: float = attrs.field(default=0.0, init=False, repr=False)
-    _waited: float = attrs.field(default=0.0, init=False, repr=False)
+    _wait: HostWait | DeviceWait = attrs.field(factory=HostWait, init=False, repr=False)
+    _rule: DataWaitRule = attrs.field(init=False, repr=False)
     _iterations: int = attrs.field(default=0, init=False, repr=False)
     _samples: int = attrs.field(default=0, init=False, repr=False)
 
+    def __attrs_post_init__(self) -> None:
+        self._rule = DataWaitRule(self.tolerated_wait, self.patience)
+
     def attach(self, trainer: Trainer) -> None:
         """Measure the trainer's iterations and publish what they took."""
-        self._device = trainer.device
+        self._device, self._wait = trainer.device, wait_of(trainer.device)
+        trainer.add_event_handler(Events.STARTED, self._forget)
         trainer.add_event_handler(RunEvents.RESTORE, self._start_over)
         trainer.add_event_handler(Events.GET_BATCH_STARTED, self._start_fetching)
         trainer.add_event_handler(Events.GET_BATCH_COMPLETED, self._end_fetching)
-        trainer.add_event_handler(MetricsEvents.LOGGED, self._start_over_if_read)
+        trainer.add_event_handler(MetricsEvents.LOGGED, self._judge)
         trainer.metrics.gauge("time/samples_per_second", lambda: self._samples_per_second(trainer))
         trainer.metrics.gauge("time/step", self._seconds_per_iteration)
         trainer.metrics.gauge("time/data", self._seconds_for_data)
@@ -65,19 +104,25 @@ class Throughput:
                 "memory/reserved", lambda: torch.cuda.max_memory_reserved(device) / GIB
             )
 
+    def _forget(self, trainer: Trainer) -> None:
+        if trainer.state.iteration == 0:
+            self.findings.clear()
+            self._rule.start()
+
     def _start_over(self, _: Trainer) -> None:
-        self._since = self._fetching_since = perf_counter()
-        self._waited, self._iterations, self._samples = 0.0, 0, 0
+        self._since = perf_counter()
+        self._iterations = self._samples = 0
+        self._wait.clear()
 
     def _start_fetching(self, trainer: Trainer) -> None:
-        self._fetching_since = now = perf_counter()
+        self._wait.start()
         if self._iterations:
             self._samples += getattr(trainer.state.output, "batch_size", 0)  # of the one before
         else:
-            self._since = now
+            self._since = perf_counter()
 
     def _end_fetching(self, _: Trainer) -> None:
-        self._waited += perf_counter() - self._fetching_since
+        self._wait.stop()
         self._iterations += 1
 
     def _samples_per_second(self, trainer: Trainer) -> float:
@@ -90,11 +135,18 @@ class Throughput:
         return self._seconds / self._iterations if self._iterations else math.nan
 
     def _seconds_for_data(self) -> float:
-        return self._waited / self._iterations if self._iterations else math.nan
+        return self._wait.read() / self._iterations if self._iterations else math.nan
 
-    def _start_over_if_read(self, trainer: Trainer) -> None:
-        if "time/step" in trainer.metrics.record.values:  # not an evaluation's record
-            self._start_over(trainer)
+    def _judge(self, trainer: Trainer) -> None:
+        record = trainer.metrics.record
+        if "time/step" not in record.values:  # an evaluation's record
+            return
+        finding = self._rule.judge(record.step, self._wait.read(), self._seconds)
+        if finding is not None:
+            self.findings.append(finding)
+            if rank() == 0:
+                logger.warning("%s", finding)
+        self._start_over(trainer)
 
 
 def _samples(trainer: Trainer) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from diptych.engine import Trainer
 from diptych.handlers.components import find_components, parameter_names
-from diptych.handlers.health import RepresentationHealth
 from diptych.handlers.health_rules import Finding
 
 
@@ -24,9 +23,9 @@ def model_table(trainer: Trainer) -> str:
 
 
 def findings_of(trainer: Trainer) -> list[Finding]:
-    """Return what the attached rules of health have found so far."""
-    watchers = [h for h in trainer.handlers if isinstance(h, RepresentationHealth)]
-    return [finding for watcher in watchers for finding in watcher.findings]
+    """Return what the rules of the attached handlers have found so far, in order."""
+    found = [finding for h in trainer.handlers for finding in getattr(h, "findings", ())]
+    return sorted(found, key=lambda finding: finding.step)
 
 
 def findings_table(findings: Sequence[Finding]) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 
 from diptych.engine import Trainer, tasks
 from diptych.handlers import Throughput
+from diptych.handlers.run_texts import findings_of
 from tests.handlers.runs import EPOCH_LENGTH, Stop, kept_records, stop_at
 
 WAIT, STEP, SIZE = 1.0, 3.0, 8
@@ -33,7 +34,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("diptych.handlers.profiling.perf_counter", clock)
+    for module in ("profiling", "data_wait"):
+        monkeypatch.setattr(f"diptych.handlers.{module}.perf_counter", clock)
     return clock
 
 
@@ -52,11 +54,11 @@ class SlowLoader:
             yield index
 
 
-def make_trainer(clock: Clock, *, last_size: int = SIZE) -> Trainer:
+def make_trainer(clock: Clock, *, last_size: int = SIZE, seconds: float = STEP) -> Trainer:
     """Return a trainer whose steps take three seconds; an epoch's last may see fewer samples."""
 
     def step(trainer: Trainer, index: int) -> SimpleNamespace:
-        clock.advance(STEP)
+        clock.advance(seconds)
         trainer.metrics.update({"train/loss": 0.5})
         return SimpleNamespace(batch_size=last_size if index == EPOCH_LENGTH - 1 else SIZE)
 
@@ -71,7 +73,7 @@ def make_trainer(clock: Clock, *, last_size: int = SIZE) -> Trainer:
         log_every=4,
         step=step,
     )
-    return trainer.attach(Throughput())
+    return trainer.attach(Throughput(patience=2))
 
 
 def test_speed_is_samples_over_all_the_time_and_data_its_part_of_waiting(clock):
@@ -131,6 +133,43 @@ def test_a_pause_between_two_runs_does_not_count(clock):
     trainer.run(data, max_epochs=1)
 
     assert records[0].values["time/step"] < 2 * (WAIT + STEP)
+
+
+def test_a_run_that_waits_for_its_loader_is_told_so_once(clock, caplog):
+    trainer = make_trainer(clock)
+
+    trainer.run(SlowLoader(clock), max_epochs=8)
+
+    (finding,) = trainer.handlers[0].findings
+    # Log points at 4, 6, 8, 12; the waits of ten iterations make ten seconds.
+    assert (finding.rule, finding.step) == ("waiting for data", 12)
+    assert "25% of the time" in finding.evidence
+    assert caplog.messages == [str(finding)]
+    assert findings_of(trainer) == [finding]  # what TensorBoard shows
+
+
+def test_a_loader_that_takes_a_fifth_of_the_time_is_tolerated(clock, caplog):
+    trainer = make_trainer(clock, seconds=4 * WAIT)
+
+    trainer.run(SlowLoader(clock), max_epochs=8)
+
+    assert (trainer.handlers[0].findings, caplog.messages) == ([], [])
+
+
+def test_another_run_of_the_trainer_is_judged_anew(clock):
+    trainer = make_trainer(clock)
+    for _ in range(2):
+        trainer.state.max_epochs = None
+        trainer.run(SlowLoader(clock), max_epochs=8)
+
+    (finding,) = trainer.handlers[0].findings
+    assert finding.step == 12
+
+
+@pytest.mark.parametrize("argument", [{"tolerated_wait": 0.0}, {"patience": 0}])
+def test_a_rule_that_cannot_be_kept_is_refused(argument):
+    with pytest.raises(ValueError, match=f"{next(iter(argument))} must be"):
+        Throughput(**argument)
 
 
 def test_the_speed_is_that_of_all_ranks(clock, monkeypatch):
