@@ -12,6 +12,7 @@ from diptych.engine.seeded_loader import SeededLoader
 from diptych.engine.settings import TrainerSettings
 from diptych.engine.step import StepOutput, TrainStep
 from diptych.engine.trainer import Trainer
+from diptych.engine.transform import OnKeys
 
 __all__ = [
     "BatchError",
@@ -20,6 +21,7 @@ __all__ = [
     "Evaluator",
     "MetricsCollector",
     "MetricsEvents",
+    "OnKeys",
     "ResumeError",
     "RunEvents",
     "SeededLoader",

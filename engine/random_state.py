@@ -15,6 +15,24 @@ ForwardRandomState = tuple[Any, Any, Tensor, Tensor | None]
 """What Python's, NumPy's, torch's CPU and the device's generators stand at."""
 
 
+def mixed(*numbers: int) -> int:
+    """Mix whole numbers into one seed, so that neighbours have unrelated streams (splitmix64)."""
+    state = 0
+    for number in numbers:
+        state = (state ^ number) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state & 0x7FFFFFFFFFFFFFFF
+
+
+def seed_host(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's CPU generators; `torch.manual_seed` would seed devices."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+
+
 def _cuda_in_use() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_initialized()
 
@@ -83,3 +101,17 @@ def set_forward_random_state(state: ForwardRandomState, device: torch.device) ->
     torch.set_rng_state(cpu)
     if cuda is not None:
         torch.cuda.set_rng_state(cuda, device)
+
+
+@contextmanager
+def seeded_random_state(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from generators with this seed, on the host and on `device`; leave all as they were."""
+    before = forward_random_state(device)
+    seed_host(seed)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
+    try:
+        yield
+    finally:
+        set_forward_random_state(before, device)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from diptych.engine.distributed import rank, world_size
 from diptych.engine.errors import ResumeError
-from diptych.engine.random_state import preserved_random_state
+from diptych.engine.random_state import mixed, preserved_random_state, seed_host
 
 Draw = tuple[int, int]
 """An epoch and the index of a sample: together with the seed, all that its augmentation depends
@@ -151,7 +149,7 @@ class SeededLoader:
     def _order(self) -> list[int]:
         if not self._shuffle:
             return list(range(self._samples))
-        generator = torch.Generator().manual_seed(_mixed(self.seed, self._epoch))
+        generator = torch.Generator().manual_seed(mixed(self.seed, self._epoch))
         return torch.randperm(self._samples, generator=generator).tolist()
 
 
@@ -182,20 +180,5 @@ class _SeededSamples(Dataset[Any]):
 
     def __getitem__(self, draw: Draw) -> Any:
         epoch, index = draw
-        seed = _mixed(self._seed, epoch, index)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        # torch.manual_seed would seed the accelerators as well.
-        torch.default_generator.manual_seed(seed)
+        seed_host(mixed(self._seed, epoch, index))
         return self._dataset[index]
-
-
-def _mixed(*numbers: int) -> int:
-    """Mix whole numbers into one seed, so that neighbours have unrelated streams (splitmix64)."""
-    state = 0
-    for number in numbers:
-        state = (state ^ number) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state & 0x7FFFFFFFFFFFFFFF

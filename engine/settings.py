@@ -42,6 +42,9 @@ class TrainerSettings:
         microbatch_size: samples that go through the model at once; None: the whole batch.
         device: where model, loss and batches go; None: the process's accelerator where there is
             one, else the CPU.
+        prefetch: whether a batch is copied to a CUDA device while the device computes the update
+            before it, for the memory of one batch more; it changes no number, and nothing at all
+            elsewhere.
         compile: whether the model is compiled in place (`torch.nn.Module.compile`); its state-dict
             keys stay.
         seed: of Python's, NumPy's and torch's generators when a run starts from its beginning;
@@ -57,6 +60,7 @@ class TrainerSettings:
         default=None, validator=attrs.validators.optional(_at_least_one)
     )
     device: torch.device | None = attrs.field(default=None, converter=_as_device)
+    prefetch: bool = attrs.field(default=True, validator=attrs.validators.instance_of(bool))
     compile: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
     seed: int | None = attrs.field(default=None, validator=attrs.validators.optional(_check_seed))
     log_every: int = attrs.field(default=50, validator=_at_least_one)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diptych.engine.data import batch_size, split, to_device
+from diptych.engine.data import batch_size, split
 from diptych.engine.distributed import share_buffers, sum_over_ranks, world_size
 from diptych.engine.events import StepEvents
 from diptych.engine.gradient_average import GradientAverage
@@ -21,7 +21,9 @@ from diptych.engine.microbatch import (
     loss_terms,
     total,
 )
+from diptych.engine.prefetch import mover
 from diptych.engine.tasks import Outputs, Task
+from diptych.engine.transform import transformed
 
 if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer
@@ -56,6 +58,7 @@ class TrainStep:
         self.microbatch_size = settings.microbatch_size
         self.autocast_dtype = AUTOCAST.get(settings.precision)
         self.skipped_steps = trainer.skipped_steps
+        self.to_device = mover(self.device, prefetch=settings.prefetch)
         self.average = GradientAverage(lambda: (self.model, self.loss))
 
     @property
@@ -80,7 +83,7 @@ class TrainStep:
 
     def __call__(self, trainer: Trainer, batch: Any) -> StepOutput:
         """Make one update of `batch`."""
-        batch = to_device(batch, self.device)
+        batch = self.transformed(self.to_device(batch))
         size = batch_size(batch)
         self.clear_gradients()
         share_buffers(self.model)
@@ -92,6 +95,18 @@ class TrainStep:
         output = StepOutput(value, terms, size)
         trainer.metrics.update(published(output))
         return output
+
+    def transformed(self, batch: Any) -> Any:
+        """Return what the trainer's transform makes of a batch on the device."""
+        state, seed = self._trainer.state, self._trainer.settings.seed
+        return transformed(
+            self._trainer.transform,
+            batch,
+            self.device,
+            seed=seed,
+            epoch=state.epoch,
+            iteration=state.iteration,
+        )
 
     def clear_gradients(self) -> None:
         """Forget all gradients: also of what no optimizer holds, where they would add up."""

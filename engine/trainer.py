@@ -21,6 +21,7 @@ from diptych.engine.metrics_collector import MetricsCollector
 from diptych.engine.settings import Precision, TrainerSettings
 from diptych.engine.step import TrainStep, check_fp16
 from diptych.engine.tasks import Outputs, Task
+from diptych.engine.transform import Transform, placed_transform
 
 
 @runtime_checkable
@@ -52,8 +53,12 @@ class Trainer(EventLoop):
         optimizer: holds the parameters to train, those of the loss included.
         task: what a batch means: a function from model and batch to named tensors.
         precision: fp32, bf16 or fp16; see `TrainerSettings` for this and what follows.
+        transform: what is done to each batch on the device, before it is cut into pieces: a
+            function from a batch to a batch, such as an augmentation; see the guide on data. A
+            module is moved to the device. Evaluations do without it.
         microbatch_size: samples that go through the model at once; None: the whole batch.
         device: where to train; None: this process's accelerator, else the CPU.
+        prefetch: whether a batch is copied to an accelerator beside the update before it.
         compile: whether to compile the model.
         seed: of all generators when a run starts from its beginning.
         log_every: iterations between two log points.
@@ -66,11 +71,12 @@ class Trainer(EventLoop):
         handlers: what was attached, in order.
         terms: the terms of the last loss, detached.
         step: what was given as `step`.
+        transform: what was given as `transform`. Another may take its place between two updates.
         state: Ignite's; `state.metrics` holds the last epoch's means and the last evaluation's
             values.
 
     Raises:
-        TypeError: if model, loss, optimizer or task is something else.
+        TypeError: if model, loss, optimizer, task or transform is something else.
         ValueError: if a setting is out of range, the device cannot compute in the precision, or
             the optimizer lacks a parameter of the loss, or holds none that the run is about.
     """
@@ -82,9 +88,11 @@ class Trainer(EventLoop):
         optimizer: Optimizer,
         *,
         task: Task,
+        transform: Transform | None = None,
         precision: Precision = "fp32",
         microbatch_size: int | None = None,
         device: torch.device | str | None = None,
+        prefetch: bool = True,
         compile: bool = False,
         seed: int | None = None,
         log_every: int = 50,
@@ -94,18 +102,16 @@ class Trainer(EventLoop):
             precision=precision,
             microbatch_size=microbatch_size,
             device=device,
+            prefetch=prefetch,
             compile=compile,
             seed=seed,
             log_every=log_every,
         )
         check_parts(model, loss, optimizer, task)
         self.device = self.settings.device or idist.device()
-        self.model, self._loss = self._placed(model), self._placed(loss)
         self.optimizer, self.task = optimizer, task
-        self.scaler = self._gradient_scaler()
-        self.skipped_steps = torch.zeros((), device=self.device)
-        if compile:
-            self.model.compile()
+        self.transform = placed_transform(transform, step, self.device)
+        self._place(model, loss)
         self._outputs: Outputs = {}
         self.terms: dict[str, Tensor] = {}
         self.handlers: list[Handler] = []
@@ -115,6 +121,14 @@ class Trainer(EventLoop):
         self.metrics = MetricsCollector(on_record=lambda: self.fire_event(MetricsEvents.LOGGED))
         self._publish_gauges()
         self._add_own_handlers()
+
+    def _place(self, model: nn.Module, loss: nn.Module) -> None:
+        """Take the modules to the device, with what the settings ask for there."""
+        self.model, self._loss = self._placed(model), self._placed(loss)
+        self.scaler = self._gradient_scaler()
+        self.skipped_steps = torch.zeros((), device=self.device)
+        if self.settings.compile:
+            self.model.compile()
 
     def _placed(self, module: nn.Module) -> nn.Module:
         """Return the module on this rank's device, with rank 0's values."""

@@ -141,10 +141,16 @@ def _update(trainer: Trainer, record: Mapping[str, Any]) -> dict[str, float]:
         measured = shared_norms(trainer).measure_anew(trainer)
         found.update(_flat(trainer.terms, norms_by_name(trainer, measured)))
 
-    trainer.add_event_handler(Events.ITERATION_STARTED, lambda: set_random_state(record["random"]))
+    trainer.add_event_handler(Events.ITERATION_STARTED, lambda: _go_to(trainer, record))
     trainer.add_event_handler(StepEvents.GRADIENTS_READY, read)
     trainer.run([record["batch"]], max_iters=1)
     return found
+
+
+def _go_to(trainer: Trainer, record: Mapping[str, Any]) -> None:
+    """Draw what was drawn: the model from the random state, a transform by epoch and iteration."""
+    trainer.state.epoch, trainer.state.iteration = record["epoch"], record["iteration"]
+    set_random_state(record["random"])
 
 
 def _flat(terms: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> dict[str, float]:

@@ -148,6 +148,7 @@ def _parts(cut: Trainer, resumed: Trainer) -> Iterator[tuple[str, Any, Any]]:
         for path, module in getattr(cut, part).named_modules():
             yield f"{part}.{path}".rstrip("."), module, modules[path]
     yield "task", cut.task, resumed.task
+    yield "transform", cut.transform, resumed.transform
     yield "optimizer", cut.optimizer, resumed.optimizer
 
 

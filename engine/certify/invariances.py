@@ -7,20 +7,21 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diptych.engine.certify.report import Check, InvarianceReport, shortened
 from diptych.engine.certify.specimen import (
     BATCH_NORM,
     DROPOUT,
     Specimen,
+    in_double,
     in_evaluation_mode,
     names_of,
     relative_error,
 )
 from diptych.engine.certify.two_ranks import check_ranks
 from diptych.engine.certify.watched import check_handlers
-from diptych.engine.data import batch_size, map_leaves
+from diptych.engine.data import batch_size
 from diptych.engine.trainer import Trainer
 
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -137,16 +138,12 @@ class Exam:
 def _exact(trainer: Trainer, batch: Any) -> tuple[Specimen, Any]:
     """Return a specimen in float64, or as it is where it cannot compute in that."""
     specimen = Specimen.of(trainer, trainer.device, torch.float64)
-    precise = map_leaves(batch, _double)
+    precise = in_double(batch)
     try:
         specimen.gradients(precise)
     except (RuntimeError, TypeError):  # a model that holds on to its own precision
         return Specimen.of(trainer, trainer.device, None), batch
     return specimen, precise
-
-
-def _double(leaf: Any) -> Any:
-    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 def _quiet(specimen: Specimen, batch: Any) -> tuple[Specimen, str]:

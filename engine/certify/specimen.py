@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from diptych.engine.data import split, to_device
+from diptych.engine.data import map_leaves, split, to_device
 from diptych.engine.distributed import rank
 from diptych.engine.events import StepEvents
 from diptych.engine.microbatch import joined, loss_terms, total
@@ -22,6 +22,7 @@ from diptych.engine.run_state import unwrapped
 from diptych.engine.step import TrainStep
 from diptych.engine.tasks import Task
 from diptych.engine.trainer import Step, Trainer
+from diptych.engine.transform import Transform, placed_transform, transformed
 
 Gradients = dict[str, Tensor]
 
@@ -36,6 +37,7 @@ class Specimen:
         task: what a batch means.
         step: the trainer's own, or None.
         device: where it runs.
+        transform: the trainer's own, a copy.
     """
 
     model: nn.Module
@@ -43,6 +45,7 @@ class Specimen:
     task: Task
     step: Step | type[TrainStep] | None
     device: torch.device
+    transform: Transform | None = None
 
     @classmethod
     def of(cls, trainer: Trainer, device: torch.device, dtype: torch.dtype | None) -> Specimen:
@@ -52,7 +55,10 @@ class Specimen:
             module.to(device=device, dtype=dtype)
             if not module.training:
                 module.train()
-        return cls(model, loss, trainer.task, trainer.step, device)
+        transform = copy.deepcopy(trainer.transform)
+        if transform is not None and dtype is torch.float64:
+            transform = InDouble(transform)
+        return cls(model, loss, trainer.task, trainer.step, device, transform)
 
     def on_cpu(self) -> Specimen:
         """Return a copy that runs on the CPU."""
@@ -87,6 +93,7 @@ class Specimen:
             microbatch_size=microbatch_size,
             device=self.device,
             step=self.step,
+            transform=copy.deepcopy(self.transform),
         )
         trainer.add_event_handler(
             StepEvents.GRADIENTS_READY, lambda: found.update(_copied(trainer))
@@ -96,15 +103,47 @@ class Specimen:
             trainer.run([batch], max_epochs=1)
         return found
 
+    def transformed(self, batch: Any) -> Any:
+        """Return what the first update's model is to see of a batch, on the device."""
+        transform = placed_transform(copy.deepcopy(self.transform), None, self.device)
+        batch = to_device(batch, self.device)
+        return transformed(transform, batch, self.device, seed=0, epoch=1, iteration=1)
+
     def plain_gradients(self, batch: Any, pieces: int, *, seed: int = 0) -> Gradients:
         """Return the gradients of one graph over all pieces, without the trainer's step."""
         model, loss = copy.deepcopy(self.model), copy.deepcopy(self.loss)
-        parts = split(to_device(batch, self.device), pieces)
+        parts = split(self.transformed(batch), pieces)
         with preserved_random_state():
             torch.manual_seed(seed)
             outputs = joined([self.task(model, part) for part in parts], parts)
             total(loss_terms(loss, outputs)).backward()
         return _gradients(model, loss)
+
+
+class InDouble(nn.Module):
+    """A transform whose results are of float64, as the batches that it is given are.
+
+    Args:
+        transform: of a batch.
+    """
+
+    def __init__(self, transform: Transform) -> None:
+        super().__init__()
+        self.transform = transform.double() if isinstance(transform, nn.Module) else transform
+
+    def forward(self, batch: Any) -> Any:
+        """Return what the transform makes of the batch."""
+        return in_double(self.transform(batch))
+
+
+def in_double(batch: Any) -> Any:
+    """Return a batch whose tensors of floating point are of float64."""
+
+    def double(leaf: Any) -> Any:
+        floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return leaf.double() if floating else leaf
+
+    return map_leaves(batch, double)
 
 
 def names_of(model: nn.Module, kind: type[nn.Module]) -> list[str]:

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 import torch.distributed as dist
 
@@ -27,6 +28,10 @@ from diptych.engine.data import batch_size, join, part, to_device
 
 RANKS = 2
 TIMEOUT = timedelta(seconds=60)
+TRANSFORM = (
+    "the transform draws for a rank's batch, or mixes its samples: draw for each sample in the "
+    "data set, and apply the draws in the transform"
+)
 Shares = dict[str, list[Any]]
 Jobs = dict[str, tuple[Specimen, list[Any]]]
 
@@ -46,22 +51,31 @@ def check_ranks(specimen: Specimen, batch: Any, tolerance: float) -> list[Check]
 
 
 def jobs_of(specimen: Specimen, batch: Any) -> Jobs:
-    """Return what two ranks have to run: each kind of shares, with and without batch norm."""
-    calm = specimen.changed(in_evaluation_mode(BATCH_NORM))
+    """Return what two ranks have to run: each kind of shares, in each form of the training."""
     return {
-        f"{name}, {kind}": (one, shares)
+        f"{name}, {kind}": form
         for name, shares in _shares(batch).items()
-        for kind, one in (("as it is", specimen), ("calm", calm))
+        for kind, form in _forms(specimen, shares).items()
     }
+
+
+def _forms(specimen: Specimen, shares: list[Any]) -> Jobs:
+    """Return the training as it is, without batch norm, and with batches transformed before."""
+    calm = specimen.changed(in_evaluation_mode(BATCH_NORM))
+    forms = {"as it is": (specimen, shares), "calm": (calm, shares)}
+    if specimen.transform is not None:
+        ready, first = specimen.transformed(join(shares)), batch_size(shares[0])
+        parts = [part(ready, 0, first), part(ready, first, batch_size(ready))]
+        forms["transformed before"] = (attrs.evolve(calm, transform=None), parts)
+    return forms
 
 
 def compared(
     specimen: Specimen, batch: Any, found: dict[str, Gradients], tolerance: float
 ) -> list[Check]:
     """Return the checks that follow from what the jobs have found."""
-    calm = specimen.changed(in_evaluation_mode(BATCH_NORM))
     return [
-        _check(name, shares, (specimen, calm), found, tolerance)
+        _check(name, _forms(specimen, shares), found, tolerance)
         for name, shares in _shares(batch).items()
     ]
 
@@ -81,22 +95,29 @@ def _shares(batch: Any) -> Shares:
 
 def _check(
     name: str,
-    shares: list[Any],
-    specimens: tuple[Specimen, Specimen],
+    forms: Jobs,
     found: dict[str, Gradients],
     tolerance: float,
 ) -> Check:
-    whole, own = join(shares), found[f"{name}, as it is"]
-    expected = specimens[0].gradients(whole)
+    (specimen, shares), own = forms["as it is"], found[f"{name}, as it is"]
+    expected = specimen.gradients(join(shares))
     error = relative_error(own, expected)
     if error <= tolerance:
         return Check(name, error, passed=True)
-    norms = names_of(specimens[0].model, BATCH_NORM)
-    calm = relative_error(found[f"{name}, calm"], specimens[1].gradients(whole))
-    if norms and calm <= tolerance:
+
+    def equal(kind: str) -> bool:
+        if kind not in forms:
+            return False
+        other = forms[kind][0].gradients(join(forms[kind][1]))
+        return relative_error(found[f"{name}, {kind}"], other) <= tolerance
+
+    norms = names_of(specimen.model, BATCH_NORM)
+    if norms and equal("calm"):
         culprit = f"batch norm sees one rank's samples: {shortened(norms)}"
+    elif equal("transformed before"):
+        culprit = TRANSFORM
     else:
-        culprit = _culprit(specimens[0], shares, own, expected, tolerance)
+        culprit = _culprit(specimen, shares, own, expected, tolerance)
     return Check(name, error, passed=False, remark=culprit)
 
 
@@ -164,8 +185,8 @@ def _start(ranks: Sequence[Any]) -> None:
             if process.pid is not None:
                 process.terminate()
         raise RankError(
-            f"cannot be sent to other processes ({error}): define model, loss and task at the top "
-            "of a module, or run python -m diptych.engine.certify module:factory",
+            f"cannot be sent to other processes ({error}): define model, loss, task and transform "
+            "at the top of a module, or run python -m diptych.engine.certify module:factory",
             harmless=True,
         ) from error
 

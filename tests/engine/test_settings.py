@@ -15,6 +15,7 @@ def test_the_defaults_are_plain():
         "precision": "fp32",
         "microbatch_size": None,
         "device": None,
+        "prefetch": True,
         "compile": False,
         "seed": None,
         "log_every": 50,

@@ -40,6 +40,16 @@ def test_a_replay_gives_every_term_and_norm_again_to_the_bit(tmp_path, fault, mi
     assert replayed.settings == {}
 
 
+def test_a_replay_transforms_the_batch_as_it_was(tmp_path):
+    def noisy(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**batch, "image": batch["image"] * torch.rand(1)}
+
+    replayed = replay(
+        caught(tmp_path, "spike", transform=noisy), lambda: make_trainer(transform=noisy)
+    )
+    assert replayed.differing(tolerance=0.0) == []
+
+
 def test_a_replay_of_another_loss_differs_and_names_where(tmp_path):
     replayed = replay(caught(tmp_path, "spike"), other_factory)
     assert {"terms/near", "terms/size", "norms/total"} <= set(replayed.differing())

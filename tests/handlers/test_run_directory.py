@@ -88,6 +88,7 @@ def test_the_record_holds_the_resolved_settings(tmp_path):
         "precision": "fp32",
         "microbatch_size": None,
         "device": "cpu",
+        "prefetch": True,
         "compile": False,
         "seed": 5,
         "log_every": 4,

@@ -14,7 +14,15 @@ from torch import nn
 from diptych.engine import StepEvents, Trainer, certify, microbatch
 from diptych.engine.certify.report import Check
 from diptych.handlers import GradientClipping, default_handlers
-from tests.engine.certify.trainings import DenyingLoss, pairs, trainer_of
+from tests.engine.certify.trainings import (
+    DenyingLoss,
+    add_noise,
+    apply_draws,
+    centre,
+    pairs,
+    trainer_of,
+    with_draws,
+)
 
 
 def checks_of(trainer: Trainer, **options: Any) -> dict[str, Check]:
@@ -63,6 +71,28 @@ def test_dropout_is_replayed_and_a_missing_replay_is_found(monkeypatch):
     check = checks_of(trainer_of(nn.Dropout(0.5)))[way]
     assert not check.passed
     assert "nobody replays" in check.remark
+
+
+@pytest.mark.parametrize("transform", [add_noise, centre])
+def test_a_transform_takes_part_and_may_draw(transform):
+    checks = checks_of(trainer_of(transform=transform))
+    assert all(check.passed and check.error < 1e-8 for check in checks.values())
+
+
+def test_a_transform_that_computes_in_float32_is_certified_in_float64():
+    report = certify(trainer_of(transform=apply_draws), with_draws(), ranks=False)
+    assert all(check.passed and check.error < 1e-8 for check in report.checks)
+
+
+def test_a_transform_that_is_no_function_of_its_batch_is_found():
+    class Counting:
+        calls = 0
+
+        def __call__(self, batch: Any) -> Any:
+            Counting.calls += 1
+            return {**batch, "image": batch["image"] + Counting.calls}
+
+    assert not checks_of(trainer_of(transform=Counting()))["the whole batch"].passed
 
 
 def test_a_loss_that_denies_to_couple_its_samples_is_found():

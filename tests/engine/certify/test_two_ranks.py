@@ -35,7 +35,7 @@ def checks() -> dict[str, list[Check]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["sound", "global mean"])
+@pytest.mark.parametrize("name", ["sound", "transform", "global mean"])
 def test_a_loss_of_the_global_batch_passes_with_equal_and_unequal_shares(checks, name: str):
     assert [check.way for check in checks[name]] == ["two ranks, 4 + 4", "two ranks, 5 + 4"]
     assert all(check.passed for check in checks[name])
@@ -46,6 +46,8 @@ def test_a_loss_of_the_global_batch_passes_with_equal_and_unequal_shares(checks,
     [
         ("batch norm", "batch norm sees one rank's samples: image.1"),
         ("local", "its own rank's samples alone"),
+        ("noise", "the transform draws for a rank's batch"),
+        ("centred", "or mixes its samples"),
         ("multiplied", "2 times too large: a factor of the number of ranks"),
     ],
 )

@@ -59,6 +59,30 @@ def pairs(samples: int = 9) -> dict[str, Tensor]:
     }
 
 
+def with_draws() -> dict[str, Tensor]:
+    """Return pairs with a number between 0 and 1 for each, drawn as a data set would."""
+    generator = torch.Generator().manual_seed(5)
+    return {**pairs(), "draws": torch.rand(9, generator=generator)}
+
+
+def apply_draws(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Shift each image by the number that was drawn for it."""
+    return {
+        "image": batch["image"].float() + batch["draws"][:, None].float(),
+        "text": batch["text"],
+    }
+
+
+def add_noise(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Draw for the batch at once."""
+    return {**batch, "image": batch["image"] + torch.randn_like(batch["image"])}
+
+
+def centre(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Mix the samples of a batch."""
+    return {**batch, "image": batch["image"] - batch["image"].mean(0)}
+
+
 def labelled(samples: int = 9) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(4)
     return {
@@ -114,6 +138,9 @@ ACROSS_RANKS = {
     "batch norm": lambda: (trainer_of(nn.BatchNorm1d(5)), pairs()),
     "local": lambda: (trainer_of(loss=LocalLoss()), pairs()),
     "multiplied": lambda: (trainer_of(loss=MultipliedLoss()), pairs()),
+    "transform": lambda: (trainer_of(transform=apply_draws), with_draws()),
+    "noise": lambda: (trainer_of(transform=add_noise), pairs()),
+    "centred": lambda: (trainer_of(nn.BatchNorm1d(5), transform=centre), pairs()),
     "mean over samples": lambda: (classifier(nn.CrossEntropyLoss()), labelled()),
     "global mean": lambda: (classifier(CrossEntropyLoss()), labelled()),
 }
