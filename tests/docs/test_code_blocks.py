@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import runpy
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 
 # `<!-- run first` hides what a page takes for granted; `<!-- not run: why -->` stands before a
-# block that cannot run in a test.
+# block that cannot run in a test, `<!-- needs: package -->` before one that runs where the package
+# is installed.
 BLOCK = re.compile(
-    r"^(?:<!-- not run:(?P<reason>[^\n]*)-->\n+)?```python[^\n]*\n(?P<shown>.*?)^```$"
-    r"|^<!-- run first\n(?P<hidden>.*?)^-->$",
+    r"^(?:<!-- not run:(?P<reason>[^\n]*)-->\n+)?(?:<!-- needs: (?P<package>\w+) -->\n+)?"
+    r"(?:```python[^\n]*\n(?P<shown>.*?)^```$|<!-- run first\n(?P<hidden>.*?)^-->$)",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -29,11 +31,13 @@ class Block:
         line: the line of the page on which it starts.
         code: its text.
         reason: why it is not run; None: it is run.
+        package: what it imports beside the packages that the tests install.
     """
 
     line: int
     code: str
     reason: str | None
+    package: str | None
 
 
 def blocks(text: str) -> list[Block]:
@@ -42,15 +46,24 @@ def blocks(text: str) -> list[Block]:
     for match in BLOCK.finditer(text):
         part = "shown" if match["shown"] is not None else "hidden"
         line = text.count("\n", 0, match.start(part)) + 1
-        found.append(Block(line, match[part], match["reason"]))
+        found.append(Block(line, match[part], match["reason"], match["package"]))
     return found
 
 
-def run(page: str, found: list[Block], folder: Path) -> None:
+def with_packages() -> list[tuple[Path, str]]:
+    """Return the pages with the packages that some of their blocks need."""
+    return [
+        (page, package)
+        for page in PAGES
+        for package in sorted({b.package for b in blocks(page.read_text("utf-8")) if b.package})
+    ]
+
+
+def run(page: str, found: list[Block], folder: Path, *packages: str) -> None:
     """Run the blocks of a page in one namespace; an error's traceback names the page's line."""
     lines: list[str] = []
     for block in found:
-        if block.reason is None:
+        if block.reason is None and block.package in {None, *packages}:
             lines += [""] * (block.line - 1 - len(lines))
             lines += block.code.splitlines()
     script = folder / page
@@ -66,6 +79,22 @@ def test_the_code_of_a_page_runs(
     monkeypatch.chdir(tmp_path)
 
     run(f"{page.stem}.py", blocks(page.read_text("utf-8")), tmp_path / "code")
+
+
+@pytest.mark.filterwarnings("ignore")  # what another package warns of is its own affair
+@pytest.mark.parametrize(
+    ("page", "package"),
+    with_packages(),
+    ids=lambda value: value if isinstance(value, str) else value.relative_to(ROOT).as_posix(),
+)
+def test_the_code_of_a_page_runs_with_what_it_needs(
+    page: Path, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(package, reason=f"{package} cannot be imported", exc_type=ImportError)
+    monkeypatch.chdir(tmp_path)
+
+    run(f"{page.stem}.py", blocks(page.read_text("utf-8")), tmp_path / "code", package)
+    gc.collect()  # what it warns of when it is deleted, too
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -94,6 +123,17 @@ def test_a_failing_block_names_the_line_of_its_page(tmp_path: Path) -> None:
         run("page.py", blocks("# Title\n\n```python\nx = 1\n1 / 0\n```\n"), tmp_path)
 
     assert caught.traceback[-1].lineno + 1 == 5
+
+
+def test_a_block_that_needs_a_package_runs_with_it_alone(tmp_path: Path) -> None:
+    hidden = "<!-- needs: rare -->\n<!-- run first\nx = 0\n-->\n"
+    page = f"{hidden}\n<!-- needs: rare -->\n\n```python\n1 / x\n```\n"
+
+    run("page.py", blocks(page), tmp_path)
+
+    assert [block.package for block in blocks(page)] == ["rare", "rare"]
+    with pytest.raises(ZeroDivisionError):
+        run("page.py", blocks(page), tmp_path, "rare")
 
 
 def test_only_a_marked_block_is_left_out(tmp_path: Path) -> None:
