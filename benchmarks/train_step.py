@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from ignite.engine import Engine, Events
@@ -28,6 +28,9 @@ from diptych.handlers import default_handlers
 from diptych.losses import CLIPLoss
 
 LOG_EVERY = 50
+Form = bool | Literal["reduce-overhead"]
+MODES: dict[Form, str] = {True: "default", "reduce-overhead": "reduce-overhead"}
+FORMS: dict[str, Form] = {"eager": False, "compiled": True, "reduce-overhead": "reduce-overhead"}
 WORDS, LENGTH = 8192, 32
 
 
@@ -108,11 +111,11 @@ class Contender(Protocol):
         ...
 
 
-def raw(*, compiled: bool, item: bool = False) -> Contender:
+def raw(*, compiled: Form, item: bool = False) -> Contender:
     """A loop by hand; with `item`, one that reads its loss each step."""
     model, loss, optimizer = parts()
     if compiled:
-        model.compile()
+        model.compile(mode=MODES[compiled])
 
     def step(batch: dict[str, Tensor]) -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -153,14 +156,14 @@ def timed(engine: Engine, run: Callable[[], object], first: int, last: int) -> f
     return times[1] - times[0]
 
 
-def ignite_usual(*, compiled: bool) -> Contender:
+def ignite_usual(*, compiled: Form) -> Contender:
     """An Ignite engine with RunningAverage and TensorboardLogger, as in its guide."""
     from ignite.handlers import TensorboardLogger
     from ignite.metrics import RunningAverage
 
     model, loss, optimizer = parts()
     if compiled:
-        model.compile()
+        model.compile(mode=MODES[compiled])
 
     def step(_: Engine, batch: dict[str, Tensor]) -> float:
         optimizer.zero_grad(set_to_none=True)
@@ -186,7 +189,7 @@ def ignite_usual(*, compiled: bool) -> Contender:
     return run
 
 
-def diptych(*, compiled: bool, microbatch_size: int | None = None) -> Contender:
+def diptych(*, compiled: Form, microbatch_size: int | None = None) -> Contender:
     """A trainer with the default handlers."""
     model, loss, optimizer = parts()
     trainer = Trainer(
@@ -217,7 +220,7 @@ CONTENDERS: dict[str, Callable[..., Contender]] = {
 }
 
 
-def compare(names: list[str], samples: int, steps: int, turns: int, *, compiled: bool) -> None:
+def compare(names: list[str], samples: int, steps: int, turns: int, *, compiled: Form) -> None:
     """Let the contenders take turns on one batch; print samples/s and the ratio to the first."""
     batch = resident(samples)
     contenders = {name: CONTENDERS[name](compiled=compiled) for name in names}
@@ -229,7 +232,7 @@ def compare(names: list[str], samples: int, steps: int, turns: int, *, compiled:
     if rank() == 0:
         for name, seconds in best.items():
             rate = samples * world_size() / seconds
-            how = "compiled" if compiled else "eager"
+            how = {False: "eager", True: "compiled"}.get(compiled, compiled)
             ratio = best[names[0]] / seconds
             time_and_rate = f"{seconds * 1e3:.1f} | {rate:,.0f} | {ratio:.3f}"
             print(f"| {samples:,} | {how} | {name} | {time_and_rate} |")
@@ -269,7 +272,9 @@ def main() -> None:
     parser.add_argument("--samples", nargs="+", type=int, default=[256, 1024] if CUDA else [32])
     parser.add_argument("--steps", type=int, default=50, help="measured updates of a turn")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--no-compile", action="store_true", help="leave the compiled form out")
+    parser.add_argument(
+        "--forms", nargs="+", choices=FORMS, default=["eager", "compiled"], help="of the model"
+    )
     parser.add_argument("--large", type=int, default=32_768, help="the large batch; 0: none")
     arguments = parser.parse_args()
     if rank() == 0:
@@ -277,9 +282,9 @@ def main() -> None:
         print(f"{name}, torch {torch.__version__}, ranks: {world_size()}\n")
         print("| batch | form | loop | ms a step | samples/s | to raw |")
         print("|---:|---|---|---:|---:|---:|")
-    for compiled in [False] if arguments.no_compile else [False, True]:
+    for form in arguments.forms:
         for samples in arguments.samples:
-            compare(arguments.only, samples, arguments.steps, arguments.turns, compiled=compiled)
+            compare(arguments.only, samples, arguments.steps, arguments.turns, compiled=FORMS[form])
     if CUDA and world_size() == 1:
         nothing_waits(arguments.samples[0])
         if arguments.large:

@@ -100,11 +100,13 @@ class GradientCache:
         model: whose buffers and random draws the second pass repeats.
         device: where it draws.
         last_backward: a context for the last backward pass of the update.
+        between_pieces: is called after each of the other backward passes.
     """
 
     model: nn.Module
     device: torch.device
     last_backward: Callable[[], AbstractContextManager[Any]] = nullcontext
+    between_pieces: Callable[[], object] = nullcontext
     _random: list[ForwardRandomState] = attrs.field(factory=list, init=False)
     _buffers: Buffers = attrs.field(init=False)
 
@@ -131,6 +133,8 @@ class GradientCache:
                 set_forward_random_state(self._random[index], self.device)
                 again = forward(piece)
                 start = _send_back(outputs, again, start, last=last)
+            if not last:
+                self.between_pieces()
         set_forward_random_state(after_loss, self.device)
 
 

@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 import attrs
 import torch
 
+from diptych.engine.compilation import CompileMode
+
 Precision = Literal["fp32", "bf16", "fp16"]
 """What the model computes in: float32, or autocast to bfloat16 or float16. Parameters stay as they
 are."""
@@ -29,6 +31,14 @@ def _check_seed(_: Any, __: attrs.Attribute[Any], value: object) -> None:
         raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, got {value!r}")
 
 
+def _check_compile(_: Any, __: attrs.Attribute[Any], value: object) -> None:
+    if not isinstance(value, bool) and value not in get_args(CompileMode):
+        raise ValueError(
+            f"compile must be True, False or one of {', '.join(get_args(CompileMode))}, "
+            f"got {value!r}"
+        )
+
+
 def _as_device(value: torch.device | str | None) -> torch.device | None:
     return None if value is None else torch.device(value)
 
@@ -45,8 +55,9 @@ class TrainerSettings:
         prefetch: whether a batch is copied to a CUDA device while the device computes the update
             before it, for the memory of one batch more; it changes no number, and nothing at all
             elsewhere.
-        compile: whether the model is compiled in place (`torch.nn.Module.compile`); its state-dict
-            keys stay.
+        compile: whether the model is compiled in place (`torch.nn.Module.compile`), or the mode in
+            which; its state-dict keys stay. "reduce-overhead" runs it as CUDA graphs, which pays
+            where a model is small and its batches have one shape.
         seed: of Python's, NumPy's and torch's generators when a run starts from its beginning;
             None leaves them alone.
         log_every: iterations between two log points; the end of an epoch is one too.
@@ -61,6 +72,6 @@ class TrainerSettings:
     )
     device: torch.device | None = attrs.field(default=None, converter=_as_device)
     prefetch: bool = attrs.field(default=True, validator=attrs.validators.instance_of(bool))
-    compile: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
+    compile: bool | CompileMode = attrs.field(default=False, validator=_check_compile)
     seed: int | None = attrs.field(default=None, validator=attrs.validators.optional(_check_seed))
     log_every: int = attrs.field(default=50, validator=_at_least_one)

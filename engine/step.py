@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diptych.engine.compilation import keep_gradients, uses_cuda_graphs
 from diptych.engine.data import batch_size, split
 from diptych.engine.distributed import share_buffers, sum_over_ranks, world_size
 from diptych.engine.events import StepEvents
@@ -58,6 +59,7 @@ class TrainStep:
         self.microbatch_size = settings.microbatch_size
         self.autocast_dtype = AUTOCAST.get(settings.precision)
         self.skipped_steps = trainer.skipped_steps
+        self.cuda_graphs = uses_cuda_graphs(self.device, how=settings.compile)
         self.to_device = mover(self.device, prefetch=settings.prefetch)
         self.average = GradientAverage(lambda: (self.model, self.loss))
 
@@ -111,9 +113,17 @@ class TrainStep:
     def clear_gradients(self) -> None:
         """Forget all gradients: also of what no optimizer holds, where they would add up."""
         self.optimizer.zero_grad(set_to_none=True)
-        for module in (self.model, self.loss):
-            for parameter in module.parameters():
-                parameter.grad = None
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def parameters(self) -> dict[nn.Parameter, None]:
+        """Return the parameters of model and loss, each once: a loss may hold one of the model."""
+        return dict.fromkeys((*self.model.parameters(), *self.loss.parameters()))
+
+    def between_pieces(self) -> None:
+        """Do what the gradients of a piece need before the next one runs."""
+        if self.cuda_graphs:
+            keep_gradients(self.parameters())
 
     def gradients(self, trainer: Trainer, batch: Any) -> tuple[Terms, Tensor]:
         """Put the gradient of the loss into the parameters; return detached terms and loss."""
@@ -139,7 +149,9 @@ class TrainStep:
         if len(pieces) == 1 and (self.microbatch_size is None or world_size() == 1):
             outputs = self.forward(batch)
         else:
-            cache = GradientCache(self.model, self.device, self.average.last_backward)
+            cache = GradientCache(
+                self.model, self.device, self.average.last_backward, self.between_pieces
+            )
             outputs = cache.outputs(self.forward, pieces)
         trainer.outputs = outputs
         trainer.fire_event(StepEvents.FORWARD_COMPLETED)
@@ -169,6 +181,8 @@ class TrainStep:
                 value, weight = self.total_and_weight(outputs, batch_size(piece))
             with self.average.last_backward() if last else nullcontext():
                 self.scaled(value / divisor).backward()
+            if not last:
+                self.between_pieces()
             parts.append({name: tensor.detach() for name, tensor in outputs.items()})
             sums.append(value.detach())
             weights.append(weight.detach())
@@ -222,9 +236,7 @@ class TrainStep:
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
     def _rescale(self, factor: Tensor) -> None:
-        # The loss may hold a parameter of the model, such as its temperature.
-        parameters = dict.fromkeys((*self.model.parameters(), *self.loss.parameters()))
-        for gradient in (p.grad for p in parameters if p.grad is not None):
+        for gradient in (p.grad for p in self.parameters() if p.grad is not None):
             gradient.mul_(factor)
 
 

@@ -13,6 +13,7 @@ from ignite.utils import manual_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diptych.engine.compilation import CompileMode, compile_in_place
 from diptych.engine.distributed import rank, same_on_all_ranks
 from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.engine.listener import cost_table
@@ -59,7 +60,7 @@ class Trainer(EventLoop):
         microbatch_size: samples that go through the model at once; None: the whole batch.
         device: where to train; None: this process's accelerator, else the CPU.
         prefetch: whether a batch is copied to an accelerator beside the update before it.
-        compile: whether to compile the model.
+        compile: whether to compile the model, or the mode of `torch.compile` to do it in.
         seed: of all generators when a run starts from its beginning.
         log_every: iterations between two log points.
         step: instead of `TrainStep`, a subclass of it, or a function of the trainer and the batch.
@@ -93,7 +94,7 @@ class Trainer(EventLoop):
         microbatch_size: int | None = None,
         device: torch.device | str | None = None,
         prefetch: bool = True,
-        compile: bool = False,
+        compile: bool | CompileMode = False,
         seed: int | None = None,
         log_every: int = 50,
         step: Step | type[TrainStep] | None = None,
@@ -127,8 +128,7 @@ class Trainer(EventLoop):
         self.model, self._loss = self._placed(model), self._placed(loss)
         self.scaler = self._gradient_scaler()
         self.skipped_steps = torch.zeros((), device=self.device)
-        if self.settings.compile:
-            self.model.compile()
+        compile_in_place(self.model, self.device, how=self.settings.compile)
 
     def _placed(self, module: nn.Module) -> nn.Module:
         """Return the module on this rank's device, with rank 0's values."""

@@ -57,8 +57,9 @@ def test_a_value_out_of_range_names_setting_rule_and_value(setting, message):
         TrainerSettings(**setting)
 
 
-def test_compile_is_a_switch():
-    with pytest.raises(TypeError, match="compile"):
+def test_compile_is_a_switch_or_a_mode():
+    assert TrainerSettings(compile="reduce-overhead").compile == "reduce-overhead"
+    with pytest.raises(ValueError, match="compile must be True, False or one of default, reduce"):
         TrainerSettings(compile="yes")
 
 

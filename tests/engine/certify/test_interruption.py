@@ -21,12 +21,18 @@ def data() -> Data:
     return Data(torch.linspace(-1, 1, 132).reshape(22, 6), torch.arange(22) % 4)
 
 
-def build(*handlers, loader=None):
+def build(*handlers, loader=None, transform=None):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     trainer = Trainer(
-        model, nn.CrossEntropyLoss(), optimizer, task=tasks.classification, device="cpu", seed=4
+        model,
+        nn.CrossEntropyLoss(),
+        optimizer,
+        task=tasks.classification,
+        transform=transform,
+        device="cpu",
+        seed=4,
     )
     trainer.attach(*handlers)
     return trainer, loader or SeededLoader(data(), 4)
@@ -66,6 +72,26 @@ def test_a_handler_that_forgets_its_count_is_named():
     assert not report.passed
     assert [difference.name for difference in report.forgotten] == ["Decay.count"]
     assert "Decay.count: 7 without, 0 with an interruption" in str(report)
+
+
+class Shift:
+    """Moves images by a random number, and by a count that nobody saves if it `counts`."""
+
+    def __init__(self, *, counts: bool) -> None:
+        self.count, self.counts = 0, counts
+
+    def __call__(self, batch: list[torch.Tensor]) -> list[torch.Tensor]:
+        self.count += self.counts
+        return [batch[0] + torch.rand(1) + self.count, batch[1]]
+
+
+def test_what_a_transform_draws_survives_an_interruption_and_what_it_counts_is_named():
+    drawing, counting = (
+        certify.interruption(lambda c=c: build(transform=Shift(counts=c)), steps=12, at=7)
+        for c in (False, True)
+    )
+    assert drawing.passed, str(drawing)
+    assert [difference.name for difference in counting.forgotten] == ["transform.count"]
 
 
 def test_a_buffer_that_is_not_persistent_is_named():
