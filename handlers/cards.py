@@ -133,9 +133,11 @@ class RunCard:
             return not math.isnan(value)
         return value > self._best["value"] if self.mode == "max" else value < self._best["value"]
 
-    def _end(self, trainer: Trainer, *_: object, outcome: str) -> None:
+    def _end(self, trainer: Trainer, error: object = None, *, outcome: str) -> None:
         if self._start_time is None:
             return  # told already: TERMINATE comes before COMPLETED
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            outcome = "stopped"  # by whoever sent a signal
         seconds, self._start_time = perf_counter() - self._start_time, None
         state = trainer.state
         ending = f"epoch {state.epoch}, step {state.iteration}, in {duration(seconds)}"

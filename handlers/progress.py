@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import math
 import os
 import sys
 from collections.abc import Iterator
 from time import perf_counter
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import attrs
 from ignite.engine import Events
@@ -31,7 +33,8 @@ class ProgressBar:
     On a terminal it is one line, rewritten in place. Anywhere else (a file, a notebook, a pipe) it
     is a line every `interval` seconds and at the end of each epoch. The results of an evaluation
     stand on a line of their own, with the change since the one before, and the word best where
-    it is better than all before. Colour is used on a terminal, unless `NO_COLOR` is set.
+    it is better than all before. Colour is used on a terminal, unless `NO_COLOR` is set. A warning
+    that is logged to the terminal takes the moving line's place, which comes again below it.
 
     Loss, learning rate and, where `Throughput` is attached, samples/s are those of the last log
     point; the time left takes the mean of the run so far, evaluations included.
@@ -59,6 +62,7 @@ class ProgressBar:
     _running: bool = attrs.field(default=False, init=False, repr=False)
     _start_time: float = attrs.field(default=0.0, init=False, repr=False)
     _first_iteration: int = attrs.field(default=0, init=False, repr=False)
+    _cleared: list[logging.Handler] = attrs.field(factory=list, init=False, repr=False)
 
     def attach(self, trainer: Trainer) -> None:
         """Show the trainer's progress."""
@@ -78,6 +82,10 @@ class ProgressBar:
         self._running = True
         self._start_time, self._first_iteration = perf_counter(), trainer.state.iteration
         self._due = 0.0 if self._terminal else self._start_time + self.interval
+        if self._terminal:
+            self._cleared = _terminal_handlers()
+            for handler in self._cleared:
+                handler.addFilter(self._clear)
 
     def _draw_if_due(self, trainer: Trainer) -> None:
         now = perf_counter()
@@ -141,26 +149,29 @@ class ProgressBar:
     def _results(self, trainer: Trainer, record: Record) -> str:
         prefix = next(iter(record.values)).partition("/")[0] + "/"
         prefix = prefix if all(tag.startswith(prefix) for tag in record.values) else ""
-        items = []
+        groups: dict[str, list[str]] = {"": []}
         for tag, value in record.values.items():
-            text = f"{tag[len(prefix) :]} {value:.4g}"
+            group, _, name = tag[len(prefix) :].rpartition("/")
+            text = f"{name} {value:.4g}"
             earlier = trainer.metrics.get_history(tag)[:-1]
             if earlier:
                 best = ", best" if self._is_best(tag, value, earlier) else ""
                 text += f" ({value - earlier[-1]:+.3g}{best})"
-            items.append(text)
+            groups.setdefault(group, []).append(text)
         head = f"epoch {trainer.state.epoch}, step {record.step}  {prefix.rstrip('/')}"
-        return self._laid_out(head.rstrip(), items)
+        return self._laid_out({head.rstrip(): groups.pop(""), **groups})
 
-    def _laid_out(self, head: str, items: list[str]) -> str:
-        """Break the line between items where it is too long for the terminal."""
+    def _laid_out(self, groups: dict[str, list[str]]) -> str:
+        """Break the line where a group begins, and where it is too long for the terminal."""
         if not self._terminal:
-            return "  ".join([head, *items])
-        columns, lines = self._columns(), [head]
-        for item in items:
-            if len(lines[-1]) + 2 + len(item) > columns:
-                lines.append("")
-            lines[-1] += f"  {item}"
+            return "  ".join(text for head, items in groups.items() for text in (head, *items))
+        columns, lines = self._columns(), list[str]()
+        for head, items in groups.items():
+            lines.append(f"  {head}" if lines else head)
+            for item in items:
+                if len(lines[-1]) + 2 + len(item) > columns:
+                    lines.append("  ")
+                lines[-1] += f"  {item}"
         text = "\n".join(lines)
         return text if os.environ.get("NO_COLOR") else text.replace("best)", f"{GREEN}best{PLAIN})")
 
@@ -174,6 +185,14 @@ class ProgressBar:
             self._draw(trainer, perf_counter())
             self._write("\n")
         self._running = False
+        for handler in self._cleared:
+            handler.removeFilter(self._clear)
+        self._cleared = []
+
+    def _clear(self, _: logging.LogRecord) -> bool:
+        """Make place for a record that is about to be written; a filter that keeps them all."""
+        self._write(CLEAR)
+        return True
 
     @property
     def _out(self) -> TextIO:
@@ -196,6 +215,17 @@ class ProgressBar:
     def _write(self, text: str) -> None:
         self._out.write(text)
         self._out.flush()
+
+
+def _terminal_handlers() -> list[logging.Handler]:
+    """Return what writes log records to a terminal: the root's handlers, and Python's last one."""
+    handlers = [*logging.getLogger().handlers, logging.lastResort]
+    return [handler for handler in handlers if handler and _stream_of(handler).isatty()]
+
+
+def _stream_of(handler: logging.Handler) -> Any:
+    stream = getattr(handler, "stream", None)
+    return stream if hasattr(stream, "isatty") else io.StringIO()
 
 
 def _iterations_left(trainer: Trainer) -> int | None:

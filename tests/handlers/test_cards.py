@@ -145,6 +145,22 @@ def run_until(trainer: Trainer, iteration: int) -> io.StringIO:
     return run(trainer)
 
 
+@pytest.mark.parametrize("signal", [SystemExit(143), KeyboardInterrupt()])
+def test_a_run_that_a_signal_ended_was_stopped(signal):
+    def stop() -> None:
+        raise signal
+
+    trainer, stream = make_trainer(), io.StringIO()
+    trainer.attach(RunCard(stream=stream))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=3), stop)
+
+    with pytest.raises(type(signal)):
+        trainer.run(loader(), max_epochs=1)
+
+    assert "stopped epoch 1, step 3," in stream.getvalue()
+    assert "failed" not in stream.getvalue()
+
+
 def test_a_run_that_was_stopped_or_failed_says_so_once():
     stream = run_until(make_trainer(), 8)
     assert stream.getvalue().count("stopped epoch 2, step 8,") == 1

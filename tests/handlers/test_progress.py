@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import logging
 import math
 import os
 import re
@@ -127,6 +128,16 @@ def test_results_have_the_change_and_a_mark_at_the_best():
     ]
 
 
+def test_results_of_one_group_name_it_once():
+    trainer, stream = make_trainer(), io.StringIO()
+    values = {"val/a/r@1": 0.5, "val/loss": 2.0, "val/b/r@1": 0.25, "val/a/r@5": 0.75}
+    trainer.add_event_handler(Events.COMPLETED, lambda: trainer.metrics.report(6, values))
+    trainer.attach(ProgressBar(stream=stream)).run(loader(), max_epochs=1)
+
+    expected = "epoch 1, step 6  val  loss 2  a  r@1 0.5  r@5 0.75  b  r@1 0.25"
+    assert stream.getvalue().splitlines()[-1] == expected
+
+
 def test_the_best_loss_is_the_lowest():
     lines = results(io.StringIO(), 2.0, 3.0, 1.0, tag="val/loss")
 
@@ -182,7 +193,11 @@ def test_nothing_is_wider_than_the_terminal(narrow_terminal, monkeypatch):
     text = written.decode()
     lines = [line for line in re.split(r"[\r\n]+", text.replace("\x1b[K", "")) if line]
     assert max(len(line) for line in lines) <= 40
-    assert "  recall@5 0.5" in lines[-4]
+    assert lines[-5:-2] == [
+        "epoch 1, step 6  val  recall@1 0.5",
+        "    recall@5 0.5  loss 0.5",
+        "  image_to_text  recall@1 0.5",
+    ]
 
 
 def test_a_run_of_unknown_length_shows_its_steps():
@@ -212,6 +227,22 @@ def test_a_resumed_run_counts_its_own_time_only(clock):
     trainer.run(loader(), max_epochs=3)
 
     assert drawings(stream.getvalue())[1].endswith("44%  1 samples/s  0:20 left")
+
+
+def test_a_warning_on_the_terminal_takes_the_place_of_the_moving_line(monkeypatch):
+    trainer, stream = make_trainer(), Terminal()
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as where nobody has set any up
+    trainer.attach(ProgressBar(refresh=0))
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED(once=3), lambda: logging.getLogger("x").warning("hear, hear")
+    )
+    filters = list(logging.lastResort.filters)
+
+    trainer.run(loader(), max_epochs=1)
+
+    assert "left\r\x1b[Khear, hear\n\r\x1b[K" in stream.getvalue()
+    assert logging.lastResort.filters == filters
 
 
 def test_an_exception_finds_the_line_ended():
