@@ -207,7 +207,8 @@ def _size(loader: Any) -> str:
 def _length(trainer: Trainer) -> str:
     state = trainer.state
     length = state.epoch_length
-    each = "of a length yet unknown" if length is None else f"of {length:,} steps"
+    each = f"of {length or 0:,} step{'' if length == 1 else 's'}"
+    each = "of a length yet unknown" if length is None else each
     if state.max_iters is not None:
         return f"{state.max_iters:,} steps in all, epochs {each}"
     if length is None or state.max_epochs is None:

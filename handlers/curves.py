@@ -9,7 +9,7 @@ from html import escape
 import attrs
 
 SVG = "http://www.w3.org/2000/svg"
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 360, 180, 52, 24, 22
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 360, 180, 56, 24, 22
 LEGEND_LINE, LETTER = 13, 5.6  # pixels of a legend's line, and about as many of a letter in it
 INK, AXIS = "#222222", "#bbbbbb"
 SMALL, LARGE = 10, 12  # pixels of a letter's height
@@ -73,13 +73,14 @@ def draw(title: str, curves: Mapping[str, Curve], legend: Sequence[str] = ()) ->
 
     def place(x: float, y: float) -> Place:
         right = LEFT + (WIDTH - LEFT - 8) * (x - first) / ((last - first) or 1)
-        return right, bottom - (bottom - top) * (y - low) / ((high - low) or 1)
+        share = (y - low) / (high - low) if high > low else 0.5
+        return right, bottom - (bottom - top) * share
 
     labels = [
         Label(title, (LEFT, 14), size=LARGE),
         *keys,
-        Label(f"{high:.4g}", (LEFT - 4, top + 8), ends=True),
-        Label(f"{low:.4g}", (LEFT - 4, bottom), ends=True),
+        Label(_short(high), (LEFT - 4, top + 8), ends=True),
+        Label(_short(low), (LEFT - 4, bottom), ends=True),
         Label(f"{first:g}", (LEFT, bottom + 14)),
         Label(f"{last:g}", (WIDTH - 8, bottom + 14), ends=True),
     ]
@@ -124,6 +125,11 @@ def _line(line: Line) -> str:
     points = " ".join(map(_point, line.places))
     style = f'fill="none" stroke="{line.color}" stroke-width="1.5"'
     return f'<polyline class="curve" points="{points}" {style}>{name}</polyline>'
+
+
+def _short(value: float) -> str:
+    """Return a number that fits beside an axis."""
+    return f"{value:.4g}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _point(place: Place) -> str:

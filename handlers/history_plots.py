@@ -28,7 +28,8 @@ AT_THE_END = (Events.COMPLETED, Events.TERMINATE, Events.INTERRUPT, Events.EXCEP
 ALWAYS_DIFFERENT = ("started", "command")
 STYLE = """
 body { font: 14px system-ui, sans-serif; margin: 24px; color: #222; background: #fff }
-.charts { display: flex; flex-wrap: wrap; gap: 12px } svg { width: 360px; font-family: sans-serif }
+.charts { display: flex; flex-wrap: wrap; gap: 12px; align-items: start }
+svg { width: 360px; font-family: sans-serif }
 table { border-collapse: collapse; margin: 12px 0 }
 td, th { border: 1px solid #ddd; padding: 3px 8px;
   text-align: left } td + td { font-variant-numeric: tabular-nums } h2 { margin-top: 28px }
@@ -151,13 +152,24 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, Mapping):
         items = [(str(key), item) for key, item in value.items()]
     elif isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
-        items = [(str(number), item) for number, item in enumerate(value)]
+        items = _named(value)
     else:
         return {prefix: value}
     flat: dict[str, Any] = {}
     for key, item in items:
         flat |= _flat(item, f"{prefix}.{key}" if prefix else key)
     return flat
+
+
+def _named(values: Sequence[Any]) -> list[tuple[str, Any]]:
+    """Return each of a list with its name: handlers by class, in whatever order they stand."""
+    items: dict[str, Any] = {}
+    for number, value in enumerate(values):
+        known = value if isinstance(value, Mapping) and "class" in value else {}
+        name = str(known.get("class", number)).rpartition(".")[2]
+        name = ".".join([name, *([known["prefix"]] if known.get("prefix") else [])])
+        items[f"{name}.{number}" if name in items else name] = value
+    return list(items.items())
 
 
 def differing_settings(runs: Sequence[RunHistory]) -> dict[str, list[Any]]:

@@ -37,7 +37,7 @@ REST = "Everything else"
 # What stands beside the terms of a loss under train/ and is none.
 NO_TERM = (
     r"loss$|learning_rate|stage$|skipped_steps$|momentum$|in_batch_accuracy$|linear_probe_"
-    r"|(.*/)?(temperature|logit_scale|logit_bias)$"
+    r"|(.*/)?(temperature|logit_scale|logit_bias|bias)$"
 )
 
 CHARTS = (
@@ -69,17 +69,23 @@ def charts_of(tags: Iterable[str]) -> tuple[Chart, ...]:
 
 
 def curves_by_question(tags: Iterable[str]) -> dict[str, list[tuple[str, list[str]]]]:
-    """Return heading to charts, each a title and its tags, sorted; every tag is in one or more.
+    """Return heading to charts, each a title and its tags, in order; every tag is in one or more.
 
     The three questions come first, then under `REST` whatever tag answers none of them, in a chart
     of its own.
     """
-    left, headings = sorted(tags), dict[str, list[tuple[str, list[str]]]]()
+    left, headings = sorted(tags, key=_with_numbers), dict[str, list[tuple[str, list[str]]]]()
     for chart in charts_of(left):
         shown = [tag for tag in left if chart.shows(tag)]
         headings.setdefault(chart.question, []).append((chart.title, shown))
     rest = [(tag, [tag]) for tag in left if not charts_of([tag])]
     return {**headings, **({REST: rest} if rest else {})}
+
+
+def _with_numbers(tag: str) -> list[tuple[int, str]]:
+    """Return what sorts recall@5 before recall@10."""
+    parts = re.split(r"(\d+)", tag)
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
 def layout_summary(charts: Iterable[Chart]) -> Any:

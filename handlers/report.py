@@ -41,13 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _lines(title: str, names: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> str:
-    table = [[title, *names], *([name, *map(str, values)] for name, values in rows.items())]
+    table = [[title, *names], *([name, *map(_in_a_line, values)] for name, values in rows.items())]
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in table
     ]
     return "\n".join([*lines, "", ""])
+
+
+def _in_a_line(value: Any) -> str:
+    return " ".join(str(value).split())
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -45,6 +45,13 @@ def test_values_that_are_not_finite_leave_a_gap():
     assert [len(line) for line in points(svg(draw("loss", {"a": curve})))] == [2, 2]
 
 
+def test_a_constant_is_drawn_half_way_up():
+    drawing = draw("loss", {"a": [(0, 2.0), (5, 2.0)]})
+
+    (_, top), (_, bottom), _ = drawing.axis
+    assert {y for _, y in drawing.lines[0].places} == {(top + bottom) / 2}
+
+
 def test_long_curves_are_thinned_and_names_are_escaped():
     picture = svg(draw("<loss>", {"a&b": [(step, float(step)) for step in range(10_000)]}))
 

@@ -11,7 +11,7 @@ import pytest
 from ignite.engine import Events
 
 from diptych.engine import RunEvents
-from diptych.handlers import CheckpointManager, HistoryPlots, JsonLines, RunRecord
+from diptych.handlers import CheckpointManager, HistoryPlots, JsonLines, ProgressBar, RunRecord
 from diptych.handlers.history_plots import (
     RunHistory,
     differing_settings,
@@ -80,6 +80,18 @@ def test_the_settings_that_differ_come_first(tmp_path):
     assert different == {"trainer.microbatch_size": [None, 1]}
     text = page(runs)
     assert text.index("trainer.microbatch_size") < text.index("<svg")
+
+
+def test_handlers_are_compared_by_name_wherever_they_stand(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder, seconds in zip(folders, (1.0, 2.0), strict=True):
+        bars = [ProgressBar(interval=seconds), RunRecord(folder), JsonLines(folder)]
+        trainer = make_trainer().attach(*(bars if seconds > 1 else bars[::-1]))
+        trainer.run(loader(), max_epochs=1)
+
+    different = differing_settings([read_run(folder) for folder in folders])
+
+    assert different == {"handlers.ProgressBar.interval": [1.0, 2.0]}
 
 
 def test_the_table_tells_the_last_value_and_the_range(tmp_path):

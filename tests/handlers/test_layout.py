@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from diptych.handlers.layout import CHARTS, charts_of, layout_summary
+from diptych.handlers.layout import CHARTS, charts_of, curves_by_question, layout_summary
 
 
 def titles(*tags: str) -> list[str]:
@@ -40,7 +40,9 @@ def test_a_tag_has_one_chart(tag, title):
     assert titles(tag) == [title]
 
 
-@pytest.mark.parametrize("tag", ["train/logit_scale", "train/stage", "gradients/largest", "x"])
+@pytest.mark.parametrize(
+    "tag", ["train/logit_scale", "train/bias", "train/stage", "gradients/largest", "x"]
+)
 def test_what_answers_none_of_the_questions_has_none(tag):
     assert titles(tag) == []
 
@@ -76,3 +78,18 @@ def test_a_layout_reads_back_as_headings_with_charts():
         ("How fast?", ["Seconds: an update, and waiting for its data"]),
     ]
     assert list(layout.category[0].chart[0].multiline.tag) == list(CHARTS[0].tags)
+
+
+def test_every_tag_stands_under_its_question_or_under_the_rest_and_numbers_are_in_order():
+    recall = [f"val/image_to_text/recall@{k}" for k in (10, 5, 1)]
+
+    headings = curves_by_question(["x/y", "gradients/norm", *recall, "train/loss"])
+
+    assert headings == {
+        "Does it learn?": [
+            ("Loss: train and validation", ["train/loss"]),
+            ("Retrieval: image to text", recall[::-1]),
+        ],
+        "Is it healthy?": [("Gradient norms", ["gradients/norm"])],
+        "Everything else": [("x/y", ["x/y"])],
+    }
