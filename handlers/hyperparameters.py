@@ -9,6 +9,25 @@ from typing import Any
 Value = str | float | bool
 OF_TRAINER = ("precision", "microbatch_size", "seed", "ranks", "max_epochs", "max_iters", "compile")
 OF_OPTIMIZER = ("lr", "weight_decay", "betas", "momentum")
+# They show a run and change none of its numbers, so runs are not compared by how.
+ONLY_SHOW = {
+    "CheckpointManager",
+    "EmbeddingProjector",
+    "FirstLayerFilters",
+    "GradientDiagnostics",
+    "Histograms",
+    "HistoryPlots",
+    "InBatchAccuracy",
+    "JsonLines",
+    "Profile",
+    "ProgressBar",
+    "RepresentationHealth",
+    "RetrievalGallery",
+    "RunCard",
+    "RunRecord",
+    "TensorBoard",
+    "Throughput",
+}
 # Where files go is no setting that runs are compared by.
 PLACES = ("directory", "resume")
 
@@ -21,7 +40,7 @@ def hyperparameters(settings: Mapping[str, Any]) -> dict[str, Value]:
     """
     group = settings["optimizer"]["groups"][0]
     found = {
-        "loss": settings["loss"]["settings"],
+        "loss": " ".join(settings["loss"]["settings"].split()),
         "model": settings["model"]["class"].rpartition(".")[2],
         "parameters": settings["model"]["parameters"],
         "optimizer": settings["optimizer"]["class"].rpartition(".")[2],
@@ -77,7 +96,10 @@ def _summary(tag: str, **content: Any) -> Any:
 
 def _of_handlers(handlers: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
     for handler in handlers:
-        name = handler.get("prefix") or handler["class"].rpartition(".")[2]
+        kind = handler["class"].rpartition(".")[2]
+        if kind in ONLY_SHOW:
+            continue
+        name = handler.get("prefix") or kind
         for key, value in handler.items():
             if key not in ("class", "prefix", *PLACES) and isinstance(value, (bool, int, float)):
                 yield f"{name}/{key}", value

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from diptych.handlers import LearningRate, TensorBoard
-from diptych.handlers.hyperparameters import hyperparameters, session_end, session_start
+from diptych import handlers
+from diptych.handlers import CheckpointManager, LearningRate, ProgressBar, TensorBoard
+from diptych.handlers.hyperparameters import (
+    ONLY_SHOW,
+    hyperparameters,
+    session_end,
+    session_start,
+)
 from diptych.handlers.run_directory import run_settings
 from tests.handlers.runs import loader, make_trainer
 
@@ -19,7 +25,8 @@ def content(summary: Any) -> Any:
 
 
 def test_a_run_is_told_by_loss_optimizer_trainer_and_handlers(tmp_path):
-    trainer = make_trainer().attach(LearningRate(warmup=2), TensorBoard(tmp_path))
+    shown = (TensorBoard(tmp_path), ProgressBar(), CheckpointManager(tmp_path / "c"))
+    trainer = make_trainer().attach(LearningRate(warmup=2), *shown)
     trainer.run(loader(), max_epochs=1)
 
     found = hyperparameters(run_settings(trainer))
@@ -30,7 +37,11 @@ def test_a_run_is_told_by_loss_optimizer_trainer_and_handlers(tmp_path):
     assert found["trainer/seed"] == 5
     assert found["LearningRate/warmup"] == 2
     assert all(isinstance(value, (str, float, int)) for value in found.values())
-    assert not any("directory" in name for name in found)
+    assert not any(name.startswith(tuple(ONLY_SHOW)) for name in found)
+
+
+def test_what_only_shows_a_run_is_known_by_the_names_of_handlers():
+    assert set(handlers.__all__) >= ONLY_SHOW
 
 
 def test_the_rate_is_the_one_that_was_given_not_the_schedules_first(tmp_path):
