@@ -25,7 +25,7 @@ class EventFile:
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads the files of a folder in the order of their names.
-        place = f"{socket.gethostname()}.{os.getpid()}.{next(_count)}"
+        place = f"{socket.gethostname()}.{os.getpid()}.{next(_count):06}"
         self._directory = directory
         self._file = (directory / f"events.out.tfevents.{int(time.time()):010}.{place}").open(
             "wb", buffering=0

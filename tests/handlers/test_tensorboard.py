@@ -276,3 +276,15 @@ def test_a_board_that_two_handlers_share_is_attached_once(tmp_path):
     board = TensorBoard(tmp_path)
     trainer = make_trainer().attach(Histograms(board=board), Histograms(every=7, board=board))
     assert [handler for handler in trainer.handlers if handler is board] == [board]
+
+
+def test_files_of_one_second_are_read_in_the_order_in_which_they_were_opened(tmp_path, monkeypatch):
+    from diptych.handlers.event_file import EventFile
+
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    opened = []
+    for _ in range(12):  # numbers of one digit and of two
+        EventFile(tmp_path).close()
+        opened.append(next(path.name for path in tmp_path.iterdir() if path.name not in opened))
+
+    assert opened == sorted(opened)
