@@ -157,10 +157,11 @@ class Dispatcher(Engine):
 
 
 def _listener(event: Any, entry: tuple[Any, ...], known: list[Listener]) -> Listener:
+    """Return the listener of an entry in Ignite's table: a known one, or a new one."""
+    for listener in known:
+        if listener.entry is entry:  # one function may stand there twice, with other arguments
+            return listener
     function, arguments, keywords = entry
     takes_engine = bool(arguments) and isinstance(arguments[0], weakref.ref)
     rest = arguments[1:] if takes_engine else arguments
-    for listener in known:
-        if listener.function is function and listener.arguments == rest:
-            return listener
-    return Listener(event, function, rest, keywords, takes_engine)
+    return Listener(event, function, rest, keywords, takes_engine, entry=entry)

@@ -89,11 +89,19 @@ class Evaluator(EventLoop):
             )
         return self._values()
 
-    def _evaluate_batch(self, _: Engine, batch: Any) -> Outputs:
+    def outputs(self, batch: Any) -> Outputs:
+        """Return the task's outputs for one batch, as an evaluation computes them.
+
+        Args:
+            batch: as a loader gives it; moved to the device.
+        """
         dtype = self._autocast_dtype
         autocast = nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
         with torch.no_grad(), autocast:
             return self.task(self.model, to_device(batch, self.device))
+
+    def _evaluate_batch(self, _: Engine, batch: Any) -> Outputs:
+        return self.outputs(batch)
 
     def _values(self) -> dict[str, float]:
         values: dict[str, float] = {}

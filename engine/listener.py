@@ -21,6 +21,7 @@ class Listener:
         keywords: given by name.
         takes_engine: whether the engine comes first.
         period: iterations between two calls, for what `every` has added.
+        entry: what stands for it in Ignite's own table.
         plain: whether the engine is all that it takes.
         calls: how often the event has reached it, or the filter in front of it.
         seconds: time on the host, without that of other listeners which it caused to be called.
@@ -32,6 +33,7 @@ class Listener:
     keywords: Mapping[str, Any] = attrs.field(factory=dict)
     takes_engine: bool = True
     period: int | None = None
+    entry: tuple[Any, ...] | None = attrs.field(default=None, repr=False)
     plain: bool = attrs.field(init=False)
     calls: int = attrs.field(default=0, init=False)
     seconds: float = attrs.field(default=0.0, init=False)

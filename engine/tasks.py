@@ -34,20 +34,20 @@ class Task(Protocol):
         ...
 
 
-def look_up(batch: Any, key: Key, position: int) -> Any:
+def look_up(batch: Any, key: Key, position: int | None = None) -> Any:
     """Return one part of a batch, or None where it has no such part.
 
     Args:
         batch: a mapping (by key), an object with attributes (by name), or a tuple or list (by
-            index; a name means the task's own position).
+            index).
         key: the key, name or index.
-        position: where the part stands in a tuple or list when `key` is a name.
+        position: where the part stands in a tuple or list when `key` is a name; None: nowhere.
     """
     if isinstance(batch, Mapping):
         return batch.get(key)
     if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
         index = key if isinstance(key, int) else position
-        return batch[index] if index < len(batch) else None
+        return None if index is None or index >= len(batch) else batch[index]
     return getattr(batch, str(key), None)
 
 
@@ -91,9 +91,9 @@ class KeyedTask:
         Raises:
             BatchError: if the batch lacks it; the message names the key and those present.
         """
-        value = self.optional_part(batch, name)
+        key, names = getattr(self, name), [field.name for field in attrs.fields(type(self))]
+        value = look_up(batch, key, names.index(name))
         if value is None:
-            key = getattr(self, name)
             raise BatchError(
                 f"the batch must have {key!r}, got {names_of(batch)}; for other keys use "
                 f"with_keys({name}=...)"
@@ -101,9 +101,12 @@ class KeyedTask:
         return value
 
     def optional_part(self, batch: Any, name: str) -> Any:
-        """Return the part of the batch that this task calls `name`, or None."""
-        position = [field.name for field in attrs.fields(type(self))].index(name)
-        return look_up(batch, getattr(self, name), position)
+        """Return the part of the batch that this task calls `name`, or None.
+
+        In a tuple or list without names it is where `with_keys` says, and else nowhere: what stands
+        third in many loaders' tuples is a label, which is not to become a group unasked.
+        """
+        return look_up(batch, getattr(self, name))
 
 
 @attrs.frozen(kw_only=True)
@@ -149,9 +152,11 @@ class HuggingFace(ImageText):
     The model's own loss and logits are not asked for.
     """
 
+    # All of them: attrs puts a field that is overridden behind the others.
     image: Key = "pixel_values"
     text: Key = "input_ids"
     mask: Key = "attention_mask"
+    group: Key = "group"
 
     def __call__(self, model: nn.Module, batch: Any, /) -> Outputs:
         """Return the features of both sides."""

@@ -123,6 +123,7 @@ class Evaluation:
     loss: bool = attrs.field(kw_only=True)
     evaluator: Evaluator = attrs.field(init=False, repr=False)
     values: dict[str, float] = attrs.field(factory=dict, init=False, repr=False)
+    _validation_loss: ValidationLoss | None = attrs.field(default=None, init=False, repr=False)
 
     @loss.default
     def _with_own_task(self) -> bool:
@@ -144,14 +145,20 @@ class Evaluation:
         )
         if self.loss:
             self._check_names()
-            loss = ValidationLoss(trainer.loss, trainer.settings.precision, trainer.device)
-            loss.attach(self.evaluator, "loss")
+            self._validation_loss = ValidationLoss(
+                trainer.loss, trainer.settings.precision, trainer.device
+            )
+            self._validation_loss.attach(self.evaluator, "loss")
         if self.at_start:
             trainer.add_event_handler(Events.STARTED, self._evaluate_at_start)
         call_every(trainer, self.every, self.evaluate)
 
     def evaluate(self, trainer: Trainer) -> dict[str, float]:
         """Evaluate now, publish the values and return them by name."""
+        # Another task or loss may have taken the place of the trainer's: that of a stage.
+        self.evaluator.task = trainer.task if self.task is None else self.task
+        if self._validation_loss is not None:
+            self._validation_loss.loss = trainer.loss
         if self.loss and couples_samples(trainer.loss):
             _check_same_length(self.loader)
         with evaluation_mode(trainer.loss), self._weights(trainer):
@@ -204,10 +211,13 @@ class ValidationLoss(Metric):
         loss: taken in the mode that it is in.
         precision: of the autocast around it.
         device: where it computes.
+
+    Attributes:
+        loss: what was given as `loss`. Another may take its place between two evaluations.
     """
 
     def __init__(self, loss: nn.Module, precision: Precision, device: torch.device) -> None:
-        self._loss = loss
+        self.loss = loss
         self._dtype = AUTOCAST.get(precision)
         super().__init__(device=device)
 
@@ -235,16 +245,16 @@ class ValidationLoss(Metric):
         self._weights.append(weight.detach().double())
 
     def _total_and_weight(self, output: Outputs) -> tuple[Tensor, Tensor]:
-        if isinstance(self._loss, SampleMeanLoss) and not couples_samples(self._loss):
-            return self._loss.total_and_weight(*output.values())
-        value = self._loss(*output.values())
+        if isinstance(self.loss, SampleMeanLoss) and not couples_samples(self.loss):
+            return self.loss.total_and_weight(*output.values())
+        value = self.loss(*output.values())
         size = torch.full_like(value, batch_size(output), dtype=torch.float64)
-        return (value if couples_samples(self._loss) else value * size), size
+        return (value if couples_samples(self.loss) else value * size), size
 
     def compute(self) -> float:
         """Return the mean over all batches of all ranks; 0 where nothing has a weight."""
         totals, weights = torch.stack(self._totals), torch.stack(self._weights)
-        if couples_samples(self._loss):
+        if couples_samples(self.loss):
             # Each rank's value is its share of the global batch's loss, their mean.
             weights = sum_over_ranks(weights)
             totals = sum_over_ranks(totals) / world_size() * weights

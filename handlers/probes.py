@@ -13,7 +13,6 @@ from ignite.exceptions import NotComputableError
 from ignite.metrics import Metric
 from torch import Tensor, nn
 
-from diptych.engine.data import to_device
 from diptych.engine.distributed import sum_over_ranks
 from diptych.engine.errors import BatchError
 from diptych.engine.evaluator import Evaluator
@@ -133,8 +132,7 @@ class BankProbe(ProbeAccuracy):
             )
         self._features, self._labels, self._device = [], [], evaluator.device
         for batch in self._bank:
-            output = evaluator.task(evaluator.model, to_device(batch, evaluator.device))
-            self.remember(self._output_transform(output))
+            self.remember(self._output_transform(evaluator.outputs(batch)))
         self.fit()
 
     @torch.no_grad()

@@ -145,7 +145,7 @@ def _scatters(device: torch.device) -> bool:
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather of uneven pieces; backward: sum over ranks, own piece kept."""
+    """All-gather of uneven pieces; backward: `_Scatter`, so that there are second derivatives."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, batch: GlobalBatch) -> Tensor:
@@ -161,20 +161,32 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        batch: GlobalBatch = ctx.batch
-        gradient = gradients[0].contiguous()
-        if len(set(batch.sizes)) == 1 and _scatters(gradient.device):
-            own = torch.empty_like(gradient[: batch.size])
-            dist.reduce_scatter(own, list(gradient.split(batch.size)))
-            return own, None
+        return _Scatter.apply(gradients[0], ctx.batch), None  # type: ignore[no-untyped-call]
+
+
+class _Scatter(torch.autograd.Function):
+    """Sum over ranks of the whole batch's rows, own piece kept; backward: `_Gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, batch: GlobalBatch) -> Tensor:
+        ctx.batch = batch
+        whole = whole.contiguous()
+        if len(set(batch.sizes)) == 1 and _scatters(whole.device):
+            own = torch.empty_like(whole[: batch.size])
+            dist.reduce_scatter(own, list(whole.split(batch.size)))
+            return own
         # Not every backend scatters, and not in uneven pieces: sum everything, keep the own.
-        summed = gradient.clone()
+        summed = whole.clone()
         dist.all_reduce(summed)
-        return summed[batch.offset : batch.offset + batch.size].contiguous(), None
+        return summed[batch.offset : batch.offset + batch.size].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _Gather.apply(gradients[0], ctx.batch), None  # type: ignore[no-untyped-call]
 
 
 class _Sum(torch.autograd.Function):
-    """All-reduce by sum in both directions."""
+    """All-reduce by sum in both directions, of any derivative."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:  # noqa: ARG004 - autograd's signature
@@ -184,6 +196,4 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004 - autograd's signature
-        summed = gradients[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(summed)
-        return summed
+        return sum_over_ranks(gradients[0])

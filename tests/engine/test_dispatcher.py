@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import HandlersTimeProfiler
 
@@ -138,3 +139,17 @@ def test_the_table_names_each_handler_its_event_its_cadence_and_its_calls():
         ["ITERATION_STARTED", "every=3", "6"],
         ["LOSS_COMPUTED", "", "6"],
     ]
+
+
+def test_one_function_added_twice_keeps_the_arguments_of_each_time():
+    engine, seen = engine_of(), []
+
+    def note(_: Engine, *values: Any, name: str = "") -> None:
+        seen.append((len(values), name))
+
+    engine.add_event_handler(Events.STARTED, note, name="first")
+    engine.add_event_handler(Events.STARTED, note, name="second")
+    engine.add_event_handler(Events.STARTED, note, torch.zeros(2))
+    engine.add_event_handler(Events.STARTED, note, torch.zeros(2), torch.ones(2))
+    engine.fire_event(Events.STARTED)
+    assert seen == [(0, "first"), (0, "second"), (1, ""), (2, "")]

@@ -45,8 +45,6 @@ PAIR = (torch.ones(3, 8), torch.zeros(3, 8))
 BATCHES = [
     {"image": IMAGE, "text": TEXT, "group": GROUP},
     OrderedDict(image=IMAGE, text=TEXT, group=GROUP),
-    (IMAGE, TEXT, GROUP),
-    [IMAGE, TEXT, GROUP],
     Named(IMAGE, TEXT, GROUP),
     Slotted(IMAGE, TEXT, GROUP),
     SimpleNamespace(image=IMAGE, text=TEXT, group=GROUP),
@@ -60,6 +58,35 @@ def test_image_text_takes_a_batch_of_any_kind(batch):
     assert model.seen == (IMAGE, TEXT)
     assert list(outputs) == ["image_features", "text_features", "groups"]
     assert list(outputs.values()) == [*PAIR, GROUP]
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_a_third_part_without_a_name_is_a_group_only_where_it_is_said_to_be(kind):
+    batch, model = kind([IMAGE, TEXT, GROUP]), Returns(PAIR)
+    assert list(tasks.image_text(model, batch)) == ["image_features", "text_features"]
+    assert model.seen == (IMAGE, TEXT)
+    grouped = tasks.image_text.with_keys(group=2)(model, batch)
+    assert grouped["groups"] is GROUP
+
+
+def test_the_label_beside_two_views_does_not_tell_the_loss_which_views_match():
+    views = tasks.two_views(Returns(lambda both: both), (IMAGE, IMAGE, GROUP))
+    assert list(views) == ["first_features", "second_features"]
+
+
+def test_a_tuple_for_hugging_face_holds_pixels_then_tokens():
+    seen = {}
+
+    class Model(nn.Module):
+        def forward(self, **inputs: Tensor) -> Any:
+            seen.update(inputs)
+            return PAIR
+
+    mask = torch.ones(3, 2)
+    tasks.huggingface.with_keys(mask=2)(Model(), (IMAGE, TEXT, mask))
+    assert seen["pixel_values"] is IMAGE
+    assert seen["input_ids"] is TEXT
+    assert seen["attention_mask"] is mask
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,42 @@ def test_a_queue_takes_nothing_in_and_every_module_keeps_its_mode():
     assert modes == [[True, True, False, True, True]] * 3
 
 
+class Scaled(nn.Module):
+    """Cross entropy, times a factor."""
+
+    couples_samples = False
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.factor * F.cross_entropy(logits, labels)
+
+
+def test_a_loss_and_a_task_that_take_the_place_of_others_are_evaluated_from_then_on():
+    trainer, evaluation = make_trainer(Scaled(1.0)), Evaluation(make_loader())
+    trainer.attach(evaluation)
+    before = evaluation.evaluate(trainer)["val/loss"]
+    trainer.loss = Scaled(3.0)
+    assert evaluation.evaluate(trainer)["val/loss"] == pytest.approx(3 * before)
+
+    def inverted(model: nn.Module, batch: Batch) -> Batch:
+        outputs = tasks.classification(model, batch)
+        return {"logits": outputs["logits"], "labels": 1 - outputs["labels"]}
+
+    trainer.task = inverted
+    expected = 3 * F.cross_entropy(*inverted_logits(trainer.model, make_loader()))
+    assert evaluation.evaluate(trainer)["val/loss"] == pytest.approx(float(expected))
+
+
+def inverted_logits(model: nn.Module, loader: list[Batch]) -> tuple[Tensor, Tensor]:
+    model.eval()
+    with torch.no_grad():
+        logits = model(torch.cat([batch["image"] for batch in loader]))
+    return logits, 1 - torch.cat([batch["label"] for batch in loader])
+
+
 def test_a_task_of_its_own_has_no_loss():
     def halves(model: nn.Module, batch: Batch) -> Batch:
         return {"logits": model(batch["image"]) / 2, "labels": batch["label"]}

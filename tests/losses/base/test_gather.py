@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from diptych.losses.base import gather
 from diptych.losses.base.gather import GlobalBatch, global_batch, sum_over_ranks, world_size
+from diptych.losses.contrastive.clip import CLIPLoss
 from tests.losses.ranks import Ranks
 
 
@@ -127,3 +129,30 @@ def empty_on_rank() -> str:
 
 def test_a_batch_that_is_empty_on_every_rank_is_an_error_on_every_rank(ranks: Ranks) -> None:
     assert len(set(ranks.run(empty_on_rank, [(), ()]))) == 1
+
+
+def penalize(sizes: tuple[int, ...]) -> Tensor:
+    """Return the gradient, averaged over ranks, of a penalty on the gradient of the features."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    generator = torch.Generator().manual_seed(0)
+    images, texts = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64)
+    weight = torch.eye(4, dtype=torch.float64).requires_grad_()
+    x = images.split(sizes)[rank].clone().requires_grad_()
+    y = texts.split(sizes)[rank]
+    loss = CLIPLoss(temperature=0.5, learn_temperature=False, tile=None)(x @ weight, y)
+    # Values average over ranks, so what they give to the features is their sum divided by these.
+    (gradient,) = torch.autograd.grad(loss / len(sizes), x, create_graph=True)
+    gradient.square().sum().backward()
+    assert weight.grad is not None
+    if dist.is_initialized():
+        dist.all_reduce(weight.grad)
+    return weight.grad
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (1, 5), (2, 2, 2)])
+def test_a_penalty_on_gradients_has_the_gradient_of_one_process(
+    sizes: tuple[int, ...], ranks: Ranks
+) -> None:
+    alone = penalize((6,))
+    for found in ranks.run(penalize, [(sizes,)] * len(sizes)):
+        torch.testing.assert_close(found, alone, rtol=1e-10, atol=1e-12)
