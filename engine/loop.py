@@ -243,6 +243,25 @@ class EventLoop(Dispatcher):
         if self.epoch_iteration != state.epoch_length or self._stopped():
             self.fire_event(RunEvents.SAFE_POINT)
 
+    def terminate(self, *, skip_completed: bool = False) -> None:  # type: ignore[override]
+        """End the run when the running iteration has ended.
+
+        By name only: as the handler of an event, an engine's methods must not take the engine that
+        they are called with for a flag.
+
+        Args:
+            skip_completed: whether `COMPLETED` is left out.
+        """
+        super().terminate(skip_completed)
+
+    def terminate_epoch(self, *, skip_epoch_completed: bool = False) -> None:  # type: ignore[override]
+        """End the epoch when the running iteration has ended; see `terminate`.
+
+        Args:
+            skip_epoch_completed: whether `EPOCH_COMPLETED` is left out.
+        """
+        super().terminate_epoch(skip_epoch_completed)
+
     def make_update(self, batch: Any) -> Any:
         """Call the step with a batch, outside any run; return its output."""
         return self._process_function(self, batch)

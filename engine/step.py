@@ -62,6 +62,7 @@ class TrainStep:
         self.cuda_graphs = uses_cuda_graphs(self.device, how=settings.compile)
         self.to_device = mover(self.device, prefetch=settings.prefetch)
         self.average = GradientAverage(lambda: (self.model, self.loss))
+        self._unscaled = False
 
     @property
     def model(self) -> nn.Module:
@@ -173,47 +174,57 @@ class TrainStep:
 
         The divisor is the same on all ranks and taken out at the end; it keeps fp16 in range.
         """
-        parts, sums, weights = [], [], []
+        parts: list[Outputs] = []
+        sums: list[Terms] = []
+        weights: list[Tensor] = []
         for index, piece in enumerate(pieces):
             last = index == len(pieces) - 1
             outputs = self.forward(piece)
             with self.autocast():
-                value, weight = self.total_and_weight(outputs, batch_size(piece))
+                terms, weight = self.totals_and_weight(outputs, batch_size(piece))
+                value = total(terms)
             with self.average.last_backward() if last else nullcontext():
                 self.scaled(value / divisor).backward()
             if not last:
                 self.between_pieces()
             parts.append({name: tensor.detach() for name, tensor in outputs.items()})
-            sums.append(value.detach())
+            sums.append({name: term.detach() for name, term in terms.items()})
             weights.append(weight.detach())
         trainer.outputs = joined(parts, pieces)
         trainer.fire_event(StepEvents.FORWARD_COMPLETED)
-        dtype = torch.promote_types(sums[0].dtype, torch.float32)  # weights may be whole numbers
+        # Weights may be whole numbers.
+        dtype = torch.promote_types(next(iter(sums[0].values())).dtype, torch.float32)
         weight = sum_over_ranks(torch.stack(weights).sum(dtype=dtype))
         inverse = torch.where(weight > 0, world_size() / weight, 0)
-        value = torch.stack(sums).sum(dtype=dtype) * inverse
-        trainer.terms = terms = {"loss": value}
+        trainer.terms = terms = {
+            name: torch.stack([each[name] for each in sums]).sum(dtype=dtype) * inverse
+            for name in sums[0]
+        }
         trainer.fire_event(StepEvents.LOSS_COMPUTED)
         self.average.receive()
         self._rescale(inverse * divisor)
-        return terms, value
+        return terms, total(terms)
 
-    def total_and_weight(self, outputs: Outputs, size: int) -> tuple[Tensor, Tensor]:
-        """Return the sum of a piece's loss over its samples, and the weight that it stands for."""
+    def totals_and_weight(self, outputs: Outputs, size: int) -> tuple[Terms, Tensor]:
+        """Return the sums of a piece's terms over its samples, and the weight they stand for."""
         if isinstance(self.loss, SampleMeanLoss):
-            return self.loss.total_and_weight(*outputs.values())
-        value = self.loss(*outputs.values())
-        return value * size, torch.full_like(value.detach(), size, dtype=torch.float32)
+            value, weight = self.loss.total_and_weight(*outputs.values())
+            return {"loss": value}, weight
+        terms = {name: term * size for name, term in loss_terms(self.loss, outputs).items()}
+        value = next(iter(terms.values()))
+        return terms, torch.full_like(value.detach(), size, dtype=torch.float32)
 
     def finish_gradients(self) -> None:
         """Take the averages over ranks, and the loss scale out."""
         self.average.receive()
-        if self.scaler is not None:
+        held = (p for group in self.optimizer.param_groups for p in group["params"])
+        self._unscaled = self.scaler is not None and any(p.grad is not None for p in held)
+        if self.scaler is not None and self._unscaled:
             self.scaler.unscale_(self.optimizer)
 
     def update(self) -> None:
         """Step the optimizer, then put the loss's parameters back into their bounds."""
-        if self.scaler is None:
+        if self.scaler is None or not self._unscaled:  # a scaler asks for at least one gradient
             self.optimizer.step()
         else:
             before = _loss_scale(self.scaler)

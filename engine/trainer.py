@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diptych.engine.compilation import CompileMode, compile_in_place
-from diptych.engine.distributed import rank, same_on_all_ranks
+from diptych.engine.distributed import check_same_on_all_ranks, rank, same_on_all_ranks
 from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.engine.listener import cost_table
 from diptych.engine.loop import EventLoop
@@ -244,6 +244,8 @@ class Trainer(EventLoop):
     def _prepare(self, _: Engine) -> None:
         if self.settings.seed is not None and self.state.iteration == 0:
             manual_seed(self.settings.seed + rank())
+        # With fewer iterations on one rank the others would wait for it.
+        check_same_on_all_ranks("the length of an epoch", [str(self.state.epoch_length)])
         for module in (self.model, self.loss):
             if not module.training:
                 module.train()

@@ -12,6 +12,7 @@ from ignite.engine import Events
 from torch import Tensor
 
 from diptych.engine import Trainer
+from diptych.engine.distributed import sum_over_ranks, world_size
 from diptych.engine.random_state import preserved_random_state
 
 SMOOTHING = 0.8  # of the running mean of losses
@@ -101,7 +102,7 @@ class _Search:
 
     def _look(self, trainer: Trainer) -> None:
         output: Any = trainer.state.output
-        value = float(output.loss)
+        value = float(sum_over_ranks(output.loss)) / world_size()  # all ranks end together
         if math.isfinite(self._mean):
             value = SMOOTHING * self._mean + (1 - SMOOTHING) * value
         self._mean = value

@@ -16,6 +16,8 @@ from diptych.engine.run_state import unwrapped
 from diptych.handlers.averaging import check_share
 from diptych.handlers.moving_average import MadeUpdates, Place, follow, is_continuous, places
 
+MOST_EPSILON = torch.finfo(torch.float32).eps
+
 Part = str | Callable[[nn.Module], nn.Module]
 """A part of a model: its dotted path, or a function that returns it."""
 
@@ -65,8 +67,9 @@ class MomentumEncoder:
         total: K, updates until the cosine ends. Default: those of the run.
 
     Raises:
-        ValueError: if an argument is out of range; when attached, if the model lacks a part, or
-            they differ in structure; when a run starts, if its length is needed and unknown.
+        ValueError: if an argument is out of range; when attached, if the model lacks a part, they
+            differ in structure, or the target is in half precision; when a run starts, if its
+            length is needed and unknown.
     """
 
     online: Part = "online"
@@ -92,6 +95,7 @@ class MomentumEncoder:
                 "one that is elsewhere"
             )
         self._pairs = _paired(online, target)
+        _check_precision(self._pairs)
         for parameter in target.parameters():
             parameter.requires_grad_(False)
         self._made.attach(trainer)
@@ -160,6 +164,18 @@ def _part(model: nn.Module, part: Part) -> nn.Module:
             f"a momentum encoder needs parts that the model has, got {part!r}; there are "
             f"{', '.join(paths[:12])}"
         ) from None
+
+
+def _check_precision(pairs: list[tuple[Place, Place]]) -> None:
+    """Check that the target can hold what a small step changes."""
+    types = {target.tensor.dtype for _, target in pairs if is_continuous(target.tensor)}
+    coarse = sorted(str(dtype) for dtype in types if torch.finfo(dtype).eps > MOST_EPSILON)
+    if coarse:
+        raise ValueError(
+            f"target must be of float32 or finer, got {', '.join(coarse)}: a step of 1 - momentum "
+            "would be rounded away; keep the model in float32, and compute in half precision with "
+            "precision='bf16'"
+        )
 
 
 def _paired(online: nn.Module, target: nn.Module) -> list[tuple[Place, Place]]:

@@ -209,8 +209,11 @@ class KNNAccuracy(BankProbe):
                 f"k must be at most the number of rows in the bank, got k={self.k} and "
                 f"{len(labels)} rows: give a smaller k"
             )
+        lowest, highest = torch.stack(labels.aminmax()).tolist()
+        if lowest < 0:
+            raise BatchError(f"the bank's labels must be >= 0, got {lowest}: leave such rows out")
         self._features, self._labels = [features], [labels]
-        self._classes = int(labels.max()) + 1
+        self._classes = highest + 1
 
     def predict(self, features: Tensor) -> Tensor:
         """Return the class that wins the vote."""

@@ -51,8 +51,8 @@ class CompositeLoss(nn.Module):
         True if a part says so, and whenever there are several parts: means with weights of their
         own (samples here, unmasked tokens there) do not add up to one mean over pieces.
         """
-        couples = [getattr(loss, "couples_samples", True) for loss in self.losses.values()]
-        return len(couples) > 1 or couples[0]
+        first, *others = self.losses.values()
+        return bool(others) or not is_sample_mean(first)
 
     @property
     def minimum_batch(self) -> int:
@@ -85,6 +85,11 @@ class CompositeLoss(nn.Module):
             for name, loss in self.losses.items()
             for scalar, value in getattr(loss, "scalars", dict)().items()
         }
+
+
+def is_sample_mean(loss: nn.Module) -> bool:
+    """Say whether a loss is a mean over samples that tells its sum and its weight apart."""
+    return not getattr(loss, "couples_samples", True) and hasattr(loss, "total_and_weight")
 
 
 def weighted_terms(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diptych.losses.base.contrastive import total
 from diptych.losses.base.validation import check_at_least
-from diptych.losses.combine.composite import weighted_terms
+from diptych.losses.combine.composite import is_sample_mean, weighted_terms
 from diptych.losses.contrastive.clip import CLIPLoss
 from diptych.losses.registry import register_loss
 
@@ -63,8 +63,12 @@ class MatryoshkaLoss(nn.Module):
 
     @property
     def couples_samples(self) -> bool:
-        """Whether the loss on each prefix couples samples."""
-        return bool(getattr(self.loss, "couples_samples", True))
+        """Whether the loss of a batch is no mean over its samples.
+
+        True if the loss on each prefix says so, and whenever there are several prefixes: each has a
+        term of its own, which the sum of all does not tell.
+        """
+        return len(self.weights) > 1 or not is_sample_mean(self.loss)
 
     @property
     def minimum_batch(self) -> int:
@@ -92,15 +96,20 @@ class MatryoshkaLoss(nn.Module):
         return terms
 
     def total_and_weight(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (weighted total over prefixes, weight), if the loss is a mean over samples."""
+        """Return (weighted total, weight) of a single prefix, if the loss is a mean over samples.
+
+        Raises:
+            TypeError: If it couples samples: it is no such mean.
+        """
+        if self.couples_samples:
+            raise TypeError(
+                "a loss on several prefixes, or one that couples samples, is no mean over samples;"
+                " call forward on the whole batch"
+            )
+        ((dim, factor),) = self.weights.items()
         loss: Any = self.loss
-        totals, samples = zip(
-            *(loss.total_and_weight(*self._prefixes(inputs, dim)) for dim in self.weights),
-            strict=True,
-        )
-        # What samples weigh depends on labels and masks, not on the features: once for all.
-        added = sum(w * value for w, value in zip(self.weights.values(), totals, strict=True))
-        return added, samples[0]
+        total, weight = loss.total_and_weight(*self._prefixes(inputs, dim))
+        return factor * total, weight
 
     def scalars(self) -> dict[str, Tensor]:
         """Return the loss's scalars."""

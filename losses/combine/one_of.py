@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diptych.losses.combine.composite import MultipleLosses
+from diptych.losses.combine.composite import MultipleLosses, is_sample_mean
 from diptych.losses.contrastive.clip import CLIPLoss
 from diptych.losses.contrastive.siglip import SigLIPLoss
 from diptych.losses.registry import register_loss
@@ -59,7 +59,7 @@ class OneOf(MultipleLosses):
     @property
     def couples_samples(self) -> bool:
         """Whether the active part couples samples."""
-        return bool(getattr(self.losses[self.active], "couples_samples", True))
+        return not is_sample_mean(self.losses[self.active])
 
     def terms(self, *inputs: Tensor) -> dict[str, Tensor]:
         """Return the active part's terms, by its name.

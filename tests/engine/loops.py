@@ -99,11 +99,7 @@ def call_at(
     loop: EventLoop, iteration: int, method: Any, event: Any = Events.ITERATION_COMPLETED
 ) -> None:
     """Call a method of the loop once, at the event, in the iteration."""
-
-    def call() -> None:  # terminate() itself would take the engine for `skip_completed`
-        method()
-
-    loop.add_event_handler(event(once=iteration), call)
+    loop.add_event_handler(event(once=iteration), method)
 
 
 def events_of(loop: EventLoop, *events: Any) -> list[str]:

@@ -269,6 +269,16 @@ def other_tags() -> dict[str, str]:
     return {}
 
 
+def other_lengths() -> dict[str, str]:
+    """Return what a run says where the loaders of two ranks differ in length."""
+    trainer = trainer_of(made(TwoTower), made(GatheringLoss))
+    try:
+        trainer.run([shares(pairs())[dist.get_rank()]] * (2 + dist.get_rank()), max_epochs=1)
+    except RuntimeError as error:
+        return {"error": str(error)}
+    return {}
+
+
 class Linear(nn.Linear):
     """A linear layer of two outputs."""
 
@@ -302,6 +312,7 @@ def results() -> dict[str, Any]:
         "thawed": thawed(),
         "recomputed": recomputed(),
         "other tags": other_tags(),
+        "other lengths": other_lengths(),
     }
 
 

@@ -91,6 +91,13 @@ def test_a_layer_that_is_sent_back_twice_is_averaged_once_it_is_complete(found):
         assert relative_error(rank["recomputed"]["gradients"], expected) < EXACT
 
 
+def test_ranks_whose_loaders_differ_in_length_are_told_so_before_they_wait(found):
+    for rank, each in enumerate(found):
+        told = each["other lengths"]["error"]
+        assert "the length of an epoch must be the same on all ranks" in told
+        assert f"got {2 + rank} on rank {rank}" in told
+
+
 def test_ranks_that_publish_different_tags_are_told_so_on_all_of_them(found):
     for index, rank in enumerate(found):
         assert f"got train/{index} on rank {index}" in rank["other tags"]["error"]

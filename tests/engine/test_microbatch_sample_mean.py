@@ -68,6 +68,30 @@ def test_a_plain_mean_over_samples_needs_no_weights(samples: int, size: int):
     assert relative_error(found, expected) < EXACT
 
 
+class TwoTerms(SquareLoss):
+    """A plain mean over samples of two terms."""
+
+    def terms(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"square": super().forward(logits, labels), "size": logits.square().mean()}
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return sum(self.terms(logits, labels).values(), torch.zeros(()))
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_the_terms_of_a_mean_are_those_of_the_whole_batch_in_any_pieces(size: int):
+    batch, terms = labelled(7), []
+    for pieces in (None, size):
+        torch.manual_seed(0)
+        model, loss = nn.Linear(6, 2).double(), TwoTerms().double()
+        trainer = trainer_of(model, loss, task=tasks.classification, microbatch_size=pieces)
+        gradients_of(trainer, batch)
+        terms.append(trainer.terms)
+    assert list(terms[0]) == list(terms[1]) == ["square", "size"]
+    for name, value in terms[0].items():
+        torch.testing.assert_close(terms[1][name], value, rtol=1e-12, atol=0)
+
+
 class WeightedLoss(nn.Module):
     """Cross entropy with class weights, whose sum is the divisor."""
 

@@ -158,6 +158,29 @@ def test_fp16_skips_an_update_that_overflows_and_counts_it():
     assert counts == [0, 1, 1, 2, 2]
 
 
+def test_fp16_takes_an_update_that_reaches_nothing_of_the_optimizer():
+    model, loss = TwoTower(), CoupledLoss()
+    trainer = trainer_of(model, loss, precision="fp16", optimizer=sgd(model, loss))
+    batch = single(paired(4))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    loss.requires_grad_(False)
+
+    def pairs(model: nn.Module, batch: Any) -> Any:
+        outputs = tasks.image_text(model, batch)
+        return {name: value.requires_grad_() for name, value in outputs.items()}
+
+    trainer.task = pairs
+    before = model.image[0].weight.clone()
+    trainer.run([batch], max_epochs=1)
+    assert model.image[0].weight.equal(before)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    trainer.task = tasks.image_text
+    trainer.run([batch], max_epochs=2)
+    assert not model.image[0].weight.equal(before)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_no_scaler_without_fp16(precision):
     assert trainer_of(precision=precision).scaler is None

@@ -187,6 +187,12 @@ def test_parts_that_do_not_fit_are_refused(arguments, message):
         make_trainer().attach(MomentumEncoder(**arguments))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_target_in_half_precision_is_refused_since_it_would_hardly_move(dtype):
+    with pytest.raises(ValueError, match="target must be of float32 or finer, got torch"):
+        make_trainer(TwoEncoders().to(dtype)).attach(MomentumEncoder())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

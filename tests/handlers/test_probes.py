@@ -224,6 +224,33 @@ def test_an_argument_out_of_range_is_refused(build, message):
         build()
 
 
+def test_a_label_below_zero_in_the_bank_is_refused():
+    bank, queries = make_samples(40, 0), make_samples(4, 1)
+    bank["labels"][3] = -1
+    with pytest.raises(BatchError, match="the bank's labels must be >= 0, got -1"):
+        by_hand(KNNAccuracy(k=5), bank, queries)
+
+
+def test_the_bank_is_encoded_in_the_precision_of_the_queries():
+    types = []
+
+    def note(model: nn.Module, batch: Output) -> Output:
+        features = model(batch["features"])
+        types.append(features.dtype)
+        return {"features": features, "labels": batch["labels"]}
+
+    samples = loader(make_samples(8, 0))
+    evaluator = Evaluator(
+        nn.Linear(6, 4),
+        task=note,
+        metrics=[KNNAccuracy(samples, k=3)],
+        precision="bf16",
+        device="cpu",
+    )
+    evaluator.evaluate(samples)
+    assert types == [torch.bfloat16, torch.bfloat16]
+
+
 def test_a_bank_smaller_than_k_is_refused():
     with pytest.raises(BatchError, match="got k=200 and 40 rows: give a smaller k"):
         by_hand(KNNAccuracy(), make_samples(40, 0), make_samples(3, 1))

@@ -82,14 +82,28 @@ def of_views() -> MatryoshkaLoss:
     return MatryoshkaLoss(loss=loss, dims=(3, 8), weights=(0.5, 2.0))
 
 
-def test_of_a_mean_over_samples_it_is_one(ranks: Ranks) -> None:
-    loss = of_a_mean()
+def of_one_prefix() -> MatryoshkaLoss:
+    return MatryoshkaLoss(loss=ConsistencyLoss(distance="l1"), dims=(3,), weights=(0.5,))
+
+
+def test_one_prefix_of_a_mean_over_samples_is_such_a_mean(ranks: Ranks) -> None:
+    loss = of_one_prefix()
 
     total, weight = loss.total_and_weight(*SIDES)
 
     assert not loss.couples_samples
     assert weight == 6
     torch.testing.assert_close(total / weight, loss(*SIDES))
+    assert_same_on_ranks(ranks, of_one_prefix, SIDES)
+
+
+def test_several_prefixes_have_terms_that_one_sum_does_not_tell(ranks: Ranks) -> None:
+    loss = of_a_mean()
+
+    assert loss.couples_samples
+    assert list(loss.terms(*SIDES)) == ["dim_3", "dim_8"]
+    with pytest.raises(TypeError, match="several prefixes"):
+        loss.total_and_weight(*SIDES)
     assert_same_on_ranks(ranks, of_a_mean, SIDES)
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from diptych.losses import (
     CLIPLoss,
     CrossEntropyLoss,
+    MatryoshkaLoss,
     OneOf,
     SupervisedContrastiveLoss,
     VICRegLoss,
+    WeightedSum,
 )
 from tests.losses.oracles import draw
 
@@ -55,6 +58,28 @@ def test_whether_samples_are_coupled_is_said_by_the_active_part() -> None:
     assert loss.couples_samples
     with pytest.raises(TypeError, match="active loss, 'contrast', couples samples"):
         loss.total_and_weight(logits, labels, draw(6, 8))
+
+
+class PlainMean(nn.Module):
+    """A mean over samples that does not tell its sum and its weight apart."""
+
+    couples_samples = False
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return (first - second).square().mean()
+
+
+@pytest.mark.parametrize(
+    "composite",
+    [
+        OneOf(losses={"plain": PlainMean()}),
+        WeightedSum(losses={"plain": PlainMean()}),
+        MatryoshkaLoss(loss=PlainMean(), dims=(4,)),
+    ],
+    ids=lambda composite: type(composite).__name__,
+)
+def test_a_part_that_tells_no_weight_is_taken_of_the_whole_batch(composite: nn.Module) -> None:
+    assert composite.couples_samples
 
 
 def test_a_name_that_is_no_part_is_refused() -> None:
