@@ -34,8 +34,9 @@ class TensorBoard:
       fast?" and "Is it healthy?": see `diptych.handlers.layout`. A chart is there as soon as one
       of its curves is.
     - HParams: a row for each run with its settings and the last value of each scalar.
-    - Text: `settings` with versions, `model` with its parameters by component, `findings` of a
-      `RepresentationHealth`, and at the end `listeners`, what `trainer.describe()` returns.
+    - Text: `settings` with versions, `model` with its parameters by component, `findings` of
+      `RepresentationHealth` and `Throughput`, and at the end `listeners`, what
+      `trainer.describe()` returns.
 
     TensorBoard keeps scalars as float32. A resumed run writes a further file into the folder and
     tells TensorBoard to forget what came after the checkpoint, so that no point is double. A

@@ -64,6 +64,11 @@ class Encoder(nn.Module):
         return self.layers(x)
 
 
+def jitter(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Draw for a whole batch, on the device."""
+    return {**batch, "first": batch["first"] + 0.1 * torch.randn_like(batch["first"])}
+
+
 def as_pairs(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Call the two views what the metric calls the two sides."""
     return {
@@ -110,6 +115,7 @@ def build(folder: Path) -> tuple[Trainer, SeededLoader, nn.Module, Order]:
         loss,
         optimizer,
         task=tasks.two_views,
+        transform=jitter,
         device="cpu",
         seed=2,
         log_every=3,
