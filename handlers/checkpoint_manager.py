@@ -300,13 +300,13 @@ class CheckpointManager:
         if is_over(trainer):  # its last log point is still to come; `_finish` saves
             return
         score = self._new_score(trainer)
-        missing = unpublished(trainer, self.best) if self.best else None
+        missing = unpublished(trainer, "best", self.best) if self.best else None
         asked = self._due or number > 0 or missing is not None
         if score is not None or (asked and not place_is_lost(trainer)):
             self._save(trainer, score)
         if missing is not None:
             on_rank_zero(self._writer.end)
-            raise missing
+            raise CheckpointError(missing)
         if number:
             self._leave(number)
 
@@ -331,9 +331,11 @@ class CheckpointManager:
         if on_rank_zero(lambda: self._is_unsaved(trainer)):
             self._save(trainer, self._new_score(trainer))
         on_rank_zero(self._writer.end)
-        missing = unpublished(trainer, self.best) if self.best and is_over(trainer) else None
+        missing = (
+            unpublished(trainer, "best", self.best) if self.best and is_over(trainer) else None
+        )
         if missing is not None:
-            raise missing
+            raise CheckpointError(missing)
         self._ranks.exchange(self._signals.number, 0)  # the next call tells what this one gives
         number, _ = self._ranks.exchange(self._signals.number, 0)
         if number:

@@ -11,7 +11,7 @@ from ignite.engine import Events
 
 from diptych.engine import MetricsEvents, RunEvents, Trainer
 from diptych.handlers.attributes import read_attribute, try_attribute, write_attribute
-from diptych.handlers.evaluation import Evaluation
+from diptych.handlers.run_progress import unpublished
 
 Shape = Literal["linear", "cosine", "step"]
 
@@ -201,14 +201,9 @@ class Curriculum:
 
     def _check_metric(self, trainer: Trainer) -> None:
         # After all handlers of the first epoch's end, one of which may publish the metric.
-        if self._seen or trainer.epoch_iteration:
-            return
-        own = (h for h in trainer.handlers if isinstance(h, Evaluation))
-        if not any(str(self.metric).startswith(f"{evaluation.prefix}/") for evaluation in own):
-            raise KeyError(
-                f"metric must be one that the run publishes, got {self.metric!r}; there are "
-                f"{', '.join(sorted(trainer.state.metrics)) or 'none'}"
-            )
+        missing = None if self._seen else unpublished(trainer, "metric", str(self.metric))
+        if missing is not None:
+            raise KeyError(missing)
 
 
 def _is_number(value: object) -> bool:

@@ -11,7 +11,7 @@ import attrs
 from ignite.engine import Events
 
 from diptych.engine import EvaluationEvents, RunEvents, Trainer
-from diptych.handlers.evaluation import Evaluation
+from diptych.handlers.run_progress import published, unpublished
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +72,8 @@ class EarlyStopping:
         """Watch the trainer's values."""
         trainer.add_event_handler(Events.STARTED, self._start)
         trainer.add_event_handler(EvaluationEvents.EVALUATED, self._look)
-        trainer.add_event_handler(EvaluationEvents.EVALUATED, self._check_own_evaluations)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._look)
-        trainer.add_event_handler(RunEvents.SAFE_POINT, self._check_first_epoch)
+        trainer.add_event_handler(RunEvents.SAFE_POINT, self._check_metric)
 
     def reset(self) -> None:
         """Forget the best value and let a stopped run go on."""
@@ -106,10 +105,7 @@ class EarlyStopping:
             trainer.terminate()
 
     def _look(self, trainer: Trainer) -> None:
-        try:
-            history = trainer.metrics.get_history(self.metric)
-        except KeyError:
-            return
+        history = published(trainer, self.metric)
         for value in history[self._judged :]:
             self._judge(trainer, value)
         self._judged = len(history)
@@ -138,28 +134,10 @@ class EarlyStopping:
         gain = value - self.best if self.mode == "max" else self.best - value
         return gain > self.min_delta
 
-    def _check_own_evaluations(self, trainer: Trainer) -> None:
-        own = self._own_evaluations(trainer)
-        if self._judged == 0 and own and all(evaluation.values for evaluation in own):
-            raise self._unknown(trainer)
-
-    def _check_first_epoch(self, trainer: Trainer) -> None:
+    def _check_metric(self, trainer: Trainer) -> None:
         # After all handlers of the epoch's end, one of which may publish the metric.
-        if self._judged == 0 and trainer.epoch_iteration == 0:
+        if self._judged == 0:
             self._look(trainer)
-            if self._judged == 0 and not self._own_evaluations(trainer):
-                raise self._unknown(trainer)
-
-    def _own_evaluations(self, trainer: Trainer) -> list[Evaluation]:
-        """Return the evaluations that may give the metric: maybe later than the first epoch."""
-        return [
-            handler
-            for handler in trainer.handlers
-            if isinstance(handler, Evaluation) and self.metric.startswith(f"{handler.prefix}/")
-        ]
-
-    def _unknown(self, trainer: Trainer) -> KeyError:
-        return KeyError(
-            f"metric must be one that the run publishes, got {self.metric!r}; there are "
-            f"{', '.join(sorted(trainer.state.metrics)) or 'none'}"
-        )
+            missing = unpublished(trainer, "metric", self.metric)
+            if missing is not None:
+                raise KeyError(missing)

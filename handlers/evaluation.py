@@ -8,13 +8,12 @@ from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 import attrs
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 from ignite.metrics import Metric
 from torch import Tensor, nn
 
 from diptych.engine import EvaluationEvents, Evaluator, Trainer
-from diptych.engine.data import batch_size
+from diptych.engine.data import batch_size, leaves
 from diptych.engine.distributed import sum_over_ranks, world_size
 from diptych.engine.errors import BatchError
 from diptych.engine.evaluator import Metrics, evaluation_mode
@@ -23,6 +22,7 @@ from diptych.engine.settings import Precision
 from diptych.engine.step import AUTOCAST
 from diptych.engine.tasks import Outputs, Task
 from diptych.handlers.cadence import call_every, check_every
+from diptych.handlers.gathering import from_all_ranks
 
 Weights = Literal["average", "model"]
 
@@ -107,7 +107,7 @@ class Evaluation:
             trainer has this prefix, or a metric is called "loss" beside the loss; while running, if
             several handlers average the weights.
         BatchError: while running: if ranks have different numbers of batches for a loss that
-            couples them.
+            couples them, or two ranks begin with the same batch.
     """
 
     loader: Iterable[Any] = attrs.field(validator=_check_loader)
@@ -149,6 +149,8 @@ class Evaluation:
                 trainer.loss, trainer.settings.precision, trainer.device
             )
             self._validation_loss.attach(self.evaluator, "loss")
+        if world_size() > 1:
+            self.evaluator.add_event_handler(Events.ITERATION_COMPLETED(once=1), _check_own_share)
         if self.at_start:
             trainer.add_event_handler(Events.STARTED, self._evaluate_at_start)
         call_every(trainer, self.every, self.evaluate)
@@ -273,10 +275,29 @@ def _check_same_length(loader: Iterable[Any]) -> None:
     """Raise where ranks would wait for one another's batches for ever."""
     if world_size() == 1:
         return
-    lengths: list[int | None] = [None] * world_size()
-    dist.all_gather_object(lengths, len(loader) if isinstance(loader, Sized) else None)
+    lengths = from_all_ranks(len(loader) if isinstance(loader, Sized) else None)
     if len(set(lengths)) > 1:
         raise BatchError(
             "a loss that couples samples needs as many batches on every rank, got "
             f"{lengths}: shard the loader evenly, or give loss=False"
         )
+
+
+def _check_own_share(evaluator: Engine) -> None:
+    """Raise, on all ranks, where two of them evaluate the same samples as if they were others."""
+    tensors = [leaf for leaf in leaves(evaluator.state.batch) if isinstance(leaf, Tensor)]
+    seen = from_all_ranks([_digest(tensor) for tensor in tensors])
+    first = next((i for i, digest in enumerate(seen) if digest in seen[:i]), None)
+    if first is not None:
+        raise BatchError(
+            "each rank must evaluate samples of its own, got the same first batch on ranks "
+            f"{seen.index(seen[first])} and {first}: give the loader a sampler that shards it, or "
+            "the batches to of_this_rank"
+        )
+
+
+def _digest(values: Tensor) -> tuple[tuple[int, ...], float]:
+    """Return the shape of a tensor, and a sum that tells its values and their places."""
+    flat = values.detach().flatten().double()
+    place = torch.arange(1, len(flat) + 1, dtype=torch.float64, device=flat.device)
+    return tuple(values.shape), float(flat @ place.sqrt())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from diptych.engine.errors import CheckpointError
 from diptych.handlers.evaluation import Evaluation
 
 if TYPE_CHECKING:
@@ -32,11 +31,16 @@ def published(trainer: Trainer, metric: str) -> list[float]:
         return []
 
 
-def unpublished(trainer: Trainer, metric: str) -> CheckpointError | None:
-    """Return an error where a metric should have had a value by now.
+def unpublished(trainer: Trainer, argument: str, metric: str) -> str | None:
+    """Return what to say where a metric should have had a value by now, at a safe point.
 
     That is at the end of the first epoch; where an evaluation of its prefix is attached, with that
     evaluation's first values; at the latest at the end of the run.
+
+    Args:
+        trainer: whose run.
+        argument: the name under which a handler was given the metric.
+        metric: the name under which its values are published.
     """
     if published(trainer, metric):
         return None
@@ -49,7 +53,7 @@ def unpublished(trainer: Trainer, metric: str) -> CheckpointError | None:
     if to_come and not is_over(trainer):
         return None
     there = ", ".join(sorted(trainer.state.metrics)) or "none"
-    return CheckpointError(
-        "best must be a metric that the run publishes, by the end of its first epoch or by its "
-        f"first evaluation, got {metric!r}; there are {there}"
+    return (
+        f"{argument} must be a metric that the run publishes, by the end of its first epoch or by "
+        f"its first evaluation, got {metric!r}; there are {there}"
     )

@@ -152,14 +152,21 @@ class Stage:
         return 1 if epoch_length is None else -(-int(self.steps or 0) // epoch_length)
 
     def check_schedule(self, epoch_length: int | None) -> None:
-        """Check that the schedule fits into the stage, as far as its length is known.
+        """Check that the schedule fits into the stage.
 
         Raises:
-            ValueError: if the warm-up is as long as the decay has to end.
+            ValueError: if a decay does not know when to end, or the warm-up is as long as it has to
+                end.
         """
         total = self.schedule.total or self.length(epoch_length)
-        if self.schedule.decay == "constant" or total is None:
+        if self.schedule.decay == "constant":
             return
+        if total is None:
+            raise ValueError(
+                f"the {self.schedule.decay} decay of stage {self.name!r} needs the stage's length, "
+                "got a loader without one: give the stage steps, its schedule a total, or run an "
+                "epoch_length"
+            )
         if self.schedule.warmup >= total:
             raise ValueError(
                 f"the warm-up of stage {self.name!r} must be shorter than the {total} iterations "

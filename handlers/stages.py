@@ -89,7 +89,8 @@ class StagePlan:
         ValueError: if stages have no names of their own, or `load` nothing to load; when attached,
             if a pattern matches nothing, a trained parameter is in no group or in two, a path of a
             setting names nothing, or the optimizer has several groups; when the run starts, if
-            there is a `LearningRate` too, or a warm-up is as long as its stage.
+            there is a `LearningRate` too, a warm-up is as long as its stage, or a decay has no end
+            that is known.
         TypeError: when the run starts, if a batch size is for no `SeededLoader`.
         KeyError: while running: if a stage's metric is not published.
         CheckpointError: when resumed, if the checkpoint is of another plan.
@@ -244,7 +245,9 @@ class StagePlan:
             )
         if trainer.state.iteration == 0:
             for stage in self.stages:
-                stage.check_schedule(self._epoch_length(stage))
+                length = self._epoch_length(stage)
+                if length is not None:  # else when the stage begins
+                    stage.check_schedule(length)
             logger.info("the plan:\n%s", self.describe())
         if self.progress.over and trainer.epoch_iteration:  # stopped where the stage had ended
             trainer.terminate_epoch()

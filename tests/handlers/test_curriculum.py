@@ -11,7 +11,7 @@ from ignite.engine import Events
 from torch import Tensor, nn
 
 from diptych.engine import SeededLoader, Trainer, certify, tasks
-from diptych.handlers import Curriculum
+from diptych.handlers import Curriculum, Evaluation
 from diptych.losses import CLIPLoss, HybridLoss, SigLIPLoss, TripletLoss, VICRegLoss, WeightedSum
 from tests.handlers.runs import report_each_epoch
 
@@ -233,6 +233,14 @@ def test_a_metric_that_nobody_publishes_is_missed_after_the_first_epoch():
     trainer = make_trainer(HybridLoss())
     trainer.attach(Curriculum("loss.alpha", end=1.0, metric="val/recal", above=0.5))
     with pytest.raises(KeyError, match=r"got 'val/recal'; there are .*train/loss"):
+        trainer.run(loader(), max_epochs=2)
+
+
+def test_a_metric_that_its_evaluation_does_not_give_is_missed():
+    trainer = make_trainer(HybridLoss())
+    curriculum = Curriculum("loss.alpha", end=1.0, metric="val/recal", above=0.5)
+    trainer.attach(Evaluation(list(loader())), curriculum)
+    with pytest.raises(KeyError, match=r"got 'val/recal'; there are .*val/loss"):
         trainer.run(loader(), max_epochs=2)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from diptych.engine import RunEvents, StepEvents, tasks
 from diptych.handlers import Evaluation, LearningRate, Stage
 from diptych.losses import CrossEntropyLoss, OneOf, WeightedSum
+from tests.engine.loops import Unsized
 from tests.handlers.staged import (
     ALL,
     HEAD,
@@ -54,6 +55,14 @@ def test_the_plan_decides_how_long_the_run_is():
     assert indices == [0] * 5 + [1] * 7 + [2] * 10
     assert epochs == [1] * 5 + [2] * 5 + [3] * 2 + [4] * 5 + [5] * 5
     assert trainer.state.epoch == trainer.state.max_epochs == 5
+
+
+def test_a_decay_over_a_loader_without_a_length_needs_to_be_told_its_end():
+    schedule = LearningRate(warmup=0, decay="cosine")
+    stage = Stage("head", trains="head", epochs=2, lr=0.1, schedule=schedule)
+    with pytest.raises(ValueError, match="cosine decay of stage 'head' needs the stage's length"):
+        make_trainer(stage).run(Unsized(list(loader())))
+    make_trainer(stage).run(Unsized(list(loader())), epoch_length=5)
 
 
 def test_a_finished_plan_has_nothing_to_do(caplog):
