@@ -16,6 +16,7 @@ EPOCH_BEGINS: list[Row] = [("EPOCH_STARTED", ["StagePlan"])]
 UPDATE: list[Row] = [
     "take the next batch from the loader",
     ("ITERATION_STARTED", ["LearningRate", "Curriculum"]),
+    "move it to the device, transform it",
     "`outputs = task(model, batch)",
     ("FORWARD_COMPLETED", ["InBatchAccuracy"]),
     "`terms = loss.terms(*outputs)",
