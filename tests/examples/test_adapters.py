@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from diptych.engine import SeededLoader, Trainer, certify, tasks
-from diptych.handlers import CheckpointManager, LearningRate
-from diptych.losses import CLIPLoss, CrossEntropyLoss, SigLIPLoss, share_logit_scale
+from diptych.handlers import CheckpointManager, LearningRate, parameter_groups
+from diptych.losses import CLIPLoss, CrossEntropyLoss, NTXentLoss, SigLIPLoss, share_logit_scale
 
 TEXT = {
     "vocab_size": 50,
@@ -139,21 +139,58 @@ def test_pieces_of_a_batch_give_the_same_gradients(name):
         torch.testing.assert_close(found[1][key], gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_open_clip_trains_with_its_own_scale():
+def open_clip_model(**options: Any) -> nn.Module:
     open_clip = library("open_clip")
     torch.manual_seed(0)
-    model = open_clip.CLIP(
+    return open_clip.CLIP(
         embed_dim=8,
         vision_cfg={"layers": 1, "width": 64, "patch_size": 8, "image_size": 16},
         text_cfg={"context_length": 12, "vocab_size": 50, "width": 64, "heads": 2, "layers": 1},
+        **options,
     )
-    loss = share_logit_scale(CLIPLoss(), model)
+
+
+OPEN_CLIP = tasks.image_text.with_keys(image="pixel_values", text="input_ids")
+OPEN_CLIP_MODELS = {
+    "clip": (CLIPLoss, "ClipLoss", {}),
+    "dictionary": (CLIPLoss, "ClipLoss", {"output_dict": True}),
+    "scale of shape [1]": (CLIPLoss, "ClipLoss", {"nonscalar_logit_scale": True}),
+    "siglip": (SigLIPLoss, "SigLipLoss", {"init_logit_scale": 2.3, "init_logit_bias": -10.0}),
+}
+open_clips = pytest.mark.parametrize("name", OPEN_CLIP_MODELS)
+
+
+@open_clips
+def test_the_loss_and_its_gradients_are_those_of_open_clip(name):
+    losses = library("open_clip.loss")
+    loss_class, own_name, options = OPEN_CLIP_MODELS[name]
+    model, batch = open_clip_model(**options), whole_batch()
+    output = model(batch["pixel_values"], batch["input_ids"])
+    own = getattr(losses, own_name)()(*(output.values() if "output_dict" in options else output))
+    own.sum().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    value = share_logit_scale(loss_class(), model)(*OPEN_CLIP(model, batch).values())
+    value.backward()
+    torch.testing.assert_close(value, own.reshape(()), rtol=1e-5, atol=1e-6)
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    assert "logit_scale" in found
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5)
+
+
+@open_clips
+def test_open_clip_trains_with_its_own_scale(name):
+    loss_class, _, options = OPEN_CLIP_MODELS[name]
+    model = open_clip_model(**options)
+    loss = share_logit_scale(loss_class(), model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    task = tasks.image_text.with_keys(image="pixel_values", text="input_ids")
-    trainer = Trainer(model, loss, optimizer, task=task, device="cpu", seed=0)
+    trainer = Trainer(model, loss, optimizer, task=OPEN_CLIP, device="cpu", seed=0)
     before = model.logit_scale.detach().clone()
     trainer.run(SeededLoader(make_pairs(), 6, seed=0), max_epochs=2)
     assert not torch.equal(model.logit_scale, before)
+    assert {id(p) for p in loss.parameters()} <= {id(p) for p in model.parameters()}
 
 
 def test_timm_models_are_classifiers():
@@ -167,3 +204,40 @@ def test_timm_models_are_classifiers():
     )
     losses = trainer.train([batch], num_epochs=4)
     assert losses[-1] < losses[0]
+
+
+def test_timm_models_are_encoders_of_two_views():
+    timm = library("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", pretrained=False, num_classes=0)
+    batch = {"first": torch.randn(6, 3, 32, 32), "second": torch.randn(6, 3, 32, 32)}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    trainer = Trainer(model, NTXentLoss(), optimizer, task=tasks.two_views, device="cpu", seed=0)
+    losses = trainer.train([batch], num_epochs=4)
+    assert losses[-1] < losses[0]
+
+
+def test_layer_wise_rates_are_those_of_timm():
+    library("timm")
+    optim = library("timm.optim")
+    models = library("timm.models.vision_transformer")
+    torch.manual_seed(0)
+    model = models.VisionTransformer(
+        img_size=16, patch_size=8, embed_dim=16, depth=3, num_heads=2, num_classes=3
+    )
+    named = dict(model.named_parameters())
+    spared = sorted(model.no_weight_decay() & named.keys())
+    theirs = optim.param_groups_layer_decay(
+        model, weight_decay=0.05, layer_decay=0.5, no_weight_decay_list=spared
+    )
+    expected = {id(p): (g["lr_scale"], g["weight_decay"]) for g in theirs for p in g["params"]}
+    ours = parameter_groups(
+        model, weight_decay=0.05, layer_decay={"blocks": 0.5}, lr=1.0, no_decay=spared
+    )
+    found = {id(p): (g["lr"], g["weight_decay"]) for g in ours for p in g["params"]}
+    assert found.keys() == expected.keys()
+    for name, parameter in named.items():
+        if name.startswith("norm."):  # timm counts it to the last block, the paper to the head
+            assert found[id(parameter)] == (1.0, 0.0)
+        else:
+            assert found[id(parameter)] == pytest.approx(expected[id(parameter)]), name
