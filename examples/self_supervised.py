@@ -24,31 +24,31 @@ from examples.emoji import labels
 from examples.emoji.data import Batch, Emoji, read_emoji, training_drawings
 from examples.emoji.model import ImageEncoder
 
-WIDTH, EPOCHS = 256, 20
+WIDTH, EPOCHS = 256, 60
+HEAD = {"input_dim": WIDTH, "hidden_dim": 512, "output_dim": WIDTH, "normalization": "batch"}
 
 
 class Views(nn.Module):
     """An encoder with a projection head, a target that follows them, a head that predicts it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, centred: bool = False) -> None:
         super().__init__()
-        self.online = nn.Sequential(ImageEncoder(WIDTH, width=16), head())
+        # Without it targets have a direction in common, and BYOL learns to predict that one first.
+        last = nn.BatchNorm1d(WIDTH) if centred else nn.Identity()
+        self.online = nn.Sequential(ImageEncoder(WIDTH, width=16), Projection(**HEAD), last)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
-        self.predictor = head()
+        self.predictor = Projection(**HEAD)
 
     def forward(self, image: Tensor) -> Tensor:
         """Return projected features [B, WIDTH] of drawings [B, 3, 32, 32]."""
         return self.online(image)
 
 
-def head() -> nn.Module:
-    """Return two layers with batch normalisation between."""
-    return Projection(input_dim=WIDTH, output_dim=WIDTH, hidden_dim=512, normalization="batch")
-
-
 def queries_and_keys(model: Views, batch: Batch) -> Batch:
     """MoCo's task: one view through the encoder, the other one through the momentum encoder."""
-    return {"query": model.online(batch["first"]), "key": model.target(batch["second"])}
+    query, key = model.online(batch["first"]), model.target(batch["second"])
+    # With groups, a past key of the same emoji is no negative.
+    return {"query": query, "key": key, "groups": batch["group"]}
 
 
 def predictions_and_targets(model: Views, batch: Batch) -> Batch:
@@ -76,7 +76,7 @@ def main(method: str, emoji: Sequence[Emoji], epochs: int = EPOCHS) -> dict[str,
     """Train; return the probe's accuracy before and after, and that of a constant answer."""
     torch.manual_seed(0)
     (name, arguments, task), views = METHODS[method], labels.TwoDrawings(emoji)
-    model, loss = Views(), get_loss(name, **arguments)
+    model, loss = Views(centred=method == "byol"), get_loss(name, **arguments)
     loader = SeededLoader(views, 128, seed=0, drop_last=True, collate=labels.collate_views)
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=1e-4, lr=2e-3))
     trainer = Trainer(model, loss, optimizer, task=task, seed=0)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 
 from diptych.engine import Trainer
+from diptych.losses import get_loss
 from examples import self_supervised
+from examples.emoji import labels
+from examples.emoji.data import training_drawings
 from examples.self_supervised import METHODS, Views, main
 
 
@@ -48,7 +54,31 @@ def test_targets_are_those_of_the_other_view_and_get_no_gradient():
 
 def test_keys_come_from_the_momentum_encoder():
     model = Views().eval()
-    batch = {"first": torch.rand(2, 3, 32, 32), "second": torch.rand(2, 3, 32, 32)}
-    outputs = self_supervised.queries_and_keys(model, batch)
-    torch.testing.assert_close(outputs["key"], model.target(batch["second"]))
+    views = {"first": torch.rand(2, 3, 32, 32), "second": torch.rand(2, 3, 32, 32)}
+    outputs = self_supervised.queries_and_keys(model, {**views, "group": torch.tensor([3, 5])})
+    torch.testing.assert_close(outputs["key"], model.target(views["second"]))
     assert not outputs["key"].requires_grad
+
+
+def test_a_past_key_of_the_same_emoji_is_no_negative():
+    loss = get_loss("moco", dim=4, queue_size=2, temperature=0.5).eval()
+    past = torch.nn.functional.normalize(torch.randn(2, 4), dim=1)
+    loss.queue.enqueue(past, torch.tensor([3, 7]))
+    model = SimpleNamespace(online=nn.Identity(), target=nn.Identity())
+    batch = {"first": torch.randn(1, 4), "second": torch.randn(1, 4), "group": torch.tensor([3])}
+    query, key = (torch.nn.functional.normalize(batch[view]) for view in ("first", "second"))
+    logits = torch.stack([(query * key).sum(), (query[0] * past[1]).sum()]) / 0.5
+    value = loss(*self_supervised.queries_and_keys(model, batch).values())
+    torch.testing.assert_close(value, logits.logsumexp(0) - logits[0])
+
+
+def test_only_the_targets_of_byol_are_centred(emoji):
+    drawings = labels.labelled_batches(emoji, training_drawings(emoji))[0]["image"]
+    shared = {}
+    for centred in (False, True):
+        torch.manual_seed(0)
+        targets = torch.nn.functional.normalize(Views(centred=centred).target(drawings), dim=1)
+        similarity = targets @ targets.T
+        shared[centred] = similarity[~torch.eye(len(targets), dtype=torch.bool)].mean()
+    assert shared[False] > 0.2
+    assert shared[True].abs() < 0.05
