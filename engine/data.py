@@ -115,8 +115,17 @@ def split(batch: Any, size: int) -> list[Any]:
         batch: tensors [B, ...] in any nesting.
         size: samples of a piece, >= 1.
     """
+    return cut(batch, -(-batch_size(batch) // size))
+
+
+def cut(batch: Any, pieces: int) -> list[Any]:
+    """Cut `batch` into so many pieces, as `split` does.
+
+    Args:
+        batch: tensors [B, ...] in any nesting.
+        pieces: their number, >= 1.
+    """
     samples = batch_size(batch)
-    pieces = -(-samples // size)
     bounds = [samples * index // pieces for index in range(pieces + 1)]
     return [part(batch, start, stop) for start, stop in pairwise(bounds)]
 

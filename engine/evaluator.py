@@ -19,6 +19,7 @@ from diptych.engine.errors import BatchError, ResumeError
 from diptych.engine.loop import EventLoop
 from diptych.engine.random_state import preserved_random_state
 from diptych.engine.settings import Precision, TrainerSettings
+from diptych.engine.shards import call_on, has_shards
 from diptych.engine.step import AUTOCAST
 from diptych.engine.tasks import Outputs, Task
 
@@ -58,7 +59,8 @@ class Evaluator(EventLoop):
         super().__init__(self._evaluate_batch)
         settings = TrainerSettings(precision=precision, device=device)
         self.device = settings.device or idist.device()
-        self.model, self.task = model.to(self.device), task
+        self.model = model if has_shards(model) else model.to(self.device)
+        self.task = task
         self._autocast_dtype = AUTOCAST.get(precision)
         self._metrics = _named(metrics)
         for name, metric in self._metrics.items():
@@ -98,7 +100,7 @@ class Evaluator(EventLoop):
         dtype = self._autocast_dtype
         autocast = nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
         with torch.no_grad(), autocast:
-            return self.task(self.model, to_device(batch, self.device))
+            return call_on(self.task, self.model, to_device(batch, self.device))
 
     def _evaluate_batch(self, _: Engine, batch: Any) -> Outputs:
         return self.outputs(batch)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from diptych.engine.distributed import world_size
+from diptych.engine.shards import has_shards, is_sharded
 
 BUCKET = 2**23
 """Elements that travel together: enough to fill a link, few enough to leave early."""
@@ -79,7 +80,8 @@ class GradientAverage:
     them, in the same order on all ranks. Unlike torch's data-parallel wrapper this asks nothing of
     the model: parameters may be frozen and thawed between two updates, and one that the loss does
     not reach, on some ranks or on all, holds nothing up. Where no rank has a gradient there is
-    none, as in a run of one process. Alone, nothing happens.
+    none, as in a run of one process. Alone, nothing happens. The gradients of sharded parameters
+    are averaged by the backward pass itself.
 
     Cost: the gradients' memory once more; where a rank lacks the gradient of a trainable
     parameter, that rank waits for the device once an update.
@@ -123,12 +125,16 @@ class GradientAverage:
 
     def _prepare(self) -> None:
         model, loss = self._modules()
-        trained = _trained(model)
-        of_model = {id(parameter) for parameter in trained}
-        rest = [p for p in _trained(loss) if id(p) not in of_model]
-        if [*map(id, (*trained, *rest))] != [*map(id, self._trained)]:
-            self._trained = [*trained, *rest]
-            self._rebuild(trained, rest)
+        during, after = _trained(model), list[nn.Parameter]()
+        if has_shards(model):
+            # Its backward pass has collectives of its own: what is whole leaves when they are done.
+            during, after = after, [p for p in during if not is_sharded(p)]
+        of_model = {id(parameter) for parameter in (*during, *after)}
+        after += [p for p in _trained(loss) if id(p) not in of_model]
+        trained = [*during, *after]
+        if [*map(id, trained)] != [*map(id, self._trained)]:
+            self._trained = trained
+            self._rebuild(during, after)
         self._launched = 0
         for bucket in self._buckets:
             bucket.waiting = set(range(len(bucket.parameters)))

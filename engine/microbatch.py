@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import attrs
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from diptych.engine.data import batch_size
@@ -90,6 +91,48 @@ class Buffers:
         with torch.no_grad():
             for module, name, buffer, value in self._kept:
                 setattr(module, name, buffer.copy_(value))
+
+
+@attrs.define(eq=False)
+class Pieces:
+    """Says into how many pieces a batch is cut.
+
+    The ranks of a sharded model cut theirs into as many as the one with the largest batch, since
+    they meet in each forward and backward pass. They tell each other over the host, where no
+    device is waited for: a rank waits for the last one to begin its update.
+
+    Args:
+        agreed: whether the ranks cut into equally many.
+    """
+
+    agreed: bool = attrs.field(kw_only=True)
+    _group: Any = attrs.field(default=None, init=False)
+
+    def count(self, samples: int, size: int) -> int:
+        """Return the number of pieces of at most `size` samples, or of more where others need it.
+
+        Args:
+            samples: of this rank's batch.
+            size: of a piece, at most.
+
+        Raises:
+            BatchError: on all ranks, if one has fewer samples than there are pieces.
+        """
+        own = -(-samples // size)
+        if not self.agreed:
+            return own
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        told = torch.tensor([own, -samples])
+        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
+        pieces, fewest = told.tolist()
+        if -fewest < pieces:
+            raise BatchError(
+                f"each rank of a sharded model must have a sample for each of {pieces} pieces of "
+                f"at most {size}, got {-fewest} on one: share the batch equally, or give a larger "
+                "microbatch_size"
+            )
+        return int(pieces)
 
 
 @attrs.define(eq=False)

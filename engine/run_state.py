@@ -22,6 +22,7 @@ from diptych.engine.random_state import (
     random_state,
     set_random_state,
 )
+from diptych.engine.shards import shard_of
 from diptych.engine.window import mean_of_windows
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
 
     Call it where nothing is pending (`RunEvents.SAFE_POINT`). Tensors are the live ones, not
     copies. Over several ranks it is collective: random states, metrics and the place in the data
-    are those of all ranks, the handlers' states are this rank's.
+    are those of all ranks, the handlers' states are this rank's. Of what is sharded this rank has
+    its share.
     """
     with preserved_random_state():  # some loaders draw when they are asked where they stand
         place = trainer.batches.place()
@@ -62,6 +64,8 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
 def load_run_state(trainer: Trainer, state: Mapping[str, Any]) -> None:
     """Put a trainer, and everything attached to it, into a state that `run_state` returned.
 
+    Tensors may be whole or sharded, whatever they are here.
+
     The trainer's loader is the one in `trainer.state.dataloader`. A handler that the saved run
     did not have begins anew, and a saved state whose handler is gone is passed over: both are
     logged as a warning.
@@ -76,7 +80,7 @@ def load_run_state(trainer: Trainer, state: Mapping[str, Any]) -> None:
     _check(trainer, state, handlers)
     load_clean_state_dict(trainer.model, state["model"])
     load_clean_state_dict(trainer.loss, state["loss"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.optimizer.load_state_dict(_optimizer_state(trainer.optimizer, state["optimizer"]))
     if trainer.scaler is not None and state["scaler"] is not None:
         trainer.scaler.load_state_dict(state["scaler"])
         trainer.skipped_steps.copy_(state["skipped_steps"])
@@ -147,7 +151,27 @@ def clean_state_dict(module: nn.Module) -> dict[str, Tensor]:
 def load_clean_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load a state with the keys of the bare module into a module that may be wrapped."""
     bare = unwrapped(module)
-    bare.load_state_dict({key: state[key.replace("_orig_mod.", "")] for key in bare.state_dict()})
+    named = {key: (state[key.replace("_orig_mod.", "")], v) for key, v in bare.state_dict().items()}
+    bare.load_state_dict({key: _laid_out(value, like) for key, (value, like) in named.items()})
+
+
+def _laid_out(value: Any, like: Any) -> Any:
+    return shard_of(value, like) if isinstance(value, Tensor) else value
+
+
+def _optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's saved state in the layout of the parameters here."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    own = {
+        index: {
+            key: shard_of(value, held[index])
+            if isinstance(value, Tensor) and value.shape == held[index].shape
+            else value
+            for key, value in values.items()
+        }
+        for index, values in state["state"].items()
+    }
+    return {**state, "state": own}
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

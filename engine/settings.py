@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import attrs
@@ -12,6 +13,9 @@ from diptych.engine.compilation import CompileMode
 Precision = Literal["fp32", "bf16", "fp16"]
 """What the model computes in: float32, or autocast to bfloat16 or float16. Parameters stay as they
 are."""
+
+Units = bool | tuple[str, ...]
+"""Which modules of a sharded model are gathered as units: see `TrainerSettings`."""
 
 
 def _check_precision(_: Any, __: attrs.Attribute[str], value: object) -> None:
@@ -39,6 +43,19 @@ def _check_compile(_: Any, __: attrs.Attribute[Any], value: object) -> None:
         )
 
 
+def _as_units(value: Units | Sequence[str]) -> Units:
+    if isinstance(value, bool):
+        return value
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _check_shard(_: Any, __: attrs.Attribute[Any], value: Units) -> None:
+    if not isinstance(value, bool) and not (value and all(isinstance(v, str) for v in value)):
+        raise ValueError(
+            f"shard must be True, False or patterns of the units' paths, got {value!r}"
+        )
+
+
 def _as_device(value: torch.device | str | None) -> torch.device | None:
     return None if value is None else torch.device(value)
 
@@ -61,9 +78,12 @@ class TrainerSettings:
         seed: of Python's, NumPy's and torch's generators when a run starts from its beginning;
             None leaves them alone.
         log_every: iterations between two log points; the end of an epoch is one too.
+        shard: whether parameters, gradients and the optimizer's state are shared out over the
+            ranks, and which modules are gathered as units: True for each element of each list of
+            modules, or patterns of paths ("image.blocks.*"). Alone it changes nothing.
 
     Raises:
-        ValueError: if a value is outside what is listed.
+        ValueError: if a value is outside what is listed, or sharding is to go with fp16.
     """
 
     precision: Precision = attrs.field(default="fp32", validator=_check_precision)
@@ -75,3 +95,11 @@ class TrainerSettings:
     compile: bool | CompileMode = attrs.field(default=False, validator=_check_compile)
     seed: int | None = attrs.field(default=None, validator=attrs.validators.optional(_check_seed))
     log_every: int = attrs.field(default=50, validator=_at_least_one)
+    shard: Units = attrs.field(default=False, converter=_as_units, validator=_check_shard)
+
+    def __attrs_post_init__(self) -> None:
+        if self.shard and self.precision == "fp16":
+            raise ValueError(
+                "precision of a sharded model must be fp32 or bf16, got 'fp16', whose scaler looks "
+                "at one rank's gradients: take 'bf16'"
+            )

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diptych.engine.compilation import keep_gradients, uses_cuda_graphs
-from diptych.engine.data import batch_size, split
+from diptych.engine.data import batch_size, cut
 from diptych.engine.distributed import share_buffers, sum_over_ranks, world_size
 from diptych.engine.events import StepEvents
 from diptych.engine.gradient_average import GradientAverage
 from diptych.engine.microbatch import (
     GradientCache,
+    Pieces,
     SampleMeanLoss,
     Terms,
     joined,
@@ -23,6 +24,7 @@ from diptych.engine.microbatch import (
     total,
 )
 from diptych.engine.prefetch import mover
+from diptych.engine.shards import call_on, has_shards, local_part, mixed
 from diptych.engine.tasks import Outputs, Task
 from diptych.engine.transform import transformed
 
@@ -63,6 +65,7 @@ class TrainStep:
         self.to_device = mover(self.device, prefetch=settings.prefetch)
         self.average = GradientAverage(lambda: (self.model, self.loss))
         self._unscaled = False
+        self._pieces = Pieces(agreed=has_shards(trainer.model))
 
     @property
     def model(self) -> nn.Module:
@@ -132,7 +135,7 @@ class TrainStep:
             return self.coupled(trainer, batch, [batch])
         # The loss decides, not the size: with a batch that fits on one rank and not on another,
         # the ranks would meet in different collectives.
-        pieces = split(batch, self.microbatch_size)
+        pieces = cut(batch, self._pieces.count(batch_size(batch), self.microbatch_size))
         if getattr(self.loss, "couples_samples", True):
             return self.coupled(trainer, batch, pieces)
         return self.accumulated(trainer, pieces, self.microbatch_size)
@@ -140,7 +143,7 @@ class TrainStep:
     def forward(self, batch: Any) -> Outputs:
         """Return the task's outputs for a batch or a piece of one."""
         with self.autocast():
-            return self.task(self.model, batch)
+            return call_on(self.task, self.model, batch)
 
     def coupled(self, trainer: Trainer, batch: Any, pieces: list[Any]) -> tuple[Terms, Tensor]:
         """Take the loss of all samples at once; cache gradients where there are pieces."""
@@ -225,7 +228,8 @@ class TrainStep:
     def update(self) -> None:
         """Step the optimizer, then put the loss's parameters back into their bounds."""
         if self.scaler is None or not self._unscaled:  # a scaler asks for at least one gradient
-            self.optimizer.step()
+            with mixed(self.model):
+                self.optimizer.step()
         else:
             before = _loss_scale(self.scaler)
             self.scaler.step(self.optimizer)
@@ -248,7 +252,7 @@ class TrainStep:
 
     def _rescale(self, factor: Tensor) -> None:
         for gradient in (p.grad for p in self.parameters() if p.grad is not None):
-            gradient.mul_(factor)
+            local_part(gradient).mul_(factor)
 
 
 def published(output: StepOutput) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,12 +14,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diptych.engine.compilation import CompileMode, compile_in_place
-from diptych.engine.distributed import check_same_on_all_ranks, rank, same_on_all_ranks
+from diptych.engine.distributed import (
+    check_same_on_all_ranks,
+    rank,
+    same_on_all_ranks,
+    world_size,
+)
 from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.engine.listener import cost_table
 from diptych.engine.loop import EventLoop
 from diptych.engine.metrics_collector import MetricsCollector
-from diptych.engine.settings import Precision, TrainerSettings
+from diptych.engine.settings import Precision, TrainerSettings, Units
+from diptych.engine.sharding import shard_model
+from diptych.engine.shards import has_shards
 from diptych.engine.step import TrainStep, check_fp16
 from diptych.engine.tasks import Outputs, Task
 from diptych.engine.transform import Transform, placed_transform
@@ -63,6 +70,7 @@ class Trainer(EventLoop):
         compile: whether to compile the model, or the mode of `torch.compile` to do it in.
         seed: of all generators when a run starts from its beginning.
         log_every: iterations between two log points.
+        shard: whether the model is shared out over the ranks, and by which units.
         step: instead of `TrainStep`, a subclass of it, or a function of the trainer and the batch.
 
     Attributes:
@@ -97,6 +105,7 @@ class Trainer(EventLoop):
         compile: bool | CompileMode = False,
         seed: int | None = None,
         log_every: int = 50,
+        shard: Units | Sequence[str] = False,
         step: Step | type[TrainStep] | None = None,
     ) -> None:
         self.settings = TrainerSettings(
@@ -107,6 +116,7 @@ class Trainer(EventLoop):
             compile=compile,
             seed=seed,
             log_every=log_every,
+            shard=shard,
         )
         check_parts(model, loss, optimizer, task)
         self.device = self.settings.device or idist.device()
@@ -125,6 +135,8 @@ class Trainer(EventLoop):
 
     def _place(self, model: nn.Module, loss: nn.Module) -> None:
         """Take the modules to the device, with what the settings ask for there."""
+        if self.settings.shard and world_size() > 1:
+            shard_model(model, loss, self.optimizer, self.settings.shard, self.device)
         self.model, self._loss = self._placed(model), self._placed(loss)
         self.scaler = self._gradient_scaler()
         self.skipped_steps = torch.zeros((), device=self.device)
@@ -132,6 +144,8 @@ class Trainer(EventLoop):
 
     def _placed(self, module: nn.Module) -> nn.Module:
         """Return the module on this rank's device, with rank 0's values."""
+        if has_shards(module):
+            return module
         module = module.to(self.device)
         same_on_all_ranks(module)
         return module

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diptych.engine import Trainer
-from diptych.handlers.parameter_groups import near_matches
+from diptych.engine.names import near_matches
 
 ROOTS = ("loss", "model", "task")
 

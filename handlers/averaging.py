@@ -13,8 +13,9 @@ from ignite.engine import Events
 from torch import Tensor
 
 from diptych.engine import CheckpointError, StepEvents, Trainer
-from diptych.engine.distributed import share_buffers
+from diptych.engine.distributed import rank, share_buffers
 from diptych.engine.run_state import unwrapped
+from diptych.engine.shards import shard_of, whole_state
 from diptych.handlers.export import check_can_export, export_weights
 from diptych.handlers.moving_average import MadeUpdates, Place, follow, is_continuous, places
 
@@ -47,7 +48,7 @@ class WeightAverage:
     Attach it after whatever changes weights once an update is made.
 
     Over several ranks each keeps the same average of the weights; of buffers, which ranks may
-    differ in, rank 0's counts, as it does in training.
+    differ in, rank 0's counts, as it does in training. Of a sharded model each has its share.
 
     Source: Polyak and Juditsky 1992 for averaging; TensorFlow's `ExponentialMovingAverage`
     (arXiv:1603.04467) for the warm-up.
@@ -124,7 +125,8 @@ class WeightAverage:
     def average_state_dict(self) -> dict[str, Tensor]:
         """Return a state of the model with the averages in it: copies, under the plain keys.
 
-        A weight in half precision has its average in float32 here too.
+        A weight in half precision has its average in float32 here too, and what is sharded is so
+        here.
         """
         model = unwrapped(self._begun().model)
         averages = {id(place.tensor): self._average[key] for key, place in self._places.items()}
@@ -138,12 +140,16 @@ class WeightAverage:
     def export(self, path: Path | str) -> None:
         """Write the averaged weights as a safetensors file, for other programs to read.
 
+        Of a sharded model all ranks call it, and rank 0 writes.
+
         Raises:
             ImportError: without the extra `safetensors`.
             CheckpointError: if the file cannot be written; an earlier one stands.
         """
         check_can_export()
-        export_weights(self.average_state_dict(), Path(path))
+        weights = whole_state(self.average_state_dict())
+        if weights or rank() == 0:
+            export_weights(weights, Path(path))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages, the live ones, and the number of updates.
@@ -180,7 +186,7 @@ class WeightAverage:
                 f"{self.buffers!r}, got others of {', '.join(sorted(other)[:8])}"
             )
         for key, average in here.items():
-            average.copy_(saved[key])
+            average.copy_(shard_of(saved[key], average))
         self.updates, self._missed = state_dict["updates"], state_dict["missed"]
         if isinstance(self._missed, Tensor):
             self._missed = self._missed.to(trainer.device)

@@ -12,6 +12,7 @@ from ignite.engine import Events
 from torch import Tensor
 
 from diptych.engine import StepEvents, Trainer
+from diptych.engine.shards import local_parts
 from diptych.handlers.components import Components, find_components
 from diptych.handlers.gradient_norms import norm_of, shared_norms
 from diptych.handlers.gradients import GradientClipping
@@ -145,7 +146,7 @@ class ModalityBalancing:
         else:
             for part, scale in zip(gradients, scales.unbind(), strict=True):
                 if part:
-                    torch._foreach_mul_(part, scale)
+                    torch._foreach_mul_(local_parts(part), scale)
             shared.forget()
         self._publish(trainer, scales)
 

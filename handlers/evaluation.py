@@ -19,6 +19,7 @@ from diptych.engine.errors import BatchError
 from diptych.engine.evaluator import Metrics, evaluation_mode
 from diptych.engine.microbatch import SampleMeanLoss
 from diptych.engine.settings import Precision
+from diptych.engine.shards import has_shards
 from diptych.engine.step import AUTOCAST
 from diptych.engine.tasks import Outputs, Task
 from diptych.handlers.cadence import call_every, check_every
@@ -161,7 +162,7 @@ class Evaluation:
         self.evaluator.task = trainer.task if self.task is None else self.task
         if self._validation_loss is not None:
             self._validation_loss.loss = trainer.loss
-        if self.loss and couples_samples(trainer.loss):
+        if has_shards(trainer.model) or (self.loss and couples_samples(trainer.loss)):
             _check_same_length(self.loader)
         with evaluation_mode(trainer.loss), self._weights(trainer):
             values = self.evaluator.evaluate(self.loader)
@@ -278,8 +279,8 @@ def _check_same_length(loader: Iterable[Any]) -> None:
     lengths = from_all_ranks(len(loader) if isinstance(loader, Sized) else None)
     if len(set(lengths)) > 1:
         raise BatchError(
-            "a loss that couples samples needs as many batches on every rank, got "
-            f"{lengths}: shard the loader evenly, or give loss=False"
+            "a sharded model, and a loss that couples samples, need as many batches on every rank, "
+            f"got {lengths}: share the loader evenly, or, for the loss, give loss=False"
         )
 
 

@@ -20,6 +20,7 @@ from diptych.engine import SeededLoader, Trainer
 from diptych.engine.distributed import rank, world_size
 from diptych.engine.errors import CheckpointError
 from diptych.engine.run_state import clean_state_dict, fingerprint, load_clean_state_dict
+from diptych.engine.shards import whole_state
 
 FORMAT = 1
 NAME = re.compile(r"iteration_(\d+)_rank_(\d+)\.pt")
@@ -35,7 +36,8 @@ def record_path(directory: Path, iteration: int, of_rank: int) -> Path:
 def update_state(trainer: Trainer) -> dict[str, Any]:
     """Return what an update starts from, but for batch and random state; tensors are the live ones.
 
-    Rank 0 alone has the weights, which are equal on all ranks.
+    Rank 0 alone has the weights, which are equal on all ranks; a sharded model's are gathered, for
+    which all ranks call this.
     """
     state: dict[str, Any] = {
         "format": FORMAT,
@@ -50,9 +52,8 @@ def update_state(trainer: Trainer) -> dict[str, Any]:
         },
         "scaler": None if trainer.scaler is None else trainer.scaler.state_dict(),
     }
-    if rank() == 0:
-        state |= {part: clean_state_dict(module) for part, module in _parts(trainer).items()}
-    return state
+    weights = {part: whole_state(clean_state_dict(m)) for part, m in _parts(trainer).items()}
+    return state | weights if rank() == 0 else state
 
 
 def load_update_state(trainer: Trainer, state: Mapping[str, Any]) -> None:

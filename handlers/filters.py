@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diptych.engine import Trainer
 from diptych.engine.distributed import rank
+from diptych.engine.shards import has_shards, whole
 from diptych.handlers.cadence import call_every, check_every
 from diptych.handlers.pictures import check_can_draw, thumbnails, tiles
 from diptych.handlers.tensorboard import TensorBoard, attach_board_of, board_of
@@ -52,14 +53,15 @@ class FirstLayerFilters:
     def attach(self, trainer: Trainer) -> None:
         """Draw on the trainer's events."""
         attach_board_of(self, trainer)
-        if rank() == 0:
+        if rank() == 0 or has_shards(trainer.model):  # which all ranks gather
             trainer.add_event_handler(Events.STARTED, self._start)
             call_every(trainer, self.every, self.draw)
 
     def draw(self, trainer: Trainer) -> None:
         """Draw the filters of now."""
         picture = filter_picture(first_layer(trainer.model))
-        board_of(trainer, self).writer.add_image("filters", picture, trainer.state.iteration)
+        if rank() == 0:
+            board_of(trainer, self).writer.add_image("filters", picture, trainer.state.iteration)
 
     def _start(self, trainer: Trainer) -> None:
         board_of(trainer, self)
@@ -75,7 +77,7 @@ def first_layer(model: nn.Module) -> nn.Conv2d:
         ValueError: if there is none.
     """
     for layer in (part for part in model.modules() if isinstance(part, nn.Conv2d)):
-        if layer.weight.shape[1] in (1, 3) and layer.weight[0, 0].numel() > 1:
+        if layer.weight.shape[1] in (1, 3) and layer.weight.shape[2:].numel() > 1:
             return layer
     raise ValueError(
         "FirstLayerFilters needs a model with a Conv2d over 1 or 3 channels and more than a pixel, "
@@ -86,7 +88,7 @@ def first_layer(model: nn.Module) -> nn.Conv2d:
 @torch.no_grad()
 def filter_picture(layer: nn.Conv2d) -> Tensor:
     """Return a layer's filters, uint8 [3, H, W], at most 64 of them, each in its own range."""
-    weight = layer.weight[:MOST].detach().float().cpu()
+    weight = whole(layer.weight.detach())[:MOST].float().cpu()
     low = weight.amin(dim=(1, 2, 3), keepdim=True)
     high = weight.amax(dim=(1, 2, 3), keepdim=True)
     shown = (weight - low) / (high - low).clamp(min=1e-12)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diptych.engine import Trainer
 from diptych.engine.distributed import rank
+from diptych.engine.shards import has_shards
 from diptych.handlers.cadence import call_every, check_every
 from diptych.handlers.pair_samples import PairFeatures, PairSamples
 from diptych.handlers.pictures import Result, Row, check_can_draw, heat_map, sheet
@@ -76,7 +77,7 @@ class RetrievalGallery:
     def attach(self, trainer: Trainer) -> None:
         """Draw on the trainer's events."""
         attach_board_of(self, trainer)
-        if rank() != 0:
+        if rank() != 0 and not has_shards(trainer.model):  # which all ranks run together
             return
         trainer.add_event_handler(Events.STARTED, self._start)
         call_every(trainer, self.every, self.draw)
@@ -84,6 +85,8 @@ class RetrievalGallery:
     def draw(self, trainer: Trainer) -> None:
         """Draw the pictures of now."""
         features, step = self.samples.features(trainer), trainer.state.iteration
+        if rank() != 0:
+            return
         writer = board_of(trainer, self).writer
         images, captions = list(self.samples.images), list(self.samples.captions)
         matches = features.image_groups[:, None] == features.text_groups

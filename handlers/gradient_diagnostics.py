@@ -12,6 +12,7 @@ from ignite.engine import Events
 from torch import Tensor, nn
 
 from diptych.engine import StepEvents, Trainer
+from diptych.engine.shards import local_parts, norms
 from diptych.handlers.cadence import check_iterations
 from diptych.handlers.components import Components, find_components
 from diptych.handlers.gradient_norms import held_parameters, norm_of, shared_norms
@@ -118,9 +119,9 @@ class GradientDiagnostics:
         if self._before is None:
             return
         (parameters, weights), self._before = self._before, None
-        sizes = torch._foreach_norm(weights)  # noqa: SLF001 - many tensors in one kernel
-        torch._foreach_sub_(weights, [p.detach() for p in parameters])
-        moves = torch._foreach_norm(weights)  # noqa: SLF001
+        sizes = norms(weights)
+        torch._foreach_sub_(local_parts(weights), local_parts([p.detach() for p in parameters]))
+        moves = norms(weights)
         device = sizes[0].device
         scalars = {"updates/ratio": norm_of(moves, device) / norm_of(sizes, device)}
         size_of = self._by_component(parameters, sizes, device)
@@ -141,5 +142,5 @@ def _extremes(norms: Tensor) -> dict[str, Tensor]:
 
 def _copied(parameters: list[nn.Parameter]) -> tuple[list[nn.Parameter], list[Tensor]]:
     copies = [torch.empty_like(parameter.detach()) for parameter in parameters]
-    torch._foreach_copy_(copies, [p.detach() for p in parameters])
+    torch._foreach_copy_(local_parts(copies), local_parts([p.detach() for p in parameters]))
     return parameters, copies

@@ -11,6 +11,7 @@ from ignite.engine import Events
 from torch import Tensor, nn
 
 from diptych.engine import StepEvents, Trainer
+from diptych.engine.shards import norms
 
 
 @attrs.frozen(eq=False)
@@ -74,11 +75,11 @@ def held_parameters(trainer: Trainer) -> list[nn.Parameter]:
     return [p for group in trainer.optimizer.param_groups for p in group["params"]]
 
 
-def norm_of(norms: Sequence[Tensor], device: torch.device) -> Tensor:
+def norm_of(parts: Sequence[Tensor], device: torch.device) -> Tensor:
     """Return the norm of all that these are the norms of; 0 for none."""
-    if not norms:
+    if not parts:
         return torch.zeros((), device=device)
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([part.to(device) for part in parts]))
     return norm
 
 
@@ -90,6 +91,6 @@ def _measured(trainer: Trainer) -> GradientNorms:
             gradients.append(parameter.grad)
         elif parameter.requires_grad:
             missing.append(parameter)
-    norms = torch._foreach_norm(gradients) if gradients else ()  # noqa: SLF001 - as torch's clipping
     device = gradients[0].device if gradients else trainer.device
-    return GradientNorms(parameters, norms, missing, norm_of(norms, device))
+    found = norms(gradients)
+    return GradientNorms(parameters, found, missing, norm_of(found, device))

@@ -9,6 +9,7 @@ import attrs
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 
 from diptych.engine import StepEvents, Trainer
+from diptych.engine.shards import mixed
 from diptych.handlers.gradient_norms import shared_norms
 
 
@@ -60,7 +61,8 @@ class GradientClipping:
         if not measured.parameters:  # a handler before this one took them away
             return
         trainer.metrics.update({"gradients/norm": measured.total})
-        if self.max_norm is not None:
-            clip_grads_with_norm_(measured.parameters, self.max_norm, measured.total)
-        if self.max_value is not None:
-            clip_grad_value_(measured.parameters, self.max_value)
+        with mixed(trainer.model):
+            if self.max_norm is not None:
+                clip_grads_with_norm_(measured.parameters, self.max_norm, measured.total)
+            if self.max_value is not None:
+                clip_grad_value_(measured.parameters, self.max_value)

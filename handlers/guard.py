@@ -36,6 +36,7 @@ from diptych.handlers.fault_records import (
     update_state,
     write_record,
 )
+from diptych.handlers.gathering import from_all_ranks
 from diptych.handlers.gradient_norms import GradientNorms, held_parameters, shared_norms
 from diptych.handlers.spikes import RunningMedian
 
@@ -283,7 +284,8 @@ class LossGuard:
         path = record_path(self.directory, trainer.state.iteration, rank())
         earlier = [p.name for p in self.directory.glob("*.pt") if NAME.fullmatch(p.name)]
         own = {name for name in earlier if name.endswith(f"_rank_{rank()}.pt")} - {path.name}
-        if len(own) >= self.records:
+        # All ranks or none: the weights of a sharded model are gathered from all of them.
+        if any(from_all_ranks(len(own) >= self.records)):
             return None
         with preserved_random_state():
             set_forward_random_state(self._random, trainer.device)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diptych.engine import Evaluator, Trainer
 from diptych.engine.distributed import sum_over_ranks
+from diptych.engine.shards import norms
 from diptych.engine.tasks import ImageText, Outputs
 
 
@@ -74,10 +75,10 @@ class Moving:
         """Whether no parameter wants a gradient."""
         return not any(parameter.requires_grad for parameter in self._parameters)
 
-    def start(self, norms: Sequence[float] | None = None) -> None:
+    def start(self, kept: Sequence[float] | None = None) -> None:
         """Compare with these norms next; None: with those of now."""
         now = self._now()
-        self._norms = now if norms is None else now.new_tensor(norms)
+        self._norms = now if kept is None else now.new_tensor(kept)
 
     def state(self) -> list[float] | None:
         """Return the norms that are compared with next."""
@@ -93,8 +94,9 @@ class Moving:
     @torch.no_grad()
     def _now(self) -> Tensor:
         # Rounding to the type of half-precision weights would hide what changes in them.
-        norms = torch._foreach_norm(self._parameters, 2, torch.float32)  # noqa: SLF001
-        return torch.stack(norms)
+        wide = any(parameter.dtype == torch.float64 for parameter in self._parameters)
+        found = norms(self._parameters, None if wide else torch.float32)
+        return torch.stack([norm.float() for norm in found])
 
 
 def contents(trainer: Trainer, samples: int) -> list[Tensor]:

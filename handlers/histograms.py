@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diptych.engine import StepEvents, Trainer
 from diptych.engine.distributed import rank
+from diptych.engine.shards import has_shards, whole
 from diptych.handlers.cadence import check_iterations
 from diptych.handlers.components import parameter_names
 from diptych.handlers.tensorboard import TensorBoard, attach_board_of, board_of
@@ -23,7 +24,8 @@ class Histograms:
     `weights/<parameter>` and `weight_gradients/<parameter>`, as they are when an update is about to
     be made; values that are not finite are left out.
 
-    Event: `StepEvents.GRADIENTS_READY` every `every` iterations. Rank 0 alone draws.
+    Event: `StepEvents.GRADIENTS_READY` every `every` iterations. Rank 0 alone draws; the
+        parameters of a sharded model are gathered from all ranks, one after another.
     Cost: all weights and gradients are copied to the host, which waits for the device: give `every`
         a few hundred iterations or more. Some 1 kB of disk for each parameter and look, twice.
 
@@ -44,19 +46,23 @@ class Histograms:
     def attach(self, trainer: Trainer) -> None:
         """Draw when gradients are ready."""
         attach_board_of(self, trainer)
-        if rank() == 0:
+        if rank() == 0 or has_shards(trainer.model):  # which all ranks gather
             trainer.every(self.every, self.draw, StepEvents.GRADIENTS_READY)
 
     def draw(self, trainer: Trainer) -> None:
         """Draw the weights and gradients of now."""
-        writer, step = board_of(trainer, self).writer, trainer.state.iteration
+        writer = board_of(trainer, self).writer if rank() == 0 else None
+        step = trainer.state.iteration
         for name, parameter in parameter_names(trainer).items():
             self._add(writer, f"weights/{name}", parameter, step)
             if self.gradients and parameter.grad is not None:
                 self._add(writer, f"weight_gradients/{name}", parameter.grad, step)
 
     def _add(self, writer: Any, tag: str, values: Tensor, step: int) -> None:
-        values = values.detach().float().cpu()
+        values = whole(values.detach())
+        if writer is None:
+            return
+        values = values.float().cpu()
         finite = values[values.isfinite()]
         if len(finite):
             writer.add_histogram(tag, finite, step, bins=BINS)

@@ -49,9 +49,10 @@ def find_learning_rate(
     ```
 
     The rate rises by a constant factor and is that of all groups of the optimizer. The search ends
-    early where the loss is five times its lowest. Afterwards model, loss and optimizer have their
-    old values, the random generators stand where they stood, and so does a loader with
-    `state_dict`. None of the trainer's handlers is called, so nothing is clipped, saved or logged.
+    early where the loss, over several ranks that of all of them, is five times its lowest.
+    Afterwards model, loss and optimizer have their old values, the random generators stand where
+    they stood, and so does a loader with `state_dict`. None of the trainer's handlers is called, so
+    nothing is clipped, saved or logged.
 
     Source: Smith 2015, arXiv:1506.01186. Ignite's `FastaiLRFinder` makes its first update with the
     optimizer's own rate, and every other one with the rate that it lists one place later.
@@ -139,6 +140,7 @@ def _without_handlers(trainer: Trainer) -> Trainer:
         microbatch_size=settings.microbatch_size,
         device=trainer.device,
         seed=settings.seed,
+        shard=settings.shard,
         step=trainer.step,
     )
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diptych.engine import StepEvents, Trainer
 from diptych.engine.run_state import clean_state_dict, unwrapped
+from diptych.engine.shards import local_parts
 
 
 class Place(NamedTuple):
@@ -67,6 +68,7 @@ def follow(averages: list[Tensor], values: list[Tensor], weight: float | Tensor)
     """
     if not averages:
         return
+    averages, values = local_parts(averages), local_parts(values)
     values = [v.to(a.dtype) for a, v in zip(averages, values, strict=True)]
     if not isinstance(weight, Tensor):
         torch._foreach_lerp_(averages, values, weight)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import attrs
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from diptych.engine.names import check_pattern, matches
 from diptych.engine.run_state import unwrapped
 
 LayerDecay = float | Mapping[str, float]
@@ -285,42 +284,3 @@ def _are_blocks(module: nn.Module) -> bool:
         return False
     alike = len({type(part) for part in parts}) == 1
     return alike and all(any(True for _ in part.parameters()) for part in parts)
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Say whether a name begins with a pattern, in whole parts, which may hold wildcards."""
-    parts, patterns = name.split("."), pattern.split(".")
-    return len(patterns) <= len(parts) and all(map(fnmatchcase, parts, patterns))
-
-
-def check_pattern(pattern: str, names: Iterable[str]) -> None:
-    """Check that a pattern holds something.
-
-    Raises:
-        ValueError: if no name begins with it; the message lists the near ones.
-    """
-    names = list(names)
-    if not any(matches(name, pattern) for name in names):
-        raise ValueError(
-            f"a pattern must match parameters, got {pattern!r}, which matches none; "
-            f"{near_matches(pattern, _paths(names))}"
-        )
-
-
-def near_matches(word: str, known: Iterable[str]) -> str:
-    """Return what an error says about the names that are there: the close ones, else all."""
-    known = list(dict.fromkeys(known))
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
-    if close:
-        return f"close are {', '.join(close)}"
-    return f"there are {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
-
-
-def _paths(names: Iterable[str]) -> list[str]:
-    """Return all beginnings of names in whole parts, the short ones first."""
-    paths = {
-        ".".join(parts[:length])
-        for parts in (name.split(".") for name in names)
-        for length in range(1, len(parts) + 1)
-    }
-    return sorted(paths, key=lambda path: (path.count("."), path))

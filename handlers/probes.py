@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from diptych.engine.distributed import sum_over_ranks
 from diptych.engine.errors import BatchError
 from diptych.engine.evaluator import Evaluator
+from diptych.engine.shards import call_on
 from diptych.handlers.gathering import rows_of_all_ranks
 
 Outputs = Mapping[str, Tensor]
@@ -303,7 +304,9 @@ class ZeroShotAccuracy(ProbeAccuracy):
         """
         texts = [t.replace("{}", name) for name in self.classes for t in self.templates]
         starts = range(0, len(texts), self.prompts)
-        parts = [self.encode(model, texts[i : i + self.prompts]).to(device) for i in starts]
+        parts = [
+            call_on(self.encode, model, texts[i : i + self.prompts]).to(device) for i in starts
+        ]
         prompts = F.normalize(torch.cat(parts).float(), dim=1)
         if len(prompts) != len(texts):
             raise BatchError(

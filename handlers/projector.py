@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diptych.engine import Trainer
 from diptych.engine.distributed import rank
+from diptych.engine.shards import has_shards
 from diptych.handlers.pair_samples import PairSamples
 from diptych.handlers.pictures import check_can_draw, save_png, thumbnails, tiles
 from diptych.handlers.tensorboard import TensorBoard, attach_board_of, board_of
@@ -54,13 +55,15 @@ class EmbeddingProjector:
     def attach(self, trainer: Trainer) -> None:
         """Write when the trainer has completed its run."""
         attach_board_of(self, trainer)
-        if rank() == 0:
+        if rank() == 0 or has_shards(trainer.model):  # which all ranks run together
             trainer.add_event_handler(Events.STARTED, self._check)
             trainer.add_event_handler(Events.COMPLETED, self.write)
 
     def write(self, trainer: Trainer) -> None:
         """Write the features of now."""
         features = self.samples.features(trainer)
+        if rank() != 0:
+            return
         folder = Path(board_of(trainer, self).directory)
         (folder / "projector").mkdir(parents=True, exist_ok=True)
         points = torch.cat([features.images, features.texts])

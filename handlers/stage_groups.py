@@ -11,15 +11,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from diptych.engine import Trainer
+from diptych.engine.names import check_pattern, matches, near_matches
 from diptych.engine.run_state import unwrapped
-from diptych.handlers.parameter_groups import (
-    Membership,
-    check_pattern,
-    matches,
-    memberships,
-    named_parameters,
-    near_matches,
-)
+from diptych.handlers.parameter_groups import Membership, memberships, named_parameters
 from diptych.handlers.schedules import set_rate
 from diptych.handlers.stage import Stage
 

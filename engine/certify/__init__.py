@@ -50,7 +50,7 @@ class Certificate:
             factor of their number, a handler that writes where it should look.
 
         Raises:
-            ValueError: if the batch is too small to be cut.
+            ValueError: if the batch is too small to be cut, or the model is sharded.
         """
         return check_invariances(trainer, batch, microbatch_size=microbatch_size, ranks=ranks)
 
@@ -70,7 +70,7 @@ class Certificate:
             The report; `report.passed` and `str(report)` say what it found.
 
         Raises:
-            ValueError: if `at` is not inside the run.
+            ValueError: if `at` is not inside the run, or the model is sharded.
             ResumeError: if the loader cannot go to a position inside an epoch.
         """
         return check_interruption(build, steps, at)

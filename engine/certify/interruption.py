@@ -12,6 +12,7 @@ import torch
 from ignite.engine import Events
 from torch import Tensor, nn
 
+from diptych.engine.certify.specimen import check_whole
 from diptych.engine.errors import ResumeError
 from diptych.engine.random_state import (
     preserved_random_state,
@@ -83,6 +84,7 @@ def check_interruption(build: Build, steps: int, at: int) -> InterruptionReport:
     with preserved_random_state():
         start = random_state()
         whole, loader = build()
+        check_whole(whole)
         whole.run(loader, max_iters=steps)
         cut, saved = _interrupted(build, start, steps, at)
         set_random_state(start)

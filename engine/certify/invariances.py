@@ -14,6 +14,7 @@ from diptych.engine.certify.specimen import (
     BATCH_NORM,
     DROPOUT,
     Specimen,
+    check_whole,
     in_double,
     in_evaluation_mode,
     names_of,
@@ -42,8 +43,9 @@ def check_invariances(
         ranks: whether to start two processes.
 
     Raises:
-        ValueError: if the batch is too small to be cut.
+        ValueError: if the batch is too small to be cut, or the model is sharded.
     """
+    check_whole(trainer)
     size = batch_size(batch)
     if size < 4:
         raise ValueError(f"a batch to certify must hold at least 4 samples, got {size}")

@@ -19,6 +19,7 @@ from diptych.engine.events import StepEvents
 from diptych.engine.microbatch import joined, loss_terms, total
 from diptych.engine.random_state import preserved_random_state
 from diptych.engine.run_state import unwrapped
+from diptych.engine.shards import has_shards
 from diptych.engine.step import TrainStep
 from diptych.engine.tasks import Task
 from diptych.engine.trainer import Step, Trainer
@@ -144,6 +145,19 @@ def in_double(batch: Any) -> Any:
         return leaf.double() if floating else leaf
 
     return map_leaves(batch, double)
+
+
+def check_whole(trainer: Trainer) -> None:
+    """Check that a trainer's model can be copied.
+
+    Raises:
+        ValueError: if it is shared out over the ranks.
+    """
+    if has_shards(trainer.model):
+        raise ValueError(
+            "a certificate is of a model that this process holds, got one that is sharded: build "
+            "the trainer with shard=False, in one process"
+        )
 
 
 def names_of(model: nn.Module, kind: type[nn.Module]) -> list[str]:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from diptych.engine.names import matches
 from diptych.handlers import parameter_groups
-from diptych.handlers.parameter_groups import matches
 from diptych.losses import CLIPLoss
 
 
