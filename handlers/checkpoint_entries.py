@@ -24,6 +24,7 @@ class Entry:
         by_hand: whether it was asked for, and so is never removed.
         size: bytes.
         crc32: of the file: enough to tell a damaged one.
+        shards: the folder of what is sharded, "" where nothing is; the file says what is in it.
     """
 
     file: str
@@ -36,6 +37,12 @@ class Entry:
     by_hand: bool = False
     size: int = 0
     crc32: int = 0
+    shards: str = ""
+
+    @property
+    def names(self) -> set[str]:
+        """What belongs to it in the folder."""
+        return {self.file, self.shards} - {""}
 
 
 def entry_from(listed: Mapping[str, Any]) -> Entry:

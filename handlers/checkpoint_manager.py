@@ -6,16 +6,19 @@ import logging
 import time
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
+import torch.distributed as dist
 from ignite.engine import Events
 
 from diptych.engine.distributed import rank, world_size
 from diptych.engine.errors import CheckpointError, ResumeError
 from diptych.engine.events import RunEvents
 from diptych.engine.run_state import load_run_state, run_state
+from diptych.engine.shards import has_shards
 from diptych.handlers.agreement import LaggedMaximum, on_all_ranks, on_rank_zero
 from diptych.handlers.checkpoint_entries import Entry, Ranking, resumable
 from diptych.handlers.checkpoint_resume import read_latest, refuse_to_mix
@@ -114,6 +117,7 @@ class CheckpointManager:
     _ranking: Ranking = attrs.field(init=False, repr=False)
     _signals: StopSignals = attrs.field(factory=StopSignals, init=False, repr=False)
     _ranks: LaggedMaximum = attrs.field(factory=LaggedMaximum, init=False, repr=False)
+    _shards: Any = attrs.field(default=None, init=False, repr=False)
     _scored: int | None = attrs.field(default=0, init=False, repr=False)
     _due: bool = attrs.field(default=False, init=False, repr=False)
     _saved: int | None = attrs.field(default=None, init=False, repr=False)
@@ -163,7 +167,7 @@ class CheckpointManager:
                 checkpoints before it stand.
         """
         path = self._submit(epoch, metrics, by_hand=True)
-        self._writer.end()
+        on_rank_zero(self._writer.end)
         return path
 
     def _submit(self, epoch: int, metrics: Mapping[str, float], *, by_hand: bool) -> Path:
@@ -183,8 +187,9 @@ class CheckpointManager:
             by_hand=by_hand,
         )
         self._asleep = False
-        if rank() == 0:
-            self._writer.submit(entry, state)
+        ranks = self._ranks_of_shards()
+        if rank() == 0 or ranks is not None:
+            self._writer.submit(entry, state, ranks)
         trainer.fire_event(RunEvents.SAVED)
         return self.directory / entry.file
 
@@ -203,7 +208,7 @@ class CheckpointManager:
         """
         path = Path(path)
         store = self._store if path.parent == Path() else CheckpointStore(path.parent)
-        state = on_all_ranks(lambda: store.read(path.name))
+        state = on_all_ranks(partial(store.read, path.name, self._ranks_of_shards()))
         self._load(store.directory / path.name, state)
         return state["saved"]["epoch"], dict(state["saved"]["metrics"])
 
@@ -228,6 +233,12 @@ class CheckpointManager:
         if self._trainer is None:
             raise CheckpointError("a CheckpointManager must be attached to a trainer first")
         return self._trainer
+
+    def _ranks_of_shards(self) -> Any:
+        """Return the group over which a sharded model is saved, made at the first use; or None."""
+        if has_shards(self._attached().model) and self._shards is None:
+            self._shards = dist.new_group(backend="gloo")
+        return self._shards
 
     def _restore(self, trainer: Trainer) -> None:
         self._signals.install()
@@ -261,7 +272,7 @@ class CheckpointManager:
         self._signals.remove()
 
     def _resume_latest(self, entries: list[Entry]) -> None:
-        found = read_latest(self._store, entries)
+        found = read_latest(self._store, entries, self._ranks_of_shards())
         if found is not None:
             self._load(*found)
             self._saved = self._attached().state.iteration

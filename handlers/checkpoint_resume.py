@@ -17,13 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 def read_latest(
-    store: CheckpointStore, entries: Sequence[Entry]
+    store: CheckpointStore, entries: Sequence[Entry], shares: Any = None
 ) -> tuple[Path, dict[str, Any]] | None:
     """Return the first of the checkpoints that every rank can read; name each that cannot be.
 
     Args:
         store: the folder.
         entries: the latest first, the same on all ranks.
+        shares: as `CheckpointStore.read` takes it.
 
     Returns:
         The file and the state in it; None where there is no checkpoint.
@@ -33,7 +34,7 @@ def read_latest(
     """
     for entry in entries:
         try:
-            state = on_all_ranks(partial(store.read, entry.file))
+            state = on_all_ranks(partial(store.read, entry.file, shares))
         except CheckpointError as error:
             logger.warning("%s; the one before it is taken", error)
             continue

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +13,16 @@ from typing import Any, BinaryIO, cast
 
 import attrs
 import torch
+from torch import Tensor
 
 from diptych.engine.errors import CheckpointError
 from diptych.handlers.checkpoint_entries import Entry, added, entry_from
+from diptych.handlers.checkpoint_shards import check_shares, put_back, read_shares
+from diptych.handlers.file_digest import size_and_crc32
 
 MANIFEST = "manifest.json"
 SUFFIX = ".pt"
+SHARDS = ".shards"
 UNFINISHED = ".unfinished"
 UNLISTED = ".unlisted"
 """Ends the name of an empty file beside a checkpoint that is about to enter the manifest, or has
@@ -30,6 +36,9 @@ class CheckpointStore:
     written, renamed, and only then entered in the manifest, which is replaced in one step. What
     the manifest does not list does not count. A process that is killed at any instant leaves the
     earlier checkpoints as they were.
+
+    What is sharded stands in a folder beside the file, which says what is in it: size and checksum
+    of each file, and where each tensor is. The folder has its name before the file is written.
 
     Args:
         directory: made at the first write.
@@ -68,30 +77,105 @@ class CheckpointStore:
         unfinished = path.with_name(entry.file + UNFINISHED)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            self._take_folder(entry)
             size, crc32 = _write_checked(unfinished, state)
             entry = attrs.evolve(entry, size=size, crc32=crc32)
             self._mark(path).touch()
             unfinished.replace(path)
             self._write_manifest(added(self.entries(), entry))
-            self._mark(path).unlink()
+            self._remove_unlisted()
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             unfinished.unlink(missing_ok=True)
+            self.discard(entry.shards)
             self._remove_unlisted()
             raise CheckpointError(f"checkpoint {path} could not be written: {error}") from error
         return entry
 
-    def read(self, name: str) -> dict[str, Any]:
+    def new_folder(self, entry: Entry) -> str:
+        """Return the name of the folder that an entry's shards are to get.
+
+        They are written into `unfinished` of it. A checkpoint of the same name keeps its own until
+        it is replaced.
+
+        Raises:
+            CheckpointError: if the directory cannot be written.
+        """
+        first = entry.file.removesuffix(SUFFIX) + SHARDS
+        names = itertools.chain([first], (f"{first}_{number}" for number in itertools.count(2)))
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            name = next(name for name in names if not (self.directory / name).exists())
+            _delete(self.unfinished(name))
+        except OSError as error:
+            raise CheckpointError(f"{self.directory} could not be written: {error}") from error
+        return name
+
+    def unfinished(self, name: str) -> Path:
+        """Return where a folder of shards is written, before it has its name."""
+        return self.directory / (name + UNFINISHED)
+
+    def discard(self, name: str) -> None:
+        """Remove what was written of a folder of shards that does not have its name yet."""
+        if name:
+            shutil.rmtree(self.unfinished(name), ignore_errors=True)
+
+    def _take_folder(self, entry: Entry) -> None:
+        """Give a new folder of shards its name; that of the checkpoint that is replaced goes."""
+        replaced = [e.shards for e in self.entries() if e.file == entry.file and e.shards]
+        for name in {entry.shards, *replaced} - {""}:
+            self._mark(self.directory / name).touch()
+        if entry.shards:
+            _flush_directory(self.unfinished(entry.shards))
+            self.unfinished(entry.shards).replace(self.directory / entry.shards)
+
+    def read(self, name: str, shares: Any = None) -> dict[str, Any]:
         """Return the state in a checkpoint, on the CPU.
+
+        Args:
+            name: of the file.
+            shares: the group of the ranks, where each is to get its share of what is sharded; None:
+                all of it.
 
         Raises:
             CheckpointError: if the file is missing, is not what was written, or is no checkpoint.
         """
+        state = self._read_file(name)
+        return self._joined(name, state, state.get("shards", {}).get("tensors", {}), shares)
+
+    def read_weights(self, name: str) -> dict[str, Tensor]:
+        """Return the whole weights and buffers of the model in a checkpoint, on the CPU.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        state = self._read_file(name)
+        tensors = state.get("shards", {}).get("tensors", {})
+        own = {path: where for path, where in tensors.items() if path.startswith("model.")}
+        weights: dict[str, Tensor] = self._joined(name, state, own, None)["model"]
+        return weights
+
+    def _joined(
+        self, name: str, state: dict[str, Any], tensors: Mapping[str, Any], shares: Any
+    ) -> dict[str, Any]:
+        """Return a state with its sharded tensors in it."""
+        held = state.pop("shards", None)
+        if held is None:
+            return state
+        folder = self.directory / held["folder"]
+        check_shares(folder, held["files"], shares)
+        try:
+            joined: dict[str, Any] = put_back(state, read_shares(folder, tensors, shares))
+        except Exception as error:  # torch and the file system each have errors of their own
+            raise CheckpointError(f"checkpoint {self.directory / name}: {error}") from error
+        return joined
+
+    def _read_file(self, name: str) -> dict[str, Any]:
         path = self.directory / name
         if not path.is_file():
             raise CheckpointError(f"checkpoint {path} does not exist")
         listed = {entry.file: (entry.size, entry.crc32) for entry in self.entries()}
         try:
-            damaged = name in listed and _size_and_crc32(path) != listed[name]
+            damaged = name in listed and size_and_crc32(path) != listed[name]
             state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch, zipfile and pickle each have errors of their own
             raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
@@ -110,9 +194,10 @@ class CheckpointStore:
         if not names:
             return
         try:
-            for name in names:
+            entries = self.entries()
+            for name in names.union(*(entry.names for entry in entries if entry.file in names)):
                 self._mark(self.directory / name).touch()
-            self._write_manifest([e for e in self.entries() if e.file not in names])
+            self._write_manifest([entry for entry in entries if entry.file not in names])
             self._remove_unlisted()
         except OSError as error:
             raise CheckpointError(f"{self.directory} could not be tidied: {error}") from error
@@ -126,7 +211,7 @@ class CheckpointStore:
             CheckpointError: if the manifest cannot be read.
         """
         for path in self.directory.glob("*" + UNFINISHED):
-            path.unlink(missing_ok=True)
+            _delete(path)
         self._remove_unlisted()
 
     def strangers(self) -> list[Path]:
@@ -139,13 +224,13 @@ class CheckpointStore:
         return path.with_name(path.name + UNLISTED)
 
     def _remove_unlisted(self) -> None:
-        """Remove the files that are marked and that the manifest does not list; then the marks."""
+        """Remove what is marked and what the manifest does not list; then the marks."""
         marks = list(self.directory.glob("*" + UNLISTED))
-        listed = {entry.file for entry in self.entries()} if marks else set()
+        listed = set[str]().union(*(e.names for e in self.entries())) if marks else set()
         for mark in marks:
             path = mark.with_name(mark.name.removesuffix(UNLISTED))
             if path.name not in listed:
-                path.unlink(missing_ok=True)
+                _delete(path)
             mark.unlink(missing_ok=True)
 
     def _write_manifest(self, entries: list[Entry]) -> None:
@@ -184,7 +269,7 @@ def _write_checked(path: Path, state: Mapping[str, Any]) -> tuple[int, int]:
         torch.save(dict(state), cast(BinaryIO, summed))
         file.flush()
         os.fsync(file.fileno())
-    if _size_and_crc32(path) != (summed.size, summed.crc32):
+    if size_and_crc32(path) != (summed.size, summed.crc32):
         raise OSError("what was written does not read back")
     return summed.size, summed.crc32
 
@@ -198,9 +283,9 @@ def _flush_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _size_and_crc32(path: Path) -> tuple[int, int]:
-    value = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            value = zlib.crc32(chunk, value)
-    return path.stat().st_size, value
+def _delete(path: Path) -> None:
+    """Remove a file or a folder, where there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

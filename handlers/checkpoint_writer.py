@@ -7,9 +7,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import attrs
+
+from diptych.engine.distributed import rank
 from diptych.engine.errors import CheckpointError
+from diptych.handlers.agreement import on_rank_zero
 from diptych.handlers.background_writer import BackgroundWriter, snapshot
 from diptych.handlers.checkpoint_entries import Entry, Ranking
+from diptych.handlers.checkpoint_shards import Shares, take_out, write_shares
 from diptych.handlers.checkpoint_store import CheckpointStore
 from diptych.handlers.export import export_weights, exported_from
 
@@ -37,13 +42,30 @@ class CheckpointWriter:
         self._jobs = BackgroundWriter(in_thread=background)
         self._snapshot: Any = None
 
-    def submit(self, entry: Entry, state: Mapping[str, Any]) -> None:
-        """Write a checkpoint, after the one before it."""
+    def submit(self, entry: Entry, state: Mapping[str, Any], ranks: Any = None) -> None:
+        """Write a checkpoint, after the one before it.
+
+        Args:
+            entry: of it.
+            state: of the run.
+            ranks: their group for this alone, where parts of the state are sharded; then all of
+                them call this. Otherwise rank 0 does.
+
+        Raises:
+            CheckpointError: if the state cannot be saved at all, or, where it is sharded, the
+                folder cannot be made.
+        """
         self.wait()
         self.tell_failure()
+        shares: Shares = {}
+        if ranks is not None:
+            state, shares = take_out(state)
+            folder = on_rank_zero(partial(self._store.new_folder, entry))
+            entry = attrs.evolve(entry, shards=folder)
+        kept = (state if rank() == 0 else {}, shares)
         if self._background:
-            state = self._snapshot = snapshot(state, self._snapshot)
-        self._jobs.submit(partial(self._write, entry, state))
+            kept = self._snapshot = snapshot(kept, self._snapshot)
+        self._jobs.submit(partial(self._write, entry, *kept, ranks))
 
     def wait(self) -> None:
         """Wait for the last checkpoint, without raising its error."""
@@ -57,7 +79,7 @@ class CheckpointWriter:
     def tell_failure(self) -> bool:
         """Log the error of the last checkpoint, once, if it has ended with one; say whether."""
         failure = self._jobs.failure()
-        if failure is not None:
+        if failure is not None and rank() == 0:
             logger.error("%s; the run goes on, and the checkpoints before it stand", failure)
         return failure is not None
 
@@ -78,23 +100,39 @@ class CheckpointWriter:
         if entry is None or exported_from(self._store.directory / EXPORT) == _source(entry):
             return
         try:
-            self._export_weights(entry, self._store.read(entry.file))
+            self._export_weights(entry)
         except CheckpointError as error:
             logger.warning("%s; its weights are not exported", error)
 
-    def _write(self, entry: Entry, state: Mapping[str, Any]) -> None:
+    def _write(self, entry: Entry, state: Mapping[str, Any], shares: Shares, ranks: Any) -> None:
+        if ranks is not None:
+            held = self._write_shares(entry.shards, shares, ranks)
+            if rank() != 0:
+                return
+            state = {**state, "shards": {"folder": entry.shards, **held}}
         entry = self._store.write(entry, state)
         entries = self._store.entries()
         if self._export and entry == self._to_export(entries):
-            self._export_weights(entry, state)
+            self._export_weights(entry, None if ranks else state["model"])
         self._store.remove(self._ranking.superfluous(entries))
+
+    def _write_shares(self, folder: str, shares: Shares, ranks: Any) -> dict[str, Any]:
+        try:
+            return write_shares(self._store.unfinished(folder), shares, ranks)
+        except CheckpointError:
+            if rank() == 0:
+                self._store.discard(folder)
+            raise
 
     def _to_export(self, entries: list[Entry]) -> Entry | None:
         best = self._ranking.ranked(entries) if self._ranking.metric else entries[::-1]
         return best[0] if best else None
 
-    def _export_weights(self, entry: Entry, state: Mapping[str, Any]) -> None:
-        export_weights(state["model"], self._store.directory / EXPORT, source=_source(entry))
+    def _export_weights(self, entry: Entry, weights: Mapping[str, Any] | None = None) -> None:
+        """Write the weights of a checkpoint, read from it where they are not given."""
+        if weights is None:
+            weights = self._store.read_weights(entry.file)
+        export_weights(weights, self._store.directory / EXPORT, source=_source(entry))
 
 
 def _source(entry: Entry) -> dict[str, str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from diptych.engine import CheckpointError
 from diptych.handlers import checkpoint_store
 from diptych.handlers.checkpoint_entries import Entry
 from diptych.handlers.checkpoint_store import CheckpointStore
+from diptych.handlers.file_digest import size_and_crc32
 
 
 def state(value: int) -> dict[str, object]:
@@ -29,6 +32,18 @@ def save(store: CheckpointStore, iteration: int) -> None:
     store.remove({e.file for e in store.entries()[:-2]})
 
 
+def save_with_shards(store: CheckpointStore, iteration: int) -> None:
+    folder = store.new_folder(entry(iteration))
+    unfinished = store.unfinished(folder)
+    unfinished.mkdir()
+    (unfinished / "share").write_bytes(b"rows")
+    digest = list(size_and_crc32(unfinished / "share"))
+    shards = {"folder": folder, "files": {"share": digest}, "tensors": {}}
+    named = attrs.evolve(entry(iteration), shards=folder)
+    store.write(named, {**state(iteration), "shards": shards})
+    store.remove({e.file for e in store.entries()[:-2]})
+
+
 class Killed(BaseException):
     """Stands for the end of the process."""
 
@@ -38,7 +53,8 @@ FILE_OPERATIONS = [
     (Path, "replace"),
     (Path, "touch"),
     (Path, "unlink"),
-    (checkpoint_store, "_size_and_crc32"),
+    (shutil, "rmtree"),
+    (checkpoint_store, "size_and_crc32"),
 ]
 
 
@@ -63,9 +79,10 @@ def kill_at(monkeypatch, operation: int, *, after: bool) -> list[int]:
     return count
 
 
+@pytest.mark.parametrize("save", [save, save_with_shards])
 @pytest.mark.parametrize("after", [False, True])
 def test_a_kill_at_any_operation_of_a_save_leaves_the_earlier_checkpoints_whole(
-    tmp_path, monkeypatch, after
+    tmp_path, monkeypatch, after, save
 ):
     operation = 0
     finished = False
@@ -88,8 +105,45 @@ def test_a_kill_at_any_operation_of_a_save_leaves_the_earlier_checkpoints_whole(
         for iteration in listed:
             assert again.read(f"checkpoint_{iteration}.pt")["value"][0] == iteration
         files = {path.name for path in folder.iterdir()}
-        assert files == {"manifest.json", *(f"checkpoint_{i}.pt" for i in listed)}
+        ends = (".pt", ".shards") if save is save_with_shards else (".pt",)
+        assert files == {"manifest.json", *(f"checkpoint_{i}{end}" for i in listed for end in ends)}
     assert operation > 10
+
+
+def test_a_checkpoint_that_replaces_another_one_takes_its_folder_away(tmp_path):
+    store = CheckpointStore(tmp_path)
+    for _ in range(2):
+        save_with_shards(store, 1)
+    assert store.read("checkpoint_1.pt")["value"][0] == 1
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"manifest.json", "checkpoint_1.pt", "checkpoint_1.shards_2"}
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_a_damaged_file_of_a_folder_is_named(tmp_path, damage):
+    store = CheckpointStore(tmp_path)
+    save_with_shards(store, 1)
+    share = tmp_path / "checkpoint_1.shards" / "share"
+    if damage == "gone":
+        share.unlink()
+    else:
+        share.write_bytes(b"rowt" if damage == "flipped" else b"row")
+    with pytest.raises(CheckpointError, match=r"checkpoint_1.shards/share (is damaged|cannot be)"):
+        store.read("checkpoint_1.pt")
+
+
+def test_what_a_failed_save_wrote_of_its_shards_is_removed(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path)
+    save_with_shards(store, 1)
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_with_shards(store, 2)
+    assert [path.name for path in tmp_path.glob("checkpoint_2*")] == []
+    assert store.read("checkpoint_1.pt")["value"][0] == 1
 
 
 def test_a_kill_in_the_first_save_leaves_an_empty_folder(tmp_path, monkeypatch):
