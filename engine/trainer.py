@@ -129,9 +129,7 @@ class Trainer(EventLoop):
         self._gauges_of_loss: list[str] = []
         self.step = step
         super().__init__(self._make_step(step))
-        self.metrics = MetricsCollector(on_record=lambda: self.fire_event(MetricsEvents.LOGGED))
-        self._publish_gauges()
-        self._add_own_handlers()
+        self._listen_to_itself()
 
     def _place(self, model: nn.Module, loss: nn.Module) -> None:
         """Take the modules to the device, with what the settings ask for there."""
@@ -249,7 +247,9 @@ class Trainer(EventLoop):
             self.metrics.reset()
         super()._start_over()
 
-    def _add_own_handlers(self) -> None:
+    def _listen_to_itself(self) -> None:
+        self.metrics = MetricsCollector(on_record=lambda: self.fire_event(MetricsEvents.LOGGED))
+        self._publish_gauges()
         self.add_event_handler(Events.STARTED, self._prepare)
         self.add_event_handler(Events.EPOCH_COMPLETED, self._end_epoch)
         self.add_event_handler(Events.COMPLETED, self._log_rest)

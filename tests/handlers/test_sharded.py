@@ -14,6 +14,7 @@ from diptych.engine import Trainer, of_this_rank, tasks
 from diptych.engine.distributed import rank
 from diptych.handlers import (
     Evaluation,
+    FirstLayerFilters,
     GradientClipping,
     GradientDiagnostics,
     Histograms,
@@ -166,7 +167,7 @@ def pictured(folder: Path) -> str:
         device="cpu",
         shard=True,
     )
-    other.attach(TensorBoard(folder / "filters"), Histograms(every=1))
+    other.attach(TensorBoard(folder / "filters"), FirstLayerFilters(every=1))
     batch = {"image": torch.rand(4, 3, 4, 4), "label": torch.arange(4)}
     other.run([batch], max_epochs=1)
     return card.getvalue()
