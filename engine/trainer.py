@@ -70,7 +70,8 @@ class Trainer(EventLoop):
         compile: whether to compile the model, or the mode of `torch.compile` to do it in.
         seed: of all generators when a run starts from its beginning.
         log_every: iterations between two log points.
-        shard: whether the model is shared out over the ranks, and by which units.
+        shard: whether the model is shared out over the ranks, and by which units; the optimizer
+            holds the shares then. See the guide, under several GPUs.
         step: instead of `TrainStep`, a subclass of it, or a function of the trainer and the batch.
 
     Attributes:
