@@ -68,8 +68,11 @@ def codes(processes: list[subprocess.Popen[bytes]]) -> list[int]:
 def saves(folder: Path) -> int:
     """Return a number that changes with every file written: a clock that knows the machine."""
     checkpoints = folder / "checkpoints"
-    return (
-        sum(path.stat().st_mtime_ns for path in checkpoints.glob("*"))
-        if checkpoints.is_dir()
-        else 0
-    )
+    return sum(_written(path) for path in checkpoints.glob("*")) if checkpoints.is_dir() else 0
+
+
+def _written(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:  # it has got its name, or gone, meanwhile
+        return 0

@@ -12,9 +12,11 @@ import pytest
 from tests.interruption.processes import HANG, finish, kill, saves, start
 
 
-def kill_at_random(folder: Path, ranks: int, draw: random.Random) -> bool:
+def kill_at_random(
+    folder: Path, ranks: int, draw: random.Random, environment: dict[str, str]
+) -> bool:
     """Start the training and kill it just after a first sign of life; say whether it still ran."""
-    processes = start(folder, ranks)
+    processes = start(folder, ranks, **environment)
     before, deadline = saves(folder), time.monotonic() + HANG
     moment = draw.random()
     while saves(folder) == before and processes[0].poll() is None and time.monotonic() < deadline:
@@ -25,15 +27,15 @@ def kill_at_random(folder: Path, ranks: int, draw: random.Random) -> bool:
     return alive
 
 
-def check(tmp_path: Path, ranks: int, kills: int) -> None:
-    expected = finish(tmp_path / "whole", ranks)
+def check(tmp_path: Path, ranks: int, kills: int, **environment: str) -> None:
+    expected = finish(tmp_path / "whole", ranks, **environment)
     draw = random.Random(ranks)
     killed = 0
     for attempt in range(3 * kills):
         folder = tmp_path / f"killed-{attempt}"
-        while killed < kills and kill_at_random(folder, ranks, draw):
+        while killed < kills and kill_at_random(folder, ranks, draw, environment):
             killed += 1
-        assert finish(folder, ranks) == expected
+        assert finish(folder, ranks, **environment) == expected
         if killed >= kills:
             return
     raise AssertionError(f"only {killed} of {kills} kills met a running process")
@@ -51,6 +53,11 @@ def test_a_run_killed_on_two_ranks_ends_like_the_one_nobody_touched(tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_killed_thirty_times_ends_like_the_one_nobody_touched(tmp_path, ranks):
     check(tmp_path, ranks=ranks, kills=30)
+
+
+@pytest.mark.slow
+def test_a_run_whose_ranks_share_the_model_ends_like_the_one_nobody_touched(tmp_path):
+    check(tmp_path, ranks=2, kills=10, SHARD="1")
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])

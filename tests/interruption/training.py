@@ -3,7 +3,7 @@
 Usage: python -m tests.interruption.training FOLDER RENDEZVOUS [SECONDS]
 
 With SECONDS an iteration takes at least as long, so that a signal meets it in the middle. The
-environment may give RANK, WORLD_SIZE and MICROBATCH_SIZE.
+environment may give RANK, WORLD_SIZE, MICROBATCH_SIZE, and SHARD, with which ranks share the model.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from diptych.engine import SeededLoader, Trainer, tasks
+from diptych.engine.shards import whole
 from diptych.handlers import (
     CheckpointManager,
     EarlyStopping,
@@ -31,6 +33,7 @@ from diptych.handlers import (
     JsonLines,
     LearningRate,
     RetrievalRecall,
+    WeightAverage,
 )
 from diptych.losses import MoCoLoss
 
@@ -105,7 +108,7 @@ class Order:
         self.seen = state_dict["seen"]
 
 
-def build(folder: Path) -> tuple[Trainer, SeededLoader, nn.Module, Order]:
+def build(folder: Path) -> tuple[Trainer, SeededLoader, Average, Order]:
     """Make the trainer with all its handlers, its loader, the average and the order of samples."""
     torch.manual_seed(0)
     model, loss = Encoder(), MoCoLoss(dim=8, queue_size=20)
@@ -120,9 +123,9 @@ def build(folder: Path) -> tuple[Trainer, SeededLoader, nn.Module, Order]:
         seed=2,
         log_every=3,
         microbatch_size=int(os.environ.get("MICROBATCH_SIZE", "3")),
+        shard=("layers.0", "layers.4") if "SHARD" in os.environ else False,
     )
-    average = EMAHandler(trainer.model, momentum=0.05)
-    average.attach(trainer)
+    average, of_average = averaged(trainer)
     evaluated = SeededLoader(Pairs(), BATCH, seed=9, shuffle=False)
     metrics = [RetrievalRecall(k=(1, 5), output_transform=as_pairs) for _ in range(2)]
     order = Order()
@@ -130,14 +133,28 @@ def build(folder: Path) -> tuple[Trainer, SeededLoader, nn.Module, Order]:
         LearningRate(warmup=5, decay="cosine"),
         GradientClipping(max_norm=1.0),
         Evaluation(evaluated, metrics=metrics[:1]),
-        Evaluation(evaluated, metrics=metrics[1:], prefix="average", model=average.ema_model),
+        Evaluation(evaluated, metrics=metrics[1:], prefix="average", model=of_average),
         EarlyStopping(metric="val/recall@1", patience=50),
         JsonLines(folder),
         order,
         CheckpointManager(folder / "checkpoints", every=2, best="val/recall@1", background=True),
     )
     loader = SeededLoader(Pairs(), BATCH, seed=3, num_workers=2)
-    return trainer, loader, average.ema_model, order
+    return trainer, loader, average, order
+
+
+Average = Callable[[], dict[str, Tensor]]
+
+
+def averaged(trainer: Trainer) -> tuple[Average, nn.Module | None]:
+    """Average the weights; return what gives the average, and Ignite's model of it."""
+    if "SHARD" in os.environ:  # such a model cannot be copied
+        own = WeightAverage(decay=0.95)
+        trainer.attach(own)
+        return own.average_state_dict, None
+    average = EMAHandler(trainer.model, momentum=0.05)
+    average.attach(trainer)
+    return average.ema_model.state_dict, average.ema_model
 
 
 def main() -> None:
@@ -155,8 +172,9 @@ def main() -> None:
     if len(sys.argv) > 3:
         trainer.add_event_handler(Events.ITERATION_STARTED, lambda: time.sleep(float(sys.argv[3])))
     trainer.run(loader, max_epochs=EPOCHS)
-    states = [module.state_dict() for module in (trainer.model, trainer.loss, average)]
-    content = b"".join(value.numpy().tobytes() for state in states for value in state.values())
+    states = [trainer.model.state_dict(), trainer.loss.state_dict(), average()]
+    values = [whole(value) for state in states for value in state.values()]
+    content = b"".join(value.numpy().tobytes() for value in values)
     if int(os.environ.get("RANK", "0")) == 0:
         (folder / "order.json").write_text(json.dumps(order.seen))
         (folder / "digest").write_text(hashlib.sha256(content).hexdigest())
