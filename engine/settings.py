@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import attrs
 import torch
 
-from diptych.engine.compilation import CompileMode
+from diptych.engine.compilation import WITH_CUDA_GRAPHS, CompileMode
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """What the model computes in: float32, or autocast to bfloat16 or float16. Parameters stay as they
@@ -83,7 +83,8 @@ class TrainerSettings:
             modules, or patterns of paths ("image.blocks.*"). Alone it changes nothing.
 
     Raises:
-        ValueError: if a value is outside what is listed, or sharding is to go with fp16.
+        ValueError: if a value is outside what is listed, or sharding is to go with fp16 or CUDA
+            graphs.
     """
 
     precision: Precision = attrs.field(default="fp32", validator=_check_precision)
@@ -102,4 +103,10 @@ class TrainerSettings:
             raise ValueError(
                 "precision of a sharded model must be fp32 or bf16, got 'fp16', whose scaler looks "
                 "at one rank's gradients: take 'bf16'"
+            )
+        if self.shard and self.compile in WITH_CUDA_GRAPHS:
+            raise ValueError(
+                "compile of a sharded model must do without CUDA graphs, got "
+                f"{self.compile!r}, whose parameters would have to stay where they are: take "
+                "compile=True"
             )

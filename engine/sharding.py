@@ -18,8 +18,9 @@ from diptych.engine.units import Place, find_units, places_of_units
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-NEEDED = (2, 7)
-"""The version of torch whose `fully_shard` can leave single parameters whole."""
+NEEDED = (2, 9)
+"""The oldest version of torch that this was seen to be right with: 2.7 adds up over gloo's ranks
+where it should average."""
 
 
 def shard_model(
@@ -59,7 +60,8 @@ def shard_model(
         _renew(optimizer, own)
     for buffer in model.buffers():
         dist.broadcast(buffer.detach(), src=0)
-    vars(model)[ROOT] = root  # not as a part of it
+    for module in (model, bare):  # not as a part of them
+        vars(module)[ROOT] = root
 
 
 def _left_whole(model: nn.Module, loss: nn.Module) -> list[nn.Parameter]:

@@ -26,7 +26,7 @@ from diptych.engine.loop import EventLoop
 from diptych.engine.metrics_collector import MetricsCollector
 from diptych.engine.settings import Precision, TrainerSettings, Units
 from diptych.engine.sharding import shard_model
-from diptych.engine.shards import has_shards
+from diptych.engine.shards import has_shards, is_sharded
 from diptych.engine.step import TrainStep, check_fp16
 from diptych.engine.tasks import Outputs, Task
 from diptych.engine.transform import Transform, placed_transform
@@ -289,13 +289,14 @@ def check_parts(model: nn.Module, loss: nn.Module, optimizer: Optimizer, task: T
     Raises:
         TypeError: naming the part that is something else.
         ValueError: naming the parameters of the loss that the optimizer lacks, or if it holds
-            nothing of the model and the loss at all.
+            nothing of the model and the loss at all; or if the loss holds a share of a parameter.
     """
     _check_kind("model", model, nn.Module)
     _check_kind("loss", loss, nn.Module)
     _check_kind("optimizer", optimizer, Optimizer)
     if not callable(task):
         raise TypeError(f"task must be a function of a model and a batch, got {task!r}")
+    _check_whole(loss)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [n for n, p in _learned(loss) if id(p) not in held]
     if missing:
@@ -314,6 +315,15 @@ def check_parts(model: nn.Module, loss: nn.Module, optimizer: Optimizer, task: T
 def _check_kind(name: str, part: object, kind: type) -> None:
     if not isinstance(part, kind):
         raise TypeError(f"{name} must be a torch {kind.__name__}, got {part!r}")
+
+
+def _check_whole(loss: nn.Module) -> None:
+    shared = [name for name, parameter in loss.named_parameters() if is_sharded(parameter)]
+    if shared:
+        raise ValueError(
+            f"a loss must hold whole parameters, got {', '.join(shared)} of a model that is "
+            "sharded already: build the trainer with a loss that holds them, and they stay whole"
+        )
 
 
 def _learned(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

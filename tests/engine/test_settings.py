@@ -19,6 +19,7 @@ def test_the_defaults_are_plain():
         "compile": False,
         "seed": None,
         "log_every": 50,
+        "shard": False,
     }
 
 

@@ -243,16 +243,20 @@ def refusals() -> list[str]:
     trainer = make_trainer(True, microbatch_size=2)
     share = {k: v[: 9 if dist.get_rank() else 2] for k, v in sharded.all_pairs().items()}
     tell(lambda: trainer.run([share]))
+    late = TokenLoss()
+    late.weight = trainer.model.get_parameter("image.head.weight")
+    tell(lambda: setattr(trainer, "loss", late))
     tell(lambda: certify(make_trainer(True), share, ranks=False))
     tell(lambda: certify.interruption(lambda: (make_trainer(True), sharded.loader())))
     return told
 
 
 def test_what_cannot_be_shared_out_is_refused_on_all_ranks(ranks):
-    for tied, used, few, certificate, interruption in ranks.run(refusals, [()] * 2):
+    for tied, used, few, late, certificate, interruption in ranks.run(refusals, [()] * 2):
         assert "head.weight of no unit, which is blocks.0.weight of blocks.0 too" in tied
         assert "must be new, got one with a state" in used
         assert "a sample for each of 5 pieces of at most 2, got 2 on one" in few
+        assert "must hold whole parameters, got weight of a model that is sharded already" in late
         assert certificate == interruption
         assert "shard=False" in certificate
 
@@ -286,10 +290,15 @@ def test_fp16_is_refused_with_the_way_out():
         TrainerSettings(shard=True, precision="fp16")
 
 
+def test_cuda_graphs_are_refused_with_the_way_out():
+    with pytest.raises(ValueError, match=r"got 'reduce-overhead', .*take compile=True"):
+        TrainerSettings(shard=True, compile="reduce-overhead")
+
+
 def test_an_old_torch_is_named_with_the_version_that_is_needed(monkeypatch):
     from diptych.engine import sharding
 
-    monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
+    monkeypatch.setattr(torch, "__version__", "2.8.0+cu124")
     model = nn.Linear(2, 2)
-    with pytest.raises(RuntimeError, match=r"needs torch >= 2.7, got 2.6.0"):
+    with pytest.raises(RuntimeError, match=r"needs torch >= 2.9, got 2.8.0"):
         sharding.shard_model(model, TokenLoss(), sgd(model), True, torch.device("cpu"))
