@@ -14,6 +14,7 @@ the best of its turns.
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -180,6 +181,7 @@ def loaders(model: str, samples: int, steps: int, workers: Iterable[int]) -> Non
     data = Bytes((WARMUP + steps) * samples)
     for count in workers:
         for prefetch in (False, True):
+            gc.collect()  # a forked worker that tidies up after a dead trainer ends on its tensors
             trainer = made(model, prefetch=prefetch, transform=OnKeys(scaled, "image"))
             waits: list[float] = []
             trainer.attach(Throughput())
