@@ -92,7 +92,11 @@ def write_shares(folder: Path, shares: Shares, group: Any) -> dict[str, Any]:
     writer = ShardWriter(folder)
     # A rank without a row of a tensor has nothing to say of it.
     mesh = _host_mesh(group)
-    tensors = {k: _sharded(part, shape, mesh) for k, (part, shape) in shares.items() if len(part)}
+    tensors = {
+        path: _sharded(part.cpu(), shape, mesh)
+        for path, (part, shape) in shares.items()
+        if len(part)
+    }
     try:
         save(tensors, storage_writer=writer, process_group=group)
     except CheckpointException as error:

@@ -92,6 +92,7 @@ def test_the_record_holds_the_resolved_settings(tmp_path):
         "compile": False,
         "seed": 5,
         "log_every": 4,
+        "shard": False,
         "ranks": 1,
         "max_epochs": 2,
         "max_iters": None,

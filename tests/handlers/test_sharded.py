@@ -85,9 +85,9 @@ def test_a_handler_does_and_publishes_what_it_does_in_one_process(ranks, name):
         assert_equal_runs(found, expected)
 
 
-def guarded(shard: bool, directory: Path | None) -> dict[str, Any]:
-    """Return the weights of a run with one batch that is not finite, and the records of it."""
-    trainer = make_trainer(shard)
+def guarded(shard: bool, directory: Path | None, fused: bool) -> dict[str, Any]:
+    """Return the weights of a run with one batch that is not finite; fused, the device skips it."""
+    trainer = make_trainer(shard, fused=fused)
     guard = LossGuard(directory)
     trainer.attach(guard)
     (batch,) = held_out()
@@ -102,10 +102,10 @@ def replayed(directory: Path, shard: bool) -> list[str]:
     return replay(path, lambda: make_trainer(shard)).differing()
 
 
-@pytest.mark.parametrize("records", [False, True])
-def test_a_batch_that_is_not_finite_is_left_out_and_recorded_whole(ranks, tmp_path, records):
-    expected = guarded(False, None)
-    for found in ranks.run(guarded, [(True, tmp_path if records else None)] * 2):
+@pytest.mark.parametrize(("records", "fused"), [(False, False), (False, True), (True, False)])
+def test_a_batch_that_is_not_finite_is_left_out_and_recorded_whole(ranks, tmp_path, records, fused):
+    expected = guarded(False, None, fused)
+    for found in ranks.run(guarded, [(True, tmp_path if records else None, fused)] * 2):
         assert_equal_runs(found, expected)
         assert found["caught"] == 1
     if records:
