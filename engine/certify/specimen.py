@@ -155,8 +155,8 @@ def check_whole(trainer: Trainer) -> None:
     """
     if has_shards(trainer.model):
         raise ValueError(
-            "a certificate is of a model that this process holds, got one that is sharded: build "
-            "the trainer with shard=False, in one process"
+            "a certificate is of a model that this process holds, got one that is sharded: certify "
+            "it in a process without other ranks, where shard changes nothing"
         )
 
 

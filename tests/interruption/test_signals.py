@@ -38,10 +38,17 @@ def test_a_signal_to_the_process_and_its_workers_saves_and_gives_the_conventiona
     assert finish(tmp_path, 1) == expected
 
 
-def test_two_ranks_of_which_one_is_asked_end_at_one_iteration_with_a_checkpoint(tmp_path):
-    expected = finish(tmp_path / "whole", 2)
+@pytest.mark.parametrize(
+    "environment",
+    [{}, pytest.param({"SHARD": "1"}, marks=pytest.mark.slow)],
+    ids=["whole", "shared"],
+)
+def test_two_ranks_of_which_one_is_asked_end_at_one_iteration_with_a_checkpoint(
+    tmp_path, environment
+):
+    expected = finish(tmp_path / "whole", 2, **environment)
     folder = tmp_path / "asked"
-    processes = start(folder, 2, seconds=0.2)
+    processes = start(folder, 2, seconds=0.2, **environment)
     wait_for_a_save(folder, processes)
     processes[1].send_signal(signal.SIGTERM)
     time.sleep(0.1)
@@ -49,7 +56,7 @@ def test_two_ranks_of_which_one_is_asked_end_at_one_iteration_with_a_checkpoint(
     assert codes(processes) == [143, 143]
     assert "signal 15: the run ends here" in (folder / "errors-0").read_text()
     assert "Traceback" not in (folder / "errors-1").read_text()
-    assert finish(folder, 2) == expected
+    assert finish(folder, 2, **environment) == expected
 
 
 def test_a_second_process_on_the_folder_is_refused(tmp_path):
