@@ -66,7 +66,8 @@ class ModalityBalancing:
     Event: `StepEvents.GRADIENTS_READY`. Attach it after `LossGuard`, before `GradientClipping`.
     Cost: one pass over the gradients for the norms and one over the two components to scale them,
         a dozen operations on scalars; no synchronisation, no collective: over ranks gradients are
-        averaged already, and all ranks come to the same scales.
+        averaged already, and all ranks come to the same scales. Of a sharded model one all-reduce,
+        of a number for each parameter.
 
     Args:
         components: names, or a mapping of names to paths, of two components; see `Components`.

@@ -65,7 +65,8 @@ class CheckpointManager:
     a run failed, the run ends with the error.
 
     Over several ranks rank 0 writes, all read, and all resume from the same checkpoint: the folder
-    must be one that all can see. The states of handlers are rank 0's.
+    must be one that all can see. The states of handlers are rank 0's. Of a sharded model each rank
+    writes its share, into a folder beside the file; any number of ranks can resume it.
 
     Event: `RunEvents.SAFE_POINT` (saves), `RunEvents.RESTORE` (resumes); `COMPLETED`, `TERMINATE`
         and `INTERRUPT` for the end. Fires `RunEvents.SAVED`.

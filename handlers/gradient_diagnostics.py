@@ -52,7 +52,8 @@ class GradientDiagnostics:
     Event: `StepEvents.GRADIENTS_READY`, `StepEvents.OPTIMIZER_STEPPED`, every `every` iterations.
     Cost: at these iterations one pass over the gradients and, for the updates, three over the
         weights and a copy of them for the length of the update; no synchronisation. On the emoji
-        model under 1 % of the time of training.
+        model under 1 % of the time of training. Of a sharded model three all-reduces, of a number
+        for each parameter.
 
     Args:
         every: iterations between two looks, >= 1.

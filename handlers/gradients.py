@@ -28,7 +28,8 @@ class GradientClipping:
     norm before both, published each iteration.
 
     Event: `StepEvents.GRADIENTS_READY`.
-    Cost: one pass over the gradients for the norm and one for each bound; no synchronisation.
+    Cost: one pass over the gradients for the norm and one for each bound; no synchronisation. Of a
+        sharded model one all-reduce, of a number for each parameter.
 
     Args:
         max_norm: > 0; None leaves the norm.
