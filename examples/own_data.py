@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import attrs
+import numpy as np
 import torch
 from ignite import distributed as idist
 from PIL import Image, ImageOps
@@ -46,7 +48,10 @@ from examples.emoji.text import tokenize
 SIZES = (32, 64)
 SHOWN = 5  # lines of a report, for each kind of problem
 MISSING, UNREADABLE = "the file is missing", "the file is no image that can be read"
+NO_BYTES = "the image holds numbers of more than 16 bits, which are no colours"
 NO_IMAGE, NO_CAPTION = "no image is named", "the caption is empty"
+TOO_LONG = "the row is longer than the first one: a caption with commas needs quotes around it"
+SEPARATORS = (",", ";", "\t")
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -79,6 +84,23 @@ class Problem:
     detail: str
 
 
+@attrs.frozen
+class Row:
+    """A row of the CSV.
+
+    Attributes:
+        line: on which it ends.
+        image: the name of the file.
+        caption: of the image.
+        more: what stands behind the last column.
+    """
+
+    line: int
+    image: str
+    caption: str
+    more: str
+
+
 def read_pairs(
     images: Path, captions: Path, *, columns: tuple[str, str] = ("image", "caption"), size: int = 32
 ) -> tuple[list[Pair], list[Problem]]:
@@ -86,7 +108,8 @@ def read_pairs(
 
     Args:
         images: the folder that the names are below.
-        captions: the CSV, in UTF-8, whose first row names the columns.
+        captions: the CSV, in UTF-8, whose first row names the columns; semicolons or tabs may
+            stand between them in place of commas.
         columns: the names of the images' column and of the captions'.
         size: of the images' sides; what does not fit a square is cut off at both ends.
 
@@ -94,7 +117,8 @@ def read_pairs(
         The pairs in the order of their rows, and what cannot be used.
 
     Raises:
-        SystemExit: if the folder, the file or a column is not there, or the file is no UTF-8.
+        SystemExit: if the folder, the file or a column is not there, or the file is no CSV in
+            UTF-8.
     """
     if not images.is_dir():
         raise SystemExit(f"--images must be a folder, got {images}, which is none")
@@ -103,39 +127,65 @@ def read_pairs(
     pairs: list[Pair] = []
     problems: list[Problem] = []
     decoded: dict[str, Tensor | str] = {}
-    with captions.open(encoding="utf-8-sig", newline="") as file:
-        for line, name, caption in _rows(file, columns):
-            if name and name not in decoded:
-                decoded[name] = _decode(images / name, size)
-            image: Tensor | str = decoded[name] if name else NO_IMAGE
-            text = tokenize(caption)
-            if isinstance(image, str):
-                problems.append(Problem(line, image, name))
-            elif not len(text):
-                problems.append(Problem(line, NO_CAPTION, f"{name}: {caption!r}"))
-            else:
-                pairs.append(Pair(name=name, image=image, text=text))
+    for row in _rows(captions, columns):
+        name = row.image
+        if name and name not in decoded:
+            decoded[name] = _decode(images / name, size)
+        image: Tensor | str = decoded[name] if name else NO_IMAGE
+        text = tokenize(row.caption)
+        if row.more:
+            problems.append(Problem(row.line, TOO_LONG, f"{name}: {row.caption!r}, {row.more!r}"))
+        elif isinstance(image, str):
+            problems.append(Problem(row.line, image, name))
+        elif not len(text):
+            problems.append(Problem(row.line, NO_CAPTION, f"{name}: {row.caption!r}"))
+        else:
+            pairs.append(Pair(name=name, image=image, text=text))
     return pairs, problems
 
 
-def _rows(file: TextIO, columns: tuple[str, str]) -> Iterator[tuple[int, str, str]]:
-    rows = csv.DictReader(file)
-    try:
-        there = list(rows.fieldnames or ())
-        if not set(columns) <= set(there):
-            raise SystemExit(
-                f"{file.name} must have the columns {columns[0]!r} and {columns[1]!r}, got "
-                f"{', '.join(map(repr, there)) or 'an empty file'}: name yours with --image-column "
-                "and --caption-column"
-            )
-        for row in rows:
-            image, caption = (row[column] or "" for column in columns)
-            yield rows.line_num, image.strip(), caption.strip()
-    except UnicodeDecodeError as error:
+def _rows(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
+    text = _text(path)
+    separator = _separator(text, columns)
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    there = list(rows.fieldnames or ())
+    if not set(columns) <= set(there):
         raise SystemExit(
-            f"{file.name} must be in UTF-8, got other bytes behind line {rows.line_num}: save it "
-            "as UTF-8"
+            f"{path} must have the columns {columns[0]!r} and {columns[1]!r}, got "
+            f"{', '.join(map(repr, there)) or 'an empty file'}: name yours with --image-column "
+            "and --caption-column"
+        )
+    begin = 2
+    try:
+        for row in rows:
+            image, caption = ((row[column] or "").strip() for column in columns)
+            yield Row(rows.line_num, image, caption, ", ".join(row.get(None) or ()))  # type: ignore[call-overload]
+            begin = rows.line_num + 1
+    except csv.Error as error:
+        raise SystemExit(
+            f"{path} must be a CSV, got a row from line {begin} that is none ({error}): look for a "
+            "quotation mark without its partner"
         ) from error
+
+
+def _text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise SystemExit(
+            f"{path} must be in UTF-8, got other bytes on line {line}: save it as UTF-8"
+        ) from error
+
+
+def _separator(text: str, columns: tuple[str, str]) -> str:
+    """Return what stands between the columns, by the first line."""
+    first = text.splitlines()[:1]
+    for separator in SEPARATORS:
+        if set(columns) <= set(next(csv.reader(first, delimiter=separator), ())):
+            return separator
+    return SEPARATORS[0]
 
 
 def _decode(path: Path, size: int) -> Tensor | str:
@@ -145,6 +195,11 @@ def _decode(path: Path, size: int) -> Tensor | str:
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
+            if image.mode[0] in "IF":  # one number a pixel, which Pillow cuts off at 255
+                numbers = np.asarray(image)
+                if image.mode == "F" or numbers.min() < 0 or numbers.max() > 65_535:
+                    return NO_BYTES
+                image = Image.fromarray((numbers // 257).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

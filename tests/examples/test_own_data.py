@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -155,8 +156,61 @@ def test_a_csv_in_another_encoding_says_so(images, tmp_path):
     path = tmp_path / "latin.csv"
     path.write_bytes("image,caption\nred.png,caf\xe9\n".encode("latin-1"))
 
-    with pytest.raises(SystemExit, match="must be in UTF-8"):
+    with pytest.raises(SystemExit, match="must be in UTF-8, got other bytes on line 2: save"):
         read_pairs(images, path)
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_other_separators_and_a_byte_order_mark_are_read(images, tmp_path, separator):
+    path = tmp_path / "excel.csv"
+    lines = ["image,caption", "red.png,a red square", "blue.png,a blue one"]
+    path.write_text("\r\n".join(lines).replace(",", separator), encoding="utf-8-sig")
+
+    pairs, problems = read_pairs(images, path)
+
+    assert ([pair.name for pair in pairs], problems) == (["red.png", "blue.png"], [])
+
+
+def test_a_caption_with_commas_and_no_quotes_is_not_cut_short(images, tmp_path):
+    path = tmp_path / "commas.csv"
+    path.write_text('image,caption\nred.png,"red, and square"\nred.png,red, square, big\n')
+
+    pairs, problems = read_pairs(images, path)
+
+    assert len(pairs) == 1
+    assert problem_report(problems, len(pairs)).splitlines()[1:] == [
+        f"  1: {own_data.TOO_LONG}",
+        "      line 3: red.png: 'red', ' square,  big'",
+    ]
+
+
+def test_a_quotation_mark_without_its_partner_swallows_no_rows(images, tmp_path):
+    path = tmp_path / "quote.csv"
+    path.write_text('image,caption\nred.png,red\nblue.png,"blue\ngreen.png,green\n')
+
+    with pytest.raises(SystemExit, match=r"from line 3 .*a quotation mark without its partner"):
+        read_pairs(images, path)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_images_of_16_bits_keep_their_shades(images, tmp_path, suffix):
+    shades = np.linspace(0, 65_535, 32 * 32).astype(np.uint16).reshape(32, 32)
+    Image.fromarray(shades).save(images / f"deep.{suffix}")
+    rows = [("image", "caption"), (f"deep.{suffix}", "shades")]
+
+    ((pair,), problems) = read_pairs(images, write_csv(tmp_path / "deep.csv", rows))
+
+    assert problems == []
+    assert pair.image[0].tolist() == (shades // 257).tolist()
+
+
+def test_an_image_of_measurements_is_none_of_colours(images, tmp_path):
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(images / "depth.tif")
+    rows = [("image", "caption"), ("depth.tif", "x")]
+
+    pairs, problems = read_pairs(images, write_csv(tmp_path / "depth.csv", rows))
+
+    assert (pairs, [problem.kind for problem in problems]) == ([], [own_data.NO_BYTES])
 
 
 def test_images_are_squares_of_colours_and_transparent_ones_lie_on_white(images, tmp_path):
