@@ -129,14 +129,21 @@ def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
 
 
 def _named(metrics: Metrics) -> dict[str, Metric]:
+    if isinstance(metrics, Metric) or not isinstance(metrics, Iterable):
+        # Ignite's metrics can be indexed with anything, and so iterated without end.
+        raise TypeError(
+            f"metrics must be a sequence or a mapping of metrics, got {metrics!r}: write "
+            "metrics=[...]"
+        )
     if isinstance(metrics, Mapping):
         named = list(metrics.items())
     else:
         named = [(_snake_case(type(metric).__name__), metric) for metric in metrics]
-    for name, metric in named:
+    for _, metric in named:
         if not isinstance(metric, Metric):
             raise TypeError(
-                f"a metric must be an ignite.metrics.Metric, got {metric!r} for {name!r}"
+                f"a metric must be an ignite.metrics.Metric, got {metric!r}"
+                + (f": call it, {metric.__name__}()" if isinstance(metric, type) else "")
             )
     _check_names([name for name, _ in named])
     return dict(named)

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
 from typing import Any
 
 from ignite.engine import Engine, Events, State
@@ -367,5 +368,7 @@ def _check_limits(
         )
     limits = {"max_epochs": max_epochs, "max_iters": max_iters, "epoch_length": epoch_length}
     for name, value in limits.items():
+        if value is not None and not isinstance(value, Integral):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
         if value is not None and value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")

@@ -201,7 +201,7 @@ class Classification(KeyedTask):
     def __call__(self, model: nn.Module, batch: Any, /) -> Outputs:
         """Return logits and labels."""
         logits = _tensor(model(self.part(batch, "image")), "classification")
-        return {"logits": logits, "labels": self.part(batch, "label")}
+        return {"logits": logits, "labels": _numbers(self.part(batch, "label"), "labels")}
 
 
 @attrs.frozen(kw_only=True)
@@ -220,8 +220,17 @@ class NextToken(KeyedTask):
         return {"logits": logits[:, :-1], "labels": tokens[:, 1:]}
 
 
-def _with_groups(outputs: Outputs, groups: Tensor | None) -> Outputs:
-    return outputs if groups is None else {**outputs, "groups": groups}
+def _with_groups(outputs: Outputs, groups: Any) -> Outputs:
+    return outputs if groups is None else {**outputs, "groups": _numbers(groups, "groups")}
+
+
+def _numbers(value: Any, name: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise BatchError(
+            f"{name} must be a tensor of integers, one for each sample, got a "
+            f"{type(value).__name__}: number them, and give torch.tensor(numbers)"
+        )
+    return value
 
 
 def _tensor(output: Any, task: str) -> Tensor:

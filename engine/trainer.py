@@ -200,8 +200,8 @@ class Trainer(EventLoop):
         for handler in handlers:
             if isinstance(handler, type) or not isinstance(handler, Handler):
                 raise TypeError(
-                    f"a handler must be an object with attach(trainer), got {handler!r}; for a "
-                    "plain function use trainer.add_event_handler(event, function)"
+                    f"a handler must be an object with attach(trainer), got {handler!r}; "
+                    f"{_way_to_attach(handler)}"
                 )
         for handler in handlers:
             handler.attach(self)
@@ -328,3 +328,12 @@ def _check_whole(loss: nn.Module) -> None:
 
 def _learned(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+
+
+def _way_to_attach(handler: object) -> str:
+    """Say what to do with something that is no handler."""
+    if isinstance(handler, type):
+        return f"make one of the class: {handler.__name__}(...)"
+    if isinstance(handler, (list, tuple)):
+        return "several are given one by one: trainer.attach(*handlers)"
+    return "for a plain function use trainer.add_event_handler(event, function)"

@@ -12,6 +12,8 @@ from typing import Any
 from tensorboard.compat.proto.event_pb2 import Event
 from torch.utils.tensorboard import FileWriter, RecordWriter, SummaryWriter
 
+from diptych.handlers.folders import make_folder
+
 _count = itertools.count()
 
 
@@ -23,7 +25,7 @@ class EventFile:
     """
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         # TensorBoard reads the files of a folder in the order of their names.
         place = f"{socket.gethostname()}.{os.getpid()}.{next(_count):06}"
         self._directory = directory

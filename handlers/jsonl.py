@@ -16,6 +16,7 @@ from diptych.engine.distributed import rank
 from diptych.engine.errors import ResumeError
 from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.engine.metrics_collector import Record
+from diptych.handlers.folders import make_folder
 
 if TYPE_CHECKING:
     from diptych.engine import Trainer
@@ -89,7 +90,7 @@ class JsonLines:
 
     def _start(self, trainer: Trainer) -> None:
         self._close()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         sizes = self._resumed_sizes
         if sizes is not None:
             self._waiting.clear()  # the run that is continued has logged its start already

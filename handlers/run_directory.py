@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diptych.engine.distributed import rank, world_size
+from diptych.handlers.folders import make_folder
 from diptych.handlers.jsonl import json_number
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class RunRecord:
             trainer.add_event_handler(Events.STARTED, self._write)
 
     def _write(self, trainer: Trainer) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_folder(self.directory)
         path = self.directory / "settings.json"
         unfinished = path.with_suffix(".json.unfinished")
         with unfinished.open("w", encoding="utf-8") as file:

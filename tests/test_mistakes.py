@@ -15,7 +15,9 @@ from diptych.handlers import (
     CheckpointManager,
     EarlyStopping,
     Evaluation,
+    JsonLines,
     RetrievalRecall,
+    TensorBoard,
     default_handlers,
 )
 from diptych.losses import CLIPLoss, get_loss
@@ -69,6 +71,12 @@ def folder_that_is_a_file(folder: Path) -> None:
     trainer().attach(*default_handlers(folder / "runs" / "a")).run([BATCH])
 
 
+def file_in(folder: Path) -> Path:
+    path = folder / "a_file"
+    path.write_text("not a folder")
+    return path
+
+
 def patience_for_nothing(_: Path) -> None:
     trainer().attach(EarlyStopping(metric="val/nothing", patience=1)).run([BATCH])
 
@@ -112,6 +120,53 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a handler without attach": (
         lambda _: trainer().attach(print),
         ["attach(trainer)", "print", "trainer.add_event_handler(event, function)"],
+    ),
+    "a metric that is not in a list": (
+        lambda _: trainer().attach(Evaluation([BATCH], metrics=RetrievalRecall())).run([BATCH]),
+        ["metrics must be a sequence or a mapping", "RetrievalRecall", "metrics=[...]"],
+    ),
+    "a metric's class": (
+        lambda _: trainer().attach(Evaluation([BATCH], metrics=[RetrievalRecall])).run([BATCH]),
+        ["a metric must be", "call it, RetrievalRecall()"],
+    ),
+    "a best metric without its prefix": (
+        lambda folder: (
+            trainer()
+            .attach(
+                Evaluation([BATCH], metrics=[RetrievalRecall(k=(1,))]),
+                CheckpointManager(folder, best="recall@1"),
+            )
+            .run([BATCH])
+        ),
+        ["'recall@1'", "val/recall@1"],
+    ),
+    "groups that are names": (
+        lambda _: run({**BATCH, "group": ["a", "b", "c", "d"]}),
+        ["groups must be a tensor of integers", "a list", "number them"],
+    ),
+    "labels that are names": (
+        lambda _: tasks.classification(nn.Linear(3, 2), {"image": torch.ones(1, 3), "label": "a"}),
+        ["labels must be a tensor of integers", "got a str"],
+    ),
+    "epochs as a text": (
+        lambda _: trainer().run([BATCH], max_epochs="3"),
+        ["max_epochs must be a whole number, got '3'"],
+    ),
+    "a handler's class": (
+        lambda _: trainer().attach(EarlyStopping),
+        ["attach(trainer)", "make one of the class: EarlyStopping(...)"],
+    ),
+    "a list of handlers": (
+        lambda folder: trainer().attach(default_handlers(folder)),
+        ["attach(trainer)", "trainer.attach(*handlers)"],
+    ),
+    "TensorBoard on a file": (
+        lambda folder: trainer().attach(TensorBoard(file_in(folder))).run([BATCH]),
+        ["a_file cannot be made: File exists; give another folder"],
+    ),
+    "JSON lines below a file": (
+        lambda folder: trainer().attach(JsonLines(file_in(folder) / "run")).run([BATCH]),
+        ["a_file/run cannot be made: Not a directory; give another folder"],
     ),
     "a model that returns one feature": (
         lambda _: run(BATCH, OneFeature()),
