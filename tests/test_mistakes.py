@@ -101,7 +101,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "a metric to stop by that nobody publishes": (
         patience_for_nothing,
-        ["metric must be one that the run publishes", "'val/nothing'", "train/loss"],
+        ["metric must be a metric that the run publishes", "'val/nothing'", "train/loss"],
     ),
     "an empty loader": (
         lambda _: trainer().run([]),
