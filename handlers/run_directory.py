@@ -118,9 +118,16 @@ def versions() -> dict[str, str | None]:
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
         "ignite": ignite.__version__,
-        "diptych": importlib.metadata.version("diptych"),
+        "diptych": _own_version(),
         "platform": platform.platform(),
     }
+
+
+def _own_version() -> str | None:
+    try:
+        return importlib.metadata.version("diptych")
+    except importlib.metadata.PackageNotFoundError:  # its folders are on the path, not installed
+        return None
 
 
 def parameter_counts(module: nn.Module) -> dict[str, Any]:

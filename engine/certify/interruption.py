@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
 from diptych.engine.certify.specimen import check_whole
@@ -106,7 +106,17 @@ def _interrupted(
     """Run a training up to an interruption; return it, and its state as a file would give it."""
     set_random_state(start)
     trainer, loader = build()
-    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=at), trainer.terminate)
+
+    def stop(_: Engine) -> None:
+        if trainer.state.iteration == at:
+            trainer.terminate()
+
+    def stop_inside_an_epoch(engine: Engine) -> None:
+        if trainer.epoch_iteration != trainer.state.epoch_length:
+            stop(engine)
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, stop_inside_an_epoch)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, stop)
     trainer.run(loader, max_iters=steps)
     if trainer.epoch_iteration and trainer.batches.position() is None:
         raise ResumeError(

@@ -73,6 +73,7 @@ def test_a_second_process_on_the_folder_is_refused(tmp_path):
 def test_all_ranks_are_refused_where_one_is(tmp_path):
     (tmp_path / "checkpoints").write_text("in the way of the folder")
     processes = start(tmp_path, 2)
-    assert codes(processes) == [1, 1]
+    # Not always 1: torch may abort a process whose peers have gone while it leaves.
+    assert 0 not in codes(processes)
     for rank in range(2):
         assert "checkpoints cannot be written" in (tmp_path / f"errors-{rank}").read_text()

@@ -124,6 +124,14 @@ def test_a_loader_without_a_position_is_told_apart():
         certify.interruption(lambda: build(loader=DataLoader(data(), 4)))
 
 
+def test_a_loader_without_a_position_passes_at_the_end_of_an_epoch():
+    def plain():
+        inputs, labels = data().tensors
+        return build(loader=DataLoader(TensorDataset(inputs, labels), 4))
+
+    assert certify.interruption(plain, steps=10, at=6).passed
+
+
 def test_the_generators_of_the_caller_are_left_alone():
     before = torch.get_rng_state()
     certify.interruption(build, steps=3, at=1)
