@@ -9,6 +9,7 @@ import attrs
 from ignite.engine import Engine
 
 from diptych.engine.listener import Listener
+from diptych.engine.whole_numbers import is_whole
 
 
 @attrs.define(eq=False)
@@ -43,7 +44,7 @@ class Periodic:
         Raises:
             ValueError: if the period is no whole number of at least 1.
         """
-        if isinstance(period, bool) or not isinstance(period, int) or period < 1:
+        if not is_whole(period):
             raise ValueError(f"period must be a whole number of iterations >= 1, got {period!r}")
         self._entries.append(_Entry(period, Listener(self._event, handler, period=period)))
         self._due = 0

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from diptych.engine.distributed import rank, world_size
 from diptych.engine.errors import CheckpointError
+from diptych.engine.plain_state import plain_state
 from diptych.engine.random_state import (
     preserved_random_state,
     random_state,
@@ -41,14 +42,18 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
     copies. Over several ranks it is collective: random states, metrics and the place in the data
     are those of all ranks, the handlers' states are this rank's. Of what is sharded this rank has
     its share.
+
+    Raises:
+        CheckpointError: naming a value that no checkpoint can hold.
     """
     with preserved_random_state():  # some loaders draw when they are asked where they stand
         place = trainer.batches.place()
-    return {
+    state = {
         "format": FORMAT,
         "model": clean_state_dict(trainer.model),
         "loss": clean_state_dict(trainer.loss),
         "optimizer": trainer.optimizer.state_dict(),
+        "parameters": parameter_names(trainer),
         "scaler": None if trainer.scaler is None else trainer.scaler.state_dict(),
         "skipped_steps": trainer.skipped_steps,
         "trainer": dict(trainer.state_dict()),
@@ -59,6 +64,7 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
         "data": _of_all_ranks(place),
         "fingerprint": fingerprint(trainer),
     }
+    return dict(plain_state(state))
 
 
 def load_run_state(trainer: Trainer, state: Mapping[str, Any]) -> None:
@@ -208,7 +214,7 @@ def _check(trainer: Trainer, state: Mapping[str, Any], handlers: Mapping[str, An
         )
     for part, module in (("model", trainer.model), ("loss", trainer.loss)):
         _check_keys(part, state[part], clean_state_dict(module))
-    _check_optimizer(trainer.optimizer, state)
+    _check_optimizer(trainer, state)
     _check_handlers(state["handlers"], handlers)
 
 
@@ -249,8 +255,31 @@ def _flat(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+def named_parameters(model: nn.Module, loss: nn.Module | None) -> dict[str, nn.Parameter]:
+    """Return the model's parameters by name, then the loss's by "loss." and name, each once."""
+    pairs = list(unwrapped(model).named_parameters())
+    if loss is not None:
+        pairs += [(f"loss.{name}", p) for name, p in unwrapped(loss).named_parameters()]
+    named: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for name, parameter in pairs:
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            named[name.replace("_orig_mod.", "")] = parameter
+    return named
+
+
+def parameter_names(trainer: Trainer) -> list[list[str]]:
+    """Return the names of the optimizer's parameters by group, "" for what is of neither module."""
+    named = named_parameters(trainer.model, trainer.loss)
+    names = {id(parameter): name for name, parameter in named.items()}
+    groups = trainer.optimizer.param_groups
+    return [[names.get(id(p), "") for p in group["params"]] for group in groups]
+
+
+def _check_optimizer(trainer: Trainer, state: Mapping[str, Any]) -> None:
     """Check what the optimizer itself would notice too late, or not at all."""
+    optimizer = trainer.optimizer
     here, saved = type(optimizer).__name__, state["fingerprint"].get("optimizer")
     if saved not in {None, here}:
         raise CheckpointError(f"the checkpoint is of another optimizer: of {saved}, not of {here}")
@@ -263,6 +292,14 @@ def _check_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
             f"the checkpoint is of another optimizer: its groups have {groups[0]} parameters, "
             f"and those here {groups[1]}"
         )
+    held = parameter_names(trainer)
+    for number, (there, own) in enumerate(zip(state.get("parameters", held), held, strict=True)):
+        other = next((pair for pair in zip(there, own, strict=True) if pair[0] != pair[1]), None)
+        if other is not None:
+            raise CheckpointError(
+                "the checkpoint's optimizer holds its parameters in another order: in group "
+                f"{number} it has {other[0]} where {other[1]} is here, which would get its state"
+            )
 
 
 def _check_keys(part: str, saved: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> None:

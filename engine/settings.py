@@ -9,6 +9,7 @@ import attrs
 import torch
 
 from diptych.engine.compilation import WITH_CUDA_GRAPHS, CompileMode
+from diptych.engine.whole_numbers import whole_number
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """What the model computes in: float32, or autocast to bfloat16 or float16. Parameters stay as they
@@ -23,11 +24,6 @@ def _check_precision(_: Any, __: attrs.Attribute[str], value: object) -> None:
         raise ValueError(
             f"precision must be one of {', '.join(get_args(Precision))}, got {value!r}"
         )
-
-
-def _at_least_one(_: Any, attribute: attrs.Attribute[Any], value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{attribute.name} must be a whole number >= 1, got {value!r}")
 
 
 def _check_seed(_: Any, __: attrs.Attribute[Any], value: object) -> None:
@@ -89,13 +85,13 @@ class TrainerSettings:
 
     precision: Precision = attrs.field(default="fp32", validator=_check_precision)
     microbatch_size: int | None = attrs.field(
-        default=None, validator=attrs.validators.optional(_at_least_one)
+        default=None, validator=attrs.validators.optional(whole_number())
     )
     device: torch.device | None = attrs.field(default=None, converter=_as_device)
     prefetch: bool = attrs.field(default=True, validator=attrs.validators.instance_of(bool))
     compile: bool | CompileMode = attrs.field(default=False, validator=_check_compile)
     seed: int | None = attrs.field(default=None, validator=attrs.validators.optional(_check_seed))
-    log_every: int = attrs.field(default=50, validator=_at_least_one)
+    log_every: int = attrs.field(default=50, validator=whole_number())
     shard: Units = attrs.field(default=False, converter=_as_units, validator=_check_shard)
 
     def __attrs_post_init__(self) -> None:

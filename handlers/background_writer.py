@@ -35,6 +35,9 @@ class BackgroundWriter:
             self._job.set_result(None)
         except CheckpointError as error:
             self._job.set_exception(error)
+        except BaseException:  # the caller has it: nobody is to wait for the outcome
+            self._job = None
+            raise
 
     def wait(self) -> None:
         """Wait for the job that runs, without raising its error."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diptych.engine import StepEvents, Trainer
 from diptych.engine.shards import local_parts
+from diptych.engine.whole_numbers import whole_number
 from diptych.handlers.components import Components, find_components
 from diptych.handlers.gradient_norms import norm_of, shared_norms
 from diptych.handlers.gradients import GradientClipping
@@ -36,11 +37,6 @@ def _check_scale(_: Any, __: attrs.Attribute[float], value: float) -> None:
 def _check_smoothing(_: Any, __: attrs.Attribute[float], value: float) -> None:
     if not 0 <= value < 1:
         raise ValueError(f"smoothing must lie in [0, 1), got {value!r}")
-
-
-def _check_warmup(_: Any, __: attrs.Attribute[int], value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"warmup must be a whole number of iterations >= 0, got {value!r}")
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -87,7 +83,7 @@ class ModalityBalancing:
     ratio: float = attrs.field(default=1.0, validator=_check_ratio)
     max_scale: float = attrs.field(default=4.0, validator=_check_scale)
     smoothing: float = attrs.field(default=0.95, validator=_check_smoothing)
-    warmup: int = attrs.field(default=200, validator=_check_warmup)
+    warmup: int = attrs.field(default=200, validator=whole_number(0, of="iterations"))
     _members: dict[str, set[int]] = attrs.field(factory=dict, init=False, repr=False)
     # Sums of logarithms and of weights, so that the first iterations count for what they are.
     _sum: Tensor = attrs.field(factory=lambda: torch.zeros(()), init=False, repr=False)

@@ -8,28 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 from ignite.engine import Events
 
+from diptych.engine.whole_numbers import is_whole
+
 if TYPE_CHECKING:
     from diptych.engine import Trainer
-
-
-def check_iterations(_: Any, __: attrs.Attribute[int], every: object) -> None:
-    """Check a number of iterations; an attrs validator.
-
-    Raises:
-        ValueError: if it is no whole number of at least 1.
-    """
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be a whole number of iterations >= 1, got {every!r}")
-
-
-def check_epochs(_: Any, __: attrs.Attribute[int], every: object) -> None:
-    """Check a number of epochs; an attrs validator.
-
-    Raises:
-        ValueError: if it is no whole number of at least 1.
-    """
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be a whole number of epochs >= 1, got {every!r}")
 
 
 def check_every(_: Any, __: attrs.Attribute[Any], every: object) -> None:
@@ -38,8 +20,7 @@ def check_every(_: Any, __: attrs.Attribute[Any], every: object) -> None:
     Raises:
         ValueError: if it is neither.
     """
-    whole = isinstance(every, int) and not isinstance(every, bool) and every >= 1
-    if every != "epoch" and not whole:
+    if every != "epoch" and not is_whole(every):
         raise ValueError(f"every must be 'epoch' or a number of iterations >= 1, got {every!r}")
 
 

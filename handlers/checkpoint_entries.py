@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 import attrs
 
+AGAIN = "_again.pt"
+"""Ends the file's name where a checkpoint of the plain name stands while it is written anew."""
+
 
 @attrs.frozen(kw_only=True)
 class Entry:
@@ -40,6 +43,11 @@ class Entry:
     shards: str = ""
 
     @property
+    def name(self) -> str:
+        """What it is called, whichever of its two names its file has."""
+        return self.file.replace(AGAIN, ".pt")
+
+    @property
     def names(self) -> set[str]:
         """What belongs to it in the folder."""
         return {self.file, self.shards} - {""}
@@ -52,14 +60,14 @@ def entry_from(listed: Mapping[str, Any]) -> Entry:
 
 
 def added(entries: Iterable[Entry], entry: Entry) -> list[Entry]:
-    """Return the entries with a new one, which replaces that of its file.
+    """Return the entries with a new one, which replaces that of its name.
 
     A run that saves an earlier iteration than the folder holds has gone back: what lies ahead of
     it is of a future that it has left, and no run goes on from there.
     """
     kept: list[Entry] = []
     for other in entries:
-        if other.file == entry.file:
+        if other.name == entry.name:
             entry = attrs.evolve(entry, by_hand=entry.by_hand or other.by_hand)
         elif other.iteration > entry.iteration and not entry.by_hand:
             kept.append(attrs.evolve(other, resumable=False))

@@ -19,11 +19,13 @@ from diptych.engine.errors import CheckpointError, ResumeError
 from diptych.engine.events import RunEvents
 from diptych.engine.run_state import load_run_state, run_state
 from diptych.engine.shards import has_shards
+from diptych.engine.whole_numbers import is_whole, whole_number
 from diptych.handlers.agreement import LaggedMaximum, on_all_ranks, on_rank_zero
 from diptych.handlers.checkpoint_entries import Entry, Ranking, resumable
 from diptych.handlers.checkpoint_resume import read_latest, refuse_to_mix
 from diptych.handlers.checkpoint_store import SUFFIX, CheckpointStore
 from diptych.handlers.checkpoint_writer import CheckpointWriter
+from diptych.handlers.evaluation import average_scored
 from diptych.handlers.export import check_can_export
 from diptych.handlers.run_lock import RunLock
 from diptych.handlers.run_progress import is_over, place_is_lost, published, unpublished
@@ -36,9 +38,8 @@ logger = logging.getLogger(__name__)
 
 
 def _check_every(_: Any, __: attrs.Attribute[Any], value: object) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     long = isinstance(value, timedelta) and value > timedelta()
-    if value != "epoch" and not whole and not long:
+    if value != "epoch" and not is_whole(value) and not long:
         raise ValueError(
             f"every must be 'epoch', a number of iterations >= 1 or a timedelta, got {value!r}"
         )
@@ -94,8 +95,10 @@ class CheckpointManager:
             `model.safetensors`, the weights alone. Needs the extra `safetensors`.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError, TypeError: if an argument is out of range, or something else.
         ImportError: if `export` is asked for without the extra.
+        ValueError: when the run starts, if `export` would write the trained weights, and `best` is
+            a score of averaged ones.
         CheckpointError: while running: see `save_checkpoint` and `load_checkpoint`.
     """
 
@@ -107,8 +110,16 @@ class CheckpointManager:
     mode: Literal["max", "min"] = attrs.field(
         default="max", validator=attrs.validators.in_(("max", "min")), kw_only=True
     )
-    keep: int = attrs.field(default=3, validator=attrs.validators.ge(1), kw_only=True)
-    resume: Path | str | None = attrs.field(default="auto", kw_only=True)
+    keep: int = attrs.field(
+        default=3,
+        validator=whole_number(of="checkpoints"),
+        kw_only=True,
+    )
+    resume: Path | str | None = attrs.field(
+        default="auto",
+        validator=attrs.validators.instance_of((str, Path, type(None))),
+        kw_only=True,
+    )
     background: bool = attrs.field(default=False, kw_only=True)
     export: bool = attrs.field(default=False, kw_only=True)
     _trainer: Trainer | None = attrs.field(default=None, init=False, repr=False)
@@ -167,12 +178,11 @@ class CheckpointManager:
             CheckpointError: if nothing is attached yet, or the file cannot be written; the
                 checkpoints before it stand.
         """
-        path = self._submit(epoch, metrics, by_hand=True)
-        on_rank_zero(self._writer.end)
-        return path
+        self._submit(epoch, metrics, by_hand=True)
+        return self.directory / on_rank_zero(self._writer.end)
 
-    def _submit(self, epoch: int, metrics: Mapping[str, float], *, by_hand: bool) -> Path:
-        """Give a save to the writer; return the file that it makes."""
+    def _submit(self, epoch: int, metrics: Mapping[str, float], *, by_hand: bool) -> None:
+        """Give a save to the writer."""
         trainer = self._attached()
         state = {**run_state(trainer), "saved": {"epoch": epoch, "metrics": dict(metrics)}}
         inside = f"_iteration_{trainer.state.iteration}" if trainer.epoch_iteration else ""
@@ -192,7 +202,6 @@ class CheckpointManager:
         if rank() == 0 or ranks is not None:
             self._writer.submit(entry, state, ranks)
         trainer.fire_event(RunEvents.SAVED)
-        return self.directory / entry.file
 
     def load_checkpoint(self, path: Path | str) -> tuple[int, dict[str, float]]:
         """Put the attached trainer, and all that is attached to it, into the state of a checkpoint.
@@ -284,6 +293,12 @@ class CheckpointManager:
         return parent in {Path(), self.directory}
 
     def _start(self, trainer: Trainer) -> None:
+        if self.export and self.best and average_scored(trainer, self.best) is not None:
+            raise ValueError(
+                f"export must be of the weights that best ranks, and {self.best} is a score of "
+                "averaged weights, got export=True: export them with WeightAverage.export, or "
+                "evaluate the trained ones, Evaluation(weights='model')"
+            )
         if trainer.state.iteration == 0:
             self._saved = None
         if self._scored is None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diptych.engine.errors import CheckpointError
-from diptych.handlers.checkpoint_entries import Entry, added, entry_from
+from diptych.handlers.checkpoint_entries import AGAIN, Entry, added, entry_from
 from diptych.handlers.checkpoint_shards import check_shares, put_back, read_shares
 from diptych.handlers.file_digest import size_and_crc32
 
@@ -67,22 +67,28 @@ class CheckpointStore:
     def write(self, entry: Entry, state: Mapping[str, Any]) -> Entry:
         """Write a checkpoint and enter it in the manifest; one of the same name is replaced.
 
+        That one stands until then: the new file has another name, one of two.
+
         Returns:
-            The entry, with size and digest.
+            The entry, with its file's name, size and digest.
 
         Raises:
             CheckpointError: if it cannot be written; the checkpoints before it stand.
         """
+        before = self.entries()
+        replaced = next((other for other in before if other.name == entry.name), None)
+        if replaced is not None and replaced.file == entry.file:
+            entry = attrs.evolve(entry, file=entry.file.removesuffix(SUFFIX) + AGAIN)
         path = self.directory / entry.file
         unfinished = path.with_name(entry.file + UNFINISHED)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._take_folder(entry)
+            self._take_folder(entry.shards, replaced)
             size, crc32 = _write_checked(unfinished, state)
             entry = attrs.evolve(entry, size=size, crc32=crc32)
             self._mark(path).touch()
             unfinished.replace(path)
-            self._write_manifest(added(self.entries(), entry))
+            self._write_manifest(added(before, entry))
             self._remove_unlisted()
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             unfinished.unlink(missing_ok=True)
@@ -119,14 +125,13 @@ class CheckpointStore:
         if name:
             shutil.rmtree(self.unfinished(name), ignore_errors=True)
 
-    def _take_folder(self, entry: Entry) -> None:
-        """Give a new folder of shards its name; that of the checkpoint that is replaced goes."""
-        replaced = [e.shards for e in self.entries() if e.file == entry.file and e.shards]
-        for name in {entry.shards, *replaced} - {""}:
+    def _take_folder(self, shards: str, replaced: Entry | None) -> None:
+        """Give a new folder of shards its name; what belongs to the replaced checkpoint goes."""
+        for name in ({shards} - {""}).union(replaced.names if replaced else ()):
             self._mark(self.directory / name).touch()
-        if entry.shards:
-            _flush_directory(self.unfinished(entry.shards))
-            self.unfinished(entry.shards).replace(self.directory / entry.shards)
+        if shards:
+            _flush_directory(self.unfinished(shards))
+            self.unfinished(shards).replace(self.directory / shards)
 
     def read(self, name: str, shares: Any = None) -> dict[str, Any]:
         """Return the state in a checkpoint, on the CPU.
@@ -170,10 +175,13 @@ class CheckpointStore:
         return joined
 
     def _read_file(self, name: str) -> dict[str, Any]:
+        # A checkpoint may have been written anew, under the other one of its file's names.
+        entries = self.entries()
+        name = next((entry.file for entry in entries if entry.name == name), name)
         path = self.directory / name
         if not path.is_file():
             raise CheckpointError(f"checkpoint {path} does not exist")
-        listed = {entry.file: (entry.size, entry.crc32) for entry in self.entries()}
+        listed = {entry.file: (entry.size, entry.crc32) for entry in entries}
         try:
             damaged = name in listed and size_and_crc32(path) != listed[name]
             state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)

@@ -41,6 +41,7 @@ class CheckpointWriter:
         self._background = background
         self._jobs = BackgroundWriter(in_thread=background)
         self._snapshot: Any = None
+        self._written = ""
 
     def submit(self, entry: Entry, state: Mapping[str, Any], ranks: Any = None) -> None:
         """Write a checkpoint, after the one before it.
@@ -83,8 +84,8 @@ class CheckpointWriter:
             logger.error("%s; the run goes on, and the checkpoints before it stand", failure)
         return failure is not None
 
-    def end(self) -> None:
-        """Wait for the last checkpoint.
+    def end(self) -> str:
+        """Wait for the last checkpoint; return its file's name, "" before the first.
 
         Raises:
             CheckpointError: if it could not be written.
@@ -93,6 +94,7 @@ class CheckpointWriter:
         failure = self._jobs.failure()
         if failure is not None:
             raise failure
+        return self._written
 
     def export_what_a_kill_left_out(self) -> None:
         """Export the best checkpoint's weights where the exported ones are another's."""
@@ -111,6 +113,7 @@ class CheckpointWriter:
                 return
             state = {**state, "shards": {"folder": entry.shards, **held}}
         entry = self._store.write(entry, state)
+        self._written = entry.file
         entries = self._store.entries()
         if self._export and entry == self._to_export(entries):
             self._export_weights(entry, None if ranks else state["model"])

@@ -8,7 +8,7 @@ from torch import nn
 
 from diptych.engine import Trainer
 from diptych.engine.names import matches
-from diptych.handlers.parameter_groups import named_parameters
+from diptych.engine.run_state import named_parameters
 
 Components = Mapping[str, str | Sequence[str]] | Sequence[str]
 """Names of components with the paths of their parameters; a path alone is its own name.

@@ -9,18 +9,12 @@ from typing import Any, Literal, get_args
 import attrs
 from ignite.engine import Events
 
-from diptych.engine import MetricsEvents, RunEvents, Trainer
+from diptych.engine import CheckpointError, MetricsEvents, RunEvents, Trainer
+from diptych.engine.whole_numbers import whole_number
 from diptych.handlers.attributes import read_attribute, try_attribute, write_attribute
 from diptych.handlers.run_progress import unpublished
 
 Shape = Literal["linear", "cosine", "step"]
-
-
-def _check_count(_: Any, attribute: attrs.Attribute[Any], value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(
-            f"{attribute.name} must be a whole number of iterations >= 0, got {value!r}"
-        )
 
 
 @attrs.define(eq=False)
@@ -83,9 +77,9 @@ class Curriculum:
     path: str
     start: Any = attrs.field(default=None, kw_only=True)
     end: Any = attrs.field(default=None, kw_only=True)
-    over: int = attrs.field(default=0, validator=_check_count, kw_only=True)
+    over: int = attrs.field(default=0, validator=whole_number(0, of="iterations"), kw_only=True)
     shape: Shape = attrs.field(default="linear", kw_only=True)
-    after: int = attrs.field(default=0, validator=_check_count, kw_only=True)
+    after: int = attrs.field(default=0, validator=whole_number(0, of="iterations"), kw_only=True)
     function: Callable[[int], Any] | None = attrs.field(default=None, kw_only=True)
     metric: str | None = attrs.field(default=None, kw_only=True)
     above: float | None = attrs.field(default=None, kw_only=True)
@@ -160,12 +154,22 @@ class Curriculum:
         return self.start + (self.end - self.start) * eased
 
     def state_dict(self) -> dict[str, Any]:
-        """Return start, the value in use and when the way began."""
-        names = ("start", "value", "began")
+        """Return the path, start, the value in use and when the way began."""
+        names = ("path", "start", "value", "began")
         return {**{name: getattr(self, name) for name in names}, "seen": self._seen}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a state that `state_dict` returned; the attribute gets its value."""
+        """Go on from a state that `state_dict` returned; the attribute gets its value.
+
+        Raises:
+            CheckpointError: if it is of another attribute.
+        """
+        saved = state_dict.get("path", self.path)
+        if saved != self.path:
+            raise CheckpointError(
+                f"the checkpoint's Curriculum changes {saved}, and the one in its place here "
+                f"{self.path}: attach them in the order in which they were"
+            )
         self.start, self.value = state_dict["start"], state_dict["value"]
         self.began = state_dict["began"]
         self._seen = state_dict["seen"]

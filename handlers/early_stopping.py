@@ -11,6 +11,7 @@ import attrs
 from ignite.engine import Events
 
 from diptych.engine import EvaluationEvents, RunEvents, Trainer
+from diptych.engine.whole_numbers import whole_number
 from diptych.handlers.run_progress import published, unpublished
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class EarlyStopping:
     """
 
     metric: str = "val/recall@1"
-    patience: int = attrs.field(default=5)
+    patience: int = attrs.field(default=5, validator=whole_number())
     mode: Literal["max", "min"] = "max"
     min_delta: float = 0.0
     best: float | None = attrs.field(default=None, init=False)
@@ -60,9 +61,6 @@ class EarlyStopping:
     _judged: int = attrs.field(default=0, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        whole = isinstance(self.patience, int) and not isinstance(self.patience, bool)
-        if not whole or self.patience < 1:
-            raise ValueError(f"patience must be a whole number >= 1, got {self.patience!r}")
         if self.mode not in ("max", "min"):
             raise ValueError(f"mode must be 'max' or 'min', got {self.mode!r}")
         if not 0 <= self.min_delta < math.inf:

@@ -201,6 +201,19 @@ class Evaluation:
             )
 
 
+def average_scored(trainer: Trainer, metric: str) -> AveragesWeights | None:
+    """Return the handler whose averaged weights a metric is a score of; None: the model's own."""
+    averages = [h for h in trainer.handlers if isinstance(h, AveragesWeights)]
+    scored = any(
+        isinstance(h, Evaluation)
+        and metric.startswith(f"{h.prefix}/")
+        and h.weights == "average"
+        and h.model is None
+        for h in trainer.handlers
+    )
+    return averages[0] if averages and scored else None
+
+
 class ValidationLoss(Metric):
     """The mean of a loss over an evaluator's batches; the task's outputs are its arguments.
 

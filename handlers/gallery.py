@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import attrs
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from diptych.engine import Trainer
 from diptych.engine.distributed import rank
 from diptych.engine.shards import has_shards
+from diptych.engine.whole_numbers import whole_number
 from diptych.handlers.cadence import call_every, check_every
 from diptych.handlers.pair_samples import PairFeatures, PairSamples
 from diptych.handlers.pictures import Result, Row, check_can_draw, heat_map, sheet
@@ -22,11 +23,6 @@ from diptych.handlers.tensorboard import TensorBoard, attach_board_of, board_of
 
 MATRIX = 96
 """Groups in the similarity matrix, at most."""
-
-
-def _check_whole(_: Any, attribute: attrs.Attribute[int], value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{attribute.name} must be a whole number >= 1, got {value!r}")
 
 
 @attrs.define(eq=False)
@@ -66,8 +62,8 @@ class RetrievalGallery:
     every: int | Literal["epoch"] = attrs.field(
         default="epoch", validator=check_every, kw_only=True
     )
-    k: int = attrs.field(default=5, validator=_check_whole, kw_only=True)
-    queries: int = attrs.field(default=8, validator=_check_whole, kw_only=True)
+    k: int = attrs.field(default=5, validator=whole_number(), kw_only=True)
+    queries: int = attrs.field(default=8, validator=whole_number(), kw_only=True)
     prefix: str = attrs.field(default="gallery", kw_only=True)
     board: TensorBoard | None = attrs.field(default=None, kw_only=True)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diptych.engine import StepEvents, Trainer
 from diptych.engine.shards import local_parts, norms
-from diptych.handlers.cadence import check_iterations
+from diptych.engine.whole_numbers import whole_number
 from diptych.handlers.components import Components, find_components
 from diptych.handlers.gradient_norms import held_parameters, norm_of, shared_norms
 from diptych.handlers.gradients import GradientClipping
@@ -65,7 +65,7 @@ class GradientDiagnostics:
         ValueError: if an argument is out of range; when attached, if a component has no parameter.
     """
 
-    every: int = attrs.field(default=10, validator=check_iterations)
+    every: int = attrs.field(default=10, validator=whole_number(of="iterations"))
     components: Components | None = attrs.field(default=None, validator=_check_components)
     updates: bool = True
     _members: dict[str, set[int]] = attrs.field(factory=dict, init=False, repr=False)

@@ -26,6 +26,7 @@ from diptych.engine.random_state import (
     random_state,
     set_forward_random_state,
 )
+from diptych.engine.whole_numbers import whole_number
 from diptych.handlers.balancing import ModalityBalancing
 from diptych.handlers.checkpoint_manager import CheckpointManager
 from diptych.handlers.components import parameter_names
@@ -52,12 +53,6 @@ class FaultError(RuntimeError):
 def _check_policy(_: Any, __: attrs.Attribute[str], value: object) -> None:
     if value not in get_args(Policy):
         raise ValueError(f"policy must be one of {', '.join(get_args(Policy))}, got {value!r}")
-
-
-def _check_whole(_: Any, attribute: attrs.Attribute[Any], value: object) -> None:
-    least = {"budget": 0, "records": 0}.get(attribute.name, 1)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{attribute.name} must be a whole number >= {least}, got {value!r}")
 
 
 def _check_spike(_: Any, __: attrs.Attribute[Any], value: float | None) -> None:
@@ -130,10 +125,10 @@ class LossGuard:
 
     directory: Path | None = attrs.field(default=None, converter=attrs.converters.optional(Path))
     policy: Policy = attrs.field(default="skip", validator=_check_policy, kw_only=True)
-    budget: int = attrs.field(default=10, validator=_check_whole, kw_only=True)
+    budget: int = attrs.field(default=10, validator=whole_number(0), kw_only=True)
     spike: float | None = attrs.field(default=20.0, validator=_check_spike, kw_only=True)
-    window: int = attrs.field(default=100, validator=_check_whole, kw_only=True)
-    records: int = attrs.field(default=3, validator=_check_whole, kw_only=True)
+    window: int = attrs.field(default=100, validator=whole_number(), kw_only=True)
+    records: int = attrs.field(default=3, validator=whole_number(0), kw_only=True)
     ids: str = attrs.field(default="id", kw_only=True)
     caught: int = attrs.field(default=0, init=False)
     _counts: Tensor = attrs.field(factory=lambda: torch.zeros(2), init=False, repr=False)

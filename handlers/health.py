@@ -18,6 +18,7 @@ from diptych.engine import Evaluator, MetricsEvents, StepEvents, Trainer
 from diptych.engine.distributed import rank, sum_over_ranks
 from diptych.engine.metrics_collector import MetricsCollector, Record
 from diptych.engine.tasks import Outputs
+from diptych.engine.whole_numbers import whole_number
 from diptych.handlers import representation
 from diptych.handlers.health_rules import RULES, Finding, History, Rule, names_between
 from diptych.handlers.health_sources import (
@@ -30,12 +31,6 @@ from diptych.handlers.health_sources import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-def _check_whole(_: Any, attribute: attrs.Attribute[int], value: object) -> None:
-    least = {"warmup": 0, "samples": 2}.get(attribute.name, 1)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{attribute.name} must be a whole number >= {least}, got {value!r}")
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -96,11 +91,11 @@ class RepresentationHealth:
         BatchError: while running: if the task's outputs lack the features, or they are not [B, D].
     """
 
-    every: int = attrs.field(default=10, validator=_check_whole)
+    every: int = attrs.field(default=10, validator=whole_number())
     features: Sequence[str] | None = None
-    samples: int = attrs.field(default=1024, validator=_check_whole)
-    warmup: int = attrs.field(default=200, validator=_check_whole)
-    patience: int = attrs.field(default=3, validator=_check_whole)
+    samples: int = attrs.field(default=1024, validator=whole_number(2))
+    warmup: int = attrs.field(default=200, validator=whole_number(0))
+    patience: int = attrs.field(default=3, validator=whole_number())
     rules: Sequence[Rule] = RULES
     findings: list[Finding] = attrs.field(factory=list, init=False)
     _metrics: MetricsCollector = attrs.field(init=False, repr=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 from diptych.engine import StepEvents, Trainer
 from diptych.engine.distributed import rank
 from diptych.engine.shards import has_shards, whole
-from diptych.handlers.cadence import check_iterations
+from diptych.engine.whole_numbers import whole_number
 from diptych.handlers.components import parameter_names
 from diptych.handlers.tensorboard import TensorBoard, attach_board_of, board_of
 
@@ -39,7 +39,7 @@ class Histograms:
         ValueError: if `every` is below 1; at the first look, if there is no board.
     """
 
-    every: int = attrs.field(default=500, validator=check_iterations)
+    every: int = attrs.field(default=500, validator=whole_number(of="iterations"))
     gradients: bool = True
     board: TensorBoard | None = None
 

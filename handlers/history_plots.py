@@ -15,7 +15,7 @@ from ignite.engine import Events
 from diptych.engine.distributed import rank
 from diptych.engine.events import RunEvents
 from diptych.engine.run_state import attached
-from diptych.handlers.cadence import check_epochs
+from diptych.engine.whole_numbers import whole_number
 from diptych.handlers.curves import COLORS, Drawing, color_of, draw, svg
 from diptych.handlers.curves_png import check_can_plot, save_charts
 from diptych.handlers.jsonl import JsonLines, read_records
@@ -82,7 +82,7 @@ class HistoryPlots:
     directory: Path = attrs.field(converter=_absolute)
     every: int | None = attrs.field(
         default=None,
-        validator=attrs.validators.optional(check_epochs),
+        validator=attrs.validators.optional(whole_number(of="epochs")),
         kw_only=True,
     )
     png: bool = attrs.field(default=False, kw_only=True)

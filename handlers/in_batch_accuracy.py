@@ -8,8 +8,8 @@ import attrs
 import torch
 
 from diptych.engine import StepEvents, Trainer
+from diptych.engine.whole_numbers import whole_number
 from diptych.handlers import representation
-from diptych.handlers.cadence import check_iterations
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -36,7 +36,7 @@ class InBatchAccuracy:
         BatchError: while running: if the task's outputs lack them, or they are not [B, D].
     """
 
-    every: int = attrs.field(default=1, validator=check_iterations)
+    every: int = attrs.field(default=1, validator=whole_number(of="iterations"))
     features: Sequence[str] | None = None
 
     def __attrs_post_init__(self) -> None:

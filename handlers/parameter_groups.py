@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from diptych.engine.names import check_pattern, matches
-from diptych.engine.run_state import unwrapped
+from diptych.engine.run_state import named_parameters, unwrapped
 
 LayerDecay = float | Mapping[str, float]
 """A factor in (0, 1], or factors by the path of the blocks that they go down through."""
@@ -134,20 +134,6 @@ def parameter_groups(
         )
         group["params"].append(named[name])
     return list(groups.values())
-
-
-def named_parameters(model: nn.Module, loss: nn.Module | None) -> dict[str, nn.Parameter]:
-    """Return the model's parameters by name, then the loss's by "loss." and name, each once."""
-    pairs = list(unwrapped(model).named_parameters())
-    if loss is not None:
-        pairs += [(f"loss.{name}", p) for name, p in unwrapped(loss).named_parameters()]
-    named: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    for name, parameter in pairs:
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            named[name.replace("_orig_mod.", "")] = parameter
-    return named
 
 
 def memberships(

@@ -17,6 +17,7 @@ from diptych.engine.distributed import sum_over_ranks
 from diptych.engine.errors import BatchError
 from diptych.engine.evaluator import Evaluator
 from diptych.engine.shards import call_on
+from diptych.engine.whole_numbers import is_whole
 from diptych.handlers.gathering import rows_of_all_ranks
 
 Outputs = Mapping[str, Tensor]
@@ -193,7 +194,7 @@ class KNNAccuracy(BankProbe):
         temperature: float = 0.1,
         output_transform: Callable[[Any], Outputs] = lambda output: output,
     ) -> None:
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        if not is_whole(k):
             raise ValueError(f"k must be a whole number >= 1, got {k!r}")
         if not temperature > 0:
             raise ValueError(f"temperature must be > 0, got {temperature!r}")

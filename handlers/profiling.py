@@ -13,6 +13,7 @@ from ignite.engine import Events
 
 from diptych.engine.distributed import rank, world_size
 from diptych.engine.events import MetricsEvents, RunEvents
+from diptych.engine.whole_numbers import whole_number
 from diptych.handlers.data_wait import DataWaitRule, DeviceWait, HostWait, wait_of
 from diptych.handlers.health_rules import Finding
 
@@ -27,11 +28,6 @@ GIB = 2**30
 def _check_share(_: Any, __: attrs.Attribute[float], value: float) -> None:
     if not 0 < value <= 1:
         raise ValueError(f"tolerated_wait must be in (0, 1], got {value!r}")
-
-
-def _check_patience(_: Any, __: attrs.Attribute[int], value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"patience must be a whole number >= 1, got {value!r}")
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -71,7 +67,7 @@ class Throughput:
     """
 
     tolerated_wait: float = attrs.field(default=0.2, validator=_check_share)
-    patience: int = attrs.field(default=3, validator=_check_patience)
+    patience: int = attrs.field(default=3, validator=whole_number())
     findings: list[Finding] = attrs.field(factory=list, init=False)
     _device: torch.device = attrs.field(default=torch.device("cpu"), init=False, repr=False)
     _since: float = attrs.field(default=0.0, init=False, repr=False)

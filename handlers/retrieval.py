@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diptych.engine.distributed import rank, world_size
 from diptych.engine.errors import BatchError
+from diptych.engine.whole_numbers import is_whole
 from diptych.handlers.gathering import from_all_ranks, rows_of_all_ranks
 from diptych.handlers.ranking import Items, MatchRanks, match_ranks
 
@@ -272,7 +273,6 @@ def _gathered(items: Items, device: torch.device | None) -> Items:
 
 
 def _checked(k: tuple[int, ...]) -> tuple[int, ...]:
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in k)
-    if not k or not whole or len(set(k)) != len(k):
+    if not k or not all(map(is_whole, k)) or len(set(k)) != len(k):
         raise ValueError(f"k must be different whole numbers >= 1, got {k}")
     return k

@@ -11,16 +11,9 @@ from ignite.engine import Events
 from torch import Tensor
 
 from diptych.engine import Trainer
+from diptych.engine.whole_numbers import whole_number
 
 Decay = Literal["cosine", "linear", "constant"]
-
-
-def _check_iterations(_: Any, attribute: attrs.Attribute[Any], value: object) -> None:
-    least = 0 if attribute.name == "warmup" else 1
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(
-            f"{attribute.name} must be a whole number of iterations >= {least}, got {value!r}"
-        )
 
 
 def _check_decay(_: Any, __: attrs.Attribute[str], value: object) -> None:
@@ -64,11 +57,11 @@ class LearningRate:
             does not end within it.
     """
 
-    warmup: int = attrs.field(default=200, validator=_check_iterations)
+    warmup: int = attrs.field(default=200, validator=whole_number(0, of="iterations"))
     decay: Decay = attrs.field(default="cosine", validator=_check_decay)
     floor: float = attrs.field(default=0.0, validator=_check_floor)
     total: int | None = attrs.field(
-        default=None, validator=attrs.validators.optional(_check_iterations)
+        default=None, validator=attrs.validators.optional(whole_number(of="iterations"))
     )
 
     def attach(self, trainer: Trainer) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import attrs
 
 from diptych.engine.tasks import Task
+from diptych.engine.whole_numbers import whole_number
 from diptych.handlers.parameter_groups import GroupRules, LayerDecay
 from diptych.handlers.schedules import LearningRate
 
@@ -17,16 +18,11 @@ def _constant() -> LearningRate:
     return LearningRate(warmup=0, decay="constant")
 
 
-def _check_count(_: Any, attribute: attrs.Attribute[Any], value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{attribute.name} must be a whole number >= 1, got {value!r}")
-
-
 def _patterns(value: str | Sequence[str]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-_count = attrs.validators.optional(_check_count)
+_count = attrs.validators.optional(whole_number())
 
 
 @attrs.frozen(eq=False)

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from diptych.engine import Trainer
 from diptych.engine.names import check_pattern, matches, near_matches
-from diptych.engine.run_state import unwrapped
-from diptych.handlers.parameter_groups import Membership, memberships, named_parameters
+from diptych.engine.run_state import named_parameters, unwrapped
+from diptych.handlers.parameter_groups import Membership, memberships
 from diptych.handlers.schedules import set_rate
 from diptych.handlers.stage import Stage
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import attrs
@@ -14,7 +15,7 @@ from diptych.engine import CheckpointError, EvaluationEvents, RunEvents, SeededL
 from diptych.engine.batches import length_of
 from diptych.engine.run_state import clean_state_dict, load_clean_state_dict
 from diptych.handlers.attributes import try_attribute, write_attribute
-from diptych.handlers.evaluation import Evaluation
+from diptych.handlers.evaluation import Evaluation, average_scored
 from diptych.handlers.schedules import LearningRate, rate_of
 from diptych.handlers.stage import Stage
 from diptych.handlers.stage_chart import chart
@@ -64,7 +65,8 @@ class StagePlan:
     The plan sets the run's limit: `run(loader)` ends with the last stage, and `max_iters` is a cap.
     A patience counts the values of the metric that come within the stage. For a stage with
     `load="best"`, the stage before keeps a copy of the weights of model and loss where its metric
-    was best, in memory and in checkpoints.
+    was best, in memory and in checkpoints: of the averaged weights where the metric is a score of
+    those.
 
     A run that was killed in a stage resumes in it: what trains, the optimizer, the schedule, the
     patience and the place in the data are those of a run that nobody touched.
@@ -354,10 +356,12 @@ class StagePlan:
         following = self.stages[self.progress.index + 1 : self.progress.index + 2]
         if any(stage.load == "best" for stage in following):
             parts = {"model": trainer.model, "loss": trainer.loss}
-            self._kept = {
-                part: {key: value.clone() for key, value in clean_state_dict(module).items()}
-                for part, module in parts.items()
-            }
+            average = average_scored(trainer, str(self.stage.metric))
+            with average.averaged() if average else nullcontext():
+                self._kept = {
+                    part: {key: value.clone() for key, value in clean_state_dict(module).items()}
+                    for part, module in parts.items()
+                }
 
     def _check_metric(self, trainer: Trainer) -> None:
         # After all handlers of the stage's first epoch, one of which may publish the metric.

@@ -154,6 +154,23 @@ def test_a_state_of_another_number_of_handlers_of_one_class_is_refused():
         load_run_state(trainer, state)
 
 
+def test_an_optimizer_with_its_parameters_in_another_order_is_refused():
+    trainer, loader, _ = made()
+    trainer.run(loader, max_epochs=1)
+    state = run_state(trainer)
+    other, loader, _ = made()
+    group = other.optimizer.param_groups[0]
+    group["params"] = group["params"][::-1]
+    other.state.dataloader = loader
+    with pytest.raises(CheckpointError, match=r"in another order: in group 0 it has \S+ where \S+"):
+        load_run_state(other, state)
+    assert other.state.iteration == 0
+    del state["parameters"]  # of an earlier version, which did not write them down
+    group["params"] = group["params"][::-1]
+    load_run_state(other, state)
+    assert other.state.iteration == trainer.state.iteration
+
+
 def test_a_state_of_a_newer_format_is_refused():
     trainer = trainer_of()
     with pytest.raises(CheckpointError, match="format 999"):

@@ -288,6 +288,56 @@ def test_a_full_disk_is_told_and_leaves_the_earlier_checkpoint(
     torch.load(tmp_path / left, weights_only=True)
 
 
+class Holds:
+    """A handler with a memory of whatever kind."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def attach(self, trainer: Trainer) -> None:
+        """Listen to nothing."""
+
+    def state_dict(self) -> dict[str, object]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        self.value = state_dict["value"]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_state_that_nobody_could_read_is_refused_at_the_first_save(tmp_path, background):
+    trainer = make_trainer()
+    trainer.attach(Holds(len), CheckpointManager(tmp_path, background=background))
+    with pytest.raises(CheckpointError, match=r"handlers.Holds.value must be made of tensors"):
+        trainer.run(make_loader(), max_epochs=2)
+    assert trainer.state.epoch == 1
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_what_interrupts_a_save_reaches_the_caller(tmp_path, monkeypatch, background):
+    trainer = make_trainer()
+    trainer.attach(CheckpointManager(tmp_path, background=background))
+
+    def interrupted(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(make_loader(), max_epochs=2)
+
+
+def test_a_checkpoint_saved_anew_by_hand_is_where_the_path_says(tmp_path):
+    trainer, manager = make_trainer(), CheckpointManager(tmp_path)
+    trainer.attach(manager)
+    trainer.run(make_loader(), max_epochs=1)
+    for value in (1.0, 2.0, 3.0):
+        path = manager.save_checkpoint(1, {"value": value})
+        assert path.is_file()
+        assert manager.load_checkpoint(path) == (1, {"value": value})
+        assert manager.load_checkpoint("checkpoint_epoch_1.pt") == (1, {"value": value})
+        assert len(list(tmp_path.glob("*.pt"))) == 1
+
+
 def test_a_new_run_refuses_a_directory_with_checkpoints(tmp_path):
     trainer = make_trainer()
     trainer.attach(CheckpointManager(tmp_path))

@@ -116,7 +116,41 @@ def test_a_checkpoint_that_replaces_another_one_takes_its_folder_away(tmp_path):
         save_with_shards(store, 1)
     assert store.read("checkpoint_1.pt")["value"][0] == 1
     files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"manifest.json", "checkpoint_1.pt", "checkpoint_1.shards_2"}
+    assert files == {"manifest.json", "checkpoint_1_again.pt", "checkpoint_1.shards_2"}
+
+
+@pytest.mark.parametrize("save", [save, save_with_shards])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_kill_while_a_checkpoint_is_written_anew_leaves_it_whole(
+    tmp_path, monkeypatch, after, save
+):
+    operation, finished = 0, False
+    while not finished:
+        operation += 1
+        folder = tmp_path / str(operation)
+        store = CheckpointStore(folder)
+        save(store, 1)
+        with monkeypatch.context() as patch:
+            count = kill_at(patch, operation, after=after)
+            with contextlib.suppress(Killed):
+                save(store, 1)
+            finished = count[0] < operation
+
+        again = CheckpointStore(folder)
+        again.sweep()
+        assert [entry.iteration for entry in again.entries()] == [1]
+        assert again.read("checkpoint_1.pt")["value"][0] == 1
+        ends = sorted(path.suffix.partition("_")[0] for path in folder.iterdir())
+        assert ends == [".json", ".pt", *([".shards"] if save is save_with_shards else [])]
+    assert operation > 8
+
+
+def test_a_checkpoint_written_anew_keeps_the_name_that_it_is_asked_for(tmp_path):
+    store = CheckpointStore(tmp_path)
+    for _ in range(3):
+        save(store, 1)
+        assert store.read("checkpoint_1.pt")["value"][0] == 1
+        assert len(list(tmp_path.glob("*.pt"))) == 1
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])

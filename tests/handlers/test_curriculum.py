@@ -10,7 +10,7 @@ import torch
 from ignite.engine import Events
 from torch import Tensor, nn
 
-from diptych.engine import SeededLoader, Trainer, certify, tasks
+from diptych.engine import CheckpointError, SeededLoader, Trainer, certify, tasks
 from diptych.handlers import Curriculum, Evaluation
 from diptych.losses import CLIPLoss, HybridLoss, SigLIPLoss, TripletLoss, VICRegLoss, WeightedSum
 from tests.handlers.runs import report_each_epoch
@@ -227,6 +227,13 @@ def test_a_second_curriculum_of_an_attribute_is_refused():
     trainer = make_trainer(HybridLoss()).attach(Curriculum("loss.alpha", end=1.0))
     with pytest.raises(ValueError, match=r"one Curriculum, got a second: loss.alpha"):
         trainer.attach(Curriculum("loss.alpha", end=0.5))
+
+
+def test_a_state_of_another_attribute_is_refused():
+    handlers = [Curriculum(f"loss.{part}_weight", end=0.0) for part in ("variance", "covariance")]
+    make_trainer(VICRegLoss()).attach(*handlers)
+    with pytest.raises(CheckpointError, match=r"changes loss.covariance_weight, and the one in"):
+        handlers[0].load_state_dict(handlers[1].state_dict())
 
 
 def test_a_metric_that_nobody_publishes_is_missed_after_the_first_epoch():

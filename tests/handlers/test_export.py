@@ -10,7 +10,9 @@ from ignite.engine import Events
 from safetensors.torch import load_file
 
 from diptych.engine import CheckpointError
+from diptych.handlers.averaging import WeightAverage
 from diptych.handlers.checkpoint_manager import CheckpointManager
+from diptych.handlers.evaluation import Evaluation
 from diptych.handlers.export import export_weights
 from tests.handlers.test_checkpoint_manager import make_loader, make_trainer
 
@@ -40,6 +42,22 @@ def test_without_a_metric_the_latest_model_is_exported(tmp_path):
     exported = load_file(tmp_path / "model.safetensors")
     state = trainer.model.state_dict()
     assert all(torch.equal(exported[key], state[key]) for key in state)
+
+
+def test_weights_that_were_not_scored_are_not_exported_as_the_best(tmp_path):
+    trainer = make_trainer()
+    manager = CheckpointManager(tmp_path, best="val/loss", mode="min", export=True)
+    trainer.attach(WeightAverage(), Evaluation(list(make_loader())), manager)
+    with pytest.raises(ValueError, match=r"a score of averaged weights, got export=True"):
+        trainer.run(make_loader(), max_epochs=1)
+    trained = make_trainer()
+    trained.attach(
+        WeightAverage(),
+        Evaluation(list(make_loader()), weights="model"),
+        CheckpointManager(tmp_path, best="val/loss", mode="min", export=True),
+    )
+    trained.run(make_loader(), max_epochs=1)
+    assert (tmp_path / "model.safetensors").exists()
 
 
 def test_without_the_package_the_error_names_the_extra(tmp_path, monkeypatch):

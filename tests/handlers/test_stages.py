@@ -12,7 +12,7 @@ from ignite.engine import Events
 from torch import Tensor, nn
 
 from diptych.engine import RunEvents, StepEvents, tasks
-from diptych.handlers import Evaluation, LearningRate, Stage
+from diptych.handlers import Evaluation, LearningRate, Stage, WeightAverage
 from diptych.losses import CrossEntropyLoss, OneOf, WeightedSum
 from tests.engine.loops import Unsized
 from tests.handlers.staged import (
@@ -218,6 +218,22 @@ def test_a_stage_may_begin_with_the_best_weights_of_the_one_before():
         assert torch.equal(starts[15][name], value), name
         if "bias" in name:
             assert not torch.equal(weights[14][name], value), name
+
+
+def test_the_best_weights_are_the_averaged_ones_where_those_were_scored():
+    trainer = make_trainer(
+        Stage("first", epochs=3, lr=0.1, metric="val/loss", mode="min"),
+        Stage("second", epochs=1, lr=0.1, load="best"),
+    )
+    average = WeightAverage(decay=0.9)
+    trainer.attach(average, Evaluation(list(loader())))
+    averages = noted(trainer, average.average_state_dict, RunEvents.SAFE_POINT)
+    starts = noted(trainer, lambda: copy_of(trainer.model), Events.GET_BATCH_STARTED)
+    trainer.run(loader())
+    scores = trainer.metrics.get_history("val/loss")[:3]
+    best = 5 * scores.index(min(scores)) + 4
+    for name, value in averages[best].items():
+        assert torch.equal(starts[15][name], value), name
 
 
 def test_a_run_that_starts_over_starts_with_the_first_stage():

@@ -1,0 +1,36 @@
+"""Whole numbers, checked where they enter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+
+def is_whole(value: object, least: int = 1) -> bool:
+    """Say whether a value is a whole number of at least `least`; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def whole_number(
+    least: int = 1, *, of: str = ""
+) -> Callable[[Any, attrs.Attribute[Any], Any], None]:
+    """Return an attrs validator for whole numbers.
+
+    Args:
+        least: the smallest that there may be.
+        of: what is counted, for the message.
+
+    Raises:
+        ValueError: from the validator, naming the attribute, the rule and the value.
+    """
+    counted = f" of {of}" if of else ""
+
+    def check(_: Any, attribute: attrs.Attribute[Any], value: object) -> None:
+        if not is_whole(value, least):
+            raise ValueError(
+                f"{attribute.name} must be a whole number{counted} >= {least}, got {value!r}"
+            )
+
+    return check
