@@ -51,11 +51,14 @@ class Run:
         folder: where logs go.
         validation: whether to evaluate at each 10th update.
         logs: whether to log as usual: a progress bar, curves, every 50 updates.
+        generators: whether each loader has a generator of its own, as torch's notes on
+            reproducibility advise.
     """
 
     folder: Path
     validation: bool = False
     logs: bool = False
+    generators: bool = False
     reads: Reads = field(default_factory=Reads)
 
     def __post_init__(self) -> None:
@@ -82,9 +85,10 @@ class Run:
 
     def loaders(self) -> tuple[DataLoader[Sample], DataLoader[Sample]]:
         """Return torch's loaders: a shuffling one to train, one in order to validate."""
+        own = [torch.Generator().manual_seed(0) if self.generators else None for _ in "ab"]
         return (
-            DataLoader(self.data, batch_size=BATCH, shuffle=True),  # type: ignore[arg-type]
-            DataLoader(self.held_out, batch_size=BATCH),  # type: ignore[arg-type]
+            DataLoader(self.data, BATCH, shuffle=True, generator=own[0]),  # type: ignore[arg-type]
+            DataLoader(self.held_out, BATCH, generator=own[1]),  # type: ignore[arg-type]
         )
 
 
