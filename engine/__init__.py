@@ -3,7 +3,7 @@
 from diptych.engine import tasks
 from diptych.engine.certify import certify
 from diptych.engine.data import in_groups, of_this_rank
-from diptych.engine.errors import BatchError, CheckpointError, ResumeError
+from diptych.engine.errors import BatchError, CheckpointError, LostRankError, ResumeError
 from diptych.engine.evaluator import Evaluator
 from diptych.engine.events import EvaluationEvents, MetricsEvents, RunEvents, StepEvents
 from diptych.engine.metrics_collector import MetricsCollector
@@ -19,6 +19,7 @@ __all__ = [
     "CheckpointError",
     "EvaluationEvents",
     "Evaluator",
+    "LostRankError",
     "MetricsCollector",
     "MetricsEvents",
     "OnKeys",

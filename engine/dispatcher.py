@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -14,6 +14,7 @@ from ignite.engine.events import RemovableEventHandle
 
 from diptych.engine.listener import Listener
 from diptych.engine.periodic import Periodic
+from diptych.engine.waiting import Place, name_wait, place_stands_in
 
 
 class Dispatcher(Engine):
@@ -110,10 +111,14 @@ class Dispatcher(Engine):
         outer = self._in_others
         for listener in listeners:
             self._in_others = 0.0
-            if listener.plain:
-                listener.function(self)
-            else:
-                listener.call(self, (), {})
+            try:
+                if listener.plain:
+                    listener.function(self)
+                else:
+                    listener.call(self, (), {})
+            except RuntimeError as error:
+                name_wait(error, listener.name, before)
+                raise
             now = perf_counter()
             listener.calls += 1
             listener.seconds += now - before - self._in_others
@@ -165,3 +170,10 @@ def _listener(event: Any, entry: tuple[Any, ...], known: list[Listener]) -> List
     takes_engine = bool(arguments) and isinstance(arguments[0], weakref.ref)
     rest = arguments[1:] if takes_engine else arguments
     return Listener(event, function, rest, keywords, takes_engine, entry=entry)
+
+
+def _place_of_listener(names: Mapping[str, Any]) -> Place | None:
+    return (names["listener"].name, names["before"]) if "listener" in names else None
+
+
+place_stands_in(Dispatcher.call, _place_of_listener)

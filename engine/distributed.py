@@ -5,10 +5,14 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from diptych.engine.waiting import waits_at
 
 
 def world_size() -> int:
@@ -21,6 +25,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+@waits_at("giving every rank the first rank's weights")
 def same_on_all_ranks(module: nn.Module) -> None:
     """Give every rank rank 0's parameters and buffers of a module."""
     if world_size() > 1:
@@ -28,6 +33,7 @@ def same_on_all_ranks(module: nn.Module) -> None:
             dist.broadcast(tensor.detach(), src=0)
 
 
+@waits_at("sharing the model's buffers")
 def share_buffers(model: nn.Module) -> None:
     """Give every rank rank 0's buffers, with one broadcast for each type that they have.
 
@@ -80,3 +86,16 @@ def exchange_device() -> torch.device:
     if world_size() > 1 and "nccl" in str(dist.get_backend()):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def exchange_timeout() -> timedelta | None:
+    """Return how long the ranks wait for one another, None without a process group.
+
+    For groups beside the default one: torch gives them 30 minutes, whatever the default group has.
+    """
+    if world_size() == 1:
+        return None
+    world: Any = dist.group.WORLD
+    backend = world._get_backend(exchange_device())  # noqa: SLF001 - torch has no public name
+    timeout: timedelta = backend.options._timeout  # noqa: SLF001
+    return timeout

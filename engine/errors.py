@@ -11,3 +11,7 @@ class CheckpointError(RuntimeError):
 
 class ResumeError(RuntimeError):
     """A run cannot go on from where it stands with what it was given."""
+
+
+class LostRankError(RuntimeError):
+    """A rank has waited for the others in vain: one of them failed, ended, or did not come."""

@@ -22,6 +22,7 @@ from diptych.engine.settings import Precision, TrainerSettings
 from diptych.engine.shards import call_on, has_shards
 from diptych.engine.step import AUTOCAST
 from diptych.engine.tasks import Outputs, Task
+from diptych.engine.waiting import waits_at
 
 Metrics = Sequence[Metric] | Mapping[str, Metric]
 
@@ -66,6 +67,7 @@ class Evaluator(EventLoop):
         for name, metric in self._metrics.items():
             metric.attach(self, name)
 
+    @waits_at("sharing an evaluation")
     def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
         """Return every metric's value over one pass of `loader`.
 

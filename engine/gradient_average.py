@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from diptych.engine.distributed import world_size
 from diptych.engine.shards import has_shards, is_sharded
+from diptych.engine.waiting import waits_at
 
 BUCKET = 2**23
 """Elements that travel together: enough to fill a link, few enough to leave early."""
@@ -117,6 +118,7 @@ class GradientAverage:
             self._listening = False
         self._launch_to(len(self._buckets))
 
+    @waits_at("averaging gradients")
     def receive(self) -> None:
         """Wait for the averages and put them in place of the gradients."""
         for bucket in self._buckets[: self._launched]:

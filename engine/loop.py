@@ -15,6 +15,7 @@ from diptych.engine.batches import BatchSource, length_of
 from diptych.engine.dispatcher import Dispatcher
 from diptych.engine.errors import ResumeError
 from diptych.engine.events import ITERATION_EVENTS, RunEvents
+from diptych.engine.waiting import waits_at
 
 logger = logging.getLogger(__name__)
 
@@ -228,6 +229,7 @@ class EventLoop(Dispatcher):
             self._run_iteration(state)
         return False
 
+    @waits_at("an iteration")
     def _run_iteration(self, state: State) -> None:
         state.batch = self._batch  # as the loader gave it, whatever an earlier try made of it
         self.fire_event(Events.GET_BATCH_COMPLETED)

@@ -28,6 +28,7 @@ from diptych.engine.random_state import (
     set_forward_random_state,
 )
 from diptych.engine.tasks import Outputs
+from diptych.engine.waiting import waits_at
 
 Terms = dict[str, Tensor]
 Forward = Callable[[Any], Outputs]
@@ -49,6 +50,7 @@ class SampleMeanLoss(Protocol):
         ...
 
 
+@waits_at("the loss, which gathers features")
 def loss_terms(loss: nn.Module, outputs: Outputs) -> Terms:
     """Return the named terms whose sum is the loss; `{"loss": value}` where it names none."""
     terms = getattr(loss, "terms", None)

@@ -24,6 +24,7 @@ from diptych.engine.random_state import (
     set_random_state,
 )
 from diptych.engine.shards import shard_of
+from diptych.engine.waiting import waits_at
 from diptych.engine.window import mean_of_windows
 
 if TYPE_CHECKING:
@@ -319,6 +320,7 @@ def _check_keys(part: str, saved: Mapping[str, Tensor], here: Mapping[str, Tenso
         raise CheckpointError(f"the checkpoint is of another {part}: it {'; it '.join(told)}")
 
 
+@waits_at("collecting the ranks' metrics for a checkpoint")
 def _of_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
     if world_size() == 1:
         return [state]

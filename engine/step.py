@@ -27,6 +27,7 @@ from diptych.engine.prefetch import mover
 from diptych.engine.shards import call_on, has_shards, local_part, mixed
 from diptych.engine.tasks import Outputs, Task
 from diptych.engine.transform import transformed
+from diptych.engine.waiting import waits_at
 
 if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer
@@ -140,11 +141,13 @@ class TrainStep:
             return self.coupled(trainer, batch, pieces)
         return self.accumulated(trainer, pieces, self.microbatch_size)
 
+    @waits_at("the forward pass")
     def forward(self, batch: Any) -> Outputs:
         """Return the task's outputs for a batch or a piece of one."""
         with self.autocast():
             return call_on(self.task, self.model, batch)
 
+    @waits_at("the backward pass")
     def coupled(self, trainer: Trainer, batch: Any, pieces: list[Any]) -> tuple[Terms, Tensor]:
         """Take the loss of all samples at once; cache gradients where there are pieces."""
         cache = None
@@ -170,6 +173,7 @@ class TrainStep:
             cache.backward(self.forward, pieces, outputs)
         return terms, value.detach()
 
+    @waits_at("the loss and the backward pass")
     def accumulated(
         self, trainer: Trainer, pieces: list[Any], divisor: int
     ) -> tuple[Terms, Tensor]:

@@ -30,6 +30,7 @@ from diptych.engine.shards import has_shards, is_sharded
 from diptych.engine.step import TrainStep, check_fp16
 from diptych.engine.tasks import Outputs, Task
 from diptych.engine.transform import Transform, placed_transform
+from diptych.engine.waiting import waits_at
 
 
 @runtime_checkable
@@ -256,6 +257,7 @@ class Trainer(EventLoop):
         self.add_event_handler(Events.COMPLETED, self._log_rest)
         self.every(self.settings.log_every, self._log, RunEvents.SAFE_POINT)
 
+    @waits_at("the start of a run")
     def _prepare(self, _: Engine) -> None:
         if self.settings.seed is not None and self.state.iteration == 0:
             manual_seed(self.settings.seed + rank())

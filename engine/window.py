@@ -17,6 +17,7 @@ from diptych.engine.distributed import (
     sum_over_ranks,
     world_size,
 )
+from diptych.engine.waiting import waits_at
 
 Scalar = Tensor | float | int
 FLOAT = torch.float32  # what a step publishes, nearly always
@@ -58,6 +59,7 @@ class Window:
             else:
                 self._numbers[tag].append(kept)
 
+    @waits_at("a log point")
     def drain(
         self, gauges: Mapping[str, Scalar]
     ) -> tuple[dict[str, tuple[float, int]], dict[str, float]]:

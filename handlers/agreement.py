@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from diptych.engine.distributed import rank, world_size
+from diptych.engine.distributed import exchange_timeout, rank, world_size
 from diptych.engine.errors import CheckpointError
+from diptych.engine.waiting import waits_at
 
 Result = TypeVar("Result")
+PATIENCE = timedelta(seconds=2)
+"""With ranks that may have gone, at the end of a run."""
 
 
+@waits_at("agreeing on a checkpoint, which the first rank reads or writes")
 def on_rank_zero(action: Callable[[], Result]) -> Result:
     """Run `action` on rank 0 and return its result on all ranks, which wait for it.
 
@@ -38,6 +44,7 @@ def on_rank_zero(action: Callable[[], Result]) -> Result:
     return result
 
 
+@waits_at("agreeing on a checkpoint")
 def on_all_ranks(action: Callable[[], Result]) -> Result:
     """Run `action` on every rank and return its result, if it succeeds on all of them.
 
@@ -72,15 +79,23 @@ class LaggedMaximum:
         self._group: Any = None
         self._pending: tuple[Any, torch.Tensor] | None = None
 
+    @waits_at("opening the group in which ranks agree when to stop")
     def open(self) -> None:
         """Make the group of the exchange; all ranks call it, before the first one."""
         if world_size() > 1 and self._group is None:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=exchange_timeout())
 
     def close(self) -> None:
-        """Forget what was not asked for."""
+        """Forget what was not asked for, once it has ended.
+
+        An exchange that still goes on when the interpreter ends could end the process with SIGABRT.
+        """
+        if self._pending is not None:
+            with contextlib.suppress(RuntimeError):  # the others may have gone
+                self._pending[0].wait(PATIENCE)
         self._pending = None
 
+    @waits_at("agreeing when to save and stop")
     def exchange(self, *numbers: int) -> tuple[int, ...]:
         """Return the maxima over ranks of the numbers of the call before; at first, zeros."""
         if world_size() == 1 or self._group is None:

@@ -22,6 +22,7 @@ from diptych.engine.settings import Precision
 from diptych.engine.shards import has_shards
 from diptych.engine.step import AUTOCAST
 from diptych.engine.tasks import Outputs, Task
+from diptych.engine.waiting import waits_at
 from diptych.handlers.cadence import call_every, check_every
 from diptych.handlers.gathering import from_all_ranks
 
@@ -156,6 +157,7 @@ class Evaluation:
             trainer.add_event_handler(Events.STARTED, self._evaluate_at_start)
         call_every(trainer, self.every, self.evaluate)
 
+    @waits_at("sharing an evaluation")
     def evaluate(self, trainer: Trainer) -> dict[str, float]:
         """Evaluate now, publish the values and return them by name."""
         # Another task or loss may have taken the place of the trainer's: that of a stage.

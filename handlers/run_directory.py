@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diptych.engine.distributed import rank, world_size
+from diptych.engine.waiting import waits_at
 from diptych.handlers.folders import make_folder
 from diptych.handlers.jsonl import json_number
 
@@ -164,6 +165,7 @@ def _make(parent: Path) -> Path:
             return path
 
 
+@waits_at("taking the run's folder from the first rank")
 def _from_rank_zero(text: str) -> str:
     if world_size() == 1:
         return text

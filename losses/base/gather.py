@@ -127,8 +127,20 @@ def _host_group() -> Any:
         return world
     if _host_groups.get("world") is not world:
         # All ranks come here at the same call of the same loss, as new_group demands.
-        _host_groups.update(world=world, group=dist.new_group(backend="gloo"))
+        _host_groups.update(world=world, group=dist.new_group(backend="gloo", timeout=_timeout()))
     return _host_groups["group"]
+
+
+def _timeout() -> Any:
+    """Return how long the default group's ranks wait, None where NCCL is not behind it.
+
+    Torch gives other groups 30 minutes, whatever the default group has.
+    """
+    device = torch.device("cuda")
+    if not _scatters(device):
+        return None
+    world: Any = dist.group.WORLD
+    return world._get_backend(device).options._timeout  # noqa: SLF001 - torch has no public name
 
 
 def _exchange(numbers: list[int]) -> list[list[int]]:

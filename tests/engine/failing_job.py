@@ -1,0 +1,49 @@
+"""A small job of several ranks in which something goes wrong, as a script.
+
+Usage: python -m tests.engine.failing_job FOLDER WHAT, with RANK and the like in the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from ignite.engine import Events
+
+from diptych.engine import Trainer, process_group
+from diptych.engine.distributed import rank
+from diptych.handlers import default_handlers
+from tests.engine.models import paired, trainer_of
+
+FAILS_AT = 3
+
+
+def goes_wrong(trainer: Trainer, what: str) -> None:
+    """Let the second rank fail in the middle of the run, in one of several ways."""
+    if rank() == 0 or trainer.state.iteration != FAILS_AT:
+        return
+    if what == "raises":
+        raise ValueError("planted")
+    if what == "leaves":
+        os._exit(3)  # as a process that the machine has killed
+
+
+def main(folder: Path, what: str) -> None:
+    """Train on all ranks."""
+    trainer = trainer_of(log_every=1)
+    trainer.add_event_handler(Events.ITERATION_STARTED, goes_wrong, what)
+    if what == "aborts" and rank() == 0:  # what a backend's watchdog does
+        trainer.add_event_handler(Events.STARTED, threading.Timer(2.0, os.abort).start)
+    if what == "aborts" and rank() == 1:
+        trainer.add_event_handler(Events.ITERATION_STARTED, lambda: time.sleep(5.0))
+    trainer.attach(*default_handlers(folder))
+    trainer.run([paired(4)] * 10, max_epochs=1)
+
+
+if __name__ == "__main__":
+    with process_group(backend="gloo", timeout=timedelta(seconds=60)):
+        main(Path(sys.argv[1]), sys.argv[2])
