@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.interruption.processes import HANG, finish, kill, saves, start
 
@@ -60,6 +61,15 @@ def test_a_run_whose_ranks_share_the_model_ends_like_the_one_nobody_touched(tmp_
     check(tmp_path, ranks=2, kills=10, SHARD="1")
 
 
+def kill_inside_an_epoch(folder: Path, ranks: int, **environment: str) -> None:
+    """Start the training and kill all ranks once there is a checkpoint from inside an epoch."""
+    processes = start(folder, ranks, **environment)
+    while not list((folder / "checkpoints").glob("*_iteration_*.pt")):
+        time.sleep(0.01)
+        assert all(process.poll() is None for process in processes)
+    kill(processes)
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_ranks_and_another_micro_batch_go_on_with_the_same_order(
     tmp_path, before, after
@@ -67,10 +77,23 @@ def test_another_number_of_ranks_and_another_micro_batch_go_on_with_the_same_ord
     finish(tmp_path / "whole", 1)
     expected = json.loads((tmp_path / "whole" / "order.json").read_text())
     folder = tmp_path / "killed"
-    processes = start(folder, before)
-    while not list((folder / "checkpoints").glob("*_iteration_*.pt")):
-        time.sleep(0.01)
-        assert all(process.poll() is None for process in processes)
-    kill(processes)
+    kill_inside_an_epoch(folder, before)
     finish(folder, after, MICROBATCH_SIZE="5")
     assert json.loads((folder / "order.json").read_text()) == expected
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_ranks_ends_with_the_weights_of_a_run_that_nobody_touched(
+    tmp_path, before, after
+):
+    finish(tmp_path / "whole", 1, EQUAL="1")
+    folder = tmp_path / "killed"
+    kill_inside_an_epoch(folder, before, EQUAL="1")
+    finish(folder, after, EQUAL="1")
+    orders = [(run / "order.json").read_text() for run in (tmp_path / "whole", folder)]
+    assert orders[0] == orders[1]
+    whole, killed = (torch.load(run / "weights.pt") for run in (tmp_path / "whole", folder))
+    assert len(whole) == len(killed) > 6
+    for expected, found in zip(whole, killed, strict=True):
+        difference = (found.double() - expected.double()).norm()
+        assert difference <= 1e-9 * expected.double().norm()

@@ -3,7 +3,8 @@
 Usage: python -m tests.interruption.training FOLDER RENDEZVOUS [SECONDS]
 
 With SECONDS an iteration takes at least as long, so that a signal meets it in the middle. The
-environment may give RANK, WORLD_SIZE, MICROBATCH_SIZE, and SHARD, with which ranks share the model.
+environment may give RANK, WORLD_SIZE, MICROBATCH_SIZE, SHARD, with which ranks share the model, and
+EQUAL, with which the weights do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -67,6 +68,19 @@ class Encoder(nn.Module):
         return self.layers(x)
 
 
+class EqualEncoder(nn.Module):
+    """The same on any number of ranks: no batch norm, no draws, and float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(12, 16), nn.LayerNorm(16), nn.Tanh(), nn.Linear(16, 8)
+        ).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.double())
+
+
 def jitter(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Draw for a whole batch, on the device."""
     return {**batch, "first": batch["first"] + 0.1 * torch.randn_like(batch["first"])}
@@ -111,14 +125,16 @@ class Order:
 def build(folder: Path) -> tuple[Trainer, SeededLoader, Average, Order]:
     """Make the trainer with all its handlers, its loader, the average and the order of samples."""
     torch.manual_seed(0)
-    model, loss = Encoder(), MoCoLoss(dim=8, queue_size=20)
+    equal = "EQUAL" in os.environ
+    model, loss = EqualEncoder() if equal else Encoder(), MoCoLoss(dim=8, queue_size=20)
+    loss = loss.double() if equal else loss
     optimizer = torch.optim.AdamW([*model.parameters(), *loss.parameters()], lr=0.01)
     trainer = Trainer(
         model,
         loss,
         optimizer,
         task=tasks.two_views,
-        transform=jitter,
+        transform=None if equal else jitter,
         device="cpu",
         seed=2,
         log_every=3,
@@ -177,6 +193,7 @@ def main() -> None:
     content = b"".join(value.numpy().tobytes() for value in values)
     if int(os.environ.get("RANK", "0")) == 0:
         (folder / "order.json").write_text(json.dumps(order.seen))
+        torch.save(values, folder / "weights.pt")
         (folder / "digest").write_text(hashlib.sha256(content).hexdigest())
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from diptych.engine import SeededLoader, Trainer, tasks
+from diptych.engine import SeededLoader, StepEvents, Trainer, tasks
 from diptych.losses import CLIPLoss, CrossEntropyLoss
 
 
@@ -116,6 +116,23 @@ def build() -> tuple[Trainer, list[dict[str, Tensor]]]:
 def build_with_batch_norm() -> tuple[Trainer, list[dict[str, Tensor]]]:
     """Return a training in which batch norm is planted, for the command."""
     return trainer_of(nn.BatchNorm1d(5)), [pairs()] * 3
+
+
+class Meddler:
+    """Changes a weight when it should only look."""
+
+    def attach(self, trainer: Trainer) -> None:
+        trainer.add_event_handler(StepEvents.OPTIMIZER_STEPPED, self.meddle)
+
+    def meddle(self, trainer: Trainer) -> None:
+        with torch.no_grad():
+            trainer.model.text.bias.add_(1e-3)
+
+
+def build_with_faults() -> tuple[Trainer, list[dict[str, Tensor]]]:
+    """Return a training with a factor of the ranks and a handler that changes a weight."""
+    trainer = trainer_of(loss=MultipliedLoss()).attach(Meddler())
+    return trainer, [pairs()] * 3
 
 
 class Pairs(Dataset[dict[str, Tensor]]):
