@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from diptych.engine.data import batch_size
+from diptych.engine.distributed import exchange_timeout
 from diptych.engine.errors import BatchError
 from diptych.engine.random_state import (
     ForwardRandomState,
@@ -124,7 +125,7 @@ class Pieces:
         if not self.agreed:
             return own
         if self._group is None:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=exchange_timeout())
         told = torch.tensor([own, -samples])
         dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
         pieces, fewest = told.tolist()

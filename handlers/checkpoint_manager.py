@@ -14,7 +14,7 @@ import attrs
 import torch.distributed as dist
 from ignite.engine import Events
 
-from diptych.engine.distributed import rank, world_size
+from diptych.engine.distributed import exchange_timeout, rank, world_size
 from diptych.engine.errors import CheckpointError, ResumeError
 from diptych.engine.events import RunEvents
 from diptych.engine.run_state import load_run_state, run_state
@@ -247,7 +247,7 @@ class CheckpointManager:
     def _ranks_of_shards(self) -> Any:
         """Return the group over which a sharded model is saved, made at the first use; or None."""
         if has_shards(self._attached().model) and self._shards is None:
-            self._shards = dist.new_group(backend="gloo")
+            self._shards = dist.new_group(backend="gloo", timeout=exchange_timeout())
         return self._shards
 
     def _restore(self, trainer: Trainer) -> None:
