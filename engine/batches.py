@@ -25,11 +25,18 @@ class BatchSource:
         self._iterator: Iterator[Any] | None = None
         self._restored = False
         self._at_end = False
+        self._given = 0  # batches of the pass, since it was begun or restored
+        self._lost = False
 
     @property
     def keeps_its_place(self) -> bool:
         """Whether the next batch is the one after the last, here or from a checkpoint."""
         return self._iterator is not None or self._restored
+
+    @property
+    def lost_its_place(self) -> bool:
+        """Whether a run was saved inside a pass over this loader, which cannot go there."""
+        return self._lost
 
     @property
     def has_positions(self) -> bool:
@@ -40,12 +47,13 @@ class BatchSource:
         """Take the batches from `data`, from its beginning unless it is the loader in use."""
         if data is not self.data or data is None:
             self.data, self._iterator, self._restored = data, None, False
+            self._lost = False
 
     def rewind(self) -> None:
         """Begin anew at the next batch."""
         # A loader that was put to the end of its pass, and not read since, must be read past it.
         self._restored = self._at_end = self._restored and _told_epoch(self.data) is None
-        self._iterator = None
+        self._iterator, self._lost = None, False
 
     def next(self, epoch: int, done: int = 0, epoch_length: int | None = None) -> Any:
         """Return the next batch.
@@ -61,13 +69,15 @@ class BatchSource:
         if self._iterator is None:
             self._iterator = self._open(epoch, done, epoch_length)
         try:
-            return next(self._iterator)
+            batch = next(self._iterator)
         except StopIteration:
             self.rewind()
             raise
         except BaseException:
             self._after_failure()
             raise
+        self._given += 1
+        return batch
 
     def _after_failure(self) -> None:
         """Keep the place, if the loader can; a generator is of no use after an exception."""
@@ -78,6 +88,7 @@ class BatchSource:
             self.rewind()
 
     def _open(self, epoch: int, done: int, epoch_length: int | None) -> Iterator[Any]:
+        self._given = 0
         if self.data is None:
             return itertools.repeat(None)
         if self._restored:
@@ -109,16 +120,25 @@ class BatchSource:
         return {
             "loader": type(self.data).__name__,
             "position": self.position(),
+            "inside_pass": self._inside_pass,
             "generators": _states(_generators(self.data)),
         }
+
+    @property
+    def _inside_pass(self) -> bool:
+        """Whether a pass is begun and not at its end, as an epoch of another length leaves it."""
+        if self.data is None or self._iterator is None:
+            return self._restored and not self._at_end
+        return self._given != length_of(self.data)
 
     def restore_place(self, place: Mapping[str, Any], *, inside: bool) -> None:
         """Go to a place that `place` returned.
 
         Args:
             place: of the last batch.
-            inside: whether it lies inside an epoch. Between two epochs, a loader that is told its
-                epoch needs no more, and one of another kind begins anew.
+            inside: whether it lies inside an epoch. Between two epochs, where the pass has ended
+                too, a loader that is told its epoch needs no more; one of another kind begins anew.
+                A loader that cannot go to a place inside a pass has then `lost_its_place`.
 
         Raises:
             ResumeError: if the place lies inside an epoch, and the loader cannot go there.
@@ -131,8 +151,11 @@ class BatchSource:
             )
         if same:
             _set_states(_generators(self.data), place["generators"])
-        if inside:
+        inside_pass = same and place.get("inside_pass", False)
+        if inside or (inside_pass and self.has_positions):
             self.restore(place["position"] or {})
+        elif inside_pass:
+            self._lost = True
         elif same and place["position"] is not None and _told_epoch(self.data) is None:
             self.restore(place["position"])
             self._at_end = True
@@ -151,6 +174,7 @@ class BatchSource:
             )
         load_state_dict(position)
         self._iterator, self._restored, self._at_end = None, True, False
+        self._lost = False
 
 
 def length_of(data: Iterable[Any] | None) -> int | None:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diptych.engine.batches import tell_epoch
 from diptych.engine.distributed import rank, world_size
 from diptych.engine.errors import BatchError
 
@@ -193,6 +192,9 @@ def _join_leaves(values: Sequence[Any]) -> Any:
     return first
 
 
+_OF_THE_LOADER = ("load_state_dict", "set_epoch", "generator", "sampler", "batch_sampler")
+
+
 class _Groups:
     """Iterates a loader, joining several of its batches into one."""
 
@@ -216,14 +218,11 @@ class _Groups:
                 return
             yield join(group)
 
-    def set_epoch(self, epoch: int) -> None:
-        tell_epoch(self._loader, epoch)
-
     def __getattr__(self, name: str) -> Any:
-        # Groups have a position where the loader has one.
+        # Groups have a position, an epoch and generators where the loader has them.
         if name == "state_dict" and hasattr(self._loader, name):
             return self._position
-        if name == "load_state_dict":
+        if name in _OF_THE_LOADER:
             return getattr(self._loader, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 

@@ -140,6 +140,12 @@ class EventLoop(Dispatcher):
     def _check_continues(self, data: Iterable[Any] | None) -> None:
         same = self.batches.keeps_its_place and self.batches.data is data
         rest = self.state.epoch_length is None or self.epoch_iteration < self.state.epoch_length
+        if self.batches.lost_its_place and self.batches.data is data:
+            raise ResumeError(
+                f"epochs of {self.state.epoch_length} iterations end inside a pass over the data, "
+                f"where the run was saved, and a {type(data).__name__} cannot go there: use a "
+                "loader with state_dict() and load_state_dict(), or epochs of whole passes"
+            )
         if self.epoch_iteration and rest and not same:
             raise ResumeError(
                 f"epoch {self.state.epoch} stands at iteration {self.epoch_iteration}, and this "
@@ -154,7 +160,9 @@ class EventLoop(Dispatcher):
         # Epochs may differ in length (terminate_epoch, stages): iterations do not tell the epoch.
         state = self.state
         if state.max_iters is not None:
-            return state.iteration >= state.max_iters
+            # A whole epoch that is still open is to be completed first.
+            whole = self._in_epoch and self.epoch_iteration == state.epoch_length
+            return state.iteration >= state.max_iters and not whole
         return not self._in_epoch and state.epoch >= (state.max_epochs or 0)
 
     # -- the loop --------------------------------------------------------------------------------

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
+import attrs
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
@@ -18,6 +21,14 @@ Draw = tuple[int, int]
 on."""
 
 
+@attrs.define(eq=False)
+class _Place:
+    """Where a pass stands."""
+
+    epoch: int = 0
+    batch: int = 0
+
+
 class SeededLoader:
     """Gives batches of a map-style data set; resuming inside an epoch reads no skipped sample.
 
@@ -25,6 +36,9 @@ class SeededLoader:
     torch's, NumPy's or Python's global generator, is a function of (seed, epoch, index): the
     number of workers, of ranks, and an interruption change neither. The generators of the calling
     process stay as they are.
+
+    A pass that begins while another one is read, such as an evaluation on the training data,
+    changes nothing for that one: the loader's position stays that of the first.
 
     Args:
         dataset: has `__len__` and `__getitem__`.
@@ -54,15 +68,21 @@ class SeededLoader:
         self.dataset, self.seed = dataset, seed
         self._shuffle, self._drop_last = shuffle, drop_last
         self.batch_size = batch_size
-        self._epoch = self._batch = self._start = 0
-        self._loader = DataLoader(
-            _SeededSamples(dataset, seed),
-            batch_sampler=_Batches(self),
-            num_workers=num_workers,
-            collate_fn=collate,
+        self._place = self._next = _Place()
+        self._pass: weakref.ref[Generator[Any, None, None]] | None = None
+        self._workers, self._collate = num_workers, collate
+        self._batches = _Batches(self)
+        self._loader = self._reader(self._batches, persistent=num_workers > 0)
+
+    def _reader(self, batches: _Batches, *, persistent: bool = False) -> DataLoader[Any]:
+        return DataLoader(
+            _SeededSamples(self.dataset, self.seed),
+            batch_sampler=batches,
+            num_workers=self._workers,
+            collate_fn=self._collate,
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=num_workers > 0,
-            generator=torch.Generator().manual_seed(seed),
+            persistent_workers=persistent,
+            generator=torch.Generator().manual_seed(self.seed),
         )
 
     @property
@@ -104,19 +124,38 @@ class SeededLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Begin epoch `epoch`, counted from 0, at the next iteration."""
-        self._epoch, self._batch, self._start = epoch, 0, 0
+        self._next = _Place(epoch)
+        if not self._is_read:
+            self._place = self._next
 
     def __iter__(self) -> Iterator[Any]:
-        self._batch, self._start = self._start, 0
-        for batch in self._loader:
-            self._batch += 1
+        place, self._next = self._next, _Place(self._next.epoch)
+        if self._is_read:  # persistent workers serve one pass at a time
+            batches = _Batches(self)
+            return self._read(place, batches, self._reader(batches))
+        own = self._read(place, self._batches, self._loader)
+        self._place, self._pass = place, weakref.ref(own)
+        return own
+
+    @property
+    def _is_read(self) -> bool:
+        """Whether the pass whose position is the loader's goes on."""
+        own = None if self._pass is None else self._pass()
+        return own is not None and inspect.getgeneratorstate(own) != inspect.GEN_CLOSED
+
+    def _read(
+        self, place: _Place, batches: _Batches, reader: DataLoader[Any]
+    ) -> Generator[Any, None, None]:
+        batches.place = place
+        for batch in reader:
+            place.batch += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
         """Return the position: the epoch, its batches so far, and what the order depends on."""
         return {
-            "epoch": self._epoch,
-            "batch": self._batch,
+            "epoch": self._place.epoch,
+            "batch": self._place.batch,
             "seed": self.seed,
             "batch_size": self.batch_size,
             "samples": self._samples,
@@ -135,21 +174,27 @@ class SeededLoader:
                     f"the data's {key} must be {state_dict[key]}, as when the run was saved, "
                     f"got {mine[key]}"
                 )
-        self._epoch = state_dict["epoch"]
-        self._batch = self._start = state_dict["batch"]
+        self._place = self._next = _Place(state_dict["epoch"], state_dict["batch"])
+        self._pass = None
 
-    def batches(self) -> Iterator[list[Draw]]:
-        """Give this rank's share of each batch of the epoch, from the position on."""
-        order = self._order()
-        for number in range(self._batch, len(self)):
+    def batches(self, epoch: int | None = None, start: int | None = None) -> Iterator[list[Draw]]:
+        """Give this rank's share of each batch of an epoch.
+
+        Args:
+            epoch: counted from 0; None: that of the position.
+            start: the first batch; None: that of the position.
+        """
+        epoch = self._place.epoch if epoch is None else epoch
+        order = self._order(epoch)
+        for number in range(self._place.batch if start is None else start, len(self)):
             whole = order[number * self.batch_size : (number + 1) * self.batch_size]
             bounds = [len(whole) * r // world_size() for r in (rank(), rank() + 1)]
-            yield [(self._epoch, index) for index in whole[bounds[0] : bounds[1]]]
+            yield [(epoch, index) for index in whole[bounds[0] : bounds[1]]]
 
-    def _order(self) -> list[int]:
+    def _order(self, epoch: int) -> list[int]:
         if not self._shuffle:
             return list(range(self._samples))
-        generator = torch.Generator().manual_seed(mixed(self.seed, self._epoch))
+        generator = torch.Generator().manual_seed(mixed(self.seed, epoch))
         return torch.randperm(self._samples, generator=generator).tolist()
 
 
@@ -157,10 +202,10 @@ class _Batches:
     """The batch sampler of a `SeededLoader`'s own DataLoader."""
 
     def __init__(self, loader: SeededLoader) -> None:
-        self._owner = loader
+        self._owner, self.place = loader, _Place()
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        return self._owner.batches()
+        return self._owner.batches(self.place.epoch, self.place.batch)
 
     def __len__(self) -> int:
         return len(self._owner)

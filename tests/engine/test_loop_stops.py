@@ -41,6 +41,16 @@ def test_terminated_runs_continue_with_the_next_batch(stops: set[int], sized: bo
     assert loop.state.epoch == EPOCHS
 
 
+def test_a_run_stopped_in_its_last_iteration_completes_its_epoch_when_it_goes_on():
+    loop = Tape()
+    call_at(loop, LENGTH, loop.terminate)
+    fired = events_of(loop, Events.EPOCH_COMPLETED, Events.COMPLETED)
+    for _ in range(3):
+        loop.run(range(LENGTH), max_iters=LENGTH)
+    assert fired == ["COMPLETED", "EPOCH_COMPLETED", "COMPLETED"]
+    assert loop.state.iteration == LENGTH
+
+
 def test_terminate_fires_terminate_and_completed_unless_told_not_to():
     for skip, expected in ((False, ["TERMINATE", "COMPLETED"]), (True, ["TERMINATE"])):
         loop = Tape()

@@ -12,8 +12,16 @@ import torch
 from ignite.engine import Events
 from ignite.handlers import EarlyStopping
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from diptych.engine import CheckpointError, RunEvents, SeededLoader, Trainer
+from diptych.engine import (
+    CheckpointError,
+    ResumeError,
+    RunEvents,
+    SeededLoader,
+    Trainer,
+    in_groups,
+)
 from diptych.engine.run_state import (
     _metrics_of_this_rank,
     clean_state_dict,
@@ -99,6 +107,57 @@ def test_a_run_goes_on_from_any_safe_point_as_if_nothing_had_happened(at: int):
     assert identical(run_state(resumed), run_state(whole))
     assert [*before, *later] == records
     assert resumed.handlers[0].steps == 12
+
+
+def order_of(*, epoch_length: int, stop: int | None, in_group: int = 1) -> list[Any]:
+    """Return the samples of three epochs, saved and gone on with elsewhere after one of them."""
+    seen: list[Any] = []
+    state: Any = None
+    for limit in (3,) if stop is None else (stop, 3):
+        trainer, loader, _ = made()
+        data = loader if in_group == 1 else in_groups(Generated(), in_group)
+        if state is not None:
+            trainer.add_event_handler(
+                RunEvents.RESTORE, lambda t, state=state: load_run_state(t, state)
+            )
+        trainer.add_event_handler(
+            Events.ITERATION_COMPLETED, lambda t: seen.append(t.state.batch["image"].sum().item())
+        )
+        trainer.run(data, max_epochs=limit, epoch_length=epoch_length)
+        state = stored(run_state(trainer))
+    return seen
+
+
+class Generated(DataLoader):
+    """A loader whose order comes from a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(Pairs(), 5, shuffle=True, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("epoch_length", [3, 4, 7])
+@pytest.mark.parametrize("stop", [1, 2])
+def test_epochs_that_are_no_whole_passes_go_on_with_the_samples_that_come_next(
+    epoch_length: int, stop: int
+):
+    whole = order_of(epoch_length=epoch_length, stop=None)
+    assert order_of(epoch_length=epoch_length, stop=stop) == whole
+
+
+def test_a_loader_that_cannot_go_inside_a_pass_is_told_so():
+    trainer, _, _ = made()
+    trainer.run(Generated(), max_epochs=1, epoch_length=3)
+    state = stored(run_state(trainer))
+    resumed, _, _ = made()
+    resumed.add_event_handler(RunEvents.RESTORE, lambda: load_run_state(resumed, state))
+    with pytest.raises(ResumeError, match="epochs of 3 iterations end inside a pass over the data"):
+        resumed.run(Generated(), max_epochs=2, epoch_length=3)
+
+
+def test_groups_go_on_in_the_order_of_their_loaders_generator():
+    whole = order_of(epoch_length=2, stop=None, in_group=2)
+    assert len(set(whole)) == 6
+    assert order_of(epoch_length=2, stop=1, in_group=2)[::1] == whole
 
 
 def test_the_count_of_skipped_steps_goes_on():

@@ -60,6 +60,24 @@ def test_workers_change_nothing():
     assert epoch(SeededLoader(Noisy(), 4, num_workers=2), 2) == alone
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_second_pass_leaves_the_first_and_its_position_alone(workers: int):
+    expected = epoch(SeededLoader(Noisy(), 5, seed=1), 3)
+    loader = SeededLoader(Noisy(), 5, seed=1, num_workers=workers)
+    loader.set_epoch(3)
+    first = iter(loader)
+    read = [next(first), next(first)]
+    position = loader.state_dict()
+    assert (position["epoch"], position["batch"]) == (3, 2)
+    loader.set_epoch(0)
+    second = samples(loader)
+    assert second == epoch(SeededLoader(Noisy(), 5, seed=1), 0)
+    assert loader.state_dict() == position
+    read += first
+    assert samples(read) == expected
+    assert loader.state_dict()["batch"] == len(loader)
+
+
 def test_reading_leaves_the_generators_of_the_process_alone():
     before = torch.get_rng_state().clone(), random.getstate(), np.random.get_state()[1].copy()
     epoch(SeededLoader(Noisy(), 4), 0)
