@@ -42,7 +42,9 @@ def test_a_rank_that_waits_in_vain_names_itself_the_place_the_time_and_the_other
     assert f"for the other ranks, at: {place}" in found["text"]
     assert f"Rank {1 - comes} did not come here: it hangs" in found["text"]
     seconds = float(re.search(r"waited (\S+) s", found["text"])[1])
-    assert lost_ranks.TIMEOUT <= seconds <= found["seconds"] + 0.1
+    # Gradients are sent before they are waited for: on a slow machine most of the timeout is over.
+    least = 0.0 if name == "gradients" else lost_ranks.TIMEOUT
+    assert least <= seconds <= found["seconds"] + 0.1
     assert "The above exception was the direct cause" in found["trace"]  # what the backend said
 
 
