@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
 
 from diptych.engine.errors import ResumeError
 from diptych.engine.random_state import random_state, set_random_state
+
+
+class Pass:
+    """One pass over a loader, which knows where it stands, whoever else reads that loader.
+
+    Args:
+        batches: of the pass.
+        position: returns what the loader's `load_state_dict` takes.
+    """
+
+    def __init__(self, batches: Iterator[Any], position: Callable[[], dict[str, Any]]) -> None:
+        self._batches, self.position = batches, position
+
+    def __iter__(self) -> Pass:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._batches)
 
 
 class BatchSource:
@@ -24,8 +42,10 @@ class BatchSource:
         self.data: Iterable[Any] | None = None
         self._iterator: Iterator[Any] | None = None
         self._restored = False
+        self._kept: dict[str, Any] = {}  # the position that was restored
         self._at_end = False
-        self._given = 0  # batches of the pass, since it was begun or restored
+        self._given = 0  # batches of the pass
+        self._counted: int | None = None  # batches of a whole pass that has ended
         self._lost = False
 
     @property
@@ -47,13 +67,13 @@ class BatchSource:
         """Take the batches from `data`, from its beginning unless it is the loader in use."""
         if data is not self.data or data is None:
             self.data, self._iterator, self._restored = data, None, False
-            self._lost = False
+            self._given, self._counted, self._lost = 0, None, False
 
     def rewind(self) -> None:
         """Begin anew at the next batch."""
         # A loader that was put to the end of its pass, and not read since, must be read past it.
         self._restored = self._at_end = self._restored and _told_epoch(self.data) is None
-        self._iterator, self._lost = None, False
+        self._iterator, self._given, self._lost = None, 0, False
 
     def next(self, epoch: int, done: int = 0, epoch_length: int | None = None) -> Any:
         """Return the next batch.
@@ -71,6 +91,7 @@ class BatchSource:
         try:
             batch = next(self._iterator)
         except StopIteration:
+            self._counted = self._given
             self.rewind()
             raise
         except BaseException:
@@ -88,21 +109,23 @@ class BatchSource:
             self.rewind()
 
     def _open(self, epoch: int, done: int, epoch_length: int | None) -> Iterator[Any]:
-        self._given = 0
         if self.data is None:
             return itertools.repeat(None)
         if self._restored:
             self._restored = False
             return self._reopen(self.data)
+        self._given = 0
         length = length_of(self.data)
         if length and epoch_length:  # two passes of one epoch must not repeat one order
             epoch = epoch * -(-epoch_length // length) + done // length
         tell_epoch(self.data, epoch)
         return iter(self.data)
 
-    def _reopen(self, data: Iterable[Any]) -> Iterator[Any]:
+    def _reopen(self, data: Any) -> Iterator[Any]:
         """Iterate a loader from its position; what it draws on the way there was drawn before."""
+        data.load_state_dict(self._kept)  # again: others may have read the loader since
         drawn, generators = random_state(), _states(_generators(data))
+        self._given = 0 if self._at_end else self._given
         iterator = iter(data)
         rest = list(itertools.islice(iterator, 1)) if self._at_end else []
         if rest:  # it has begun the next pass by itself
@@ -113,23 +136,29 @@ class BatchSource:
 
     def position(self) -> dict[str, Any] | None:
         """Return the loader's own state after the last batch; None for a loader that has none."""
-        return dict(self.data.state_dict()) if self.has_positions else None  # type: ignore[union-attr]
+        if not self.has_positions:
+            return None
+        if self._restored:
+            return dict(self._kept)
+        if isinstance(self._iterator, Pass):  # another one may have begun since
+            return self._iterator.position()
+        return dict(self.data.state_dict())  # type: ignore[union-attr]
 
     def place(self) -> dict[str, Any]:
         """Return all that continues the batches elsewhere: `restore_place` takes it."""
         return {
             "loader": type(self.data).__name__,
             "position": self.position(),
-            "inside_pass": self._inside_pass,
+            "given": self._given,
+            "counted": self._counted,
             "generators": _states(_generators(self.data)),
         }
 
     @property
     def _inside_pass(self) -> bool:
         """Whether a pass is begun and not at its end, as an epoch of another length leaves it."""
-        if self.data is None or self._iterator is None:
-            return self._restored and not self._at_end
-        return self._given != length_of(self.data)
+        length = length_of(self.data) or self._counted
+        return self.data is not None and self._given > 0 and self._given != length
 
     def restore_place(self, place: Mapping[str, Any], *, inside: bool) -> None:
         """Go to a place that `place` returned.
@@ -151,13 +180,17 @@ class BatchSource:
             )
         if same:
             _set_states(_generators(self.data), place["generators"])
-        inside_pass = same and place.get("inside_pass", False)
-        if inside or (inside_pass and self.has_positions):
+            self._given, self._counted = place.get("given", 0), place.get("counted")
+        if inside or (self._inside_pass and self.has_positions):
             self.restore(place["position"] or {})
-        elif inside_pass:
+        elif same:
+            self._restore_between_epochs(place["position"])
+
+    def _restore_between_epochs(self, position: Mapping[str, Any] | None) -> None:
+        if self._inside_pass:
             self._lost = True
-        elif same and place["position"] is not None and _told_epoch(self.data) is None:
-            self.restore(place["position"])
+        elif position is not None and _told_epoch(self.data) is None:
+            self.restore(position)
             self._at_end = True
 
     def restore(self, position: Mapping[str, Any]) -> None:
@@ -174,6 +207,7 @@ class BatchSource:
             )
         load_state_dict(position)
         self._iterator, self._restored, self._at_end = None, True, False
+        self._kept = dict(position)
         self._lost = False
 
 

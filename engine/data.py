@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diptych.engine.batches import Pass
 from diptych.engine.distributed import rank, world_size
 from diptych.engine.errors import BatchError
 
@@ -192,15 +194,15 @@ def _join_leaves(values: Sequence[Any]) -> Any:
     return first
 
 
-_OF_THE_LOADER = ("load_state_dict", "set_epoch", "generator", "sampler", "batch_sampler")
+_OF_THE_LOADER = ("set_epoch", "generator", "sampler", "batch_sampler")
 
 
 class _Groups:
     """Iterates a loader, joining several of its batches into one."""
 
-    def __init__(self, loader: Iterable[Any], count: int) -> None:
+    def __init__(self, loader: Any, count: int) -> None:
         self._loader, self._count = loader, count
-        self._start: Any = None
+        self._position: Callable[[], dict[str, Any]] | None = None
 
     def __len__(self) -> int:
         if not isinstance(self._loader, Sized):
@@ -208,28 +210,54 @@ class _Groups:
         return math.ceil(len(self._loader) / self._count)
 
     def __iter__(self) -> Iterator[Any]:
-        batches, self._start = iter(self._loader), None
+        batches = iter(self._loader)
+        if not _has_positions(self._loader):
+            return self._read(batches)
+        # A group that could not be read as a whole begins anew; between two groups the position of
+        # the pass over the loader is the group's.
+        of_loader = batches.position if isinstance(batches, Pass) else self._loader.state_dict
+        started: list[dict[str, Any]] = []
+        self._position = partial(_first_or, started, of_loader)
+        return Pass(self._read(batches, of_loader, started), self._position)
+
+    def _read(
+        self,
+        batches: Iterator[Any],
+        position: Callable[[], dict[str, Any]] = dict,
+        started: list[dict[str, Any]] | None = None,
+    ) -> Iterator[Any]:
+        started = [] if started is None else started
         while True:
-            if hasattr(self._loader, "state_dict"):
-                self._start = self._loader.state_dict()
+            started.append(position())
             group = list(itertools.islice(batches, self._count))
-            self._start = None
+            started.clear()
             if not group:
                 return
             yield join(group)
 
     def __getattr__(self, name: str) -> Any:
         # Groups have a position, an epoch and generators where the loader has them.
-        if name == "state_dict" and hasattr(self._loader, name):
-            return self._position
+        if name == "state_dict" and _has_positions(self._loader):
+            return self._position or self._loader.state_dict
+        if name == "load_state_dict" and _has_positions(self._loader):
+            return self._go_to
         if name in _OF_THE_LOADER:
             return getattr(self._loader, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
-    def _position(self) -> Any:
-        # A group that could not be read as a whole begins anew; between two groups the loader's
-        # own position is the group's.
-        return self._loader.state_dict() if self._start is None else self._start  # type: ignore[attr-defined]
+    def _go_to(self, position: Mapping[str, Any]) -> None:
+        self._position = None
+        self._loader.load_state_dict(position)
+
+
+def _has_positions(loader: Any) -> bool:
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+
+
+def _first_or(
+    started: Sequence[dict[str, Any]], position: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    return dict(started[0] if started else position())
 
 
 def in_groups(loader: Iterable[Any], count: int) -> _Groups:

@@ -6,12 +6,14 @@ import inspect
 import math
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import attrs
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from diptych.engine.batches import Pass
 from diptych.engine.distributed import rank, world_size
 from diptych.engine.errors import ResumeError
 from diptych.engine.random_state import mixed, preserved_random_state, seed_host
@@ -130,12 +132,13 @@ class SeededLoader:
 
     def __iter__(self) -> Iterator[Any]:
         place, self._next = self._next, _Place(self._next.epoch)
+        position = partial(self._position, place)
         if self._is_read:  # persistent workers serve one pass at a time
             batches = _Batches(self)
-            return self._read(place, batches, self._reader(batches))
+            return Pass(self._read(place, batches, self._reader(batches)), position)
         own = self._read(place, self._batches, self._loader)
         self._place, self._pass = place, weakref.ref(own)
-        return own
+        return Pass(own, position)
 
     @property
     def _is_read(self) -> bool:
@@ -153,9 +156,12 @@ class SeededLoader:
 
     def state_dict(self) -> dict[str, int]:
         """Return the position: the epoch, its batches so far, and what the order depends on."""
+        return self._position(self._place)
+
+    def _position(self, place: _Place) -> dict[str, int]:
         return {
-            "epoch": self._place.epoch,
-            "batch": self._place.batch,
+            "epoch": place.epoch,
+            "batch": place.batch,
             "seed": self.seed,
             "batch_size": self.batch_size,
             "samples": self._samples,

@@ -128,7 +128,7 @@ def sample_ids(trainer: Trainer, batch: Any, key: str) -> list[Any] | None:
     loader = trainer.batches.data
     if not isinstance(loader, SeededLoader):
         return None
-    position = loader.state_dict()
+    position = trainer.batches.position() or {}
     before = copy.copy(loader)  # the order is a function of seed and position alone
     before.load_state_dict({**position, "batch": position["batch"] - 1})
     return [index for _, index in next(before.batches(), [])]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from diptych.engine import ResumeError
+from diptych.engine import ResumeError, SeededLoader
 from diptych.engine.batches import BatchSource, length_of, tell_epoch
 from tests.engine.loops import EpochAware, Positioned, Unsized
 
@@ -162,3 +162,40 @@ def test_a_place_inside_a_pass_or_at_its_end_goes_on_with_the_same_order_and_dra
     other.restore_place(place, inside=done < 5)
     torch.set_rng_state(drawn)
     assert read(other, 9) == expected
+
+
+def test_two_sources_over_one_loader_have_a_position_each():
+    loader, one, two = SeededLoader(torch.arange(10), 2), BatchSource(), BatchSource()
+    for source, read in ((one, 1), (two, 3)):
+        source.switch(loader)
+        for _ in range(read):
+            source.next(0)
+    assert [source.position()["batch"] for source in (one, two)] == [1, 3]
+
+
+def test_a_restored_place_survives_others_that_read_the_loader_before_the_next_batch():
+    source, other, loader = BatchSource(), BatchSource(), SeededLoader(torch.arange(10), 2)
+    source.switch(SeededLoader(torch.arange(10), 2))
+    source.next(4)
+    other.switch(loader)
+    other.restore_place(source.place(), inside=True)
+    loader.set_epoch(0)
+    assert len(list(loader)) == 5
+    assert other.position() == source.position()
+    assert torch.equal(other.next(4), source.next(4))
+
+
+def test_a_loader_without_a_length_is_at_its_end_where_the_pass_before_ended():
+    source, other, data = BatchSource(), BatchSource(), Unsized("abc")
+    source.switch(data)
+    assert [source.next(0) for _ in "abc"] == [*"abc"]
+    with pytest.raises(StopIteration):
+        source.next(0)
+    for _ in "abc":
+        source.next(1)
+    other.switch(data)
+    other.restore_place(source.place(), inside=False)
+    assert not other.lost_its_place
+    other.next(2)
+    other.restore_place(other.place(), inside=False)
+    assert other.lost_its_place

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from diptych.engine import BatchError, SeededLoader, in_groups
+from diptych.engine.batches import BatchSource
 from diptych.engine.data import batch_size, join, map_leaves, split, to_device
 from tests.engine.loops import EpochAware, Positioned, Tape, Unsized
 
@@ -229,3 +230,15 @@ def test_a_group_of_no_batch_is_refused(count: int):
 def test_batches_of_different_structure_do_not_join():
     with pytest.raises(BatchError, match="must have one structure"):
         join([{"x": torch.ones(1)}, {"x": torch.ones(1), "y": torch.ones(1)}])
+
+
+def test_two_passes_over_groups_have_a_position_each():
+    groups = in_groups(SeededLoader(torch.arange(12), 2), 2)
+    one, two = BatchSource(), BatchSource()
+    for source, read in ((one, 1), (two, 2)):
+        source.switch(groups)
+        for _ in range(read):
+            source.next(0)
+    assert [source.position()["batch"] for source in (one, two)] == [2, 4]
+    groups.load_state_dict(one.position())
+    assert groups.state_dict() == one.position()

@@ -87,6 +87,7 @@ def test_ids_of_a_seeded_loader_are_those_that_it_read():
     seen = []
     for _ in range(3):
         batch = trainer.batches.next(0)
+        assert next(iter(loader)) is not None  # somebody else reads
         ids = sample_ids(trainer, batch, "id")
         for index, image in zip(ids, batch["image"], strict=True):
             assert torch.equal(image.nan_to_num(), loader.dataset[index]["image"].nan_to_num())
