@@ -101,6 +101,16 @@ class Dispatcher(Engine):
         if listeners:
             self.call(listeners)
 
+    def fire_again(self, event_name: Any) -> None:
+        """Call the handlers of an event that has fired in this iteration already.
+
+        Those that choose their iterations, by `every` or by a filter, have been asked and are not
+        called.
+        """
+        self.last_event_name = event_name
+        listeners = self._listeners.get(event_name, ())
+        self.call([listener for listener in listeners if not _chooses(listener)])
+
     def call(self, listeners: Iterable[Listener]) -> None:
         """Call these listeners with this engine, and count what each of them costs."""
         if self._instead is not None:
@@ -170,6 +180,11 @@ def _listener(event: Any, entry: tuple[Any, ...], known: list[Listener]) -> List
     takes_engine = bool(arguments) and isinstance(arguments[0], weakref.ref)
     rest = arguments[1:] if takes_engine else arguments
     return Listener(event, function, rest, keywords, takes_engine, entry=entry)
+
+
+def _chooses(listener: Listener) -> bool:
+    filtered = getattr(listener.event, "filter", None) is not None
+    return filtered or isinstance(listener.function, Periodic)
 
 
 def _place_of_listener(names: Mapping[str, Any]) -> Place | None:

@@ -16,6 +16,8 @@ STARTED
   EPOCH_COMPLETED
     EvaluationEvents.EVALUATED          val/... are in trainer.state.metrics
   RunEvents.SAFE_POINT                  the last iteration's, after the epoch's own handlers
+                                        instead; where nobody could know before that it was the
+                                        last, again, and not for what chooses iterations (every=n)
 COMPLETED | TERMINATE | INTERRUPT | EXCEPTION_RAISED
 RunEvents.RELEASE                       whatever happened: let go of what was taken at RESTORE
 ```

@@ -52,6 +52,7 @@ class EventLoop(Dispatcher):
         self._interrupted = False
         self._batch: Any = None
         self._batch_pending = False
+        self._safe_point_fired = False
         self.batches = BatchSource()
 
     # -- what a run starts from ------------------------------------------------------------------
@@ -103,7 +104,7 @@ class EventLoop(Dispatcher):
         if max_epochs is not None or max_iters is not None:
             self.state.max_epochs, self.state.max_iters = max_epochs, max_iters
         self._set_epoch_length(data, epoch_length)
-        if self._finished():
+        if self.is_finished:
             logger.warning(
                 "nothing to do: the run is finished at epoch %d, iteration %d; "
                 "raise max_epochs or max_iters to continue it",
@@ -117,7 +118,7 @@ class EventLoop(Dispatcher):
     def _start_over(self) -> None:
         self.state.iteration = self.state.epoch = self.epoch_iteration = 0
         self.state.epoch_length = None
-        self._in_epoch = self._interrupted = self._batch_pending = False
+        self._in_epoch = self._interrupted = self._batch_pending = self._safe_point_fired = False
         self.batches.rewind()
 
     def _set_epoch_length(self, data: Iterable[Any] | None, given: int | None) -> None:
@@ -156,14 +157,21 @@ class EventLoop(Dispatcher):
         if not same:
             self.set_data(data)
 
-    def _finished(self) -> bool:
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has done all that it was asked for."""
         # Epochs may differ in length (terminate_epoch, stages): iterations do not tell the epoch.
         state = self.state
         if state.max_iters is not None:
             # A whole epoch that is still open is to be completed first.
-            whole = self._in_epoch and self.epoch_iteration == state.epoch_length
-            return state.iteration >= state.max_iters and not whole
+            return bool(state.iteration >= state.max_iters) and not self._is_to_end
         return not self._in_epoch and state.epoch >= (state.max_epochs or 0)
+
+    @property
+    def _is_to_end(self) -> bool:
+        """Whether the running epoch has no iteration left."""
+        whole = self.epoch_iteration == self.state.epoch_length
+        return self._in_epoch and (whole or bool(self.should_terminate_single_epoch))
 
     # -- the loop --------------------------------------------------------------------------------
 
@@ -179,7 +187,7 @@ class EventLoop(Dispatcher):
                 self.fire_event(Events.STARTED)
                 self._find_listeners()  # Ignite's profilers put theirs into the table
             self._interrupted = False
-            while not self._stopped() and not self._finished():
+            while not self._stopped() and not self.is_finished:
                 self._run_epoch()
             self._finish(started)
         except BaseException as error:
@@ -214,7 +222,10 @@ class EventLoop(Dispatcher):
         if self.should_terminate_single_epoch != "skip_epoch_completed":
             self.fire_event(Events.EPOCH_COMPLETED)
         self._in_epoch, self.epoch_iteration = False, 0
-        self.fire_event(RunEvents.SAFE_POINT)
+        if self._safe_point_fired:  # nobody could know then that the epoch was to end
+            self.fire_again(RunEvents.SAFE_POINT)
+        else:
+            self.fire_event(RunEvents.SAFE_POINT)
 
     def _run_iterations(self) -> bool:
         """Run the rest of the epoch; say whether it has ended."""
@@ -251,7 +262,8 @@ class EventLoop(Dispatcher):
         self._batch_pending = False
         self.epoch_iteration += 1
         self.fire_event(Events.ITERATION_COMPLETED)
-        if self.epoch_iteration != state.epoch_length or self._stopped():
+        self._safe_point_fired = not self._is_to_end or self._stopped()
+        if self._safe_point_fired:
             self.fire_event(RunEvents.SAFE_POINT)
 
     def terminate(self, *, skip_completed: bool = False) -> None:  # type: ignore[override]
@@ -355,7 +367,7 @@ class EventLoop(Dispatcher):
         self.state.iteration, self.state.epoch_length = iteration, length
         self.state.epoch = state_dict.get("epoch", epochs + bool(rest))
         self.epoch_iteration = state_dict.get("epoch_iteration", rest)
-        self._in_epoch = self.epoch_iteration > 0
+        self._in_epoch = self._safe_point_fired = self.epoch_iteration > 0
         self.state.max_epochs, self.state.max_iters = (
             state_dict.get("max_epochs"),
             state_dict.get("max_iters"),

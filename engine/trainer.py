@@ -277,7 +277,7 @@ class Trainer(EventLoop):
     def _log_rest(self, _: Engine) -> None:
         # A run that was stopped keeps its window: the run that continues it logs what nobody
         # stopped would.
-        if not self.should_terminate or self._finished():
+        if not self.should_terminate or self.is_finished:
             self.metrics.log(self.state.iteration)
 
 

@@ -28,7 +28,7 @@ from diptych.handlers.checkpoint_writer import CheckpointWriter
 from diptych.handlers.evaluation import average_scored
 from diptych.handlers.export import check_can_export
 from diptych.handlers.run_lock import RunLock
-from diptych.handlers.run_progress import is_over, place_is_lost, published, unpublished
+from diptych.handlers.run_progress import moment, place_is_lost, published, unpublished
 from diptych.handlers.stop_signals import StopSignals
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class CheckpointManager:
     _shards: Any = attrs.field(default=None, init=False, repr=False)
     _scored: int | None = attrs.field(default=0, init=False, repr=False)
     _due: bool = attrs.field(default=False, init=False, repr=False)
-    _saved: int | None = attrs.field(default=None, init=False, repr=False)
+    _saved: tuple[int, int] | None = attrs.field(default=None, init=False, repr=False)
     _saved_at: float = attrs.field(default=0.0, init=False, repr=False)
     _timed: int = attrs.field(default=0, init=False, repr=False)
     _waits: bool = attrs.field(default=False, init=False, repr=False)
@@ -285,7 +285,7 @@ class CheckpointManager:
         found = read_latest(self._store, entries, self._ranks_of_shards())
         if found is not None:
             self._load(*found)
-            self._saved = self._attached().state.iteration
+            self._saved = moment(self._attached())
 
     def _goes_back(self) -> bool:
         """Say whether the run is to resume from a path in its own directory."""
@@ -324,7 +324,7 @@ class CheckpointManager:
         number, timed = self._ranks.exchange(self._signals.number, self._timed + self._time_is_up())
         self._due |= timed > self._timed
         self._timed = max(timed, self._timed)
-        if is_over(trainer):  # its last log point is still to come; `_finish` saves
+        if trainer.is_finished:  # its last log point is still to come; `_finish` saves
             return
         score = self._new_score(trainer)
         missing = unpublished(trainer, "best", self.best) if self.best else None
@@ -344,7 +344,7 @@ class CheckpointManager:
 
     def _save(self, trainer: Trainer, score: float | None) -> None:
         self._saved_at = time.monotonic()
-        self._saved = trainer.state.iteration
+        self._saved = moment(trainer)
         self._due = self._due and place_is_lost(trainer)
         metrics = {
             k: float(v) for k, v in trainer.state.metrics.items() if isinstance(v, (int, float))
@@ -359,7 +359,7 @@ class CheckpointManager:
             self._save(trainer, self._new_score(trainer))
         on_rank_zero(self._writer.end)
         missing = (
-            unpublished(trainer, "best", self.best) if self.best and is_over(trainer) else None
+            unpublished(trainer, "best", self.best) if self.best and trainer.is_finished else None
         )
         if missing is not None:
             raise CheckpointError(missing)
@@ -370,7 +370,7 @@ class CheckpointManager:
 
     def _is_unsaved(self, trainer: Trainer) -> bool:
         self._writer.wait()
-        return self._writer.tell_failure() or self._saved != trainer.state.iteration
+        return self._writer.tell_failure() or self._saved != moment(trainer)
 
     def _leave(self, number: int) -> None:
         """End this process, when the last save is on the disk: all ranks wait for it."""

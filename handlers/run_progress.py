@@ -10,12 +10,9 @@ if TYPE_CHECKING:
     from diptych.engine import Trainer
 
 
-def is_over(trainer: Trainer) -> bool:
-    """Say whether the run has done all that it was asked for."""
-    state = trainer.state
-    if state.max_iters is not None:
-        return bool(state.iteration >= state.max_iters)
-    return not trainer.epoch_iteration and state.epoch >= (state.max_epochs or 0)
+def moment(trainer: Trainer) -> tuple[int, int]:
+    """Return iteration and place in the epoch: the last iteration ends before its epoch does."""
+    return trainer.state.iteration, trainer.epoch_iteration
 
 
 def place_is_lost(trainer: Trainer) -> bool:
@@ -50,7 +47,7 @@ def unpublished(trainer: Trainer, argument: str, metric: str) -> str | None:
         if isinstance(handler, Evaluation) and metric.startswith(f"{handler.prefix}/")
     ]
     to_come = not all(evaluation.values for evaluation in own) if own else trainer.epoch_iteration
-    if to_come and not is_over(trainer):
+    if to_come and not trainer.is_finished:
         return None
     there = ", ".join(sorted(trainer.state.metrics)) or "none"
     return (

@@ -15,7 +15,6 @@ from diptych.engine.events import MetricsEvents
 from diptych.handlers.hyperparameters import hyperparameters, session_end, session_start
 from diptych.handlers.layout import Chart, charts_of, layout_summary
 from diptych.handlers.run_directory import run_settings
-from diptych.handlers.run_progress import is_over
 from diptych.handlers.run_texts import findings_of, findings_table, model_table
 
 if TYPE_CHECKING:
@@ -99,7 +98,7 @@ class TensorBoard:
         self._ended = True
         self._show_findings(trainer)
         self.writer.add_text("listeners", trainer.describe(), trainer.state.iteration)
-        if is_over(trainer):
+        if trainer.is_finished:
             self._add_summary(session_end(), trainer.state.iteration)
         self.close()
 

@@ -286,3 +286,47 @@ def test_an_epoch_that_was_to_end_when_the_run_was_interrupted_ends_when_it_goes
     loop.run(data, max_epochs=2)
     loop.run(data, max_epochs=2)
     assert (loop.state.iteration, loop.state.epoch) == (2 + 5, 2)
+
+
+def test_an_epoch_that_was_to_end_in_the_last_iteration_of_a_run_ends_when_it_goes_on():
+    loop, data = Tape(), range(5)
+
+    def stop_both() -> None:
+        loop.terminate_epoch()
+        loop.terminate()
+
+    call_at(loop, 2, stop_both)
+    fired = events_of(loop, Events.EPOCH_COMPLETED)
+    for _ in range(2):
+        loop.run(data, max_iters=2)
+    assert fired == ["EPOCH_COMPLETED"]
+    assert loop.is_finished
+
+
+@pytest.mark.parametrize("ending", ["unknown length", "terminate_epoch", "stop"])
+def test_what_counts_safe_points_is_called_once_an_iteration_however_the_epoch_ends(ending: str):
+    loop, counted, filtered, plain = Tape(), [], [], []
+    data = Unsized(range(2)) if ending == "unknown length" else range(2 if ending == "stop" else 4)
+    if ending != "unknown length":
+        call_at(loop, 2, loop.terminate_epoch if ending == "terminate_epoch" else loop.terminate)
+    loop.every(2, lambda e: counted.append(e.state.iteration), RunEvents.SAFE_POINT)
+    loop.add_event_handler(
+        RunEvents.SAFE_POINT(every=2), lambda e: filtered.append(e.state.iteration)
+    )
+    loop.add_event_handler(
+        RunEvents.SAFE_POINT, lambda e: plain.append((e.state.iteration, e.epoch_iteration))
+    )
+    for _ in range(2 if ending == "stop" else 1):
+        loop.run(data, max_epochs=1)
+    assert counted == filtered == [2]
+    assert plain[-1] == (2, 0)  # whoever saves finds the epoch ended
+    assert len(plain) == (2 if ending == "terminate_epoch" else 3)
+
+
+def test_a_run_that_starts_over_has_its_safe_points_again():
+    loop, calls = Tape(), []
+    loop.every(1, lambda e: calls.append(e.state.iteration), RunEvents.SAFE_POINT)
+    for _ in range(2):
+        loop.state.max_epochs = None
+        loop.run(Unsized(range(1)), max_epochs=1)
+    assert calls == [1, 1]

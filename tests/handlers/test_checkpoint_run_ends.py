@@ -165,3 +165,18 @@ def test_a_metric_that_is_not_a_number_is_never_the_best_one(tmp_path):
     trainer.run(make_loader(), max_epochs=3)
     assert manager.get_best_checkpoint() == tmp_path / "checkpoint_epoch_2.pt"
     assert saved_iterations(tmp_path) == [12, 18]
+
+
+@pytest.mark.parametrize("limit", [{"max_epochs": 1}, {"max_iters": 6}])
+def test_a_score_that_comes_after_a_stop_in_the_last_iteration_is_saved(tmp_path, limit):
+    def run(*, stopped: bool) -> CheckpointManager:
+        trainer, manager = make_trainer(), CheckpointManager(tmp_path, best="val/recall@1")
+        report_each_epoch(trainer, 0.5)
+        trainer.attach(manager)
+        if stopped:
+            trainer.add_event_handler(Events.ITERATION_COMPLETED(once=6), trainer.terminate)
+        trainer.run(make_loader(), **limit)
+        return manager
+
+    assert run(stopped=True).get_best_checkpoint() is None
+    assert run(stopped=False).get_best_checkpoint() == tmp_path / "checkpoint_epoch_1.pt"
