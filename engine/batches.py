@@ -63,6 +63,11 @@ class BatchSource:
         """Whether the loader says where it stands, and can go there again."""
         return hasattr(self.data, "state_dict") and hasattr(self.data, "load_state_dict")
 
+    @property
+    def pass_length(self) -> int | None:
+        """Batches of a pass: what the loader says, or what a pass over it has counted."""
+        return length_of(self.data) or self._counted
+
     def switch(self, data: Iterable[Any] | None) -> None:
         """Take the batches from `data`, from its beginning unless it is the loader in use."""
         if data is not self.data or data is None:
@@ -157,8 +162,7 @@ class BatchSource:
     @property
     def _inside_pass(self) -> bool:
         """Whether a pass is begun and not at its end, as an epoch of another length leaves it."""
-        length = length_of(self.data) or self._counted
-        return self.data is not None and self._given > 0 and self._given != length
+        return self.data is not None and self._given > 0 and self._given != self.pass_length
 
     def restore_place(self, place: Mapping[str, Any], *, inside: bool) -> None:
         """Go to a place that `place` returned.

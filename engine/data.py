@@ -18,6 +18,7 @@ from torch import Tensor
 from diptych.engine.batches import Pass
 from diptych.engine.distributed import rank, world_size
 from diptych.engine.errors import BatchError
+from diptych.engine.whole_numbers import is_whole
 
 
 def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
@@ -271,8 +272,8 @@ def in_groups(loader: Iterable[Any], count: int) -> _Groups:
         count: batches of a group, >= 1.
 
     Raises:
-        ValueError: if `count` is below 1.
+        ValueError: if `count` is no whole number of at least 1.
     """
-    if count < 1:
-        raise ValueError(f"count must be >= 1, got {count}")
+    if not is_whole(count):
+        raise ValueError(f"count must be a whole number of batches >= 1, got {count!r}")
     return _Groups(loader, count)

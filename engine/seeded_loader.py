@@ -17,6 +17,7 @@ from diptych.engine.batches import Pass
 from diptych.engine.distributed import rank, world_size
 from diptych.engine.errors import ResumeError
 from diptych.engine.random_state import mixed, preserved_random_state, seed_host
+from diptych.engine.whole_numbers import is_whole
 
 Draw = tuple[int, int]
 """An epoch and the index of a sample: together with the seed, all that its augmentation depends
@@ -101,6 +102,8 @@ class SeededLoader:
     def batch_size(self, batch_size: int) -> None:
         """Take another size, if every rank has a part of every batch of that size."""
         ranks, samples = world_size(), self._samples
+        if not is_whole(batch_size):
+            raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
         if batch_size < ranks:
             raise ValueError(
                 f"batch_size must be >= {ranks}, one sample for each rank, got {batch_size}"

@@ -25,10 +25,15 @@ from diptych.handlers.checkpoint_entries import Entry, Ranking, resumable
 from diptych.handlers.checkpoint_resume import read_latest, refuse_to_mix
 from diptych.handlers.checkpoint_store import SUFFIX, CheckpointStore
 from diptych.handlers.checkpoint_writer import CheckpointWriter
-from diptych.handlers.evaluation import average_scored
-from diptych.handlers.export import check_can_export
+from diptych.handlers.export import check_can_export, check_exports_what_is_scored
 from diptych.handlers.run_lock import RunLock
-from diptych.handlers.run_progress import moment, place_is_lost, published, unpublished
+from diptych.handlers.run_progress import (
+    moment,
+    place_is_lost,
+    published,
+    unpublished,
+    where_it_resumes,
+)
 from diptych.handlers.stop_signals import StopSignals
 
 if TYPE_CHECKING:
@@ -293,22 +298,15 @@ class CheckpointManager:
         return parent in {Path(), self.directory}
 
     def _start(self, trainer: Trainer) -> None:
-        if self.export and self.best and average_scored(trainer, self.best) is not None:
-            raise ValueError(
-                f"export must be of the weights that best ranks, and {self.best} is a score of "
-                "averaged weights, got export=True: export them with WeightAverage.export, or "
-                "evaluate the trained ones, Evaluation(weights='model')"
-            )
+        if self.export and self.best:
+            check_exports_what_is_scored(trainer, self.best)
         if trainer.state.iteration == 0:
             self._saved = None
         if self._scored is None:
             self._scored = len(published(trainer, self.best or ""))
-        if self.every != "epoch" and not trainer.batches.has_positions:
-            logger.warning(
-                "%s cannot go to a position, so the run can be resumed at the end of each epoch "
-                "only",
-                type(trainer.state.dataloader).__name__,
-            )
+        told = where_it_resumes(trainer, epochs_only=self.every == "epoch")
+        if told is not None and rank() == 0:
+            logger.warning("%s", told)
 
     def _fall_due(self, _: Trainer) -> None:
         self._due, self._asleep = True, False

@@ -176,16 +176,19 @@ class Evaluation:
         trainer.fire_event(EvaluationEvents.EVALUATED)
         return self.values
 
+    @property
+    def scores_averages(self) -> bool:
+        """Whether the trainer's averaged weights are evaluated, where a handler keeps some."""
+        return self.weights == "average" and self.model is None
+
     def _weights(self, trainer: Trainer) -> AbstractContextManager[object]:
-        averages = [h for h in trainer.handlers if isinstance(h, AveragesWeights)]
-        if self.weights == "model" or self.model is not None or not averages:
-            return nullcontext()
+        averages = _averages(trainer) if self.scores_averages else []
         if len(averages) > 1:
             raise ValueError(
                 "one handler may average the weights that are evaluated, got "
                 f"{len(averages)}: give Evaluation weights='model', or attach one"
             )
-        return averages[0].averaged()
+        return averages[0].averaged() if averages else nullcontext()
 
     def _evaluate_at_start(self, trainer: Trainer) -> None:
         if trainer.state.iteration == 0:
@@ -205,15 +208,15 @@ class Evaluation:
 
 def average_scored(trainer: Trainer, metric: str) -> AveragesWeights | None:
     """Return the handler whose averaged weights a metric is a score of; None: the model's own."""
-    averages = [h for h in trainer.handlers if isinstance(h, AveragesWeights)]
     scored = any(
-        isinstance(h, Evaluation)
-        and metric.startswith(f"{h.prefix}/")
-        and h.weights == "average"
-        and h.model is None
+        isinstance(h, Evaluation) and metric.startswith(f"{h.prefix}/") and h.scores_averages
         for h in trainer.handlers
     )
-    return averages[0] if averages and scored else None
+    return next(iter(_averages(trainer)), None) if scored else None
+
+
+def _averages(trainer: Trainer) -> list[AveragesWeights]:
+    return [handler for handler in trainer.handlers if isinstance(handler, AveragesWeights)]
 
 
 class ValidationLoss(Metric):

@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from diptych.engine.errors import CheckpointError
+from diptych.handlers.evaluation import average_scored
+
+if TYPE_CHECKING:
+    from diptych.engine import Trainer
 
 
 def check_can_export() -> None:
@@ -23,6 +28,20 @@ def check_can_export() -> None:
         raise ImportError(
             "exporting weights needs the package safetensors: pip install 'diptych[safetensors]'"
         ) from error
+
+
+def check_exports_what_is_scored(trainer: Trainer, metric: str) -> None:
+    """Check that a metric is a score of the trained weights, which a checkpoint exports.
+
+    Raises:
+        ValueError: if it is one of averaged weights.
+    """
+    if average_scored(trainer, metric) is not None:
+        raise ValueError(
+            f"export must be of the weights that best ranks, and {metric} is a score of averaged "
+            "weights, got export=True: export them with WeightAverage.export, or evaluate the "
+            "trained ones, Evaluation(weights='model')"
+        )
 
 
 def export_weights(

@@ -20,6 +20,24 @@ def place_is_lost(trainer: Trainer) -> bool:
     return bool(trainer.epoch_iteration) and not trainer.batches.has_positions
 
 
+def where_it_resumes(trainer: Trainer, *, epochs_only: bool) -> str | None:
+    """Return what follows for resuming from a loader without positions, if anything does.
+
+    Args:
+        trainer: whose run starts.
+        epochs_only: whether it is saved at the ends of epochs alone.
+    """
+    data, epoch = trainer.state.dataloader, trainer.state.epoch_length
+    if trainer.batches.has_positions or data is None:
+        return None
+    length = trainer.batches.pass_length
+    told = f"{type(data).__name__} cannot go to a position, so the run can be resumed"
+    if epoch is not None and (length is None or epoch % length):
+        batches = f"of {length} batches" if length else "whose length it does not tell"
+        return f"{told} only where an epoch of {epoch} iterations ends with a pass {batches}"
+    return None if epochs_only else f"{told} at the end of each epoch only"
+
+
 def published(trainer: Trainer, metric: str) -> list[float]:
     """Return all values of a metric so far, none where it has no name in the run yet."""
     try:

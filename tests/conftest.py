@@ -1,10 +1,13 @@
 """What every test shares: one thread, one seed, a Hypothesis profile, skips with a reason."""
 
+import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.losses.ranks import Ranks
 
 # No deadline: two workers share two cores. Derandomised: a red run is red again.
 settings.register_profile("diptych", deadline=None, derandomize=True, max_examples=50)
@@ -36,3 +39,14 @@ def may_wait() -> Iterator[None]:
 def seed() -> None:
     """Start every test from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Two processes that act as ranks of a gloo group, started once; losses have three."""
+    started = Ranks(tmp_path_factory.mktemp("ranks"), largest=2)
+    # They fail on warnings, of which importing Ignite gives one.
+    ignored = ("ignore", "`torch.jit", DeprecationWarning)
+    started.run(warnings.filterwarnings, [ignored] * 2)
+    yield started
+    started.close()

@@ -221,9 +221,11 @@ def test_groups_of_a_torch_loader_cover_the_data_set():
     assert [group.tolist() for group in in_groups(loader, 2)] == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9]]
 
 
-@pytest.mark.parametrize("count", [0, -1])
+@pytest.mark.parametrize("count", [0, -1, 1.5])
 def test_a_group_of_no_batch_is_refused(count: int):
-    with pytest.raises(ValueError, match=f"count must be >= 1, got {count}"):
+    with pytest.raises(
+        ValueError, match=f"count must be a whole number of batches >= 1, got {count}"
+    ):
         in_groups([], count)
 
 

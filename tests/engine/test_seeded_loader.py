@@ -147,6 +147,12 @@ def test_groups_of_a_seeded_loader_keep_its_position():
     assert head + samples(resumed) == whole
 
 
+@pytest.mark.parametrize("size", [0, 2.5, True])
+def test_a_batch_size_that_is_no_whole_number_is_refused(size):
+    with pytest.raises(ValueError, match=f"batch_size must be a whole number >= 1, got {size}"):
+        SeededLoader(Noisy(), size)
+
+
 def test_a_data_set_smaller_than_a_batch_is_refused_with_drop_last():
     with pytest.raises(ValueError, match="fill one batch of 30, got 23"):
         SeededLoader(Noisy(), 30, drop_last=True)

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from ignite.engine import Events
+from torch.utils.data import DataLoader
 
 from diptych.engine import CheckpointError, ResumeError, SeededLoader
 from diptych.handlers import EarlyStopping, JsonLines
@@ -198,3 +199,18 @@ def test_an_exported_model_that_a_kill_left_out_is_written_when_the_run_goes_on(
     run(tmp_path, epochs=1, export=True)
     exported = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(exported[k], v) for k, v in first.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("epoch_length", "told"),
+    [(2, "only where an epoch of 2 iterations ends with a pass of 3 batches"), (3, ""), (6, "")],
+)
+def test_epochs_that_end_inside_a_pass_are_told_before_they_cost_a_run(
+    tmp_path, caplog, epoch_length, told
+):
+    trainer = make_trainer()
+    trainer.attach(CheckpointManager(tmp_path))
+    dataset = torch.utils.data.Subset(make_loader().dataset, range(12))
+    trainer.run(DataLoader(dataset, batch_size=4), max_epochs=1, epoch_length=epoch_length)
+    assert told in caplog.text
+    assert bool(told) == ("cannot go to a position" in caplog.text)
