@@ -23,7 +23,7 @@ from ignite.handlers import Checkpoint, DiskSaver
 from torch import Tensor, nn
 
 from diptych.engine import RunEvents, Trainer
-from diptych.handlers.checkpoint_manager import CheckpointManager
+from diptych.handlers.checkpointing.checkpoint_manager import CheckpointManager
 
 
 class Wide(nn.Module):

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diptych.handlers.retrieval import RetrievalMetrics, RetrievalRecall
+from diptych.handlers.evaluation.retrieval import RetrievalMetrics, RetrievalRecall
 
 K = (1, 5, 10)
 TILE = 512

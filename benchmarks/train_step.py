@@ -23,7 +23,7 @@ from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
 from diptych.engine import Trainer, process_group, tasks
-from diptych.engine.distributed import rank, world_size
+from diptych.engine.distributed.collectives import rank, world_size
 from diptych.handlers import default_handlers
 from diptych.losses import CLIPLoss
 

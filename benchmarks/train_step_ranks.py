@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from diptych.engine import Trainer, of_this_rank, process_group, tasks
-from diptych.engine.distributed import rank, sum_over_ranks, world_size
+from diptych.engine.distributed.collectives import rank, sum_over_ranks, world_size
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, the neighbours are not found
 from benchmarks.train_step import CUDA, diptych, parts, resident

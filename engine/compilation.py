@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diptych.engine.data import map_leaves
+from diptych.engine.containers import map_leaves
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 """A mode of `torch.compile`."""

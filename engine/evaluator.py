@@ -13,16 +13,16 @@ from ignite.engine import Engine
 from ignite.metrics import Metric
 from torch import Tensor, nn
 
-from diptych.engine.batches import length_of
-from diptych.engine.data import to_device
+from diptych.engine.data.batch_source import length_of
+from diptych.engine.data.batches import to_device
+from diptych.engine.distributed.dtensor import call_on, has_shards
+from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import BatchError, ResumeError
-from diptych.engine.loop import EventLoop
+from diptych.engine.loop.event_loop import EventLoop
 from diptych.engine.random_state import preserved_random_state
 from diptych.engine.settings import Precision, TrainerSettings
-from diptych.engine.shards import call_on, has_shards
 from diptych.engine.step import AUTOCAST
 from diptych.engine.tasks import Outputs, Task
-from diptych.engine.waiting import waits_at
 
 Metrics = Sequence[Metric] | Mapping[str, Metric]
 

@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from diptych.engine.data import batch_size
-from diptych.engine.distributed import exchange_timeout
+from diptych.engine.data.batches import batch_size
+from diptych.engine.distributed.collectives import exchange_timeout
+from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import BatchError
 from diptych.engine.random_state import (
     ForwardRandomState,
@@ -29,7 +30,6 @@ from diptych.engine.random_state import (
     set_forward_random_state,
 )
 from diptych.engine.tasks import Outputs
-from diptych.engine.waiting import waits_at
 
 Terms = dict[str, Tensor]
 Forward = Callable[[Any], Outputs]

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 import attrs
 import torch
 
+from diptych.engine.checks import whole_number
 from diptych.engine.compilation import WITH_CUDA_GRAPHS, CompileMode
-from diptych.engine.whole_numbers import whole_number
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """What the model computes in: float32, or autocast to bfloat16 or float16. Parameters stay as they

@@ -10,10 +10,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diptych.engine.compilation import keep_gradients, uses_cuda_graphs
-from diptych.engine.data import batch_size, cut
-from diptych.engine.distributed import share_buffers, sum_over_ranks, world_size
+from diptych.engine.data.batches import batch_size, cut
+from diptych.engine.data.prefetch import mover
+from diptych.engine.data.transform import transformed
+from diptych.engine.distributed.collectives import share_buffers, sum_over_ranks, world_size
+from diptych.engine.distributed.dtensor import call_on, has_shards, local_part, mixed
+from diptych.engine.distributed.gradient_average import GradientAverage
+from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.events import StepEvents
-from diptych.engine.gradient_average import GradientAverage
 from diptych.engine.microbatch import (
     GradientCache,
     Pieces,
@@ -23,11 +27,7 @@ from diptych.engine.microbatch import (
     loss_terms,
     total,
 )
-from diptych.engine.prefetch import mover
-from diptych.engine.shards import call_on, has_shards, local_part, mixed
 from diptych.engine.tasks import Outputs, Task
-from diptych.engine.transform import transformed
-from diptych.engine.waiting import waits_at
 
 if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer

@@ -14,23 +14,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diptych.engine.compilation import CompileMode, compile_in_place
-from diptych.engine.distributed import (
+from diptych.engine.data.transform import Transform, placed_transform
+from diptych.engine.distributed.collectives import (
     check_same_on_all_ranks,
     rank,
     same_on_all_ranks,
     world_size,
 )
+from diptych.engine.distributed.dtensor import has_shards, is_sharded
+from diptych.engine.distributed.hang_report import waits_at
+from diptych.engine.distributed.sharding import shard_model
 from diptych.engine.events import MetricsEvents, RunEvents
-from diptych.engine.listener import cost_table
-from diptych.engine.loop import EventLoop
-from diptych.engine.metrics_collector import MetricsCollector
+from diptych.engine.loop.event_loop import EventLoop
+from diptych.engine.loop.listener import cost_table
+from diptych.engine.metrics.metrics_collector import MetricsCollector
 from diptych.engine.settings import Precision, TrainerSettings, Units
-from diptych.engine.sharding import shard_model
-from diptych.engine.shards import has_shards, is_sharded
 from diptych.engine.step import TrainStep, check_fp16
 from diptych.engine.tasks import Outputs, Task
-from diptych.engine.transform import Transform, placed_transform
-from diptych.engine.waiting import waits_at
 
 
 @runtime_checkable

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 from ignite.engine import Events
 
-from diptych.engine.whole_numbers import is_whole
+from diptych.engine.checks import is_whole
 
 if TYPE_CHECKING:
-    from diptych.engine import Trainer
+    from diptych.engine.trainer import Trainer
 
 
 def check_every(_: Any, __: attrs.Attribute[Any], every: object) -> None:

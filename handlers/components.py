@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from diptych.engine import Trainer
-from diptych.engine.names import matches
-from diptych.engine.run_state import named_parameters
+from diptych.engine.modules import named_parameters
+from diptych.engine.name_patterns import matches
+from diptych.engine.trainer import Trainer
 
 Components = Mapping[str, str | Sequence[str]] | Sequence[str]
 """Names of components with the paths of their parameters; a path alone is its own name.

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from diptych.engine.trainer import Handler
-from diptych.handlers.cards import RunCard
-from diptych.handlers.checkpoint_manager import CheckpointManager
-from diptych.handlers.jsonl import JsonLines
-from diptych.handlers.profiling import Throughput
-from diptych.handlers.progress import ProgressBar
-from diptych.handlers.run_directory import RunRecord
-from diptych.handlers.tensorboard import TensorBoard
+from diptych.handlers.checkpointing.checkpoint_manager import CheckpointManager
+from diptych.handlers.performance.throughput import Throughput
+from diptych.handlers.sinks.jsonl import JsonLines
+from diptych.handlers.sinks.progress import ProgressBar
+from diptych.handlers.sinks.run_card import RunCard
+from diptych.handlers.sinks.run_directory import RunRecord
+from diptych.handlers.sinks.tensorboard import TensorBoard
 
 
 def default_handlers(

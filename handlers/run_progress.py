@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from diptych.handlers.evaluation import Evaluation
+from diptych.handlers.evaluation.evaluation import Evaluation
 
 if TYPE_CHECKING:
-    from diptych.engine import Trainer
+    from diptych.engine.trainer import Trainer
 
 
 def moment(trainer: Trainer) -> tuple[int, int]:

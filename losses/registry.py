@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
+import pkgutil
 import re
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import TypeVar
 
 from torch import nn
@@ -14,6 +17,8 @@ LossClass = TypeVar("LossClass", bound=type[nn.Module])
 
 _REGISTERED: dict[str, type[nn.Module]] = {}
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
+_FAMILIES = ("combine", "contrastive", "multimodal", "supervised")
+"""The packages of `diptych.losses` whose modules register losses."""
 
 
 class UnknownLossError(ValueError):
@@ -46,6 +51,8 @@ def register_loss(name: str) -> Callable[[LossClass], LossClass]:
                 f"{loss.__qualname__} needs a docstring: its first line is what"
                 f" available_losses() shows for {name!r}"
             )
+        if not loss.__module__.startswith("diptych.losses."):
+            _import_families()  # so that a name which the library holds is refused here
         holder = _REGISTERED.setdefault(name, loss)
         if holder is not loss:
             raise ValueError(
@@ -63,6 +70,8 @@ def get_loss_class(name: str) -> type[nn.Module]:
     Raises:
         UnknownLossError: If the name is unknown; the message lists close names, or all of them.
     """
+    if name not in _REGISTERED:
+        _import_families()
     if name not in _REGISTERED:
         close = difflib.get_close_matches(name, _REGISTERED, n=3, cutoff=0.5)
         hint = f"did you mean {_listed(close)}?" if close else f"known: {_listed(_REGISTERED)}"
@@ -106,10 +115,20 @@ def get_loss(name: str, **arguments: object) -> nn.Module:
 
 def available_losses() -> dict[str, str]:
     """Return every registered name with the first line of its class's docstring, sorted by name."""
+    _import_families()
     return {
         name: (inspect.getdoc(loss) or "").splitlines()[0]
         for name, loss in sorted(_REGISTERED.items())
     }
+
+
+@cache
+def _import_families() -> None:
+    """Import every module that registers losses; they are not imported with the package."""
+    for family in _FAMILIES:
+        package = importlib.import_module(f"diptych.losses.{family}")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -100,7 +100,7 @@ PLANTED: list[tuple[Checker, str, str, str]] = [
     (rules.wrong_arrows, "losses/x.py", "from diptych.engine import Trainer", "diptych.engine"),
     (rules.wrong_arrows, "losses/base/tiled.py", "import triton", "must not import triton"),
     (rules.wrong_arrows, "engine/x.py", "from diptych import losses", "diptych.losses"),
-    (rules.wrong_arrows, "engine/x.py", "import diptych.handlers.jsonl", "diptych.handlers"),
+    (rules.wrong_arrows, "engine/x.py", "import diptych.handlers.sinks.jsonl", "diptych.handlers"),
     (rules.wrong_arrows, "engine/x.py", "import_module('diptych.losses')", "diptych.losses"),
     (rules.wrong_arrows, "engine/x.py", "def f():\n    import diptych.losses", "diptych.losses"),
     (rules.wrong_arrows, "handlers/x.py", "import diptych.losses", "diptych.losses"),

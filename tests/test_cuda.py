@@ -243,7 +243,7 @@ def test_the_scalers_search_is_no_fault():
 
 
 def test_a_record_of_the_device_is_replayed_on_it(tmp_path):
-    from diptych.handlers.loss_guard import replay
+    from diptych.handlers.loss_guard.replay import replay
 
     trainer = make_trainer().attach(LossGuard(tmp_path))
     trainer.run(broken_loader(), max_epochs=1)

@@ -13,7 +13,7 @@ from ignite.engine import Events
 from torch import Tensor, nn
 
 from diptych.engine import OnKeys, SeededLoader, StepEvents, Trainer, tasks
-from diptych.engine.prefetch import Prefetcher
+from diptych.engine.data.prefetch import Prefetcher
 from diptych.handlers import CheckpointManager, Throughput
 from diptych.losses import CLIPLoss
 

@@ -15,10 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diptych.losses.base.contrastive import normalized
-from diptych.losses.base.half_precision import half_logits
 from diptych.losses.base.positives import Positives
-from diptych.losses.base.tiled import resolve_tile, tiled_contrast, tiled_sigmoid_contrast
-from diptych.losses.base.tiled_operators import kernels_take
+from diptych.losses.base.tiles.half_precision import half_logits
+from diptych.losses.base.tiles.operators import kernels_take
+from diptych.losses.base.tiles.tiled_objectives import (
+    resolve_tile,
+    tiled_contrast,
+    tiled_sigmoid_contrast,
+)
 from diptych.losses.base.validation import check_choice
 
 Tile = int | str | None

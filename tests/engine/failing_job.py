@@ -15,7 +15,7 @@ from pathlib import Path
 from ignite.engine import Events
 
 from diptych.engine import Trainer, process_group
-from diptych.engine.distributed import rank
+from diptych.engine.distributed.collectives import rank
 from diptych.handlers import default_handlers
 from tests.engine.models import paired, trainer_of
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ignite.engine import Events
 
-from diptych.engine.loop import EventLoop
+from diptych.engine.loop.event_loop import EventLoop
 
 Row = tuple[int, int, Any]
 """An epoch, an iteration and a batch."""

@@ -16,20 +16,17 @@ import torch.distributed as dist
 from ignite.engine import Events
 from torch import Tensor, nn
 
-from diptych.engine import (
-    Evaluator,
-    LostRankError,
-    MetricsCollector,
-    Trainer,
-    process_group,
-    tasks,
-    waiting,
-)
+from diptych.engine import Evaluator, LostRankError, MetricsCollector, Trainer, process_group, tasks
 from diptych.engine import trainer as trainer_module
-from diptych.engine.distributed import check_same_on_all_ranks, same_on_all_ranks, share_buffers
-from diptych.engine.run_state import run_state
+from diptych.engine.distributed import hang_report as waiting
+from diptych.engine.distributed.agreement import LaggedMaximum, on_all_ranks, on_rank_zero
+from diptych.engine.distributed.collectives import (
+    check_same_on_all_ranks,
+    same_on_all_ranks,
+    share_buffers,
+)
+from diptych.engine.state.run_state import run_state
 from diptych.handlers import CheckpointManager, Evaluation, RetrievalRecall
-from diptych.handlers.agreement import LaggedMaximum, on_all_ranks, on_rank_zero
 from diptych.losses import CLIPLoss
 from tests.engine.models import CoupledLoss, TwoTower, paired, trainer_of
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from diptych.engine import MetricsEvents, SeededLoader, Trainer, tasks
-from diptych.engine.shards import local_part, whole
+from diptych.engine.distributed.dtensor import local_part, whole
 from diptych.losses import CLIPLoss
 from diptych.losses.base.shared_scale import share_logit_scale
 

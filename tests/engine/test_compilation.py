@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diptych.engine import step
 from diptych.engine.compilation import compile_in_place, keep_gradients, uses_cuda_graphs
-from diptych.engine.run_state import run_state
+from diptych.engine.state.run_state import run_state
 from tests.engine.models import CoupledLoss, TwoTower, named_parameters, paired, trainer_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

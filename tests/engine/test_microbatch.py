@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from diptych.engine import BatchError, tasks
-from diptych.engine.data import split
+from diptych.engine.data.batches import split
 from tests.engine.models import (
     CoupledLoss,
     RunningScale,

@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from diptych.engine import SeededLoader, Trainer, tasks
 from diptych.handlers import GradientClipping, LearningRate
-from diptych.handlers.evaluation import Evaluation
-from diptych.handlers.health import RepresentationHealth
+from diptych.handlers.evaluation.evaluation import Evaluation
+from diptych.handlers.health.monitor import RepresentationHealth
 from diptych.losses import CLIPLoss
 from examples.emoji.data import TrainingPairs, collate
 from examples.emoji.model import TwoTowers

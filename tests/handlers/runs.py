@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from diptych.engine import SeededLoader, Trainer, tasks
-from diptych.engine.metrics_collector import Record
+from diptych.engine.metrics.metrics_collector import Record
 
 EPOCH_LENGTH = 6
 

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 
 from diptych.engine import CheckpointError, MetricsEvents
 from diptych.handlers import EarlyStopping, Evaluation, JsonLines
-from diptych.handlers.checkpoint_manager import CheckpointManager
+from diptych.handlers.checkpointing.checkpoint_manager import CheckpointManager
+from tests.handlers.checkpointing.test_checkpoint_manager import digest, make_loader, make_trainer
 from tests.handlers.runs import report_each_epoch
-from tests.handlers.test_checkpoint_manager import digest, make_loader, make_trainer
 
 
 def saved_iterations(folder) -> list[int]:

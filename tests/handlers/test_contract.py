@@ -221,8 +221,8 @@ EXAMPLES = {
 
 EXPORTED = {
     name: member
-    for name, member in vars(handlers).items()
-    if name in handlers.__all__ and inspect.isclass(member) and hasattr(member, "attach")
+    for name in handlers.__all__
+    if inspect.isclass(member := getattr(handlers, name)) and hasattr(member, "attach")
 }
 OBSERVERS = sorted(name for name, example in EXAMPLES.items() if example.observes)
 

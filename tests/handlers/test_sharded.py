@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.engine import Trainer, of_this_rank, tasks
-from diptych.engine.distributed import rank
+from diptych.engine.distributed.collectives import rank
 from diptych.handlers import (
     Evaluation,
     FirstLayerFilters,
@@ -35,7 +35,7 @@ from diptych.handlers import (
     find_learning_rate,
     parameter_groups,
 )
-from diptych.handlers.loss_guard import replay
+from diptych.handlers.loss_guard.replay import replay
 from diptych.losses import CLIPLoss
 from tests.engine import sharded
 from tests.engine.sharded import assert_equal_runs, make_trainer, train, weights_of

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from diptych.engine import CheckpointError
-from diptych.engine.shards import whole
+from diptych.engine.distributed.dtensor import whole
 from diptych.handlers import CheckpointManager, GradientClipping, WeightAverage
 from tests.engine import sharded
 from tests.engine.sharded import make_trainer, weights_of

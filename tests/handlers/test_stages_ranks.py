@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from diptych.engine import Trainer, tasks
 from diptych.handlers import Evaluation, Stage, StagePlan
 from diptych.losses import CLIPLoss
-from tests.handlers.test_curriculum import TwoTowers, loader
+from tests.handlers.stages.test_curriculum import TwoTowers, loader
 
 
 def train_in_stages() -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from ignite.engine import Events
 
 from diptych.handlers import CheckpointManager, ClearML, JsonLines, MLflow, WandB
-from diptych.handlers.trackers import Tracker
+from diptych.handlers.sinks.trackers import Tracker
 from tests.handlers.runs import loader, make_trainer, report_each_epoch
 
 

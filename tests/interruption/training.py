@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from diptych.engine import SeededLoader, Trainer, tasks
-from diptych.engine.shards import whole
+from diptych.engine.distributed.dtensor import whole
 from diptych.handlers import (
     CheckpointManager,
     EarlyStopping,

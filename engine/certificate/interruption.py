@@ -1,0 +1,222 @@
+"""A run that is interrupted and resumed, against one that nobody touches."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from ignite.engine import Engine, Events
+from torch import Tensor, nn
+
+from diptych.engine.certificate.update_copy import check_whole
+from diptych.engine.errors import ResumeError
+from diptych.engine.random_state import (
+    preserved_random_state,
+    random_state,
+    set_random_state,
+)
+from diptych.engine.state.run_state import attached, load_run_state, run_state
+from diptych.engine.trainer import Trainer
+
+Build = Callable[[], tuple[Trainer, Iterable[Any]]]
+"""Makes a trainer with everything attached, and its loader, each time anew."""
+
+
+@attrs.frozen
+class Difference:
+    """One value that an interruption changes, or that a checkpoint forgets.
+
+    Attributes:
+        name: where it is: the part of the run's state, or the object and its attribute.
+        expected: what it is without an interruption, for people.
+        received: what it is with one.
+    """
+
+    name: str
+    expected: str
+    received: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.expected} without, {self.received} with an interruption"
+
+
+@attrs.frozen
+class InterruptionReport:
+    """What an interruption changed in a run.
+
+    Attributes:
+        steps: iterations of the whole run.
+        at: after how many of them it was interrupted.
+        differences: values of the final state that differ.
+        forgotten: attributes that the resumed run did not get back: where to look for the cause.
+    """
+
+    steps: int
+    at: int
+    differences: tuple[Difference, ...]
+    forgotten: tuple[Difference, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the resumed run ended exactly like the one that nobody touched."""
+        return not self.differences
+
+    def __str__(self) -> str:
+        head = f"interrupted after {self.at} of {self.steps} iterations: "
+        if self.passed:
+            return head + "nothing changes"
+        lines = [head + f"{len(self.differences)} values of the final state change"]
+        lines += [f"  {difference}" for difference in self.differences[:8]]
+        if self.forgotten:
+            lines.append("not saved, or not restored (add them to a state_dict):")
+            lines += [f"  {difference}" for difference in self.forgotten]
+        return "\n".join(lines)
+
+
+def check_interruption(build: Build, steps: int, at: int) -> InterruptionReport:
+    """Run a training whole and interrupted; see `Certificate.interruption`."""
+    if not 1 <= at < steps:
+        raise ValueError(f"at must lie in [1, {steps - 1}], inside {steps} steps, got {at}")
+    with preserved_random_state():
+        start = random_state()
+        whole, loader = build()
+        check_whole(whole)
+        whole.run(loader, max_iters=steps)
+        cut, saved = _interrupted(build, start, steps, at)
+        set_random_state(start)
+        resumed, loader = build()
+        resumed.state.dataloader = loader
+        load_run_state(resumed, saved)
+        forgotten = tuple(_forgotten(cut, resumed))
+        resumed.run(loader, max_iters=steps)
+        differences = (
+            *_differences("", run_state(whole), run_state(resumed)),
+            *_differences_of_modules(whole, resumed),
+        )
+    return InterruptionReport(steps, at, differences, forgotten)
+
+
+def _interrupted(
+    build: Build, start: Mapping[str, Any], steps: int, at: int
+) -> tuple[Trainer, dict[str, Any]]:
+    """Run a training up to an interruption; return it, and its state as a file would give it."""
+    set_random_state(start)
+    trainer, loader = build()
+
+    def stop(_: Engine) -> None:
+        if trainer.state.iteration == at:
+            trainer.terminate()
+
+    def stop_inside_an_epoch(engine: Engine) -> None:
+        if trainer.epoch_iteration != trainer.state.epoch_length:
+            stop(engine)
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, stop_inside_an_epoch)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, stop)
+    trainer.run(loader, max_iters=steps)
+    if trainer.epoch_iteration and trainer.batches.position() is None:
+        raise ResumeError(
+            "an interruption inside an epoch needs a loader with state_dict() and "
+            f"load_state_dict(), got {type(loader).__name__}: take a SeededLoader, or interrupt "
+            "at the end of an epoch"
+        )
+    file = io.BytesIO()
+    torch.save(run_state(trainer), file)
+    file.seek(0)
+    return trainer, torch.load(file, weights_only=True)
+
+
+def _forgotten(cut: Trainer, resumed: Trainer) -> Iterator[Difference]:
+    """Give the attributes that differ between the run that was cut and the one that resumed it."""
+    for name, before, after in _parts(cut, resumed):
+        mine, other = _attributes(before), _attributes(after)
+        for key in sorted(mine.keys() & other.keys()):
+            yield from _differences(f"{name}.{key}", mine[key], other[key])
+
+
+def _differences_of_modules(whole: Trainer, resumed: Trainer) -> Iterator[Difference]:
+    """Give the weights that differ in modules of the handlers' own: an average, a teacher."""
+    for name, before, after in _handlers(whole, resumed):
+        others = _attributes(after)
+        for key, module in _attributes(before).items():
+            if isinstance(module, nn.Module) and isinstance(others.get(key), nn.Module):
+                yield from _differences(f"{name}.{key}", module, others[key])
+
+
+def _handlers(cut: Trainer, resumed: Trainer) -> Iterator[tuple[str, Any, Any]]:
+    for before, after in zip(attached(cut), attached(resumed), strict=False):
+        if type(before) is type(after):
+            yield type(before).__name__, before, after
+
+
+def _parts(cut: Trainer, resumed: Trainer) -> Iterator[tuple[str, Any, Any]]:
+    yield from _handlers(cut, resumed)
+    for part in ("model", "loss"):
+        modules = dict(getattr(resumed, part).named_modules())
+        for path, module in getattr(cut, part).named_modules():
+            yield f"{part}.{path}".rstrip("."), module, modules[path]
+    yield "task", cut.task, resumed.task
+    yield "transform", cut.transform, resumed.transform
+    yield "optimizer", cut.optimizer, resumed.optimizer
+
+
+def _attributes(owner: Any) -> dict[str, Any]:
+    slots = [name for kind in type(owner).__mro__ for name in getattr(kind, "__slots__", ())]
+    values = {name: getattr(owner, name) for name in slots if hasattr(owner, name)}
+    values.update(getattr(owner, "__dict__", {}))
+    buffers = values.pop("_buffers", {})
+    values.pop("_modules", None)
+    return {**values, **buffers}
+
+
+def _differences(name: str, expected: Any, received: Any) -> Iterator[Difference]:
+    """Give the leaves in which two nested states differ; what is no value is passed over."""
+    expected, received = _as_values(expected), _as_values(received)
+    if isinstance(expected, Mapping) and isinstance(received, Mapping):
+        for key in expected.keys() | received.keys():
+            path = f"{name}.{key}" if name else str(key)
+            yield from _differences(path, expected.get(key), received.get(key))
+    elif isinstance(expected, (list, tuple)) and isinstance(received, (list, tuple)):
+        yield from _differences_of_items(name, expected, received)
+    elif _is_value(expected) and _is_value(received) and not _equal(expected, received):
+        yield Difference(name, _shown(expected), _shown(received))
+
+
+def _as_values(value: Any) -> Any:
+    return value.state_dict() if isinstance(value, nn.Module) else value
+
+
+def _differences_of_items(
+    name: str, expected: Sequence[Any], received: Sequence[Any]
+) -> Iterator[Difference]:
+    if len(expected) != len(received):
+        yield Difference(name, f"{len(expected)} values", f"{len(received)} values")
+    for index, pair in enumerate(zip(expected, received, strict=False)):
+        yield from _differences(f"{name}[{index}]", *pair)
+
+
+def _is_value(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, Tensor))
+
+
+def _equal(expected: Any, received: Any) -> bool:
+    if isinstance(expected, Tensor) and isinstance(received, Tensor):
+        same = expected.shape == received.shape and expected.dtype == received.dtype
+        return same and _bytes_of(expected) == _bytes_of(received)
+    if isinstance(expected, float) and isinstance(received, float) and math.isnan(expected):
+        return math.isnan(received)
+    return type(expected) is type(received) and bool(expected == received)
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor) and value.numel() > 1:
+        return f"a tensor {tuple(value.shape)} of norm {value.detach().double().norm().item():.8g}"
+    return str(value.item() if isinstance(value, Tensor) and value.numel() == 1 else value)

@@ -1,0 +1,65 @@
+"""Nested containers of tensors: a function applied to every leaf."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+
+def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
+    """Return `batch` with `function` applied to each leaf; containers keep their types.
+
+    Containers are mappings, attrs classes, dataclasses, named tuples, and tuples and lists that
+    hold a tensor or a container. Everything else is a leaf: a tensor, a number, a list of strings.
+    """
+    if isinstance(batch, Mapping):
+        items = {key: map_leaves(value, function) for key, value in batch.items()}
+        return _rebuild_mapping(batch, items)
+    if attrs.has(type(batch)):
+        taken = {f.alias: f.name for f in attrs.fields(type(batch)) if f.init}
+        return attrs.evolve(batch, **_map_fields(batch, taken, function))
+    if _is_dataclass(batch):
+        taken = {f.name: f.name for f in dataclasses.fields(batch) if f.init}
+        return dataclasses.replace(batch, **_map_fields(batch, taken, function))
+    if isinstance(batch, (tuple, list)) and _holds_containers(batch):
+        # A named tuple takes its values one by one.
+        rebuild = getattr(batch, "_make", type(batch))
+        return rebuild([map_leaves(value, function) for value in batch])
+    return function(batch)
+
+
+def _map_fields(
+    batch: Any, taken: Mapping[str, str], function: Callable[[Any], Any]
+) -> dict[str, Any]:
+    return {key: map_leaves(getattr(batch, name), function) for key, name in taken.items()}
+
+
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _rebuild_mapping(batch: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    if type(batch) is dict:
+        return items
+    try:
+        return type(batch)(items)  # type: ignore[call-arg]
+    except TypeError:
+        return items
+
+
+def _holds_containers(values: Sequence[Any]) -> bool:
+    if hasattr(values, "_make"):
+        return True
+    kinds = (Tensor, Mapping, tuple, list)
+    return any(isinstance(v, kinds) or attrs.has(type(v)) or _is_dataclass(v) for v in values)
+
+
+def leaves(batch: Any) -> list[Any]:
+    """Return the leaves of `batch` in the order of its containers."""
+    found: list[Any] = []
+    map_leaves(batch, lambda leaf: found.append(leaf) or leaf)  # type: ignore[func-returns-value]
+    return found

@@ -1,0 +1,1 @@
+"""Batches: loaders with a position, moving, cutting, prefetching, transforms."""

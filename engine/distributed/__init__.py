@@ -1,0 +1,1 @@
+"""Process groups, collectives, averaged gradients, sharded models, hang reports."""

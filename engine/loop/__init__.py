@@ -1,0 +1,1 @@
+"""The run loop on Ignite: events, listeners, position."""

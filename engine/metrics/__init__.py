@@ -1,0 +1,1 @@
+"""Published scalars: buffered on the device, averaged at log points."""

@@ -1,0 +1,208 @@
+"""The scalars that were published since the last log point."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diptych.engine.distributed.collectives import (
+    check_same_on_all_ranks,
+    exchange_device,
+    sum_over_ranks,
+    world_size,
+)
+from diptych.engine.distributed.hang_report import waits_at
+
+Scalar = Tensor | float | int
+FLOAT = torch.float32  # what a step publishes, nearly always
+
+
+class Window:
+    """Keeps scalars, tensors by reference, until all of them are fetched with one transfer.
+
+    What was published together stands in one list, row by row: a step that publishes its five
+    scalars costs one look into a dictionary, and one `stack` brings all rows together.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[str, ...], list[Tensor]] = {}
+        self._numbers: defaultdict[str, list[float]] = defaultdict(list)
+
+    def __bool__(self) -> bool:
+        return bool(self._rows or self._numbers)
+
+    def add(self, scalars: Mapping[str, Scalar]) -> None:
+        """Take values of one iteration.
+
+        Raises:
+            TypeError: if a value is neither a number nor a tensor.
+            ValueError: if a tensor has more than one element.
+        """
+        row: list[Any] = [*scalars.values()]
+        if _are_plain(row):
+            tags = tuple(scalars)
+            if tags in self._rows:
+                self._rows[tags] += row
+            elif tags:
+                self._rows[tags] = row
+            return
+        for tag, value in scalars.items():
+            kept = as_scalar(tag, value)
+            if isinstance(kept, Tensor):
+                self._rows.setdefault((tag,), []).append(kept)
+            else:
+                self._numbers[tag].append(kept)
+
+    @waits_at("a log point")
+    def drain(
+        self, gauges: Mapping[str, Scalar]
+    ) -> tuple[dict[str, tuple[float, int]], dict[str, float]]:
+        """Empty the window.
+
+        Args:
+            gauges: values that are no sums: each rank keeps its own.
+
+        Returns:
+            Of each tag the sum and the number of its values, over all ranks, and the gauges.
+
+        Raises:
+            RuntimeError: if the ranks have published different tags, on all of them.
+        """
+        check_same_on_all_ranks("the tags that are published", self._tags())
+        on_device = {tag: value for tag, value in gauges.items() if isinstance(value, Tensor)}
+        totals = [float(sum(values)) for values in self._numbers.values()]
+        values = self._fetch([*on_device.values()], totals)
+        read = dict(zip(on_device, values[len(values) - len(on_device) :], strict=True))
+        sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+        for (tag, count), value in zip(self._counts(), values, strict=False):
+            sums[tag][0] += value
+            sums[tag][1] += count * world_size()
+        self.clear()
+        return (
+            {tag: (total, int(count)) for tag, (total, count) in sums.items()},
+            {tag: read[tag] if tag in read else float(value) for tag, value in gauges.items()},
+        )
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._rows.clear()
+        self._numbers.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all values, those of a row's tags as one tensor [rows * tags]."""
+        rows = [
+            {"tags": list(tags), "values": _stacked(values)} for tags, values in self._rows.items()
+        ]
+        return {"rows": rows, "numbers": {tag: list(v) for tag, v in self._numbers.items()}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a state that `state_dict` returned."""
+        self.clear()
+        self._rows.update(
+            {tuple(row["tags"]): list(row["values"].unbind()) for row in state_dict["rows"]}
+        )
+        self._numbers.update({tag: list(v) for tag, v in state_dict["numbers"].items()})
+
+    def _tags(self) -> list[str]:
+        return [*("+".join(tags) for tags in self._rows), *self._numbers]
+
+    def _counts(self) -> list[tuple[str, int]]:
+        """Return tag and number of values of each sum, in the order in which they are fetched."""
+        rows = [
+            (tag, len(values) // len(tags)) for tags, values in self._rows.items() for tag in tags
+        ]
+        return [*rows, *((tag, len(values)) for tag, values in self._numbers.items())]
+
+    def _fetch(self, gauges: list[Tensor], totals: list[float]) -> list[float]:
+        """Return the sums of the rows, `totals`, both over all ranks, and the gauges."""
+        parts, own = self._column_sums(), totals
+        if world_size() > 1:
+            parts.append(torch.tensor(totals, dtype=torch.float64, device=exchange_device()))
+            parts, own = [sum_over_ranks(_joined(parts))], []
+        if gauges:
+            parts.append(_stacked(gauges).double())
+        values: list[float] = _joined(parts).tolist() if parts else []
+        sums = len(values) - len(gauges)
+        return [*values[:sums], *own, *values[sums:]]
+
+    def _column_sums(self) -> list[Tensor]:
+        """Return the sums of each kind of row, in float64: windows hardly show in them."""
+        tensors = [tensor for values in self._rows.values() for tensor in values]
+        if not tensors:
+            return []
+        parts = _stacked(tensors).split([len(values) for values in self._rows.values()])
+        return [
+            part.view(-1, len(tags)).sum(0, dtype=torch.float64)
+            for tags, part in zip(self._rows, parts, strict=True)
+        ]
+
+
+def mean_of_windows(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the state of a window that holds the means of several ranks' windows."""
+    rows = [
+        {"tags": alike[0]["tags"], "values": torch.stack([row["values"] for row in alike]).mean(0)}
+        for alike in zip(*(state["rows"] for state in states), strict=True)
+    ]
+    numbers = {
+        tag: [
+            statistics.fmean(alike)
+            for alike in zip(*(state["numbers"][tag] for state in states), strict=True)
+        ]
+        for tag in states[0]["numbers"]
+    }
+    return {"rows": rows, "numbers": numbers}
+
+
+def _are_plain(values: list[Any]) -> bool:
+    """Say whether all are what a step publishes: scalars of one type, without a graph."""
+    try:
+        for value in values:
+            if value.ndim or value.requires_grad or value.dtype is not FLOAT:
+                return False
+    except AttributeError:  # a number
+        return False
+    return True
+
+
+def as_scalar(tag: str, value: Any) -> Scalar:
+    """Return a published value as it is kept: without graph or dimensions, of floating point.
+
+    Raises:
+        TypeError: if it is neither a number nor a tensor.
+        ValueError: if it is a tensor of more than one element.
+    """
+    if isinstance(value, Tensor):
+        return _detached(tag, value)
+    if isinstance(value, Real):
+        return float(value)
+    raise TypeError(f"{tag} must be a number or a tensor of one element, got {value!r}")
+
+
+def _detached(tag: str, value: Tensor) -> Tensor:
+    if value.numel() != 1:
+        raise ValueError(
+            f"{tag} must be a number or a tensor of one element, got shape {tuple(value.shape)}"
+        )
+    if value.requires_grad:
+        value = value.detach().clone() if value.is_leaf else value.detach()
+    if not value.is_floating_point():
+        value = value.double()
+    return value if value.ndim == 0 else value.reshape(())
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts])
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    try:
+        return torch.stack(tensors)  # all are of floating point: the widest type holds each
+    except RuntimeError:  # from several devices: a restored window and a new value, for one
+        device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
+        return torch.stack([tensor.to(device) for tensor in tensors])

@@ -1,0 +1,27 @@
+"""A module's state dict, the same whatever wraps or shards the module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from diptych.engine.distributed.dtensor import shard_of
+from diptych.engine.modules import unwrapped
+
+
+def clean_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's state with the keys of the bare module, whatever wraps it or its parts."""
+    return {key.replace("_orig_mod.", ""): v for key, v in unwrapped(module).state_dict().items()}
+
+
+def load_clean_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a state with the keys of the bare module into a module that may be wrapped."""
+    bare = unwrapped(module)
+    named = {key: (state[key.replace("_orig_mod.", "")], v) for key, v in bare.state_dict().items()}
+    bare.load_state_dict({key: _laid_out(value, like) for key, (value, like) in named.items()})
+
+
+def _laid_out(value: Any, like: Any) -> Any:
+    return shard_of(value, like) if isinstance(value, Tensor) else value

@@ -1,0 +1,70 @@
+from diptych.handlers.checkpointing.checkpoint_manager import CheckpointManager as CheckpointManager
+from diptych.handlers.defaults import default_handlers as default_handlers
+from diptych.handlers.evaluation.early_stopping import EarlyStopping as EarlyStopping
+from diptych.handlers.evaluation.evaluation import Evaluation as Evaluation
+from diptych.handlers.evaluation.linear_probes import (
+    LinearProbeAccuracy as LinearProbeAccuracy,
+    OnlineLinearProbe as OnlineLinearProbe,
+)
+from diptych.handlers.evaluation.probes import (
+    KNNAccuracy as KNNAccuracy,
+    ZeroShotAccuracy as ZeroShotAccuracy,
+)
+from diptych.handlers.evaluation.retrieval import (
+    RetrievalMetrics as RetrievalMetrics,
+    RetrievalRecall as RetrievalRecall,
+)
+from diptych.handlers.health.in_batch_accuracy import InBatchAccuracy as InBatchAccuracy
+from diptych.handlers.health.monitor import RepresentationHealth as RepresentationHealth
+from diptych.handlers.health.rules import (
+    Finding as Finding,
+    History as History,
+    RULES as RULES,
+    Rule as Rule,
+)
+from diptych.handlers.loss_guard.guard import (
+    FaultError as FaultError,
+    LossGuard as LossGuard,
+)
+from diptych.handlers.optimization.gradient_clipping import GradientClipping as GradientClipping
+from diptych.handlers.optimization.gradient_diagnostics import (
+    GradientDiagnostics as GradientDiagnostics,
+)
+from diptych.handlers.optimization.learning_rate_finder import (
+    LearningRateCurve as LearningRateCurve,
+    find_learning_rate as find_learning_rate,
+)
+from diptych.handlers.optimization.modality_balancing import ModalityBalancing as ModalityBalancing
+from diptych.handlers.optimization.momentum_encoder import MomentumEncoder as MomentumEncoder
+from diptych.handlers.optimization.parameter_groups import parameter_groups as parameter_groups
+from diptych.handlers.optimization.schedules import LearningRate as LearningRate
+from diptych.handlers.optimization.weight_average import WeightAverage as WeightAverage
+from diptych.handlers.performance.profile import Profile as Profile
+from diptych.handlers.performance.throughput import Throughput as Throughput
+from diptych.handlers.pictures.filters import FirstLayerFilters as FirstLayerFilters
+from diptych.handlers.pictures.gallery import RetrievalGallery as RetrievalGallery
+from diptych.handlers.pictures.histograms import Histograms as Histograms
+from diptych.handlers.pictures.pair_samples import PairSamples as PairSamples
+from diptych.handlers.pictures.projector import EmbeddingProjector as EmbeddingProjector
+from diptych.handlers.reports.history_plots import HistoryPlots as HistoryPlots
+from diptych.handlers.sinks.jsonl import (
+    JsonLines as JsonLines,
+    read_records as read_records,
+)
+from diptych.handlers.sinks.progress import ProgressBar as ProgressBar
+from diptych.handlers.sinks.run_card import RunCard as RunCard
+from diptych.handlers.sinks.run_directory import (
+    RunRecord as RunRecord,
+    latest_run as latest_run,
+    new_run as new_run,
+)
+from diptych.handlers.sinks.tensorboard import TensorBoard as TensorBoard
+from diptych.handlers.sinks.to_logger import ToLogger as ToLogger
+from diptych.handlers.sinks.trackers import (
+    ClearML as ClearML,
+    MLflow as MLflow,
+    WandB as WandB,
+)
+from diptych.handlers.stages.curriculum import Curriculum as Curriculum
+from diptych.handlers.stages.stage import Stage as Stage
+from diptych.handlers.stages.stage_plan import StagePlan as StagePlan

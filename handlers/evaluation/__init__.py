@@ -1,0 +1,1 @@
+"""Evaluations during training, retrieval metrics, probes, early stopping."""

@@ -1,0 +1,1 @@
+"""Skips or stops at bad updates, records them, and replays a record."""

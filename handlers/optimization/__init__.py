@@ -1,0 +1,1 @@
+"""Schedules, clipping, diagnostics, averages of weights, parameter groups."""

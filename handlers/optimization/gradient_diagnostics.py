@@ -1,0 +1,148 @@
+"""How large the gradients are, where they are missing or broken, and how far the weights move."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from ignite.engine import Events
+from torch import Tensor, nn
+
+from diptych.engine.checks import whole_number
+from diptych.engine.distributed.dtensor import local_parts, norms
+from diptych.engine.events import StepEvents
+from diptych.engine.trainer import Trainer
+from diptych.handlers.components import Components, find_components
+from diptych.handlers.optimization.gradient_clipping import GradientClipping
+from diptych.handlers.optimization.gradient_norms import held_parameters, norm_of, shared_norms
+
+
+def _check_components(_: Any, __: attrs.Attribute[Any], components: Any) -> None:
+    if isinstance(components, str) or (components is not None and not len(components)):
+        raise ValueError(
+            "components must be names of components, or a mapping of names to paths, got "
+            f"{components!r}"
+        )
+
+
+@attrs.define(kw_only=True, eq=False)
+class GradientDiagnostics:
+    """Publishes norms of gradients and of updates, in all and by component.
+
+    The gradients are those that the optimizer will use, unscaled, averaged over ranks, as they
+    are before clipping, whichever of the two is attached first. A parameter counts once, by the
+    L2 norm of its gradient:
+
+    - `gradients/norm`: of all gradients in one vector. Where a `GradientClipping` is attached, it
+      publishes this value, at every iteration, and this handler does not.
+    - `gradients/norm/<component>`: of a component's.
+    - `gradients/ratio/<first>_to_<component>`: the norm of the first component over that of each
+      other one; of the default components without the loss.
+    - `gradients/largest`, `gradients/smallest`: of one parameter; the smallest that is not 0.
+    - `gradients/zero`, `gradients/nonfinite`, `gradients/missing`: parameters whose gradient is
+      all 0, has an entry that is NaN or infinite, or is not there at all.
+    - `updates/ratio`, `updates/ratio/<component>`: the norm of the update over that of the weights
+      before it, ||w' - w|| / ||w||: some 1e-3 where a learning rate fits, 0 where nothing moves.
+
+    A record shows the means of what was seen since the last log point, so `every` is best a
+    divisor of the trainer's `log_every`.
+
+    Event: `StepEvents.GRADIENTS_READY`, `StepEvents.OPTIMIZER_STEPPED`, every `every` iterations.
+    Cost: at these iterations one pass over the gradients and, for the updates, three over the
+        weights and a copy of them for the length of the update; no synchronisation. On the emoji
+        model under 1 % of the time of training. Of a sharded model three all-reduces, of a number
+        for each parameter.
+
+    Args:
+        every: iterations between two looks, >= 1.
+        components: names and paths of parameters; see `Components`. Default: the model's top-level
+            children, and the loss.
+        updates: whether to publish the update-to-weight ratios, which need the copy.
+
+    Raises:
+        ValueError: if an argument is out of range; when attached, if a component has no parameter.
+    """
+
+    every: int = attrs.field(default=10, validator=whole_number(of="iterations"))
+    components: Components | None = attrs.field(default=None, validator=_check_components)
+    updates: bool = True
+    _members: dict[str, set[int]] = attrs.field(factory=dict, init=False, repr=False)
+    _before: tuple[list[nn.Parameter], list[Tensor]] | None = attrs.field(
+        default=None, init=False, repr=False
+    )
+
+    def attach(self, trainer: Trainer) -> None:
+        """Look at the trainer's gradients, and at what becomes of the weights."""
+        self._find(trainer)
+        shared_norms(trainer)
+        trainer.add_event_handler(Events.STARTED, self._find)
+        trainer.every(self.every, self._look, StepEvents.GRADIENTS_READY)
+        if self.updates:
+            trainer.every(self.every, self._compare, StepEvents.OPTIMIZER_STEPPED)
+
+    def _find(self, trainer: Trainer) -> None:
+        self._members = find_components(trainer, self.components)
+
+    def _look(self, trainer: Trainer) -> None:
+        measured = shared_norms(trainer).measure(trainer)
+        device = measured.total.device
+        scalars: dict[str, Tensor | float] = {"gradients/missing": float(len(measured.missing))}
+        if not any(isinstance(handler, GradientClipping) for handler in trainer.handlers):
+            scalars["gradients/norm"] = measured.total
+        by_component = self._by_component(measured.parameters, measured.norms, device)
+        scalars.update({f"gradients/norm/{name}": norm for name, norm in by_component.items()})
+        scalars.update(self._ratios(by_component))
+        if measured.norms:
+            scalars.update(_extremes(torch.stack([norm.to(device) for norm in measured.norms])))
+        trainer.metrics.update(scalars)
+        if self.updates:
+            self._before = _copied(held_parameters(trainer))
+
+    def _by_component(
+        self, parameters: Sequence[nn.Parameter], norms: Sequence[Tensor], device: torch.device
+    ) -> dict[str, Tensor]:
+        pairs = list(zip(parameters, norms, strict=True))
+        return {
+            component: norm_of([norm for p, norm in pairs if id(p) in members], device)
+            for component, members in self._members.items()
+        }
+
+    def _ratios(self, norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        names = [name for name in norms if self.components is not None or name != "loss"]
+        return {
+            f"gradients/ratio/{names[0]}_to_{name}": norms[names[0]] / norms[name]
+            for name in names[1:]
+        }
+
+    def _compare(self, trainer: Trainer) -> None:
+        if self._before is None:
+            return
+        (parameters, weights), self._before = self._before, None
+        sizes = norms(weights)
+        torch._foreach_sub_(local_parts(weights), local_parts([p.detach() for p in parameters]))
+        moves = norms(weights)
+        device = sizes[0].device
+        scalars = {"updates/ratio": norm_of(moves, device) / norm_of(sizes, device)}
+        size_of = self._by_component(parameters, sizes, device)
+        for component, move in self._by_component(parameters, moves, device).items():
+            scalars[f"updates/ratio/{component}"] = move / size_of[component]
+        trainer.metrics.update(scalars)
+
+
+def _extremes(norms: Tensor) -> dict[str, Tensor]:
+    """Return what the norms of all parameters' gradients, one vector, say together."""
+    return {
+        "gradients/largest": norms.amax(),
+        "gradients/smallest": norms.where(norms != 0, math.inf).amin(),
+        "gradients/zero": (norms == 0).sum(dtype=torch.float32),
+        "gradients/nonfinite": (~norms.isfinite()).sum(dtype=torch.float32),
+    }
+
+
+def _copied(parameters: list[nn.Parameter]) -> tuple[list[nn.Parameter], list[Tensor]]:
+    copies = [torch.empty_like(parameter.detach()) for parameter in parameters]
+    torch._foreach_copy_(local_parts(copies), local_parts([p.detach() for p in parameters]))
+    return parameters, copies

@@ -1,0 +1,1 @@
+"""Throughput, waiting for data, profiles."""

@@ -1,0 +1,115 @@
+"""A window of a run under torch's profiler, as a trace to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+from ignite.engine import Events
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from diptych.engine.distributed.collectives import rank
+
+if TYPE_CHECKING:
+    from diptych.engine.trainer import Trainer
+
+ROWS = 40  # of the table of operators
+AT_THE_END = (Events.COMPLETED, Events.TERMINATE, Events.INTERRUPT, Events.EXCEPTION_RAISED)
+
+
+@attrs.define(eq=False)
+class Profile:
+    """Traces a few iterations with `torch.profiler`: what ran when, on the host and the device.
+
+    ```python
+    trainer.attach(Profile(run_dir / "profile"))
+    ```
+
+    Each rank writes `rank0.15.pt.trace.json`, named after its last iteration, for
+    `chrome://tracing`, Perfetto and TensorBoard's profiler plugin, and `rank0.15.operators.txt`, a
+    table of what took longest. The window begins with the fetching of a batch. A run that ends
+    inside it keeps what there is.
+
+    Event: `STARTED`, `ITERATION_COMPLETED`; the end of the run.
+    Cost: a tenth of a microsecond an iteration outside the window; inside it the profiler slows the
+        run down, and its end takes a second or more and some MB of disk for each iteration.
+
+    Args:
+        directory: of the files; made if it is not there.
+        skip: iterations of this run that go before the window, >= 1: the first are not typical,
+            and the last of them warms the profiler up.
+        steps: iterations of the window, >= 1.
+        shapes: whether to record the shapes of the operators' inputs.
+        memory: whether to record what is allocated and freed.
+
+    Raises:
+        ValueError: if a number is below 1.
+    """
+
+    directory: Path = attrs.field(converter=Path)
+    skip: int = attrs.field(default=10, validator=attrs.validators.ge(1), kw_only=True)
+    steps: int = attrs.field(default=5, validator=attrs.validators.ge(1), kw_only=True)
+    shapes: bool = attrs.field(default=False, kw_only=True)
+    memory: bool = attrs.field(default=False, kw_only=True)
+    _left: int = attrs.field(default=0, init=False, repr=False)
+    _profiler: profile | None = attrs.field(default=None, init=False, repr=False)
+
+    def attach(self, trainer: Trainer) -> None:
+        """Trace a window of the trainer's next run."""
+        trainer.add_event_handler(Events.STARTED, self._start)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self._step)
+        for event in AT_THE_END:
+            trainer.add_event_handler(event, self._end)
+
+    def _start(self, trainer: Trainer) -> None:
+        self._left = self.skip + self.steps
+        if self.skip == 1:
+            self._open(trainer)
+
+    def _step(self, trainer: Trainer) -> None:
+        if not self._left:
+            return
+        self._left -= 1
+        if self._profiler is not None:
+            self._wait(trainer)
+            if self._left:
+                self._profiler.step()
+            else:
+                self._end(trainer)
+        elif self._left == self.steps + 1:
+            self._open(trainer)
+
+    def _open(self, trainer: Trainer) -> None:
+        activities = [ProfilerActivity.CPU]
+        if trainer.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self._profiler = profile(
+            activities=activities,
+            schedule=schedule(wait=0, warmup=1, active=self.steps + 1),
+            on_trace_ready=lambda profiler: self._write(profiler, trainer.state.iteration),
+            record_shapes=self.shapes,
+            profile_memory=self.memory,
+        )
+        self._profiler.start()
+
+    def _wait(self, trainer: Trainer) -> None:
+        """Let the device end what belongs to the window: inside it the order is what counts."""
+        if trainer.device.type != "cpu" and self._left in {0, self.steps}:
+            torch.accelerator.synchronize(trainer.device)
+
+    def _end(self, _: Trainer, *__: object) -> None:
+        profiler, self._profiler, self._left = self._profiler, None, 0
+        if profiler is not None:
+            profiler.stop()
+
+    def _write(self, profiler: profile, iteration: int) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        stem = f"rank{rank()}.{iteration}"
+        profiler.export_chrome_trace(str(self.directory / f"{stem}.pt.trace.json"))
+        order = "self_cpu_time_total"
+        if ProfilerActivity.CUDA in profiler.activities:
+            order = "self_cuda_time_total"
+        table = profiler.key_averages().table(sort_by=order, row_limit=ROWS)
+        (self.directory / f"{stem}.operators.txt").write_text(f"{table}\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Images for TensorBoard: galleries, projections, filters, histograms."""

@@ -1,0 +1,117 @@
+"""A few fixed samples of images and texts, with what a person sees of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import attrs
+import torch
+import torch.nn.functional as F
+from ignite.engine import Events
+from torch import Tensor
+
+from diptych.engine.errors import BatchError
+from diptych.engine.evaluator import Evaluator
+from diptych.engine.tasks import Outputs, Task
+from diptych.engine.trainer import Trainer
+
+
+class PairFeatures(NamedTuple):
+    """Features of unit length, on the host, and what matches.
+
+    Attributes:
+        images: float32 [N, D].
+        texts: float32 [M, D].
+        image_groups: int64 [N].
+        text_groups: int64 [M].
+    """
+
+    images: Tensor
+    texts: Tensor
+    image_groups: Tensor
+    text_groups: Tensor
+
+
+def _check_images(_: Any, __: attrs.Attribute[Tensor], images: object) -> None:
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] not in (1, 3):
+        got = tuple(images.shape) if isinstance(images, Tensor) else repr(images)
+        raise ValueError(f"images must be a tensor [N, 1 or 3, H, W], got {got}")
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class PairSamples:
+    """Samples for pictures: batches for the model, images and captions for the eye.
+
+    A few dozen to a few hundred tell most; all of them stay in memory.
+
+    Args:
+        batches: gone through at each look, in an order that never changes. As for
+            `RetrievalRecall`, a batch may hold one side only, and those of one group match.
+        images: [N, 1 or 3, H, W], the batches' images in their order, before any normalisation:
+            uint8, or floats in [0, 1].
+        captions: the batches' texts in their order.
+        task: what a batch means; None: the trainer's.
+
+    Raises:
+        ValueError: if the images are something else.
+    """
+
+    batches: Iterable[Any]
+    images: Tensor = attrs.field(validator=_check_images)
+    captions: Sequence[str]
+    task: Task | None = None
+
+    def features(self, trainer: Trainer) -> PairFeatures:
+        """Return what the trainer's model makes of the samples now.
+
+        Raises:
+            BatchError: if the task gives no features of both sides, or not as many as there are
+                images and captions.
+        """
+        outputs: list[Outputs] = []
+        evaluator = Evaluator(
+            trainer.model,
+            task=trainer.task if self.task is None else self.task,
+            precision=trainer.settings.precision,
+            device=trainer.device,
+        )
+        evaluator.add_event_handler(
+            Events.ITERATION_COMPLETED, lambda engine: outputs.append(engine.state.output)
+        )
+        evaluator.evaluate(self.batches)
+        images, image_groups = _side(outputs, "image_features", ("groups",))
+        texts, text_groups = _side(outputs, "text_features", ("text_groups", "groups"))
+        for name, rows, shown in (
+            ("images", images, self.images),
+            ("captions", texts, self.captions),
+        ):
+            if len(rows) != len(shown):
+                raise BatchError(
+                    f"{name} must be those of the batches, {len(rows)} in all, got {len(shown)}"
+                )
+        return PairFeatures(images, texts, image_groups, text_groups)
+
+
+def _side(outputs: Sequence[Outputs], name: str, groups: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Return one side's features and groups; a row without a group has one of its own."""
+    mine = [output for output in outputs if name in output]
+    if not mine:
+        there = ", ".join(dict.fromkeys(key for output in outputs for key in output))
+        raise BatchError(f"samples need {name} among the task's outputs, got {there}")
+    features = torch.cat([output[name].float().cpu() for output in mine])
+    numbers = torch.cat([_groups(output, groups, len(output[name])) for output in mine])
+    if bool((numbers < 0).all()):
+        numbers = torch.arange(len(features))
+    if len(numbers) != len(features) or bool((numbers < 0).any()):
+        raise BatchError(
+            f"all rows or none must have a group >= 0, got {len(features)} rows and groups "
+            f"{numbers.unique().tolist()}"
+        )
+    return F.normalize(features, dim=1), numbers
+
+
+def _groups(output: Outputs, names: Sequence[str], rows: int) -> Tensor:
+    """Return the groups of a batch, -1 where it has none."""
+    found = next((output[name] for name in names if name in output), None)
+    return torch.full((rows,), -1) if found is None else found.long().cpu()

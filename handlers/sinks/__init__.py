@@ -1,0 +1,1 @@
+"""Sinks, the destinations of published scalars: TensorBoard, JSON lines, trackers, console."""

@@ -1,0 +1,225 @@
+"""What a person reads before a run and after it: a few lines each."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+import attrs
+from ignite.engine import Events
+
+from diptych.engine.data.seeded_loader import SeededLoader
+from diptych.engine.distributed.collectives import rank, world_size
+from diptych.engine.events import MetricsEvents
+from diptych.engine.modules import unwrapped
+from diptych.handlers.components import parameter_names
+from diptych.handlers.sinks.progress import PLAIN, duration
+
+if TYPE_CHECKING:
+    from diptych.engine.trainer import Trainer
+
+DIM = "\x1b[2m"
+COMPONENTS = 6  # named in the card; the smaller ones are counted together
+OUTCOMES = {
+    Events.COMPLETED: "done",
+    Events.TERMINATE: "stopped",
+    Events.INTERRUPT: "paused",
+    Events.EXCEPTION_RAISED: "failed",
+}
+
+
+@attrs.define(kw_only=True, eq=False)
+class RunCard:
+    """Writes what is about to be trained when a run starts, and what came of it when it ends.
+
+    ```text
+    model   TwoTowers, 3,459,713 parameters, all train: text 2,493,440, ...
+    batch   512 = 2 ranks x 256, in pieces of 64, fp32 on cpu
+    length  45 epochs of 11 steps, 495 in all
+    run     runs/emoji/2026-01-31_09-30-00Z, goes on after epoch 12, step 132
+    ```
+
+    ```text
+    done    epoch 45, step 495, in 2:03, 1,180 samples/s
+    best    val/recall@1 0.4193, epoch 40, step 440
+    run     runs/emoji/2026-01-31_09-30-00Z
+    ```
+
+    The batch is left out where the loader does not tell its size, and samples/s, the mean of the
+    run's iterations in this process, where no `Throughput` is attached. Names are dim on a
+    terminal, unless `NO_COLOR` is set; elsewhere the cards are plain text.
+
+    Event: `STARTED`; `COMPLETED`, `TERMINATE`, `INTERRUPT` or `EXCEPTION_RAISED`;
+        `MetricsEvents.LOGGED`. Rank 0 alone writes.
+    Cost: under a millisecond a card, microseconds a log point; no synchronisation.
+
+    Args:
+        directory: the run's folder, to be named; None: it is not.
+        best: the metric whose best value the end tells, such as "val/recall@1"; None: the last
+            loss stands there.
+        mode: whether a larger ("max") or a smaller ("min") value of it is better.
+        stream: to write to; None: the process's standard error.
+
+    Raises:
+        ValueError: if `mode` is something else.
+    """
+
+    directory: Path | None = attrs.field(default=None, converter=attrs.converters.optional(Path))
+    best: str | None = None
+    mode: Literal["max", "min"] = attrs.field(
+        default="max", validator=attrs.validators.in_(("max", "min"))
+    )
+    stream: TextIO | None = None
+    _best: dict[str, float] = attrs.field(factory=dict, init=False, repr=False)
+    _loss: float | None = attrs.field(default=None, init=False, repr=False)
+    _step: int = attrs.field(default=0, init=False, repr=False)
+    _samples: float = attrs.field(default=0.0, init=False, repr=False)
+    _seconds: float = attrs.field(default=0.0, init=False, repr=False)
+    _start_time: float | None = attrs.field(default=None, init=False, repr=False)
+
+    def attach(self, trainer: Trainer) -> None:
+        """Write the cards of the trainer's runs."""
+        # Every rank has the same state, so that any of them can be the first of a resumed run.
+        trainer.add_event_handler(Events.STARTED, self._start)
+        trainer.add_event_handler(MetricsEvents.LOGGED, self._log)
+        if rank() == 0:
+            for event, outcome in OUTCOMES.items():
+                trainer.add_event_handler(event, self._end, outcome=outcome)
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the best value so far with its epoch and step; nothing where there is none."""
+        return dict(self._best)
+
+    def load_state_dict(self, state_dict: Mapping[str, float]) -> None:
+        """Go on from a state that `state_dict` returned."""
+        self._best = dict(state_dict)
+
+    def _start(self, trainer: Trainer) -> None:
+        if trainer.state.iteration == 0:
+            self._best = {}
+        self._start_time, self._step = perf_counter(), trainer.state.iteration
+        self._samples = self._seconds = 0.0
+        self._loss = None
+        if rank() == 0:
+            self._write(
+                {
+                    "model": _model(trainer),
+                    "batch": _batch(trainer),
+                    "length": _length(trainer),
+                    "run": _run(self.directory, trainer),
+                }
+            )
+
+    def _log(self, trainer: Trainer) -> None:
+        record = trainer.metrics.record
+        rate = record.values.get("time/samples_per_second")
+        if rate is not None:
+            seconds = record.values.get("time/step", 0.0) * (record.step - self._step)
+            self._samples += rate * seconds
+            self._seconds += seconds
+            self._step = record.step
+        self._loss = record.values.get("train/loss", self._loss)
+        value = record.values.get(self.best or "", math.nan)
+        if self._is_better(value):
+            self._best = {"value": value, "epoch": trainer.state.epoch, "step": record.step}
+
+    def _is_better(self, value: float) -> bool:
+        if math.isnan(value) or not self._best:
+            return not math.isnan(value)
+        return value > self._best["value"] if self.mode == "max" else value < self._best["value"]
+
+    def _end(self, trainer: Trainer, error: object = None, *, outcome: str) -> None:
+        if self._start_time is None:
+            return  # told already: TERMINATE comes before COMPLETED
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            outcome = "stopped"  # by whoever sent a signal
+        seconds, self._start_time = perf_counter() - self._start_time, None
+        state = trainer.state
+        ending = f"epoch {state.epoch}, step {state.iteration}, in {duration(seconds)}"
+        if self._seconds:
+            ending += f", {self._samples / self._seconds:,.0f} samples/s"
+        lines: dict[str, str | None] = {outcome: ending}
+        if self.best is None:
+            lines["loss"] = (
+                None if self._loss is None else f"{self._loss:#.4g}, at the last log point"
+            )
+        elif self._best:
+            place = f"epoch {self._best['epoch']:.0f}, step {self._best['step']:.0f}"
+            lines["best"] = f"{self.best} {self._best['value']:.4g}, {place}"
+        self._write({**lines, "run": None if self.directory is None else str(self.directory)})
+
+    def _write(self, lines: Mapping[str, str | None]) -> None:
+        stream = sys.stderr if self.stream is None else self.stream
+        plain = (
+            not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        )
+        for name, text in lines.items():
+            if text:
+                label = f"{name:<7}" if plain else f"{DIM}{name:<7}{PLAIN}"
+                stream.write(f"{label} {text}\n")
+        stream.flush()
+
+
+def _model(trainer: Trainer) -> str:
+    """Return what there is to train: all parameters, the share that trains, by component."""
+    named = parameter_names(trainer)
+    sizes: dict[str, int] = {}
+    for name, parameter in named.items():
+        component = name.partition(".")[0]
+        sizes[component] = sizes.get(component, 0) + parameter.numel()
+    total = sum(sizes.values())
+    trained = sum(p.numel() for p in named.values() if p.requires_grad)
+    largest = sorted(sizes.items(), key=lambda item: -item[1])
+    parts = [f"{name} {size:,}" for name, size in largest[:COMPONENTS]]
+    rest = largest[COMPONENTS:]
+    if rest:
+        parts.append(f"{len(rest)} more {sum(size for _, size in rest):,}")
+    share = "all train" if trained == total else f"{trained:,} ({trained / total:.1%}) train"
+    head = f"{type(unwrapped(trainer.model)).__name__}, {total:,} parameters, {share}"
+    return f"{head}: {', '.join(parts)}" if parts else head
+
+
+def _batch(trainer: Trainer) -> str:
+    settings = trainer.settings
+    parts = [_size(trainer.state.dataloader)]
+    if settings.microbatch_size is not None:
+        parts.append(f"in pieces of {settings.microbatch_size}")
+    parts.append(f"{settings.precision} on {trainer.device.type}")
+    return ", ".join(part for part in parts if part)
+
+
+def _size(loader: Any) -> str:
+    """Return the samples of an update; nothing where the loader does not tell."""
+    size, ranks = getattr(loader, "batch_size", None), world_size()
+    if not isinstance(size, int):
+        return ""
+    whole, share = size, f"{size / ranks:g}"
+    if not isinstance(loader, SeededLoader):  # whose batch is that of all ranks
+        whole, share = size * ranks, f"{size}"
+    return f"{whole:,}" if ranks == 1 else f"{whole:,} = {ranks} ranks x {share}"
+
+
+def _length(trainer: Trainer) -> str:
+    state = trainer.state
+    length = state.epoch_length
+    each = f"of {length or 0:,} step{'' if length == 1 else 's'}"
+    each = "of a length yet unknown" if length is None else each
+    if state.max_iters is not None:
+        return f"{state.max_iters:,} steps in all, epochs {each}"
+    if length is None or state.max_epochs is None:
+        return f"{state.max_epochs} epochs {each}"
+    return f"{state.max_epochs} epochs {each}, {state.max_epochs * length:,} in all"
+
+
+def _run(directory: Path | None, trainer: Trainer) -> str | None:
+    state = trainer.state
+    resumed = f"goes on after step {state.iteration:,}, in epoch {state.epoch}"
+    if state.iteration and not trainer.epoch_iteration:
+        resumed = f"goes on after epoch {state.epoch}, step {state.iteration:,}"
+    parts = [str(directory) if directory else "", resumed if state.iteration else ""]
+    return ", ".join(part for part in parts if part) or None

@@ -1,0 +1,1 @@
+"""Stages and curricula: settings that change while a run goes on."""

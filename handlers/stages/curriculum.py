@@ -1,0 +1,217 @@
+"""Values of a loss, a model or a task that change while a run goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import attrs
+from ignite.engine import Events
+
+from diptych.engine.checks import whole_number
+from diptych.engine.errors import CheckpointError
+from diptych.engine.events import MetricsEvents, RunEvents
+from diptych.engine.trainer import Trainer
+from diptych.handlers.run_progress import unpublished
+from diptych.handlers.stages.attributes import read_attribute, try_attribute, write_attribute
+
+Shape = Literal["linear", "cosine", "step"]
+
+
+@attrs.define(eq=False)
+class Curriculum:
+    """Takes an attribute from one value to another, from an iteration on or when a metric says so.
+
+    ```python
+    Curriculum("loss.invariance_weight", start=0, end=25, over=1000)
+    Curriculum("loss.temperature.value", start=0.2, end=0.07, over=5000, shape="cosine")
+    Curriculum("loss.negatives", start="sum", end="hardest", after=2000, shape="step")
+    Curriculum("loss.alpha", end=1.0, over=500, metric="val/recall@1", above=0.4)
+    ```
+
+    In iteration t, counted from 1, p = (t - 1 - after) / over, cut to [0, 1], of the way is done,
+    and the value is start + (end - start) p (linear), start + (end - start) (1 - cos(pi p)) / 2
+    (cosine), or `end` once p is 1 (step). With a metric, the way begins when a value of it, of an
+    evaluation or a log point, passes the threshold, `after` iterations later; it is not gone back
+    when the metric falls again. A `function` of t - 1 - after, the iterations on the way so far,
+    takes the place of the shape.
+
+    The value is published at log points as `curriculum/<name>`, one that is no number as 0
+    before and 1 after the change. Such attributes are no part of a state dict: the handler's state
+    holds the value in use and when the way began, and a resumed run goes on with both.
+
+    In a compiled loss or model (`torch.compile`) a Python number is a constant: each new value
+    compiles it again until torch gives up; take steps there, or leave that part uncompiled.
+
+    Event: `Events.ITERATION_STARTED`; with a metric `MetricsEvents.LOGGED` and
+        `RunEvents.SAFE_POINT`.
+    Cost: some eight microseconds an iteration on the way, half a one before and after; no
+        synchronisation.
+
+    Args:
+        path: the attribute: "loss", "model" or "task", then names of attributes, keys or indices.
+        start: the value before. Default: the one that is there.
+        end: the value after.
+        over: iterations on the way; 0 changes at once.
+        shape: "linear", "cosine" or "step".
+        after: iterations before the way begins.
+        function: instead of start, end, over and shape: the value as a function of the iterations
+            on the way so far.
+        metric: the name of a published value that begins the way. Over ranks it must be the same
+            on all, as evaluations' values and means of log points are.
+        above: the threshold that the metric must exceed.
+        below: the threshold that it must fall below, instead of `above`.
+        name: the tag's. Default: the path.
+
+    Attributes:
+        value: the value in use; None before the first iteration.
+        began: the iteration after which the way began; None while it has not.
+
+    Raises:
+        ValueError: if arguments are out of range or do not fit one another; when attached, if the
+            path names nothing (the message lists the near names), another curriculum has it, or the
+            attribute refuses one of the values.
+        TypeError: when attached, if what the path names is a tensor or a module.
+        KeyError: while running: if nothing has the metric's name when it should have come first.
+    """
+
+    path: str
+    start: Any = attrs.field(default=None, kw_only=True)
+    end: Any = attrs.field(default=None, kw_only=True)
+    over: int = attrs.field(default=0, validator=whole_number(0, of="iterations"), kw_only=True)
+    shape: Shape = attrs.field(default="linear", kw_only=True)
+    after: int = attrs.field(default=0, validator=whole_number(0, of="iterations"), kw_only=True)
+    function: Callable[[int], Any] | None = attrs.field(default=None, kw_only=True)
+    metric: str | None = attrs.field(default=None, kw_only=True)
+    above: float | None = attrs.field(default=None, kw_only=True)
+    below: float | None = attrs.field(default=None, kw_only=True)
+    name: str = attrs.field(kw_only=True)
+    value: Any = attrs.field(default=None, init=False)
+    began: int | None = attrs.field(default=None, init=False)
+    _seen: bool = attrs.field(default=False, init=False, repr=False)
+    _trainer: Trainer | None = attrs.field(default=None, init=False, repr=False)
+
+    @name.default
+    def _name_of_path(self) -> str:
+        return self.path
+
+    def __attrs_post_init__(self) -> None:
+        if self.shape not in get_args(Shape):
+            raise ValueError(
+                f"shape must be one of {', '.join(get_args(Shape))}, got {self.shape!r}"
+            )
+        if (self.function is None) == (self.end is None):
+            raise ValueError(
+                "a Curriculum needs an end or a function, and not both, got "
+                f"end={self.end!r} and function={self.function!r}"
+            )
+        if self.metric is None and (self.above is not None or self.below is not None):
+            raise ValueError("above and below are thresholds of a metric, got no metric")
+        if self.metric is not None and (self.above is None) == (self.below is None):
+            raise ValueError(
+                f"a metric needs one threshold, above or below, got {self.above} and {self.below}"
+            )
+        if self.start is not None:
+            self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        ends = (self.start, self.end)
+        if self.function is None and self.shape != "step" and not all(map(_is_number, ends)):
+            raise ValueError(
+                f"a {self.shape} curriculum needs finite numbers, got {ends[0]!r} and {ends[1]!r}: "
+                "take shape='step'"
+            )
+
+    def attach(self, trainer: Trainer) -> None:
+        """Check the path, and set it before each iteration."""
+        for other in trainer.handlers:
+            if isinstance(other, Curriculum) and other.path == self.path:
+                raise ValueError(
+                    f"an attribute must have one Curriculum, got a second: {self.path}"
+                )
+        there = read_attribute(trainer, self.path)
+        if self.start is None:
+            self.start = there
+            self._check_numbers()
+        if self.function is None:
+            try_attribute(trainer, self.path, self.start, self.end)
+        self._trainer = trainer
+        self._reset()
+        trainer.metrics.gauge(f"curriculum/{self.name}", self._published)
+        trainer.add_event_handler(Events.STARTED, self._start)
+        trainer.add_event_handler(Events.ITERATION_STARTED, self._set)
+        if self.metric is not None:
+            trainer.add_event_handler(MetricsEvents.LOGGED, self._look)
+            trainer.add_event_handler(RunEvents.SAFE_POINT, self._check_metric)
+
+    def at(self, done: int) -> Any:
+        """Return the value after `done` iterations of the way; negative: before it."""
+        if self.function is not None:
+            return self.start if done < 0 else self.function(done)
+        share = min(1.0, done / self.over) if self.over and done >= 0 else float(done >= 0)
+        if share in {0.0, 1.0} or self.shape == "step":
+            return self.end if share == 1 else self.start
+        eased = share if self.shape == "linear" else (1 - math.cos(math.pi * share)) / 2
+        return self.start + (self.end - self.start) * eased
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the path, start, the value in use and when the way began."""
+        names = ("path", "start", "value", "began")
+        return {**{name: getattr(self, name) for name in names}, "seen": self._seen}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a state that `state_dict` returned; the attribute gets its value.
+
+        Raises:
+            CheckpointError: if it is of another attribute.
+        """
+        saved = state_dict.get("path", self.path)
+        if saved != self.path:
+            raise CheckpointError(
+                f"the checkpoint's Curriculum changes {saved}, and the one in its place here "
+                f"{self.path}: attach them in the order in which they were"
+            )
+        self.start, self.value = state_dict["start"], state_dict["value"]
+        self.began = state_dict["began"]
+        self._seen = state_dict["seen"]
+        if self._trainer is not None and self.value is not None:
+            write_attribute(self._trainer, self.path, self.value)
+
+    def _reset(self) -> None:
+        self.began, self._seen = (0 if self.metric is None else None), False
+
+    def _start(self, trainer: Trainer) -> None:
+        if trainer.state.iteration == 0:
+            self._reset()
+
+    def _set(self, trainer: Trainer) -> None:
+        done = -1 if self.began is None else trainer.state.iteration - 1 - self.began - self.after
+        value = self.at(done)
+        if value != self.value:
+            write_attribute(trainer, self.path, value)
+            self.value = value
+
+    def _published(self) -> float:
+        value = self.start if self.value is None else self.value
+        return float(value) if _is_number(value) else float(value == self.end)
+
+    def _look(self, trainer: Trainer) -> None:
+        value = trainer.metrics.record.values.get(str(self.metric))
+        if value is None:
+            return
+        self._seen = True
+        passed = value > self.above if self.above is not None else value < float(self.below or 0)
+        if passed and self.began is None:
+            self.began = trainer.state.iteration
+
+    def _check_metric(self, trainer: Trainer) -> None:
+        # After all handlers of the first epoch's end, one of which may publish the metric.
+        missing = None if self._seen else unpublished(trainer, "metric", str(self.metric))
+        if missing is not None:
+            raise KeyError(missing)
+
+
+def _is_number(value: object) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)  # type: ignore[arg-type]

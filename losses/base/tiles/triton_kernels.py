@@ -1,0 +1,336 @@
+"""Kernels: tiles of logits on the tensor cores, in Triton. `triton_blocks` launches them.
+
+Exponents are of 2 here, because that is what the hardware computes. Nearly every tile holds
+negatives alone; it skips the branch that looks at each entry.
+
+Arguments that all kernels share:
+    anchors, candidates: Descriptors of a chunk's features, [height, WIDTH] and [width, WIDTH], for
+        tiles of ROWS and COLUMNS in steps of STEP.
+    partner, itself, row_groups, column_groups: As in `torch_blocks.Entries`; ITSELF and GROUP say
+        which of them to read.
+    row, column, height, width: The chunk of logits that a launch computes, a tile a program.
+    scale, bias, reference: 0-dim.
+"""
+
+# Triton compiles these functions; to Python's checkers their arguments are opaque.
+# mypy: ignore-errors
+# ruff: noqa: ANN001, ANN201, ANN202, PLR0917
+# fmt: off
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+# What the rest of a row's group is, as the kernels' GROUP.
+NEGATIVE, NEITHER, POSITIVE = 0, 1, 2
+
+
+@triton.jit
+def _place(row, column, height, width, BAND, ROWS, COLUMNS):
+    """Return this program's tile (down, across) and its rows and columns.
+
+    Tiles run down bands of BAND, so that neighbours in time share what the cache holds.
+    """
+    program = tl.program_id(0)
+    tiles = tl.cdiv(width, COLUMNS)
+    band = program // (BAND * tiles)
+    within = program % (BAND * tiles)
+    tall = tl.minimum(tl.cdiv(height, ROWS) - band * BAND, BAND)
+    down, across = band * BAND + within % tall, within // tall
+    rows = row + down * ROWS + tl.arange(0, ROWS)
+    return down, across, rows, column + across * COLUMNS + tl.arange(0, COLUMNS)
+
+
+@triton.jit
+def _products(anchors, candidates, row, column, WIDTH, ROWS, COLUMNS, STEP):
+    """Return the dot products of ROWS anchors with COLUMNS candidates; beyond the edge, 0."""
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, WIDTH, STEP):
+        left, right = anchors.load([row, start]), candidates.load([column, start])
+        total = tl.dot(left, right.T, total)
+    return total
+
+
+@triton.jit
+def _meets(indices, columns):
+    """Return whether the span of the indices (negative ones aside) meets that of the columns."""
+    least = tl.min(tl.where(indices < 0, 2147483647, indices), 0)
+    return (least <= tl.max(columns, 0)) & (tl.max(indices, 0) >= tl.min(columns, 0))
+
+
+@triton.jit
+def _special(rows, columns, n, m, partner, itself, ITSELF, GROUP):
+    """Return whether a tile may hold anything but negatives."""
+    special = (tl.max(rows, 0) >= n) | (tl.max(columns, 0) >= m) | (GROUP != 0)
+    special = special | _meets(tl.load(partner + rows, rows < n, -1), columns)
+    if ITSELF:
+        special = special | _meets(tl.load(itself + rows, rows < n, -1), columns)
+    return special
+
+
+@triton.jit
+def _entries(rows, columns, n, m, partner, itself, row_groups, column_groups, ITSELF, GROUP):
+    """Return the masks of positives and of what is neither positive nor negative."""
+    neither = (rows >= n)[:, None] | (columns >= m)[None, :]
+    if ITSELF:
+        neither = neither | (columns[None, :] == tl.load(itself + rows, rows < n, -1)[:, None])
+    positive = columns[None, :] == tl.load(partner + rows, rows < n, -1)[:, None]
+    if GROUP != 0:
+        group = tl.load(row_groups + rows, rows < n, 0)
+        same = group[:, None] == tl.load(column_groups + columns, columns < m, 0)[None, :]
+        if GROUP == 2:
+            positive = same & ~neither
+        else:
+            neither = neither | (same & ~positive)
+    return positive, neither
+
+
+@triton.jit
+def bounded_sums(
+    anchors, candidates, partner, itself, row_groups, column_groups,
+    row, column, height, width, n, m, scale, reference, own, row_sums, column_sums,
+    WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr, BOTH: tl.constexpr,
+    BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+):
+    """Sum 2**(logit - reference) over the negatives of each tile's rows and columns.
+
+    One exponential serves both directions. row_sums: [tiles across, height]; column_sums:
+    [tiles down, width]; own: [n], the logits of own pairs.
+    """
+    down, across, rows, columns = _place(row, column, height, width, BAND, ROWS, COLUMNS)
+    total = _products(
+        anchors, candidates, down * ROWS, across * COLUMNS, WIDTH, ROWS, COLUMNS, STEP
+    )
+    factor, least = tl.load(scale) * LOG2_E, tl.load(reference)
+    if _special(rows, columns, n, m, partner, itself, ITSELF, GROUP):
+        positive, neither = _entries(
+            rows, columns, n, m, partner, itself, row_groups, column_groups, ITSELF, GROUP
+        )
+        logits = tl.sum(tl.where(positive, total, 0.0), 1) * tl.load(scale)
+        tl.store(own + rows, logits, (rows < n) & (tl.max(positive.to(tl.int32), 1) != 0))
+        terms = tl.where(positive | neither, 0.0, tl.exp2(total * factor - least))
+        row_sum, column_sum = tl.sum(terms, 1), tl.sum(terms, 0)
+    else:
+        terms = tl.exp2(total * factor - least)
+        row_sum, column_sum = tl.sum(terms, 1), tl.sum(terms, 0)
+    tl.store(row_sums + across * height + rows - row, row_sum, rows < row + height)
+    if BOTH:
+        columns_out = column_sums + down * width + columns - column
+        tl.store(columns_out, column_sum, columns < column + width)
+
+
+@triton.jit
+def online_sums(
+    anchors, candidates, partner, itself, row_groups, column_groups,
+    row, column, height, width, n, m, scale, needed, maxima, totals,
+    WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr, POSITIVES: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+):
+    """Write each row's maximum and sum of exp(logit - maximum), over its negatives or positives.
+
+    It is right for any logits, and reads from the device whether it is `needed` at all.
+    """
+    if tl.load(needed) == 0:
+        return
+    first = tl.program_id(0) * ROWS
+    rows = row + first + tl.arange(0, ROWS)
+    factor = tl.load(scale) * LOG2_E
+    maximum = tl.full((ROWS,), -3.0e38, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, width, COLUMNS):
+        columns = column + start + tl.arange(0, COLUMNS)
+        exponents = factor * _products(
+            anchors, candidates, first, start, WIDTH, ROWS, COLUMNS, STEP
+        )
+        positive, neither = _entries(
+            rows, columns, n, m, partner, itself, row_groups, column_groups, ITSELF, GROUP
+        )
+        counted = positive if POSITIVES else ~(positive | neither)
+        exponents = tl.where(counted, exponents, float("-inf"))
+        larger = tl.maximum(maximum, tl.max(exponents, 1))
+        total = total * tl.exp2(maximum - larger)
+        total += tl.sum(tl.exp2(exponents - larger[:, None]), 1)
+        maximum = larger
+    tl.store(maxima + rows, maximum / LOG2_E, rows < row + height)
+    tl.store(totals + rows, total, rows < row + height)
+
+
+@triton.jit
+def _exact_gradient(
+    total, factor, rows, columns, n, m, positive, neither, row_terms, column_terms, pull,
+    GROUP, BOTH,
+):
+    """Return the gradient of a tile of any logits, with two exponentials for each."""
+    row_terms, column_terms = row_terms + rows, column_terms + columns
+    exponents = total * factor
+    values = tl.exp2(exponents - tl.load(row_terms, rows < n, 0.0)[:, None])
+    if BOTH:
+        values += tl.exp2(exponents - tl.load(column_terms, columns < m, 0.0)[None, :])
+    if GROUP == 2:
+        pulls = tl.exp2(exponents - tl.load(row_terms + 2 * n, rows < n, 0.0)[:, None])
+        pulls *= tl.load(row_terms + n, rows < n, 0.0)[:, None]
+        if BOTH:
+            others = tl.load(column_terms + 2 * m, columns < m, 0.0)[None, :]
+            weights = tl.load(column_terms + m, columns < m, 0.0)[None, :]
+            pulls += weights * tl.exp2(exponents - others)
+        values = tl.where(positive, -pulls, values)
+    else:
+        values = tl.where(positive, -tl.load(pull + rows, rows < n, 0.0)[:, None], values)
+    return tl.where(neither, 0.0, values)
+
+
+@triton.jit
+def contrast_gradient(
+    anchors, candidates, partner, itself, row_groups, column_groups,
+    row, column, height, width, n, m, scale, reference, exact, pull, row_terms, column_terms,
+    gradient, sums,
+    WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr, BOTH: tl.constexpr,
+    BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+):
+    """Write the gradient of a chunk of logits, [height, width]; add that of the scale to sums.
+
+    Where the range of the logits allows (not `exact`), one exponential serves both directions:
+    2**(logit - reference) times the sum of a row's weight and a column's. The terms, [4, n] and
+    [4, m], are normalizer, pull and positive, as exponents of 2, and that weight; pull, [n], is
+    that of own pairs, both directions together.
+    """
+    down, across, rows, columns = _place(row, column, height, width, BAND, ROWS, COLUMNS)
+    total = _products(
+        anchors, candidates, down * ROWS, across * COLUMNS, WIDTH, ROWS, COLUMNS, STEP
+    )
+    factor = tl.load(scale) * LOG2_E
+    special = _special(rows, columns, n, m, partner, itself, ITSELF, GROUP)
+    if special | (tl.load(exact) != 0):
+        positive, neither = _entries(
+            rows, columns, n, m, partner, itself, row_groups, column_groups, ITSELF, GROUP
+        )
+        values = _exact_gradient(
+            total, factor, rows, columns, n, m, positive, neither, row_terms, column_terms, pull,
+            GROUP, BOTH,
+        )
+        scale_sum = tl.sum(tl.sum(values * total, 1), 0)
+    else:
+        weights = tl.load(row_terms + 3 * n + rows)[:, None]
+        if BOTH:
+            weights = weights + tl.load(column_terms + 3 * m + columns)[None, :]
+        values = tl.exp2(total * factor - tl.load(reference)) * weights
+        scale_sum = tl.sum(tl.sum(values * total, 1), 0)
+    _add(sums, scale_sum)
+    gradient.store([down * ROWS, across * COLUMNS], values.to(tl.bfloat16))
+
+
+@triton.jit
+def _add(sums, value):
+    """Add a value to this program's slot."""
+    slot = sums + tl.program_id(0)
+    tl.store(slot, tl.load(slot) + value)
+
+
+@triton.jit
+def normalize_features(features, normalized, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Write a row [SIZE] a program, divided by its norm; 0 for a row without a direction."""
+    row = tl.program_id(0).to(tl.int64)
+    places = tl.arange(0, BLOCK)
+    values = tl.load(features + row * SIZE + places, places < SIZE, 0.0).to(tl.float32)
+    inverse = _inverse_norm(values)
+    values = (values * inverse).to(normalized.dtype.element_ty)
+    tl.store(normalized + row * SIZE + places, values, places < SIZE)
+
+
+@triton.jit
+def feature_gradients(
+    totals, features, factor, gradients,
+    NORMALIZE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Write factor times a row of totals, through the normalisation of its feature if there is one.
+
+    What lies along the feature does not change its direction: it is taken away.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    places = tl.arange(0, BLOCK)
+    total = tl.load(totals + row * SIZE + places, places < SIZE, 0.0) * tl.load(factor)
+    if NORMALIZE:
+        feature = tl.load(features + row * SIZE + places, places < SIZE, 0.0).to(tl.float32)
+        inverse = _inverse_norm(feature)
+        feature = feature * inverse
+        total = (total - tl.sum(total * feature, 0) * feature) * inverse
+    tl.store(
+        gradients + row * SIZE + places, total.to(gradients.dtype.element_ty), places < SIZE
+    )
+
+
+@triton.jit
+def _inverse_norm(values):
+    """Return 1 / norm, or 0 where the norm is too small to have a direction."""
+    norm = tl.sqrt(tl.sum(values * values, 0))
+    return tl.where(norm <= 1e-12, 0.0, 1.0 / norm)
+
+
+@triton.jit
+def _softplus(values):
+    """Return log(1 + exp(value)) within 4e-7 of itself: small ones count, there are many."""
+    small = tl.exp2(-LOG2_E * tl.abs(values))
+    # log(1 + x) / x on [0, 1], interpolated at Chebyshev's points. A logarithm of 1 + x would lose
+    # a small x, and takes longer.
+    ratio = 0.0434938998 - 0.00837115255 * small
+    ratio = ratio * small - 0.106850029
+    ratio = ratio * small + 0.176874767
+    ratio = ratio * small - 0.244747742
+    ratio = ratio * small + 0.332719284
+    ratio = ratio * small - 0.499971745
+    ratio = ratio * small + 0.999999781
+    return tl.maximum(values, 0.0) + ratio * small
+
+
+@triton.jit
+def sigmoid_losses(
+    anchors, candidates, partner, itself, row_groups, column_groups,
+    row, column, height, width, n, m, scale, bias, sums,
+    WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr,
+    BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+):
+    """Add the sum of each tile's losses to sums."""
+    down, across, rows, columns = _place(row, column, height, width, BAND, ROWS, COLUMNS)
+    total = _products(
+        anchors, candidates, down * ROWS, across * COLUMNS, WIDTH, ROWS, COLUMNS, STEP
+    )
+    logits = total * tl.load(scale) + tl.load(bias)
+    if _special(rows, columns, n, m, partner, itself, ITSELF, GROUP):
+        positive, _ = _entries(
+            rows, columns, n, m, partner, itself, row_groups, column_groups, ITSELF, GROUP
+        )
+        values = _softplus(tl.where(positive, -logits, logits))
+        values = tl.where((rows < n)[:, None] & (columns < m)[None, :], values, 0.0)
+        loss = tl.sum(tl.sum(values, 1), 0)
+    else:
+        loss = tl.sum(tl.sum(_softplus(logits), 1), 0)
+    _add(sums, loss)
+
+
+@triton.jit
+def sigmoid_gradient(
+    anchors, candidates, partner, itself, row_groups, column_groups,
+    row, column, height, width, n, m, scale, bias, gradient, sums, slots,
+    WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr,
+    BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+):
+    """Write the gradient of a chunk of logits; add those of scale and bias to sums [2, slots]."""
+    down, across, rows, columns = _place(row, column, height, width, BAND, ROWS, COLUMNS)
+    total = _products(
+        anchors, candidates, down * ROWS, across * COLUMNS, WIDTH, ROWS, COLUMNS, STEP
+    )
+    logits = total * tl.load(scale) + tl.load(bias)
+    if _special(rows, columns, n, m, partner, itself, ITSELF, GROUP):
+        positive, _ = _entries(
+            rows, columns, n, m, partner, itself, row_groups, column_groups, ITSELF, GROUP
+        )
+        values = tl.where(positive, -tl.sigmoid(-logits), tl.sigmoid(logits))
+        values = tl.where((rows < n)[:, None] & (columns < m)[None, :], values, 0.0)
+        scale_sum, bias_sum = tl.sum(tl.sum(values * total, 1), 0), tl.sum(tl.sum(values, 1), 0)
+    else:
+        values = tl.sigmoid(logits)
+        scale_sum, bias_sum = tl.sum(tl.sum(values * total, 1), 0), tl.sum(tl.sum(values, 1), 0)
+    _add(sums, scale_sum)
+    _add(sums + slots, bias_sum)
+    gradient.store([down * ROWS, across * COLUMNS], values.to(tl.bfloat16))

@@ -1,0 +1,201 @@
+"""Where batches come from: the place in a loader, and what a loader is told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from diptych.engine import ResumeError, SeededLoader
+from diptych.engine.data.batch_source import BatchSource, length_of, tell_epoch
+from tests.engine.loops import EpochAware, Positioned, Unsized
+
+
+class Stream(IterableDataset):
+    """An endless data set: its DataLoader has __len__ and no length."""
+
+    def __iter__(self):
+        yield from iter(int, 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "length"),
+    [
+        (None, None),
+        ([1, 2], 2),
+        (range(0), 0),
+        (Unsized([1]), None),
+        (DataLoader(Stream()), None),
+        (DataLoader([1, 2, 3], batch_size=2), 2),
+    ],
+)
+def test_the_length_is_known_or_none(data, length):
+    assert length_of(data) == length
+
+
+def test_a_source_gives_the_passes_one_after_the_other():
+    source = BatchSource()
+    source.switch("ab")
+    for _ in range(2):
+        assert not source.keeps_its_place
+        assert [source.next(0), source.next(0)] == ["a", "b"]
+        assert source.keeps_its_place
+        with pytest.raises(StopIteration):
+            source.next(0)
+
+
+def test_switching_to_the_same_loader_keeps_the_place_and_to_another_begins_it():
+    source, data = BatchSource(), ["a", "b"]
+    source.switch(data)
+    assert source.next(0) == "a"
+    source.switch(data)
+    assert source.next(0) == "b"
+    source.switch(["a", "b"])
+    assert source.next(0) == "a"
+
+
+def test_rewinding_begins_a_new_pass():
+    source = BatchSource()
+    source.switch("ab")
+    assert source.next(0) == "a"
+    source.rewind()
+    assert source.next(0) == "a"
+
+
+def test_a_position_is_restored_in_another_source():
+    source, other = BatchSource(), BatchSource()
+    source.switch(Positioned(5))
+    assert [source.next(0) for _ in range(3)] == [0, 1, 2]
+    other.switch(Positioned(5))
+    other.restore(source.position())
+    assert other.keeps_its_place
+    assert [other.next(0) for _ in range(2)] == [3, 4]
+
+
+def test_a_loader_without_a_position_has_none_and_takes_none():
+    source = BatchSource()
+    source.switch([1, 2])
+    assert source.position() is None
+    with pytest.raises(ResumeError, match=r"needs a loader with load_state_dict\(\), got list"):
+        source.restore({"position": 1})
+
+
+def test_a_restored_loader_is_not_told_its_epoch_since_that_would_rewind_it():
+    class Both(Positioned, EpochAware):
+        def __init__(self, length: int) -> None:
+            Positioned.__init__(self, length)
+            self.told = []
+
+    data, source = Both(3), BatchSource()
+    source.switch(data)
+    source.restore({"position": 2})
+    assert source.next(4) == 2
+    assert data.told == []
+    with pytest.raises(StopIteration):
+        source.next(4)
+    assert source.next(5) == 0
+    assert data.told == [5]
+
+
+def test_only_the_outermost_that_can_is_told_the_epoch():
+    class Loader:
+        sampler = EpochAware("")
+        batch_sampler = EpochAware("")
+
+    tell_epoch(Loader(), 3)
+    assert (Loader.sampler.told, Loader.batch_sampler.told) == ([3], [])
+    tell_epoch([1, 2], 3)
+
+
+class Shuffled:
+    """A loader with a state, as torchdata's: its order is drawn when it is iterated."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(3)
+        self.pending: dict[str, object] | None = None
+
+    def __iter__(self):
+        torch.rand(())  # a draw from the run's own generator, once a pass
+        if self.pending is None:
+            start, done = self.generator.get_state(), 0
+        else:
+            start, done = self.pending["start"], self.pending["done"]
+            self.generator.set_state(start)
+        self.pending = None
+        order = torch.randperm(5, generator=self.generator).tolist()
+        self.state = {"start": start, "done": done}
+        return self._rest(order)
+
+    def _rest(self, order):
+        for index in order[self.state["done"] :]:
+            self.state["done"] += 1
+            yield index
+
+    def state_dict(self):
+        return dict(self.state)
+
+    def load_state_dict(self, state):
+        self.pending = dict(state)
+
+
+@pytest.mark.parametrize("done", [1, 3, 5])
+def test_a_place_inside_a_pass_or_at_its_end_goes_on_with_the_same_order_and_draws(done):
+    def step(source):
+        try:
+            batch = source.next(0)
+        except StopIteration:
+            batch = source.next(0)
+        return batch, torch.rand(()).item()
+
+    def read(source, count):
+        return [step(source) for _ in range(count)]
+
+    torch.manual_seed(0)
+    source, other = BatchSource(), BatchSource()
+    source.switch(Shuffled())
+    read(source, done)
+    place, drawn = source.place(), torch.get_rng_state()
+    if done == 5:
+        source.rewind()
+    expected = read(source, 9)
+    other.switch(Shuffled())
+    other.restore_place(place, inside=done < 5)
+    torch.set_rng_state(drawn)
+    assert read(other, 9) == expected
+
+
+def test_two_sources_over_one_loader_have_a_position_each():
+    loader, one, two = SeededLoader(torch.arange(10), 2), BatchSource(), BatchSource()
+    for source, read in ((one, 1), (two, 3)):
+        source.switch(loader)
+        for _ in range(read):
+            source.next(0)
+    assert [source.position()["batch"] for source in (one, two)] == [1, 3]
+
+
+def test_a_restored_place_survives_others_that_read_the_loader_before_the_next_batch():
+    source, other, loader = BatchSource(), BatchSource(), SeededLoader(torch.arange(10), 2)
+    source.switch(SeededLoader(torch.arange(10), 2))
+    source.next(4)
+    other.switch(loader)
+    other.restore_place(source.place(), inside=True)
+    loader.set_epoch(0)
+    assert len(list(loader)) == 5
+    assert other.position() == source.position()
+    assert torch.equal(other.next(4), source.next(4))
+
+
+def test_a_loader_without_a_length_is_at_its_end_where_the_pass_before_ended():
+    source, other, data = BatchSource(), BatchSource(), Unsized("abc")
+    source.switch(data)
+    assert [source.next(0) for _ in "abc"] == [*"abc"]
+    with pytest.raises(StopIteration):
+        source.next(0)
+    for _ in "abc":
+        source.next(1)
+    other.switch(data)
+    other.restore_place(source.place(), inside=False)
+    assert not other.lost_its_place
+    other.next(2)
+    other.restore_place(other.place(), inside=False)
+    assert other.lost_its_place

@@ -1,0 +1,155 @@
+"""Events find their listeners, and each listener's time is its own."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import HandlersTimeProfiler
+
+from diptych.engine.events import RunEvents, StepEvents
+from diptych.engine.loop.dispatcher import Dispatcher
+from diptych.engine.loop.event_loop import EventLoop
+from tests.engine.models import paired, trainer_of
+
+
+def engine_of(*events: Any) -> Dispatcher:
+    engine = Dispatcher(lambda *_: None)
+    engine.register_events(*StepEvents, *events)
+    return engine
+
+
+def costs(engine: Dispatcher) -> dict[str, tuple[int, float]]:
+    return {listener.name: (listener.calls, listener.seconds) for listener in engine.listeners}
+
+
+def test_a_listener_is_charged_for_itself_and_not_for_what_it_sets_off():
+    engine = engine_of()
+
+    def outer(engine: Engine) -> None:
+        engine.fire_event(StepEvents.LOSS_COMPUTED)
+        engine.fire_event(StepEvents.LOSS_COMPUTED)
+
+    def inner() -> None:
+        time.sleep(0.02)
+
+    engine.add_event_handler(StepEvents.FORWARD_COMPLETED, outer)
+    engine.add_event_handler(StepEvents.LOSS_COMPUTED, inner)
+    engine.fire_event(StepEvents.FORWARD_COMPLETED)
+    found = costs(engine)
+    assert (found["outer"][0], found["inner"][0]) == (1, 2)
+    assert found["inner"][1] >= 0.04
+    assert found["outer"][1] < 0.02
+
+
+def test_a_handler_that_is_added_while_its_event_fires_is_called_in_that_firing():
+    engine, calls = engine_of(), []
+    engine.add_event_handler(
+        StepEvents.LOSS_COMPUTED,
+        lambda e: e.add_event_handler(StepEvents.LOSS_COMPUTED, lambda: calls.append("late")),
+    )
+    engine.fire_event(StepEvents.LOSS_COMPUTED)
+    assert calls == ["late"]
+
+
+def test_a_handler_that_removes_itself_lets_the_others_of_its_event_run():
+    engine, calls = engine_of(), []
+
+    def once() -> None:
+        calls.append("once")
+        engine.remove_event_handler(once, StepEvents.LOSS_COMPUTED)
+
+    engine.add_event_handler(StepEvents.LOSS_COMPUTED, once)
+    engine.add_event_handler(StepEvents.LOSS_COMPUTED, lambda: calls.append("always"))
+    for _ in range(2):
+        engine.fire_event(StepEvents.LOSS_COMPUTED)
+    assert calls == ["once", "always", "always"]
+
+
+def test_an_event_is_found_by_its_name_whichever_object_names_it():
+    engine, calls = engine_of("backward_completed"), []
+    engine.add_event_handler("backward_completed", lambda: calls.append(1))
+    for name in ("backward_completed", "completed"):
+        engine.fire_event(name if name.startswith("backward") else f"backward_{name}")
+    assert calls == [1, 1]
+
+
+def test_an_event_that_nobody_registered_is_refused_each_time():
+    engine = engine_of()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="RESTORE"):
+            engine.fire_event(RunEvents.RESTORE)
+
+
+def test_arguments_of_ones_own_and_of_the_event_reach_the_handler_as_ignite_gives_them():
+    given: dict[str, list[Any]] = {"ignite": [], "diptych": []}
+
+    def fails(*_: Any) -> None:
+        raise KeyError("lost")
+
+    for name, engine in (("ignite", Engine(fails)), ("diptych", EventLoop(fails))):
+        log = given[name]
+        engine.add_event_handler(Events.STARTED, lambda *a, log=log, **k: log.append((a[1:], k)), 3)
+        engine.add_event_handler(
+            Events.EXCEPTION_RAISED, lambda _, error, log=log: log.append(str(error))
+        )
+        with contextlib.suppress(KeyError):  # which Ignite swallows
+            engine.run([1])
+    assert given["diptych"] == given["ignite"]
+
+
+def test_what_a_profiler_of_ignites_puts_into_the_table_is_called():
+    trainer, profiler = trainer_of(), HandlersTimeProfiler()
+
+    def waits() -> None:
+        time.sleep(0.01)
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, waits)
+    profiler.attach(trainer)
+    trainer.run([paired(4)] * 3, max_epochs=1)
+    (row,) = [row for row in profiler.get_results() if "waits" in row[0]]
+    assert row[2] >= 0.03
+
+
+def test_the_table_names_each_handler_its_event_its_cadence_and_its_calls():
+    class Watcher:
+        def attach(self, trainer: Any) -> None:
+            trainer.every(2, self.look)
+            trainer.add_event_handler(Events.ITERATION_STARTED(every=3), self.begin)
+            trainer.add_event_handler(StepEvents.LOSS_COMPUTED, self.see)
+
+        def look(self, _: Any) -> None:
+            """See nothing."""
+
+        begin = see = look
+
+    trainer = trainer_of().attach(Watcher())
+    trainer.run([paired(4)] * 6, max_epochs=1)
+    rows = [
+        [cell.strip(" `") for cell in line.split("|")[1:5]]
+        for line in trainer.describe().splitlines()
+        if "Watcher" in line
+    ]
+    assert sorted(row[1:] for row in rows) == [
+        ["ITERATION_COMPLETED", "every=2", "3"],
+        ["ITERATION_STARTED", "every=3", "6"],
+        ["LOSS_COMPUTED", "", "6"],
+    ]
+
+
+def test_one_function_added_twice_keeps_the_arguments_of_each_time():
+    engine, seen = engine_of(), []
+
+    def note(_: Engine, *values: Any, name: str = "") -> None:
+        seen.append((len(values), name))
+
+    engine.add_event_handler(Events.STARTED, note, name="first")
+    engine.add_event_handler(Events.STARTED, note, name="second")
+    engine.add_event_handler(Events.STARTED, note, torch.zeros(2))
+    engine.add_event_handler(Events.STARTED, note, torch.zeros(2), torch.ones(2))
+    engine.fire_event(Events.STARTED)
+    assert seen == [(0, "first"), (0, "second"), (1, ""), (2, "")]

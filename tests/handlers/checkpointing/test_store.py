@@ -1,0 +1,260 @@
+"""The folder of checkpoints: whatever is cut off, or damaged, an earlier one is never lost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import attrs
+import pytest
+import torch
+
+from diptych.engine import CheckpointError
+from diptych.handlers.checkpointing import store as checkpoint_store
+from diptych.handlers.checkpointing.entries import Entry
+from diptych.handlers.checkpointing.file_digest import size_and_crc32
+from diptych.handlers.checkpointing.store import CheckpointStore
+
+
+def state(value: int) -> dict[str, object]:
+    return {"format": 1, "value": torch.full((50,), value)}
+
+
+def entry(iteration: int) -> Entry:
+    return Entry(file=f"checkpoint_{iteration}.pt", epoch=1, iteration=iteration, metrics={})
+
+
+def save(store: CheckpointStore, iteration: int) -> None:
+    store.write(entry(iteration), state(iteration))
+    store.remove({e.file for e in store.entries()[:-2]})
+
+
+def save_with_shards(store: CheckpointStore, iteration: int) -> None:
+    folder = store.new_folder(entry(iteration))
+    unfinished = store.unfinished(folder)
+    unfinished.mkdir()
+    (unfinished / "share").write_bytes(b"rows")
+    digest = list(size_and_crc32(unfinished / "share"))
+    shards = {"folder": folder, "files": {"share": digest}, "tensors": {}}
+    named = attrs.evolve(entry(iteration), shards=folder)
+    store.write(named, {**state(iteration), "shards": shards})
+    store.remove({e.file for e in store.entries()[:-2]})
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+FILE_OPERATIONS = [
+    (os, "fsync"),
+    (Path, "replace"),
+    (Path, "touch"),
+    (Path, "unlink"),
+    (shutil, "rmtree"),
+    (checkpoint_store, "size_and_crc32"),
+]
+
+
+def kill_at(monkeypatch, operation: int, *, after: bool) -> list[int]:
+    """End the process just before, or just after, so many operations on files."""
+    count = [0]
+
+    def wrapped(function):
+        def call(*args, **kwargs):
+            count[0] += 1
+            if count[0] == operation and not after:
+                raise Killed
+            result = function(*args, **kwargs)
+            if count[0] == operation:
+                raise Killed
+            return result
+
+        return call
+
+    for owner, name in FILE_OPERATIONS:
+        monkeypatch.setattr(owner, name, wrapped(getattr(owner, name)))
+    return count
+
+
+@pytest.mark.parametrize("save", [save, save_with_shards])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_kill_at_any_operation_of_a_save_leaves_the_earlier_checkpoints_whole(
+    tmp_path, monkeypatch, after, save
+):
+    operation = 0
+    finished = False
+    while not finished:
+        operation += 1
+        folder = tmp_path / str(operation)
+        store = CheckpointStore(folder)
+        for iteration in (1, 2, 3):
+            save(store, iteration)
+        with monkeypatch.context() as patch:
+            count = kill_at(patch, operation, after=after)
+            with contextlib.suppress(Killed):
+                save(store, 4)
+            finished = count[0] < operation
+
+        again = CheckpointStore(folder)
+        again.sweep()
+        listed = [e.iteration for e in again.entries()]
+        assert listed in ([2, 3], [2, 3, 4], [3, 4])
+        for iteration in listed:
+            assert again.read(f"checkpoint_{iteration}.pt")["value"][0] == iteration
+        files = {path.name for path in folder.iterdir()}
+        ends = (".pt", ".shards") if save is save_with_shards else (".pt",)
+        assert files == {"manifest.json", *(f"checkpoint_{i}{end}" for i in listed for end in ends)}
+    assert operation > 10
+
+
+def test_a_checkpoint_that_replaces_another_one_takes_its_folder_away(tmp_path):
+    store = CheckpointStore(tmp_path)
+    for _ in range(2):
+        save_with_shards(store, 1)
+    assert store.read("checkpoint_1.pt")["value"][0] == 1
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"manifest.json", "checkpoint_1_again.pt", "checkpoint_1.shards_2"}
+
+
+@pytest.mark.parametrize("save", [save, save_with_shards])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_kill_while_a_checkpoint_is_written_anew_leaves_it_whole(
+    tmp_path, monkeypatch, after, save
+):
+    operation, finished = 0, False
+    while not finished:
+        operation += 1
+        folder = tmp_path / str(operation)
+        store = CheckpointStore(folder)
+        save(store, 1)
+        with monkeypatch.context() as patch:
+            count = kill_at(patch, operation, after=after)
+            with contextlib.suppress(Killed):
+                save(store, 1)
+            finished = count[0] < operation
+
+        again = CheckpointStore(folder)
+        again.sweep()
+        assert [entry.iteration for entry in again.entries()] == [1]
+        assert again.read("checkpoint_1.pt")["value"][0] == 1
+        ends = sorted(path.suffix.partition("_")[0] for path in folder.iterdir())
+        assert ends == [".json", ".pt", *([".shards"] if save is save_with_shards else [])]
+    assert operation > 8
+
+
+def test_a_checkpoint_written_anew_keeps_the_name_that_it_is_asked_for(tmp_path):
+    store = CheckpointStore(tmp_path)
+    for _ in range(3):
+        save(store, 1)
+        assert store.read("checkpoint_1.pt")["value"][0] == 1
+        assert len(list(tmp_path.glob("*.pt"))) == 1
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_a_damaged_file_of_a_folder_is_named(tmp_path, damage):
+    store = CheckpointStore(tmp_path)
+    save_with_shards(store, 1)
+    share = tmp_path / "checkpoint_1.shards" / "share"
+    if damage == "gone":
+        share.unlink()
+    else:
+        share.write_bytes(b"rowt" if damage == "flipped" else b"row")
+    with pytest.raises(CheckpointError, match=r"checkpoint_1.shards/share (is damaged|cannot be)"):
+        store.read("checkpoint_1.pt")
+
+
+def test_what_a_failed_save_wrote_of_its_shards_is_removed(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path)
+    save_with_shards(store, 1)
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_with_shards(store, 2)
+    assert [path.name for path in tmp_path.glob("checkpoint_2*")] == []
+    assert store.read("checkpoint_1.pt")["value"][0] == 1
+
+
+def test_a_kill_in_the_first_save_leaves_an_empty_folder(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 4, after=True)  # renamed, and not in the manifest yet
+        with pytest.raises(Killed):
+            save(store, 1)
+    assert (tmp_path / "checkpoint_1.pt").exists()
+    store.sweep()
+    assert list(tmp_path.glob("*.pt*")) == []
+    assert store.entries() == []
+
+
+def test_a_file_that_somebody_put_into_the_folder_is_left_alone(tmp_path):
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+    copy = tmp_path / "checkpoint_copied.pt"
+    copy.write_bytes((tmp_path / "checkpoint_1.pt").read_bytes())
+    store.sweep()
+    assert store.strangers() == [copy]
+    assert store.read(copy.name)["value"][0] == 1
+
+
+def test_what_does_not_read_back_as_it_was_written_is_no_checkpoint(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+    flush = os.fsync
+
+    def flip_a_bit(descriptor: int) -> None:
+        flush(descriptor)
+        path = tmp_path / "checkpoint_2.pt.unfinished"
+        if path.exists():
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+
+    monkeypatch.setattr(os, "fsync", flip_a_bit)
+    with pytest.raises(CheckpointError, match=r"checkpoint_2.pt.*does not read back"):
+        save(store, 2)
+    assert [e.iteration for e in store.entries()] == [1]
+    assert not list(tmp_path.glob("checkpoint_2*"))
+
+
+@pytest.mark.parametrize("place", [0.02, 0.3, 0.7, 0.98])
+def test_one_flipped_bit_anywhere_is_noticed(tmp_path, place):
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+    path = tmp_path / "checkpoint_1.pt"
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 16
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"checkpoint_1.pt is damaged"):
+        store.read("checkpoint_1.pt")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"checkpoints": [{"file": "a.pt"}]}'])
+def test_a_broken_manifest_is_named_with_a_way_out_and_nothing_is_removed(tmp_path, text):
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"manifest.json.*move it away, and resume from"):
+        store.entries()
+    assert (tmp_path / "checkpoint_1.pt").exists()
+
+
+def test_the_manifest_lists_size_and_digest_of_each_file(tmp_path):
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+    (listed,) = json.loads((tmp_path / "manifest.json").read_text())["checkpoints"]
+    assert listed["size"] == (tmp_path / "checkpoint_1.pt").stat().st_size
+    assert listed["file"] == "checkpoint_1.pt"
+
+
+@pytest.mark.parametrize("name", ["missing.pt", "text.pt", "tensor.pt"])
+def test_what_is_no_checkpoint_is_named(tmp_path, name):
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save(torch.ones(2), tmp_path / "tensor.pt")
+    with pytest.raises(CheckpointError, match=name):
+        CheckpointStore(tmp_path).read(name)

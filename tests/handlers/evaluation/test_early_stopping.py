@@ -1,0 +1,162 @@
+"""Early stopping: what counts as a value, when it ends a run, and that it stays ended."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+from ignite.engine import Events
+from torch import nn
+
+from diptych.engine import EvaluationEvents, Trainer, tasks
+from diptych.handlers.evaluation.early_stopping import EarlyStopping
+from diptych.handlers.evaluation.evaluation import Evaluation
+
+NAME = "val/score"
+
+
+def make_loader() -> list[dict[str, torch.Tensor]]:
+    return [{"image": torch.randn(4, 3), "label": torch.arange(4) % 2} for _ in range(2)]
+
+
+def make_trainer() -> Trainer:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = nn.CrossEntropyLoss()
+    return Trainer(model, loss, optimizer, task=tasks.classification, device="cpu")
+
+
+def publish(trainer: Trainer, *values: float) -> None:
+    """Publish one value at the end of each epoch."""
+
+    @trainer.on(Events.EPOCH_COMPLETED)
+    def evaluate() -> None:
+        value = {NAME: values[trainer.state.epoch - 1]}
+        trainer.state.metrics.update(value)
+        trainer.metrics.report(trainer.state.iteration, value)
+        trainer.fire_event(EvaluationEvents.EVALUATED)
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "epochs", "best"),
+    [
+        ("max", (0.1, 0.3, 0.2, 0.3, 0.9), 4, 0.3),  # an equal value is no improvement
+        ("min", (0.5, 0.4, 0.6, 0.45, 0.1), 4, 0.4),
+        ("max", (0.1, math.nan, 0.2, math.nan, math.nan), 5, 0.2),
+        ("max", (-5.0, -4.0, -4.5, -3.0, -3.5), 5, -3.0),
+    ],
+)
+def test_patience_counts_the_values_without_improvement(mode, values, epochs, best):
+    trainer = make_trainer()
+    stopping = EarlyStopping(metric=NAME, patience=2, mode=mode)
+    trainer.attach(stopping)
+    publish(trainer, *values)
+    trainer.run(make_loader(), max_epochs=len(values))
+    assert (trainer.state.epoch, stopping.best) == (epochs, best)
+    assert stopping.stopped == (stopping.waited == 2)
+
+
+def test_an_improvement_must_exceed_min_delta():
+    trainer = make_trainer()
+    stopping = EarlyStopping(metric=NAME, patience=2, min_delta=0.25)
+    trainer.attach(stopping)
+    publish(trainer, 0.0, 0.25, 0.5, 0.75, 0.75)
+    trainer.run(make_loader(), max_epochs=5)
+    assert (stopping.best, stopping.best_iteration, trainer.state.epoch) == (0.5, 6, 5)
+
+
+def test_an_epochs_mean_is_judged_at_the_epochs_end():
+    trainer = make_trainer()
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 0.0
+    trainer.attach(EarlyStopping(metric="train/loss", mode="min", patience=3))
+    trainer.run(make_loader(), max_epochs=9)
+    assert trainer.state.epoch == 4
+
+
+def test_another_evaluation_in_between_is_not_counted():
+    trainer = make_trainer()
+    stopping = EarlyStopping(metric="val/loss", mode="min", patience=2, min_delta=1e6)
+    trainer.attach(
+        stopping,
+        Evaluation(make_loader(), every=1, prefix="test"),
+        Evaluation(make_loader(), every=4),
+    )
+    trainer.run(make_loader(), max_epochs=10)
+    assert trainer.state.iteration == 12
+
+
+def make_stopped(values: tuple[float, ...]) -> tuple[Trainer, EarlyStopping]:
+    trainer = make_trainer()
+    stopping = EarlyStopping(metric=NAME, patience=1)
+    trainer.attach(stopping)
+    publish(trainer, *values)
+    trainer.run(make_loader(), max_epochs=len(values))
+    return trainer, stopping
+
+
+def test_a_stopped_run_stays_stopped_when_it_is_resumed(caplog):
+    trainer, stopping = make_stopped((0.2, 0.1, 0.3))
+    resumed = make_trainer()
+    again = EarlyStopping(metric=NAME, patience=1)
+    resumed.attach(again)
+    publish(resumed, 0.2, 0.1, 0.3, 0.4)
+    resumed.load_state_dict(trainer.state_dict())
+    resumed.metrics.load_state_dict(trainer.metrics.state_dict())
+    again.load_state_dict(stopping.state_dict())
+    with caplog.at_level(logging.WARNING):
+        resumed.run(make_loader(), max_epochs=4)
+    assert resumed.state.epoch == 2
+    assert "the run stays stopped: val/score has not improved on 0.2 for 1 values" in caplog.text
+    again.reset()
+    resumed.run(make_loader(), max_epochs=4)
+    assert (resumed.state.epoch, again.best) == (4, 0.4)
+
+
+def test_a_resumed_run_stops_where_the_uninterrupted_one_does():
+    values = (0.3, 0.1, 0.2, 0.9)
+    trainer = make_trainer()
+    stopping = EarlyStopping(metric=NAME, patience=2)
+    trainer.attach(stopping)
+    publish(trainer, *values)
+    trainer.run(make_loader(), max_epochs=2)
+    trainer.run(make_loader(), max_epochs=4)
+    assert (trainer.state.epoch, stopping.stopped) == (3, True)
+
+
+def test_a_run_that_starts_over_starts_with_a_fresh_memory():
+    trainer, stopping = make_stopped((0.2, 0.1, 0.3))
+    trainer.state.max_epochs = None
+    trainer.run(make_loader(), max_epochs=1)
+    assert (trainer.state.epoch, stopping.best, stopping.stopped) == (1, 0.2, False)
+
+
+def test_a_name_that_its_evaluation_does_not_give_is_refused_with_those_that_are_there():
+    trainer = make_trainer()
+    trainer.attach(EarlyStopping(metric="val/recal@1"), Evaluation(make_loader()))
+    with pytest.raises(KeyError, match=r"got 'val/recal@1'; there are train/loss, val/loss"):
+        trainer.run(make_loader(), max_epochs=3)
+    assert trainer.state.epoch == 1
+
+
+def test_a_name_that_nothing_gives_is_refused_at_the_end_of_the_first_epoch():
+    trainer = make_trainer()
+    trainer.attach(EarlyStopping(metric="train/lost"))
+    with pytest.raises(KeyError, match="got 'train/lost'; there are train/loss"):
+        trainer.run(make_loader(), max_epochs=3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"patience": 0}, "patience must be a whole number >= 1, got 0"),
+        ({"patience": 1.5}, "got 1.5"),
+        ({"mode": "most"}, "mode must be 'max' or 'min', got 'most'"),
+        ({"min_delta": -1}, "min_delta must be >= 0 and finite, got -1"),
+    ],
+)
+def test_an_argument_out_of_range_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        EarlyStopping(**arguments)

@@ -1,0 +1,77 @@
+"""In-batch accuracy: what it counts, and what it asks of the task."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diptych.engine import BatchError, Trainer, tasks
+from diptych.handlers.health.in_batch_accuracy import InBatchAccuracy
+
+
+class Same(nn.Module):
+    """Returns what it is given, times a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        return image * self.weight, text * self.weight
+
+
+class Product(nn.Module):
+    def forward(self, first: Tensor, second: Tensor, groups: Tensor | None = None) -> Tensor:
+        return (first * second).mean()
+
+
+def accuracy_of(batches, **settings) -> list[float]:
+    model = Same()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    trainer = Trainer(model, Product(), optimizer, task=tasks.image_text, device="cpu", log_every=1)
+    trainer.attach(InBatchAccuracy(**settings))
+    found = []
+    trainer.add_event_handler(
+        "LOGGED", lambda: found.append(trainer.metrics.record.values.get("train/in_batch_accuracy"))
+    )
+    trainer.run(batches, max_epochs=1)
+    return found
+
+
+def test_it_counts_pairs_that_are_nearer_than_every_stranger_both_ways():
+    image = torch.eye(4)
+    text = torch.eye(4)
+    text[3] = torch.tensor([2.0, 0.0, 0.0, 1.0])  # nearer to the first image than to its own
+    # Image 3 finds its text, text 3 does not find its image; text 3 stands behind text 0.
+    assert accuracy_of([{"image": image, "text": text}]) == [pytest.approx(7 / 8)]
+
+
+def test_what_is_of_one_group_is_no_stranger_and_a_tie_is_no_hit():
+    same = {"image": torch.ones(4, 2), "text": torch.ones(4, 2)}
+    assert accuracy_of([same]) == [0.0]
+    assert accuracy_of([{**same, "group": torch.zeros(4).long()}]) == [1.0]
+
+
+def test_it_looks_every_few_iterations():
+    batch = {"image": torch.eye(3), "text": torch.eye(3)}
+    assert accuracy_of([batch] * 4, every=2) == [None, 1.0, None, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every": 0}, "every must be a whole number of iterations >= 1, got 0"),
+        ({"features": "image_features"}, "features must be two names, got 'image_features'"),
+        ({"features": ("image_features",)}, "features must be two names"),
+    ],
+)
+def test_an_argument_out_of_range_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        InBatchAccuracy(**arguments)
+
+
+def test_outputs_without_two_sides_are_refused():
+    batch = {"image": torch.eye(3), "text": torch.eye(3)}
+    with pytest.raises(BatchError, match="must have image_features and pixels of shape"):
+        accuracy_of([batch], features=("image_features", "pixels"))

@@ -1,0 +1,335 @@
+"""RepresentationHealth: what it publishes, when it judges, and that the run does not notice."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Events
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diptych.engine import BatchError, MetricsEvents, SeededLoader, StepEvents, Trainer, tasks
+from diptych.handlers import CheckpointManager, Evaluation
+from diptych.handlers.health import representation
+from diptych.handlers.health.monitor import RepresentationHealth
+from diptych.handlers.health.rules import RULES, History, Rule
+from diptych.handlers.health.sources import components, contents
+from diptych.losses import CLIPLoss, VICRegLoss, WeightedSum
+
+Batch = dict[str, Tensor]
+SPOKEN = Rule(name="spoken", judge=lambda _: "it was asked", remedy="None.")
+
+
+class Pairs(torch.utils.data.Dataset[Batch]):
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, index: int) -> Batch:
+        generator = torch.Generator().manual_seed(index)
+        image = torch.randn(6, generator=generator)
+        return {"image": image, "text": image[:5] + 0.1, "group": torch.tensor(index)}
+
+
+class TwoTowers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.1))
+        self.text = nn.Linear(5, 8)
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        return self.image(image), self.text(text)
+
+
+def make_trainer(loss: nn.Module | None = None, **settings: Any) -> Trainer:
+    torch.manual_seed(0)
+    model = TwoTowers()
+    loss = CLIPLoss() if loss is None else loss
+    build = settings.pop("optimizer", torch.optim.Adam)
+    optimizer = build([*model.parameters(), *loss.parameters()], lr=1e-2)
+    settings = {"task": tasks.image_text, "log_every": 4, **settings}
+    return Trainer(model, loss, optimizer, device="cpu", seed=1, **settings)
+
+
+def make_loader(**settings: Any) -> SeededLoader:
+    return SeededLoader(Pairs(), 12, seed=2, **settings)
+
+
+def run(trainer: Trainer, epochs: int = 3, **settings: Any) -> list[Any]:
+    records: list[Any] = []
+    trainer.add_event_handler(MetricsEvents.LOGGED, lambda: records.append(trainer.metrics.record))
+    trainer.run(make_loader(**settings), max_epochs=epochs)
+    return records
+
+
+def test_the_values_are_those_of_the_batch_that_was_looked_at():
+    trainer = make_trainer(log_every=2)
+    trainer.attach(RepresentationHealth(every=2))
+    expected = {}
+
+    @trainer.on(StepEvents.LOSS_COMPUTED(once=2))
+    def look() -> None:
+        image, text = (
+            representation.unit(trainer.outputs[name])
+            for name in ("image_features", "text_features")
+        )
+        negatives = ~torch.eye(12, dtype=torch.bool)
+        expected.update(
+            {f"health/{k}": v for k, v in representation.pairs(image, text, negatives).items()}
+        )
+        for name, side in (("image", image), ("text", text)):
+            deviation = side.std(0, correction=0)
+            expected[f"health/{name}/spread"] = deviation.mean() * 8**0.5
+            expected[f"health/{name}/uniformity"] = representation.uniformity(side)
+            effective = representation.rankme(side.double().T @ side.double())
+            expected[f"health/{name}/rankme"] = effective
+            expected[f"health/{name}/rank_share"] = effective / 8
+        expected["health/modality_gap"] = (image.mean(0) - text.mean(0)).norm()
+        expected["health/loss_over_chance"] = trainer.terms["contrastive"] / math.log(12)
+
+    found = run(trainer, 1)[0].values
+    assert {tag: found[tag] for tag in expected} == pytest.approx(
+        {tag: float(value) for tag, value in expected.items()}, rel=1e-4
+    )
+    low, high = math.log(1), math.log(100)
+    place = (float(trainer.loss.temperature.logit_scale.detach()) - low) / (high - low)
+    assert found["health/temperature_position"] == pytest.approx(place, abs=0.01)
+    assert found["health/image/moving"] == found["health/text/moving"] == 1
+    assert "health/lidar" not in found
+
+
+def test_views_of_one_kind_have_lidar():
+    class Tower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 8)
+
+        def forward(self, view: Tensor) -> Tensor:
+            return self.layer(view)
+
+    model = Tower()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    trainer = Trainer(
+        model, VICRegLoss(), optimizer, task=tasks.two_views, device="cpu", log_every=1
+    )
+    trainer.attach(RepresentationHealth(every=1))
+    batch = {"first": torch.randn(12, 5), "second": torch.randn(12, 5)}
+    trainer.run([batch], max_epochs=1)
+    values = trainer.metrics.record.values
+    views = [representation.unit(trainer.outputs[f"{n}_features"]) for n in ("first", "second")]
+    assert values["health/lidar"] == pytest.approx(float(representation.lidar(views)), rel=1e-6)
+    assert "health/temperature_position" not in values
+
+
+def test_every_record_has_spectra_once_there_were_some_without_a_value_that_is_no_number():
+    trainer = make_trainer(log_every=3)  # an epoch has four iterations
+    records = run(trainer.attach(RepresentationHealth(every=1)), 3)
+    assert [record.step for record in records] == [3, 4, 6, 8, 9, 12]
+    ranks = [record.values["health/image/rankme"] for record in records]
+    assert all(math.isfinite(value) for value in ranks)
+    assert ranks[0] == ranks[1]
+    assert ranks[2] != ranks[0]
+
+
+def test_the_run_does_not_notice():
+    bare, watched = make_trainer(), make_trainer()
+    watched.attach(RepresentationHealth(every=1))
+    run(bare)
+    run(watched)
+    for name, value in bare.model.state_dict().items():
+        assert torch.equal(watched.model.state_dict()[name], value), name
+    assert watched.metrics.get_history("train/loss") == bare.metrics.get_history("train/loss")
+
+
+class NoReading(TorchDispatchMode):
+    """Refuses what would make the host wait for a device."""
+
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "_linalg_eigh")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in self.waits, func
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_between_two_log_points():
+    # Adam reads its own count on a CPU.
+    trainer = make_trainer(log_every=4, optimizer=torch.optim.SGD)
+    trainer.attach(RepresentationHealth(every=1))
+    guard = ExitStack()
+    trainer.add_event_handler(
+        Events.ITERATION_STARTED(once=5), lambda: guard.enter_context(NoReading())
+    )
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=8), guard.close)
+    with guard:
+        records = run(trainer, 2)
+    assert [record.step for record in records] == [4, 8]
+
+
+def test_rules_wait_for_the_learning_rate_and_for_records_in_a_row(caplog):
+    def rise(trainer: Trainer) -> None:
+        rate = min(trainer.state.iteration, 8) * 1e-3
+        trainer.optimizer.param_groups[0]["lr"] = rate
+
+    trainer = make_trainer(log_every=2)
+    trainer.add_event_handler(Events.ITERATION_STARTED, rise)
+    health = RepresentationHealth(every=2, warmup=5, patience=2, rules=(SPOKEN,))
+    run(trainer.attach(health), 6)
+    assert [finding.step for finding in health.findings] == [14]  # 8 + 5, at a log point
+    assert caplog.messages == ["spoken at iteration 14: it was asked. None."]
+
+
+def test_a_rule_is_silent_where_another_explains_it():
+    first = Rule(name="cause", judge=lambda _: "seen", remedy="None.")
+    second = Rule(name="effect", judge=lambda _: "seen", remedy="None.", unless=("cause",))
+    health = RepresentationHealth(every=2, warmup=0, rules=(first, second))
+    run(make_trainer(log_every=2).attach(health))
+    assert [finding.rule for finding in health.findings] == ["cause"]
+
+
+def test_a_rule_of_ones_own_is_added_to_the_table():
+    def judge(history: History) -> str | None:
+        narrow = history.always("health/margin", lambda value: value < 2)
+        return f"margin {history.latest['health/margin']:.1f}" if narrow else None
+
+    mine = Rule(name="narrow margin", judge=judge, remedy="Go on.")
+    health = RepresentationHealth(every=2, warmup=0, rules=(*RULES, mine))
+    run(make_trainer(log_every=2).attach(health))
+    assert "narrow margin" in [finding.rule for finding in health.findings]
+
+
+def test_held_out_pairs_are_followed_once():
+    trainer = make_trainer()
+    health = RepresentationHealth(every=2)
+    trainer.attach(Evaluation(make_loader(shuffle=False), prefix="seen"), health)
+    run(trainer, 2)
+    run(trainer, 3)
+    assert len(trainer.metrics.get_history("health/seen/auroc")) == 3
+    assert 0.5 < trainer.metrics.get_history("health/seen/auroc")[-1] <= 1
+
+
+def test_an_evaluation_of_one_side_is_passed_over():
+    def images(model: TwoTowers, batch: Batch) -> Batch:
+        return {"image_features": model.image(batch["image"]), "groups": batch["group"]}
+
+    trainer = make_trainer().attach(Evaluation(make_loader(), task=images), RepresentationHealth())
+    run(trainer, 1)
+    assert "health/val/auroc" not in trainer.metrics.record.values
+
+
+def test_a_resumed_run_logs_and_finds_what_an_uninterrupted_one_does(tmp_path):
+    def build(folder: str) -> tuple[Trainer, RepresentationHealth]:
+        health = RepresentationHealth(every=1, warmup=9, patience=2, rules=(SPOKEN,))
+        trainer = make_trainer(log_every=3)
+        return trainer.attach(health, CheckpointManager(tmp_path / folder, every=1)), health
+
+    whole, expected = build("whole")
+    records = run(whole, 4)
+    cut, _ = build("cut")
+    cut.add_event_handler(Events.ITERATION_COMPLETED(once=7), cut.terminate)
+    before = run(cut, 4)
+    resumed, found = build("cut")
+    after = run(resumed, 4)
+    assert [*before, *after] == records
+    assert found.findings == expected.findings
+    assert found.state_dict() == expected.state_dict()
+
+
+def test_a_run_that_starts_over_forgets_what_was_found():
+    health = RepresentationHealth(every=1, warmup=0, patience=1, rules=(SPOKEN,))
+    trainer = make_trainer(log_every=2).attach(health)
+    run(trainer, 1)
+    trainer.state.max_epochs = None
+    trainer.run(make_loader(), max_iters=2)
+    assert [finding.step for finding in health.findings] == [2]
+
+
+def in_group(sizes: list[int]) -> dict[str, float]:
+    from diptych.engine.distributed.collectives import rank
+
+    trainer = make_trainer(log_every=1)
+    trainer.attach(RepresentationHealth(every=1))
+    start = sum(sizes[: rank()])
+    samples = [Pairs()[i] for i in range(start, start + sizes[rank()])]
+    trainer.run([{k: torch.stack([s[k] for s in samples]) for k in samples[0]}], max_epochs=1)
+    return trainer.metrics.record.values
+
+
+def test_spread_gap_and_spectra_are_those_of_all_ranks(ranks):
+    # Dropout draws per rank, so look at the text alone.
+    alone = in_group([12])
+    for found in ranks.run(in_group, [([5, 7],)] * 2):
+        for tag in ("health/text/spread", "health/text/rankme", "health/text/rank_share"):
+            assert found[tag] == pytest.approx(alone[tag], rel=1e-5), tag
+        assert found["health/loss_over_chance"] == pytest.approx(
+            found["train/loss"] / math.log(12), rel=1e-5
+        )
+
+
+def test_several_temperatures_are_told_apart():
+    loss = WeightedSum(losses={"clip": CLIPLoss(), "sharp": CLIPLoss(temperature=0.02)})
+    trainer = make_trainer(loss, log_every=1).attach(RepresentationHealth(every=1))
+    values = run(trainer, 1)[-1].values
+    places = [tag for tag in values if tag.endswith("temperature_position")]
+    assert len(places) == 2
+    assert values[places[0]] < values[places[1]]
+
+
+def test_components_are_the_children_that_have_weights_of_a_wrapper_its_only_childs():
+    model = TwoTowers()
+    assert list(components(model)) == ["image", "text"]
+    assert list(components(nn.Sequential(model))) == ["image", "text"]
+    assert list(components(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))) == ["0"]
+    assert components(nn.ReLU()) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "equal"),
+    [
+        (torch.tensor([[1, 2], [2, 1], [1, 2]]), [[0, 2]]),
+        (["cat", "dog", "cat"], [[0, 2]]),
+        (torch.randn(3, 2), None),
+    ],
+)
+def test_equal_texts_have_equal_numbers(text, equal):
+    trainer = make_trainer()
+    trainer.state.batch = {"text": text}
+    found = contents(trainer, 3)
+    if equal is None:
+        assert found == []
+        return
+    same = (found[0][:, None] == found[0]).triu(1).nonzero().tolist()
+    assert same == equal
+
+
+def test_a_task_of_ones_own_has_no_texts():
+    def own(model: nn.Module, batch: Batch) -> Batch:
+        return tasks.image_text(model, batch)
+
+    trainer = make_trainer(task=own)
+    trainer.state.batch = {"text": ["cat"]}
+    assert contents(trainer, 1) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every": 0}, "every must be a whole number >= 1, got 0"),
+        ({"samples": 1}, "samples must be a whole number >= 2, got 1"),
+        ({"warmup": -1}, "warmup must be a whole number >= 0, got -1"),
+        ({"patience": 0}, "patience must be a whole number >= 1, got 0"),
+        ({"features": "image"}, "features must be one or two names, got 'image'"),
+        ({"features": ("a", "b", "c")}, "features must be one or two names"),
+    ],
+)
+def test_an_argument_out_of_range_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RepresentationHealth(**arguments)
+
+
+def test_outputs_without_features_are_refused():
+    trainer = make_trainer().attach(RepresentationHealth(every=1, features=("pixels",)))
+    with pytest.raises(BatchError, match=r"must have pixels of shape \[B, D\], got image_features"):
+        run(trainer, 1)

@@ -1,0 +1,124 @@
+"""Records: any batch goes through a file that is read without running code, and comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diptych.engine.errors import CheckpointError
+from diptych.handlers.loss_guard.fault_records import read_record, sample_ids, write_record
+from tests.handlers.guarded import make_trainer, seeded_loader
+
+Pair = namedtuple("Pair", ["image", "text"])
+
+
+@attrs.frozen
+class Sample:
+    image: Tensor
+    text: list[str]
+
+
+@dataclasses.dataclass
+class Labelled:
+    image: Tensor
+    label: int
+
+
+def through_a_file(batch: Any, folder: Path) -> Any:
+    path = folder / "record.pt"
+    write_record(path, {"batch": batch, "terms": {}})
+    torch.load(path, weights_only=True)
+    return read_record(path)["batch"]
+
+
+def test_mappings_lists_and_plain_values_come_back_as_they_were(tmp_path):
+    batch = {
+        "image": torch.randn(2, 3),
+        "text": ["a cat", "a dog"],
+        "pairs": [(torch.arange(2), 1.5), (None, True)],
+        "nested": {"id": 7, "raw": b"ab"},
+    }
+    again = through_a_file(batch, tmp_path)
+    assert torch.equal(again.pop("image"), batch.pop("image"))
+    assert torch.equal(again["pairs"][0][0], batch["pairs"][0][0])
+    assert again["pairs"][0][1] == 1.5
+    assert again["pairs"][1] == (None, True)
+    assert again["text"] == batch["text"]
+    assert again["nested"] == batch["nested"]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        Pair(torch.ones(2), torch.zeros(2)),
+        Sample(torch.ones(2), ["a", "b"]),
+        Labelled(torch.ones(2), 3),
+    ],
+)
+def test_a_class_of_fields_comes_back_with_its_fields(batch, tmp_path):
+    again = through_a_file(batch, tmp_path)
+    assert type(again).__name__ == type(batch).__name__
+    assert torch.equal(again.image, batch.image)
+    assert isinstance(again, tuple) == isinstance(batch, tuple)
+    if isinstance(batch, Sample):
+        assert again.text == ["a", "b"]
+
+
+def test_arrays_come_back_and_what_no_file_can_hold_becomes_its_description(tmp_path):
+    batch = {"x": np.arange(3.0), "names": np.array(["a", "b"]), "path": Path("a/b")}
+    again = through_a_file(batch, tmp_path)
+    assert np.array_equal(again["x"], batch["x"])
+    assert again["names"] == ["a", "b"]
+    assert again["path"] == repr(Path("a/b"))
+
+
+def test_ids_of_a_seeded_loader_are_those_that_it_read():
+    trainer, loader = make_trainer(), seeded_loader()
+    trainer.batches.switch(loader)
+    seen = []
+    for _ in range(3):
+        batch = trainer.batches.next(0)
+        assert next(iter(loader)) is not None  # somebody else reads
+        ids = sample_ids(trainer, batch, "id")
+        for index, image in zip(ids, batch["image"], strict=True):
+            assert torch.equal(image.nan_to_num(), loader.dataset[index]["image"].nan_to_num())
+        seen += ids
+    assert len(set(seen)) == 18
+
+
+def test_ids_are_unknown_without_a_key_or_a_loader_that_tells():
+    assert sample_ids(make_trainer(), {"image": torch.ones(2)}, "id") is None
+
+
+def test_a_write_that_fails_leaves_neither_a_record_nor_a_half_of_one(tmp_path, monkeypatch):
+    def full(_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"record .* could not be written: .*No space left"):
+        write_record(tmp_path / "record.pt", {"batch": 1, "terms": {}})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "does not exist"), (b"x", "be read")])
+def test_a_file_that_is_no_record_is_named(content, message, tmp_path):
+    path = tmp_path / "record.pt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        read_record(path)
+
+
+def test_another_file_of_tensors_is_no_record(tmp_path):
+    torch.save({"format": 1}, tmp_path / "record.pt")
+    with pytest.raises(CheckpointError, match="is no record of an update"):
+        read_record(tmp_path / "record.pt")

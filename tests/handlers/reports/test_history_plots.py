@@ -1,0 +1,219 @@
+"""The report of a run, and runs side by side: what is in them, and that they open."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from ignite.engine import Events
+
+from diptych.engine import RunEvents
+from diptych.handlers import CheckpointManager, HistoryPlots, JsonLines, ProgressBar, RunRecord
+from diptych.handlers.reports.__main__ import main
+from diptych.handlers.reports.history_plots import (
+    RunHistory,
+    differing_settings,
+    drawings,
+    final_values,
+    page,
+    read_run,
+)
+from tests.handlers.runs import Stop, loader, make_trainer, report_each_epoch, stop_at
+
+
+def run(folder: Path, epochs: int = 2, **settings: object) -> Path:
+    trainer = make_trainer(**settings)
+    report_each_epoch(trainer, 0.25, 0.75, 0.5)
+    trainer.attach(RunRecord(folder), JsonLines(folder), HistoryPlots(folder))
+    trainer.run(loader(), max_epochs=epochs)
+    return folder
+
+
+def test_a_run_leaves_a_report_with_every_tag_and_setting(tmp_path):
+    text = (run(tmp_path / "a") / "report.html").read_text("utf-8")
+
+    for tag in ("train/loss", "val/recall@1"):
+        assert f"<title>{tag}</title>" in text
+    assert "<td>trainer.precision</td><td>fp32</td>" in text
+    assert "<script" not in text
+    headings = ("Does it learn?", "Everything else", "Last values", "Settings")
+    places = [text.index(f"<h2>{heading}") for heading in headings]
+    assert places == sorted(places)
+    assert "http" not in text.replace('xmlns="http://www.w3.org/2000/svg"', "")
+    HTMLParser().feed(text)
+
+
+def test_an_interrupted_run_has_its_report(tmp_path):
+    trainer = make_trainer().attach(JsonLines(tmp_path), HistoryPlots(tmp_path, every=50))
+    stop_at(trainer, 8)
+
+    with pytest.raises(Stop):
+        trainer.run(loader(), max_epochs=3)
+
+    assert "train/loss" in (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_the_folder_may_be_given_below_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = make_trainer().attach(JsonLines("runs/a"), HistoryPlots("runs/a"))
+
+    trainer.run(loader(), max_epochs=1)
+
+    assert (tmp_path / "runs" / "a" / "report.html").exists()
+
+
+def test_without_json_lines_the_run_does_not_start(tmp_path):
+    trainer = make_trainer().attach(HistoryPlots(tmp_path))
+
+    with pytest.raises(ValueError, match=r"must have a JsonLines .*got none: attach"):
+        trainer.run(loader(), max_epochs=1)
+
+
+def test_the_settings_that_differ_come_first(tmp_path):
+    runs = [read_run(run(tmp_path / "a")), read_run(run(tmp_path / "b", microbatch_size=1))]
+
+    different = differing_settings(runs)
+
+    assert different == {"trainer.microbatch_size": [None, 1]}
+    text = page(runs)
+    assert text.index("trainer.microbatch_size") < text.index("<svg")
+
+
+def test_handlers_are_compared_by_name_wherever_they_stand(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder, seconds in zip(folders, (1.0, 2.0), strict=True):
+        bars = [ProgressBar(interval=seconds), RunRecord(folder), JsonLines(folder)]
+        trainer = make_trainer().attach(*(bars if seconds > 1 else bars[::-1]))
+        trainer.run(loader(), max_epochs=1)
+
+    different = differing_settings([read_run(folder) for folder in folders])
+
+    assert different == {"handlers.ProgressBar.interval": [1.0, 2.0]}
+
+
+def test_the_table_tells_the_last_value_and_the_range(tmp_path):
+    rows = final_values([read_run(run(tmp_path / "a", epochs=3))])
+
+    assert rows["val/recall@1"] == ["0.5 (0.25 to 0.75)"]
+
+
+def test_a_tag_that_one_run_lacks_is_drawn_in_the_others_colour(tmp_path):
+    folder = tmp_path / "c"
+    make_trainer().attach(JsonLines(folder)).run(loader(), max_epochs=1)
+    runs = [read_run(folder), read_run(run(tmp_path / "a"))]
+
+    assert final_values(runs)["val/recall@1"][0] == "-"
+    assert "#e65100" in page(runs)
+
+
+def test_the_command_compares_runs_without_a_warning(tmp_path):
+    folders = [run(tmp_path / "a"), run(tmp_path / "b", microbatch_size=1)]
+    output = tmp_path / "both.html"
+    command = [
+        sys.executable,
+        "-W",
+        "error::RuntimeWarning",
+        "-m",
+        "diptych.handlers.reports.__main__",
+    ]
+
+    done = subprocess.run(
+        [*command, "compare", *folders, "--output", output],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "trainer.microbatch_size" in done.stdout
+    assert "val/recall@1" in done.stdout
+    assert "<svg" in output.read_text("utf-8")
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
+    assert main(["compare", str(tmp_path)]) == 2
+    assert f"got {tmp_path}, which holds none" in capsys.readouterr().err
+
+
+def test_curves_that_answer_one_question_share_a_chart_of_a_single_run():
+    curves = {tag: [(1, 2.0), (2, 1.0)] for tag in ("train/loss", "val/loss", "other/thing")}
+
+    charts = drawings([RunHistory("a", {}, curves)])
+
+    assert list(charts) == ["Does it learn?", "Everything else"]
+    (loss,), (other,) = charts.values()
+    assert [line.name for line in loss.lines] == ["train/loss", "val/loss"]
+    assert [label.text[2:] for label in loss.labels[1:3]] == ["train", "val"]
+    assert (other.title, len(other.lines)) == ("other/thing", 1)
+
+
+def test_curves_beyond_the_colours_stand_in_a_further_chart():
+    names = [f"gradients/norm/block{number}" for number in range(10)]
+    charts = drawings([RunHistory("a", {}, {name: [(1, 1.0)] for name in names})])
+
+    (healthy,) = charts.values()
+    assert [len(chart.lines) for chart in healthy] == [8, 2]
+
+
+def test_runs_side_by_side_have_each_tag_in_a_chart_of_its_own():
+    curves = {"train/loss": [(1, 2.0)], "val/loss": [(1, 1.0)]}
+
+    (charts,) = drawings([RunHistory(n, {}, curves) for n in ("a", "b")]).values()
+
+    assert [chart.title for chart in charts] == ["train/loss", "val/loss"]
+    assert [[line.name for line in chart.lines] for chart in charts] == [["a", "b"]] * 2
+
+
+def test_the_report_is_drawn_at_each_checkpoint_with_all_that_was_logged_by_then(tmp_path):
+    trainer, seen = make_trainer(log_every=1), []
+    plots = HistoryPlots(tmp_path)
+    trainer.attach(JsonLines(tmp_path), plots, CheckpointManager(tmp_path / "c", every=4))
+
+    def look() -> None:
+        if (tmp_path / "report.html").exists():
+            curve = read_run(tmp_path).curves["train/loss"]
+            text = (tmp_path / "report.html").read_text("utf-8")
+            seen.append((trainer.state.iteration, text.count(","), len(curve)))
+
+    trainer.add_event_handler(RunEvents.SAVED, look)
+    trainer.run(loader(), max_epochs=2)
+
+    assert [iteration for iteration, _, _ in seen] == [4, 8, 12]
+    assert [logged for _, _, logged in seen] == [4, 8, 12]
+    assert seen[0][1] < seen[1][1] < seen[2][1]
+
+
+def test_every_so_many_epochs_replaces_the_checkpoints_cadence(tmp_path):
+    trainer, changes = make_trainer(), []
+    trainer.attach(JsonLines(tmp_path), HistoryPlots(tmp_path, every=2))
+
+    def look() -> None:
+        changes.append((tmp_path / "report.html").exists())
+
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, look)
+    trainer.run(loader(), max_epochs=3)
+
+    assert changes == [False, True, True]
+
+
+def test_the_picture_of_the_curves_is_a_png(tmp_path):
+    from PIL import Image
+
+    report_each_epoch(trainer := make_trainer(), 0.25, 0.75)
+    trainer.attach(JsonLines(tmp_path), HistoryPlots(tmp_path, png=True))
+    trainer.run(loader(), max_epochs=2)
+
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.format == "PNG"
+        colors = {color for _, color in picture.convert("RGB").getcolors(1 << 20)}
+    assert {(0x39, 0x49, 0xAB), (255, 255, 255)} <= colors
+
+
+def test_the_picture_without_its_package_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+    with pytest.raises(ImportError, match=r"diptych\[plots\]"):
+        HistoryPlots(tmp_path, png=True)

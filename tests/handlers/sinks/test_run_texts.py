@@ -1,0 +1,31 @@
+"""Tables in words."""
+
+from __future__ import annotations
+
+from diptych.handlers import Finding
+from diptych.handlers.sinks.run_texts import findings_table, markdown_table, model_table
+from tests.handlers.runs import make_trainer
+
+
+def test_the_model_is_counted_by_component():
+    trainer = make_trainer()
+    for parameter in trainer.model[0].parameters():
+        parameter.requires_grad_(False)
+
+    assert model_table(trainer).splitlines() == [
+        "| component | parameters | trainable |",
+        "| --- | --- | --- |",
+        "| 0 | 16 | 0 |",
+        "| 2 | 10 | 10 |",
+        "| all | 26 | 10 |",
+    ]
+
+
+def test_a_finding_is_a_row_with_its_step():
+    table = findings_table([Finding("collapse", 120, "spread 0.01", "Lower the rate.")])
+
+    assert table.splitlines()[-1] == "| 120 | collapse | spread 0.01 | Lower the rate. |"
+
+
+def test_a_cell_cannot_break_the_table():
+    assert markdown_table(["a"], [["x|y\nz"]]).splitlines()[-1] == "| x\\|y z |"
