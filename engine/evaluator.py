@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from ignite import distributed as idist
@@ -20,8 +20,7 @@ from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import BatchError, ResumeError
 from diptych.engine.loop.event_loop import EventLoop
 from diptych.engine.random_state import preserved_random_state
-from diptych.engine.settings import Precision, TrainerSettings
-from diptych.engine.step import AUTOCAST
+from diptych.engine.settings import AUTOCAST, Precision, TrainerSettings
 from diptych.engine.tasks import Outputs, Task
 
 Metrics = Sequence[Metric] | Mapping[str, Metric]
@@ -86,7 +85,7 @@ class Evaluator(EventLoop):
                 self.run(loader, max_epochs=1)
             except ResumeError as error:
                 raise BatchError(empty) from error
-        if self._in_epoch or not state.epoch:
+        if self.position.in_epoch or not state.epoch:
             raise RuntimeError(
                 f"the evaluation ended before its loader, after {state.iteration} batches: call "
                 "terminate_epoch() to end it early with the values so far"
@@ -115,6 +114,14 @@ class Evaluator(EventLoop):
             _check_names([*values, *given])
             values.update(given)
         return {name: _number(name, value) for name, value in values.items()}
+
+
+@runtime_checkable
+class EvaluatesModel(Protocol):
+    """A handler that runs an evaluator and publishes its values under a prefix."""
+
+    prefix: str
+    evaluator: Evaluator
 
 
 @contextmanager

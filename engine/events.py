@@ -1,30 +1,35 @@
-"""The events that a run fires beside Ignite's own, and the loop as pseudocode.
+"""The events of a run besides Ignite's own, and the loop as pseudocode.
 
 ```text
-RunEvents.RESTORE                       the last moment to load a state: the start is decided next
+RunEvents.RESTORE                       the last event before the start position is fixed: load here
 STARTED
-  EPOCH_STARTED                         once an epoch, not again when it is resumed half way
+  EPOCH_STARTED                         once per epoch; not again if the epoch is resumed
     GET_BATCH_STARTED, GET_BATCH_COMPLETED
     ITERATION_STARTED
       StepEvents.FORWARD_COMPLETED      trainer.outputs: the task's named tensors, on the device
       StepEvents.LOSS_COMPUTED          trainer.terms: the loss's named terms
-      StepEvents.GRADIENTS_READY        unscaled, averaged over ranks: look, clip, balance
+      StepEvents.GRADIENTS_READY        unscaled and averaged over ranks: inspect, clip, balance
       StepEvents.OPTIMIZER_STEPPED      schedules, weight averages, momentum encoders
     ITERATION_COMPLETED
     MetricsEvents.LOGGED                every log point: one transfer, a plain dict of floats
     RunEvents.SAFE_POINT                nothing is pending: save here
   EPOCH_COMPLETED
     EvaluationEvents.EVALUATED          val/... are in trainer.state.metrics
-  RunEvents.SAFE_POINT                  the last iteration's, after the epoch's own handlers
-                                        instead; where nobody could know before that it was the
-                                        last, again, and not for what chooses iterations (every=n)
+  MetricsEvents.EPOCH_PUBLISHED         every value of the epoch is known: best, patience, curricula
+  RunEvents.SAFE_POINT                  of the last iteration, after the epoch's handlers; a second
+                                        time, without the handlers that select iterations (every=n),
+                                        if nothing could tell before that the epoch had ended
 COMPLETED | TERMINATE | INTERRUPT | EXCEPTION_RAISED
-RunEvents.RELEASE                       whatever happened: let go of what was taken at RESTORE
+RunEvents.ENDED                         once per run() call, however it ended: see trainer.outcome
 ```
 
-`RunEvents.SAVED` comes where a handler has saved the run, mostly at a safe point. Every event takes
+`RunEvents.SAVED` fires when a handler has saved the run, usually at a safe point. Every event takes
 Ignite's filters; `every=n` counts iterations for all events of this module.
 """
+
+from __future__ import annotations
+
+import enum
 
 from ignite.engine import EventEnum
 
@@ -32,7 +37,7 @@ from ignite.engine import EventEnum
 class StepEvents(EventEnum):
     """The phases of one update, in the order in which they fire.
 
-    In pieces (`microbatch_size`) each of them still fires once an update, after the last piece.
+    With `microbatch_size`, each fires once per update, after the last piece.
     """
 
     FORWARD_COMPLETED = "forward_completed"
@@ -42,9 +47,14 @@ class StepEvents(EventEnum):
 
 
 class MetricsEvents(EventEnum):
-    """`LOGGED` fires when `trainer.metrics.record` holds new values for the sinks."""
+    """`LOGGED` fires when `trainer.metrics.record` holds new values for the sinks.
+
+    `EPOCH_PUBLISHED` follows every handler of `EPOCH_COMPLETED`: the values of the epoch are
+    complete, those of its evaluations included.
+    """
 
     LOGGED = "metrics_logged"
+    EPOCH_PUBLISHED = "epoch_published"
 
 
 class EvaluationEvents(EventEnum):
@@ -54,16 +64,34 @@ class EvaluationEvents(EventEnum):
 
 
 class RunEvents(EventEnum):
-    """When a whole run may be loaded (`RESTORE`) and saved (`SAFE_POINT`), and when it is over.
+    """When a whole run may be loaded (`RESTORE`) and saved (`SAFE_POINT`), and when it has ended.
 
     `SAVED` follows each checkpoint on every rank: at a safe point, at the end, or by hand; a thread
-    may still be writing it. `RELEASE` follows every `RESTORE`, however the run between them ends.
+    may still be writing it. `ENDED` fires once for each `RESTORE`, however the run ended;
+    `trainer.outcome` says how. `RELEASE` is its earlier name.
     """
 
     RESTORE = "restore"
     SAFE_POINT = "safe_point"
     SAVED = "saved"
-    RELEASE = "release"
+    ENDED = "ended"
+    RELEASE = "ended"
+
+
+class Outcome(enum.Enum):
+    """How a call of `run` ended.
+
+    Attributes:
+        COMPLETED: everything that was asked for is done.
+        TERMINATED: `terminate()` ended the run; another `run` may continue it.
+        INTERRUPTED: `interrupt()` paused the run; another `run` continues it without `STARTED`.
+        FAILED: an exception reached the caller.
+    """
+
+    COMPLETED = "completed"
+    TERMINATED = "terminated"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
 
 
 ITERATION_EVENTS: tuple[EventEnum, ...] = (
@@ -72,5 +100,4 @@ ITERATION_EVENTS: tuple[EventEnum, ...] = (
     *EvaluationEvents,
     *RunEvents,
 )
-"""The events above, all counted in iterations (`every=n` fires when the iteration is a multiple of
-n)."""
+"""The events above. All are counted in iterations: `every=n` fires at multiples of n."""

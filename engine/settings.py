@@ -9,11 +9,14 @@ import attrs
 import torch
 
 from diptych.engine.checks import whole_number
-from diptych.engine.compilation import WITH_CUDA_GRAPHS, CompileMode
+from diptych.engine.step.compilation import WITH_CUDA_GRAPHS, CompileMode
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """What the model computes in: float32, or autocast to bfloat16 or float16. Parameters stay as they
 are."""
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""The type of autocast for each precision that has one."""
 
 Units = bool | tuple[str, ...]
 """Which modules of a sharded model are gathered as units: see `TrainerSettings`."""

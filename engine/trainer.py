@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, TypeVar
 
+import attrs
 import torch
 from ignite import distributed as idist
 from ignite.engine import Engine, Events
@@ -13,7 +15,6 @@ from ignite.utils import manual_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diptych.engine.compilation import CompileMode, compile_in_place
 from diptych.engine.data.transform import Transform, placed_transform
 from diptych.engine.distributed.collectives import (
     check_same_on_all_ranks,
@@ -24,25 +25,19 @@ from diptych.engine.distributed.collectives import (
 from diptych.engine.distributed.dtensor import has_shards, is_sharded
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.distributed.sharding import shard_model
+from diptych.engine.evaluator import EvaluatesModel
 from diptych.engine.events import MetricsEvents, RunEvents
+from diptych.engine.handler import Attachable, Finding, contract_of
 from diptych.engine.loop.event_loop import EventLoop
 from diptych.engine.loop.listener import cost_table
 from diptych.engine.metrics.metrics_collector import MetricsCollector
 from diptych.engine.settings import Precision, TrainerSettings, Units
-from diptych.engine.step import TrainStep, check_fp16
+from diptych.engine.step.compilation import CompileMode, compile_in_place
+from diptych.engine.step.train_step import TrainStep, check_fp16
 from diptych.engine.tasks import Outputs, Task
 
-
-@runtime_checkable
-class Handler(Protocol):
-    """Anything that attaches itself to a trainer's events."""
-
-    def attach(self, engine: Any, /) -> object:
-        """Add this handler's functions to the events of the engine."""
-        ...
-
-
 Step = Callable[["Trainer", Any], Any]
+Kind = TypeVar("Kind")
 
 
 class Trainer(EventLoop):
@@ -79,7 +74,7 @@ class Trainer(EventLoop):
         metrics: the `MetricsCollector` to publish to.
         scaler: fp16's gradient scaler, else None.
         skipped_steps: updates that fp16 has skipped so far, on the device.
-        handlers: what was attached, in order.
+        handlers: the attached objects, in order.
         terms: the terms of the last loss, detached.
         step: what was given as `step`.
         transform: what was given as `transform`. Another may take its place between two updates.
@@ -127,7 +122,7 @@ class Trainer(EventLoop):
         self._place(model, loss)
         self._outputs: Outputs = {}
         self.terms: dict[str, Tensor] = {}
-        self.handlers: list[Handler] = []
+        self.handlers: list[Attachable] = []
         self._gauges_of_loss: list[str] = []
         self.step = step
         super().__init__(self._make_step(step))
@@ -189,25 +184,80 @@ class Trainer(EventLoop):
         """
         self._outputs = {name: tensor.detach() for name, tensor in outputs.items()}
 
-    def attach(self, *handlers: Handler) -> Trainer:
+    def attach(self, *handlers: Attachable) -> Trainer:
         """Attach handlers; those of one event run in the order in which they were attached.
 
+        If one of them cannot be attached, none of them is.
+
         Args:
-            handlers: objects with `attach(engine)`: this library's, Ignite's or one's own.
+            handlers: objects with `attach(engine)`: this library's, Ignite's or your own.
 
         Raises:
             TypeError: if one has no `attach`.
         """
         for handler in handlers:
-            if isinstance(handler, type) or not isinstance(handler, Handler):
+            if isinstance(handler, type) or not isinstance(handler, Attachable):
                 raise TypeError(
                     f"a handler must be an object with attach(trainer), got {handler!r}; "
                     f"{_way_to_attach(handler)}"
                 )
-        for handler in handlers:
-            handler.attach(self)
-            self.handlers.append(handler)
+        before = list(self.handlers)
+        with ExitStack() as stack:
+            for engine in (self, *(h.evaluator for h in self.handlers_of(EvaluatesModel))):
+                stack.enter_context(engine.all_or_nothing())
+            stack.enter_context(self.metrics.gauges_kept_on_error())
+            try:
+                for handler in handlers:
+                    handler.attach(self)
+                    self.handlers.append(handler)
+            except BaseException:
+                self.handlers[:] = before
+                raise
         return self
+
+    def handlers_of(self, kind: type[Kind]) -> list[Kind]:
+        """Return the attached handlers of a class, or of a protocol, in order."""
+        return [handler for handler in self.handlers if isinstance(handler, kind)]
+
+    @property
+    def findings(self) -> list[Finding]:
+        """The problems that the attached handlers have found so far, by iteration."""
+        found = [one for handler in self.handlers for one in contract_of(handler).findings]
+        return sorted(found, key=lambda finding: finding.step)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments that build a trainer like this one, with its device resolved."""
+        return {
+            **{
+                field.name: getattr(self.settings, field.name)
+                for field in attrs.fields(TrainerSettings)
+            },
+            "device": self.device,
+            "task": self.task,
+            "transform": self.transform,
+            "step": self.step,
+        }
+
+    def replica(self, handlers: Iterable[Attachable] = (), **changes: Any) -> Trainer:
+        """Return a trainer with this one's parts, settings, task, transform and step.
+
+        It shares model, loss and optimizer unless others are given, starts at iteration 0, and has
+        none of this trainer's handlers.
+
+        ```python
+        search = trainer.replica([GradientClipping(max_norm=1.0)], log_every=1)
+        ```
+
+        Args:
+            handlers: to attach to the replica.
+            changes: arguments of `Trainer` that are to be others: `model`, `precision`, ...
+
+        Raises:
+            TypeError: if `Trainer` has no such argument.
+        """
+        parts = {"model": self.model, "loss": self.loss, "optimizer": self.optimizer}
+        return Trainer(**{**parts, **self.arguments, **changes}).attach(*handlers)
 
     def train(self, loader: Iterable[Any], num_epochs: int) -> list[float]:
         """Run until `num_epochs` epochs are done; return the mean loss of each epoch so far."""

@@ -4,9 +4,7 @@
 step, `diptych.losses` the objectives. Every public name of the three can be imported from here too.
 """
 
-from diptych._lazy import lazy_names
+from importlib import import_module
 
-__version__ = "0.1.0"
-
-__all__, __getattr__, __dir__ = lazy_names(__name__, __file__)
-__all__ += ["__version__"]
+# By its own name, since `python -m face` imports this package as `face`, installed or not.
+__all__, __getattr__, __dir__ = import_module(f"{__name__}._lazy").lazy_names(__name__, __file__)

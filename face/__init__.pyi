@@ -1,3 +1,8 @@
+from diptych import (
+    engine as engine,
+    handlers as handlers,
+    losses as losses,
+)
 from diptych.engine import (
     BatchError as BatchError,
     CheckpointError as CheckpointError,
@@ -112,5 +117,4 @@ from diptych.losses import (
     register_loss as register_loss,
     share_logit_scale as share_logit_scale,
 )
-
-__version__: str
+from diptych.version import __version__ as __version__

@@ -4,26 +4,40 @@ from diptych.handlers.evaluation.early_stopping import EarlyStopping as EarlySto
 from diptych.handlers.evaluation.evaluation import Evaluation as Evaluation
 from diptych.handlers.evaluation.linear_probes import (
     LinearProbeAccuracy as LinearProbeAccuracy,
+)
+from diptych.handlers.evaluation.linear_probes import (
     OnlineLinearProbe as OnlineLinearProbe,
 )
 from diptych.handlers.evaluation.probes import (
     KNNAccuracy as KNNAccuracy,
+)
+from diptych.handlers.evaluation.probes import (
     ZeroShotAccuracy as ZeroShotAccuracy,
 )
 from diptych.handlers.evaluation.retrieval import (
     RetrievalMetrics as RetrievalMetrics,
+)
+from diptych.handlers.evaluation.retrieval import (
     RetrievalRecall as RetrievalRecall,
 )
 from diptych.handlers.health.in_batch_accuracy import InBatchAccuracy as InBatchAccuracy
 from diptych.handlers.health.monitor import RepresentationHealth as RepresentationHealth
 from diptych.handlers.health.rules import (
-    Finding as Finding,
-    History as History,
     RULES as RULES,
+)
+from diptych.handlers.health.rules import (
+    Finding as Finding,
+)
+from diptych.handlers.health.rules import (
+    History as History,
+)
+from diptych.handlers.health.rules import (
     Rule as Rule,
 )
 from diptych.handlers.loss_guard.guard import (
     FaultError as FaultError,
+)
+from diptych.handlers.loss_guard.guard import (
     LossGuard as LossGuard,
 )
 from diptych.handlers.optimization.gradient_clipping import GradientClipping as GradientClipping
@@ -32,6 +46,8 @@ from diptych.handlers.optimization.gradient_diagnostics import (
 )
 from diptych.handlers.optimization.learning_rate_finder import (
     LearningRateCurve as LearningRateCurve,
+)
+from diptych.handlers.optimization.learning_rate_finder import (
     find_learning_rate as find_learning_rate,
 )
 from diptych.handlers.optimization.modality_balancing import ModalityBalancing as ModalityBalancing
@@ -49,20 +65,30 @@ from diptych.handlers.pictures.projector import EmbeddingProjector as EmbeddingP
 from diptych.handlers.reports.history_plots import HistoryPlots as HistoryPlots
 from diptych.handlers.sinks.jsonl import (
     JsonLines as JsonLines,
+)
+from diptych.handlers.sinks.jsonl import (
     read_records as read_records,
 )
 from diptych.handlers.sinks.progress import ProgressBar as ProgressBar
 from diptych.handlers.sinks.run_card import RunCard as RunCard
 from diptych.handlers.sinks.run_directory import (
     RunRecord as RunRecord,
+)
+from diptych.handlers.sinks.run_directory import (
     latest_run as latest_run,
+)
+from diptych.handlers.sinks.run_directory import (
     new_run as new_run,
 )
 from diptych.handlers.sinks.tensorboard import TensorBoard as TensorBoard
 from diptych.handlers.sinks.to_logger import ToLogger as ToLogger
 from diptych.handlers.sinks.trackers import (
     ClearML as ClearML,
+)
+from diptych.handlers.sinks.trackers import (
     MLflow as MLflow,
+)
+from diptych.handlers.sinks.trackers import (
     WandB as WandB,
 )
 from diptych.handlers.stages.curriculum import Curriculum as Curriculum

@@ -6,7 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
-from diptych.engine.trainer import Handler
+from diptych.engine.handler import Attachable
 from diptych.handlers.checkpointing.checkpoint_manager import CheckpointManager
 from diptych.handlers.performance.throughput import Throughput
 from diptych.handlers.sinks.jsonl import JsonLines
@@ -24,7 +24,7 @@ def default_handlers(
     every: int | timedelta | Literal["epoch"] = "epoch",
     keep: int = 3,
     resume: Path | str | None = "auto",
-) -> list[Handler]:
+) -> list[Attachable]:
     """Return the handlers that save, resume and show a run, as a list to extend.
 
     ```python

@@ -1,15 +1,20 @@
-"""The folders that handlers write into."""
+"""Folders and files that handlers write."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
+
+UNFINISHED = ".unfinished"
+"""The suffix of a file or folder that is still being written."""
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it, where it is not there.
+    """Make a folder, and its parents, unless it exists.
 
     Raises:
-        OSError: naming the folder, of the kind that the system raised.
+        OSError: naming the folder, of the type that the system raised.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -17,3 +22,34 @@ def make_folder(path: Path) -> None:
         raise OSError(
             error.errno, f"the folder {path} cannot be made: {error.strerror}; give another folder"
         ) from error
+
+
+def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
+    """Write a file so that a reader, or a process killed at any instant, sees the old one or the new.
+
+    The content goes to `unfinished(path)`, is flushed to the disk, and replaces the file.
+
+    Args:
+        path: of the file; its folder exists.
+        content: text (UTF-8), bytes, or a function that writes a file at the path that it is given.
+
+    Raises:
+        OSError: if the file cannot be written; an earlier file stays.
+    """
+    temporary = unfinished(path)
+    try:
+        if callable(content):
+            content(temporary)
+        else:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def unfinished(path: Path) -> Path:
+    """Return the path at which the new content of a file is written."""
+    return path.with_name(path.name + UNFINISHED)

@@ -169,7 +169,7 @@ def run_on_two_ranks(jobs: Jobs) -> dict[str, Gradients]:
         if any(process.exitcode for process in ranks):
             raise RankError(
                 "the processes cannot import the script that runs here: put what it runs under "
-                'if __name__ == "__main__", or use python -m diptych.engine.certificate',
+                'if __name__ == "__main__", or use diptych certify',
                 harmless=True,
             )
         found: dict[str, Gradients] = torch.load(Path(folder) / "found.pt", weights_only=True)
@@ -186,7 +186,7 @@ def _start(ranks: Sequence[Any]) -> None:
                 process.terminate()
         raise RankError(
             f"cannot be sent to other processes ({error}): define model, loss, task and transform "
-            "at the top of a module, or run python -m diptych.engine.certificate module:factory",
+            "at the top of a module, or run diptych certify module:function",
             harmless=True,
         ) from error
 

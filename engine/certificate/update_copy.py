@@ -19,10 +19,10 @@ from diptych.engine.data.transform import Transform, placed_transform, transform
 from diptych.engine.distributed.collectives import rank
 from diptych.engine.distributed.dtensor import has_shards
 from diptych.engine.events import StepEvents
-from diptych.engine.microbatch import joined, loss_terms, total
 from diptych.engine.modules import unwrapped
 from diptych.engine.random_state import preserved_random_state
-from diptych.engine.step import TrainStep
+from diptych.engine.step.microbatch import joined, loss_terms, total
+from diptych.engine.step.train_step import TrainStep
 from diptych.engine.tasks import Task
 from diptych.engine.trainer import Step, Trainer
 

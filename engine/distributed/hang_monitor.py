@@ -48,11 +48,12 @@ def monitored(timeout: timedelta) -> Iterator[None]:
 def _watch(thread: int, timeout: float, done: threading.Event) -> None:
     told: Place | None = None
     while not done.wait(timeout / 20):
+        place = current_place(thread)
         frame = sys._current_frames().get(thread)  # noqa: SLF001 - documented, for such uses
-        place = current_place(frame)
         if frame is None or place is None or place == told:
             continue
-        stood = perf_counter() - place[1]
+        name, since = place
+        stood = perf_counter() - since
         if stood > SHARE * timeout:
             told = place
             logger.warning(
@@ -60,7 +61,7 @@ def _watch(thread: int, timeout: float, done: threading.Event) -> None:
                 "for it; after %.1f s of waiting the backend ends the process. Its stack:\n%s",
                 rank(),
                 stood,
-                place[0],
+                name if isinstance(name, str) else name.name,
                 timeout,
                 "".join(traceback.format_stack(frame)),
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from ignite.engine import Engine, Events
 from ignite.engine.events import RemovableEventHandle
 
-from diptych.engine.distributed.hang_report import Place, name_wait, place_stands_in
+from diptych.engine.distributed.hang_report import enter_place, leave_place, name_wait
 from diptych.engine.loop.listener import Listener
 from diptych.engine.loop.periodic import Periodic
 
@@ -121,6 +121,7 @@ class Dispatcher(Engine):
         outer = self._in_others
         for listener in listeners:
             self._in_others = 0.0
+            enter_place(listener)
             try:
                 if listener.plain:
                     listener.function(self)
@@ -129,11 +130,30 @@ class Dispatcher(Engine):
             except RuntimeError as error:
                 name_wait(error, listener.name, before)
                 raise
+            finally:
+                leave_place()
             now = perf_counter()
             listener.calls += 1
             listener.seconds += now - before - self._in_others
             before = now
         self._in_others = outer + before - start
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Take back every listener that was added within this context if it raises."""
+        entries = {event: list(found) for event, found in self._event_handlers.items()}
+        listeners = {event: list(found) for event, found in self._listeners.items()}
+        periodic = {event: (one, one.entries) for event, one in self._periodic.items()}
+        try:
+            yield
+        except BaseException:
+            self._event_handlers.clear()
+            self._event_handlers.update(entries)
+            self._listeners, self._found = listeners, {}
+            self._periodic = {event: one for event, (one, _) in periodic.items()}
+            for one, before in periodic.values():
+                one.entries = before
+            raise
 
     @contextmanager
     def calling(self, function: Callable[[Listener], object]) -> Iterator[None]:
@@ -185,10 +205,3 @@ def _listener(event: Any, entry: tuple[Any, ...], known: list[Listener]) -> List
 def _chooses(listener: Listener) -> bool:
     filtered = getattr(listener.event, "filter", None) is not None
     return filtered or isinstance(listener.function, Periodic)
-
-
-def _place_of_listener(names: Mapping[str, Any]) -> Place | None:
-    return (names["listener"].name, names["before"]) if "listener" in names else None
-
-
-place_stands_in(Dispatcher.call, _place_of_listener)

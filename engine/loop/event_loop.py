@@ -14,8 +14,9 @@ from ignite.engine import Engine, Events, State
 from diptych.engine.data.batch_source import BatchSource, length_of
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import ResumeError
-from diptych.engine.events import ITERATION_EVENTS, RunEvents
+from diptych.engine.events import ITERATION_EVENTS, MetricsEvents, Outcome, RunEvents
 from diptych.engine.loop.dispatcher import Dispatcher
+from diptych.engine.loop.position import Phase, Position
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,8 @@ class EventLoop(Dispatcher):
       where an epoch holds several passes, each pass has a number of its own.
 
     Attributes:
-        epoch_iteration: batches of the running epoch that are done; 0 between two epochs.
-        batches: the loader in use and the place in it.
+        batches: the loader in use and the position in it.
+        outcome: how the last `run` ended; None before the first one has.
     """
 
     def __init__(self, process_function: Callable[[Engine, Any], Any]) -> None:
@@ -47,13 +48,24 @@ class EventLoop(Dispatcher):
         self.register_events(
             *ITERATION_EVENTS, event_to_attr=dict.fromkeys(ITERATION_EVENTS, "iteration")
         )
-        self.epoch_iteration = 0
-        self._in_epoch = False
-        self._interrupted = False
+        self._position = Position()
         self._batch: Any = None
-        self._batch_pending = False
-        self._safe_point_fired = False
         self.batches = BatchSource()
+        self.outcome: Outcome | None = None
+
+    @property
+    def position(self) -> Position:
+        """The position of the run; epoch and iteration are those of `state`."""
+        return self._position._replace(epoch=self.state.epoch, iteration=self.state.iteration)
+
+    @property
+    def epoch_iteration(self) -> int:
+        """Iterations of the running epoch that are done; 0 between two epochs."""
+        return self._position.epoch_iteration
+
+    def _move_to(self, position: Position) -> None:
+        self._position = position
+        self.state.epoch, self.state.iteration = position.epoch, position.iteration
 
     # -- what a run starts from ------------------------------------------------------------------
 
@@ -84,12 +96,13 @@ class EventLoop(Dispatcher):
         """
         _check_limits(data, max_epochs, max_iters, epoch_length)
         self.state.dataloader = data
+        self.outcome = Outcome.FAILED  # until the run has ended in another way
         try:
             self.fire_event(RunEvents.RESTORE)
-            # A handler may have put another loader in its place: that of a stage.
+            # A handler may have replaced the loader: a stage brings its own.
             return self._start(self.state.dataloader, max_epochs, max_iters, epoch_length)
         finally:
-            self.fire_event(RunEvents.RELEASE)
+            self.fire_event(RunEvents.ENDED)
 
     def _start(
         self,
@@ -111,14 +124,14 @@ class EventLoop(Dispatcher):
                 self.state.epoch,
                 self.state.iteration,
             )
+            self.outcome = Outcome.INTERRUPTED if self._position.paused else Outcome.COMPLETED
             return self.state
         self._check_continues(data)
         return self._internal_run()
 
     def _start_over(self) -> None:
-        self.state.iteration = self.state.epoch = self.epoch_iteration = 0
+        self._move_to(Position())
         self.state.epoch_length = None
-        self._in_epoch = self._interrupted = self._batch_pending = self._safe_point_fired = False
         self.batches.rewind()
 
     def _set_epoch_length(self, data: Iterable[Any] | None, given: int | None) -> None:
@@ -130,7 +143,7 @@ class EventLoop(Dispatcher):
             return
         if length < 1:
             raise ValueError("data must hold at least one batch, got an empty loader")
-        if stored not in {None, length} and (given is None or self._in_epoch):
+        if stored not in {None, length} and (given is None or self._position.in_epoch):
             raise ResumeError(
                 f"the run has epochs of {stored} iterations, and this loader gives {length}: "
                 f"continue with data of the same length, or say epoch_length={stored} to keep the "
@@ -165,28 +178,28 @@ class EventLoop(Dispatcher):
         if state.max_iters is not None:
             # A whole epoch that is still open is to be completed first.
             return bool(state.iteration >= state.max_iters) and not self._is_to_end
-        return not self._in_epoch and state.epoch >= (state.max_epochs or 0)
+        return not self._position.in_epoch and state.epoch >= (state.max_epochs or 0)
 
     @property
     def _is_to_end(self) -> bool:
         """Whether the running epoch has no iteration left."""
         whole = self.epoch_iteration == self.state.epoch_length
-        return self._in_epoch and (whole or bool(self.should_terminate_single_epoch))
+        return self._position.in_epoch and (whole or bool(self.should_terminate_single_epoch))
 
     # -- the loop --------------------------------------------------------------------------------
 
     def _internal_run(self) -> State:
         self.should_terminate = self.should_interrupt = False
-        if not self._in_epoch:  # an epoch that was to end when the run stopped in it still is
+        if not self._position.in_epoch:  # an epoch that was about to end still is
             self.should_terminate_single_epoch = False
         started = time.perf_counter()
         self._find_listeners()
         try:
-            if not self._interrupted:
+            if not self._position.paused:
                 self._init_timers(self.state)
                 self.fire_event(Events.STARTED)
-                self._find_listeners()  # Ignite's profilers put theirs into the table
-            self._interrupted = False
+                self._find_listeners()  # Ignite's profilers add listeners to the table itself
+            self._position = self._position._replace(paused=False)
             while not self._stopped() and not self.is_finished:
                 self._run_epoch()
             self._finish(started)
@@ -201,19 +214,20 @@ class EventLoop(Dispatcher):
     def _finish(self, started: float) -> None:
         self.state.times[Events.COMPLETED.name] = time.perf_counter() - started
         if self.should_interrupt and not self.should_terminate:
-            self._interrupted = True
+            self._position = self._position._replace(paused=True)
             self.fire_event(Events.INTERRUPT)
+            self.outcome = Outcome.INTERRUPTED
             return
         if self.should_terminate:
             self.fire_event(Events.TERMINATE)
         if self.should_terminate != "skip_completed":
             self.fire_event(Events.COMPLETED)
+        self.outcome = Outcome.TERMINATED if self.should_terminate else Outcome.COMPLETED
 
     def _run_epoch(self) -> None:
         started = time.perf_counter()
-        if not self._in_epoch:
-            self.state.epoch += 1
-            self._in_epoch = True
+        if not self._position.in_epoch:
+            self._move_to(self.position.epoch_started())
             self.should_terminate_single_epoch = False
             self.fire_event(Events.EPOCH_STARTED)
         if not self._run_iterations():
@@ -221,14 +235,16 @@ class EventLoop(Dispatcher):
         self.state.times[Events.EPOCH_COMPLETED.name] = time.perf_counter() - started
         if self.should_terminate_single_epoch != "skip_epoch_completed":
             self.fire_event(Events.EPOCH_COMPLETED)
-        self._in_epoch, self.epoch_iteration = False, 0
-        if self._safe_point_fired:  # nobody could know then that the epoch was to end
-            self.fire_again(RunEvents.SAFE_POINT)
-        else:
+            self.fire_event(MetricsEvents.EPOCH_PUBLISHED)
+        safe_point_is_new = self._position.phase is Phase.EPOCH_ENDED
+        self._move_to(self.position.epoch_completed())
+        if safe_point_is_new:
             self.fire_event(RunEvents.SAFE_POINT)
+        else:  # it fired before anything could tell that the epoch had ended
+            self.fire_again(RunEvents.SAFE_POINT)
 
     def _run_iterations(self) -> bool:
-        """Run the rest of the epoch; say whether it has ended."""
+        """Run the rest of the epoch; return whether it has ended."""
         state = self.state
         while not self._stopped():
             if self.should_terminate_single_epoch:
@@ -236,13 +252,13 @@ class EventLoop(Dispatcher):
                 self.batches.rewind()
                 return True
             if self.epoch_iteration == state.epoch_length:
-                # Where an epoch is one pass over the data, the next epoch begins a new pass.
+                # If an epoch is one pass over the data, the next epoch starts a new pass.
                 if length_of(self.batches.data) == state.epoch_length:
                     self.batches.rewind()
                 return True
             if state.max_iters is not None and state.iteration >= state.max_iters:
                 return False
-            if not self._batch_pending and not self._fetch():
+            if self._position.phase is not Phase.BEFORE_STEP and not self._fetch():
                 state.epoch_length = self.epoch_iteration
                 continue
             self._run_iteration(state)
@@ -250,20 +266,20 @@ class EventLoop(Dispatcher):
 
     @waits_at("an iteration")
     def _run_iteration(self, state: State) -> None:
-        state.batch = self._batch  # as the loader gave it, whatever an earlier try made of it
+        state.batch = self._batch  # as the loader returned it, whatever a failed try made of it
         self.fire_event(Events.GET_BATCH_COMPLETED)
-        state.iteration += 1
+        self._move_to(self.position.step_started())
         try:
             self.fire_event(Events.ITERATION_STARTED)
             state.output = self._process_function(self, state.batch)
         except BaseException:
-            state.iteration -= 1
+            self._move_to(self.position.step_failed())
             raise
-        self._batch_pending = False
-        self.epoch_iteration += 1
+        self._move_to(self.position.step_completed())
         self.fire_event(Events.ITERATION_COMPLETED)
-        self._safe_point_fired = not self._is_to_end or self._stopped()
-        if self._safe_point_fired:
+        if self._is_to_end and not self._stopped():
+            self._position = self._position.epoch_ended()
+        else:
             self.fire_event(RunEvents.SAFE_POINT)
 
     def terminate(self, *, skip_completed: bool = False) -> None:  # type: ignore[override]
@@ -299,7 +315,7 @@ class EventLoop(Dispatcher):
         """
         self.state.dataloader = data
         self.batches.switch(data)
-        self._batch_pending = False
+        self._position = self._position.batch_dropped()
 
     def _fetch(self) -> bool:
         """Take the next batch; return False where an epoch of unknown length ends."""
@@ -315,7 +331,7 @@ class EventLoop(Dispatcher):
                 return False
             self.fire_event(Events.DATALOADER_STOP_ITERATION)
             self._batch = self._first_batch()
-        self._batch_pending = True
+        self._position = self._position.batch_fetched()
         return True
 
     def _first_batch(self) -> Any:
@@ -335,7 +351,7 @@ class EventLoop(Dispatcher):
         keys = ("epoch_length", "iteration", "epoch", "max_epochs", "max_iters")
         position = OrderedDict((key, getattr(self.state, key)) for key in keys)
         position["epoch_iteration"] = self.epoch_iteration
-        if self._in_epoch and not self.epoch_iteration:  # nothing of the epoch is done
+        if self._position.in_epoch and not self.epoch_iteration:  # nothing of the epoch is done
             position["epoch"] -= 1
         position.update((key, getattr(self.state, key)) for key in self.state_dict_user_keys)
         return position
@@ -364,10 +380,16 @@ class EventLoop(Dispatcher):
             )
         epochs, rest = divmod(iteration, length) if length else (0, 0)
         self._start_over()
-        self.state.iteration, self.state.epoch_length = iteration, length
-        self.state.epoch = state_dict.get("epoch", epochs + bool(rest))
-        self.epoch_iteration = state_dict.get("epoch_iteration", rest)
-        self._in_epoch = self._safe_point_fired = self.epoch_iteration > 0
+        self.state.epoch_length = length
+        inside = state_dict.get("epoch_iteration", rest)
+        self._move_to(
+            Position(
+                state_dict.get("epoch", epochs + bool(rest)),
+                iteration,
+                inside,
+                Phase.BEFORE_BATCH if inside else Phase.BETWEEN_EPOCHS,
+            )
+        )
         self.state.max_epochs, self.state.max_iters = (
             state_dict.get("max_epochs"),
             state_dict.get("max_iters"),

@@ -50,6 +50,15 @@ class Periodic:
         self._due = 0
 
     @property
+    def entries(self) -> tuple[_Entry, ...]:
+        """Everything that was added, to be put back later."""
+        return tuple(self._entries)
+
+    @entries.setter
+    def entries(self, entries: tuple[_Entry, ...]) -> None:
+        self._entries, self._due = list(entries), 0
+
+    @property
     def listeners(self) -> list[Listener]:
         """What was added, in order."""
         return [entry.listener for entry in self._entries]

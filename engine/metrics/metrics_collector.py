@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -83,6 +84,16 @@ class MetricsCollector:
     def remove_gauge(self, tag: str) -> None:
         """Publish it no more."""
         del self._gauges[tag]
+
+    @contextmanager
+    def gauges_kept_on_error(self) -> Iterator[None]:
+        """Take back every gauge that was added within this context if it raises."""
+        before = dict(self._gauges)
+        try:
+            yield
+        except BaseException:
+            self._gauges = before
+            raise
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
         """Give final values (an evaluation's) to the sinks, as a record of their own."""

@@ -21,9 +21,8 @@ from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import BatchError
 from diptych.engine.evaluator import Evaluator, Metrics, evaluation_mode
 from diptych.engine.events import EvaluationEvents
-from diptych.engine.microbatch import SampleMeanLoss
-from diptych.engine.settings import Precision
-from diptych.engine.step import AUTOCAST
+from diptych.engine.settings import AUTOCAST, Precision
+from diptych.engine.step.microbatch import SampleMeanLoss
 from diptych.engine.tasks import Outputs, Task
 from diptych.engine.trainer import Trainer
 from diptych.handlers.cadence import call_every, check_every

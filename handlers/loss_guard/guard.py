@@ -90,8 +90,8 @@ class LossGuard:
     With a `directory`, the first `records` batches that are caught are each written into it, one
     file a rank: the batch, the ids of its samples where they are known, the weights, buffers and
     random state from which the update started, terms, norms and the latest checkpoint.
-    `python -m diptych.handlers.loss_guard.replay replay RECORD --factory module:function` makes the
-    update again. They load with `weights_only=True`.
+    `diptych replay RECORD --factory module:function` repeats the update. They load with
+    `weights_only=True`.
 
     Published: `guard/caught`, the batches caught so far in the run, and `guard/spikes`, those of
     them that were finite.

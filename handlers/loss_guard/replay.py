@@ -1,29 +1,16 @@
-"""The `LossGuard`, and the command that makes an update again that it caught.
+"""Repeating an update that a `LossGuard` recorded, up to its gradients.
 
-    python -m diptych.handlers.loss_guard.replay replay RECORD --factory module:function
-
-`function()` builds the trainer of the run, or a tuple that begins with it, with the same model,
-loss, task, optimizer and settings; what it attaches takes no part. The weights, buffers, random
-state and batch are those of the record. The command prints each term of the loss and the norms,
-recorded and reproduced, and exits with 0 where they agree, with 1 where they do not and with 2
-where it cannot be tried. A record of several ranks is replayed by as many, each with the file of
-its own rank: `torchrun --nproc-per-node N -m diptych.handlers.loss_guard.replay replay ...`.
+The command line is `diptych replay RECORD --factory module:function`.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import math
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
-import torch.distributed as dist
 from ignite.engine import Events
 from torch import Tensor
 
@@ -33,16 +20,9 @@ from diptych.engine.events import StepEvents
 from diptych.engine.random_state import preserved_random_state, set_random_state
 from diptych.engine.state.run_state import fingerprint
 from diptych.engine.trainer import Trainer
-from diptych.handlers.loss_guard.fault_records import (
-    NAME,
-    load_update_state,
-    read_record,
-    record_path,
-)
-from diptych.handlers.loss_guard.guard import FaultError, LossGuard, norms_by_name
+from diptych.handlers.loss_guard.fault_records import load_update_state, read_record, record_path
+from diptych.handlers.loss_guard.guard import norms_by_name
 from diptych.handlers.optimization.gradient_norms import shared_norms
-
-__all__ = ["FaultError", "LossGuard", "Replay", "replay"]
 
 TOLERANCE = 1e-5
 
@@ -82,12 +62,12 @@ class Replay:
 
 
 def replay(path: Path | str, factory: Callable[[], Any]) -> Replay:
-    """Make the update of a record again, up to its gradients.
+    """Repeat the update of a record, up to its gradients.
 
-    Random generators are left as they were.
+    Random generators keep their states.
 
     Args:
-        path: of the record; of several ranks', any of them.
+        path: the record; of several ranks, any of theirs.
         factory: builds the trainer, or a tuple that begins with it.
 
     Raises:
@@ -114,7 +94,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if record["ranks"] != world_size():
         raise CheckpointError(
             f"record {path} is of {record['ranks']} ranks, got {world_size()}: replay it with "
-            f"torchrun --nproc-per-node {record['ranks']} -m diptych.handlers.loss_guard.replay"
+            f"torchrun --nproc-per-node {record['ranks']} -m diptych replay"
         )
     return tuple(  # type: ignore[return-value]
         record
@@ -173,7 +153,7 @@ def _agree(recorded: float | None, reproduced: float | None, tolerance: float) -
 
 
 def report(replayed: Replay, tolerance: float) -> Iterator[str]:
-    """Give the lines in which the command tells what came out."""
+    """Yield the lines that the command prints."""
     record = replayed.record
     yield f"iteration {record['iteration']}, epoch {record['epoch']}, rank {record['rank']}"
     if record["ids"] is not None:
@@ -210,70 +190,3 @@ def _sound(values: Mapping[str, float], name: str) -> bool:
 
 def _number(values: Mapping[str, float], name: str) -> str:
     return f"{values[name]:.8g}" if name in values else "missing"
-
-
-def find_factory(text: str) -> Callable[[], Any]:
-    """Return the function that `module:function` names.
-
-    Raises:
-        ValueError: if it does not have this form, or names no function of a module that there is.
-    """
-    module, separator, name = text.partition(":")
-    if not separator or not module or not name:
-        raise ValueError(f"a factory must be given as module:function, got {text!r}")
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"the factory's module must be one that can be imported from here, got {module!r}: "
-            f"{error}"
-        ) from error
-    factory = getattr(found, name, None)
-    if not callable(factory):
-        raise ValueError(  # noqa: TRY004 - the text is at fault
-            f"module {module!r} must have a function {name!r}, got {factory!r}"
-        )
-    return factory  # type: ignore[no-any-return]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m diptych.handlers.loss_guard.replay",
-        description="Make an update again that a LossGuard caught.",
-    )
-    command = parser.add_subparsers(dest="command", required=True).add_parser(
-        "replay", help="compare the terms and norms of a record with those of a new try"
-    )
-    command.add_argument("record", type=Path, help=f"a file {NAME.pattern}")
-    command.add_argument("--factory", required=True, help="module:function, builds the trainer")
-    command.add_argument(
-        "--tolerance", type=float, default=TOLERANCE, help="largest relative difference"
-    )
-    flags = parser.parse_args(arguments)
-    try:
-        joined = _join_ranks()
-        try:
-            replayed = replay(flags.record, find_factory(flags.factory))
-        finally:
-            if joined:
-                dist.destroy_process_group()
-    except (CheckpointError, TypeError, ValueError) as error:
-        sys.stderr.write(f"{parser.prog}: error: {error}\n")
-        return 2
-    sys.stdout.write("\n".join(report(replayed, flags.tolerance)) + "\n")
-    return 1 if replayed.differing(flags.tolerance) else 0
-
-
-def _join_ranks() -> bool:
-    """Join the group that a launcher has prepared; say whether there was one to join."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        return False
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return True
-
-
-if __name__ == "__main__":
-    sys.exit(main())

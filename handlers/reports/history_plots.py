@@ -61,7 +61,7 @@ class HistoryPlots:
 
     With `png` the same charts are the picture `curves.png` too. It reads what `JsonLines` writes
     into the folder, so a resumed run draws its whole history.
-    `python -m diptych.handlers.reports.__main__ compare runs/a runs/b` lays runs side by side.
+    `diptych compare runs/a runs/b` compares runs.
 
     Event: `RunEvents.SAVED`, so that what stands beside a checkpoint tells of the same run; where
         `every` is given, every so many `EPOCH_COMPLETED` instead; and the end of the run. Rank 0

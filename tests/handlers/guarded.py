@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diptych.engine import SeededLoader, Trainer, tasks
+from diptych.handlers import LossGuard
 
 BATCHES, SIZE = 8, 6
 BAD = 4
@@ -97,6 +99,14 @@ def other_factory() -> Trainer:
 
     trainer.loss.terms = doubled  # type: ignore[method-assign]
     return trainer
+
+
+def caught(folder: Path, fault: str = "nan", **settings: Any) -> Path:
+    """Return the record of a run whose batch went wrong after some training, with dropout."""
+    trainer = make_trainer(**settings).attach(LossGuard(folder / "caught", window=3))
+    trainer.run(batches(fault), max_epochs=1)
+    [path] = (folder / "caught").iterdir()
+    return path
 
 
 def seeded_loader() -> SeededLoader:

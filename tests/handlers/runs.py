@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset
 
 from diptych.engine import SeededLoader, Trainer, tasks
 from diptych.engine.metrics.metrics_collector import Record
+from diptych.handlers import HistoryPlots, JsonLines, RunRecord
 
 EPOCH_LENGTH = 6
 
@@ -56,6 +58,15 @@ def report_each_epoch(trainer: Trainer, *values: float, tag: str = "val/recall@1
             trainer.state.iteration, {tag: values[trainer.state.epoch - 1]}
         ),
     )
+
+
+def reported_run(folder: Path, epochs: int = 2, **settings: Any) -> Path:
+    """Train with a report in a folder, and return the folder."""
+    trainer = make_trainer(**settings)
+    report_each_epoch(trainer, 0.25, 0.75, 0.5)
+    trainer.attach(RunRecord(folder), JsonLines(folder), HistoryPlots(folder))
+    trainer.run(loader(), max_epochs=epochs)
+    return folder
 
 
 def kept_records(trainer: Trainer) -> list[Record]:

@@ -11,8 +11,9 @@ import torch
 from ignite.engine import Events
 from torch import nn
 
-from diptych.engine import StepEvents, Trainer, certify, microbatch
+from diptych.engine import StepEvents, Trainer, certify
 from diptych.engine.certificate.report import Check
+from diptych.engine.step import microbatch
 from diptych.handlers import GradientClipping, default_handlers
 from tests.engine.certificate.trainings import (
     DenyingLoss,

@@ -240,10 +240,10 @@ def test_the_events_fire_in_the_order_of_the_pseudocode():
     second = order.index("GET_BATCH_STARTED", order.index("GET_BATCH_STARTED") + 1)
     lines = (events.__doc__ or "").split("```")[1].splitlines()
     told = re.findall(r"[A-Z][A-Z_]+", " ".join(re.split(r"(?<=\S)  ", line)[0] for line in lines))
-    outer = ("EPOCH_COMPLETED", "EVALUATED", "SAFE_POINT", "COMPLETED")
-    ends = ("TERMINATE", "INTERRUPT", "EXCEPTION_RAISED", "RELEASE")
+    outer = ("EPOCH_COMPLETED", "EVALUATED", "EPOCH_PUBLISHED", "SAFE_POINT", "COMPLETED")
+    ends = ("TERMINATE", "INTERRUPT", "EXCEPTION_RAISED", "ENDED")
     assert told == [*order[:second], *outer, *ends]
-    assert order[-1] == "RELEASE"
+    assert order[-1] == "ENDED"
     assert [name for name in order[second:] if name in outer] == list(outer)
 
 

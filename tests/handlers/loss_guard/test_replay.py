@@ -1,10 +1,7 @@
-"""Replaying what a guard caught: from Python, from the command line, on ranks."""
+"""Replaying what a guard caught, alone and on ranks."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,21 +10,10 @@ import torch.distributed as dist
 
 from diptych.engine import Trainer
 from diptych.engine.errors import CheckpointError
-from diptych.handlers import CheckpointManager
-from diptych.handlers.loss_guard.replay import LossGuard, find_factory, main, replay
-from tests.handlers.guarded import BAD, batches, factory, make_trainer, other_factory
+from diptych.handlers import CheckpointManager, LossGuard
+from diptych.handlers.loss_guard.replay import replay
+from tests.handlers.guarded import BAD, batches, caught, factory, make_trainer, other_factory
 from tests.losses.ranks import Ranks
-
-ROOT = Path(__file__).resolve().parents[3]
-FACTORY = "tests.handlers.guarded:factory"
-
-
-def caught(folder: Path, fault: str = "nan", **settings: object) -> Path:
-    """Return the record of a run whose batch went wrong after some training, with dropout."""
-    trainer = make_trainer(**settings).attach(LossGuard(folder / "caught", window=3))
-    trainer.run(batches(fault), max_epochs=1)
-    [path] = (folder / "caught").iterdir()
-    return path
 
 
 @pytest.mark.parametrize("fault", ["nan", "spike"])
@@ -92,58 +78,6 @@ def test_a_record_of_another_model_is_refused(tmp_path):
 def test_a_factory_that_returns_no_trainer_is_refused(tmp_path):
     with pytest.raises(TypeError, match=r"factory must return a Trainer.*got list"):
         replay(caught(tmp_path), list)
-
-
-def test_the_command_replays_and_says_what_it_found(tmp_path):
-    command = [
-        sys.executable,
-        "-W",
-        "error::RuntimeWarning",
-        "-m",
-        "diptych.handlers.loss_guard.replay",
-    ]
-    done = subprocess.run(
-        [*command, "replay", str(caught(tmp_path)), "--factory", FACTORY],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"iteration {BAD}, epoch 1, rank 0" in done.stdout
-    assert "samples: 40, 41, 42, 43, 44, 45" in done.stdout
-    row = next(line for line in done.stdout.splitlines() if line.startswith("terms/near"))
-    assert row.split() == ["terms/near", "nan", "nan"]
-    assert done.stdout.endswith("0 values differ\n")
-
-
-def test_the_command_ends_with_one_where_values_differ(tmp_path, capsys):
-    path = str(caught(tmp_path, "spike"))
-    arguments = ["replay", path, "--factory", "tests.handlers.guarded:other_factory"]
-    assert main(arguments) == 1
-    assert "terms/near" in capsys.readouterr().out
-    assert main([*arguments, "--tolerance", "0.9"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("named", "message"),
-    [
-        ("tests.handlers.guarded", "must be given as module:function, got"),
-        ("no_such_module:factory", "'no_such_module': No module named 'no_such_module'"),
-        ("tests.handlers.guarded:nothing", "must have a function 'nothing', got None"),
-    ],
-)
-def test_a_factory_that_cannot_be_found_is_an_error_that_says_so(tmp_path, capsys, named, message):
-    assert main(["replay", str(caught(tmp_path)), "--factory", named]) == 2
-    assert message in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"factory|function"):
-        find_factory(named)
-
-
-def test_a_record_that_does_not_exist_is_an_error_that_says_so(tmp_path, capsys):
-    assert main(["replay", str(tmp_path / "none.pt"), "--factory", FACTORY]) == 2
-    assert "does not exist" in capsys.readouterr().err
 
 
 def replayed_on_a_rank(folder: str) -> tuple[list[str], int]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from ignite.engine import Events
 
 from diptych.engine import RunEvents
 from diptych.handlers import CheckpointManager, HistoryPlots, JsonLines, ProgressBar, RunRecord
-from diptych.handlers.reports.__main__ import main
 from diptych.handlers.reports.history_plots import (
     RunHistory,
     differing_settings,
@@ -21,19 +18,11 @@ from diptych.handlers.reports.history_plots import (
     page,
     read_run,
 )
-from tests.handlers.runs import Stop, loader, make_trainer, report_each_epoch, stop_at
-
-
-def run(folder: Path, epochs: int = 2, **settings: object) -> Path:
-    trainer = make_trainer(**settings)
-    report_each_epoch(trainer, 0.25, 0.75, 0.5)
-    trainer.attach(RunRecord(folder), JsonLines(folder), HistoryPlots(folder))
-    trainer.run(loader(), max_epochs=epochs)
-    return folder
+from tests.handlers.runs import Stop, loader, make_trainer, report_each_epoch, reported_run, stop_at
 
 
 def test_a_run_leaves_a_report_with_every_tag_and_setting(tmp_path):
-    text = (run(tmp_path / "a") / "report.html").read_text("utf-8")
+    text = (reported_run(tmp_path / "a") / "report.html").read_text("utf-8")
 
     for tag in ("train/loss", "val/recall@1"):
         assert f"<title>{tag}</title>" in text
@@ -73,7 +62,7 @@ def test_without_json_lines_the_run_does_not_start(tmp_path):
 
 
 def test_the_settings_that_differ_come_first(tmp_path):
-    runs = [read_run(run(tmp_path / "a")), read_run(run(tmp_path / "b", microbatch_size=1))]
+    runs = [read_run(reported_run(tmp_path / "a")), read_run(reported_run(tmp_path / "b", microbatch_size=1))]
 
     different = differing_settings(runs)
 
@@ -95,7 +84,7 @@ def test_handlers_are_compared_by_name_wherever_they_stand(tmp_path):
 
 
 def test_the_table_tells_the_last_value_and_the_range(tmp_path):
-    rows = final_values([read_run(run(tmp_path / "a", epochs=3))])
+    rows = final_values([read_run(reported_run(tmp_path / "a", epochs=3))])
 
     assert rows["val/recall@1"] == ["0.5 (0.25 to 0.75)"]
 
@@ -103,39 +92,10 @@ def test_the_table_tells_the_last_value_and_the_range(tmp_path):
 def test_a_tag_that_one_run_lacks_is_drawn_in_the_others_colour(tmp_path):
     folder = tmp_path / "c"
     make_trainer().attach(JsonLines(folder)).run(loader(), max_epochs=1)
-    runs = [read_run(folder), read_run(run(tmp_path / "a"))]
+    runs = [read_run(folder), read_run(reported_run(tmp_path / "a"))]
 
     assert final_values(runs)["val/recall@1"][0] == "-"
     assert "#e65100" in page(runs)
-
-
-def test_the_command_compares_runs_without_a_warning(tmp_path):
-    folders = [run(tmp_path / "a"), run(tmp_path / "b", microbatch_size=1)]
-    output = tmp_path / "both.html"
-    command = [
-        sys.executable,
-        "-W",
-        "error::RuntimeWarning",
-        "-m",
-        "diptych.handlers.reports.__main__",
-    ]
-
-    done = subprocess.run(
-        [*command, "compare", *folders, "--output", output],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-    assert done.returncode == 0, done.stderr
-    assert "trainer.microbatch_size" in done.stdout
-    assert "val/recall@1" in done.stdout
-    assert "<svg" in output.read_text("utf-8")
-
-
-def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
-    assert main(["compare", str(tmp_path)]) == 2
-    assert f"got {tmp_path}, which holds none" in capsys.readouterr().err
 
 
 def test_curves_that_answer_one_question_share_a_chart_of_a_single_run():

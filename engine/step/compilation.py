@@ -32,7 +32,7 @@ def compile_in_place(model: nn.Module, device: torch.device, *, how: bool | Comp
         device: where the model runs.
         how: False does nothing; True is the mode "default".
     """
-    if how is False:
+    if how is False or model._compiled_call_impl is not None:  # noqa: SLF001 - a replica's model
         return
     model.compile(mode="default" if how is True else how)
     if uses_cuda_graphs(device, how=how):

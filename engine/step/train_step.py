@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from ignite.engine import State
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diptych.engine.compilation import keep_gradients, uses_cuda_graphs
 from diptych.engine.data.batches import batch_size, cut
 from diptych.engine.data.prefetch import mover
-from diptych.engine.data.transform import transformed
+from diptych.engine.data.transform import Transform, transformed
 from diptych.engine.distributed.collectives import share_buffers, sum_over_ranks, world_size
 from diptych.engine.distributed.dtensor import call_on, has_shards, local_part, mixed
 from diptych.engine.distributed.gradient_average import GradientAverage
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.events import StepEvents
-from diptych.engine.microbatch import (
+from diptych.engine.settings import AUTOCAST, TrainerSettings
+from diptych.engine.step.compilation import keep_gradients, uses_cuda_graphs
+from diptych.engine.step.microbatch import (
     GradientCache,
     Pieces,
     SampleMeanLoss,
@@ -29,10 +31,24 @@ from diptych.engine.microbatch import (
 )
 from diptych.engine.tasks import Outputs, Task
 
-if TYPE_CHECKING:
-    from diptych.engine.trainer import Trainer
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+class TrainerParts(Protocol):
+    """The parts of a `Trainer` that a step reads and writes."""
+
+    device: torch.device
+    settings: TrainerSettings
+    model: nn.Module
+    optimizer: Optimizer
+    scaler: torch.amp.GradScaler | None
+    skipped_steps: Tensor
+    state: State
+    task: Task
+    transform: Transform | None
+
+    @property
+    def loss(self) -> nn.Module:
+        """The loss."""
+        ...
 
 
 class StepOutput(NamedTuple):
@@ -55,7 +71,7 @@ class TrainStep:
     The phases are methods, to be overridden one at a time by a step of one's own.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: TrainerParts) -> None:
         settings = trainer.settings
         self._trainer = trainer
         self.device, self.scaler = trainer.device, trainer.scaler
@@ -88,7 +104,7 @@ class TrainStep:
         """The trainer's task."""
         return self._trainer.task
 
-    def __call__(self, trainer: Trainer, batch: Any) -> StepOutput:
+    def __call__(self, trainer: Any, batch: Any) -> StepOutput:
         """Make one update of `batch`."""
         batch = self.transformed(self.to_device(batch))
         size = batch_size(batch)
@@ -130,7 +146,7 @@ class TrainStep:
         if self.cuda_graphs:
             keep_gradients(self.parameters())
 
-    def gradients(self, trainer: Trainer, batch: Any) -> tuple[Terms, Tensor]:
+    def gradients(self, trainer: Any, batch: Any) -> tuple[Terms, Tensor]:
         """Put the gradient of the loss into the parameters; return detached terms and loss."""
         if self.microbatch_size is None:
             return self.coupled(trainer, batch, [batch])
@@ -148,7 +164,7 @@ class TrainStep:
             return call_on(self.task, self.model, batch)
 
     @waits_at("the backward pass")
-    def coupled(self, trainer: Trainer, batch: Any, pieces: list[Any]) -> tuple[Terms, Tensor]:
+    def coupled(self, trainer: Any, batch: Any, pieces: list[Any]) -> tuple[Terms, Tensor]:
         """Take the loss of all samples at once; cache gradients where there are pieces."""
         cache = None
         # Over ranks a single piece is cached too: others may have several, and the exchange of
@@ -174,9 +190,7 @@ class TrainStep:
         return terms, value.detach()
 
     @waits_at("the loss and the backward pass")
-    def accumulated(
-        self, trainer: Trainer, pieces: list[Any], divisor: int
-    ) -> tuple[Terms, Tensor]:
+    def accumulated(self, trainer: Any, pieces: list[Any], divisor: int) -> tuple[Terms, Tensor]:
         """Add up the gradients of a mean over samples, each piece weighted by what it holds.
 
         The divisor is the same on all ranks and taken out at the end; it keeps fp16 in range.

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diptych.engine import step
-from diptych.engine.compilation import compile_in_place, keep_gradients, uses_cuda_graphs
 from diptych.engine.state.run_state import run_state
+from diptych.engine.step import train_step as step
+from diptych.engine.step.compilation import compile_in_place, keep_gradients, uses_cuda_graphs
 from tests.engine.models import CoupledLoss, TwoTower, named_parameters, paired, trainer_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

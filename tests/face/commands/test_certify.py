@@ -1,4 +1,4 @@
-"""The certificate from the command line."""
+"""`diptych certify`: the certificate from the command line."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from diptych.engine import ResumeError
-from diptych.engine.certificate import __main__ as command
+from diptych.__main__ import main
 from diptych.engine.certificate import invariances
 
 ROOT = Path(__file__).parents[3]
-PLACE = "tests.engine.certificate.trainings"
+TRAININGS = "tests.engine.certificate.trainings"
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ in_this_process = pytest.mark.usefixtures("_without_processes")
 
 def run_as_module(factory: str) -> tuple[int, list[str]]:
     """Return exit code and printed lines of the command, which starts two ranks."""
-    command = [sys.executable, "-m", "diptych.engine.certificate", f"{PLACE}:{factory}"]
+    command = [sys.executable, "-m", "diptych", "certify", f"{TRAININGS}:{factory}"]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
@@ -60,27 +59,44 @@ def test_the_command_names_a_factor_of_the_ranks_and_a_handler_that_changes_a_we
 
 @in_this_process
 def test_a_sound_training_passes(capsys):
-    assert command.main([f"{PLACE}:build", "--microbatch-size", "4"]) == 0
+    assert main(["certify", f"{TRAININGS}:build", "--microbatch-size", "4"]) == 0
     out = capsys.readouterr().out
     assert "micro-batches of 4" in out
     assert "CHANGES" not in out
 
 
 @in_this_process
-def test_what_breaks_the_promise_is_the_exit_code(capsys):
-    assert command.main([f"{PLACE}:build_with_batch_norm"]) == 1
+def test_the_exit_code_is_one_if_something_changes_the_result(capsys):
+    assert main(["certify", f"{TRAININGS}:build_with_batch_norm"]) == 1
     assert "batch norm" in capsys.readouterr().out
 
 
 @in_this_process
 def test_an_interruption_is_checked_on_request(capsys):
-    with pytest.raises(ResumeError, match="SeededLoader"):
-        command.main([f"{PLACE}:build", "--interruption", "5"])
-    assert command.main([f"{PLACE}:build_with_seeded_loader", "--interruption", "5"]) == 0
+    factory = f"{TRAININGS}:build_with_seeded_loader"
+    assert main(["certify", factory, "--interruption", "5"]) == 0
     assert "interrupted after 1 of 5 iterations: nothing changes" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["nothing", f"{PLACE}:", f"{PLACE}:missing"])
-def test_a_factory_that_is_not_there_is_a_clear_error(name: str):
-    with pytest.raises(ValueError, match="factory must be"):
-        command.main([name])
+@in_this_process
+@pytest.mark.parametrize(
+    ("factory", "options", "message"),
+    [
+        ("build", ["--interruption", "5"], "SeededLoader"),
+        ("build", ["--interruption", "0"], "at must be"),
+        ("build", ["--microbatch-size", "0"], "microbatch_size must be"),
+        ("trainer_of", [], "factory must return a Trainer and its loader, got Trainer"),
+        ("missing", [], "factory must be a function of module"),
+    ],
+)
+def test_unusable_input_is_one_line_and_exit_code_two(capsys, factory, options, message):
+    assert main(["certify", f"{TRAININGS}:{factory}", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("diptych certify: error: ")
+    assert message in line
+
+
+@in_this_process
+def test_an_error_of_the_users_own_code_keeps_its_traceback():
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        main(["certify", f"{TRAININGS}:classifier"])

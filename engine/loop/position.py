@@ -1,0 +1,78 @@
+"""The position of a run: a value, and the transitions between positions."""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+
+class Phase(enum.Enum):
+    """The next thing that the loop does.
+
+    Attributes:
+        BETWEEN_EPOCHS: starts an epoch.
+        BEFORE_BATCH: fetches a batch, or ends the epoch if it has no iteration left.
+        BEFORE_STEP: runs the step with the batch that it has fetched.
+        EPOCH_ENDED: fires `EPOCH_COMPLETED`; the last iteration's safe point is still to come.
+    """
+
+    BETWEEN_EPOCHS = "between_epochs"
+    BEFORE_BATCH = "before_batch"
+    BEFORE_STEP = "before_step"
+    EPOCH_ENDED = "epoch_ended"
+
+
+class Position(NamedTuple):
+    """A place in a run. Each transition returns another position.
+
+    Attributes:
+        epoch: the running epoch, or between two epochs the last one; counted from 1.
+        iteration: iterations that are done, over all epochs; inside a step, that step counts.
+        epoch_iteration: iterations of the running epoch that are done; 0 between two epochs.
+        phase: what comes next.
+        paused: whether the run was interrupted, so that `run` continues it without `STARTED`.
+    """
+
+    epoch: int = 0
+    iteration: int = 0
+    epoch_iteration: int = 0
+    phase: Phase = Phase.BETWEEN_EPOCHS
+    paused: bool = False
+
+    @property
+    def in_epoch(self) -> bool:
+        """Whether an epoch has started and `EPOCH_COMPLETED` has not fired to its end."""
+        return self.phase is not Phase.BETWEEN_EPOCHS
+
+    def epoch_started(self) -> Position:
+        """Return the position at the start of the next epoch."""
+        return Position(self.epoch + 1, self.iteration, 0, Phase.BEFORE_BATCH)
+
+    def batch_fetched(self) -> Position:
+        """Return the position with a batch in hand."""
+        return Position(self.epoch, self.iteration, self.epoch_iteration, Phase.BEFORE_STEP)
+
+    def step_started(self) -> Position:
+        """Return the position inside the next step."""
+        return Position(self.epoch, self.iteration + 1, self.epoch_iteration, Phase.BEFORE_STEP)
+
+    def step_failed(self) -> Position:
+        """Return the position before a step that has raised; it is to run again."""
+        return Position(self.epoch, self.iteration - 1, self.epoch_iteration, Phase.BEFORE_STEP)
+
+    def step_completed(self) -> Position:
+        """Return the position after a step."""
+        return Position(self.epoch, self.iteration, self.epoch_iteration + 1, Phase.BEFORE_BATCH)
+
+    def batch_dropped(self) -> Position:
+        """Return the position without the batch that was fetched."""
+        phase = Phase.BEFORE_BATCH if self.phase is Phase.BEFORE_STEP else self.phase
+        return self._replace(phase=phase)
+
+    def epoch_ended(self) -> Position:
+        """Return the position after the last step of an epoch, before its handlers."""
+        return self._replace(phase=Phase.EPOCH_ENDED)
+
+    def epoch_completed(self) -> Position:
+        """Return the position between this epoch and the next."""
+        return Position(self.epoch, self.iteration)

@@ -1,0 +1,1 @@
+"""The step: one batch becomes one update."""

@@ -1,0 +1,82 @@
+"""The command line: `diptych COMMAND ...`, or `python -m diptych COMMAND ...`.
+
+In a clone of the repository in which nothing is installed, it is `python -m face COMMAND ...`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+if find_spec("diptych") is None:  # a clone without an installation; spawned ranks inherit the path
+    sys.path.append(str(Path(__file__).resolve().with_name("uninstalled")))
+
+from diptych.engine.errors import CheckpointError, LostRankError, ResumeError
+from diptych.version import __version__
+
+COMMANDS = {
+    "info": ("diptych.commands.info", "print versions and devices, for a bug report"),
+    "certify": ("diptych.commands.certify", "check what changes the result of a training"),
+    "replay": ("diptych.commands.replay", "repeat an update that a LossGuard recorded"),
+    "compare": ("diptych.commands.compare", "compare the settings and the curves of runs"),
+}
+"""Module and one-line help of each command. A module has `add_arguments` and `run`."""
+
+EXPECTED = (CheckpointError, LostRankError, ResumeError, FileNotFoundError, TypeError, ValueError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: the command's name and its arguments; None: those of the process.
+
+    Returns:
+        The exit code: 0, 1 if a comparison found a difference, 2 if the input is unusable.
+    """
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in {"-h", "--help", "--version"}:
+        sys.stdout.write(f"diptych {__version__}\n" if name == "--version" else _table())
+        return 0
+    if name not in COMMANDS:
+        sys.stderr.write(f"diptych: error: {_unknown(name)}\n")
+        return 2
+    command = import_module(COMMANDS[name][0])
+    parser = argparse.ArgumentParser(prog=f"diptych {name}", description=command.__doc__)
+    command.add_arguments(parser)
+    options = parser.parse_args(rest)
+    try:
+        return int(command.run(options))
+    except EXPECTED as error:
+        if not _raised_by_diptych(error):
+            raise  # from the user's own code, where the traceback is what helps
+        sys.stderr.write(f"diptych {name}: error: {error}\n")
+        return 2
+
+
+def _table() -> str:
+    """Return the list of commands."""
+    rows = "".join(f"  {name:<9}{text}\n" for name, (_, text) in COMMANDS.items())
+    return f"usage: diptych COMMAND ...\n\n{rows}\ndiptych COMMAND --help lists its arguments.\n"
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, COMMANDS, n=2)
+    hint = f"Did you mean {' or '.join(near)}?" if near else "diptych --help lists them."
+    return f"command must be one of {', '.join(COMMANDS)}, got {name!r}. {hint}"
+
+
+def _raised_by_diptych(error: BaseException) -> bool:
+    """Return whether the library itself raised an error, with a message for the user."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", "")).startswith("diptych.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Check whether how a training runs changes its result.
+
+The factory is a function without arguments that returns a trainer, with its handlers attached, and
+its loader. The exit code is 1 if a check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from diptych.commands.factory import find_factory
+from diptych.engine.certificate.certificate import certify
+from diptych.engine.trainer import Trainer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("factory", metavar="module:function", help="returns trainer and loader")
+    parser.add_argument(
+        "--microbatch-size", type=int, metavar="N", help="samples of a micro-batch (a third)"
+    )
+    parser.add_argument(
+        "--interruption",
+        type=int,
+        metavar="STEPS",
+        help="also interrupt a run of so many steps, and resume it",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the reports; return 1 if a check fails, else 0.
+
+    Raises:
+        TypeError: if the factory does not return a trainer and its loader.
+    """
+    build = find_factory(options.factory)
+    built = build()
+    if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], Trainer)):
+        raise TypeError(
+            f"factory must return a Trainer and its loader, got {type(built).__name__}. End "
+            f"{options.factory} with: return trainer, loader."
+        )
+    trainer, loader = built
+    reports: list[Any] = [
+        certify(trainer, next(iter(loader)), microbatch_size=options.microbatch_size)
+    ]
+    if options.interruption is not None:
+        steps = options.interruption
+        reports.append(certify.interruption(build, steps=steps, at=max(1, steps // 3)))
+    sys.stdout.write("".join(f"{report}\n" for report in reports))
+    return 0 if all(report.passed for report in reports) else 1

@@ -1,0 +1,58 @@
+"""Compare runs by their directories.
+
+Prints the settings in which the runs differ and the last value of each metric, and writes both,
+with the curves, into one page of HTML.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diptych.handlers.reports.history_plots import (
+    differing_settings,
+    final_values,
+    page,
+    read_run,
+    write_page,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("first", type=Path, metavar="RUN", help="the directory of a run")
+    parser.add_argument("others", type=Path, metavar="RUN", nargs="+", help="those of others")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("comparison.html"),
+        help="the page to write (%(default)s)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print two tables, and write the page."""
+    runs = [read_run(directory) for directory in (options.first, *options.others)]
+    names = [run.name for run in runs]
+    sys.stdout.write(_table("settings that differ", names, differing_settings(runs)))
+    sys.stdout.write(_table("last values", names, final_values(runs)))
+    write_page(options.output, page(runs))
+    sys.stdout.write(f"Wrote {options.output}.\n")
+    return 0
+
+
+def _table(title: str, names: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> str:
+    table = [[title, *names], *([name, *map(_in_a_line, values)] for name, values in rows.items())]
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
+    return "\n".join([*lines, "", ""])
+
+
+def _in_a_line(value: Any) -> str:
+    return " ".join(str(value).split())

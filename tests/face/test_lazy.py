@@ -1,0 +1,73 @@
+"""The lazy facades: what they list, what importing them loads, and what it does not."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+PACKAGES = ("diptych", "diptych.engine", "diptych.handlers", "diptych.losses")
+HEAVY = {"matplotlib", "PIL", "torch._dynamo", "diptych.engine.certificate"}
+
+
+def loaded_by(statement: str, modules: set[str]) -> set[str]:
+    """Return which of the modules a fresh process has loaded after a statement."""
+    script = f"import sys\n{statement}\nprint(*({modules!r} & set(sys.modules)))"
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_facade_lists_public_names_alone(package: str) -> None:
+    facade = importlib.import_module(package)
+
+    assert dir(facade) == sorted(facade.__all__)
+    assert [n for n in dir(facade) if n.startswith("_")] == (
+        ["__version__"] if package == "diptych" else []
+    )
+
+
+def test_the_package_has_every_public_name_of_the_others() -> None:
+    own, *others = (set(importlib.import_module(package).__all__) for package in PACKAGES)
+
+    assert own == {"__version__", "engine", "handlers", "losses"}.union(*others)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_each_public_name_is_there(package: str) -> None:
+    facade = importlib.import_module(package)
+
+    assert [name for name in facade.__all__ if getattr(facade, name) is None] == []
+
+
+def test_a_name_is_one_object_wherever_it_is_imported_from() -> None:
+    import diptych
+    from diptych.engine import Trainer
+    from diptych.engine.trainer import Trainer as Original
+
+    assert diptych.Trainer is diptych.engine.Trainer is Trainer is Original
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    import diptych.losses
+
+    with pytest.raises(AttributeError, match="module 'diptych.losses' has no attribute 'Clip'"):
+        diptych.losses.Clip  # noqa: B018
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_importing_a_facade_loads_neither_torch_nor_ignite(package: str) -> None:
+    assert loaded_by(f"import {package}", {"torch", "ignite", *HEAVY}) == set()
+
+
+@pytest.mark.parametrize("package", ["diptych.handlers", "diptych.losses"])
+def test_every_public_name_of_a_package_loads_nothing_heavy(package: str) -> None:
+    assert loaded_by(f"from {package} import *", HEAVY) == set()
+
+
+def test_losses_load_no_ignite() -> None:
+    assert loaded_by("from diptych.losses import *", {"ignite"}) == set()

@@ -1,0 +1,65 @@
+"""The table of commands, and what the command line makes of its first argument."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from diptych.__main__ import COMMANDS, main
+from diptych.version import __version__
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_without_a_command_there_is_a_table_of_them(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    for name, (_, text) in COMMANDS.items():
+        assert f"{name} " in printed
+        assert text in printed
+    assert max(len(line) for line in printed.splitlines()) <= 80
+
+
+def test_an_unknown_command_names_near_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["certfy"]) == 2
+    assert "got 'certfy'. Did you mean certify?" in capsys.readouterr().err
+
+
+def test_an_unknown_command_near_none_names_them_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["x"]) == 2
+    message = capsys.readouterr().err
+    assert all(name in message for name in COMMANDS)
+    assert "Did you mean" not in message
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"diptych {__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_documents_its_arguments(
+    capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+
+    assert stopped.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"usage: diptych {name}" in printed
+    assert " ".join((import_module(COMMANDS[name][0]).__doc__ or "").split()) in printed
+
+
+def test_no_command_is_imported_before_it_runs() -> None:
+    script = (
+        "import sys, diptych.__main__ as line\n"
+        "line.main([])\n"
+        "print([m for m in ('torch', *(m for m, _ in line.COMMANDS.values())) if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert done.stdout.splitlines()[-1] == "[]"
