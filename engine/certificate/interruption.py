@@ -19,7 +19,8 @@ from diptych.engine.random_state import (
     random_state,
     set_random_state,
 )
-from diptych.engine.state.run_state import attached, load_run_state, run_state
+from diptych.engine.state.handler_states import attached
+from diptych.engine.state.run_state import load_run_state, run_state
 from diptych.engine.trainer import Trainer
 
 Build = Callable[[], tuple[Trainer, Iterable[Any]]]

@@ -23,6 +23,7 @@ from diptych.engine.certificate.update_copy import (
     relative_error,
 )
 from diptych.engine.data.batches import batch_size
+from diptych.engine.step.loss_contract import set_tile, tiled_parts
 from diptych.engine.trainer import Trainer
 
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -111,10 +112,10 @@ class Exam:
         """The loss in tiles against the loss at once."""
         tile = max(1, batch_size(self.batch) // 3)
         way = f"tiles of {tile}"
-        if not any(hasattr(module, "tile") for module in self.quiet.loss.modules()):
+        if not tiled_parts(self.quiet.loss):
             return Check(way, None, passed=True, remark="the loss has no tiles")
-        plain = self.quiet.changed(lambda _, loss: _set_tile(loss, None))
-        tiled = self.quiet.changed(lambda _, loss: _set_tile(loss, tile))
+        plain = self.quiet.changed(lambda _, loss: set_tile(loss, None))
+        tiled = self.quiet.changed(lambda _, loss: set_tile(loss, tile))
         error = relative_error(tiled.gradients(self.batch), plain.gradients(self.batch))
         return self._check(way, error, "the loss gives another gradient in tiles")
 
@@ -154,12 +155,6 @@ def _quiet(specimen: Specimen, batch: Any) -> tuple[Specimen, str]:
     if relative_error(first, second) == 0.0:
         return specimen, ""
     return specimen.changed(in_evaluation_mode(DROPOUT)), "with dropout off"
-
-
-def _set_tile(loss: nn.Module, tile: int | None) -> None:
-    parts: list[Any] = [module for module in loss.modules() if hasattr(module, "tile")]
-    for part in parts:
-        part.tile = tile
 
 
 def _couple(_: nn.Module, loss: Any) -> None:

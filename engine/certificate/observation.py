@@ -18,7 +18,7 @@ from diptych.engine.events import StepEvents
 from diptych.engine.loop.listener import Listener
 from diptych.engine.loop.periodic import Periodic
 from diptych.engine.random_state import preserved_random_state, random_state
-from diptych.engine.state.run_state import stateful_handlers
+from diptych.engine.state.handler_states import stateful_handlers
 from diptych.engine.trainer import Trainer
 
 WATCHED = (Events.ITERATION_STARTED, *StepEvents, Events.ITERATION_COMPLETED)

@@ -21,7 +21,8 @@ from diptych.engine.distributed.dtensor import has_shards
 from diptych.engine.events import StepEvents
 from diptych.engine.modules import unwrapped
 from diptych.engine.random_state import preserved_random_state
-from diptych.engine.step.microbatch import joined, loss_terms, total
+from diptych.engine.step.loss_contract import loss_terms, sum_of_terms
+from diptych.engine.step.microbatch import joined
 from diptych.engine.step.train_step import TrainStep
 from diptych.engine.tasks import Task
 from diptych.engine.trainer import Step, Trainer
@@ -118,7 +119,7 @@ class Specimen:
         with preserved_random_state():
             torch.manual_seed(seed)
             outputs = joined([self.task(model, part) for part in parts], parts)
-            total(loss_terms(loss, outputs)).backward()
+            sum_of_terms(loss_terms(loss, outputs)).backward()
         return _gradients(model, loss)
 
 

@@ -9,11 +9,9 @@ needs no second pass: the pieces' sums and weights add up.
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import attrs
 import torch
@@ -22,7 +20,6 @@ from torch import Tensor, nn
 
 from diptych.engine.data.batches import batch_size
 from diptych.engine.distributed.collectives import exchange_timeout
-from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import BatchError
 from diptych.engine.random_state import (
     ForwardRandomState,
@@ -31,47 +28,8 @@ from diptych.engine.random_state import (
 )
 from diptych.engine.tasks import Outputs
 
-Terms = dict[str, Tensor]
 Forward = Callable[[Any], Outputs]
 """The task on one piece, under the step's autocast."""
-
-
-@runtime_checkable
-class SampleMeanLoss(Protocol):
-    """A loss that is a weighted mean over samples, and tells sum and weight apart.
-
-    The loss of a batch is the sum of its pieces' totals over the sum of their weights, over all
-    ranks.
-    """
-
-    couples_samples: bool
-
-    def total_and_weight(self, *outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weighted sum over the samples and the sum of their weights, scalars."""
-        ...
-
-
-@waits_at("the loss, which gathers features")
-def loss_terms(loss: nn.Module, outputs: Outputs) -> Terms:
-    """Return the named terms whose sum is the loss; `{"loss": value}` where it names none."""
-    terms = getattr(loss, "terms", None)
-    if terms is None:
-        return {"loss": loss(*outputs.values())}
-    return dict(terms(*outputs.values()))
-
-
-def total(terms: Terms) -> Tensor:
-    """Return the sum of the terms.
-
-    Raises:
-        BatchError: if there is no term, or one is no scalar.
-    """
-    shapes = {name: tuple(term.shape) for name, term in terms.items() if term.ndim}
-    if shapes or not terms:
-        raise BatchError(
-            f"a loss must give scalars, got {shapes or 'no term'}: reduce it in the loss"
-        )
-    return functools.reduce(operator.add, terms.values())
 
 
 class Buffers:

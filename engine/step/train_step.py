@@ -20,15 +20,15 @@ from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.events import StepEvents
 from diptych.engine.settings import AUTOCAST, TrainerSettings
 from diptych.engine.step.compilation import keep_gradients, uses_cuda_graphs
-from diptych.engine.step.microbatch import (
-    GradientCache,
-    Pieces,
+from diptych.engine.step.loss_contract import (
     SampleMeanLoss,
     Terms,
-    joined,
+    constrain_parameters,
+    couples_samples,
     loss_terms,
-    total,
+    sum_of_terms,
 )
+from diptych.engine.step.microbatch import GradientCache, Pieces, joined
 from diptych.engine.tasks import Outputs, Task
 
 
@@ -153,7 +153,7 @@ class TrainStep:
         # The loss decides, not the size: with a batch that fits on one rank and not on another,
         # the ranks would meet in different collectives.
         pieces = cut(batch, self._pieces.count(batch_size(batch), self.microbatch_size))
-        if getattr(self.loss, "couples_samples", True):
+        if couples_samples(self.loss):
             return self.coupled(trainer, batch, pieces)
         return self.accumulated(trainer, pieces, self.microbatch_size)
 
@@ -180,7 +180,7 @@ class TrainStep:
         trainer.fire_event(StepEvents.FORWARD_COMPLETED)
         with self.autocast():
             terms = loss_terms(self.loss, outputs)
-            value = total(terms)
+            value = sum_of_terms(terms)
         trainer.terms = terms = {name: term.detach() for name, term in terms.items()}
         trainer.fire_event(StepEvents.LOSS_COMPUTED)
         with self.average.last_backward() if cache is None else nullcontext():
@@ -203,7 +203,7 @@ class TrainStep:
             outputs = self.forward(piece)
             with self.autocast():
                 terms, weight = self.totals_and_weight(outputs, batch_size(piece))
-                value = total(terms)
+                value = sum_of_terms(terms)
             with self.average.last_backward() if last else nullcontext():
                 self.scaled(value / divisor).backward()
             if not last:
@@ -224,7 +224,7 @@ class TrainStep:
         trainer.fire_event(StepEvents.LOSS_COMPUTED)
         self.average.receive()
         self._rescale(inverse * divisor)
-        return terms, total(terms)
+        return terms, sum_of_terms(terms)
 
     def totals_and_weight(self, outputs: Outputs, size: int) -> tuple[Terms, Tensor]:
         """Return the sums of a piece's terms over its samples, and the weight they stand for."""
@@ -253,10 +253,7 @@ class TrainStep:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.skipped_steps += _loss_scale(self.scaler) < before
-        for module in self.loss.modules():
-            constrain = getattr(module, "constrain", None)
-            if callable(constrain):
-                constrain()
+        constrain_parameters(self.loss)
 
     def scaled(self, value: Tensor) -> Tensor:
         """Return the value that goes backward: times the loss scale in fp16."""

@@ -22,7 +22,7 @@ from diptych.engine.errors import BatchError
 from diptych.engine.evaluator import Evaluator, Metrics, evaluation_mode
 from diptych.engine.events import EvaluationEvents
 from diptych.engine.settings import AUTOCAST, Precision
-from diptych.engine.step.microbatch import SampleMeanLoss
+from diptych.engine.step.loss_contract import SampleMeanLoss
 from diptych.engine.tasks import Outputs, Task
 from diptych.engine.trainer import Trainer
 from diptych.handlers.cadence import call_every, check_every

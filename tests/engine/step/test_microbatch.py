@@ -252,5 +252,5 @@ def test_a_loss_that_is_no_scalar_is_a_clear_error(size):
         def forward(self, image: Tensor, text: Tensor) -> Tensor:
             return (image * text).sum(1)
 
-    with pytest.raises(BatchError, match=r"must give scalars, got \{'loss': \(8,\)\}"):
+    with pytest.raises(BatchError, match=r"loss must return scalars, got \{'loss': \(8,\)\}"):
         trainer_of(loss=Rows(), microbatch_size=size).run([paired(8)], max_epochs=1)

@@ -1,0 +1,108 @@
+"""The optional members of a loss, and their defaults.
+
+A loss is a module that returns a scalar. These functions are the only code of the engine and the
+handlers that asks what else it has: `terms`, `couples_samples`, `total_and_weight`, `constrain`,
+`scalars`, `tile`.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from diptych.engine.distributed.hang_report import waits_at
+from diptych.engine.errors import BatchError
+from diptych.engine.tasks import Outputs
+
+Terms = dict[str, Tensor]
+"""The named, weighted parts of a loss, whose sum it is."""
+
+
+@runtime_checkable
+class SampleMeanLoss(Protocol):
+    """A loss that is a weighted mean over samples, and can return its sum and weight apart.
+
+    The loss of a batch is the sum of the totals of its pieces over the sum of their weights, over
+    all ranks.
+    """
+
+    couples_samples: bool
+
+    def total_and_weight(self, *outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weighted sum over the samples and the sum of their weights, scalars."""
+        ...
+
+
+@runtime_checkable
+class TiledLoss(Protocol):
+    """A loss, or a part of one, that computes its matrix in tiles.
+
+    Attributes:
+        tile: rows of a tile; None: the whole matrix; "auto": the loss decides.
+    """
+
+    tile: int | str | None
+
+
+def couples_samples(loss: nn.Module, *, default: bool = True) -> bool:
+    """Say whether the loss of a batch is more than a mean over its samples.
+
+    Args:
+        loss: may declare it in an attribute `couples_samples`.
+        default: for a loss that declares nothing. True is safe for a gradient; an evaluation
+            averages such a loss over batches, as PyTorch's own losses expect, and takes False.
+    """
+    return bool(getattr(loss, "couples_samples", default))
+
+
+@waits_at("the loss, which gathers features")
+def loss_terms(loss: nn.Module, outputs: Outputs) -> Terms:
+    """Return the named terms whose sum is the loss; `{"loss": value}` if it has no `terms`."""
+    terms = getattr(loss, "terms", None)
+    if terms is None:
+        return {"loss": loss(*outputs.values())}
+    return dict(terms(*outputs.values()))
+
+
+def sum_of_terms(terms: Terms) -> Tensor:
+    """Return the sum of the terms.
+
+    Raises:
+        BatchError: if there is no term, or a term is not a scalar.
+    """
+    shapes = {name: tuple(term.shape) for name, term in terms.items() if term.ndim}
+    if shapes or not terms:
+        raise BatchError(
+            f"loss must return scalars, got {shapes or 'no term'}. Reduce it in the loss."
+        )
+    return functools.reduce(operator.add, terms.values())
+
+
+def scalars_of(loss: nn.Module) -> Mapping[str, Tensor]:
+    """Return the scalars that a loss publishes at log points, by name: a temperature, a weight."""
+    scalars: Callable[[], Mapping[str, Tensor]] | None = getattr(loss, "scalars", None)
+    return {} if scalars is None else scalars()
+
+
+def constrain_parameters(loss: nn.Module) -> None:
+    """Call `constrain()` of the loss and its parts, which clamps their parameters."""
+    for module in loss.modules():  # a runtime protocol would cost 10 microseconds a module
+        constrain = getattr(module, "constrain", None)
+        if callable(constrain):
+            constrain()
+
+
+def tiled_parts(loss: nn.Module) -> list[TiledLoss]:
+    """Return the loss and its parts that compute in tiles."""
+    modules: list[Any] = list(loss.modules())
+    return [module for module in modules if isinstance(module, TiledLoss)]
+
+
+def set_tile(loss: nn.Module, tile: int | str | None) -> None:
+    """Set the rows of a tile in all tiled parts of a loss."""
+    for part in tiled_parts(loss):
+        part.tile = tile
