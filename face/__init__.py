@@ -4,7 +4,7 @@
 step, `diptych.losses` the objectives. Every public name of the three can be imported from here too.
 """
 
-from importlib import import_module
+if __name__ == "diptych":  # not as `face`, which `python -m face` imports before `diptych` is found
+    from diptych._lazy import lazy_names
 
-# By its own name, since `python -m face` imports this package as `face`, installed or not.
-__all__, __getattr__, __dir__ = import_module(f"{__name__}._lazy").lazy_names(__name__, __file__)
+    __all__, __getattr__, __dir__ = lazy_names(__name__, __file__)

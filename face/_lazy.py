@@ -37,5 +37,11 @@ def lazy_names(
 
 def _homes(stub: Path) -> dict[str, str]:
     """Return each name that a stub re-exports, with the module that it imports it from."""
-    imports = [n for n in ast.parse(stub.read_text("utf-8")).body if isinstance(n, ast.ImportFrom)]
-    return {alias.name: str(node.module) for node in imports for alias in node.names}
+    homes: dict[str, str] = {}
+    for node in ast.parse(stub.read_text("utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [alias.name for alias in node.names]
+            if names == ["*"]:
+                names = importlib.import_module(node.module).__all__
+            homes |= dict.fromkeys(names, node.module)
+    return homes

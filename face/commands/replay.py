@@ -3,7 +3,7 @@
 The factory builds the trainer of the run, or a tuple that begins with it, with the same model,
 loss, task, optimizer and settings. Weights, buffers, random state and batch come from the record;
 attached handlers do not act. The exit code is 1 if a value differs. A record of N ranks needs N
-ranks: torchrun --nproc-per-node N -m diptych replay ...
+ranks: `torchrun --nproc-per-node N -m diptych replay ...`.
 """
 
 from __future__ import annotations

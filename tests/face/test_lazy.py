@@ -55,7 +55,7 @@ def test_a_name_is_one_object_wherever_it_is_imported_from() -> None:
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
     import diptych.losses
 
-    with pytest.raises(AttributeError, match="module 'diptych.losses' has no attribute 'Clip'"):
+    with pytest.raises(AttributeError, match=r"module 'diptych\.losses' has no attribute 'Clip'"):
         diptych.losses.Clip  # noqa: B018
 
 
@@ -64,10 +64,9 @@ def test_importing_a_facade_loads_neither_torch_nor_ignite(package: str) -> None
     assert loaded_by(f"import {package}", {"torch", "ignite", *HEAVY}) == set()
 
 
-@pytest.mark.parametrize("package", ["diptych.handlers", "diptych.losses"])
-def test_every_public_name_of_a_package_loads_nothing_heavy(package: str) -> None:
-    assert loaded_by(f"from {package} import *", HEAVY) == set()
+def test_every_public_handler_loads_nothing_heavy() -> None:
+    assert loaded_by("from diptych.handlers import *", HEAVY) == set()
 
 
-def test_losses_load_no_ignite() -> None:
+def test_every_public_loss_loads_no_ignite() -> None:
     assert loaded_by("from diptych.losses import *", {"ignite"}) == set()

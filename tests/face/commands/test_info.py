@@ -44,7 +44,7 @@ def test_it_lists_every_extra_of_a_user_with_its_package() -> None:
     text = (ROOT / "pyproject.toml").read_text("utf-8")
     table = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     extras = dict(re.findall(r'^([\w-]+) = \["([\w-]+)[>"]', table, re.MULTILINE))
-    names = {name for name in re.findall(r"^([\w-]+) = \[", table, re.MULTILINE)} - OF_DEVELOPMENT
+    names = set(re.findall(r"^([\w-]+) = \[", table, re.MULTILINE)) - OF_DEVELOPMENT
 
     assert set(info.EXTRAS) == names
     assert all(extras[name] == package for name, package in info.EXTRAS.items())
@@ -56,6 +56,8 @@ def test_it_loads_neither_the_compiler_nor_an_extra() -> None:
         "line.main(['info'])\n"
         "print([m for m in ('torch._dynamo', 'ignite', 'matplotlib', 'PIL') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
 
     assert done.stdout.splitlines()[-1] == "[]"

@@ -72,7 +72,17 @@ def test_ranks_replay_under_torchrun(ranks, tmp_path):
     record = tmp_path / f"iteration_0000000{BAD}_rank_0.pt"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*launcher, "--nproc-per-node", "2", "-m", "diptych", "replay", record, "--factory", FACTORY],
+        [
+            *launcher,
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "diptych",
+            "replay",
+            record,
+            "--factory",
+            FACTORY,
+        ],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -62,7 +62,10 @@ def test_without_json_lines_the_run_does_not_start(tmp_path):
 
 
 def test_the_settings_that_differ_come_first(tmp_path):
-    runs = [read_run(reported_run(tmp_path / "a")), read_run(reported_run(tmp_path / "b", microbatch_size=1))]
+    runs = [
+        read_run(reported_run(tmp_path / "a")),
+        read_run(reported_run(tmp_path / "b", microbatch_size=1)),
+    ]
 
     different = differing_settings(runs)
 
