@@ -1,55 +1,62 @@
-"""Ends a run when a metric has stopped improving."""
+"""Early stopping: the end of a run whose metric no longer improves."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import attrs
 from ignite.engine import Events
 
 from diptych.engine.checks import whole_number
-from diptych.engine.events import EvaluationEvents, RunEvents
+from diptych.engine.events import EvaluationEvents, MetricsEvents, RunEvents
+from diptych.engine.handler import Change, Handler
 from diptych.engine.trainer import Trainer
 from diptych.handlers.run_progress import published, unpublished
 
 logger = logging.getLogger(__name__)
 
+MEMORY = ("best", "best_iteration", "waited", "stopped")
+"""The attributes that a checkpoint keeps."""
+
 
 @attrs.define(kw_only=True, eq=False)
-class EarlyStopping:
+class EarlyStopping(Handler):
     """Ends the run once `patience` values of a metric in a row have not improved on the best.
 
-    Every value counts once: of an evaluation's metric (`val/recall@1`) each evaluation's, of any
-    other (`train/loss`) each epoch's mean. A value that is not a number is no improvement.
+    Every value counts once: for an evaluation's metric (`val/recall@1`), the value of each
+    evaluation; for any other metric (`train/loss`), its mean over each epoch. NaN is no
+    improvement.
 
-    A run that was stopped stays so: continued, from a checkpoint too, it ends before its next
-    iteration and says so in the log. `reset()` lets it go on. A run that starts over starts with
-    a fresh memory.
+    A stopped run stays stopped. If it is continued, also from a checkpoint, it ends before its next
+    iteration and logs a warning, unless `reset()` was called. A run that starts over starts with an
+    empty memory.
 
-    Event: `EvaluationEvents.EVALUATED` and `Events.EPOCH_COMPLETED`; `Events.STARTED` to stay
-        stopped, `RunEvents.SAFE_POINT` to miss the metric.
-    Cost: none that shows; it reads values that are on the host already.
+    Event: `EvaluationEvents.EVALUATED` and `MetricsEvents.EPOCH_PUBLISHED`; `Events.STARTED` to
+        stay stopped; `RunEvents.SAFE_POINT` to report a metric that is never published.
+    Cost: none that can be measured; it reads values that are on the host already.
 
     Args:
         metric: the name under which the values are published.
-        patience: values without improvement that end the run, >= 1.
+        patience: values in a row without an improvement that end the run, >= 1.
         mode: whether a larger ("max") or a smaller ("min") value is better.
-        min_delta: what a value must be better by to improve, >= 0, in units of the metric.
+        min_delta: the least difference that counts as an improvement, >= 0, in units of the metric.
 
     Attributes:
         best: the best value so far; None before the first.
-        best_iteration: when it came.
+        best_iteration: its iteration.
         waited: values since then.
-        stopped: whether the run was ended.
+        stopped: whether this handler has ended the run.
 
     Raises:
         ValueError: if an argument is out of range.
-        KeyError: while running: if, when the metric should have come first, nothing has its name;
-            the message lists the names that are there.
+        KeyError: while running: if nothing has published the metric by the time it was due; the
+            message lists the metrics there are.
     """
+
+    changes: ClassVar[frozenset[Change]] = frozenset({Change.RUN_LENGTH})
 
     metric: str = "val/recall@1"
     patience: int = attrs.field(default=5, validator=whole_number())
@@ -67,26 +74,30 @@ class EarlyStopping:
         if not 0 <= self.min_delta < math.inf:
             raise ValueError(f"min_delta must be >= 0 and finite, got {self.min_delta!r}")
 
+    @property
+    def role(self) -> str:
+        """The metric."""
+        return self.metric
+
     def attach(self, trainer: Trainer) -> None:
-        """Watch the trainer's values."""
+        """Judge the values that the trainer publishes."""
         trainer.add_event_handler(Events.STARTED, self._start)
-        trainer.add_event_handler(EvaluationEvents.EVALUATED, self._look)
-        trainer.add_event_handler(Events.EPOCH_COMPLETED, self._look)
-        trainer.add_event_handler(RunEvents.SAFE_POINT, self._check_metric)
+        trainer.add_event_handler(EvaluationEvents.EVALUATED, self._judge_new_values)
+        trainer.add_event_handler(MetricsEvents.EPOCH_PUBLISHED, self._judge_new_values)
+        trainer.add_event_handler(RunEvents.SAFE_POINT, self._check_published)
 
     def reset(self) -> None:
-        """Forget the best value and let a stopped run go on."""
+        """Forget the best value, and let a stopped run continue."""
         self.best, self.best_iteration, self.waited, self.stopped = None, 0, 0, False
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory, as numbers."""
-        names = ("best", "best_iteration", "waited", "stopped")
-        return {**{name: getattr(self, name) for name in names}, "judged": self._judged}
+        return {**{name: getattr(self, name) for name in MEMORY}, "judged": self._judged}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a memory that `state_dict` returned."""
-        self.best, self.best_iteration = state_dict["best"], state_dict["best_iteration"]
-        self.waited, self.stopped = state_dict["waited"], state_dict["stopped"]
+        """Continue from a memory that `state_dict` returned."""
+        for name in MEMORY:
+            setattr(self, name, state_dict[name])
         self._judged = state_dict["judged"]
 
     def _start(self, trainer: Trainer) -> None:
@@ -95,15 +106,15 @@ class EarlyStopping:
             self._judged = 0
         if self.stopped:
             logger.warning(
-                "the run stays stopped: %s has not improved on %s for %d values; "
-                "call reset() on its EarlyStopping to go on",
+                "The run stays stopped: %s has not improved on %s for %d values. "
+                "Call reset() on its EarlyStopping to continue.",
                 self.metric,
                 self.best,
                 self.waited,
             )
             trainer.terminate()
 
-    def _look(self, trainer: Trainer) -> None:
+    def _judge_new_values(self, trainer: Trainer) -> None:
         history = published(trainer, self.metric)
         for value in history[self._judged :]:
             self._judge(trainer, value)
@@ -118,7 +129,7 @@ class EarlyStopping:
         if self.waited >= self.patience and not self.stopped:
             self.stopped = True
             logger.info(
-                "stopping at iteration %d: %s has not improved on %s of iteration %d for %d values",
+                "Stopping at iteration %d: %s has not improved on %s (iteration %d) for %d values.",
                 trainer.state.iteration,
                 self.metric,
                 self.best,
@@ -133,10 +144,7 @@ class EarlyStopping:
         gain = value - self.best if self.mode == "max" else self.best - value
         return gain > self.min_delta
 
-    def _check_metric(self, trainer: Trainer) -> None:
-        # After all handlers of the epoch's end, one of which may publish the metric.
-        if self._judged == 0:
-            self._look(trainer)
-            missing = unpublished(trainer, "metric", self.metric)
-            if missing is not None:
-                raise KeyError(missing)
+    def _check_published(self, trainer: Trainer) -> None:
+        missing = None if self._judged else unpublished(trainer, "metric", self.metric)
+        if missing is not None:
+            raise KeyError(missing)

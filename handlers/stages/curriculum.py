@@ -13,7 +13,7 @@ from diptych.engine.checks import whole_number
 from diptych.engine.errors import CheckpointError
 from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.engine.trainer import Trainer
-from diptych.handlers.run_progress import unpublished
+from diptych.handlers.evaluation.watched_metric import missing_metric
 from diptych.handlers.stages.attributes import read_attribute, try_attribute, write_attribute
 
 Shape = Literal["linear", "cosine", "step"]
@@ -207,7 +207,7 @@ class Curriculum:
 
     def _check_metric(self, trainer: Trainer) -> None:
         # After all handlers of the first epoch's end, one of which may publish the metric.
-        missing = None if self._seen else unpublished(trainer, "metric", str(self.metric))
+        missing = None if self._seen else missing_metric(trainer, "metric", str(self.metric))
         if missing is not None:
             raise KeyError(missing)
 
