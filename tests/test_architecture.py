@@ -1,4 +1,4 @@
-"""The house rules hold in every file, and every checker finds a planted stray."""
+"""The house rules hold in every file and on the map of imports; a planted stray is found."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests import house_rules as rules
-from tests.house_rules import ROOMS, SCRIPTS, Source
+from tests import import_map
+from tests.house_rules import PACKAGES, SCRIPTS, Source
 
 Checker = Callable[[Source], Iterator[str]]
 TEXT = (".py", ".md", ".toml", ".yml", ".yaml", ".cff", ".txt", ".cfg", ".json", ".css", ".ipynb")
-PYTHON_FOLDERS = (*ROOMS, *SCRIPTS, "tests", "docs")
+PYTHON_FOLDERS = (*PACKAGES, *SCRIPTS, "tests", "docs")
 
 
 def find_none(checker: Checker, sources: list[Source]) -> None:
@@ -29,25 +30,50 @@ def top_level_files() -> list[Source]:
     return [Source(p.relative_to(rules.ROOT).as_posix(), p.read_text("utf-8")) for p in paths]
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_every_room_has_files_to_check(room: str) -> None:
-    assert len(rules.read(room)) > 1
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_package_has_files_to_check(package: str) -> None:
+    assert len(rules.read(package)) > 1
 
 
-def test_losses_import_torch_alone() -> None:
-    find_none(rules.wrong_arrows, rules.read("losses"))
+def test_a_package_imports_what_it_may_of_others() -> None:
+    find_none(rules.foreign_imports, rules.read(*PACKAGES))
 
 
-def test_the_engine_imports_neither_handlers_nor_losses() -> None:
-    find_none(rules.wrong_arrows, rules.read("engine"))
-
-
-def test_handlers_import_the_engine_and_what_it_stands_on() -> None:
-    find_none(rules.wrong_arrows, rules.read("handlers"))
-
-
-def test_everybody_imports_the_rooms_by_their_installed_name() -> None:
+def test_everybody_imports_the_packages_by_their_installed_names() -> None:
     find_none(rules.uninstalled_names, rules.read(*PYTHON_FOLDERS))
+
+
+def test_modules_import_modules_and_facades_import_nothing() -> None:
+    find_none(import_map.facade_imports, rules.read(*PACKAGES))
+
+
+def test_folders_import_from_those_that_the_table_allows() -> None:
+    find_none(import_map.forbidden_imports, rules.read(*PACKAGES))
+
+
+def test_the_table_allows_no_import_that_nobody_makes() -> None:
+    assert import_map.unused_permissions() == []
+
+
+def test_the_table_has_no_cycle() -> None:
+    assert import_map.cycles(import_map.without_nesting(import_map.ALLOWED)) == []
+
+
+def test_modules_form_no_cycle() -> None:
+    assert import_map.cycles(import_map.import_graph()) == []
+
+
+def test_there_are_few_layers() -> None:
+    layers = import_map.library_layers()
+    too_high = {name: layer for name, layer in layers.items() if layer > import_map.LAYERS}
+
+    assert too_high == {}
+
+
+def test_no_folder_is_crowded_and_none_holds_a_single_module() -> None:
+    sizes = import_map.folder_sizes()
+
+    assert {f: n for f, n in sizes.items() if n not in import_map.FOLDER_MODULES} == {}
 
 
 def test_imports_are_absolute() -> None:
@@ -71,16 +97,16 @@ def test_file_names_say_what_is_in_the_file() -> None:
 
 
 def test_the_library_prints_nothing_and_leaves_logging_to_the_user() -> None:
-    find_none(rules.prints, rules.read(*ROOMS))
+    find_none(rules.prints, rules.read(*PACKAGES))
 
 
 def test_no_function_is_a_stub() -> None:
-    find_none(rules.empty_bodies, rules.read(*ROOMS, *SCRIPTS))
+    find_none(rules.empty_bodies, rules.read(*PACKAGES, *SCRIPTS))
 
 
 def test_nothing_that_is_read_is_run() -> None:
-    find_none(rules.unsafe_imports, rules.read(*ROOMS, *SCRIPTS))
-    find_none(rules.unsafe_calls, rules.read(*ROOMS, *SCRIPTS))
+    find_none(rules.unsafe_imports, rules.read(*PACKAGES, *SCRIPTS))
+    find_none(rules.unsafe_calls, rules.read(*PACKAGES, *SCRIPTS))
 
 
 def test_losses_never_wait_for_the_device() -> None:
@@ -96,24 +122,58 @@ def test_text_speaks_of_the_project_alone() -> None:
 
 
 PLANTED: list[tuple[Checker, str, str, str]] = [
-    (rules.wrong_arrows, "losses/x.py", "import ignite", "losses must not import ignite"),
-    (rules.wrong_arrows, "losses/x.py", "from diptych.engine import Trainer", "diptych.engine"),
-    (rules.wrong_arrows, "losses/base/tiled.py", "import triton", "must not import triton"),
-    (rules.wrong_arrows, "engine/x.py", "from diptych import losses", "diptych.losses"),
-    (rules.wrong_arrows, "engine/x.py", "import diptych.handlers.sinks.jsonl", "diptych.handlers"),
-    (rules.wrong_arrows, "engine/x.py", "import_module('diptych.losses')", "diptych.losses"),
-    (rules.wrong_arrows, "engine/x.py", "def f():\n    import diptych.losses", "diptych.losses"),
-    (rules.wrong_arrows, "handlers/x.py", "import diptych.losses", "diptych.losses"),
-    (rules.wrong_arrows, "handlers/x.py", "import safetensors", "is an extra"),
-    (rules.wrong_arrows, "handlers/x.py", "import numpy", "must not import numpy"),
+    (rules.foreign_imports, "losses/x.py", "import ignite", "losses must not import ignite"),
+    (rules.foreign_imports, "losses/base/tiled.py", "import triton", "must not import triton"),
+    (rules.foreign_imports, "handlers/x.py", "import safetensors", "is an extra"),
+    (rules.foreign_imports, "handlers/x.py", "import numpy", "must not import numpy"),
     (
         rules.uninstalled_names,
         "examples/x.py",
         "from engine.trainer import Trainer",
-        "diptych.engine",
+        "import diptych.engine.trainer, not engine.trainer",
+    ),
+    (rules.uninstalled_names, "examples/x.py", "import face.version", "import diptych.version"),
+    (
+        import_map.facade_imports,
+        "engine/x.py",
+        "from diptych.engine import Trainer",
+        "import from a module of diptych.engine",
+    ),
+    (import_map.facade_imports, "engine/x.py", "from diptych import losses", "diptych.losses"),
+    (import_map.facade_imports, "face/x.py", "import diptych", "from a module of diptych"),
+    (import_map.facade_imports, "engine/x.py", "import_module('diptych.losses')", "diptych.losses"),
+    (
+        import_map.facade_imports,
+        "engine/__init__.py",
+        "from diptych.engine.trainer import Trainer",
+        "imports diptych._lazy alone",
+    ),
+    (
+        import_map.forbidden_imports,
+        "losses/x.py",
+        "from diptych.engine.trainer import Trainer",
+        "losses must not import from engine",
+    ),
+    (
+        import_map.forbidden_imports,
+        "engine/x.py",
+        "import diptych.handlers.sinks.jsonl",
+        "engine must not import from handlers.sinks",
+    ),
+    (
+        import_map.forbidden_imports,
+        "engine/data/x.py",
+        "if TYPE_CHECKING:\n    from diptych.engine.loop.event_loop import EventLoop",
+        "engine.data must not import from engine.loop",
+    ),
+    (
+        import_map.forbidden_imports,
+        "handlers/x.py",
+        "def f():\n    import_module('diptych.losses.registry')",
+        "handlers must not import from losses",
     ),
     (rules.relative_imports, "engine/x.py", "from . import events", "relative import"),
-    (rules.long_files, "engine/x.py", "x = 1\n" * 401, "401 lines"),
+    (rules.long_files, "engine/x.py", "x = 1\n" * 601, "601 lines"),
     (rules.long_functions, "engine/x.py", "def f():\n" + "    x = 1\n" * 40, "f has 41 lines"),
     (
         rules.complex_functions,
@@ -161,17 +221,24 @@ def test_a_planted_stray_is_found(checker: Checker, path: str, text: str, expect
 
 
 KEPT: list[tuple[Checker, str, str]] = [
-    (rules.wrong_arrows, "losses/x.py", "import math\nimport torch\nfrom diptych.losses import x"),
-    (rules.wrong_arrows, "engine/x.py", "import attrs\nfrom ignite.engine import Engine"),
-    (rules.wrong_arrows, "handlers/x.py", "from diptych.engine import x\nimport tensorboard"),
-    (rules.wrong_arrows, "handlers/x.py", "def f():\n    import safetensors.torch"),
+    (rules.foreign_imports, "losses/x.py", "import math\nimport torch\nimport diptych.losses"),
+    (rules.foreign_imports, "engine/x.py", "import attrs\nfrom ignite.engine import Engine"),
+    (rules.foreign_imports, "handlers/x.py", "def f():\n    import safetensors.torch"),
+    (import_map.facade_imports, "engine/x.py", "from diptych.engine import tasks"),
+    (import_map.facade_imports, "losses/__init__.py", "from diptych._lazy import lazy_names"),
+    (
+        import_map.forbidden_imports,
+        "handlers/sinks/x.py",
+        "from diptych.handlers.sinks.jsonl import JsonLines\nimport diptych.engine.trainer",
+    ),
+    (import_map.forbidden_imports, "losses/__init__.py", "from diptych._lazy import lazy_names"),
     (rules.uninstalled_names, "examples/x.py", "import diptych.engine\nimport data"),
-    (rules.long_files, "engine/x.py", "x = 1\n" * 400),
+    (rules.long_files, "engine/x.py", "x = 1\n" * 600),
     (rules.long_functions, "engine/x.py", "def f():\n    '''" + "\n" * 50 + "'''\n    return 1"),
     (rules.complex_functions, "engine/x.py", "def f(x):\n" + "    if x: x()\n" * 9),
     (rules.long_functions, "losses/x.py", "@triton.jit\ndef f():\n" + "    x = 1\n" * 50),
     (rules.complex_functions, "tests/test_x.py", "def f(x):\n" + "    assert x\n" * 20),
-    (rules.wrong_arrows, "losses/base/triton_kernels.py", "import triton.language as tl"),
+    (rules.foreign_imports, "losses/base/triton_kernels.py", "import triton.language as tl"),
     (rules.vague_names, "handlers/checkpoint_manager.py", ""),
     (rules.empty_bodies, "engine/x.py", "class A(Protocol):\n    def f(self): ..."),
     (rules.empty_bodies, "engine/x.py", "class A:\n    @abstractmethod\n    def f(self): ..."),
@@ -185,3 +252,33 @@ KEPT: list[tuple[Checker, str, str]] = [
 @pytest.mark.parametrize(("checker", "path", "text"), KEPT)
 def test_what_keeps_the_rules_is_left_alone(checker: Checker, path: str, text: str) -> None:
     assert list(checker(Source(path, text))) == []
+
+
+CHAIN = {"a": {"b"}, "b": {"c"}, "c": set[str]()}
+
+
+def test_a_planted_cycle_is_found_with_its_members() -> None:
+    assert import_map.cycles(CHAIN) == []
+    assert import_map.cycles(CHAIN | {"c": {"b"}}) == [["b", "c"]]
+
+
+def test_layers_are_counted_along_the_longest_path() -> None:
+    assert import_map.layers(CHAIN | {"d": {"c", "a"}}) == {"a": 3, "b": 2, "c": 1, "d": 4}
+
+
+def test_the_modules_of_a_cycle_share_a_layer() -> None:
+    looped = CHAIN | {"c": {"b", "d"}, "d": set()}
+
+    assert import_map.layers(looped) == {"a": 3, "b": 2, "c": 2, "d": 1}
+
+
+def test_an_arrow_between_a_folder_and_one_inside_it_makes_no_cycle() -> None:
+    nested = {"engine": {"engine.loop"}, "engine.loop": {"engine"}}
+
+    assert import_map.cycles(import_map.without_nesting(nested)) == []
+
+
+def test_a_permission_that_nobody_uses_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(import_map.ALLOWED, "losses", {"losses.base", "engine"})
+
+    assert "losses does not import from engine" in import_map.unused_permissions()

@@ -31,8 +31,9 @@ EXTRAS = {
 MISSING = "not installed"
 
 
-def add_arguments(_: argparse.ArgumentParser) -> None:
-    """Add nothing: the command takes no arguments."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say what to do with the output; the command takes no arguments."""
+    parser.epilog = "Paste the whole output into a bug report."
 
 
 def run(_: argparse.Namespace) -> int:
