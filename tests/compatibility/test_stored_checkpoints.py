@@ -1,0 +1,54 @@
+"""Checkpoints that earlier versions wrote: runs resume from them and end as if nothing happened."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from ignite.engine import Events
+
+from tests.compatibility.training import EPOCHS, STOP, build
+
+STORED = sorted(Path(__file__).parent.glob("format_*"))
+
+
+@pytest.mark.parametrize("stored", STORED, ids=lambda folder: folder.name)
+def test_a_stored_run_ends_as_the_uninterrupted_one_did(stored: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(stored, folder)
+    trainer, loader = build(folder)
+    iterations: list[tuple[int, int]] = []
+    trainer.add_event_handler(
+        Events.ITERATION_STARTED,
+        lambda: iterations.append((trainer.state.epoch, trainer.state.iteration)),
+    )
+
+    trainer.run(loader, max_epochs=EPOCHS)
+
+    assert iterations[0] == (2, STOP + 1)
+    assert iterations[-1] == (EPOCHS, EPOCHS * len(loader))
+    end = torch.load(folder / "end.pt", weights_only=True)
+    torch.testing.assert_close(trainer.model.state_dict(), end, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stored", STORED, ids=lambda folder: folder.name)
+def test_the_log_of_a_stored_run_goes_on_without_a_step_twice(stored: Path, tmp_path: Path) -> None:
+    folder, fresh = tmp_path / "run", tmp_path / "fresh"
+    shutil.copytree(stored, folder)
+    for run in (folder, fresh):
+        trainer, loader = build(run)
+        trainer.run(loader, max_epochs=EPOCHS)
+
+    resumed, whole = (_logged(run / "metrics.jsonl") for run in (folder, fresh))
+    assert [keys for keys, _ in resumed] == [keys for keys, _ in whole]
+    for (_, values), (_, expected) in zip(resumed, whole, strict=True):
+        assert values == pytest.approx(expected, rel=1e-4)
+
+
+def _logged(path: Path) -> list[tuple[tuple[str, ...], list[float]]]:
+    """Return the tags and values of each line, the step first."""
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [(tuple(line), list(line.values())) for line in lines]
