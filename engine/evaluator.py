@@ -13,8 +13,8 @@ from ignite.engine import Engine
 from ignite.metrics import Metric
 from torch import Tensor, nn
 
-from diptych.engine.data.batch_source import length_of
 from diptych.engine.data.batches import to_device
+from diptych.engine.data.loader_contract import length_of
 from diptych.engine.distributed.dtensor import call_on, has_shards
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import BatchError, ResumeError

@@ -11,7 +11,8 @@ from typing import Any
 
 from ignite.engine import Engine, Events, State
 
-from diptych.engine.data.batch_source import BatchSource, length_of
+from diptych.engine.data.batch_source import BatchSource
+from diptych.engine.data.loader_contract import length_of
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import ResumeError
 from diptych.engine.events import ITERATION_EVENTS, MetricsEvents, Outcome, RunEvents

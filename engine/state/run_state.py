@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import ignite
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from diptych.engine.distributed.collectives import rank, world_size
@@ -25,6 +24,7 @@ from diptych.engine.random_state import (
     random_state,
     set_random_state,
 )
+from diptych.engine.state.handler_states import match_states, stateful_handlers
 from diptych.engine.state.module_state import clean_state_dict, load_clean_state_dict
 from diptych.engine.state.plain_state import plain_state
 
@@ -33,8 +33,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-"""Raised when a checkpoint's layout changes so that an older version cannot read it."""
+FORMAT = 2
+"""The layout of a checkpoint; it rises when an older version could not read a new one.
+
+1 named the handlers' states by class alone, 2 names them by `Handler.key`."""
 
 
 def run_state(trainer: Trainer) -> dict[str, Any]:
@@ -74,34 +76,34 @@ def load_run_state(trainer: Trainer, state: Mapping[str, Any]) -> None:
 
     Tensors may be whole or sharded, whatever they are here.
 
-    The trainer's loader is the one in `trainer.state.dataloader`. A handler that the saved run
-    did not have begins anew, and a saved state whose handler is gone is passed over: both are
-    logged as a warning.
+    The trainer's loader is the one in `trainer.state.dataloader`. A handler's state goes to the
+    handler with the same key. A handler that the saved run did not have starts fresh, and a saved
+    state whose handler is gone is dropped: both are logged as a warning.
 
     Raises:
-        CheckpointError: if the state belongs to another model, loss or optimizer, or to another
-            number of handlers of one class, so that which is which cannot be told; nothing has
-            been changed then.
+        CheckpointError: if the state belongs to another model, loss or optimizer, or several
+            handlers share a key and their number has changed. Nothing has been modified then.
         ResumeError: if the loader cannot go to the position.
     """
     handlers = stateful_handlers(trainer)
-    _check(trainer, state, handlers)
+    _check(trainer, state)
+    states = match_states(state["handlers"], handlers, by_class=state.get("format", 0) < 2)
     load_clean_state_dict(trainer.model, state["model"])
     load_clean_state_dict(trainer.loss, state["loss"])
     trainer.optimizer.load_state_dict(_optimizer_state(trainer.optimizer, state["optimizer"]))
     if trainer.scaler is not None and state["scaler"] is not None:
         trainer.scaler.load_state_dict(state["scaler"])
         trainer.skipped_steps.copy_(state["skipped_steps"])
-    for name in handlers.keys() & state["handlers"].keys():
-        handlers[name].load_state_dict(state["handlers"][name])
+    for key, handler_state in states.items():
+        handlers[key].load_state_dict(handler_state)
     trainer.load_state_dict(state["trainer"])
     trainer.metrics.load_state_dict(_metrics_of_this_rank(state["metrics"]))
     trainer.state.metrics.update(state["last_metrics"])
     _restore_data(trainer, state)
-    states = state["random"]
-    set_random_state(states[min(rank(), len(states) - 1)])
+    set_random_state(state["random"][min(rank(), len(state["random"]) - 1)])
     if rank() == 0:
-        _tell_differences(trainer, state, handlers)
+        _log_handlers(states, handlers, state["handlers"])
+        _log_differences(state["fingerprint"], fingerprint(trainer))
 
 
 def _restore_data(trainer: Trainer, state: Mapping[str, Any]) -> None:
@@ -110,45 +112,6 @@ def _restore_data(trainer: Trainer, state: Mapping[str, Any]) -> None:
         trainer.set_data(trainer.state.dataloader)
         place = places[rank()] if len(places) == world_size() else places[0]
         trainer.batches.restore_place(place, inside=inside)
-
-
-def stateful_handlers(trainer: Trainer) -> dict[str, Any]:
-    """Return by name every handler that has a state, attached or added to an event, in their order.
-
-    The name is the class's, with a number from the second of a class on.
-    """
-    counts: Counter[str] = Counter()
-    named: dict[str, Any] = {}
-    for candidate in attached(trainer):
-        average = getattr(candidate, "ema_model", None)
-        if _has_state(candidate) or isinstance(average, nn.Module):
-            kind = type(candidate).__name__
-            counts[kind] += 1
-            name = kind if counts[kind] == 1 else f"{kind}_{counts[kind]}"
-            # Ignite's EMAHandler does not say what it holds.
-            named[name] = candidate if _has_state(candidate) else average
-    return named
-
-
-def attached(trainer: Trainer) -> list[Any]:
-    """Return every object whose functions the trainer's events call, each once, in their order."""
-    own = (trainer, trainer.model, trainer.loss, trainer.optimizer, trainer.metrics)
-    found = {id(item): item for item in (*trainer.handlers, *_owners_of_functions(trainer))}
-    return [item for key, item in found.items() if key not in {id(part) for part in own}]
-
-
-def _owners_of_functions(trainer: Trainer) -> Iterator[Any]:
-    """Give the object behind each function that was added to an event."""
-    for listener in trainer.listeners:
-        parent = getattr(listener.function, "_parent", None)  # Ignite's wrapper of a filtered one
-        added = parent() if parent else listener.function
-        yield getattr(added, "__self__", added)
-
-
-def _has_state(candidate: Any) -> bool:
-    if isinstance(candidate, type):
-        return False
-    return hasattr(candidate, "state_dict") and hasattr(candidate, "load_state_dict")
 
 
 def _optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,7 +144,7 @@ def fingerprint(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _check(trainer: Trainer, state: Mapping[str, Any], handlers: Mapping[str, Any]) -> None:
+def _check(trainer: Trainer, state: Mapping[str, Any]) -> None:
     if state.get("format", 0) > FORMAT:
         raise CheckpointError(
             f"the checkpoint has format {state['format']}, and this version reads up to {FORMAT}: "
@@ -190,36 +153,28 @@ def _check(trainer: Trainer, state: Mapping[str, Any], handlers: Mapping[str, An
     for part, module in (("model", trainer.model), ("loss", trainer.loss)):
         _check_keys(part, state[part], clean_state_dict(module))
     _check_optimizer(trainer, state)
-    _check_handlers(state["handlers"], handlers)
 
 
-def _check_handlers(saved: Collection[str], here: Collection[str]) -> None:
-    """Check that no handler would get the state of another one of its class."""
-    kinds = [Counter(name.partition("_")[0] for name in names) for names in (saved, here)]
-    for kind in sorted(kinds[0].keys() & kinds[1].keys()):
-        if kinds[0][kind] != kinds[1][kind]:
-            raise CheckpointError(
-                f"the checkpoint has states of {kinds[0][kind]} {kind}, and there are "
-                f"{kinds[1][kind]} here, so that which is which cannot be told: attach as many, in "
-                "the same order"
-            )
-
-
-def _tell_differences(
-    trainer: Trainer, state: Mapping[str, Any], handlers: Mapping[str, Any]
+def _log_handlers(
+    matched: Mapping[str, Any], here: Collection[str], saved: Mapping[str, Any]
 ) -> None:
-    """Log what of the saved run is not as it is here."""
-    fresh = sorted(handlers.keys() - state["handlers"].keys())
-    gone = sorted(state["handlers"].keys() - handlers.keys())
+    """Log which handlers start without a saved state, and which saved states nobody takes."""
+    fresh = sorted(set(here) - set(matched))
+    taken = {id(state) for state in matched.values()}
+    missing = sorted(name for name, state in saved.items() if id(state) not in taken)
     if fresh:
-        logger.warning("not in the checkpoint, so they begin anew: %s", ", ".join(fresh))
-    if gone:
-        logger.warning("in the checkpoint and not attached any more: %s", ", ".join(gone))
-    before, now = _flat(state["fingerprint"]), _flat(fingerprint(trainer))
+        logger.warning("Not in the checkpoint, so they start fresh: %s.", ", ".join(fresh))
+    if missing:
+        logger.warning("In the checkpoint, but no longer attached: %s.", ", ".join(missing))
+
+
+def _log_differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Log each setting and version that differs from the saved run's."""
+    before, now = _flat(saved), _flat(here)
     for key in sorted(before.keys() & now.keys()):
         if before[key] != now[key]:
             logger.warning(
-                "%s was %s when the run was saved, and is %s", key, before[key], now[key]
+                "%s was %s when the run was saved, and is %s.", key, before[key], now[key]
             )
 
 

@@ -1,4 +1,4 @@
-"""The run loop: Ignite's events and states, without the faults that lose or change a run."""
+"""The run loop with flags, as it was before `Position`: the oracle of `test_position`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 from ignite.engine import Engine, Events, State
 
-from diptych.engine.data.batch_source import BatchSource, length_of
+from diptych.engine.data.batch_source import BatchSource
+from diptych.engine.data.loader_contract import length_of
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import ResumeError
 from diptych.engine.events import ITERATION_EVENTS, RunEvents
@@ -20,7 +21,7 @@ from diptych.engine.loop.dispatcher import Dispatcher
 logger = logging.getLogger(__name__)
 
 
-class EventLoop(Dispatcher):
+class PreviousLoop(Dispatcher):
     """An Ignite `Engine` whose runs can be stopped and continued at any iteration.
 
     What differs from the base class:

@@ -23,12 +23,12 @@ from diptych.engine import (
     in_groups,
 )
 from diptych.engine.modules import unwrapped
+from diptych.engine.state.handler_states import stateful_handlers
 from diptych.engine.state.module_state import clean_state_dict, load_clean_state_dict
 from diptych.engine.state.run_state import (
     _metrics_of_this_rank,
     load_run_state,
     run_state,
-    stateful_handlers,
 )
 from tests.engine.models import CoupledLoss, TwoTower, paired, sgd, trainer_of
 
@@ -208,7 +208,7 @@ def test_a_state_of_another_number_of_handlers_of_one_class_is_refused():
     trainer.run(loader, max_epochs=1)
     state = run_state(trainer)
     trainer.attach(CountsSteps())
-    with pytest.raises(CheckpointError, match="states of 1 CountsSteps, and there are 2 here"):
+    with pytest.raises(CheckpointError, match="CountsSteps handlers must be the checkpoint's, 1, got 2"):
         load_run_state(trainer, state)
 
 
@@ -245,8 +245,8 @@ def test_handlers_with_a_state_are_found_however_they_were_added():
     trainer.add_event_handler(Events.EPOCH_COMPLETED, stopping)
     assert stateful_handlers(trainer) == {
         "CountsSteps": attached,
-        "CountsSteps_2": added,
-        "CountsSteps_3": filtered,
+        "CountsSteps#2": added,
+        "CountsSteps#3": filtered,
         "EarlyStopping": stopping,
     }
 

@@ -1,0 +1,89 @@
+"""The states of attached objects: found, named, and matched with those of a checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from diptych.engine.errors import CheckpointError
+from diptych.engine.handler import Stateful, contract_of
+
+if TYPE_CHECKING:
+    from diptych.engine.trainer import Trainer
+
+
+def attached(trainer: Trainer) -> list[Any]:
+    """Return every object whose functions the trainer's events call, each once, in order."""
+    own = (trainer, trainer.model, trainer.loss, trainer.optimizer, trainer.metrics)
+    found = {id(item): item for item in (*trainer.handlers, *_owners_of_functions(trainer))}
+    return [item for key, item in found.items() if key not in {id(part) for part in own}]
+
+
+def _owners_of_functions(trainer: Trainer) -> Iterator[Any]:
+    """Yield the object behind each function that was added to an event."""
+    for listener in trainer.listeners:
+        parent = getattr(listener.function, "_parent", None)  # Ignite's wrapper of a filtered one
+        added = parent() if parent else listener.function
+        yield getattr(added, "__self__", added)
+
+
+def stateful_handlers(trainer: Trainer) -> dict[str, Stateful]:
+    """Return every object with a state that is attached or added to an event, by key, in order.
+
+    The second object of a key is called "key#2", the third "key#3".
+    """
+    counts: Counter[str] = Counter()
+    named: dict[str, Stateful] = {}
+    for candidate in attached(trainer):
+        holder = candidate
+        if not _has_state(candidate):
+            holder = getattr(candidate, "ema_model", None)  # Ignite's EMAHandler has no state_dict
+        if isinstance(holder, nn.Module) or _has_state(holder):
+            key = contract_of(candidate).key
+            counts[key] += 1
+            named[key if counts[key] == 1 else f"{key}#{counts[key]}"] = holder
+    return named
+
+
+def _has_state(candidate: object) -> bool:
+    return isinstance(candidate, Stateful) and not isinstance(candidate, type)
+
+
+def match_states(
+    saved: Mapping[str, Any], here: Iterable[str], *, by_class: bool = False
+) -> dict[str, Any]:
+    """Return the saved state of each key that has one.
+
+    Args:
+        saved: the states of a checkpoint by name.
+        here: keys of the handlers that are attached.
+        by_class: whether the names are those of format 1: the class, numbered from the second on.
+
+    Raises:
+        CheckpointError: if several handlers share a key and their number has changed, so that
+            their states cannot be told apart.
+    """
+    there, own = _grouped(saved, by_class=by_class), _grouped(here, by_class=by_class)
+    matched: dict[str, Any] = {}
+    for name in there.keys() & own.keys():
+        if len(there[name]) != len(own[name]):
+            raise CheckpointError(
+                f"the number of {name} handlers must be the checkpoint's, "
+                f"{len(there[name])}, got {len(own[name])}, so that their states cannot be told "
+                "apart. Attach as many, in the same order"
+            )
+        matched.update((k, saved[s]) for k, s in zip(own[name], there[name], strict=True))
+    return matched
+
+
+def _grouped(names: Iterable[str], *, by_class: bool) -> dict[str, list[str]]:
+    """Return the names that differ in their numbers only, under what they have in common."""
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        base = re.sub(r"#\d+$", "", name)
+        groups[re.sub(r"(\[.*\]|_\d+)$", "", base) if by_class else base].append(name)
+    return groups
