@@ -1,4 +1,4 @@
-"""What is built installs elsewhere, imports there, and holds `diptych` and nothing else."""
+"""The distributions hold `diptych` and nothing else; every way of installing it works."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import diptych
+
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("engine", "handlers", "losses")
+PACKAGES = {"diptych": "face"} | {f"diptych.{n}": n for n in ("engine", "handlers", "losses")}
+"""The installed name and the folder of each package."""
 BUILT = ("build", "dist", "site", "runs", "*.egg-info", "__pycache__")
 
 # One worker builds, once, and runs every test of this file.
@@ -61,57 +64,190 @@ def sdist(built: Path) -> Path:
     return next(built.glob("*.tar.gz"))
 
 
-def test_the_wheel_holds_diptych_and_its_metadata_alone(wheel: Path) -> None:
+def packaged(folder: str) -> set[str]:
+    """Return the files below a folder that an installation needs, as paths in the wheel."""
+    suffixes = {".py", ".pyi", ".typed"}
+    files = {p for p in (ROOT / folder).rglob("*") if p.suffix in suffixes}
+    parts = (p.relative_to(ROOT / folder).as_posix() for p in files)
+    place = "diptych" if folder == "face" else f"diptych/{folder}"
+    return {f"{place}/{part}" for part in parts if not part.startswith("uninstalled/")}
+
+
+def test_the_wheel_holds_the_modules_and_types_of_every_package_and_nothing_else(
+    wheel: Path,
+) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
+        names = set(archive.namelist())
 
-    tops = {name.partition("/")[0] for name in names}
-    assert tops == {"diptych", next(t for t in tops if t.endswith(".dist-info"))}
-    assert {name.split("/")[1] for name in names if name.startswith("diptych/")} == set(ROOMS)
-    assert any(name.endswith("licenses/LICENSE") for name in names)
-
-
-@pytest.mark.parametrize("room", ROOMS)
-def test_the_wheel_holds_every_module_of_a_room_and_its_types(wheel: Path, room: str) -> None:
-    source = {p.relative_to(ROOT).as_posix() for p in (ROOT / room).rglob("*.py")}
-
-    with zipfile.ZipFile(wheel) as archive:
-        packed = {n.removeprefix("diptych/") for n in archive.namelist()}
-
-    assert {name for name in packed if name.startswith(f"{room}/")} == source | {f"{room}/py.typed"}
+    metadata_folder = next(n.split("/")[0] for n in names if n.partition("/")[0] != "diptych")
+    of_metadata = {name for name in names if name.startswith(f"{metadata_folder}/")}
+    assert names - of_metadata == set[str]().union(*map(packaged, PACKAGES.values()))
+    assert f"{metadata_folder}/licenses/LICENSE" in names
 
 
-def test_the_wheel_imports_from_where_it_was_installed(wheel: Path, tmp_path: Path) -> None:
-    target = tmp_path / "installed"
-    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index")
-    run(*pip, "--disable-pip-version-check", "--target", target, wheel, cwd=tmp_path)
-    # The finder of an editable install would answer first: take it out, torch stays importable.
-    script = (
-        "import sys\n"
-        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in str(f).lower()]\n"
-        "sys.path[:] = [p for p in sys.path if '__editable__' not in p]\n"
-        "import diptych.engine, diptych.handlers, diptych.losses\n"
-        "for room in (diptych.engine, diptych.handlers, diptych.losses):\n"
-        "    print(room.__file__)\n"
-    )
+def test_the_list_of_packages_names_every_folder_of_modules() -> None:
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    listed = re.search(r"^packages = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)
+    modules = [path for folder in PACKAGES.values() for path in packaged(folder)]
+    folders = {path.rpartition("/")[0].replace("/", ".") for path in modules}
 
-    printed = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(target))
-
-    expected = [target / "diptych" / room / "__init__.py" for room in ROOMS]
-    assert [Path(line) for line in printed.split()] == expected
+    assert listed
+    assert re.findall(r'"(.+)"', listed[1]) == sorted(folders)
 
 
-def test_no_room_is_a_package_of_its_own_name_in_site_packages() -> None:
+def test_the_editable_install_has_a_link_for_every_module() -> None:
+    package = Path(diptych.__file__).parent
+    if "__editable__" not in str(package):
+        pytest.skip("the package that is installed is no strict editable one")
+    linked = {p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+
+    expected = set[str]().union(*map(packaged, PACKAGES.values()))
+    found = {p.relative_to(package.parent).as_posix() for p in linked}
+    assert found == expected, "a module was added or removed: make install"
+
+
+def test_no_package_has_the_name_of_its_folder_in_site_packages() -> None:
     site_packages = Path(sysconfig.get_path("purelib"))
 
-    assert [room for room in ROOMS if (site_packages / room).exists()] == []
+    assert [name for name in PACKAGES.values() if (site_packages / name).exists()] == []
+
+
+def environment(folder: Path) -> Path:
+    """Make an environment with all that this one has but Diptych, and return its interpreter."""
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    [site_packages] = folder.glob("lib/python*/site-packages")
+    # A path that comes from a .pth file has its own .pth files ignored: no editable Diptych.
+    (site_packages / "outer.pth").write_text(sysconfig.get_path("purelib"), "utf-8")
+    return folder / "bin" / "python"
+
+
+def install(python: Path, *what: str | Path) -> None:
+    """Install into an environment, without the network."""
+    options = ("--quiet", "--disable-pip-version-check", "--no-index", "--no-deps")
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", *options)
+    run(*pip, "--ignore-installed", "--no-build-isolation", *what, cwd=python.parent)
+
+
+@pytest.fixture(scope="module")
+def with_wheel(wheel: Path) -> Path:
+    """Return the interpreter of an environment that holds the wheel."""
+    python = environment(wheel.parent / "with_wheel")
+    install(python, wheel)
+    return python
+
+
+@pytest.fixture(scope="module")
+def with_links(built: Path) -> Path:
+    """Return the interpreter of an environment with a strict editable install of the copy."""
+    python = environment(built / "with_links")
+    install(python, "--config-settings", "editable_mode=strict", "--editable", built / "copy")
+    return python
+
+
+WAYS = ("wheel", "wheel in the checkout", "editable")
+
+
+@pytest.fixture
+def installed(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
+    """Return the interpreter and the working directory of a way to install."""
+    python = request.getfixturevalue("with_links" if request.param == "editable" else "with_wheel")
+    return python, ROOT if request.param == "wheel in the checkout" else tmp_path
+
+
+@pytest.mark.parametrize("installed", WAYS, indirect=True)
+def test_an_installation_imports_from_where_it_is(installed: tuple[Path, Path]) -> None:
+    python, here = installed
+    script = (
+        "from diptych import Trainer, CLIPLoss, default_handlers\n"
+        "import diptych.engine, diptych.handlers, diptych.losses\n"
+        "for package in (diptych, diptych.engine, diptych.handlers, diptych.losses):\n"
+        "    print(package.__file__)\n"
+    )
+
+    printed = [Path(line) for line in run(python, "-c", script, cwd=here).splitlines()]
+
+    root = printed[0].parent
+    assert root.name == "diptych"
+    assert root.is_relative_to(python.parents[1]) or "__editable__" in root.parent.name
+    assert printed[1:] == [root / name / "__init__.py" for name in list(PACKAGES.values())[1:]]
+
+
+@pytest.mark.parametrize("installed", WAYS, indirect=True)
+def test_an_installation_has_the_command(installed: tuple[Path, Path]) -> None:
+    python, here = installed
+
+    by_script = run(python.with_name("diptych"), "info", cwd=here)
+
+    assert by_script.startswith("diptych ")
+    assert run(python, "-m", "diptych", "info", cwd=here) == by_script
+
+
+def test_a_clone_without_an_installation_has_the_command(built: Path) -> None:
+    python = environment(built / "bare")
+
+    printed = run(python, "-m", "face", "info", cwd=built / "copy")
+
+    assert f" in {built / 'copy' / 'face'}\n" in printed
+
+
+def test_a_clone_without_an_installation_certifies_on_two_ranks(built: Path) -> None:
+    python, copy = environment(built / "bare_ranks"), built / "copy"
+    factory = "tests.engine.certificate.trainings:build"
+
+    printed = run(python, "-m", "face", "certify", factory, cwd=copy, OMP_NUM_THREADS="1")
+
+    assert "two ranks, 4 + 4" in printed
+    assert "CHANGES" not in printed
+
+
+OF_A_USER = """\
+import diptych
+import torch
+from diptych import CLIPLoss, default_handlers
+from diptych.engine import tasks
+from diptych.handlers import LearningRate
+
+model = torch.nn.Linear(2, 2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+trainer = diptych.Trainer(model, CLIPLoss(), optimizer, task=tasks.image_text)
+trainer.attach(LearningRate(warmup=2), *default_handlers("runs/a"))
+other: diptych.engine.Trainer = trainer.no_such_method()
+diptych.losses.CLIPLoss(temprature=1)
+diptych.handlers.NoSuchHandler()
+"""
+
+
+@pytest.mark.parametrize("installed", ["wheel", "editable"], indirect=True)
+def test_a_type_checker_finds_everything(
+    installed: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    pytest.importorskip("mypy")
+    python, here = installed
+    (here / "of_a_user.py").write_text(OF_A_USER, "utf-8")
+    cache = tmp_path_factory.getbasetemp() / "mypy_cache"
+    mypy = (sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--cache-dir", cache)
+
+    done = subprocess.run(
+        [*mypy, "--python-executable", python, "of_a_user.py"],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    errors = re.findall(r"of_a_user.py:(\d+): error: (.*)  \[([\w-]+)\]", done.stdout)
+    assert [(int(line), code) for line, _, code in errors] == [
+        (11, "attr-defined"),
+        (12, "call-arg"),
+        (13, "attr-defined"),
+    ], done.stdout
 
 
 def test_the_sdist_holds_what_a_build_and_its_reader_need(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
 
-    needed = {"pyproject.toml", "README.md", "LICENSE", "engine/trainer.py", "losses/py.typed"}
+    needed = {"pyproject.toml", "README.md", "LICENSE", "face/__main__.py", "losses/py.typed"}
     assert needed <= names
     assert not [n for n in names if n.startswith((".venv", ".git/", "runs", "site", "tests"))]
 
