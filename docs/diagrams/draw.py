@@ -1,4 +1,4 @@
-"""Draws the documentation's diagrams from what stands here: `python -m docs.diagrams.draw`."""
+"""The documentation's diagrams and their texts. Draw them with `python -m docs.diagrams.draw`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from docs.diagrams.picture import FAINT, Picture
 
 FOLDER = Path(__file__).parent
 
-# The loop, from top to bottom: an event with the handlers that wait for it, or work (a text).
+# The loop, from top to bottom: an event with some handlers that use it, or work (a text).
 Row = tuple[str, Sequence[str]] | str
 BEFORE: list[Row] = [("RESTORE", ["CheckpointManager"]), ("STARTED", ["RunCard", "RunRecord"])]
 EPOCH_BEGINS: list[Row] = [("EPOCH_STARTED", ["StagePlan"])]
 UPDATE: list[Row] = [
-    "take the next batch from the loader",
+    "get the next batch from the loader",
     ("ITERATION_STARTED", ["LearningRate", "Curriculum"]),
-    "move it to the device, transform it",
+    "move it to the device; transform",
     "`outputs = task(model, batch)",
     ("FORWARD_COMPLETED", ["InBatchAccuracy"]),
     "`terms = loss.terms(*outputs)",
@@ -38,7 +38,7 @@ STEP, HEIGHT, PILL = 34, 26, 178
 
 
 def _rows(picture: Picture, x: int, y: int, rows: Sequence[Row]) -> int:
-    """Draw rows below one another; return where the next would stand."""
+    """Draw rows below one another; return the y coordinate of the next row."""
     for row in rows:
         if isinstance(row, str):
             picture.box((x, y, 330, HEIGHT), row, "work")
@@ -51,10 +51,10 @@ def _rows(picture: Picture, x: int, y: int, rows: Sequence[Row]) -> int:
 
 
 def loop() -> Picture:
-    """Return the loop with its events and the handlers that wait for them."""
+    """Return the diagram of the loop, with its events and the handlers that use them."""
     rows = len(BEFORE) + len(EPOCH_BEGINS) + len(UPDATE) + len(EPOCH_ENDS) + len(AFTER)
     height = rows * STEP + 2 * (24 + 12) + 18
-    title = "The loop: run, epochs, updates, their events and the handlers that wait for them"
+    title = "The training loop: run, epochs, updates, their events and the handlers that use them"
     picture = Picture("loop", 620, height, title)
     epoch = 4 + len(BEFORE) * STEP
     update = epoch + 24 + 4 + len(EPOCH_BEGINS) * STEP
@@ -72,7 +72,7 @@ def loop() -> Picture:
 
 
 def _pieces(picture: Picture, y: int, model: str, column: tuple[str, str]) -> None:
-    """Draw four pieces, the model that they go through, and a column of what belongs to each."""
+    """Draw four pieces, the model, and a column of the pieces' features or gradients."""
     name, kind = column
     for index in range(4):
         top = y + index * 28
@@ -85,18 +85,18 @@ def _pieces(picture: Picture, y: int, model: str, column: tuple[str, str]) -> No
 
 
 def caching() -> Picture:
-    """Return gradient caching: two passes over the pieces, the loss between them."""
+    """Return the diagram of gradient caching: two passes over the pieces, the loss between them."""
     title = "Gradient caching: a pass without a graph, the loss of the whole batch, a second pass"
     picture = Picture("caching", 640, 436, title)
-    picture.text(6, 18, "1. Every piece, without a graph", color=FAINT)
+    picture.text(6, 18, "1. Each piece forward, without a graph", color=FAINT)
     _pieces(picture, 28, "model", ("features", "data"))
     picture.text(452, 78, "kept for the whole batch", color=FAINT)
     picture.arrow((385, 136), (385, 164))
-    picture.text(6, 192, "2. The loss, once", color=FAINT)
+    picture.text(6, 192, "2. The loss of the whole batch, once", color=FAINT)
     picture.box((330, 168, 110, 40), "loss", "work")
-    picture.text(452, 192, "every sample with all others", color=FAINT)
+    picture.text(452, 192, "each sample with all others", color=FAINT)
     picture.arrow((385, 210), (385, 258))
-    picture.text(6, 252, "3. Every piece again, and backward", color=FAINT)
+    picture.text(6, 252, "3. Each piece forward again, and backward", color=FAINT)
     _pieces(picture, 262, "model\nwith a graph,\nsame draws", ("gradient", "event"))
     picture.text(452, 312, "of the loss, by the features", color=FAINT)
     picture.arrow((211, 370), (211, 396))
@@ -106,23 +106,23 @@ def caching() -> Picture:
 
 
 def owners() -> Picture:
-    """Return the rooms, what each owns, and who imports whom."""
-    title = "Three rooms: handlers import the engine; engine and losses import neither"
+    """Return the diagram of the packages, what each contains, and who imports whom."""
+    title = "Three packages: handlers import the engine; engine and losses import neither"
     picture = Picture("owners", 640, 350, title)
     picture.box(
         (6, 4, 628, 44),
-        "your script imports all three\nand owns model, optimizer and loader",
+        "your script imports all three\nand has the model, optimizer and loader",
         "data",
     )
     owned = {
-        "handlers": "rates, clipping\nevaluation, files\nstages, TensorBoard",
-        "engine": "the loop, its events\nthe step, in pieces\nranks, precision",
-        "losses": "a value, its terms\ntemperature, queue\nthe global batch",
+        "handlers": "schedules, clipping\nevaluation, files\nstages, TensorBoard",
+        "engine": "the loop, its events\nthe training step\nranks, precision",
+        "losses": "a loss and its terms\ntemperature, queue\nthe global batch",
     }
     lefts = dict(zip(owned, (6, 240, 466), strict=True))
-    for room, text in owned.items():
-        picture.arrow((lefts[room] + 84, 50), (lefts[room] + 84, 92))
-        picture.box((lefts[room], 96, 168, 96), f"`diptych.{room}\n{text}", "work")
+    for package, text in owned.items():
+        picture.arrow((lefts[package] + 84, 50), (lefts[package] + 84, 92))
+        picture.box((lefts[package], 96, 168, 96), f"`diptych.{package}\n{text}", "work")
     picture.arrow((176, 130), (236, 130))
     picture.text(180, 122, "imports", color=FAINT)
     picture.arrow((236, 164), (176, 164), dashed=True)
@@ -146,7 +146,7 @@ DIAGRAMS: dict[str, Callable[[], Picture]] = {
 
 
 def main() -> None:
-    """Write every diagram into its file."""
+    """Write each diagram into its file."""
     for name, draw in DIAGRAMS.items():
         (FOLDER / f"{name}.svg").write_text(draw().svg(), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""A picture of boxes, arrows and texts, as SVG in the colours of the page that it stands in."""
+"""An SVG picture of boxes, arrows and texts, in the colours of the page that includes it."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from html import escape
 INK = "var(--md-default-fg-color, #222)"
 FAINT = "var(--md-default-fg-color--light, #666)"
 PAPER = "var(--md-default-bg-color, #fff)"
-# Half transparent, they are readable on light and on dark paper.
+# Drawn half transparent, so that they are readable on a light and a dark background.
 FILLS = {"work": "#5c6bc0", "event": "#26a69a", "data": "#ffa726", "plain": "#9e9e9e"}
 SIZE, LINE = 13, 17
 WIDTH_OF_A_CHARACTER = {False: 0.56, True: 0.61}
-"""In units of the size; the second is that of code."""
+"""In units of the font size; False: text, True: code."""
 
 
 Area = tuple[int, int, int, int]
-"""The left side, the upper side, the width and the height of a rectangle."""
+"""The left edge, the top edge, the width and the height of a rectangle."""
 
 
 class TooWideError(ValueError):
-    """A text does not fit into its box."""
+    """A text is wider than its box."""
 
 
 class Picture:
-    """Collects what is drawn; `svg()` returns it.
+    """A picture, drawn by its methods; `svg()` returns it.
 
     Args:
-        name: of the picture, unique on a page.
-        width: in pixels, as is everything here.
-        height: likewise.
-        title: what it shows, for readers who do not see it.
+        name: identifies the picture, unique on a page.
+        width: width in pixels.
+        height: height in pixels.
+        title: describes the picture to screen readers.
     """
 
     def __init__(self, name: str, width: int, height: int, title: str) -> None:
@@ -40,9 +40,9 @@ class Picture:
         """Draw a rectangle with centred text; a line that begins with ` is code.
 
         Args:
-            area: that it covers.
-            text: its lines.
-            kind: "work", "event", "data" or "plain".
+            area: the rectangle, in pixels.
+            text: one or more lines.
+            kind: "work", "event", "data" or "plain"; determines the colour.
 
         Raises:
             TooWideError: if a line is wider than the box.
@@ -55,7 +55,7 @@ class Picture:
             self.text(x + width // 2, top + number * LINE, line, anchor="middle", room=width - 8)
 
     def frame(self, area: Area, text: str) -> None:
-        """Draw an empty rectangle around other things, with its name at the upper left."""
+        """Draw an empty rectangle around other shapes, with a text at its upper left."""
         x, y, width, _ = area
         self._rectangle(area, FILLS["plain"], opacity=0.06)
         self.text(x + 10, y + 19, text, color=FAINT, room=width - 20)
@@ -73,20 +73,22 @@ class Picture:
         """Write one line; a line that begins with ` is code.
 
         Args:
-            x: of its anchor.
-            y: of its base line.
+            x: position of the anchor, in pixels.
+            y: position of the base line, in pixels.
             text: the line.
             anchor: "start", "middle" or "end".
-            color: of it.
-            room: the width that it must not exceed.
+            color: a CSS colour.
+            room: the largest allowed width, in pixels.
 
         Raises:
-            TooWideError: if it does.
+            TooWideError: if the line is wider than `room`.
         """
         is_code, text = text.startswith("`"), text.strip("`")
         needed = len(text) * SIZE * WIDTH_OF_A_CHARACTER[is_code]
         if room is not None and needed > room:
-            raise TooWideError(f"{text!r} must fit into {room} pixels, got {needed:.0f}")
+            raise TooWideError(
+                f"text {text!r} must fit into {room} pixels, got {needed:.0f}. Shorten it."
+            )
         font = "monospace" if is_code else "sans-serif"
         self._parts.append(
             f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-family="{font}" '
@@ -94,7 +96,7 @@ class Picture:
         )
 
     def arrow(self, *points: tuple[int, int], dashed: bool = False) -> None:
-        """Draw a line through points, with a head at the last one."""
+        """Draw a line through points, with an arrowhead at the last one."""
         path = " ".join(f"{x},{y}" for x, y in points)
         dash = ' stroke-dasharray="5 4"' if dashed else ""
         self._parts.append(
@@ -103,7 +105,7 @@ class Picture:
         )
 
     def svg(self) -> str:
-        """Return the picture, without a blank line, which would end it inside Markdown."""
+        """Return the picture as SVG. It has no blank line, which would end it inside Markdown."""
         head = (
             f'<marker id="{self._name}-head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
             f'markerHeight="7" orient="auto"><path d="M0,0 L8,4 L0,8 z" fill="{FAINT}"/></marker>'
