@@ -1,1 +1,1 @@
-"""Saving and resuming runs; exporting weights."""
+"""Checkpoints: saving and resuming runs, exporting weights."""

@@ -1,14 +1,15 @@
-"""Saves a run, and resumes it, so that an interruption changes nothing."""
+"""Saves a run and resumes it, so that an interruption changes nothing."""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import attrs
 import torch.distributed as dist
@@ -19,91 +20,98 @@ from diptych.engine.distributed.agreement import LaggedMaximum, on_all_ranks, on
 from diptych.engine.distributed.collectives import exchange_timeout, rank, world_size
 from diptych.engine.distributed.dtensor import has_shards
 from diptych.engine.errors import CheckpointError, ResumeError
-from diptych.engine.events import RunEvents
+from diptych.engine.events import MetricsEvents, RunEvents
+from diptych.engine.handler import Handler
 from diptych.engine.state.run_state import load_run_state, run_state
-from diptych.handlers.checkpointing.entries import Entry, Ranking, resumable
-from diptych.handlers.checkpointing.export import check_can_export, check_exports_what_is_scored
-from diptych.handlers.checkpointing.resume import read_latest, refuse_to_mix
-from diptych.handlers.checkpointing.run_lock import RunLock
-from diptych.handlers.checkpointing.stop_signals import StopSignals
-from diptych.handlers.checkpointing.store import SUFFIX, CheckpointStore
-from diptych.handlers.checkpointing.writer import CheckpointWriter
-from diptych.handlers.run_progress import (
-    moment,
-    place_is_lost,
-    published,
-    unpublished,
-    where_it_resumes,
+from diptych.engine.trainer import Trainer
+from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
+from diptych.handlers.checkpointing.checkpoint_writer import CheckpointWriter
+from diptych.handlers.checkpointing.entries import SUFFIX, Entry, Ranking, resumable
+from diptych.handlers.checkpointing.export import check_can_export
+from diptych.handlers.checkpointing.resume import (
+    check_is_empty,
+    position_is_lost,
+    read_latest,
+    resume_limits,
 )
-
-if TYPE_CHECKING:
-    from diptych.engine.trainer import Trainer
+from diptych.handlers.checkpointing.run_lock import RunLock
+from diptych.handlers.checkpointing.save_policy import (
+    Decision,
+    Known,
+    Memory,
+    decide_at_end,
+    decide_at_safe_point,
+)
+from diptych.handlers.checkpointing.stop_signals import StopSignals
+from diptych.handlers.evaluation.averaged_weights import average_behind
+from diptych.handlers.evaluation.watched_metric import missing_metric, published_values
 
 logger = logging.getLogger(__name__)
 
 
 def _check_every(_: Any, __: attrs.Attribute[Any], value: object) -> None:
-    long = isinstance(value, timedelta) and value > timedelta()
-    if value != "epoch" and not is_whole(value) and not long:
+    is_positive = isinstance(value, timedelta) and value > timedelta()
+    if value != "epoch" and not is_whole(value) and not is_positive:
         raise ValueError(
-            f"every must be 'epoch', a number of iterations >= 1 or a timedelta, got {value!r}"
+            f"every must be 'epoch', a number of iterations >= 1 or a timedelta > 0, got {value!r}"
         )
 
 
 def _absolute(path: Path | str) -> Path:
-    return Path(path).absolute()  # the process may go to another folder later
+    return Path(path).absolute()  # the working directory may change later
 
 
 @attrs.define(eq=False)
-class CheckpointManager:
-    """Saves the whole run on a cadence, keeps the latest and the best, and resumes.
+class CheckpointManager(Handler):
+    """Saves the whole run on a cadence, keeps the latest and the best checkpoints, and resumes.
 
-    A checkpoint holds all that the rest of the run depends on: model, loss, optimizer, scaler,
-    position, metrics so far, every attached handler that has a state, the place in the data, and
-    the random generators. It loads with `weights_only=True`.
+    A checkpoint holds everything that the rest of the run depends on: model, loss, optimizer,
+    scaler, position, metrics so far, the state of every attached handler, the position in the data,
+    and the random generators. It loads with `weights_only=True`.
 
-    The end of a run is saved whatever the cadence, so that its last weights are there and a larger
-    `max_epochs` goes on from them.
+    The end of a run is saved whatever the cadence, so that the last weights are kept and a larger
+    `max_epochs` continues from them.
 
-    On SIGTERM, SIGINT and SIGUSR1 the run finishes its iteration, saves, says so and ends with the
-    conventional exit code; a second signal ends it at once. A save that fails is logged as an
-    error and tried again at the next one; the checkpoints before it stand. Where the last save of
-    a run failed, the run ends with the error.
+    On SIGTERM, SIGINT and SIGUSR1 the run finishes its iteration, saves, logs it and ends with the
+    conventional exit code. A second signal ends the process at once. A failed save is logged as an
+    error and tried again at the next save; earlier checkpoints stay intact. If the last save of a
+    run fails, the run ends with the error.
 
-    Over several ranks rank 0 writes, all read, and all resume from the same checkpoint: the folder
-    must be one that all can see. The states of handlers are rank 0's. Of a sharded model each rank
-    writes its share, into a folder beside the file; any number of ranks can resume it.
+    With several ranks rank 0 writes, all ranks read, and all resume from the same checkpoint: every
+    rank must see the directory. The states of handlers are those of rank 0. If the model is
+    sharded, each rank writes its shards into a folder beside the file; any number of ranks can
+    resume from it.
 
     Event: `RunEvents.SAFE_POINT` (saves), `RunEvents.RESTORE` (resumes); `COMPLETED`, `TERMINATE`
-        and `INTERRUPT` for the end. Fires `RunEvents.SAVED`.
+        and `INTERRUPT` (save the end). Fires `RunEvents.SAVED`.
     Cost: one comparison an iteration between two saves. A save copies the state, writes it to the
-        disk and reads it once; with `background` the run waits for the copy only, which stays in
-        host memory for the next one.
+        disk and reads it once. With `background` the run waits only for the copy, whose host memory
+        the next save uses again.
 
     Args:
-        directory: of this run's checkpoints; one process (and its ranks) at a time has it. The
-            folder that it is when the manager is made, wherever the process goes later.
+        directory: the folder of this run's checkpoints, relative to the working directory at
+            construction. One process (with its ranks) uses it at a time.
         every: "epoch", iterations, or a `datetime.timedelta` between two saves. Inside an epoch a
-            run can be resumed with a loader that has `state_dict()` and `load_state_dict()`
-            (`SeededLoader`, torchdata's); with any other, saves wait for the end of the epoch.
-        best: the metric by which checkpoints are ranked; each new value is saved with the run. A
-            value that is NaN ranks nowhere.
+            run can be resumed if the loader has `state_dict()` and `load_state_dict()`, as
+            `SeededLoader` and torchdata's have; with another loader, saves wait for the end of the
+            epoch.
+        best: the metric that ranks the checkpoints; each new value is saved with the run. A value
+            that is NaN is not ranked.
         mode: whether a larger ("max") or a smaller ("min") value is better.
-        keep: checkpoints to keep: with `best`, the best ones and the latest besides; without, the
-            latest.
-        resume: "auto" continues from the latest checkpoint in the directory, where there is one. A
-            path of another run's checkpoint is where a run begins whose directory is empty yet; a
-            path (or a file's name) in the directory goes back to that checkpoint, each time. None
-            starts anew, in an empty directory.
-        background: whether a thread writes while the run goes on.
-        export: whether each new best checkpoint (each checkpoint, without `best`) also gives
-            `model.safetensors`, the weights alone. Needs the extra `safetensors`.
+        keep: checkpoints to keep: with `best`, the best ones and also the latest; without it, the
+            latest ones.
+        resume: "auto" continues from the latest checkpoint in the directory if there is one. The
+            path of another run's checkpoint is used if the directory is still empty. A path (or
+            file name) in the directory goes back to that checkpoint in each run. None starts a new
+            run, in an empty directory.
+        background: whether a thread writes while the run continues.
+        export: whether to write the weights of each new best checkpoint (without `best`, of each
+            checkpoint) to `model.safetensors` too. Needs the extra `safetensors`.
 
     Raises:
-        ValueError, TypeError: if an argument is out of range, or something else.
-        ImportError: if `export` is asked for without the extra.
-        ValueError: when the run starts, if `export` would write the trained weights, and `best` is
-            a score of averaged ones.
+        ValueError, TypeError: if an argument is out of range or of another type.
+        ImportError: if `export` is True and the extra is not installed.
+        ValueError: when the run starts, if `export` is True and `best` scores averaged weights.
         CheckpointError: while running: see `save_checkpoint` and `load_checkpoint`.
     """
 
@@ -115,11 +123,7 @@ class CheckpointManager:
     mode: Literal["max", "min"] = attrs.field(
         default="max", validator=attrs.validators.in_(("max", "min")), kw_only=True
     )
-    keep: int = attrs.field(
-        default=3,
-        validator=whole_number(of="checkpoints"),
-        kw_only=True,
-    )
+    keep: int = attrs.field(default=3, validator=whole_number(of="checkpoints"), kw_only=True)
     resume: Path | str | None = attrs.field(
         default="auto",
         validator=attrs.validators.instance_of((str, Path, type(None))),
@@ -134,13 +138,9 @@ class CheckpointManager:
     _ranking: Ranking = attrs.field(init=False, repr=False)
     _signals: StopSignals = attrs.field(factory=StopSignals, init=False, repr=False)
     _ranks: LaggedMaximum = attrs.field(factory=LaggedMaximum, init=False, repr=False)
-    _shards: Any = attrs.field(default=None, init=False, repr=False)
-    _scored: int | None = attrs.field(default=0, init=False, repr=False)
-    _due: bool = attrs.field(default=False, init=False, repr=False)
-    _saved: tuple[int, int] | None = attrs.field(default=None, init=False, repr=False)
-    _saved_at: float = attrs.field(default=0.0, init=False, repr=False)
-    _timed: int = attrs.field(default=0, init=False, repr=False)
-    _waits: bool = attrs.field(default=False, init=False, repr=False)
+    _group: Any = attrs.field(default=None, init=False, repr=False)
+    _memory: Memory = attrs.field(default=Memory(), init=False, repr=False)
+    _deadline: float = attrs.field(default=math.inf, init=False, repr=False)
     _asleep: bool = attrs.field(default=False, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -156,38 +156,40 @@ class CheckpointManager:
         self._lock = RunLock(self.directory)
 
     def attach(self, trainer: Trainer) -> None:
-        """Save on the trainer's safe points, and resume before its run is decided."""
+        """Save at the trainer's safe points and at its end; resume before a run starts."""
         self._trainer = trainer
         trainer.add_event_handler(RunEvents.RESTORE, self._restore)
         trainer.add_event_handler(Events.STARTED, self._start)
         if self.every == "epoch":
-            trainer.add_event_handler(Events.EPOCH_COMPLETED, self._fall_due)
+            trainer.add_event_handler(MetricsEvents.EPOCH_PUBLISHED, self._make_due)
         elif isinstance(self.every, int):
-            trainer.every(self.every, self._fall_due)
+            trainer.every(self.every, self._make_due)
         trainer.add_event_handler(RunEvents.SAFE_POINT, self._at_safe_point)
         for end in (Events.TERMINATE, Events.INTERRUPT, Events.COMPLETED):
-            trainer.add_event_handler(end, self._finish)
-        trainer.add_event_handler(RunEvents.RELEASE, self._release)
+            trainer.add_event_handler(end, self._save_end)
+        trainer.add_event_handler(RunEvents.ENDED, self._release)
+
+    # -- saving and loading by hand --------------------------------------------------------------
 
     def save_checkpoint(self, epoch: int, metrics: Mapping[str, float]) -> Path:
-        """Save the run now, by hand, and wait for it.
+        """Save the run now and wait until it is written.
 
         Args:
-            epoch: goes into the file's name.
-            metrics: kept with the checkpoint; `load_checkpoint` returns them.
+            epoch: the epoch for the file's name.
+            metrics: values to keep with the checkpoint; `load_checkpoint` returns them.
 
         Returns:
             The file.
 
         Raises:
-            CheckpointError: if nothing is attached yet, or the file cannot be written; the
-                checkpoints before it stand.
+            CheckpointError: if the manager is not attached or the file cannot be written; earlier
+                checkpoints stay intact.
         """
         self._submit(epoch, metrics, by_hand=True)
-        return self.directory / on_rank_zero(self._writer.end)
+        return self.directory / on_rank_zero(self._writer.finish)
 
     def _submit(self, epoch: int, metrics: Mapping[str, float], *, by_hand: bool) -> None:
-        """Give a save to the writer."""
+        """Pass the state of the run to the writer."""
         trainer = self._attached()
         state = {**run_state(trainer), "saved": {"epoch": epoch, "metrics": dict(metrics)}}
         inside = f"_iteration_{trainer.state.iteration}" if trainer.epoch_iteration else ""
@@ -199,17 +201,17 @@ class CheckpointManager:
             metrics=dict(metrics),
             score=score,
             scored_by=None if score is None else self.best,
-            resumable=not place_is_lost(trainer),
+            resumable=not position_is_lost(trainer),
             by_hand=by_hand,
         )
         self._asleep = False
-        ranks = self._ranks_of_shards()
-        if rank() == 0 or ranks is not None:
-            self._writer.submit(entry, state, ranks)
+        group = self._shard_group()
+        if rank() == 0 or group is not None:
+            self._writer.submit(entry, state, group)
         trainer.fire_event(RunEvents.SAVED)
 
     def load_checkpoint(self, path: Path | str) -> tuple[int, dict[str, float]]:
-        """Put the attached trainer, and all that is attached to it, into the state of a checkpoint.
+        """Load a checkpoint into the trainer and everything that is attached to it.
 
         Args:
             path: a file that `save_checkpoint` returned, or its name in the directory.
@@ -219,23 +221,29 @@ class CheckpointManager:
 
         Raises:
             CheckpointError: if the file is missing, damaged, or of another model.
-            ResumeError: if it stands inside an epoch and the trainer's loader cannot go there.
+            ResumeError: if it was saved inside an epoch and the trainer's loader cannot go there.
         """
         path = Path(path)
         store = self._store if path.parent == Path() else CheckpointStore(path.parent)
-        state = on_all_ranks(partial(store.read, path.name, self._ranks_of_shards()))
+        state = on_all_ranks(partial(store.read, path.name, self._shard_group()))
         self._load(store.directory / path.name, state)
         return state["saved"]["epoch"], dict(state["saved"]["metrics"])
 
     def _load(self, path: Path, state: Mapping[str, Any]) -> None:
+        trainer = self._attached()
         try:
-            load_run_state(self._attached(), state)
+            load_run_state(trainer, state)
         except (CheckpointError, ResumeError) as error:
             raise type(error)(f"checkpoint {path}: {error}") from error
-        logger.info("resumed %s", path)
+        logger.info(
+            "Resumed from %s (epoch %d, iteration %d).",
+            path,
+            trainer.state.epoch,
+            trainer.state.iteration,
+        )
 
     def get_latest_checkpoint(self) -> Path | None:
-        """Return the complete checkpoint that a run would resume from, or None."""
+        """Return the complete checkpoint from which a run would resume, or None."""
         entries = resumable(self._store.entries())
         return self.directory / entries[0].file if entries else None
 
@@ -249,36 +257,60 @@ class CheckpointManager:
             raise CheckpointError("a CheckpointManager must be attached to a trainer first")
         return self._trainer
 
-    def _ranks_of_shards(self) -> Any:
-        """Return the group over which a sharded model is saved, made at the first use; or None."""
-        if has_shards(self._attached().model) and self._shards is None:
-            self._shards = dist.new_group(backend="gloo", timeout=exchange_timeout())
-        return self._shards
+    def _shard_group(self) -> Any:
+        """Return the process group for saving a sharded model, made at the first use; or None."""
+        if has_shards(self._attached().model) and self._group is None:
+            self._group = dist.new_group(backend="gloo", timeout=exchange_timeout())
+        return self._group
+
+    # -- the start of a run ----------------------------------------------------------------------
 
     def _restore(self, trainer: Trainer) -> None:
         self._signals.install()
         self._ranks.open()
-        self._saved_at = time.monotonic()
-        # Then nothing but what it is told decides whether it saves: nobody is asked each iteration.
-        timed = isinstance(self.every, timedelta)
-        self._waits = world_size() == 1 and self.best is None and not timed
+        self._set_deadline()
         self._asleep = False
-        on_rank_zero(self._take_directory)
-        if trainer.state.iteration:  # a run that goes on in this process
+        on_rank_zero(self._acquire_directory)
+        if trainer.state.iteration:  # another `run` of this process continues
             return
-        self._saved = None
+        self._memory = self._memory._replace(saved=None)
         entries = on_rank_zero(self._store.entries)
         if self.resume is None:
-            refuse_to_mix(self.directory, entries)
+            check_is_empty(self.directory, entries)
         elif self.resume != "auto" and (self._goes_back() or not resumable(entries)):
             self.load_checkpoint(self.resume)
         else:
             self._resume_latest(resumable(entries))
 
-    def _take_directory(self) -> None:
+    def _acquire_directory(self) -> None:
         self._lock.acquire()
         self._store.sweep()
-        self._writer.export_what_a_kill_left_out()
+        self._writer.export_if_outdated()
+
+    def _goes_back(self) -> bool:
+        """Return whether `resume` is a path in the run's own directory."""
+        return Path(str(self.resume)).parent in {Path(), self.directory}
+
+    def _resume_latest(self, entries: list[Entry]) -> None:
+        found = read_latest(self._store, entries, self._shard_group())
+        if found is not None:
+            self._load(*found)
+            self._memory = self._memory._replace(saved=_position(self._attached()))
+
+    def _start(self, trainer: Trainer) -> None:
+        if self.export and self.best and average_behind(trainer, self.best) is not None:
+            raise ValueError(
+                f"export must be False if best is a score of averaged weights, as {self.best} is, "
+                "got export=True. Export the average with WeightAverage.export, or evaluate the "
+                "trained weights with Evaluation(weights='model')."
+            )
+        if trainer.state.iteration == 0:
+            self._memory = self._memory._replace(saved=None)
+        if self._memory.values is None:
+            self._memory = self._memory._replace(values=len(self._scores(trainer)))
+        limits = resume_limits(trainer, epochs_only=self.every == "epoch")
+        if limits is not None and rank() == 0:
+            logger.warning("%s", limits)
 
     def _release(self, _: Trainer) -> None:
         self._writer.wait()
@@ -286,64 +318,68 @@ class CheckpointManager:
         self._lock.release()
         self._signals.remove()
 
-    def _resume_latest(self, entries: list[Entry]) -> None:
-        found = read_latest(self._store, entries, self._ranks_of_shards())
-        if found is not None:
-            self._load(*found)
-            self._saved = moment(self._attached())
+    # -- the decision to save --------------------------------------------------------------------
 
-    def _goes_back(self) -> bool:
-        """Say whether the run is to resume from a path in its own directory."""
-        parent = Path(str(self.resume)).parent
-        return parent in {Path(), self.directory}
-
-    def _start(self, trainer: Trainer) -> None:
-        if self.export and self.best:
-            check_exports_what_is_scored(trainer, self.best)
-        if trainer.state.iteration == 0:
-            self._saved = None
-        if self._scored is None:
-            self._scored = len(published(trainer, self.best or ""))
-        told = where_it_resumes(trainer, epochs_only=self.every == "epoch")
-        if told is not None and rank() == 0:
-            logger.warning("%s", told)
-
-    def _fall_due(self, _: Trainer) -> None:
-        self._due, self._asleep = True, False
+    def _make_due(self, _: Trainer) -> None:
+        self._memory = self._memory._replace(due=True)
+        self._asleep = False
 
     def _at_safe_point(self, trainer: Trainer) -> None:
         if self._asleep and not self._signals.number:
             return
-        self._look(trainer)
-        self._asleep = self._waits and self._writer.idle and not self._due
+        self._writer.log_failure()
+        timeouts = self._memory.timeouts + (time.monotonic() >= self._deadline)
+        signal, timeouts = self._ranks.exchange(self._signals.number, timeouts)
+        known = self._known(trainer)._replace(signal=signal, timeouts=timeouts)
+        self._carry_out(trainer, decide_at_safe_point(self._memory, known))
+        # Until something wakes it, only a signal can cause a save: skip the decision.
+        self._asleep = (
+            self.best is None
+            and not isinstance(self.every, timedelta)
+            and not self._memory.due
+            and self._writer.idle
+            and world_size() == 1
+        )
 
-    def _look(self, trainer: Trainer) -> None:
-        self._writer.tell_failure()
-        number, timed = self._ranks.exchange(self._signals.number, self._timed + self._time_is_up())
-        self._due |= timed > self._timed
-        self._timed = max(timed, self._timed)
-        if trainer.is_finished:  # its last log point is still to come; `_finish` saves
-            return
-        score = self._new_score(trainer)
-        missing = unpublished(trainer, "best", self.best) if self.best else None
-        asked = self._due or number > 0 or missing is not None
-        if score is not None or (asked and not place_is_lost(trainer)):
-            self._save(trainer, score)
-        if missing is not None:
-            on_rank_zero(self._writer.end)
-            raise CheckpointError(missing)
-        if number:
-            self._leave(number)
+    def _save_end(self, trainer: Trainer) -> None:
+        known = self._known(trainer)._replace(save_failed=on_rank_zero(self._last_save_failed))
+        self._carry_out(trainer, decide_at_end(self._memory, known))
+        on_rank_zero(self._writer.finish)
+        self._ranks.exchange(self._signals.number, 0)  # the next call returns this one's maximum
+        signal, _ = self._ranks.exchange(self._signals.number, 0)
+        self._carry_out(trainer, Decision(self._memory, signal=signal))
 
-    def _time_is_up(self) -> bool:
-        if not isinstance(self.every, timedelta):
-            return False
-        return time.monotonic() - self._saved_at >= self.every.total_seconds()
+    def _known(self, trainer: Trainer) -> Known:
+        values, missing = self._scores(trainer), None
+        if self.best is not None and not values:
+            missing = missing_metric(trainer, "best", self.best)
+        return Known(
+            at=_position(trainer),
+            is_finished=trainer.is_finished,
+            position_is_lost=position_is_lost(trainer),
+            values=values,
+            missing=missing,
+        )
+
+    def _scores(self, trainer: Trainer) -> list[float]:
+        return [] if self.best is None else published_values(trainer, self.best)
+
+    def _last_save_failed(self) -> bool:
+        self._writer.wait()
+        return self._writer.log_failure()
+
+    def _carry_out(self, trainer: Trainer, decision: Decision) -> None:
+        self._memory = decision.memory
+        if decision.save:
+            self._save(trainer, decision.score)
+        if decision.missing is not None:
+            on_rank_zero(self._writer.finish)
+            raise CheckpointError(decision.missing)
+        if decision.signal:
+            self._leave(decision.signal)
 
     def _save(self, trainer: Trainer, score: float | None) -> None:
-        self._saved_at = time.monotonic()
-        self._saved = moment(trainer)
-        self._due = self._due and place_is_lost(trainer)
+        self._set_deadline()
         metrics = {
             k: float(v) for k, v in trainer.state.metrics.items() if isinstance(v, (int, float))
         }
@@ -352,46 +388,29 @@ class CheckpointManager:
             metrics.update({} if score is None else {self.best: score})
         self._submit(trainer.state.epoch, metrics, by_hand=False)
 
-    def _finish(self, trainer: Trainer) -> None:
-        if on_rank_zero(lambda: self._is_unsaved(trainer)):
-            self._save(trainer, self._new_score(trainer))
-        on_rank_zero(self._writer.end)
-        missing = (
-            unpublished(trainer, "best", self.best) if self.best and trainer.is_finished else None
-        )
-        if missing is not None:
-            raise CheckpointError(missing)
-        self._ranks.exchange(self._signals.number, 0)  # the next call tells what this one gives
-        number, _ = self._ranks.exchange(self._signals.number, 0)
-        if number:
-            self._leave(number)
+    def _set_deadline(self) -> None:
+        if isinstance(self.every, timedelta):
+            self._deadline = time.monotonic() + self.every.total_seconds()
 
-    def _is_unsaved(self, trainer: Trainer) -> bool:
-        self._writer.wait()
-        return self._writer.tell_failure() or self._saved != moment(trainer)
-
-    def _leave(self, number: int) -> None:
-        """End this process, when the last save is on the disk: all ranks wait for it."""
-        on_rank_zero(self._writer.end)
+    def _leave(self, signal: int) -> None:
+        """End this process once the last save is on the disk; all ranks wait for it."""
+        on_rank_zero(self._writer.finish)
         latest = on_rank_zero(self.get_latest_checkpoint)
         if rank() == 0:
-            logger.warning("signal %d: the run ends here; it resumes from %s", number, latest)
-        raise self._signals.answer(number)
+            logger.warning("Signal %d ends the run here. It resumes from %s.", signal, latest)
+        raise self._signals.answer(signal)
 
-    def _new_score(self, trainer: Trainer) -> float | None:
-        """Return the value of the ranking metric where it is a new one."""
-        if self.best is None:
-            return None
-        values = published(trainer, self.best)
-        is_new = bool(values) and len(values) != self._scored  # fewer: the run has started over
-        self._scored = len(values)
-        return values[-1] if is_new else None
+    # -- state -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many values of which ranking metric have been seen."""
-        return {"scored": self._scored, "best": self.best}
+        """Return the ranking metric, and how many of its values have been judged."""
+        return {"scored": self._memory.values, "best": self.best}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a state that `state_dict` returned; another metric's count tells nothing."""
+        """Continue from a state that `state_dict` returned; ignore another metric's count."""
         same = state_dict.get("best") == self.best
-        self._scored = state_dict["scored"] if same else None
+        self._memory = self._memory._replace(values=state_dict["scored"] if same else None)
+
+
+def _position(trainer: Trainer) -> tuple[int, int]:
+    return trainer.state.iteration, trainer.epoch_iteration

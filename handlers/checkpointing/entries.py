@@ -1,4 +1,4 @@
-"""What a folder's manifest says of its checkpoints: where a run goes on, which are the best."""
+"""The entries of a manifest: where a run continues, which checkpoints are best, which are kept."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import attrs
 
+SUFFIX = ".pt"
 AGAIN = "_again.pt"
-"""Ends the file's name where a checkpoint of the plain name stands while it is written anew."""
+"""The end of a file's name if an intact checkpoint had the plain name when it was written."""
 
 
 @attrs.frozen(kw_only=True)
@@ -17,17 +18,17 @@ class Entry:
     """A checkpoint, as the manifest lists it.
 
     Attributes:
-        file: its name in the folder.
-        epoch: epochs that were started.
-        iteration: updates that were made.
+        file: the name of the file in the folder.
+        epoch: epochs that had started.
+        iteration: updates that were done.
         metrics: the values that it was saved with.
-        score: the value that it is ranked by, or None.
+        score: the value by which it is ranked, or None.
         scored_by: the metric of that value, or None.
-        resumable: whether a run can go on from it.
-        by_hand: whether it was asked for, and so is never removed.
-        size: bytes.
-        crc32: of the file: enough to tell a damaged one.
-        shards: the folder of what is sharded, "" where nothing is; the file says what is in it.
+        resumable: whether a run can continue from it.
+        by_hand: whether `save_checkpoint` saved it; such a checkpoint is never removed.
+        size: bytes of the file.
+        crc32: the checksum of the file.
+        shards: the folder of the sharded tensors; "" if no tensor is sharded.
     """
 
     file: str
@@ -44,26 +45,30 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """What it is called, whichever of its two names its file has."""
-        return self.file.replace(AGAIN, ".pt")
+        """The plain name of the checkpoint, whichever of its two names the file has."""
+        return self.file.replace(AGAIN, SUFFIX)
 
     @property
     def names(self) -> set[str]:
-        """What belongs to it in the folder."""
+        """The names of its file and folder."""
         return {self.file, self.shards} - {""}
+
+    def renamed(self) -> Entry:
+        """Return the entry with the other name of its file."""
+        return attrs.evolve(self, file=self.file.removesuffix(SUFFIX) + AGAIN)
 
 
 def entry_from(listed: Mapping[str, Any]) -> Entry:
-    """Return an entry as a manifest holds it; what a newer version says besides is passed over."""
+    """Return an entry as a manifest lists it; ignore the fields of a newer version."""
     known = attrs.fields_dict(Entry)
     return Entry(**{key: value for key, value in listed.items() if key in known})
 
 
 def added(entries: Iterable[Entry], entry: Entry) -> list[Entry]:
-    """Return the entries with a new one, which replaces that of its name.
+    """Return the entries with a new one, which replaces an entry of its name.
 
-    A run that saves an earlier iteration than the folder holds has gone back: what lies ahead of
-    it is of a future that it has left, and no run goes on from there.
+    A run that saves an earlier iteration than the folder holds has gone back: no run continues from
+    the later checkpoints any more.
     """
     kept: list[Entry] = []
     for other in entries:
@@ -77,19 +82,19 @@ def added(entries: Iterable[Entry], entry: Entry) -> list[Entry]:
 
 
 def resumable(entries: Iterable[Entry]) -> list[Entry]:
-    """Return those that a run can go on from, the latest first."""
+    """Return the entries from which a run can continue, the latest first."""
     able = [entry for entry in entries if entry.resumable]
     return sorted(able, key=lambda entry: entry.iteration)[::-1]
 
 
 @attrs.frozen
 class Ranking:
-    """Which checkpoints are the best, and which are kept.
+    """The order of checkpoints by a metric, and how many of them to keep.
 
     Attributes:
-        metric: what they are ranked by; None: the latest are kept.
+        metric: the metric that ranks them; None: keep the latest ones.
         mode: whether a larger or a smaller value is better.
-        keep: how many.
+        keep: the number of checkpoints to keep.
     """
 
     metric: str | None
@@ -97,9 +102,9 @@ class Ranking:
     keep: int
 
     def ranked(self, entries: Iterable[Entry]) -> list[Entry]:
-        """Return those with a value of the metric, the best first, the earlier first where equal.
+        """Return the entries with a score, the best first; of equal scores, the earlier first.
 
-        NaN is no value; nor is one of another metric, by which the folder was ranked before.
+        An entry whose score is NaN or belongs to another metric is left out.
         """
         sign = -1 if self.mode == "max" else 1
         scored = [
@@ -112,14 +117,14 @@ class Ranking:
         return [entry for _, entry in sorted(scored, key=lambda pair: (pair[0], pair[1].iteration))]
 
     def superfluous(self, entries: Iterable[Entry]) -> set[str]:
-        """Return the files that nobody needs any more.
+        """Return the files of the checkpoints to remove.
 
-        Never one that was saved by hand, the last to be written, the one to go on from, or one
-        that another metric has ranked.
+        Four are never removed: one that was saved by hand, the one written last, the one to
+        continue from, and one that another metric has ranked.
         """
         own = [entry for entry in entries if not entry.by_hand]
         by_time = resumable(own)
         best = self.ranked(own) if self.metric is not None else by_time
         kept = {entry.file for entry in (*best[: self.keep], *by_time[:1], *own[-1:])}
-        mine = [entry for entry in own if entry.scored_by in {None, self.metric}]
-        return {entry.file for entry in mine} - kept
+        removable = [entry for entry in own if entry.scored_by in {None, self.metric}]
+        return {entry.file for entry in removable} - kept

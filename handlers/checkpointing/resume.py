@@ -1,4 +1,4 @@
-"""Where a run begins: with the latest checkpoint that all ranks can read, or from nothing."""
+"""Where a run begins: the latest readable checkpoint, or iteration 0; and where it can resume."""
 
 from __future__ import annotations
 
@@ -10,62 +10,87 @@ from typing import Any
 
 from diptych.engine.distributed.agreement import on_all_ranks, on_rank_zero
 from diptych.engine.errors import CheckpointError
+from diptych.engine.trainer import Trainer
+from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
 from diptych.handlers.checkpointing.entries import Entry
-from diptych.handlers.checkpointing.store import CheckpointStore
 
 logger = logging.getLogger(__name__)
 
 
 def read_latest(
-    store: CheckpointStore, entries: Sequence[Entry], shares: Any = None
+    store: CheckpointStore, entries: Sequence[Entry], group: Any = None
 ) -> tuple[Path, dict[str, Any]] | None:
-    """Return the first of the checkpoints that every rank can read; name each that cannot be.
+    """Return the latest checkpoint that every rank can read; log each that cannot be read.
 
     Args:
         store: the folder.
-        entries: the latest first, the same on all ranks.
-        shares: as `CheckpointStore.read` takes it.
+        entries: the checkpoints, the latest first, the same on all ranks.
+        group: as in `CheckpointStore.read`.
 
     Returns:
-        The file and the state in it; None where there is no checkpoint.
+        The file and the state in it; None if there is no checkpoint.
 
     Raises:
-        CheckpointError: if none can be read, or the folder holds files that it does not list.
+        CheckpointError: if there are checkpoints and none can be read, or the folder holds
+            checkpoints and no manifest lists them.
     """
     for entry in entries:
         try:
-            state = on_all_ranks(partial(store.read, entry.file, shares))
+            state = on_all_ranks(partial(store.read, entry.file, group))
         except CheckpointError as error:
-            logger.warning("%s; the one before it is taken", error)
+            logger.warning("%s; trying the checkpoint before it", error)
             continue
         return store.directory / entry.file, state
     if entries:
         raise CheckpointError(
-            f"none of {len(entries)} checkpoints in {store.directory} can be read: move them away "
-            "to start anew"
+            f"none of {len(entries)} checkpoints in {store.directory} can be read. Move them away "
+            "to start a new run."
         )
-    on_rank_zero(partial(_refuse_strangers, store))
+    on_rank_zero(partial(_check_manifest_lists_files, store))
     return None
 
 
-def refuse_to_mix(directory: Path, entries: Sequence[Entry]) -> None:
-    """Check that a new run's folder is empty.
+def check_is_empty(directory: Path, entries: Sequence[Entry]) -> None:
+    """Check that the directory of a new run holds no checkpoints.
 
     Raises:
         CheckpointError: naming a checkpoint in it.
     """
     if entries:
         raise CheckpointError(
-            "the directory of a new run must hold no checkpoint, got "
-            f"{directory / entries[-1].file}: take another directory, or resume='auto' to continue "
-            "that run"
+            "directory must hold no checkpoint if resume is None, got "
+            f"{directory / entries[-1].file}. Use another directory, or resume='auto' to continue "
+            "that run."
         )
 
 
-def _refuse_strangers(store: CheckpointStore) -> None:
-    strangers = store.strangers()
-    if strangers and not store.entries():
+def _check_manifest_lists_files(store: CheckpointStore) -> None:
+    unlisted = store.unlisted()
+    if unlisted and not store.entries():
         raise CheckpointError(
-            f"the manifest of {store.directory} must list {strangers[-1].name}, and does not: "
-            f"bring the manifest too, or give resume={str(strangers[-1])!r}"
+            f"the manifest of {store.directory} must list {unlisted[-1].name}, and does not. "
+            f"Copy the manifest too, or use resume={str(unlisted[-1])!r}."
         )
+
+
+def position_is_lost(trainer: Trainer) -> bool:
+    """Return whether no run can resume here: inside an epoch, with a loader without positions."""
+    return bool(trainer.epoch_iteration) and not trainer.batches.has_positions
+
+
+def resume_limits(trainer: Trainer, *, epochs_only: bool) -> str | None:
+    """Return a warning if the loader limits where the run can resume, else None.
+
+    Args:
+        trainer: the trainer whose run starts.
+        epochs_only: whether it is saved only at the end of epochs.
+    """
+    data, epoch = trainer.state.dataloader, trainer.state.epoch_length
+    if trainer.batches.has_positions or data is None:
+        return None
+    length = trainer.batches.pass_length
+    reason = f"{type(data).__name__} cannot go to a position, so the run can be resumed"
+    if epoch is not None and (length is None or epoch % length):
+        batches = f"of {length} batches" if length else "of unknown length"
+        return f"{reason} only where an epoch of {epoch} iterations ends with a pass {batches}"
+    return None if epochs_only else f"{reason} only at the end of each epoch"

@@ -48,7 +48,7 @@ def test_weights_that_were_not_scored_are_not_exported_as_the_best(tmp_path):
     trainer = make_trainer()
     manager = CheckpointManager(tmp_path, best="val/loss", mode="min", export=True)
     trainer.attach(WeightAverage(), Evaluation(list(make_loader())), manager)
-    with pytest.raises(ValueError, match=r"a score of averaged weights, got export=True"):
+    with pytest.raises(ValueError, match=r"averaged weights, as val/loss is, got export=True"):
         trainer.run(make_loader(), max_epochs=1)
     trained = make_trainer()
     trained.attach(

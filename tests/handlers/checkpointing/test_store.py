@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from diptych.engine import CheckpointError
-from diptych.handlers.checkpointing import store as checkpoint_store
+from diptych.handlers.checkpointing import verified_files
+from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
 from diptych.handlers.checkpointing.entries import Entry
-from diptych.handlers.checkpointing.file_digest import size_and_crc32
-from diptych.handlers.checkpointing.store import CheckpointStore
+from diptych.handlers.checkpointing.verified_files import size_and_crc32
 
 
 def state(value: int) -> dict[str, object]:
@@ -34,10 +34,10 @@ def save(store: CheckpointStore, iteration: int) -> None:
 
 def save_with_shards(store: CheckpointStore, iteration: int) -> None:
     folder = store.new_folder(entry(iteration))
-    unfinished = store.unfinished(folder)
-    unfinished.mkdir()
-    (unfinished / "share").write_bytes(b"rows")
-    digest = list(size_and_crc32(unfinished / "share"))
+    path = store.directory / folder
+    path.mkdir()
+    (path / "share").write_bytes(b"rows")
+    digest = list(size_and_crc32(path / "share"))
     shards = {"folder": folder, "files": {"share": digest}, "tensors": {}}
     named = attrs.evolve(entry(iteration), shards=folder)
     store.write(named, {**state(iteration), "shards": shards})
@@ -54,7 +54,7 @@ FILE_OPERATIONS = [
     (Path, "touch"),
     (Path, "unlink"),
     (shutil, "rmtree"),
-    (checkpoint_store, "size_and_crc32"),
+    (verified_files, "size_and_crc32"),
 ]
 
 
@@ -65,7 +65,8 @@ def kill_at(monkeypatch, operation: int, *, after: bool) -> list[int]:
     def wrapped(function):
         def call(*args, **kwargs):
             count[0] += 1
-            if count[0] == operation and not after:
+            # A killed process does nothing more: no cleanup runs either.
+            if count[0] > operation or (count[0] == operation and not after):
                 raise Killed
             result = function(*args, **kwargs)
             if count[0] == operation:
@@ -183,7 +184,7 @@ def test_what_a_failed_save_wrote_of_its_shards_is_removed(tmp_path, monkeypatch
 def test_a_kill_in_the_first_save_leaves_an_empty_folder(tmp_path, monkeypatch):
     store = CheckpointStore(tmp_path)
     with monkeypatch.context() as patch:
-        kill_at(patch, 4, after=True)  # renamed, and not in the manifest yet
+        kill_at(patch, 5, after=True)  # renamed, and not in the manifest yet
         with pytest.raises(Killed):
             save(store, 1)
     assert (tmp_path / "checkpoint_1.pt").exists()
@@ -198,7 +199,7 @@ def test_a_file_that_somebody_put_into_the_folder_is_left_alone(tmp_path):
     copy = tmp_path / "checkpoint_copied.pt"
     copy.write_bytes((tmp_path / "checkpoint_1.pt").read_bytes())
     store.sweep()
-    assert store.strangers() == [copy]
+    assert store.unlisted() == [copy]
     assert store.read(copy.name)["value"][0] == 1
 
 
@@ -216,7 +217,7 @@ def test_what_does_not_read_back_as_it_was_written_is_no_checkpoint(tmp_path, mo
             path.write_bytes(content)
 
     monkeypatch.setattr(os, "fsync", flip_a_bit)
-    with pytest.raises(CheckpointError, match=r"checkpoint_2.pt.*does not read back"):
+    with pytest.raises(CheckpointError, match=r"checkpoint_2.pt.*its content differs"):
         save(store, 2)
     assert [e.iteration for e in store.entries()] == [1]
     assert not list(tmp_path.glob("checkpoint_2*"))
@@ -239,7 +240,7 @@ def test_a_broken_manifest_is_named_with_a_way_out_and_nothing_is_removed(tmp_pa
     store = CheckpointStore(tmp_path)
     save(store, 1)
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"manifest.json.*move it away, and resume from"):
+    with pytest.raises(CheckpointError, match=r"manifest.json.*Move it away, and resume from"):
         store.entries()
     assert (tmp_path / "checkpoint_1.pt").exists()
 

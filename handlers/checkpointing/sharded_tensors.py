@@ -1,0 +1,207 @@
+"""Sharded tensors of a run's state: each rank writes its shards; any number of ranks reads them.
+
+A shard is a block of consecutive rows. The file of a rank holds its shards one after another, each
+as `torch.save` writes it; an index of plain values holds their positions.
+"""
+
+from __future__ import annotations
+
+import io
+import traceback
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from diptych.engine.distributed.collectives import rank, world_size
+from diptych.engine.distributed.dtensor import is_sharded, local_part, own_rows
+from diptych.engine.errors import CheckpointError
+from diptych.handlers.checkpointing.verified_files import size_and_crc32, write_verified
+
+PLACEHOLDER = "diptych.shard"
+"""The key of the mapping that replaces a sharded tensor in a state; its value is the path."""
+
+LocalShards = dict[str, tuple[Tensor, tuple[int, ...]]]
+"""The shard of this rank and the shape of the whole tensor, by the tensor's path in the state."""
+
+
+def extract_shards(state: Any) -> tuple[Any, LocalShards]:
+    """Return a state with placeholders instead of sharded tensors, and this rank's shards.
+
+    Raises:
+        CheckpointError: if a tensor is sharded along another dimension than the first.
+    """
+    shards: LocalShards = {}
+
+    def extract(path: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not is_sharded(value):
+            return value
+        _check_layout(path, value)
+        shards[path] = local_part(value.detach()), tuple(value.shape)
+        return {PLACEHOLDER: path}
+
+    return _mapped(state, extract), shards
+
+
+def insert_tensors(state: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return a state with tensors instead of their placeholders; other placeholders stay."""
+    if isinstance(state, dict) and state.keys() == {PLACEHOLDER}:
+        return tensors.get(state[PLACEHOLDER], state)
+    if isinstance(state, dict):
+        return {key: insert_tensors(value, tensors) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(insert_tensors(value, tensors) for value in state)
+    return state
+
+
+def _mapped(value: Any, function: Callable[[str, Any], Any], path: str = "") -> Any:
+    if isinstance(value, Mapping):
+        return {k: _mapped(v, function, f"{path}.{k}".lstrip(".")) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_mapped(v, function, f"{path}.{i}") for i, v in enumerate(value))
+    return function(path, value)
+
+
+def _check_layout(path: str, tensor: Any) -> None:
+    placements = tensor.placements
+    if len(placements) != 1 or not placements[0].is_shard(0):
+        raise CheckpointError(
+            f"a tensor must be sharded along its first dimension to be saved, got {path} with "
+            f"{placements}. Use an optimizer whose state has the shape of the parameters."
+        )
+
+
+def write_shards(folder: Path, shards: LocalShards, group: Any) -> dict[str, Any]:
+    """Write every rank's shards into a folder; all ranks call it.
+
+    Args:
+        folder: the folder; made here.
+        shards: this rank's shards, on any device; of the same tensors on all ranks.
+        group: a process group of all ranks that nothing else uses meanwhile.
+
+    Returns:
+        On rank 0, `tensors`, the index, and `files`, the size and checksum of each file; {} on
+        other ranks.
+
+    Raises:
+        CheckpointError: on all ranks, if a rank cannot write.
+    """
+    file, chunks = f"rank_{rank()}.tensors", dict[str, list[Any]]()
+    own: Any
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        digest = write_verified(folder / file, partial(_write_chunks, shards, file, chunks))
+        own = file, list(digest), chunks
+    except Exception as error:  # noqa: BLE001 - all ranks raise it below
+        line = traceback.format_exception_only(type(error), error)[-1].strip()
+        own = f"rank {rank()}: {line}"
+    written: list[Any] = [None] * world_size()
+    dist.all_gather_object(written, own, group=group)
+    failures = [message for message in written if isinstance(message, str)]
+    if failures:
+        raise CheckpointError(f"shards {folder} could not be written: {'; '.join(failures)}")
+    if rank() != 0:
+        return {}
+    index: dict[str, Any] = {
+        path: {
+            "shape": list(shape),
+            "dtype": part.dtype,
+            "chunks": [of_rank[path] for _, _, of_rank in written if path in of_rank],
+        }
+        for path, (part, shape) in shards.items()
+    }
+    return {"tensors": index, "files": {name: digest for name, digest, _ in written}}
+
+
+def _write_chunks(shards: LocalShards, name: str, chunks: dict[str, list[Any]], file: Any) -> None:
+    """Write shards to a `ChecksummedFile`; note offsets, sizes, file, start and length of each."""
+    for path, (part, shape) in shards.items():
+        if not len(part):  # a rank may hold no row of a small tensor
+            continue
+        start, stored = file.size, part.cpu()
+        # `torch.save` writes the whole storage that a view is part of.
+        is_view = stored.untyped_storage().nbytes() != stored.numel() * stored.element_size()
+        torch.save(stored.clone() if is_view else stored, file)
+        offsets = [_rows_of_this_rank(shape).start, *[0] * (len(shape) - 1)]
+        chunks[path] = [offsets, list(part.shape), name, start, file.size - start]
+
+
+def _rows_of_this_rank(shape: Any) -> range:
+    own = own_rows(torch.arange(shape[0]))
+    first = int(own[0]) if len(own) else 0
+    return range(first, first + len(own))
+
+
+def check_shard_files(folder: Path, files: Mapping[str, list[int]], group: Any) -> None:
+    """Check the files of a folder against their sizes and checksums.
+
+    Args:
+        folder: the folder.
+        files: size and checksum of each file, by name.
+        group: if not None, each rank checks only a part of the files.
+
+    Raises:
+        CheckpointError: naming a file that is missing or damaged.
+    """
+    own = sorted(files)[rank() :: world_size()] if group is not None else sorted(files)
+    for name in own:
+        path = folder / name
+        try:
+            intact = size_and_crc32(path) == tuple(files[name])
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        if not intact:
+            raise CheckpointError(f"{path} is damaged: its content differs from what was written")
+
+
+def read_shards(
+    folder: Path, index: Mapping[str, Mapping[str, Any]], group: Any
+) -> dict[str, Tensor]:
+    """Return tensors that any number of ranks wrote, on the CPU, by their paths in the state.
+
+    Args:
+        folder: the folder of the files.
+        index: the tensors to read.
+        group: a process group of all ranks: return tensors that are sharded over it; None: return
+            whole tensors.
+    """
+    mesh = None if group is None else _host_mesh(group)
+    found = {}
+    for path, stored in index.items():
+        shape = stored["shape"]
+        rows = range(shape[0]) if mesh is None else _rows_of_this_rank(shape)
+        part = torch.empty([len(rows), *shape[1:]], dtype=stored["dtype"])
+        for chunk in stored["chunks"]:
+            _read_rows(folder, chunk, rows, part)
+        found[path] = part if mesh is None else _as_sharded(part, shape, mesh)
+    return found
+
+
+def _read_rows(folder: Path, chunk: Any, rows: range, part: Tensor) -> None:
+    """Copy the rows that a chunk holds into `part`, which has these `rows` of a tensor."""
+    (first, *_), (count, *_), file, start, length = chunk
+    low, high = max(first, rows.start), min(first + count, rows.stop)
+    if low >= high:
+        return
+    with (folder / file).open("rb") as opened:
+        opened.seek(start)
+        content = io.BytesIO(opened.read(length))
+    stored = torch.load(content, map_location="cpu", weights_only=True)
+    part[low - rows.start : high - rows.start] = stored[low - first : high - first]
+
+
+def _host_mesh(group: Any) -> Any:
+    from torch.distributed.device_mesh import DeviceMesh  # noqa: PLC0415 - only sharded runs pay
+
+    return DeviceMesh.from_group(group, "cpu")
+
+
+def _as_sharded(part: Tensor, shape: Any, mesh: Any) -> Tensor:
+    from torch.distributed.tensor import DTensor, Shard  # noqa: PLC0415
+
+    strides = torch.empty(tuple(shape), device="meta").stride()
+    return DTensor.from_local(part, mesh, [Shard(0)], shape=torch.Size(shape), stride=strides)
