@@ -1,7 +1,5 @@
-from diptych.losses.base.contrastive import (
-    BaseContrastiveLoss as BaseContrastiveLoss,
-    Pairs as Pairs,
-)
+from diptych.losses.base.contrastive import BaseContrastiveLoss as BaseContrastiveLoss
+from diptych.losses.base.contrastive import Pairs as Pairs
 from diptych.losses.base.hard_negatives import HardNegatives as HardNegatives
 from diptych.losses.base.positives import Positives as Positives
 from diptych.losses.base.projection import Projection as Projection
@@ -30,17 +28,13 @@ from diptych.losses.contrastive.vicreg import VICRegLoss as VICRegLoss
 from diptych.losses.multimodal.captioning import CaptioningLoss as CaptioningLoss
 from diptych.losses.multimodal.consistency import ConsistencyLoss as ConsistencyLoss
 from diptych.losses.multimodal.cross_modal import CrossModalLoss as CrossModalLoss
-from diptych.losses.multimodal.fusion import (
-    FusionHead as FusionHead,
-    ImageTextMatchingLoss as ImageTextMatchingLoss,
-)
-from diptych.losses.registry import (
-    UnknownLossError as UnknownLossError,
-    available_losses as available_losses,
-    get_loss as get_loss,
-    get_loss_class as get_loss_class,
-    register_loss as register_loss,
-)
+from diptych.losses.multimodal.fusion import FusionHead as FusionHead
+from diptych.losses.multimodal.fusion import ImageTextMatchingLoss as ImageTextMatchingLoss
+from diptych.losses.registry import UnknownLossError as UnknownLossError
+from diptych.losses.registry import available_losses as available_losses
+from diptych.losses.registry import get_loss as get_loss
+from diptych.losses.registry import get_loss_class as get_loss_class
+from diptych.losses.registry import register_loss as register_loss
 from diptych.losses.supervised.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
 from diptych.losses.supervised.supervised_contrastive import (
     SupervisedContrastiveLoss as SupervisedContrastiveLoss,

@@ -26,14 +26,12 @@ TARGETS = {
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A copy of what the page touches, whose losses are the installed ones for its processes."""
+    """A copy of the repository, whose packages are the installed ones for its processes."""
     repository = tmp_path / "repository"
     unwanted = shutil.ignore_patterns("__pycache__")
-    for folder in ("losses", "tests", "docs"):
+    for folder in ("face", "engine", "handlers", "losses", "tests", "docs"):
         shutil.copytree(ROOT / folder, repository / folder, ignore=unwanted)
     shutil.copy(ROOT / "pyproject.toml", repository)
-    (tmp_path / "site" / "diptych").mkdir(parents=True)
-    (tmp_path / "site" / "diptych" / "losses").symlink_to(repository / "losses")
     return repository
 
 
@@ -74,7 +72,8 @@ def run(command: str, repository: Path) -> str:
     done = subprocess.run(
         [*TARGETS[target], *arguments],
         cwd=repository,
-        env=os.environ | {"PYTHONPATH": str(repository.parent / "site"), "OMP_NUM_THREADS": "1"},
+        env=os.environ
+        | {"PYTHONPATH": str(repository / "face" / "uninstalled"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -103,7 +102,7 @@ def test_a_loss_is_added_by_following_the_page(copy: Path) -> None:
 
 def test_the_checks_of_the_repository_take_the_pages_code(copy: Path) -> None:
     follow(copy)
-    new = ["losses/contrastive/hinge_pairs.py", "losses/__init__.py"]
+    new = ["losses/contrastive/hinge_pairs.py", "losses/__init__.pyi"]
     new += ["tests/losses/contrastive/test_hinge_pairs.py"]
 
     for check in (["check"], ["format", "--check"]):
