@@ -1,11 +1,11 @@
-"""How long training pauses for one save of a 100 M parameter model with AdamW's state.
+"""The pause of a training while it saves a model of 100 M parameters with AdamW's state.
 
 Usage: python benchmarks/checkpoint.py [--millions 100] [--saves 3] [--directory DIR]
 
-Each way saves model and optimizer (three numbers a parameter, float32) to the same folder, in
-turn. The pause is the time between the end of one step and the start of the next; the step itself
-is not in it. What each does besides writing: torch.save nothing; Ignite's Checkpoint with
-DiskSaver renames; Diptych flushes to the disk, reads the file back, renames, keeps a manifest.
+Each method saves model and optimizer (three numbers per parameter, float32) to the same folder, in
+turn. The pause is the time between the end of one step and the start of the next, without the step
+itself. Besides writing, torch.save does nothing; Ignite's Checkpoint with DiskSaver renames;
+Diptych flushes the file to disk, reads it back, renames it and keeps a manifest.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ignite.handlers import Checkpoint, DiskSaver
 from torch import Tensor, nn
 
 from diptych.engine import RunEvents, Trainer
-from diptych.handlers.checkpointing.checkpoint_manager import CheckpointManager
+from diptych.handlers import CheckpointManager
 
 
 class Wide(nn.Module):
-    """A model of so many million parameters, in layers of a million each."""
+    """A model with a given number of million parameters, in layers of one million each."""
 
     def __init__(self, millions: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Wide(nn.Module):
 
 
 def make_trainer(millions: int, folder: Path) -> Trainer:
-    """Return a trainer whose optimizer has its state; its step waits for files being written."""
+    """Return a trainer whose optimizer has state; its step waits until no file is being written."""
     model = Wide(millions)
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
@@ -74,7 +74,7 @@ def pauses(save: Callable[[], object], saves: int) -> list[float]:
 
 
 def pauses_in_a_run(millions: int, folder: Path, saves: int, *, background: bool) -> list[float]:
-    """Return the seconds that a run waits at each safe point where the manager saves."""
+    """Return the seconds of each safe point at which the checkpoint manager saves."""
     trainer = make_trainer(millions, folder)
     marks: list[float] = []
     trainer.add_event_handler(RunEvents.SAFE_POINT, lambda: marks.append(time.perf_counter()))
@@ -86,7 +86,7 @@ def pauses_in_a_run(millions: int, folder: Path, saves: int, *, background: bool
 
 
 def measure(millions: int, folder: Path, saves: int) -> dict[str, float]:
-    """Return the median pause of each way, in seconds."""
+    """Return the median pause of each method, in seconds."""
     trainer = make_trainer(millions, folder)
     parts = {"model": trainer.model, "optimizer": trainer.optimizer}
     checkpoint = Checkpoint(parts, DiskSaver(folder / "ignite", require_empty=False), n_saved=1)
@@ -113,7 +113,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--millions", type=int, default=100, help="parameters, in millions")
-    parser.add_argument("--saves", type=int, default=3, help="saves of each way; the median counts")
+    parser.add_argument("--saves", type=int, default=3, help="saves per method; the median counts")
     parser.add_argument(
         "--directory", type=Path, help="where to write; default: a temporary folder"
     )
@@ -124,9 +124,9 @@ def main() -> None:
     sys.stdout.write(
         f"{arguments.millions} M parameters, AdamW, float32, median of {arguments.saves}\n"
     )
-    sys.stdout.write(f"{'way':<22}{'pause':>10}{'ratio to torch.save':>22}\n")
+    sys.stdout.write(f"{'method':<22}{'pause':>10}{'relative to torch.save':>25}\n")
     for name, seconds in medians.items():
-        sys.stdout.write(f"{name:<22}{seconds:>9.2f}s{seconds / reference:>22.2f}\n")
+        sys.stdout.write(f"{name:<22}{seconds:>9.2f}s{seconds / reference:>25.2f}\n")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What the handlers that look at gradients cost on the emoji model.
+"""The cost of the handlers that read gradients, on the emoji model.
 
 Usage: OMP_NUM_THREADS=1 python -m benchmarks.diagnostics [--rounds 8]
 
-One trainer for each row, all built alike. In each round every trainer makes 10 updates of the same
-10 batches, one trainer after the other, in an order that turns from round to round; a round holds
-one look of `GradientDiagnostics(every=10)`. Two figures, both of process CPU time: what the
-handlers themselves take, read between the first and the last function of each event, as a share of
-the rest; and the whole round relative to the bare trainer's, the median over rounds, in which what
-else the machine does shows too.
+There is one trainer per row, all built alike. In each round every trainer makes 10 updates with the
+same 10 batches, one trainer after the other, in an order that rotates between rounds. A round has
+one measurement of `GradientDiagnostics(every=10)`. There are two figures, both of process CPU time:
+the time of the handlers themselves, measured between the first and the last function of each event,
+as a share of the rest; and the whole round relative to the bare trainer, the median over rounds,
+which includes the other load of the machine.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ def make_trainer() -> Trainer:
 
 
 def first_batches() -> list[dict[str, Tensor]]:
-    """Return the first batches of the emoji example, read and augmented beforehand."""
+    """Return the first batches of the emoji example, read and augmented in advance."""
     pairs = TrainingPairs(read_emoji())
     loader = SeededLoader(pairs, 256, seed=0, drop_last=True, collate=collate)
     return [batch for _, batch in zip(range(UPDATES), loader, strict=False)]
 
 
 class Stopwatch:
-    """Reads the clock before and after what is attached to a trainer's events in between."""
+    """Attaches handlers to a trainer, and measures the CPU time that they take."""
 
     EVENTS = (Events.ITERATION_STARTED, StepEvents.GRADIENTS_READY, StepEvents.OPTIMIZER_STEPPED)
 
@@ -86,12 +86,12 @@ class Stopwatch:
 
 
 def measure(rounds: int, folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """Return for each row, by round, its CPU seconds and those of its handlers alone."""
+    """Return for each row, per round, its CPU seconds and those of its handlers only."""
     batches = first_batches()
     trainers = {name: make_trainer() for name in ROWS}
     watches = {name: Stopwatch(trainers[name], ROWS[name](folder / name)) for name in ROWS}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in ROWS}
-    for number in range(-1, rounds):  # the first round pays for what is made once
+    for number in range(-1, rounds):  # the first round is a warm-up
         names = list(ROWS)
         for name in names[number % len(names) :] + names[: number % len(names)]:
             watches[name].seconds = 0.0
@@ -106,7 +106,7 @@ def table(found: dict[str, list[tuple[float, float]]]) -> str:
     """Return the costs as a Markdown table."""
     bare = [whole for whole, _ in found["bare"]]
     lines = [
-        "| attached | ms an update | handlers alone, ms | share | whole, to bare |",
+        "| attached | ms per update | handlers only, ms | share | total, relative to bare |",
         "|---|---:|---:|---:|---:|",
     ]
     for name, pairs in found.items():
@@ -120,9 +120,9 @@ def table(found: dict[str, list[tuple[float, float]]]) -> str:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=8, help="of 10 updates for each row")
+    parser.add_argument("--rounds", type=int, default=8, help="rounds, of 10 updates per row")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         print(table(measure(arguments.rounds, Path(folder))))

@@ -1,8 +1,8 @@
-"""What an engine costs: process CPU time of an iteration whose step does nothing.
+"""The overhead of an engine: process CPU time of an iteration whose step does nothing.
 
-Every contender runs a step without a model over the same list. Diptych's step fires the four step
-events and publishes five scalars, as the real one does. Peers that this interpreter lacks are
-measured by another one:
+Every engine runs a step without a model over the same list. Diptych's step fires the four step
+events and publishes five scalars, as the real step does. Libraries that this interpreter lacks are
+measured with another one:
 
     python benchmarks/engine_overhead.py --peers /path/to/peers/bin/python
 """
@@ -29,11 +29,11 @@ LOG_EVERY = 50
 REPETITIONS = 5
 
 Contender = Callable[[list[int], Path], Callable[[], object]]
-"""Takes the data of an epoch and a folder; returns what runs one."""
+"""Takes the data of an epoch and a folder; returns a function that runs one epoch."""
 
 
 def raw_loop(data: list[int], _: Path) -> Callable[[], object]:
-    """A Python loop that calls a function."""
+    """Return a Python loop that calls a function."""
 
     def step(batch: int) -> int:
         return batch
@@ -46,7 +46,7 @@ def raw_loop(data: list[int], _: Path) -> Callable[[], object]:
 
 
 def ignite_bare(data: list[int], _: Path) -> Callable[[], object]:
-    """An Ignite engine with nothing attached."""
+    """Return an Ignite engine without handlers."""
     from ignite.engine import Engine
 
     engine = Engine(lambda _, batch: batch)
@@ -54,7 +54,7 @@ def ignite_bare(data: list[int], _: Path) -> Callable[[], object]:
 
 
 def ignite_usual(data: list[int], folder: Path) -> Callable[[], object]:
-    """An Ignite engine with RunningAverage, ProgressBar and TensorboardLogger, as in its guide."""
+    """Return an Ignite engine with RunningAverage, ProgressBar and TensorboardLogger."""
     import torch
     from ignite.engine import Engine, Events
     from ignite.handlers import ProgressBar, TensorboardLogger
@@ -98,7 +98,7 @@ def lightning_module() -> Any:
 
 
 def lightning_bare(data: list[int], folder: Path) -> Callable[[], object]:
-    """A Lightning trainer with logger, progress bar, checkpoints and summary turned off."""
+    """Return a Lightning trainer with logger, progress bar, checkpoints and summary turned off."""
     from lightning import Trainer
 
     trainer = Trainer(
@@ -114,7 +114,7 @@ def lightning_bare(data: list[int], folder: Path) -> Callable[[], object]:
 
 
 def lightning_default(data: list[int], folder: Path) -> Callable[[], object]:
-    """A Lightning trainer as it comes, with TensorBoard, which logs one value."""
+    """Return a Lightning trainer with default settings and TensorBoard, which logs one value."""
     from lightning import Trainer
 
     trainer = Trainer(
@@ -127,7 +127,7 @@ def lightning_default(data: list[int], folder: Path) -> Callable[[], object]:
 
 
 def diptych_trainer() -> Any:
-    """Return a trainer whose step fires the step events, publishes five scalars and stops there."""
+    """Return a trainer whose step only fires the step events and publishes five scalars."""
     import torch
 
     from diptych.engine import StepEvents, StepOutput, Trainer, tasks
@@ -157,13 +157,13 @@ def diptych_trainer() -> Any:
 
 
 def diptych_bare(data: list[int], _: Path) -> Callable[[], object]:
-    """A Diptych trainer with nothing attached, which still gathers what the step publishes."""
+    """Return a Diptych trainer without handlers; it still collects the published scalars."""
     trainer = diptych_trainer()
     return lambda: trainer.run(data, max_epochs=1)
 
 
 def diptych_default(data: list[int], folder: Path) -> Callable[[], object]:
-    """A Diptych trainer with `default_handlers`: every sink, throughput and checkpoints."""
+    """Return a Diptych trainer with `default_handlers`: every sink, throughput and checkpoints."""
     from diptych.handlers import default_handlers
 
     trainer = diptych_trainer()
@@ -180,11 +180,11 @@ CONTENDERS: dict[str, tuple[Contender, tuple[str, ...]]] = {
     "Diptych bare": (diptych_bare, ("diptych",)),
     "Diptych default": (diptych_default, ("diptych", "tensorboard")),
 }
-"""Name: what runs, and the packages that it needs."""
+"""Name to the function that builds the engine, and the packages that it needs."""
 
 
 def cost(contender: Contender, repetitions: int) -> float:
-    """Return the process CPU time of an iteration in microseconds, the least of a few runs."""
+    """Return the process CPU time per iteration in microseconds, the minimum of a few runs."""
     data = [0] * ITERATIONS
     times = []
     for _ in range(repetitions + 1):
@@ -193,12 +193,12 @@ def cost(contender: Contender, repetitions: int) -> float:
             start = time.process_time()
             run()
             times.append((time.process_time() - start) / ITERATIONS * 1e6)
-    return min(times[1:])  # the first run pays for imports
+    return min(times[1:])  # the first run includes imports
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Keep what the contenders write from the table; none of them writes to a terminal then."""
+    """Suppress the engines' output; none of them then sees a terminal."""
     logging.disable(logging.WARNING)
     with (
         contextlib.redirect_stdout(io.StringIO()),
@@ -210,7 +210,7 @@ def silence() -> Iterator[None]:
 
 
 def measured(names: list[str], repetitions: int) -> dict[str, float]:
-    """Return the cost of each of these contenders that this interpreter can run."""
+    """Return the cost of each of these engines that this interpreter can run."""
     results = {}
     for name in names:
         contender, packages = CONTENDERS[name]
@@ -220,7 +220,7 @@ def measured(names: list[str], repetitions: int) -> dict[str, float]:
 
 
 def measured_by(python: str, names: list[str], repetitions: int) -> dict[str, float]:
-    """Return the cost of these contenders as another interpreter measures it."""
+    """Return the cost of these engines, measured with another interpreter."""
     command = [python, __file__, "--json", "--repetitions", str(repetitions), "--only", *names]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
@@ -230,7 +230,7 @@ def measured_by(python: str, names: list[str], repetitions: int) -> dict[str, fl
 def table(names: list[str], results: dict[str, float]) -> str:
     """Return the results as a Markdown table."""
     bare = results.get("Ignite bare")
-    lines = ["| engine | us an iteration | to Ignite bare |", "|---|---:|---:|"]
+    lines = ["| engine | us per iteration | relative to Ignite bare |", "|---|---:|---:|"]
     for name in names:
         if name not in results:
             lines.append(f"| {name} | not installed | |")
@@ -241,12 +241,12 @@ def table(names: list[str], results: dict[str, float]) -> str:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peers", help="an interpreter that has pytorch-ignite, tqdm, lightning")
-    parser.add_argument("--repetitions", type=int, default=REPETITIONS, help="runs of each")
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="measure these alone")
-    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    parser.add_argument("--peers", help="an interpreter with pytorch-ignite, tqdm, lightning")
+    parser.add_argument("--repetitions", type=int, default=REPETITIONS, help="runs per engine")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="measure only these")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
     names = arguments.only or list(CONTENDERS)
     results = measured(names, arguments.repetitions)

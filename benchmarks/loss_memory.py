@@ -1,12 +1,12 @@
-"""Time and peak memory of a loss on ever larger batches, beside its peers'.
+"""Time and peak memory of a loss for increasing batch sizes, compared with other libraries.
 
     python benchmarks/loss_memory.py
     python benchmarks/loss_memory.py --loss siglip --sizes 4096 16384
 
-Each row is one forward and backward on features that are there already: [B, 512], bfloat16 on a
-GPU, float32 on a CPU. Memory is the most that is taken beyond them, gradients included; on a CPU it
-is the resident size of a process that does nothing else. Time is the least of a few runs. A way
-that does not fit, or is not installed, says so. The ratios are to Diptych's first row.
+Each row is one forward and backward pass on given features: [B, 512], bfloat16 on a GPU, float32 on
+a CPU. Memory is the peak beyond the features, including gradients; on a CPU it is the resident size
+of a process that does nothing else. Time is the minimum of a few runs. A row says so if it does not
+fit or is not installed. The ratios are relative to Diptych's first row.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TEMPERATURE = {name: 1 / scale for name, scale in SCALE.items()}
 
 
 class Figures(NamedTuple):
-    """What a way took: the least seconds and the most bytes; or why there are none."""
+    """The minimum time in seconds and the peak memory in bytes, or the reason why there is none."""
 
     seconds: float = math.nan
     memory: float = math.nan
@@ -44,7 +44,7 @@ class Figures(NamedTuple):
 
 
 def plain(loss: str) -> Pair:
-    """The usual form: normalise, multiply, and hold the matrix."""
+    """Return the usual form: normalise, multiply, and hold the matrix."""
 
     def clip(first: Tensor, second: Tensor, scale: Tensor) -> Tensor:
         logits = scale * F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).T
@@ -66,7 +66,7 @@ def plain(loss: str) -> Pair:
     scale: list[Tensor] = []
 
     def call(first: Tensor, second: Tensor) -> Tensor:
-        if not scale:  # learned, as Diptych's is
+        if not scale:  # learned, as in Diptych
             scale.append(torch.full((), SCALE[loss], device=first.device, requires_grad=True))
         return form(first, second, scale[0].to(first.dtype))
 
@@ -74,12 +74,12 @@ def plain(loss: str) -> Pair:
 
 
 def compiled(loss: str) -> Pair:
-    """The usual form under torch.compile."""
+    """Return the usual form with torch.compile."""
     return torch.compile(plain(loss), dynamic=False)
 
 
 def diptych(loss: str, tile: str | None) -> Pair:
-    """Diptych's loss."""
+    """Return Diptych's loss."""
     built = get_loss(loss, tile=tile, temperature=TEMPERATURE[loss], learn_temperature=True)
     placed: list[nn.Module] = []
 
@@ -93,7 +93,7 @@ def diptych(loss: str, tile: str | None) -> Pair:
 
 
 def both_ways(one_way: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Pair:
-    """CLIP's loss from a peer's cross entropy of a linear layer: (features, weight, targets)."""
+    """Return CLIP's loss, built from a linear cross entropy of (features, weight, targets)."""
 
     def call(first: Tensor, second: Tensor) -> Tensor:
         first, second = F.normalize(first, dim=-1), F.normalize(second, dim=-1)
@@ -105,7 +105,7 @@ def both_ways(one_way: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Pair:
 
 
 def liger(_: str) -> Pair:
-    """Liger-Kernel's fused linear cross entropy, once for each direction."""
+    """Return Liger-Kernel's fused linear cross entropy, once for each direction."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     def one_way(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -117,14 +117,14 @@ def liger(_: str) -> Pair:
 
 
 def cut_cross_entropy(_: str) -> Pair:
-    """The linear cross entropy of cut-cross-entropy, once for each direction."""
+    """Return the linear cross entropy of cut-cross-entropy, once for each direction."""
     from cut_cross_entropy import linear_cross_entropy
 
     return both_ways(linear_cross_entropy)
 
 
 def inf_clip(_: str) -> Pair:
-    """Inf-CLIP's Triton kernels, on one GPU."""
+    """Return Inf-CLIP's Triton kernels, on one GPU."""
     from inf_cl import cal_flash_loss
 
     def call(first: Tensor, second: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def inf_clip(_: str) -> Pair:
 
 
 class Way(NamedTuple):
-    """A row: what it is called, what makes it, and where it runs."""
+    """A row of the table: its name, the function that builds the loss, and where it runs."""
 
     name: str
     make: Callable[[str], Pair]
@@ -166,7 +166,7 @@ class Task(NamedTuple):
 
 
 def measured(task: Task, call: Pair, device: torch.device, peak: Callable[[], float]) -> Figures:
-    """Return the figures of a way; `peak` tells the most bytes since it was last asked."""
+    """Return the figures of a row; `peak` returns the peak memory in bytes since its last call."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     generator = torch.Generator(device).manual_seed(0)
     shape = task.pairs, task.dim
@@ -184,7 +184,7 @@ def measured(task: Task, call: Pair, device: torch.device, peak: Callable[[], fl
     before, started = peak(), perf_counter()
     seconds = once()
     memory = peak() - before
-    if device.type != "cpu":  # what compiling took does not count
+    if device.type != "cpu":  # the first call includes compilation
         first.grad = second.grad = None
         peak()
         before, seconds = peak(), once()
@@ -195,17 +195,17 @@ def measured(task: Task, call: Pair, device: torch.device, peak: Callable[[], fl
 
 
 def wait(device: torch.device) -> None:
-    """Wait for an accelerator."""
+    """Wait until the accelerator is idle."""
     if device.type != "cpu":
         torch.cuda.synchronize()
 
 
 def on_cpu(task: Task, threads: int, gigabytes: float) -> Figures:
-    """Measure a row in this process, which may take so much memory and no more."""
+    """Measure a row in this process, with a limit on its memory."""
     torch.set_num_threads(threads)
     call = WAYS[task.way].make(task.loss)
     small = torch.randn(64, task.dim, requires_grad=True)
-    call(small, small).backward()  # what the first call loads is not counted
+    call(small, small).backward()  # the first call loads libraries
     limit = int(gigabytes * 1e9)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
@@ -235,15 +235,15 @@ def on_gpu(task: Task) -> Figures:
         peak()
         return measured(task, call, device, peak)
     except ImportError as error:
-        return Figures(reason=f"left out: {error}")
+        return Figures(reason=f"skipped: {error}")
     except torch.OutOfMemoryError:
         return Figures(reason="out of memory")
-    except Exception as error:  # noqa: BLE001 - a peer may fail in its own ways; the table goes on
+    except Exception as error:  # noqa: BLE001 - another library may raise anything
         return Figures(reason=f"failed: {type(error).__name__}: {str(error).splitlines()[0][:60]}")
 
 
 def measure(task: Task, arguments: argparse.Namespace) -> Figures:
-    """Measure a row, on a CPU in a process of its own."""
+    """Measure a row; on a CPU in a separate process."""
     if torch.cuda.is_available() and not arguments.cpu:
         return on_gpu(task)
     context = multiprocessing.get_context("spawn")
@@ -253,7 +253,7 @@ def measure(task: Task, arguments: argparse.Namespace) -> Figures:
 
 
 def print_row(name: str, pairs: int, figures: Figures, own: Figures) -> None:
-    """Print a row: time and memory, and how many times Diptych's they are."""
+    """Print a row: time and memory, and their ratios to Diptych's."""
     row = f"{pairs:>9,}  {name:24}"
     if figures.reason:
         print(f"{row}  {figures.reason}", flush=True)
@@ -264,7 +264,7 @@ def print_row(name: str, pairs: int, figures: Figures, own: Figures) -> None:
 
 
 def header(arguments: argparse.Namespace, *, gpu: bool) -> str:
-    """Return what the figures depend on, and the names of the columns."""
+    """Return the header: the settings, the machine, and the names of the columns."""
     where = f"{platform.machine()} CPU, {arguments.threads} threads, float32"
     if gpu:
         where = f"{torch.cuda.get_device_name()}, bfloat16"
@@ -281,16 +281,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--loss", choices=sorted(SCALE), default="clip")
     parser.add_argument("--sizes", type=int, nargs="+", help="pairs in a batch")
     parser.add_argument("--dim", type=int, default=512, help="dimension of the features")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each row")
-    parser.add_argument("--ways", nargs="+", help="rows, by the start of their name; default: all")
-    parser.add_argument("--cpu", action="store_true", help="measure the CPU though there is a GPU")
+    parser.add_argument("--rounds", type=int, default=3, help="runs per row")
+    parser.add_argument(
+        "--ways", nargs="+", help="rows to measure, by the start of their name; default: all"
+    )
+    parser.add_argument(
+        "--cpu", action="store_true", help="measure on the CPU even if there is a GPU"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--memory", type=float, default=16.0, help="GB that a CPU row may take")
+    parser.add_argument("--memory", type=float, default=16.0, help="GB that a CPU row may use")
     return parser.parse_args()
 
 
 def chosen(arguments: argparse.Namespace, *, gpu: bool) -> list[int]:
-    """Return the rows to measure; Diptych's is always the first."""
+    """Return the indices of the rows to measure; Diptych's row is always the first."""
     starts = tuple(arguments.ways or [""])
 
     def runs(index: int, way: Way) -> bool:

@@ -1,14 +1,14 @@
-"""What it costs to bring batches to a GPU, and how much of it prefetching hides.
+"""The cost of copying batches to a GPU, and how much of it prefetching hides.
 
     python -m benchmarks.prefetch
 
-CLIP's loss, AdamW and bf16 on two models: a ViT-S/16 with a text tower of six layers, and a small
-one whose update is short beside the copy of its batch. First table: batches of float32 images wait
-in the host's memory, pinned or not; a raw loop and a trainer with and without prefetching train on
-them, and `resident` is the raw loop on a batch that is on the device already, the bound of all.
-Second table: a DataLoader reads bytes, which the trainer scales on the device; `data` is
-`time/data`, what the device waited for its data. The contenders of a table take turns; each row is
-the best of its turns.
+Two models train with CLIP's loss, AdamW and bf16: a ViT-S/16 with a text tower of six layers, and a
+small model whose update is short compared with the copy of its batch. First table: batches of
+float32 images are in host memory, pinned or pageable; a raw loop and a trainer with and without
+prefetching train on them. `resident` is the raw loop on a batch that is already on the device, the
+upper bound. Second table: a DataLoader reads bytes, which the trainer scales on the device; `data`
+is `time/data`, the time that the device waited for data. The loops of a table run in turn; each row
+is the best of its turns.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MODELS = {
 WARMUP = 5
 Batches = Iterable[dict[str, Tensor]]
 Contender = Callable[[Batches], float]
-"""Trains on some batches; returns the seconds that those after the warm-up took."""
+"""Trains on some batches; returns the seconds of the updates after the warm-up."""
 
 
 def parts(model: str) -> tuple[ImageText, CLIPLoss, torch.optim.Optimizer]:
@@ -51,7 +51,7 @@ def parts(model: str) -> tuple[ImageText, CLIPLoss, torch.optim.Optimizer]:
 
 
 def host_batches(samples: int, *, pinned: bool) -> list[dict[str, Tensor]]:
-    """Return a few batches in the host's memory."""
+    """Return a few batches in host memory."""
     batches = [
         {
             "image": torch.rand(samples, 3, PIXELS, PIXELS),
@@ -65,13 +65,13 @@ def host_batches(samples: int, *, pinned: bool) -> list[dict[str, Tensor]]:
 
 
 def repeated(batches: list[dict[str, Tensor]], count: int) -> Iterator[dict[str, Tensor]]:
-    """Give `count` batches."""
+    """Yield `count` batches."""
     for index in range(count):
         yield batches[index % len(batches)]
 
 
 def raw(model: str) -> Contender:
-    """A loop by hand, as most are written."""
+    """Return a plain training loop."""
     built, loss, optimizer = parts(model)
 
     def run(batches: Batches) -> float:
@@ -119,7 +119,7 @@ def timed(trainer: Trainer, batches: Batches, steps: int) -> float:
 
 
 def diptych(model: str, steps: int, *, prefetch: bool) -> Contender:
-    """A trainer that measures its waits."""
+    """Return a trainer that measures how long it waits for data."""
     trainer = made(model, prefetch=prefetch).attach(Throughput())
     return lambda batches: timed(trainer, batches, steps)
 
@@ -151,10 +151,10 @@ def copies(model: str, samples: int, steps: int, turns: int) -> None:
 
 
 class Bytes(Dataset[dict[str, Tensor]]):
-    """Images of bytes and texts, as a data set in memory gives them.
+    """A data set in memory: images as bytes, and texts.
 
     Args:
-        samples: how many there are.
+        samples: the length of the data set.
     """
 
     def __init__(self, samples: int) -> None:
@@ -181,11 +181,11 @@ def loaders(model: str, samples: int, steps: int, workers: Iterable[int]) -> Non
     data = Bytes((WARMUP + steps) * samples)
     for count in workers:
         for prefetch in (False, True):
-            gc.collect()  # a forked worker that tidies up after a dead trainer ends on its tensors
+            gc.collect()  # a forked worker crashes if it collects an old trainer's CUDA tensors
             trainer = made(model, prefetch=prefetch, transform=OnKeys(scaled, "image"))
             waits: list[float] = []
             trainer.attach(Throughput())
-            trainer.add_event_handler(  # the start of the workers is no wait of the run's
+            trainer.add_event_handler(  # do not count the start of the workers as waiting
                 Events.ITERATION_COMPLETED(once=WARMUP), lambda e: e.metrics.log(WARMUP)
             )
             trainer.add_event_handler(
@@ -199,25 +199,27 @@ def loaders(model: str, samples: int, steps: int, workers: Iterable[int]) -> Non
 
 
 def main() -> int:
-    """Measure and print; return the exit status."""
+    """Measure, and print the tables; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--samples", type=int, default=256, help="of a batch")
-    parser.add_argument("--steps", type=int, default=25, help="measured updates of a turn")
+    parser.add_argument("--samples", type=int, default=256, help="samples per batch")
+    parser.add_argument("--steps", type=int, default=25, help="measured updates per turn")
     parser.add_argument("--turns", type=int, default=2)
-    parser.add_argument("--workers", nargs="*", type=int, default=[0, 8], help="of the DataLoader")
+    parser.add_argument(
+        "--workers", nargs="*", type=int, default=[0, 8], help="workers of the DataLoader"
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.stderr.write("nothing to measure: prefetching is for CUDA devices, and there is none\n")
+        sys.stderr.write("This benchmark needs a CUDA device: only there are batches prefetched.\n")
         return 2
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
-    print("| model | batches | loop | ms a step | samples/s | to resident |")
+    print("| model | batches | loop | ms per step | samples/s | relative to resident |")
     print("|---|---|---|---:|---:|---:|")
     measure = partial(copies, samples=arguments.samples, steps=arguments.steps)
     for model in arguments.models:
         measure(model, turns=arguments.turns)
     if arguments.workers:
-        print("\n| model | workers | prefetch | ms a step | samples/s | data, ms |")
+        print("\n| model | workers | prefetch | ms per step | samples/s | data, ms |")
         print("|---|---:|---|---:|---:|---:|")
     for model in arguments.models:
         loaders(model, arguments.samples, arguments.steps, arguments.workers)

@@ -1,11 +1,11 @@
-"""Times and memory of retrieval metrics, against the score product alone and two usual ways.
+"""Time and memory of retrieval metrics, compared with the score product alone and common methods.
 
     python benchmarks/retrieval.py --images 10000 --captions 5 --dim 256 --threads 2
 
-Every row is a process of its own, which runs once a round; the figures are the best round's. Memory
-is the largest resident size while the values are computed, beyond that with the features in
-memory. Rows marked ~ ran with a tenth of the images: their time is multiplied by 100, since it
-grows with the square, and so is their memory where it does.
+Every row runs in a separate process, once per round; the figures are those of the best round.
+Memory is the peak resident size while the values are computed, beyond the size with the features in
+memory. Rows marked ~ ran with a tenth of the images: their time and memory are multiplied by 100,
+because they grow with the square.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diptych.handlers.evaluation.retrieval import RetrievalMetrics, RetrievalRecall
+from diptych.handlers import RetrievalMetrics, RetrievalRecall
 
 K = (1, 5, 10)
 TILE = 512
 
 
 class Size(NamedTuple):
-    """How much there is to rank."""
+    """The size of the retrieval problem."""
 
     images: int
     captions: int
@@ -36,7 +36,7 @@ class Size(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What one run took, and what it found."""
+    """The time and memory of one run, and the recall that it computed."""
 
     seconds: float
     megabytes: float
@@ -44,7 +44,7 @@ class Figures(NamedTuple):
 
 
 def batches(size: Size) -> Iterator[dict[str, Tensor]]:
-    """Yield 250 images at a time with their captions, which are near them."""
+    """Yield 250 images at a time, with captions whose features are close to them."""
     generator = torch.Generator().manual_seed(0)
     for start in range(0, size.images, 250):
         groups = torch.arange(start, min(start + 250, size.images))
@@ -60,7 +60,7 @@ def batches(size: Size) -> Iterator[dict[str, Tensor]]:
 
 
 def features(size: Size) -> tuple[Tensor, Tensor]:
-    """Return all images [N, D] and texts [N C, D], at unit length."""
+    """Return the normalised features of all images [N, D] and texts [N C, D]."""
     images = torch.empty(size.images, size.dim)
     texts = torch.empty(size.images * size.captions, size.dim)
     for batch in batches(size):
@@ -79,7 +79,7 @@ def peak() -> float:
 
 
 def measured(work: Callable[[], float]) -> Figures:
-    """Return time and memory of `work`, which returns recall@1."""
+    """Return the time and memory of `work`, a function that returns recall@1."""
     before = peak()
     started = perf_counter()
     recall = work()
@@ -87,7 +87,7 @@ def measured(work: Callable[[], float]) -> Figures:
 
 
 def product_alone(size: Size) -> Figures:
-    """Make every score in tiles, and forget it."""
+    """Compute every score in tiles, and discard it."""
     images, texts = features(size)
 
     def work() -> float:
@@ -102,24 +102,24 @@ def product_alone(size: Size) -> Figures:
 
 
 def diptych(metric: RetrievalRecall, size: Size) -> Figures:
-    """Compute a metric that has seen all batches."""
+    """Update a metric with all batches, and measure `compute`."""
     for batch in batches(size):
         metric.update(batch)
     return measured(lambda: metric.compute()["recall@1"])
 
 
 def recall_only(size: Size) -> Figures:
-    """Recall@k."""
+    """Measure `RetrievalRecall`: recall@k."""
     return diptych(RetrievalRecall(K), size)
 
 
 def all_metrics(size: Size) -> Figures:
-    """Recall@k, mAP@k, MRR, median and mean rank."""
+    """Measure `RetrievalMetrics`: recall@k, mAP@k, MRR, median and mean rank."""
     return diptych(RetrievalMetrics(K), size)
 
 
 def full_matrix_topk(size: Size) -> Figures:
-    """Hold all scores; recall@k from the 10 largest of each row and column."""
+    """Hold all scores, and compute recall@k from the 10 largest of each row and column."""
     images, texts = features(size)
     owners = torch.arange(size.images).repeat_interleave(size.captions)
 
@@ -135,7 +135,7 @@ def full_matrix_topk(size: Size) -> Figures:
 
 
 def full_matrix_argsort(size: Size) -> Figures:
-    """Hold all scores and sort them whole."""
+    """Hold all scores, and sort every row and column."""
     images, texts = features(size)
     owners = torch.arange(size.images).repeat_interleave(size.captions)
 
@@ -189,14 +189,14 @@ def run(row: int, size: Size, threads: int) -> Figures:
 
 
 def main() -> None:
-    """Run every row and print the table."""
+    """Run every row, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=10_000, help="images to rank")
-    parser.add_argument("--captions", type=int, default=5, help="captions of each image")
+    parser.add_argument("--captions", type=int, default=5, help="captions per image")
     parser.add_argument("--dim", type=int, default=256, help="dimension of the features")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each row")
-    parser.add_argument("--skip-slow", action="store_true", help="leave out the rows marked ~")
+    parser.add_argument("--rounds", type=int, default=3, help="runs per row")
+    parser.add_argument("--skip-slow", action="store_true", help="skip the rows marked ~")
     arguments = parser.parse_args()
     size = Size(arguments.images, arguments.captions, arguments.dim)
     rows = [i for i, (_, _, slow) in enumerate(ROWS) if not (slow and arguments.skip_slow)]
@@ -211,7 +211,7 @@ def main() -> None:
 
 
 def print_table(size: Size, threads: int, found: dict[int, list[Figures]]) -> None:
-    """Print the best figures of each row and their ratios to the first row's."""
+    """Print the best figures of each row, and their ratios to the first row."""
     print(
         f"{size.images} images x {size.captions} captions, D = {size.dim}, float32, "
         f"{threads} threads, torch {torch.__version__}\n"
