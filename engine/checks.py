@@ -1,4 +1,4 @@
-"""Whole numbers, checked where they enter."""
+"""Checks of integer arguments."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import attrs
 
 
 def is_whole(value: object, least: int = 1) -> bool:
-    """Say whether a value is a whole number of at least `least`; True and False are none."""
+    """Return whether a value is an integer of at least `least`; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def whole_number(
     least: int = 1, *, of: str = ""
 ) -> Callable[[Any, attrs.Attribute[Any], Any], None]:
-    """Return an attrs validator for whole numbers.
+    """Return an attrs validator for integers.
 
     Args:
-        least: the smallest that there may be.
-        of: what is counted, for the message.
+        least: the smallest valid value.
+        of: the unit, for the message.
 
     Raises:
-        ValueError: from the validator, naming the attribute, the rule and the value.
+        ValueError: from the validator, if the value is something else.
     """
     counted = f" of {of}" if of else ""
 

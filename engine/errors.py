@@ -1,17 +1,17 @@
-"""The exceptions that a caller would want to catch."""
+"""The exceptions of the library that callers may want to catch."""
 
 
 class BatchError(ValueError):
-    """A batch, or what a task made of it, lacks something or does not fit together."""
+    """A batch, or a task's output, lacks a part or has parts that do not fit together."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, cannot be read, or belongs to something else."""
+    """A checkpoint cannot be written or read, or belongs to another model."""
 
 
 class ResumeError(RuntimeError):
-    """A run cannot go on from where it stands with what it was given."""
+    """A run cannot continue from its position with the given arguments."""
 
 
 class LostRankError(RuntimeError):
-    """A rank has waited for the others in vain: one of them failed, ended, or did not come."""
+    """A rank waited for other ranks, and one of them failed, ended or did not arrive."""

@@ -1,4 +1,4 @@
-"""Evaluation: a model in eval mode, without gradients, and Ignite's metrics over a loader."""
+"""The evaluator: a model in eval mode, without gradients, and Ignite metrics over a loader."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ Metrics = Sequence[Metric] | Mapping[str, Metric]
 
 
 class Evaluator(EventLoop):
-    """Runs a task over a loader and returns its metrics.
+    """Runs a task over a loader and returns the values of metrics.
 
-    An Ignite engine whose output is the task's named tensors. The model is in eval mode for as
-    long as it runs, and every module is put back into the mode it was in; random generators are
-    left as they were.
+    An Ignite engine whose output is the task's named tensors. The model is in eval mode during the
+    evaluation; afterwards every module has its earlier mode, and random generators their earlier
+    state.
 
     Args:
-        model: to evaluate; moved to the device.
-        task: what a batch means.
-        metrics: Ignite metrics, by name or in a sequence; one that computes a dictionary gives its
-            own names, any other in a sequence is called by its class (`Accuracy` is `accuracy`).
-            Each takes the task's outputs through its `output_transform`.
-        precision: what the model computes in.
-        device: where; None: this process's accelerator, else the CPU.
+        model: the model to evaluate; moved to the device.
+        task: maps model and batch to named tensors.
+        metrics: Ignite metrics, by name or in a sequence. A metric that computes a dictionary
+            brings its own names; any other in a sequence has the name of its class (`Accuracy` is
+            `accuracy`). Each takes the task's outputs through its `output_transform`.
+        precision: fp32, bf16 or fp16 autocast.
+        device: the device to evaluate on; None: this process's accelerator, else the CPU.
 
     Raises:
         TypeError: if a metric is not an Ignite metric.
@@ -68,13 +68,13 @@ class Evaluator(EventLoop):
 
     @waits_at("sharing an evaluation")
     def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
-        """Return every metric's value over one pass of `loader`.
+        """Return the value of every metric over one pass of `loader`.
 
         Raises:
             BatchError: if the loader is empty.
-            RuntimeError: if a handler ended the evaluation before its loader did.
+            RuntimeError: if a handler terminated the evaluation.
         """
-        empty = "an evaluation needs at least one batch, got an empty loader"
+        empty = "loader must have at least one batch, got an empty loader"
         if length_of(loader) == 0:
             raise BatchError(empty)
         state = self.state
@@ -87,16 +87,17 @@ class Evaluator(EventLoop):
                 raise BatchError(empty) from error
         if self.position.in_epoch or not state.epoch:
             raise RuntimeError(
-                f"the evaluation ended before its loader, after {state.iteration} batches: call "
-                "terminate_epoch() to end it early with the values so far"
+                f"an evaluation must reach the end of its loader, but stopped after "
+                f"{state.iteration} batches. Call terminate_epoch() to end it early with the "
+                "values so far"
             )
         return self._values()
 
     def outputs(self, batch: Any) -> Outputs:
-        """Return the task's outputs for one batch, as an evaluation computes them.
+        """Return the task's outputs for one batch, in eval precision and without gradients.
 
         Args:
-            batch: as a loader gives it; moved to the device.
+            batch: from a loader; moved to the device.
         """
         dtype = self._autocast_dtype
         autocast = nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
@@ -126,7 +127,7 @@ class EvaluatesModel(Protocol):
 
 @contextmanager
 def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
-    """Put modules into eval mode, and each of their parts back into its own mode afterwards."""
+    """Put modules into eval mode; afterwards each submodule has its earlier mode again."""
     training = [part for module in modules for part in module.modules() if part.training]
     try:
         for module in modules:
@@ -139,9 +140,9 @@ def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
 
 def _named(metrics: Metrics) -> dict[str, Metric]:
     if isinstance(metrics, Metric) or not isinstance(metrics, Iterable):
-        # Ignite's metrics can be indexed with anything, and so iterated without end.
+        # Ignite's metrics accept any index, so iterating one would never end.
         raise TypeError(
-            f"metrics must be a sequence or a mapping of metrics, got {metrics!r}: write "
+            f"metrics must be a sequence or a mapping of metrics, got {metrics!r}. Pass "
             "metrics=[...]"
         )
     if isinstance(metrics, Mapping):
@@ -152,7 +153,7 @@ def _named(metrics: Metrics) -> dict[str, Metric]:
         if not isinstance(metric, Metric):
             raise TypeError(
                 f"a metric must be an ignite.metrics.Metric, got {metric!r}"
-                + (f": call it, {metric.__name__}()" if isinstance(metric, type) else "")
+                + (f". Make an instance: {metric.__name__}()" if isinstance(metric, type) else "")
             )
     _check_names([name for name, _ in named])
     return dict(named)
@@ -162,7 +163,7 @@ def _check_names(names: Sequence[str]) -> None:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(
-            f"metrics must have different names, got {', '.join(repeated)} twice: pass a mapping"
+            f"metrics must have different names, got {', '.join(repeated)} twice. Pass a mapping"
         )
 
 

@@ -7,7 +7,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module inside data-parallel and compiled wrappers."""
+    """Return the module inside of data-parallel and compiled wrappers."""
     while True:
         if isinstance(module, (DistributedDataParallel, DataParallel)):
             module = module.module
@@ -18,7 +18,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def named_parameters(model: nn.Module, loss: nn.Module | None) -> dict[str, nn.Parameter]:
-    """Return the model's parameters by name, then the loss's by "loss." and name, each once."""
+    """Return the model's parameters by name, then the loss's with the prefix "loss.", each once."""
     pairs = list(unwrapped(model).named_parameters())
     if loss is not None:
         pairs += [(f"loss.{name}", p) for name, p in unwrapped(loss).named_parameters()]

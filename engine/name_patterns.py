@@ -1,4 +1,4 @@
-"""Patterns of dotted names, and what an error says about a name that is not there."""
+"""Patterns of dotted names, and suggestions for unknown names."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from fnmatch import fnmatchcase
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Say whether a name begins with a pattern, in whole parts, which may hold wildcards."""
+    """Return whether a name starts with a pattern, part by part; parts may have wildcards."""
     parts, patterns = name.split("."), pattern.split(".")
     return len(patterns) <= len(parts) and all(map(fnmatchcase, parts, patterns))
 
 
 def check_pattern(pattern: str, names: Iterable[str]) -> None:
-    """Check that a pattern holds something.
+    """Check that a pattern matches a name.
 
     Raises:
-        ValueError: if no name begins with it; the message lists the near ones.
+        ValueError: if no name starts with it; the message lists similar ones.
     """
     names = list(names)
     if not any(matches(name, pattern) for name in names):
         raise ValueError(
-            f"a pattern must match parameters, got {pattern!r}, which matches none; "
+            f"a pattern must match parameters, got {pattern!r}, which matches none. "
             f"{near_matches(pattern, _paths(names))}"
         )
 
 
 def near_matches(word: str, known: Iterable[str]) -> str:
-    """Return what an error says about the names that are there: the close ones, else all."""
+    """Return a sentence for an error on the known names: similar ones, else all."""
     known = list(dict.fromkeys(known))
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     if close:
-        return f"close are {', '.join(close)}"
-    return f"there are {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
+        return f"Similar names: {', '.join(close)}"
+    return f"Known names: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
 
 
 def _paths(names: Iterable[str]) -> list[str]:
-    """Return all beginnings of names in whole parts, the short ones first."""
+    """Return every prefix of the names, in whole parts, the short ones first."""
     paths = {
         ".".join(parts[:length])
         for parts in (name.split(".") for name in names)

@@ -1,4 +1,4 @@
-"""The random generators that a run draws from: read, restored, kept from an onlooker."""
+"""The states of the random generators that a run draws from."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 ForwardRandomState = tuple[Any, Any, Tensor, Tensor | None]
-"""What Python's, NumPy's, torch's CPU and the device's generators stand at."""
+"""The states of Python's, NumPy's, torch's CPU and the device's generators."""
 
 
-def mixed(*numbers: int) -> int:
-    """Mix whole numbers into one seed, so that neighbours have unrelated streams (splitmix64)."""
+def mixed_seed(*numbers: int) -> int:
+    """Mix integers into one seed; neighbouring integers give unrelated streams (splitmix64)."""
     state = 0
     for number in numbers:
         state = (state ^ number) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
@@ -27,7 +27,7 @@ def mixed(*numbers: int) -> int:
 
 
 def seed_host(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's CPU generators; `torch.manual_seed` would seed devices."""
+    """Seed Python's, NumPy's and torch's CPU generators, but no device's."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
@@ -38,9 +38,10 @@ def _cuda_in_use() -> bool:
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of Python's, NumPy's and torch's generators, every CUDA device's too.
+    """Return the states of Python's, NumPy's and torch's generators, of CUDA devices too.
 
-    Tensors, numbers and lists only, so that a checkpoint with it loads with `weights_only=True`.
+    The result has tensors, numbers and lists only, so a checkpoint with it loads with
+    `weights_only=True`.
     """
     version, internal, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
@@ -58,11 +59,10 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put the generators into a state that `random_state` returned.
+    """Restore the generators from a state that `random_state` returned.
 
     Args:
-        state: its CUDA part may be for fewer or more devices than there are; the common ones are
-            set.
+        state: if it has more or fewer CUDA devices than this machine, the common ones are set.
     """
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["internal"]), python["gauss"]))
@@ -76,9 +76,9 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Leave every generator as it was, whatever is drawn inside.
+    """Restore every generator at the end of the context.
 
-    A data loader draws a seed each time it is iterated, for one.
+    For example, a data loader draws a seed each time it is iterated.
     """
     state = random_state()
     try:
@@ -88,13 +88,13 @@ def preserved_random_state() -> Iterator[None]:
 
 
 def forward_random_state(device: torch.device) -> ForwardRandomState:
-    """Return the state of whatever a forward pass on `device` draws from, without waiting."""
+    """Return the states of the generators of a forward pass on `device`, without waiting for it."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
 
 
 def set_forward_random_state(state: ForwardRandomState, device: torch.device) -> None:
-    """Put the generators into a state that `forward_random_state` returned."""
+    """Restore the generators from a state that `forward_random_state` returned."""
     python, numpy, cpu, cuda = state
     random.setstate(python)
     np.random.set_state(numpy)
@@ -105,7 +105,7 @@ def set_forward_random_state(state: ForwardRandomState, device: torch.device) ->
 
 @contextmanager
 def seeded_random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw from generators with this seed, on the host and on `device`; leave all as they were."""
+    """Seed the generators of host and `device` in this context, and restore them at its end."""
     before = forward_random_state(device)
     seed_host(seed)
     if device.type == "cuda":

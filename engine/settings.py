@@ -1,4 +1,4 @@
-"""The settings of a `Trainer`: frozen, and checked where they enter."""
+"""The settings of a `Trainer`, frozen and checked."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from diptych.engine.checks import whole_number
 from diptych.engine.step.compilation import WITH_CUDA_GRAPHS, CompileMode
 
 Precision = Literal["fp32", "bf16", "fp16"]
-"""What the model computes in: float32, or autocast to bfloat16 or float16. Parameters stay as they
-are."""
+"""The type that the model computes in: float32, or autocast to bfloat16 or float16. Parameters keep
+their own type."""
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""The type of autocast for each precision that has one."""
+"""The autocast type of each precision that has one."""
 
 Units = bool | tuple[str, ...]
-"""Which modules of a sharded model are gathered as units: see `TrainerSettings`."""
+"""The modules of a sharded model that are gathered as units: see `TrainerSettings`."""
 
 
 def _check_precision(_: Any, __: attrs.Attribute[str], value: object) -> None:
@@ -50,9 +50,7 @@ def _as_units(value: Units | Sequence[str]) -> Units:
 
 def _check_shard(_: Any, __: attrs.Attribute[Any], value: Units) -> None:
     if not isinstance(value, bool) and not (value and all(isinstance(v, str) for v in value)):
-        raise ValueError(
-            f"shard must be True, False or patterns of the units' paths, got {value!r}"
-        )
+        raise ValueError(f"shard must be True, False or patterns of module paths, got {value!r}")
 
 
 def _as_device(value: torch.device | str | None) -> torch.device | None:
@@ -61,29 +59,27 @@ def _as_device(value: torch.device | str | None) -> torch.device | None:
 
 @attrs.frozen(kw_only=True)
 class TrainerSettings:
-    """How a `Trainer` computes; none of it changes what it computes, within the precision.
+    """The settings of a `Trainer`. Apart from precision and seed, none of them changes a result.
 
     Attributes:
-        precision: fp32, bf16 or fp16. fp16 scales the loss; the others need no scaling.
-        microbatch_size: samples that go through the model at once; None: the whole batch.
-        device: where model, loss and batches go; None: the process's accelerator where there is
+        precision: fp32, bf16 or fp16. Only fp16 scales the loss.
+        microbatch_size: samples per forward pass; None: the whole batch.
+        device: the device of model, loss and batches; None: the process's accelerator if there is
             one, else the CPU.
-        prefetch: whether a batch is copied to a CUDA device while the device computes the update
-            before it, for the memory of one batch more; it changes no number, and nothing at all
-            elsewhere.
-        compile: whether the model is compiled in place (`torch.nn.Module.compile`), or the mode in
-            which; its state-dict keys stay. "reduce-overhead" runs it as CUDA graphs, which pays
-            where a model is small and its batches have one shape.
-        seed: of Python's, NumPy's and torch's generators when a run starts from its beginning;
-            None leaves them alone.
+        prefetch: whether to copy a batch to a CUDA device while the device computes the update
+            before it. It takes the memory of one more batch, and has no effect on other devices.
+        compile: whether to compile the model in place (`torch.nn.Module.compile`), or the mode;
+            state-dict keys stay. "reduce-overhead" uses CUDA graphs, which pays if a model is
+            small and all batches have the same shape.
+        seed: the seed of Python's, NumPy's and torch's generators at the start of a new run; None:
+            they are not seeded.
         log_every: iterations between two log points; the end of an epoch is one too.
-        shard: whether parameters, gradients and the optimizer's state are shared out over the
-            ranks, and which modules are gathered as units: True for each element of each list of
-            modules, or patterns of paths ("image.blocks.*"). Alone it changes nothing.
+        shard: whether to shard parameters, gradients and optimizer state over the ranks, and which
+            modules are gathered as units: True for each element of each module list, or patterns
+            of module paths ("image.blocks.*"). It has no effect in a run of one process.
 
     Raises:
-        ValueError: if a value is outside what is listed, or sharding is to go with fp16 or CUDA
-            graphs.
+        ValueError: if a value is out of range, or sharding is combined with fp16 or CUDA graphs.
     """
 
     precision: Precision = attrs.field(default="fp32", validator=_check_precision)
@@ -100,12 +96,11 @@ class TrainerSettings:
     def __attrs_post_init__(self) -> None:
         if self.shard and self.precision == "fp16":
             raise ValueError(
-                "precision of a sharded model must be fp32 or bf16, got 'fp16', whose scaler looks "
-                "at one rank's gradients: take 'bf16'"
+                "precision must be fp32 or bf16 for a sharded model, got 'fp16', whose scaler sees "
+                "the gradients of one rank only. Use 'bf16'"
             )
         if self.shard and self.compile in WITH_CUDA_GRAPHS:
             raise ValueError(
-                "compile of a sharded model must do without CUDA graphs, got "
-                f"{self.compile!r}, whose parameters would have to stay where they are: take "
-                "compile=True"
+                "compile must not use CUDA graphs for a sharded model, got "
+                f"{self.compile!r}: graphs need parameters at fixed addresses. Use compile=True"
             )

@@ -1,4 +1,4 @@
-"""What a batch means: a task calls the model and names what the loss takes, in the loss's order."""
+"""Tasks: functions that call the model on a batch and name the inputs of the loss, in order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T", bound="KeyedTask")
 
 
 class Task(Protocol):
-    """A function from a model and a batch to what the loss takes; one's own is a few lines.
+    """A function from model and batch to the inputs of the loss; your own is a few lines.
 
     ```python
     def image_text(model, batch):
@@ -35,13 +35,13 @@ class Task(Protocol):
 
 
 def look_up(batch: Any, key: Key, position: int | None = None) -> Any:
-    """Return one part of a batch, or None where it has no such part.
+    """Return one part of a batch, or None if it has no such part.
 
     Args:
         batch: a mapping (by key), an object with attributes (by name), or a tuple or list (by
             index).
         key: the key, name or index.
-        position: where the part stands in a tuple or list when `key` is a name; None: nowhere.
+        position: the index of the part in a tuple or list if `key` is a name; None: it has none.
     """
     if isinstance(batch, Mapping):
         return batch.get(key)
@@ -52,7 +52,7 @@ def look_up(batch: Any, key: Key, position: int | None = None) -> Any:
 
 
 def names_of(batch: Any) -> str:
-    """Say what a batch holds, for an error message."""
+    """Return the names of the parts of a batch, for an error message."""
     if isinstance(batch, Mapping):
         return ", ".join(repr(key) for key in batch) or "nothing"
     if hasattr(batch, "_fields"):
@@ -66,22 +66,23 @@ def names_of(batch: Any) -> str:
 
 @attrs.frozen(kw_only=True)
 class KeyedTask:
-    """A task that takes the parts of a batch by keys, which `with_keys` renames."""
+    """A task that reads the parts of a batch by keys; `with_keys` renames them."""
 
     def with_keys(self: T, **keys: Key) -> T:
         """Return this task for batches with other keys.
 
         Args:
-            keys: the batch's key (or, for tuples, index) for each part that differs.
+            keys: for each part with another name, the batch's key (or its index, for tuples).
 
         Raises:
-            TypeError: if a part is not one of this task's.
+            TypeError: if this task has no such part.
         """
         parts = [field.name for field in attrs.fields(type(self))]
         unknown = sorted(set(keys) - set(parts))
         if unknown:
             raise TypeError(
-                f"{type(self).__name__} takes keys for {', '.join(parts)}, got {', '.join(unknown)}"
+                f"with_keys must name parts of {type(self).__name__}, which are "
+                f"{', '.join(parts)}, got {', '.join(unknown)}"
             )
         return attrs.evolve(self, **keys)
 
@@ -89,13 +90,13 @@ class KeyedTask:
         """Return the part of the batch that this task calls `name`.
 
         Raises:
-            BatchError: if the batch lacks it; the message names the key and those present.
+            BatchError: if the batch lacks it; the message lists the keys of the batch.
         """
         key, names = getattr(self, name), [field.name for field in attrs.fields(type(self))]
         value = look_up(batch, key, names.index(name))
         if value is None:
             raise BatchError(
-                f"the batch must have {key!r}, got {names_of(batch)}; for other keys use "
+                f"batch must have {key!r}, got {names_of(batch)}. For other keys use "
                 f"with_keys({name}=...)"
             )
         return value
@@ -103,19 +104,19 @@ class KeyedTask:
     def optional_part(self, batch: Any, name: str) -> Any:
         """Return the part of the batch that this task calls `name`, or None.
 
-        In a tuple or list without names it is where `with_keys` says, and else nowhere: what stands
-        third in many loaders' tuples is a label, which is not to become a group unasked.
+        In a tuple or list without names, an optional part exists only if `with_keys` gives its
+        index: the third element of many loaders' tuples is a label, not a group id.
         """
         return look_up(batch, getattr(self, name))
 
 
 @attrs.frozen(kw_only=True)
 class ImageText(KeyedTask):
-    """`model(image, text)` to `image_features` and `text_features` [B, D], and any `groups` [B].
+    """Calls `model(image, text)` and returns `image_features` and `text_features` [B, D].
 
-    The model returns a tuple that begins with the two, or a mapping (or object) that has
-    `image_features` and `text_features` (open_clip's names) or `image_embeds` and `text_embeds`
-    (Hugging Face's).
+    The outputs include `groups` [B] if the batch has them. The model returns a tuple that starts
+    with the two features, or a mapping or object with `image_features` and `text_features`
+    (open_clip's names) or `image_embeds` and `text_embeds` (Hugging Face's).
     """
 
     image: Key = "image"
@@ -139,20 +140,21 @@ class ImageText(KeyedTask):
             if all(isinstance(value, Tensor) for value in found):
                 return found[0], found[1]
         raise BatchError(
-            "image_text needs a model that returns (image_features, text_features), or a mapping "
-            f"with these or with image_embeds and text_embeds, got {_describe(output)}"
+            "model must return (image_features, text_features), or a mapping with these or with "
+            f"image_embeds and text_embeds, got {_describe(output)}. For another model write a "
+            "task of your own"
         )
 
 
 @attrs.frozen(kw_only=True)
 class HuggingFace(ImageText):
-    """As `ImageText`, for models that are called by keywords, as those of `transformers` are.
+    """`ImageText` for models that are called by keywords, such as those of `transformers`.
 
-    `model(pixel_values=..., input_ids=..., attention_mask=...)`, the mask where the batch has one.
-    The model's own loss and logits are not asked for.
+    Calls `model(pixel_values=..., input_ids=..., attention_mask=...)`, with the mask if the batch
+    has one. The model's own loss and logits are not used.
     """
 
-    # All of them: attrs puts a field that is overridden behind the others.
+    # All fields again: attrs moves an overridden field behind the others.
     image: Key = "pixel_values"
     text: Key = "input_ids"
     mask: Key = "attention_mask"
@@ -171,9 +173,9 @@ class HuggingFace(ImageText):
 
 @attrs.frozen(kw_only=True)
 class TwoViews(KeyedTask):
-    """`model(view)` of two views of a sample to `first_features` and `second_features` [B, D].
+    """Calls `model(view)` for two views; returns `first_features` and `second_features` [B, D].
 
-    Views of one shape go through the model together, as one batch of 2 B.
+    Views of the same shape go through the model together, as one batch of 2 B.
     """
 
     first: Key = "first"
@@ -193,7 +195,7 @@ class TwoViews(KeyedTask):
 
 @attrs.frozen(kw_only=True)
 class Classification(KeyedTask):
-    """`model(image)` to `logits` [B, C] (or features), with the integer `labels` [B]."""
+    """Calls `model(image)`; returns `logits` [B, C] (or features) and the integer `labels` [B]."""
 
     image: Key = "image"
     label: Key = "label"
@@ -206,15 +208,15 @@ class Classification(KeyedTask):
 
 @attrs.frozen(kw_only=True)
 class NextToken(KeyedTask):
-    """`model(tokens)` to `logits` [B, T - 1, C] for each next token, with `labels` [B, T - 1].
+    """Calls `model(tokens)`; returns `logits` [B, T - 1, C] and `labels` [B, T - 1].
 
-    The model sees tokens [B, T] and returns logits [B, T, C]; the last position has no next token.
+    The model takes tokens [B, T] and returns logits [B, T, C]; the last position has no next token.
     """
 
     tokens: Key = "tokens"
 
     def __call__(self, model: nn.Module, batch: Any, /) -> Outputs:
-        """Return the logits of all positions but the last, and the tokens of all but the first."""
+        """Return the logits of all positions except the last, and the tokens after them."""
         tokens = self.part(batch, "tokens")
         logits = _tensor(model(tokens), "next_token")
         return {"logits": logits[:, :-1], "labels": tokens[:, 1:]}
@@ -227,15 +229,18 @@ def _with_groups(outputs: Outputs, groups: Any) -> Outputs:
 def _numbers(value: Any, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise BatchError(
-            f"{name} must be a tensor of integers, one for each sample, got a "
-            f"{type(value).__name__}: number them, and give torch.tensor(numbers)"
+            f"{name} must be a tensor with an integer for each sample, got a "
+            f"{type(value).__name__}. Number the {name}, and pass torch.tensor(numbers)"
         )
     return value
 
 
 def _tensor(output: Any, task: str) -> Tensor:
     if not isinstance(output, Tensor):
-        raise BatchError(f"{task} needs a model that returns one tensor, got {_describe(output)}")
+        raise BatchError(
+            f"model must return one tensor for the task {task}, got {_describe(output)}. For "
+            "another model write a task of your own"
+        )
     return output
 
 

@@ -1,4 +1,4 @@
-"""The trainer: an Ignite engine that holds a model, a loss and an optimizer."""
+"""The trainer: an Ignite engine with a model, a loss and an optimizer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Kind = TypeVar("Kind")
 
 
 class Trainer(EventLoop):
-    """Trains a model: one batch from the loader is one update, and everything else is a handler.
+    """Trains a model. One batch from the loader is one update; everything else is a handler.
 
     ```python
     trainer = Trainer(model, CLIPLoss(), optimizer, task=tasks.image_text, microbatch_size=256)
@@ -50,41 +50,40 @@ class Trainer(EventLoop):
     ```
 
     Args:
-        model: moved to the device; compiled in place where the settings say so.
+        model: the model; moved to the device, and compiled in place if `compile` asks for it.
         loss: takes the task's outputs in their order and returns a scalar; moved to the device.
-            What it may have besides (`terms`, `couples_samples`, `constrain`, `scalars`) is
-            described in the guide.
+            The guide on losses describes its optional methods (`terms`, `couples_samples`,
+            `constrain`, `scalars`).
         optimizer: holds the parameters to train, those of the loss included.
-        task: what a batch means: a function from model and batch to named tensors.
-        precision: fp32, bf16 or fp16; see `TrainerSettings` for this and what follows.
-        transform: what is done to each batch on the device, before it is cut into pieces: a
-            function from a batch to a batch, such as an augmentation; see the guide on data. A
-            module is moved to the device. Evaluations do without it.
-        microbatch_size: samples that go through the model at once; None: the whole batch.
-        device: where to train; None: this process's accelerator, else the CPU.
-        prefetch: whether a batch is copied to an accelerator beside the update before it.
-        compile: whether to compile the model, or the mode of `torch.compile` to do it in.
-        seed: of all generators when a run starts from its beginning.
+        task: maps model and batch to named tensors; see `diptych.engine.tasks`.
+        precision: fp32, bf16 or fp16; `TrainerSettings` describes this and the settings below.
+        transform: maps a batch to a batch on the device, before it is cut into micro-batches; an
+            augmentation, for example. A module is moved to the device. Evaluations skip it.
+        microbatch_size: samples per forward pass; None: the whole batch.
+        device: the device to train on; None: this process's accelerator, else the CPU.
+        prefetch: whether to copy a batch to the accelerator during the update before it.
+        compile: whether to compile the model, or a mode of `torch.compile`.
+        seed: the seed of all generators at the start of a new run.
         log_every: iterations between two log points.
-        shard: whether the model is shared out over the ranks, and by which units; the optimizer
-            holds the shares then. See the guide, under several GPUs.
-        step: instead of `TrainStep`, a subclass of it, or a function of the trainer and the batch.
+        shard: whether to shard the model over the ranks, and by which units; the optimizer then
+            holds the shards. See the guide on several GPUs.
+        step: a subclass of `TrainStep`, or a function of trainer and batch; None: `TrainStep`.
 
     Attributes:
         metrics: the `MetricsCollector` to publish to.
-        scaler: fp16's gradient scaler, else None.
-        skipped_steps: updates that fp16 has skipped so far, on the device.
+        scaler: the gradient scaler of fp16, else None.
+        skipped_steps: number of updates that fp16 has skipped, on the device.
         handlers: the attached objects, in order.
         terms: the terms of the last loss, detached.
-        step: what was given as `step`.
-        transform: what was given as `transform`. Another may take its place between two updates.
-        state: Ignite's; `state.metrics` holds the last epoch's means and the last evaluation's
-            values.
+        step: the argument `step`.
+        transform: the argument `transform`. It can be replaced between two updates.
+        state: Ignite's state; `state.metrics` holds the means of the last epoch and the values of
+            the last evaluation.
 
     Raises:
-        TypeError: if model, loss, optimizer, task or transform is something else.
+        TypeError: if model, loss, optimizer, task or transform has the wrong type.
         ValueError: if a setting is out of range, the device cannot compute in the precision, or
-            the optimizer lacks a parameter of the loss, or holds none that the run is about.
+            the optimizer lacks a parameter of the loss, or has no parameter of model or loss.
     """
 
     def __init__(
@@ -129,7 +128,7 @@ class Trainer(EventLoop):
         self._listen_to_itself()
 
     def _place(self, model: nn.Module, loss: nn.Module) -> None:
-        """Take the modules to the device, with what the settings ask for there."""
+        """Move the modules to the device; shard and compile them if the settings ask for it."""
         if self.settings.shard and world_size() > 1:
             shard_model(model, loss, self.optimizer, self.settings.shard, self.device)
         self.model, self._loss = self._placed(model), self._placed(loss)
@@ -138,7 +137,7 @@ class Trainer(EventLoop):
         compile_in_place(self.model, self.device, how=self.settings.compile)
 
     def _placed(self, module: nn.Module) -> nn.Module:
-        """Return the module on this rank's device, with rank 0's values."""
+        """Return the module on this rank's device, with the values of rank 0."""
         if has_shards(module):
             return module
         module = module.to(self.device)
@@ -152,15 +151,15 @@ class Trainer(EventLoop):
 
     @property
     def loss(self) -> nn.Module:
-        """What is minimised. Another one may take its place between two updates.
+        """The loss. It can be replaced between two updates.
 
-        Its parameters must be in the optimizer by then.
+        The optimizer must hold the parameters of the new loss by then.
         """
         return self._loss
 
     @loss.setter
     def loss(self, loss: nn.Module) -> None:
-        """Take another loss, with rank 0's values, and publish its scalars in place of the last's.
+        """Replace the loss; its scalars are published instead of those of the earlier one.
 
         Raises:
             ValueError: if the optimizer lacks one of its parameters.
@@ -178,10 +177,7 @@ class Trainer(EventLoop):
 
     @outputs.setter
     def outputs(self, outputs: Outputs) -> None:
-        """Take the task's outputs.
-
-        They are detached at once: a reference to the graph would outlive a step that fails.
-        """
+        """Set the outputs, detached: a reference to the graph would outlive a failed step."""
         self._outputs = {name: tensor.detach() for name, tensor in outputs.items()}
 
     def attach(self, *handlers: Attachable) -> Trainer:
@@ -198,7 +194,7 @@ class Trainer(EventLoop):
         for handler in handlers:
             if isinstance(handler, type) or not isinstance(handler, Attachable):
                 raise TypeError(
-                    f"a handler must be an object with attach(trainer), got {handler!r}; "
+                    f"a handler must be an object with attach(trainer), got {handler!r}. "
                     f"{_way_to_attach(handler)}"
                 )
         before = list(self.handlers)
@@ -260,19 +256,19 @@ class Trainer(EventLoop):
         return Trainer(**{**parts, **self.arguments, **changes}).attach(*handlers)
 
     def train(self, loader: Iterable[Any], num_epochs: int) -> list[float]:
-        """Run until `num_epochs` epochs are done; return the mean loss of each epoch so far."""
+        """Run until `num_epochs` epochs are done, and return the mean loss of each epoch."""
         self.run(loader, max_epochs=num_epochs)
         try:
             return self.metrics.get_history("train/loss")
-        except KeyError:  # the run was stopped inside its first epoch
+        except KeyError:  # the run stopped inside its first epoch
             return []
 
     def describe(self) -> str:
-        """Return a Markdown table of all that listens to this trainer's events.
+        """Return a Markdown table of the functions that listen to this trainer's events.
 
-        A row names the handler, its event, how often it is called, how often it was, and the time
-        that it took on the host so far, without that of handlers which it caused to be called. Work
-        that it has queued on a device shows in the step that waits for it.
+        A row gives the handler, its event, its cadence, the number of calls, and its time on the
+        host, without the time of handlers that it caused to be called. Work that it queues on a
+        device shows in the step that waits for it.
         """
         return cost_table(self.listeners)
 
@@ -311,7 +307,7 @@ class Trainer(EventLoop):
     def _prepare(self, _: Engine) -> None:
         if self.settings.seed is not None and self.state.iteration == 0:
             manual_seed(self.settings.seed + rank())
-        # With fewer iterations on one rank the others would wait for it.
+        # Ranks with more iterations would wait for a rank with fewer.
         check_same_on_all_ranks("the length of an epoch", [str(self.state.epoch_length)])
         for module in (self.model, self.loss):
             if not module.training:
@@ -325,8 +321,8 @@ class Trainer(EventLoop):
         self.state.metrics.update(self.metrics.end_epoch())
 
     def _log_rest(self, _: Engine) -> None:
-        # A run that was stopped keeps its window: the run that continues it logs what nobody
-        # stopped would.
+        # A stopped run keeps its buffered values, so that the run which continues it logs what
+        # an uninterrupted one would.
         if not self.should_terminate or self.is_finished:
             self.metrics.log(self.state.iteration)
 
@@ -336,31 +332,31 @@ def _named_scalar(scalars: Callable[[], Mapping[str, Tensor]], name: str) -> Ten
 
 
 def check_parts(model: nn.Module, loss: nn.Module, optimizer: Optimizer, task: Task) -> None:
-    """Check that the parts of a training are what they should be, and belong together.
+    """Check the types of a trainer's parts, and that the optimizer holds their parameters.
 
     Raises:
-        TypeError: naming the part that is something else.
-        ValueError: naming the parameters of the loss that the optimizer lacks, or if it holds
-            nothing of the model and the loss at all; or if the loss holds a share of a parameter.
+        TypeError: if a part has the wrong type.
+        ValueError: if the optimizer lacks parameters of the loss, or has no parameter of model or
+            loss; or if the loss has a sharded parameter.
     """
     _check_kind("model", model, nn.Module)
     _check_kind("loss", loss, nn.Module)
     _check_kind("optimizer", optimizer, Optimizer)
     if not callable(task):
-        raise TypeError(f"task must be a function of a model and a batch, got {task!r}")
+        raise TypeError(f"task must be a function of model and batch, got {task!r}")
     _check_whole(loss)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [n for n, p in _learned(loss) if id(p) not in held]
     if missing:
         raise ValueError(
-            f"the optimizer must hold the loss's parameters, got none of {', '.join(missing)}: "
-            "build it with [*model.parameters(), *loss.parameters()]"
+            f"optimizer must hold the loss's parameters, but lacks {', '.join(missing)}. "
+            "Build it with [*model.parameters(), *loss.parameters()]"
         )
     own = {id(p) for _, p in (*_learned(model), *_learned(loss))}
     if own and held.isdisjoint(own):
         raise ValueError(
-            "the optimizer must hold parameters of the model or the loss, got only others: build "
-            "it from the very model that is trained, after any copy of it"
+            "optimizer must hold parameters of the model or the loss, got only others. Build it "
+            "from the model that you pass to the trainer, not from a copy of it"
         )
 
 
@@ -373,8 +369,8 @@ def _check_whole(loss: nn.Module) -> None:
     shared = [name for name, parameter in loss.named_parameters() if is_sharded(parameter)]
     if shared:
         raise ValueError(
-            f"a loss must hold whole parameters, got {', '.join(shared)} of a model that is "
-            "sharded already: build the trainer with a loss that holds them, and they stay whole"
+            f"loss must hold whole parameters, got the sharded {', '.join(shared)} of the model. "
+            "Pass this loss when the trainer is built: it then leaves them whole"
         )
 
 
@@ -383,9 +379,9 @@ def _learned(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _way_to_attach(handler: object) -> str:
-    """Say what to do with something that is no handler."""
+    """Return the way out for an object that is not a handler."""
     if isinstance(handler, type):
-        return f"make one of the class: {handler.__name__}(...)"
+        return f"Make an instance: {handler.__name__}(...)"
     if isinstance(handler, (list, tuple)):
-        return "several are given one by one: trainer.attach(*handlers)"
-    return "for a plain function use trainer.add_event_handler(event, function)"
+        return "Unpack several handlers: trainer.attach(*handlers)"
+    return "For a function, use trainer.add_event_handler(event, function)"

@@ -1,4 +1,4 @@
-"""Who listens to which event: found at once when the event fires, and timed."""
+"""The dispatch of events to their listeners, with the time that each listener takes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from diptych.engine.loop.periodic import Periodic
 
 
 class Dispatcher(Engine):
-    """An Ignite `Engine` that calls an event's handlers at a small part of the cost.
+    """An Ignite `Engine` that fires events at a fraction of the cost, and times the listeners.
 
-    Ignite's events are hashed by their names, in Python, each time that one fires, and the public
-    `fire_event` compares the name with all names there are. Here the event's identity leads to its
-    listeners, and a clock is read between any two of them.
+    Ignite hashes an event by its name, in Python, each time it fires, and the public `fire_event`
+    compares the name with every registered name. Here listeners are looked up by the identity of
+    the event.
     """
 
     def __init__(self, process_function: Callable[[Engine, Any], Any]) -> None:
@@ -36,7 +36,7 @@ class Dispatcher(Engine):
 
     @property
     def listeners(self) -> list[Listener]:
-        """All listeners: event by event, in the order in which they are called."""
+        """All listeners, event by event, in the order in which they are called."""
         found: list[Listener] = []
         for listener in itertools.chain.from_iterable(self._listeners.values()):
             periodic = listener.function
@@ -46,21 +46,22 @@ class Dispatcher(Engine):
     def every(
         self, period: int, handler: Callable[[Any], object], event: Any = Events.ITERATION_COMPLETED
     ) -> None:
-        """Call `handler(engine)` at `event` whenever the iteration is a multiple of `period`.
+        """Call `handler(engine)` at `event` if the iteration is a multiple of `period`.
 
-        All periodic handlers of an event share one dispatcher, which costs one comparison on an
-        iteration where nothing is due. It stands where the first of them was added.
+        All periodic handlers of an event share one listener, which costs one comparison in an
+        iteration in which none of them is due. Its place among the event's listeners is that of
+        the first periodic handler.
 
         Args:
-            period: iterations between two calls.
+            period: iterations between two calls, >= 1.
             handler: called with this engine.
-            event: an event that fires at most a few times an iteration.
+            event: an event without a filter.
 
         Raises:
-            ValueError: if the period is no whole number of at least 1, or the event has a filter.
+            ValueError: if the period is not an integer >= 1, or the event has a filter.
         """
         if getattr(event, "filter", None) is not None:
-            raise ValueError(f"event must come without a filter, got {event!r}")
+            raise ValueError(f"event must not have a filter, got {event!r}. Pass the period alone")
         if event not in self._periodic:
             self._periodic[event] = Periodic(event, self.call)
             self.add_event_handler(event, self._periodic[event])
@@ -69,14 +70,14 @@ class Dispatcher(Engine):
     def register_events(
         self, *event_names: Any, event_to_attr: dict[Any, str] | None = None
     ) -> None:
-        """Register events of one's own, as Ignite's engines do."""
+        """Register events, as in Ignite."""
         super().register_events(*event_names, event_to_attr=event_to_attr)
         self._by_identity = {id(event): event for event in self._allowed_events}
 
     def add_event_handler(
         self, event_name: Any, handler: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> RemovableEventHandle:
-        """Add a handler to an event, as Ignite's engines do."""
+        """Add a handler to an event, as in Ignite."""
         handle = super().add_event_handler(event_name, handler, *args, **kwargs)
         self._find_listeners()
         if getattr(event_name, "filter", None) is not None:
@@ -84,7 +85,7 @@ class Dispatcher(Engine):
         return handle
 
     def remove_event_handler(self, handler: Callable[..., Any], event_name: Any) -> None:
-        """Remove a handler from an event, as Ignite's engines do."""
+        """Remove a handler from an event, as in Ignite."""
         super().remove_event_handler(handler, event_name)
         self._find_listeners()
 
@@ -102,17 +103,17 @@ class Dispatcher(Engine):
             self.call(listeners)
 
     def fire_again(self, event_name: Any) -> None:
-        """Call the handlers of an event that has fired in this iteration already.
+        """Fire an event a second time in one iteration.
 
-        Those that choose their iterations, by `every` or by a filter, have been asked and are not
-        called.
+        Handlers that select iterations, by `every` or by a filter, were called if they were due;
+        they are not called again.
         """
         self.last_event_name = event_name
         listeners = self._listeners.get(event_name, ())
-        self.call([listener for listener in listeners if not _chooses(listener)])
+        self.call([listener for listener in listeners if not _selects_iterations(listener)])
 
     def call(self, listeners: Iterable[Listener]) -> None:
-        """Call these listeners with this engine, and count what each of them costs."""
+        """Call listeners with this engine, and add up their calls and times."""
         if self._instead is not None:
             for listener in listeners:
                 self._instead(listener)
@@ -157,7 +158,7 @@ class Dispatcher(Engine):
 
     @contextmanager
     def calling(self, function: Callable[[Listener], object]) -> Iterator[None]:
-        """Within this context, give each listener to a function in place of calling it."""
+        """Within this context, pass each listener to a function instead of calling it."""
         self._instead = function
         try:
             yield
@@ -175,26 +176,28 @@ class Dispatcher(Engine):
     def _find(self, event: Any) -> list[Listener]:
         self._assert_allowed_event(event)
         listeners = self._listeners.setdefault(event, [])
-        if id(event) in self._by_identity:  # another object of that name may not outlive the call
+        if id(event) in self._by_identity:  # another object of the same name may be short-lived
             self._found[id(event)] = listeners
         return listeners
 
     def _find_listeners(self) -> None:
-        """Take up what was added to, removed from or replaced in Ignite's own table."""
+        """Follow what was added to, removed from or replaced in Ignite's own table."""
         for event, entries in self._event_handlers.items():
             known = self._listeners.setdefault(event, [])
             current = [_listener(event, entry, known) for entry in entries]
             if current[: len(known)] == known:
-                known.extend(current[len(known) :])  # in place: an event that fires now has them
+                known.extend(
+                    current[len(known) :]
+                )  # in place, so that an event that is firing sees them
             else:
                 self._listeners[event] = current
                 self._found.clear()
 
 
 def _listener(event: Any, entry: tuple[Any, ...], known: list[Listener]) -> Listener:
-    """Return the listener of an entry in Ignite's table: a known one, or a new one."""
+    """Return the listener of an entry in Ignite's table, a known one if there is one."""
     for listener in known:
-        if listener.entry is entry:  # one function may stand there twice, with other arguments
+        if listener.entry is entry:  # one function may be added twice, with other arguments
             return listener
     function, arguments, keywords = entry
     takes_engine = bool(arguments) and isinstance(arguments[0], weakref.ref)
@@ -202,6 +205,6 @@ def _listener(event: Any, entry: tuple[Any, ...], known: list[Listener]) -> List
     return Listener(event, function, rest, keywords, takes_engine, entry=entry)
 
 
-def _chooses(listener: Listener) -> bool:
+def _selects_iterations(listener: Listener) -> bool:
     filtered = getattr(listener.event, "filter", None) is not None
     return filtered or isinstance(listener.function, Periodic)

@@ -1,4 +1,4 @@
-"""The run loop: Ignite's events and states, without the faults that lose or change a run."""
+"""The run loop: an Ignite engine that can be stopped and resumed at any iteration."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ logger = logging.getLogger(__name__)
 class EventLoop(Dispatcher):
     """An Ignite `Engine` whose runs can be stopped and continued at any iteration.
 
-    What differs from the base class:
+    Differences from the base class:
 
-    - A finished run that is started again says so and does nothing; a larger `max_epochs`
-      continues it. (`state.max_epochs = None` before `run` starts over, as in Ignite.)
-    - `terminate()` and `interrupt()` take effect when the running iteration has ended, never in
-      its middle. The next `run` with the same loader continues with the next batch of the epoch.
-    - An exception always reaches the caller. `EXCEPTION_RAISED` fires once before it does. An
-      iteration whose step did not end does not count; the next `run` repeats it with its batch,
-      from `GET_BATCH_COMPLETED` on.
-    - Another loader in the middle of an epoch, or one of another length, is an error.
-    - `EPOCH_STARTED` fires once an epoch, also when the epoch is continued later.
-    - A loader that has `set_epoch` (or whose sampler has) is told the epoch, counted from 0;
-      where an epoch holds several passes, each pass has a number of its own.
+    - `run` on a finished run logs a warning and does nothing. A larger `max_epochs` continues the
+      run. As in Ignite, `state.max_epochs = None` before `run` starts over.
+    - `terminate()` and `interrupt()` take effect at the end of the running iteration. The next
+      `run` with the same loader continues with the next batch of the epoch.
+    - An exception always reaches the caller. `EXCEPTION_RAISED` fires once before. An iteration
+      whose step raised does not count: the next `run` repeats it with the same batch, starting at
+      `GET_BATCH_COMPLETED`.
+    - Another loader inside an epoch, or a loader of another length, is an error.
+    - `EPOCH_STARTED` fires once per epoch, also if the epoch is continued in a later `run`.
+    - The loop calls `set_epoch` of a loader, or of its sampler, with the epoch counted from 0. If
+      an epoch holds several passes over the loader, each pass has its own number.
 
     Attributes:
         batches: the loader in use and the position in it.
@@ -68,7 +68,7 @@ class EventLoop(Dispatcher):
         self._position = position
         self.state.epoch, self.state.iteration = position.epoch, position.iteration
 
-    # -- what a run starts from ------------------------------------------------------------------
+    # -- starting a run --------------------------------------------------------------------------
 
     def run(
         self,
@@ -77,23 +77,23 @@ class EventLoop(Dispatcher):
         max_iters: int | None = None,
         epoch_length: int | None = None,
     ) -> State:
-        """Run until `max_epochs` epochs or `max_iters` iterations are done, all runs counted.
+        """Run until `max_epochs` epochs or `max_iters` iterations are done, earlier runs included.
 
         Args:
-            data: batches that can be iterated once an epoch. None gives `None` as every batch.
-            max_epochs: epochs in all. Default: what an earlier run was given, else 1.
-            max_iters: iterations in all, instead of `max_epochs`.
-            epoch_length: iterations of an epoch. Default: `len(data)` where it has a length, else
-                the number of batches that the first epoch gives.
+            data: batches, iterated once per epoch. None: every batch is `None`.
+            max_epochs: total number of epochs. Default: that of the earlier `run`, else 1.
+            max_iters: total number of iterations, instead of `max_epochs`.
+            epoch_length: iterations per epoch. Default: `len(data)` if it has a length, else the
+                number of batches of the first epoch.
 
         Returns:
-            The state, as Ignite's engines do.
+            The engine's state, as in Ignite.
 
         Raises:
-            TypeError: if `data` cannot be iterated.
+            TypeError: if `data` is not iterable.
             ValueError: if a limit is below 1, both limits are given, or `data` is empty.
-            ResumeError: if the run stands in the middle of an epoch of another loader, or `data`
-                has another length than the run began with.
+            ResumeError: if the run stopped inside an epoch of another loader, or the length of
+                `data` differs from that of the earlier run.
         """
         _check_limits(data, max_epochs, max_iters, epoch_length)
         self.state.dataloader = data
@@ -120,8 +120,8 @@ class EventLoop(Dispatcher):
         self._set_epoch_length(data, epoch_length)
         if self.is_finished:
             logger.warning(
-                "nothing to do: the run is finished at epoch %d, iteration %d; "
-                "raise max_epochs or max_iters to continue it",
+                "Nothing to do: the run finished at epoch %d, iteration %d. "
+                "Raise max_epochs or max_iters to continue it.",
                 self.state.epoch,
                 self.state.iteration,
             )
@@ -140,15 +140,15 @@ class EventLoop(Dispatcher):
         length = length_of(data) if given is None else given
         if length is None:
             if data is None and stored is None:
-                raise ValueError("epoch_length must be given when data is None, got neither")
+                raise ValueError("epoch_length must be given if data is None, got neither")
             return
         if length < 1:
-            raise ValueError("data must hold at least one batch, got an empty loader")
+            raise ValueError("data must have at least one batch, got an empty loader")
         if stored not in {None, length} and (given is None or self._position.in_epoch):
             raise ResumeError(
-                f"the run has epochs of {stored} iterations, and this loader gives {length}: "
-                f"continue with data of the same length, or say epoch_length={stored} to keep the "
-                f"length, or, between two epochs, epoch_length={length} to change it"
+                f"data must have {stored} batches, the length of this run's epochs, got {length}. "
+                f"Continue with data of the same length; or pass epoch_length={stored} to keep the "
+                f"length or, between two epochs, epoch_length={length} to change it"
             )
         self.state.epoch_length = length
 
@@ -157,27 +157,28 @@ class EventLoop(Dispatcher):
         rest = self.state.epoch_length is None or self.epoch_iteration < self.state.epoch_length
         if self.batches.lost_its_place and self.batches.data is data:
             raise ResumeError(
-                f"epochs of {self.state.epoch_length} iterations end inside a pass over the data, "
-                f"where the run was saved, and a {type(data).__name__} cannot go there: use a "
-                "loader with state_dict() and load_state_dict(), or epochs of whole passes"
+                f"the run was saved inside a pass over the data, where its epochs of "
+                f"{self.state.epoch_length} iterations end, and a {type(data).__name__} cannot be "
+                "restored to that position. Use a loader with state_dict() and load_state_dict(), "
+                "or epochs of whole passes"
             )
         if self.epoch_iteration and rest and not same:
             raise ResumeError(
-                f"epoch {self.state.epoch} stands at iteration {self.epoch_iteration}, and this "
-                "loader does not say how to go there: continue with the loader of the earlier run, "
-                "use one with state_dict() and load_state_dict(), or start over with "
-                "trainer.state.max_epochs = None"
+                f"the run stopped in epoch {self.state.epoch} after iteration "
+                f"{self.epoch_iteration}, and this loader cannot be restored to that position. "
+                "Continue with the loader of the earlier run, use one with state_dict() and "
+                "load_state_dict(), or start over with trainer.state.max_epochs = None"
             )
         if not same:
             self.set_data(data)
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has done all that it was asked for."""
-        # Epochs may differ in length (terminate_epoch, stages): iterations do not tell the epoch.
+        """Whether all epochs or iterations that `run` was asked for are done."""
+        # Iterations do not determine the epoch: terminate_epoch and stages change its length.
         state = self.state
         if state.max_iters is not None:
-            # A whole epoch that is still open is to be completed first.
+            # An epoch whose iterations are all done must be completed first.
             return bool(state.iteration >= state.max_iters) and not self._is_to_end
         return not self._position.in_epoch and state.epoch >= (state.max_epochs or 0)
 
@@ -284,44 +285,42 @@ class EventLoop(Dispatcher):
             self.fire_event(RunEvents.SAFE_POINT)
 
     def terminate(self, *, skip_completed: bool = False) -> None:  # type: ignore[override]
-        """End the run when the running iteration has ended.
-
-        By name only: as the handler of an event, an engine's methods must not take the engine that
-        they are called with for a flag.
+        """End the run at the end of the running iteration.
 
         Args:
-            skip_completed: whether `COMPLETED` is left out.
+            skip_completed: whether to skip `COMPLETED`. By keyword only, since an event calls its
+                handlers with the engine as the first argument.
         """
         super().terminate(skip_completed)
 
     def terminate_epoch(self, *, skip_epoch_completed: bool = False) -> None:  # type: ignore[override]
-        """End the epoch when the running iteration has ended; see `terminate`.
+        """End the epoch at the end of the running iteration; see `terminate`.
 
         Args:
-            skip_epoch_completed: whether `EPOCH_COMPLETED` is left out.
+            skip_epoch_completed: whether to skip `EPOCH_COMPLETED`.
         """
         super().terminate_epoch(skip_epoch_completed)
 
     def make_update(self, batch: Any) -> Any:
-        """Call the step with a batch, outside any run; return its output."""
+        """Call the step with a batch outside of any run, and return its output."""
         return self._process_function(self, batch)
 
     # -- batches ---------------------------------------------------------------------------------
 
     def set_data(self, data: Iterable[Any] | None) -> None:
-        """Take the following batches from `data`; the length of the epoch stays.
+        """Take the next batches from `data`; the length of the epoch stays.
 
         Args:
-            data: batches that can be iterated once an epoch.
+            data: batches, iterated once per epoch.
         """
         self.state.dataloader = data
         self.batches.switch(data)
         self._position = self._position.batch_dropped()
 
     def _fetch(self) -> bool:
-        """Take the next batch; return False where an epoch of unknown length ends."""
+        """Fetch the next batch; return False if an epoch of unknown length has ended."""
         state = self.state
-        self._batch = state.batch = None  # frees the last batch before the next one is made
+        self._batch = state.batch = None  # free the last batch before the next one is made
         self.fire_event(Events.GET_BATCH_STARTED)
         try:
             self._batch = self.batches.next(
@@ -341,14 +340,15 @@ class EventLoop(Dispatcher):
             return self.batches.next(state.epoch - 1, self.epoch_iteration, state.epoch_length)
         except StopIteration:
             raise ResumeError(
-                "a loader must give batches each time it is iterated, got none after iteration "
-                f"{self.epoch_iteration} of epoch {state.epoch}"
+                "data must yield batches each time it is iterated, got none after iteration "
+                f"{self.epoch_iteration} of epoch {state.epoch}. Pass a list or a DataLoader, not "
+                "a generator"
             ) from None
 
     # -- state -----------------------------------------------------------------------------------
 
     def state_dict(self) -> OrderedDict[str, Any]:
-        """Return the position of the run: Ignite's keys, `epoch` and `epoch_iteration`."""
+        """Return the position of the run: Ignite's keys plus `epoch` and `epoch_iteration`."""
         keys = ("epoch_length", "iteration", "epoch", "max_epochs", "max_iters")
         position = OrderedDict((key, getattr(self.state, key)) for key in keys)
         position["epoch_iteration"] = self.epoch_iteration
@@ -358,22 +358,22 @@ class EventLoop(Dispatcher):
         return position
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go to the position that `state_dict` names.
+        """Restore a position.
 
         Args:
-            state_dict: what `state_dict()` returned, or an Ignite engine's.
+            state_dict: from `state_dict()` of this class or of an Ignite engine.
 
         Raises:
-            ResumeError: if the position is incomplete.
+            ResumeError: if a key is missing.
         """
         keys = ("iteration", "epoch_length", *self.state_dict_user_keys)
         missing = [key for key in keys if key not in state_dict]
         if missing:
-            raise ResumeError(f"a run's position needs {missing}, got only {sorted(state_dict)}")
+            raise ResumeError(f"state_dict must have {missing}, got only {sorted(state_dict)}")
         iteration, length = state_dict["iteration"], state_dict["epoch_length"]
         if not {"max_epochs", "max_iters"} & set(state_dict):
             raise ResumeError(
-                f"a run's position needs max_epochs or max_iters, got only {sorted(state_dict)}"
+                f"state_dict must have max_epochs or max_iters, got only {sorted(state_dict)}"
             )
         if iteration and not length and "epoch_iteration" not in state_dict:
             raise ResumeError(
@@ -409,7 +409,7 @@ def _check_limits(
         raise TypeError(f"data must be iterable, got {type(data).__name__}")
     if max_epochs is not None and max_iters is not None:
         raise ValueError(
-            f"give max_epochs or max_iters, not both, got {max_epochs} and {max_iters}"
+            f"max_epochs and max_iters must not both be given, got {max_epochs} and {max_iters}"
         )
     limits = {"max_epochs": max_epochs, "max_iters": max_iters, "epoch_length": epoch_length}
     for name, value in limits.items():

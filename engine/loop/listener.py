@@ -1,4 +1,4 @@
-"""One function on one event, and what it has cost so far."""
+"""A function added to an event, with its number of calls and its time."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ignite.engine import Engine
 
 @attrs.define(eq=False)
 class Listener:
-    """A function on an event, and what it has cost so far.
+    """A function added to an event, with its number of calls and its time.
 
     Attributes:
-        event: the event, with its filter where it has one.
-        function: what was added, called with the engine where `takes_engine`.
-        arguments: given after the engine.
-        keywords: given by name.
-        takes_engine: whether the engine comes first.
-        period: iterations between two calls, for what `every` has added.
-        entry: what stands for it in Ignite's own table.
-        plain: whether the engine is all that it takes.
-        calls: how often the event has reached it, or the filter in front of it.
-        seconds: time on the host, without that of other listeners which it caused to be called.
+        event: the event, with its filter if it has one.
+        function: the function; its first argument is the engine if `takes_engine`.
+        arguments: positional arguments after the engine.
+        keywords: keyword arguments.
+        takes_engine: whether the engine is the first argument.
+        period: iterations between two calls, if `every` added it.
+        entry: its entry in Ignite's own table.
+        plain: whether the engine is its only argument.
+        calls: how often the event reached it, or the filter in front of it.
+        seconds: time on the host, without that of listeners which it caused to be called.
     """
 
     event: Any
@@ -42,13 +42,13 @@ class Listener:
         self.plain = self.takes_engine and not self.arguments and not self.keywords
 
     def call(self, engine: Engine, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        """Call the function with what it takes, and with what the event brings along."""
+        """Call the function with its own arguments and those of the event."""
         first = (engine,) if self.takes_engine else ()
         self.function(*first, *arguments, *self.arguments, **self.keywords, **keywords)
 
     @property
     def name(self) -> str:
-        """Whose function it is: `EarlyStopping._look`, or the function's own name."""
+        """The function's name, with the class that it belongs to: `EarlyStopping._judge`."""
         parent = getattr(self.function, "_parent", None)  # Ignite's wrapper of a filtered handler
         function = self.function if parent is None else parent()
         owner = getattr(function, "__self__", None)
@@ -59,7 +59,7 @@ class Listener:
 
     @property
     def cadence(self) -> str:
-        """How often the event reaches it: `every=10`, or nothing for each time."""
+        """The iterations that it selects, such as `every=10`; empty for all."""
         if self.period is not None:
             return f"every={self.period}"
         chosen = getattr(self.event, "filter", None)
@@ -72,9 +72,9 @@ class Listener:
 
 
 def cost_table(listeners: list[Listener]) -> str:
-    """Return a Markdown table of listeners: event, cadence, calls and time on the host."""
+    """Return a Markdown table of listeners: event, cadence, calls, time on the host."""
     lines = [
-        "| handler | event | cadence | calls | ms | us a call |",
+        "| handler | event | cadence | calls | ms | us/call |",
         "|---|---|---|---:|---:|---:|",
     ]
     for listener in listeners:

@@ -1,4 +1,4 @@
-"""One place that runs everything which is due every n iterations."""
+"""One listener for everything that is due every n iterations."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class _Entry:
 
 
 class Periodic:
-    """Calls each handler when the iteration is a multiple of its period.
+    """Calls each handler if the iteration is a multiple of its period.
 
-    A filter of Ignite's own (`Events.ITERATION_COMPLETED(every=n)`) is asked on every iteration
-    for every handler; here one comparison an iteration says that nothing is due. Due iterations
-    follow from the iteration alone, so that a resumed run calls its handlers when the
-    uninterrupted one would.
+    One of Ignite's filters (`Events.ITERATION_COMPLETED(every=n)`) is evaluated in every iteration
+    for every handler. Here one comparison per iteration shows that nothing is due. Due iterations
+    depend on the iteration alone, so a resumed run calls its handlers when the uninterrupted one
+    would.
 
     Args:
-        event: the one event that it listens to.
+        event: the event that it listens to.
         call: calls listeners.
     """
 
@@ -39,10 +39,10 @@ class Periodic:
         self._seen = -1
 
     def add(self, period: int, handler: Callable[[Any], object]) -> None:
-        """Add a handler that is called, with the engine, every `period` iterations.
+        """Add a handler that is called with the engine every `period` iterations.
 
         Raises:
-            ValueError: if the period is no whole number of at least 1.
+            ValueError: if the period is not an integer >= 1.
         """
         if not is_whole(period):
             raise ValueError(f"period must be a whole number of iterations >= 1, got {period!r}")
@@ -51,7 +51,7 @@ class Periodic:
 
     @property
     def entries(self) -> tuple[_Entry, ...]:
-        """Everything that was added, to be put back later."""
+        """The handlers that were added; can be assigned to put them back."""
         return tuple(self._entries)
 
     @entries.setter
@@ -60,11 +60,11 @@ class Periodic:
 
     @property
     def listeners(self) -> list[Listener]:
-        """What was added, in order."""
+        """The listeners of the handlers, in order."""
         return [entry.listener for entry in self._entries]
 
     def __call__(self, engine: Engine) -> None:
-        """Call what is due; the handler of the one event that this dispatcher stands for."""
+        """Call the handlers that are due; this is the listener of the event."""
         iteration = engine.state.iteration
         if self._seen < iteration < self._due:
             self._seen = iteration
@@ -72,9 +72,9 @@ class Periodic:
         self._dispatch(iteration)
 
     def _dispatch(self, iteration: int) -> None:
-        # A jump back (a loaded state) makes every stored due iteration worthless.
+        # After a jump back (a loaded state), every stored due iteration is invalid.
         restarted = iteration <= self._seen
-        self._seen = iteration  # now, so that a handler that fails finds its iteration repeated
+        self._seen = iteration  # before the calls, so that a failing handler is called again
         for entry in list(self._entries):
             if restarted or entry.due == 0 or iteration > entry.due:
                 entry.due = -(-iteration // entry.period) * entry.period

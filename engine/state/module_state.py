@@ -12,12 +12,12 @@ from diptych.engine.modules import unwrapped
 
 
 def clean_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's state with the keys of the bare module, whatever wraps it or its parts."""
+    """Return a module's state dict with the keys that it has without wrappers."""
     return {key.replace("_orig_mod.", ""): v for key, v in unwrapped(module).state_dict().items()}
 
 
 def load_clean_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load a state with the keys of the bare module into a module that may be wrapped."""
+    """Load a state dict from `clean_state_dict` into a module that may be wrapped."""
     bare = unwrapped(module)
     named = {key: (state[key.replace("_orig_mod.", "")], v) for key, v in bare.state_dict().items()}
     bare.load_state_dict({key: _laid_out(value, like) for key, (value, like) in named.items()})

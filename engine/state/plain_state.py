@@ -1,4 +1,4 @@
-"""What may stand in a checkpoint: values that are read back without running anybody's code."""
+"""The values that a checkpoint may hold: they load without running any code."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 from diptych.engine.errors import CheckpointError
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-"""With tensors and the containers below, what `torch.load(weights_only=True)` takes."""
+"""The types that `torch.load(weights_only=True)` accepts, besides tensors and containers."""
 
 
 def plain_state(state: Any, path: str = "") -> Any:
-    """Return a state whose numbers of NumPy's are Python's, and whose every value can be read back.
+    """Return a state that can be loaded again; NumPy's numbers become Python's.
 
     Args:
         state: nested dictionaries, lists and tuples.
-        path: where it stands, for the error.
+        path: the path of `state` in the whole, for the error.
 
     Raises:
-        CheckpointError: naming what is of another type, where it is found: before anything is
-            written that nothing could read.
+        CheckpointError: if a value has another type; the message gives its path. Nothing has been
+            written by then.
     """
     if type(state) in PLAIN or isinstance(state, Tensor):
         return state
@@ -38,7 +38,6 @@ def plain_state(state: Any, path: str = "") -> Any:
     if type(state) in (list, tuple):
         return type(state)(plain_state(value, f"{path}[{i}]") for i, value in enumerate(state))
     raise CheckpointError(
-        f"{path} must be made of tensors, numbers, strings, lists and dictionaries to be saved, "
-        f"got a {type(state).__module__}.{type(state).__qualname__}: let its state_dict() return "
-        "such values"
+        f"{path} must consist of tensors, numbers, strings, lists and dictionaries, got a "
+        f"{type(state).__module__}.{type(state).__qualname__}. Let state_dict() return such values"
     )

@@ -1,4 +1,4 @@
-"""The whole state of a run: what a checkpoint holds, and how a trainer takes it back."""
+"""The state of a whole run, as a checkpoint holds it: read from a trainer, and loaded."""
 
 from __future__ import annotations
 
@@ -40,17 +40,16 @@ FORMAT = 2
 
 
 def run_state(trainer: Trainer) -> dict[str, Any]:
-    """Return everything that the rest of the run depends on: tensors, numbers, strings, lists.
+    """Return everything that the rest of the run depends on, as tensors, numbers and strings.
 
-    Call it where nothing is pending (`RunEvents.SAFE_POINT`). Tensors are the live ones, not
-    copies. Over several ranks it is collective: random states, metrics and the place in the data
-    are those of all ranks, the handlers' states are this rank's. Of what is sharded this rank has
-    its share.
+    Call it when nothing is pending (`RunEvents.SAFE_POINT`). Tensors are not copied. Over several
+    ranks the call is collective: random states, metrics and positions in the data are those of all
+    ranks, handlers' states are this rank's, and sharded tensors are this rank's shards.
 
     Raises:
-        CheckpointError: naming a value that no checkpoint can hold.
+        CheckpointError: if a checkpoint cannot hold a value; the message gives its path.
     """
-    with preserved_random_state():  # some loaders draw when they are asked where they stand
+    with preserved_random_state():  # the state_dict() of some loaders draws random numbers
         place = trainer.batches.place()
     state = {
         "format": FORMAT,
@@ -72,9 +71,9 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
 
 
 def load_run_state(trainer: Trainer, state: Mapping[str, Any]) -> None:
-    """Put a trainer, and everything attached to it, into a state that `run_state` returned.
+    """Restore a trainer, and everything attached to it, from a state that `run_state` returned.
 
-    Tensors may be whole or sharded, whatever they are here.
+    Tensors may be whole or sharded, in the state and in the trainer.
 
     The trainer's loader is the one in `trainer.state.dataloader`. A handler's state goes to the
     handler with the same key. A handler that the saved run did not have starts fresh, and a saved
@@ -115,7 +114,7 @@ def _restore_data(trainer: Trainer, state: Mapping[str, Any]) -> None:
 
 
 def _optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an optimizer's saved state in the layout of the parameters here."""
+    """Return an optimizer's saved state with tensors sharded as its parameters are."""
     held = [p for group in optimizer.param_groups for p in group["params"]]
     own = {
         index: {
@@ -130,7 +129,7 @@ def _optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str
 
 
 def fingerprint(trainer: Trainer) -> dict[str, Any]:
-    """Return the settings, versions and kind of optimizer of a run, as strings and numbers."""
+    """Return settings, versions and the optimizer's class, as strings and numbers."""
     settings = {
         k: v if isinstance(v, (int, float, bool, str)) or v is None else str(v)
         for k, v in attrs.asdict(trainer.settings).items()
@@ -147,8 +146,8 @@ def fingerprint(trainer: Trainer) -> dict[str, Any]:
 def _check(trainer: Trainer, state: Mapping[str, Any]) -> None:
     if state.get("format", 0) > FORMAT:
         raise CheckpointError(
-            f"the checkpoint has format {state['format']}, and this version reads up to {FORMAT}: "
-            "update diptych"
+            f"the checkpoint's format must be at most {FORMAT} for this version of diptych, got "
+            f"{state['format']}. Update diptych"
         )
     for part, module in (("model", trainer.model), ("loss", trainer.loss)):
         _check_keys(part, state[part], clean_state_dict(module))
@@ -186,7 +185,7 @@ def _flat(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parameter_names(trainer: Trainer) -> list[list[str]]:
-    """Return the names of the optimizer's parameters by group, "" for what is of neither module."""
+    """Return the names of the optimizer's parameters by group; "" if in neither module."""
     named = named_parameters(trainer.model, trainer.loss)
     names = {id(parameter): name for name, parameter in named.items()}
     groups = trainer.optimizer.param_groups
@@ -194,27 +193,31 @@ def parameter_names(trainer: Trainer) -> list[list[str]]:
 
 
 def _check_optimizer(trainer: Trainer, state: Mapping[str, Any]) -> None:
-    """Check what the optimizer itself would notice too late, or not at all."""
+    """Check that a saved optimizer state fits: class, group sizes, order of parameters.
+
+    The optimizer itself would notice a misfit too late, or not at all.
+    """
     optimizer = trainer.optimizer
     here, saved = type(optimizer).__name__, state["fingerprint"].get("optimizer")
     if saved not in {None, here}:
-        raise CheckpointError(f"the checkpoint is of another optimizer: of {saved}, not of {here}")
+        raise CheckpointError(f"the checkpoint is of another optimizer: {saved} instead of {here}")
     groups = [
         [len(group["params"]) for group in held["param_groups"]]
         for held in (state["optimizer"], optimizer.state_dict())
     ]
     if groups[0] != groups[1]:
         raise CheckpointError(
-            f"the checkpoint is of another optimizer: its groups have {groups[0]} parameters, "
-            f"and those here {groups[1]}"
+            f"the checkpoint is of another optimizer: its groups have {groups[0]} parameters "
+            f"instead of {groups[1]}"
         )
     held = parameter_names(trainer)
     for number, (there, own) in enumerate(zip(state.get("parameters", held), held, strict=True)):
         other = next((pair for pair in zip(there, own, strict=True) if pair[0] != pair[1]), None)
         if other is not None:
             raise CheckpointError(
-                "the checkpoint's optimizer holds its parameters in another order: in group "
-                f"{number} it has {other[0]} where {other[1]} is here, which would get its state"
+                "the checkpoint's optimizer has its parameters in another order: in group "
+                f"{number} it has {other[0]} in the place of {other[1]}. Build the optimizer with "
+                "its parameters in the order of the saved run"
             )
 
 
@@ -228,7 +231,7 @@ def _check_keys(part: str, saved: Mapping[str, Tensor], here: Mapping[str, Tenso
     ]
     told = [
         f"{what} {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}"
-        for what, keys in (("lacks", lacking), ("has besides", extra), ("has", shapes))
+        for what, keys in (("lacks", lacking), ("has extra", extra), ("has", shapes))
         if keys
     ]
     if told:
@@ -245,9 +248,9 @@ def _of_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _metrics_of_this_rank(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return this rank's metrics; for another number of ranks, with the means of all in each.
+    """Return this rank's metrics; if the number of ranks has changed, the mean of all ranks'.
 
-    The values since the last log point are each rank's own, and a log point averages over ranks.
+    The values since the last log point are each rank's own; a log point averages over ranks.
     """
     if len(states) == world_size():
         return states[rank()]

@@ -73,7 +73,7 @@ def test_metrics_are_called_by_their_class_or_by_the_name_given():
 
 
 def test_two_metrics_of_one_class_need_names():
-    with pytest.raises(ValueError, match="different names, got accuracy twice: pass a mapping"):
+    with pytest.raises(ValueError, match="different names, got accuracy twice. Pass a mapping"):
         evaluator_of(metrics=[Accuracy(both), Accuracy(both)])
 
 
@@ -206,7 +206,9 @@ def test_a_terminated_evaluation_gives_no_values_of_another():
     evaluator = evaluator_of(metrics=[Several(both)])
     evaluator.evaluate(labelled())
     call_at(evaluator, 2, evaluator.terminate)
-    with pytest.raises(RuntimeError, match="ended before its loader, after 2 batches"):
+    with pytest.raises(
+        RuntimeError, match="the end of its loader, but stopped after 2 batches"
+    ):
         evaluator.evaluate(labelled())
 
 

@@ -31,7 +31,7 @@ def test_a_finished_run_says_so_and_does_nothing(caplog):
     fired = events_of(loop, *Events)
     with caplog.at_level(logging.WARNING):
         state = loop.run(data, max_epochs=2)
-    assert "nothing to do" in caplog.text
+    assert "Nothing to do" in caplog.text
     assert state is loop.state
     assert (fired, loop.rows) == ([], plain_rows(data, 2))
 
@@ -43,7 +43,7 @@ def test_a_finished_state_that_is_loaded_does_not_train_again(caplog):
     second.load_state_dict(stored(first.state_dict()))
     second.run(data, max_epochs=2)
     assert second.rows == []
-    assert "nothing to do" in caplog.text
+    assert "Nothing to do" in caplog.text
     second.run(data, max_epochs=3)
     assert second.rows == plain_rows(data, 3)[2 * LENGTH :]
 
@@ -73,13 +73,13 @@ def test_a_loader_of_another_length_is_a_clear_error():
     loop = Tape()
     loop.run(range(LENGTH), max_epochs=1)
     with pytest.raises(
-        ResumeError, match=f"epochs of {LENGTH} iterations, and this loader gives 3"
+        ResumeError, match=f"must have {LENGTH} batches, the length of this run's epochs, got 3"
     ):
         loop.run(range(3), max_epochs=2)
     other = Tape()
     other.load_state_dict(loop.state_dict())
     with pytest.raises(
-        ResumeError, match=f"epochs of {LENGTH} iterations, and this loader gives 3"
+        ResumeError, match=f"must have {LENGTH} batches, the length of this run's epochs, got 3"
     ):
         other.run(range(3), max_epochs=2)
 
@@ -141,7 +141,7 @@ def test_inside_an_epoch_a_loader_without_a_position_is_a_clear_error():
     second = Tape()
     second.load_state_dict(first.state_dict())
     with pytest.raises(
-        ResumeError, match="epoch 1 stands at iteration 2, and this loader does not"
+        ResumeError, match="stopped in epoch 1 after iteration 2, and this loader cannot"
     ):
         second.run(range(LENGTH), max_epochs=2)
     with pytest.raises(ResumeError, match="needs a loader with load_state_dict"):

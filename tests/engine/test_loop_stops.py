@@ -99,7 +99,7 @@ def test_another_loader_in_the_middle_of_an_epoch_is_a_clear_error_and_changes_n
     call_at(loop, 2, loop.interrupt)
     loop.run(data, max_epochs=EPOCHS)
     for other in (list(data), None):
-        with pytest.raises(ResumeError, match="epoch 1 stands at iteration 2"):
+        with pytest.raises(ResumeError, match="stopped in epoch 1 after iteration 2"):
             loop.run(other, max_epochs=EPOCHS)
     loop.run(data, max_epochs=EPOCHS)
     assert loop.rows == plain_rows(data, EPOCHS)
@@ -222,7 +222,7 @@ def test_an_iterator_that_died_of_its_exception_is_a_clear_error_inside_the_epoc
     loop, data = Tape(), Dying(range(LENGTH))
     with pytest.raises(OSError, match="no disk"):
         loop.run(data, max_epochs=2)
-    with pytest.raises(ResumeError, match="epoch 1 stands at iteration 1"):
+    with pytest.raises(ResumeError, match="stopped in epoch 1 after iteration 1"):
         loop.run(data, max_epochs=2)
     assert loop.rows == plain_rows(range(LENGTH), 2)[:1]
 

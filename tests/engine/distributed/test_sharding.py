@@ -266,7 +266,7 @@ def test_units_are_the_elements_of_lists_or_what_patterns_name():
     blocks = [f"{tower}.blocks.{i}" for tower in ("image", "text") for i in range(2)]
     assert find_units(model, True) == blocks
     assert find_units(model, ("text", "*.blocks.1")) == ["image.blocks.1", "text", "text.blocks.1"]
-    with pytest.raises(ValueError, match=r"got 'image.block', .* close are image.blocks"):
+    with pytest.raises(ValueError, match=r"got 'image.block', .* Similar names: image.blocks"):
         find_units(model, ("image.block",))
     with pytest.raises(ValueError, match=r"got 'text.blocks', a ModuleList: .*'text.blocks.\*'"):
         find_units(model, ("text.blocks",))

@@ -48,7 +48,7 @@ def test_a_generator_serves_one_epoch_and_a_second_is_a_clear_error():
     loop.run((n for n in range(3)), max_epochs=1)
     assert loop.rows == plain_rows(range(3), 1)
     loop = Tape()
-    with pytest.raises(ResumeError, match="must give batches each time it is iterated"):
+    with pytest.raises(ResumeError, match="must yield batches each time it is iterated"):
         loop.run((n for n in range(3)), max_epochs=2)
 
 
@@ -59,7 +59,7 @@ def test_a_loader_of_length_zero_is_refused(empty):
 
 
 def test_an_empty_iterable_is_refused():
-    with pytest.raises(ResumeError, match="must give batches each time"):
+    with pytest.raises(ResumeError, match="must yield batches each time"):
         Tape().run(Unsized([]), max_epochs=1)
 
 

@@ -100,5 +100,5 @@ def test_a_period_that_is_no_number_of_iterations_is_refused(period):
 
 
 def test_every_refuses_an_event_that_has_a_filter_already():
-    with pytest.raises(ValueError, match="must come without a filter"):
+    with pytest.raises(ValueError, match="must not have a filter"):
         Tape().every(2, lambda e: None, Events.ITERATION_COMPLETED(every=2))

@@ -1,4 +1,4 @@
-"""Parameter groups: every parameter once, at its rate, decayed or not."""
+"""parameter_groups: each parameter in one group, with its rate and weight decay."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_every_parameter_is_in_one_group_and_the_optimizer_takes_them():
     assert [group["name"] for group in optimizer.param_groups] == [g["name"] for g in groups]
 
 
-def test_biases_norms_and_temperatures_do_not_decay():
+def test_biases_norms_and_temperatures_get_no_weight_decay():
     model, loss = Encoder(2), CLIPLoss()
     groups = parameter_groups(model, 0.1, lr=1e-3, loss=loss)
     decayed = {name for name, group in placed(model, groups).items() if group["weight_decay"]}
@@ -62,13 +62,13 @@ def test_biases_norms_and_temperatures_do_not_decay():
     assert (group["name"], group["weight_decay"]) == ("loss/no_decay", 0.0)
 
 
-def test_further_parameters_are_spared_by_pattern():
+def test_no_decay_exempts_further_parameters_by_pattern():
     model = Encoder(2)
     groups = parameter_groups(model, 0.1, lr=1e-3, no_decay=["blocks.*.1", "head"])
     assert {n for n, g in placed(model, groups).items() if g["weight_decay"]} == {"stem.weight"}
 
 
-def test_a_pattern_holds_whole_parts_of_a_path():
+def test_a_pattern_matches_whole_parts_of_a_path():
     model = Encoder()
     groups = parameter_groups(model, by_component={"blocks.1": 1e-5}, lr=1e-3)
     rates = {name: group["lr"] for name, group in placed(model, groups).items()}
@@ -79,7 +79,7 @@ def test_a_pattern_holds_whole_parts_of_a_path():
 
 @given(st.lists(st.sampled_from(["a", "ab", "b", "1", "10"]), min_size=1, max_size=4), st.data())
 @settings(max_examples=50, deadline=None)
-def test_a_beginning_matches_and_nothing_else_does(parts, data):
+def test_a_pattern_matches_only_beginnings_of_names(parts, data):
     length = data.draw(st.integers(1, len(parts)))
     other = data.draw(
         st.lists(st.sampled_from(["a", "ab", "b", "1", "10"]), min_size=1, max_size=4)
@@ -123,13 +123,13 @@ def test_each_tower_has_layers_of_its_own():
     assert found["text.stem.weight"]["lr"] == pytest.approx(0.5**4)
 
 
-def test_what_requires_no_gradient_is_left_out():
+def test_parameters_without_requires_grad_are_left_out():
     model = Encoder(2)
     model.stem.requires_grad_(requires_grad=False)
     assert not any(n.startswith("stem") for n in placed(model, parameter_groups(model, lr=1e-3)))
 
 
-def test_a_shared_parameter_is_held_once():
+def test_a_shared_parameter_is_in_one_group():
     model = TwoTowers()
     model.text.head = model.image.head
     groups = parameter_groups(model, lr=1e-3)
@@ -142,9 +142,9 @@ def test_a_shared_parameter_is_held_once():
     [
         (
             {"by_component": {"block.1": 1e-5}},
-            r"got 'block.1', which matches none; close are .*blo",
+            r"got 'block.1', which matches none. Similar names: .*blo",
         ),
-        ({"no_decay": ["hed"]}, "got 'hed', which matches none; close are head"),
+        ({"no_decay": ["hed"]}, "got 'hed', which matches none. Similar names: head"),
         ({"layer_decay": {"layers": 0.5}}, "got 'layers', which matches none"),
         ({"layer_decay": 1.5}, r"layer_decay must be a factor in \(0, 1\], got 1.5"),
         ({"weight_decay": -0.1}, "weight_decay must be >= 0 and finite, got -0.1"),
@@ -159,7 +159,7 @@ def test_a_shared_parameter_is_held_once():
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(arguments, message):
+def test_rules_that_do_not_fit_the_model_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         parameter_groups(Encoder(2), **{"lr": 1e-3, **arguments})
 

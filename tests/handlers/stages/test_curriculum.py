@@ -193,8 +193,8 @@ def test_a_run_that_starts_over_begins_again():
 @pytest.mark.parametrize(
     ("path", "error", "message"),
     [
-        ("loss.invariance_wieght", ValueError, "no 'invariance_wieght'; close are invariance_w"),
-        ("loss.head.alpha", ValueError, "VICRegLoss has no 'head'; there are|close are"),
+        ("loss.invariance_wieght", ValueError, "no 'invariance_wieght'; Similar names: invariance_w"),
+        ("loss.head.alpha", ValueError, "VICRegLoss has no 'head'; there are|Similar names:"),
         ("optimizer.lr", ValueError, "must begin with loss, model, task .* got 'optimizer.lr'"),
         ("loss", ValueError, "name an attribute of it, got 'loss'"),
         ("model.image.weight", TypeError, "plain value that can be set, got a Parameter"),

@@ -20,7 +20,7 @@ from tests.handlers.staged import (
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        (Stage("s", trains="haed", epochs=1, lr=0.1), "'s': .* got 'haed', .* close are head"),
+        (Stage("s", trains="haed", epochs=1, lr=0.1), "'s': .* got 'haed', .* Similar names: head"),
         (
             Stage("s", trains=["head", "blocks"], epochs=1, by_component={"head": 0.1}),
             "'s': each trainable parameter must be in a group, got blocks.0.0.weight in none of h",
@@ -31,7 +31,7 @@ from tests.handlers.staged import (
         ),
         (
             Stage("s", epochs=1, lr=0.1, by_component={"head": {"lr": 1.0, "beta": 0.9}}),
-            "options of 'head.*' must be the optimizer's, got 'beta', .* close are betas",
+            "options of 'head.*' must be the optimizer's, got 'beta', .* Similar names: betas",
         ),
         (Stage("s", trains=(), epochs=1, lr=0.1), r"'s' must train something, got \(\)"),
         (Stage("s", epochs=1, lr=0.1, loss="clip"), "CrossEntropyLoss has no 'active'"),
