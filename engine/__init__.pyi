@@ -1,11 +1,7 @@
 from diptych.engine import tasks as tasks
 from diptych.engine.certificate.certificate import certify as certify
-from diptych.engine.data.batches import (
-    in_groups as in_groups,
-)
-from diptych.engine.data.batches import (
-    of_this_rank as of_this_rank,
-)
+from diptych.engine.data.batches import of_this_rank as of_this_rank
+from diptych.engine.data.grouped_loader import in_groups as in_groups
 from diptych.engine.data.seeded_loader import SeededLoader as SeededLoader
 from diptych.engine.data.transform import OnKeys as OnKeys
 from diptych.engine.distributed.process_group import process_group as process_group

@@ -1,84 +1,73 @@
-"""Where batches come from: a loader, its iterator, and how far it has come."""
+"""The batches of a run: a loader, its iterator, and the position in it."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
-
+from diptych.engine.data.loader_contract import (
+    PositionedLoader,
+    generator_states,
+    has_position,
+    length_of,
+    position_getter,
+    set_epoch,
+    set_generator_states,
+    takes_epoch,
+)
 from diptych.engine.errors import ResumeError
 from diptych.engine.random_state import random_state, set_random_state
 
 
-class Pass:
-    """One pass over a loader, which knows where it stands, whoever else reads that loader.
-
-    Args:
-        batches: of the pass.
-        position: returns what the loader's `load_state_dict` takes.
-    """
-
-    def __init__(self, batches: Iterator[Any], position: Callable[[], dict[str, Any]]) -> None:
-        self._batches, self.position = batches, position
-
-    def __iter__(self) -> Pass:
-        return self
-
-    def __next__(self) -> Any:
-        return next(self._batches)
-
-
 class BatchSource:
-    """Gives the batches of a loader, epoch after epoch, and keeps its place between two runs.
+    """Returns the batches of a loader, epoch after epoch, and keeps its place between two runs.
 
     Attributes:
         data: the loader; None gives `None` as every batch.
+        lost_its_place: whether a run was saved inside a pass over this loader, which has no
+            position to go back to.
     """
 
     def __init__(self) -> None:
         self.data: Iterable[Any] | None = None
+        self.lost_its_place = False
         self._iterator: Iterator[Any] | None = None
-        self._restored = False
-        self._kept: dict[str, Any] = {}  # the position that was restored
-        self._at_end = False
-        self._given = 0  # batches of the pass
+        self._restored: dict[str, Any] | None = None  # the loader's position, until it is read
+        self._at_end = False  # whether that position is the end of a pass
+        self._given = 0  # batches of this pass so far
         self._counted: int | None = None  # batches of a whole pass that has ended
-        self._lost = False
 
     @property
     def keeps_its_place(self) -> bool:
-        """Whether the next batch is the one after the last, here or from a checkpoint."""
-        return self._iterator is not None or self._restored
-
-    @property
-    def lost_its_place(self) -> bool:
-        """Whether a run was saved inside a pass over this loader, which cannot go there."""
-        return self._lost
+        """Whether the next batch follows the last one, read here or before a checkpoint."""
+        return self._iterator is not None or self._restored is not None
 
     @property
     def has_positions(self) -> bool:
-        """Whether the loader says where it stands, and can go there again."""
-        return hasattr(self.data, "state_dict") and hasattr(self.data, "load_state_dict")
+        """Whether the loader can save its position and continue from one."""
+        return has_position(self.data)
 
     @property
     def pass_length(self) -> int | None:
-        """Batches of a pass: what the loader says, or what a pass over it has counted."""
+        """Batches of a pass: the loader's length, or the count of a pass that has ended."""
         return length_of(self.data) or self._counted
 
     def switch(self, data: Iterable[Any] | None) -> None:
         """Take the batches from `data`, from its beginning unless it is the loader in use."""
         if data is not self.data or data is None:
-            self.data, self._iterator, self._restored = data, None, False
-            self._given, self._counted, self._lost = 0, None, False
+            self.data, self._iterator, self._restored = data, None, None
+            self._given, self._counted, self.lost_its_place = 0, None, False
 
     def rewind(self) -> None:
-        """Begin anew at the next batch."""
-        # A loader that was put to the end of its pass, and not read since, must be read past it.
-        self._restored = self._at_end = self._restored and _told_epoch(self.data) is None
-        self._iterator, self._given, self._lost = None, 0, False
+        """Start a new pass with the next batch."""
+        # A loader that was restored and not read since is still inside its pass, unless set_epoch
+        # rewinds it: exhaust that pass first.
+        if takes_epoch(self.data):
+            self._restored = None
+        self._at_end = self._restored is not None
+        self._iterator, self._given, self.lost_its_place = None, 0, False
 
     def next(self, epoch: int, done: int = 0, epoch_length: int | None = None) -> Any:
         """Return the next batch.
@@ -86,10 +75,10 @@ class BatchSource:
         Args:
             epoch: counted from 0, for a loader that orders its samples by it.
             done: batches of the epoch that are done.
-            epoch_length: batches of the epoch; more than the loader has are several passes.
+            epoch_length: batches of the epoch; if the loader has fewer, an epoch is several passes.
 
         Raises:
-            StopIteration: where the pass over the loader ends; the next call begins another.
+            StopIteration: if the pass over the loader has ended; the next call starts another.
         """
         if self._iterator is None:
             self._iterator = self._open(epoch, done, epoch_length)
@@ -106,9 +95,9 @@ class BatchSource:
         return batch
 
     def _after_failure(self) -> None:
-        """Keep the place, if the loader can; a generator is of no use after an exception."""
+        """Keep the place if the loader has positions; an exception has ended a generator."""
         position = self.position()
-        if position is not None and hasattr(self.data, "load_state_dict"):
+        if position is not None:
             self.restore(position)
         elif inspect.isgenerator(self._iterator):
             self.rewind()
@@ -116,65 +105,65 @@ class BatchSource:
     def _open(self, epoch: int, done: int, epoch_length: int | None) -> Iterator[Any]:
         if self.data is None:
             return itertools.repeat(None)
-        if self._restored:
-            self._restored = False
-            return self._reopen(self.data)
+        if self._restored is not None and has_position(self.data):
+            position, self._restored = self._restored, None
+            return self._reopen(self.data, position)
         self._given = 0
         length = length_of(self.data)
         if length and epoch_length:  # two passes of one epoch must not repeat one order
             epoch = epoch * -(-epoch_length // length) + done // length
-        tell_epoch(self.data, epoch)
+        set_epoch(self.data, epoch)
         return iter(self.data)
 
-    def _reopen(self, data: Any) -> Iterator[Any]:
-        """Iterate a loader from its position; what it draws on the way there was drawn before."""
-        data.load_state_dict(self._kept)  # again: others may have read the loader since
-        drawn, generators = random_state(), _states(_generators(data))
-        self._given = 0 if self._at_end else self._given
+    def _reopen(self, data: PositionedLoader, position: dict[str, Any]) -> Iterator[Any]:
+        """Iterate a loader from a position, without the random draws that were made before it."""
+        data.load_state_dict(position)  # again: others may have read the loader since
+        drawn, generators = random_state(), generator_states(data)
         iterator = iter(data)
-        rest = list(itertools.islice(iterator, 1)) if self._at_end else []
-        if rest:  # it has begun the next pass by itself
-            return itertools.chain(rest, iterator)
+        if self._at_end:
+            self._given = 0
+            for batch in iterator:  # the loader has started the next pass by itself
+                return itertools.chain([batch], iterator)
         set_random_state(drawn)
-        _set_states(_generators(data), generators)
+        set_generator_states(data, generators)
         return iter(data) if self._at_end else iterator
 
     def position(self) -> dict[str, Any] | None:
-        """Return the loader's own state after the last batch; None for a loader that has none."""
-        if not self.has_positions:
+        """Return the loader's own state after the last batch; None if the loader has none."""
+        if not has_position(self.data):
             return None
-        if self._restored:
-            return dict(self._kept)
-        if isinstance(self._iterator, Pass):  # another one may have begun since
-            return self._iterator.position()
-        return dict(self.data.state_dict())  # type: ignore[union-attr]
+        if self._restored is not None:
+            return dict(self._restored)
+        return dict(position_getter(self._iterator, self.data)())
 
     def place(self) -> dict[str, Any]:
-        """Return all that continues the batches elsewhere: `restore_place` takes it."""
+        """Return the state with which `restore_place` continues the batches in another process."""
         return {
             "loader": type(self.data).__name__,
             "position": self.position(),
             "given": self._given,
             "counted": self._counted,
-            "generators": _states(_generators(self.data)),
+            "generators": generator_states(self.data),
         }
 
     @property
     def _inside_pass(self) -> bool:
-        """Whether a pass is begun and not at its end, as an epoch of another length leaves it."""
+        """Whether a pass has begun and not ended, as after an epoch of another length."""
         return self.data is not None and self._given > 0 and self._given != self.pass_length
 
     def restore_place(self, place: Mapping[str, Any], *, inside: bool) -> None:
         """Go to a place that `place` returned.
 
+        Between two epochs, if the pass has ended too, a loader with `set_epoch` needs no position,
+        and a loader of another class starts from its beginning. If the place is inside a pass and
+        the loader has no position, it has `lost_its_place`.
+
         Args:
-            place: of the last batch.
-            inside: whether it lies inside an epoch. Between two epochs, where the pass has ended
-                too, a loader that is told its epoch needs no more; one of another kind begins anew.
-                A loader that cannot go to a place inside a pass has then `lost_its_place`.
+            place: after the last batch.
+            inside: whether the place is inside an epoch.
 
         Raises:
-            ResumeError: if the place lies inside an epoch, and the loader cannot go there.
+            ResumeError: if the place is inside an epoch and the loader cannot go there.
         """
         same = place["loader"] == type(self.data).__name__
         if inside and self.has_positions and not same:
@@ -183,72 +172,27 @@ class BatchSource:
                 f"saved, got {type(self.data).__name__}"
             )
         if same:
-            _set_states(_generators(self.data), place["generators"])
+            set_generator_states(self.data, place["generators"])
             self._given, self._counted = place.get("given", 0), place.get("counted")
         if inside or (self._inside_pass and self.has_positions):
             self.restore(place["position"] or {})
-        elif same:
-            self._restore_between_epochs(place["position"])
-
-    def _restore_between_epochs(self, position: Mapping[str, Any] | None) -> None:
-        if self._inside_pass:
-            self._lost = True
-        elif position is not None and _told_epoch(self.data) is None:
-            self.restore(position)
+        elif same and self._inside_pass:
+            self.lost_its_place = True
+        elif same and place["position"] is not None and not takes_epoch(self.data):
+            self.restore(place["position"])
             self._at_end = True
 
     def restore(self, position: Mapping[str, Any]) -> None:
-        """Put the loader to a position that `position` returned.
+        """Go to a position that `position` returned.
 
         Raises:
             ResumeError: if the loader cannot go to a position.
         """
-        load_state_dict = getattr(self.data, "load_state_dict", None)
-        if load_state_dict is None:
+        if not has_position(self.data):
             raise ResumeError(
                 "a run that stopped inside an epoch needs a loader with load_state_dict(), "
                 f"got {type(self.data).__name__}"
             )
-        load_state_dict(position)
-        self._iterator, self._restored, self._at_end = None, True, False
-        self._kept = dict(position)
-        self._lost = False
-
-
-def length_of(data: Iterable[Any] | None) -> int | None:
-    """Return the number of batches of one pass, or None where the loader does not know."""
-    try:
-        return len(data) if isinstance(data, Sized) else None
-    except TypeError:  # a DataLoader over an iterable data set has __len__ and no length
-        return None
-
-
-def tell_epoch(data: Any, epoch: int) -> None:
-    """Tell a loader, or the sampler inside it, which epoch comes, counted from 0.
-
-    Without it a distributed sampler repeats one order for ever.
-    """
-    owner = _told_epoch(data)
-    if owner is not None:
-        owner.set_epoch(epoch)
-
-
-def _told_epoch(data: Any) -> Any:
-    """Return what is told the epoch: the loader, its sampler, or None."""
-    owners = (data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None))
-    return next((owner for owner in owners if hasattr(owner, "set_epoch")), None)
-
-
-def _generators(data: Any) -> list[torch.Generator]:
-    """Return the generators of its own that a loader draws its order from."""
-    held = (getattr(owner, "generator", None) for owner in (data, getattr(data, "sampler", None)))
-    return [generator for generator in held if isinstance(generator, torch.Generator)]
-
-
-def _states(generators: Iterable[torch.Generator]) -> list[torch.Tensor]:
-    return [generator.get_state() for generator in generators]
-
-
-def _set_states(generators: Iterable[torch.Generator], states: Iterable[torch.Tensor]) -> None:
-    for generator, state in zip(generators, states, strict=False):
-        generator.set_state(state)
+        self.data.load_state_dict(position)
+        self._iterator, self._restored = None, dict(position)
+        self._at_end = self.lost_its_place = False

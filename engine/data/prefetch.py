@@ -1,4 +1,4 @@
-"""Brings batches to the accelerator beside the update before, on a stream of their own."""
+"""Copies of batches to the accelerator that overlap with the update before, on a second stream."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ DEVICES_WITH_STREAMS = {"cuda"}
 
 
 def mover(device: torch.device, *, prefetch: bool) -> Callable[[Any], Any]:
-    """Return what brings a batch to `device`.
+    """Return a function that moves a batch to `device`.
 
     Args:
-        device: where the tensors go.
-        prefetch: whether copies overlap with what the device computes, where it can.
+        device: the device of the moved tensors.
+        prefetch: whether copies overlap with computation, if the device has streams.
     """
     if prefetch and device.type in DEVICES_WITH_STREAMS:
         return Prefetcher(device)
@@ -34,34 +34,34 @@ def mover(device: torch.device, *, prefetch: bool) -> Callable[[Any], Any]:
 class Prefetcher:
     """Copies a batch to the device while the device computes the update before it.
 
-    The host runs ahead of the device: it has queued an update long before the device is done with
-    it, and asks the loader for the next batch at once. Copied on the device's own stream, that
-    batch would wait for its turn behind the update. Here it is copied on a second stream.
+    The host queues updates faster than the device runs them, and asks the loader for the next batch
+    while the device is still busy. A copy on the device's main stream would wait behind that
+    update; this class copies on a second stream.
 
-    Its memory is taken from the own stream's pool when the update before begins, as large as that
-    update's batch: from then on the memory is free on the device too, in the order of its stream,
-    so that no tensor needs `record_stream` and the host never waits, and however far ahead the host
-    is, there is one batch more in memory and no second. What has another shape than in the batch
-    before (the last batch of an epoch, texts as long as their longest) is copied on the own stream.
+    The memory for the next batch is taken from the main stream's pool at the start of each update,
+    as large as that update's batch. It is then free on the device too, in stream order: no tensor
+    needs `record_stream`, the host never waits, and at most one extra batch is in memory however
+    far ahead the host is. A tensor whose shape differs from the batch before (the last batch of an
+    epoch, texts of varying length) is copied on the main stream.
 
-    The loader is asked for a batch when the loop needs it, never before: where it stands is where
-    the run stands.
+    The loader is asked for a batch when the loop needs it, never earlier, so the loader's position
+    is that of the run.
 
     Args:
-        device: where the tensors go.
+        device: the device of the moved tensors.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._streams: Any = torch.get_device_module(device)  # the CPU has some that do nothing
+        self._streams: Any = torch.get_device_module(device)  # the CPU's do nothing
         self._side = self._streams.Stream(device)
-        self._taken = self._streams.Event()
+        self._allocated = self._streams.Event()
         self._memory: dict[Kind, list[Tensor]] = {}
 
     def __call__(self, batch: Any) -> Any:
         """Return `batch` with every tensor on the device."""
         memory, kinds = self._memory, list[Kind]()
-        own = self._streams.current_stream(self._device)
+        main = self._streams.current_stream(self._device)
 
         def move(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
@@ -78,19 +78,19 @@ class Prefetcher:
             moved = map_leaves(batch, move)
         finally:
             if memory:
-                own.wait_stream(self._side)
+                main.wait_stream(self._side)
         self._memory = self._like(kinds)
         if kinds:
-            self._taken.record(own)
+            self._allocated.record(main)
         return moved
 
     def _copied(self, leaf: Tensor, memory: Tensor) -> Tensor:
-        self._side.wait_event(self._taken)
+        self._side.wait_event(self._allocated)
         with torch.no_grad(), self._streams.stream(self._side):
             return memory.copy_(leaf, non_blocking=True)
 
     def _like(self, kinds: list[Kind]) -> dict[Kind, list[Tensor]]:
-        """Take memory on the device for another batch of tensors of these kinds."""
+        """Allocate memory on the device for another batch of tensors of these kinds."""
         memory: defaultdict[Kind, list[Tensor]] = defaultdict(list)
         for shape, strides, dtype in kinds:
             memory[shape, strides, dtype].append(
@@ -100,9 +100,9 @@ class Prefetcher:
 
 
 def kind_of(leaf: Tensor) -> Kind | None:
-    """Return the kind of a tensor in the host's memory; None where a plain copy is the right one.
+    """Return the kind of a tensor in host memory; None if it must be copied the plain way.
 
-    That is for tensors that are on a device already, have holes or a gradient, or are not plain.
+    These are tensors on a device, with holes, with a gradient, or of a subclass.
     """
     plain = leaf.layout is torch.strided and type(leaf) is Tensor and not leaf.requires_grad
     if leaf.device.type != "cpu" or not plain or not _is_dense(leaf):

@@ -1,4 +1,4 @@
-"""A loader whose order and augmentations are functions of a seed, its position a number."""
+"""A loader with a position, whose order and augmentations depend on a seed alone."""
 
 from __future__ import annotations
 
@@ -14,47 +14,45 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from diptych.engine.checks import is_whole
-from diptych.engine.data.batch_source import Pass
+from diptych.engine.data.loader_contract import Pass
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.errors import ResumeError
-from diptych.engine.random_state import mixed, preserved_random_state, seed_host
+from diptych.engine.random_state import mixed_seed, preserved_random_state, seed_host
 
 Draw = tuple[int, int]
-"""An epoch and the index of a sample: together with the seed, all that its augmentation depends
-on."""
+"""An epoch and the index of a sample: with the seed, they determine the sample's augmentation."""
 
 
 @attrs.define(eq=False)
-class _Place:
-    """Where a pass stands."""
+class _PassPosition:
+    """The position of a pass: its epoch, and the batches of it so far."""
 
     epoch: int = 0
     batch: int = 0
 
 
 class SeededLoader:
-    """Gives batches of a map-style data set; resuming inside an epoch reads no skipped sample.
+    """Loads batches of a map-style data set; resuming inside an epoch reads no skipped sample.
 
-    The order is a function of (seed, epoch), and whatever the data set draws for a sample, from
-    torch's, NumPy's or Python's global generator, is a function of (seed, epoch, index): the
-    number of workers, of ranks, and an interruption change neither. The generators of the calling
-    process stay as they are.
+    The order depends on (seed, epoch) alone. Random numbers that the data set draws for a sample,
+    from torch's, NumPy's or Python's global generator, depend on (seed, epoch, index) alone. Both
+    are the same for any number of workers and ranks, and after an interruption. The generators of
+    the calling process are not changed.
 
-    A pass that begins while another one is read, such as an evaluation on the training data,
-    changes nothing for that one: the loader's position stays that of the first.
+    A second pass that starts while the first is read, such as an evaluation on the training data,
+    does not affect the first: the loader's position remains that of the first pass.
 
     Args:
         dataset: has `__len__` and `__getitem__`.
-        batch_size: samples of an update, over all ranks together; each rank gets its share of it.
-        seed: of order and augmentations.
+        batch_size: samples of an update over all ranks; each rank gets its share of them.
+        seed: the seed of order and augmentations.
         shuffle: whether each epoch has an order of its own.
-        drop_last: whether a last, smaller batch is left out.
-        num_workers: processes that read ahead; 0 reads in this one.
-        collate: makes a batch of a list of samples; torch's default otherwise.
+        drop_last: whether to omit a smaller last batch.
+        num_workers: processes that read ahead; 0: read in this process.
+        collate: a function from a list of samples to a batch; None: torch's default.
 
     Raises:
-        ValueError: if the data set has fewer samples than ranks, or a batch fewer than one for
-            each.
+        ValueError: if `batch_size` leaves a rank without a sample, or the data set is too small.
     """
 
     def __init__(
@@ -71,7 +69,7 @@ class SeededLoader:
         self.dataset, self.seed = dataset, seed
         self._shuffle, self._drop_last = shuffle, drop_last
         self.batch_size = batch_size
-        self._place = self._next = _Place()
+        self._place = self._next = _PassPosition()
         self._pass: weakref.ref[Generator[Any, None, None]] | None = None
         self._workers, self._collate = num_workers, collate
         self._batches = _Batches(self)
@@ -93,14 +91,14 @@ class SeededLoader:
         """Samples of the global batch; may be set between two epochs.
 
         Raises:
-            ValueError: when it is set, if a batch would have fewer samples than there are ranks,
-                or the data set does not fill one.
+            ValueError: on setting, if a batch would have fewer samples than there are ranks, or
+                the data set does not fill one batch.
         """
         return self._batch_size
 
     @batch_size.setter
     def batch_size(self, batch_size: int) -> None:
-        """Take another size, if every rank has a part of every batch of that size."""
+        """Set the size after checking that every rank gets a part of every batch."""
         ranks, samples = world_size(), self._samples
         if not is_whole(batch_size):
             raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
@@ -115,7 +113,7 @@ class SeededLoader:
         if 0 < samples % batch_size < ranks and not self._drop_last:
             raise ValueError(
                 f"the last batch must have a sample for each of {ranks} ranks, got "
-                f"{samples % batch_size}: take another batch_size, or drop_last=True"
+                f"{samples % batch_size}. Choose another batch_size, or set drop_last=True."
             )
         self._batch_size = batch_size
 
@@ -128,13 +126,13 @@ class SeededLoader:
         return math.floor(whole) if self._drop_last else math.ceil(whole)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin epoch `epoch`, counted from 0, at the next iteration."""
-        self._next = _Place(epoch)
+        """Start epoch `epoch`, counted from 0, with the next iterator."""
+        self._next = _PassPosition(epoch)
         if not self._is_read:
             self._place = self._next
 
     def __iter__(self) -> Iterator[Any]:
-        place, self._next = self._next, _Place(self._next.epoch)
+        place, self._next = self._next, _PassPosition(self._next.epoch)
         position = partial(self._position, place)
         if self._is_read:  # persistent workers serve one pass at a time
             batches = _Batches(self)
@@ -145,12 +143,12 @@ class SeededLoader:
 
     @property
     def _is_read(self) -> bool:
-        """Whether the pass whose position is the loader's goes on."""
+        """Whether the pass with the loader's position is unfinished."""
         own = None if self._pass is None else self._pass()
         return own is not None and inspect.getgeneratorstate(own) != inspect.GEN_CLOSED
 
     def _read(
-        self, place: _Place, batches: _Batches, reader: DataLoader[Any]
+        self, place: _PassPosition, batches: _Batches, reader: DataLoader[Any]
     ) -> Generator[Any, None, None]:
         batches.place = place
         for batch in reader:
@@ -158,10 +156,10 @@ class SeededLoader:
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position: the epoch, its batches so far, and what the order depends on."""
+        """Return the position: the epoch, its batches so far, and the settings of the order."""
         return self._position(self._place)
 
-    def _position(self, place: _Place) -> dict[str, int]:
+    def _position(self, place: _PassPosition) -> dict[str, int]:
         return {
             "epoch": place.epoch,
             "batch": place.batch,
@@ -171,7 +169,7 @@ class SeededLoader:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Go to a position; the next iteration begins with the batch after it.
+        """Go to a position; the next iterator starts with the batch after it.
 
         Raises:
             ResumeError: if the seed, the batch size or the number of samples differs.
@@ -183,15 +181,15 @@ class SeededLoader:
                     f"the data's {key} must be {state_dict[key]}, as when the run was saved, "
                     f"got {mine[key]}"
                 )
-        self._place = self._next = _Place(state_dict["epoch"], state_dict["batch"])
+        self._place = self._next = _PassPosition(state_dict["epoch"], state_dict["batch"])
         self._pass = None
 
     def batches(self, epoch: int | None = None, start: int | None = None) -> Iterator[list[Draw]]:
-        """Give this rank's share of each batch of an epoch.
+        """Yield this rank's share of each batch of an epoch.
 
         Args:
-            epoch: counted from 0; None: that of the position.
-            start: the first batch; None: that of the position.
+            epoch: counted from 0; None: the epoch of the position.
+            start: the first batch; None: the batch of the position.
         """
         epoch = self._place.epoch if epoch is None else epoch
         order = self._order(epoch)
@@ -203,15 +201,15 @@ class SeededLoader:
     def _order(self, epoch: int) -> list[int]:
         if not self._shuffle:
             return list(range(self._samples))
-        generator = torch.Generator().manual_seed(mixed(self.seed, epoch))
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
         return torch.randperm(self._samples, generator=generator).tolist()
 
 
 class _Batches:
-    """The batch sampler of a `SeededLoader`'s own DataLoader."""
+    """The batch sampler of the DataLoader inside a `SeededLoader`."""
 
     def __init__(self, loader: SeededLoader) -> None:
-        self._owner, self.place = loader, _Place()
+        self._owner, self.place = loader, _PassPosition()
 
     def __iter__(self) -> Iterator[list[Draw]]:
         return self._owner.batches(self.place.epoch, self.place.batch)
@@ -221,18 +219,18 @@ class _Batches:
 
 
 class _SeededSamples(Dataset[Any]):
-    """Reads each sample with generators seeded for it alone."""
+    """A data set that seeds the global generators before it reads a sample."""
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
         self._dataset, self._seed = dataset, seed
 
     def __getitems__(self, draws: Sequence[Draw]) -> list[Any]:
-        if get_worker_info() is not None:  # a worker's generators are its own
+        if get_worker_info() is not None:  # nobody else draws in a worker
             return [self[draw] for draw in draws]
         with preserved_random_state():
             return [self[draw] for draw in draws]
 
     def __getitem__(self, draw: Draw) -> Any:
         epoch, index = draw
-        seed_host(mixed(self._seed, epoch, index))
+        seed_host(mixed_seed(self._seed, epoch, index))
         return self._dataset[index]

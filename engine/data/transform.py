@@ -1,4 +1,4 @@
-"""Batch transforms: what is done to a whole batch on the device before the model sees it."""
+"""Transforms of whole batches on the device, such as augmentations."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from diptych.engine.distributed.collectives import rank
 from diptych.engine.errors import BatchError
-from diptych.engine.random_state import mixed, seeded_random_state
+from diptych.engine.random_state import mixed_seed, seeded_random_state
 
 Transform = Callable[[Any], Any]
-"""Returns a batch for a batch, and leaves the one that it is given as it is."""
+"""A function from a batch to a new batch; it must not modify its argument."""
 
 
 def transformed(
@@ -25,15 +25,15 @@ def transformed(
     epoch: int,
     iteration: int,
 ) -> Any:
-    """Return what a transform makes of a batch on the device, without a graph.
+    """Apply a transform to a batch on the device, without a graph.
 
-    Whatever it draws, from Python's, NumPy's, torch's or the device's global generator, is a
-    function of seed, epoch, iteration and rank; the generators are then as they were.
+    Its random numbers, from Python's, NumPy's, torch's or the device's global generator, depend on
+    seed, epoch, iteration and rank alone. The generators are restored afterwards.
 
     Args:
-        transform: None leaves the batch as it is.
+        transform: None returns the batch unchanged.
         batch: on the device.
-        device: whose generator is seeded.
+        device: its generator is seeded, besides those of the host.
         seed: the run's; None counts as 0.
         epoch: counted from 1.
         iteration: counted from 1, over all epochs.
@@ -43,19 +43,19 @@ def transformed(
     """
     if transform is None:
         return batch
-    with torch.no_grad(), seeded_random_state(mixed(seed or 0, epoch, iteration, rank()), device):
+    with torch.no_grad(), seeded_random_state(mixed_seed(seed or 0, epoch, iteration, rank()), device):
         result = transform(batch)
     if result is None:
-        raise BatchError("transform must return the batch that the model is to see, got None")
+        raise BatchError("transform must return a batch, got None. End it with a return statement.")
     return result
 
 
 def placed_transform(transform: Any, step: Any, device: torch.device) -> Transform | None:
-    """Return the transform, on the device where it is a module.
+    """Return the transform; move it to the device if it is a module.
 
     Raises:
         TypeError: if it is not callable.
-        ValueError: if there is one, and the step is a plain function, which would not call it.
+        ValueError: if the step is a plain function, which would not call the transform.
     """
     if transform is None:
         return None
@@ -63,14 +63,14 @@ def placed_transform(transform: Any, step: Any, device: torch.device) -> Transfo
         raise TypeError(f"transform must be a function of a batch, got {transform!r}")
     if step is not None and not isinstance(step, type):
         raise ValueError(
-            f"transform needs a TrainStep, got the function {step!r} as step: call the transform "
-            "there, or make a subclass of TrainStep"
+            f"transform needs a TrainStep, got the function {step!r} as step. Call the transform "
+            "in that function, or make a subclass of TrainStep."
         )
     return transform.to(device) if isinstance(transform, nn.Module) else transform
 
 
 class OnKeys(nn.Module):
-    """A transform of single tensors, such as kornia's augmentations, as one of a mapping batch.
+    """A batch transform that applies a transform of tensors to entries of a mapping.
 
     ```python
     augmentation = nn.Sequential(RandomHorizontalFlip(), ColorJiggle(0.2, 0.2, 0.2, 0.1))
@@ -79,14 +79,15 @@ class OnKeys(nn.Module):
     ```
 
     Args:
-        transform: takes and returns a tensor [B, ...]. A module goes to the trainer's device.
-        keys: entries of the batch, each transformed on its own, in this order, with draws of its
-            own. The others stay as they are.
+        transform: a function from a tensor [B, ...] to a tensor, such as an augmentation of
+            kornia. A module moves to the trainer's device.
+        keys: the entries of the batch to transform, one after the other, each with random numbers
+            of its own. The other entries stay unchanged.
 
     Raises:
         TypeError: if the transform is not callable.
-        ValueError: if there is no key.
-        BatchError: when it is called: if the batch is no mapping, or lacks a key.
+        ValueError: if no key is given.
+        BatchError: on a call, if the batch is not a mapping, or lacks a key.
     """
 
     def __init__(self, transform: Callable[[Tensor], Tensor], *keys: str) -> None:
@@ -100,7 +101,7 @@ class OnKeys(nn.Module):
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the batch with the entries under `keys` transformed."""
         if not isinstance(batch, Mapping):
-            raise BatchError(f"OnKeys needs a batch that is a mapping, got {type(batch).__name__}")
+            raise BatchError(f"batch must be a mapping for OnKeys, got {type(batch).__name__}")
         missing = [key for key in self.keys if key not in batch]
         if missing:
             raise BatchError(

@@ -1,36 +1,13 @@
-"""Where batches come from: the place in a loader, and what a loader is told."""
+"""The batches of a run: the place in a loader, and the epoch that the loader is told."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset
 
 from diptych.engine import ResumeError, SeededLoader
-from diptych.engine.data.batch_source import BatchSource, length_of, tell_epoch
-from tests.engine.loops import EpochAware, Positioned, Unsized
-
-
-class Stream(IterableDataset):
-    """An endless data set: its DataLoader has __len__ and no length."""
-
-    def __iter__(self):
-        yield from iter(int, 1)
-
-
-@pytest.mark.parametrize(
-    ("data", "length"),
-    [
-        (None, None),
-        ([1, 2], 2),
-        (range(0), 0),
-        (Unsized([1]), None),
-        (DataLoader(Stream()), None),
-        (DataLoader([1, 2, 3], batch_size=2), 2),
-    ],
-)
-def test_the_length_is_known_or_none(data, length):
-    assert length_of(data) == length
+from diptych.engine.data.batch_source import BatchSource
+from tests.engine.loop.loops import EpochAware, Positioned, Unsized
 
 
 def test_a_source_gives_the_passes_one_after_the_other():
@@ -95,16 +72,6 @@ def test_a_restored_loader_is_not_told_its_epoch_since_that_would_rewind_it():
         source.next(4)
     assert source.next(5) == 0
     assert data.told == [5]
-
-
-def test_only_the_outermost_that_can_is_told_the_epoch():
-    class Loader:
-        sampler = EpochAware("")
-        batch_sampler = EpochAware("")
-
-    tell_epoch(Loader(), 3)
-    assert (Loader.sampler.told, Loader.batch_sampler.told) == ([3], [])
-    tell_epoch([1, 2], 3)
 
 
 class Shuffled:

@@ -23,7 +23,7 @@ from diptych.engine import SeededLoader, Trainer
 from diptych.engine.data import prefetch
 from diptych.engine.data.prefetch import Prefetcher, kind_of, mover
 from diptych.engine.state.run_state import load_run_state, run_state
-from tests.engine.loops import Positioned
+from tests.engine.loop.loops import Positioned
 from tests.engine.models import paired, trainer_of
 
 CPU = torch.device("cpu")

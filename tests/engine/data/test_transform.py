@@ -197,7 +197,7 @@ def test_a_step_that_would_not_call_the_transform_is_refused():
 
 
 def test_a_transform_that_returns_nothing_is_an_error():
-    with pytest.raises(BatchError, match="transform must return the batch"):
+    with pytest.raises(BatchError, match="transform must return a batch, got None"):
         made(lambda batch: None).run(loader(), max_epochs=1)
 
 
@@ -215,7 +215,7 @@ def test_single_entries_are_transformed_and_the_others_kept():
 def test_an_entry_that_is_missing_is_named():
     with pytest.raises(BatchError, match="must hold picture to transform, got image, text"):
         OnKeys(torch.sin, "picture")({"image": 1, "text": 2})
-    with pytest.raises(BatchError, match="a mapping, got tuple"):
+    with pytest.raises(BatchError, match="a mapping for OnKeys, got tuple"):
         OnKeys(torch.sin, "image")((1, 2))
 
 

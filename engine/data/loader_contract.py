@@ -1,0 +1,111 @@
+"""The optional members of a loader, and their defaults.
+
+A loader is an iterable of batches. These functions are the only code that asks what else it has: a
+length, a position (`state_dict`, `load_state_dict`), `set_epoch` (its own or its sampler's), random
+generators. They look attributes up one by one, so that a wrapper may pass them on with
+`__getattr__`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence, Sized
+from typing import Any, Protocol, TypeGuard
+
+import torch
+
+
+class PositionedLoader(Protocol):
+    """A loader that can save its position and continue from one, as torchdata's loaders can."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Start or continue a pass."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position after the last batch."""
+        ...
+
+    def load_state_dict(self, state_dict: Any, /) -> object:
+        """Go to a position; the next iterator begins with the batch after it."""
+        ...
+
+
+class EpochAware(Protocol):
+    """A loader or a sampler whose order of samples depends on the epoch."""
+
+    def set_epoch(self, epoch: int, /) -> object:
+        """Take the epoch of the next pass, counted from 0."""
+        ...
+
+
+class Pass:
+    """One pass over a loader with a position of its own, whoever else reads that loader.
+
+    Args:
+        batches: the batches of the pass.
+        position: returns a state for the loader's `load_state_dict`.
+    """
+
+    def __init__(self, batches: Iterator[Any], position: Callable[[], dict[str, Any]]) -> None:
+        self._batches, self.position = batches, position
+
+    def __iter__(self) -> Pass:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._batches)
+
+
+def has_position(loader: object) -> TypeGuard[PositionedLoader]:
+    """Say whether a loader can save its position and continue from one."""
+    return all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
+
+
+def position_getter(batches: object, loader: PositionedLoader) -> Callable[[], dict[str, Any]]:
+    """Return the function that gives the position of an iterator over a loader."""
+    return batches.position if isinstance(batches, Pass) else loader.state_dict
+
+
+def length_of(loader: object) -> int | None:
+    """Return the number of batches of one pass; None if the loader does not know."""
+    try:
+        return len(loader) if isinstance(loader, Sized) else None
+    except TypeError:  # a DataLoader over an iterable data set has __len__ and no length
+        return None
+
+
+def set_epoch(loader: object, epoch: int) -> None:
+    """Pass the number of the next epoch, from 0, to a loader or its sampler.
+
+    Without it a distributed sampler repeats one order in every epoch.
+    """
+    owner = _epoch_aware(loader)
+    if owner is not None:
+        owner.set_epoch(epoch)
+
+
+def takes_epoch(loader: object) -> bool:
+    """Say whether a loader, or its sampler, has `set_epoch`."""
+    return _epoch_aware(loader) is not None
+
+
+def _epoch_aware(loader: object) -> EpochAware | None:
+    owners = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+    return next((owner for owner in owners if hasattr(owner, "set_epoch")), None)
+
+
+def generator_states(loader: object) -> list[torch.Tensor]:
+    """Return the states of the random generators that a loader or its sampler owns."""
+    return [generator.get_state() for generator in _generators(loader)]
+
+
+def set_generator_states(loader: object, states: Sequence[torch.Tensor]) -> None:
+    """Restore what `generator_states` returned."""
+    for generator, state in zip(_generators(loader), states, strict=False):
+        generator.set_state(state)
+
+
+def _generators(loader: object) -> list[torch.Generator]:
+    owners = (loader, getattr(loader, "sampler", None))
+    found = (getattr(owner, "generator", None) for owner in owners)
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
