@@ -1,12 +1,12 @@
-"""What a trainer costs beside a raw loop: samples/s of an image-text model on resident batches.
+"""The cost of a trainer compared with a raw loop: samples/s of an image-text model.
 
     python benchmarks/train_step.py
     torchrun --nproc-per-node=2 benchmarks/train_step.py --only raw diptych
 
-A ViT-S/16 and a text tower of six layers, CLIP's loss, AdamW, bf16 on a GPU (a small model in
-float32 without one). All contenders take turns in one process, on the same batch; the table shows
-the best of their turns. Then, on a GPU: whether anything waits for the device between two log
-points, and what a batch of 32,768 costs in micro-batches and tiles.
+A ViT-S/16 and a text tower of six layers, CLIP's loss, AdamW, bf16 on a GPU (without a GPU, a small
+model in float32). All loops run in turn in one process, on the same batch, which is already on the
+device; the table shows the best of their turns. Then, on a GPU: whether anything waits for the
+device between two log points, and the cost of a batch of 32,768 in micro-batches and tiles.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WORDS, LENGTH = 8192, 32
 
 
 class Tower(nn.Module):
-    """Transformer layers over embedded pieces of an input; the mean of what they give."""
+    """Transformer layers over the embedded pieces of an input, and the mean of their outputs."""
 
     def __init__(self, width: int, layers: int, length: int) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def parts() -> tuple[ImageText, CLIPLoss, torch.optim.Optimizer]:
 
 
 def resident(samples: int) -> dict[str, Tensor]:
-    """Return a batch on the device."""
+    """Return a batch that is already on the device."""
     device, pixels = "cuda" if CUDA else "cpu", SIZES["pixels"]
     dtype = torch.bfloat16 if CUDA else torch.float32
     return {
@@ -93,26 +93,26 @@ def resident(samples: int) -> dict[str, Tensor]:
 
 
 def autocast() -> torch.autocast:
-    """Return bf16 on a GPU, and nothing on a CPU."""
+    """Return an autocast context: bf16 on a GPU, disabled on a CPU."""
     return torch.autocast("cuda" if CUDA else "cpu", torch.bfloat16, enabled=CUDA)
 
 
 def finish() -> None:
-    """Wait for the device."""
+    """Wait until the device is idle."""
     if CUDA:
         torch.cuda.synchronize()
 
 
 class Contender(Protocol):
-    """Trains for some steps, and says how long the last of them took."""
+    """A training loop that measures its own time."""
 
     def __call__(self, batch: dict[str, Tensor], warmup: int, steps: int) -> float:
-        """Return the seconds of `steps` updates after `warmup` others."""
+        """Return the seconds of `steps` updates, after `warmup` updates that are not measured."""
         ...
 
 
 def raw(*, compiled: Form, item: bool = False) -> Contender:
-    """A loop by hand; with `item`, one that reads its loss each step."""
+    """Return a plain training loop; with `item`, it reads the loss at each step."""
     model, loss, optimizer = parts()
     if compiled:
         model.compile(mode=MODES[compiled])
@@ -157,7 +157,7 @@ def timed(engine: Engine, run: Callable[[], object], first: int, last: int) -> f
 
 
 def ignite_usual(*, compiled: Form) -> Contender:
-    """An Ignite engine with RunningAverage and TensorboardLogger, as in its guide."""
+    """Return an Ignite engine with RunningAverage and TensorboardLogger, as in Ignite's guide."""
     from ignite.handlers import TensorboardLogger
     from ignite.metrics import RunningAverage
 
@@ -190,7 +190,7 @@ def ignite_usual(*, compiled: Form) -> Contender:
 
 
 def diptych(*, compiled: Form, microbatch_size: int | None = None) -> Contender:
-    """A trainer with the default handlers."""
+    """Return a trainer with the default handlers."""
     model, loss, optimizer = parts()
     trainer = Trainer(
         model,
@@ -214,14 +214,14 @@ def diptych(*, compiled: Form, microbatch_size: int | None = None) -> Contender:
 
 CONTENDERS: dict[str, Callable[..., Contender]] = {
     "raw": raw,
-    "raw, one .item() a step": lambda *, compiled: raw(compiled=compiled, item=True),
+    "raw, one .item() per step": lambda *, compiled: raw(compiled=compiled, item=True),
     "Ignite usual": ignite_usual,
     "diptych": diptych,
 }
 
 
 def compare(names: list[str], samples: int, steps: int, turns: int, *, compiled: Form) -> None:
-    """Let the contenders take turns on one batch; print samples/s and the ratio to the first."""
+    """Run the loops in turn on one batch; print samples/s, and the ratio to the first loop."""
     batch = resident(samples)
     contenders = {name: CONTENDERS[name](compiled=compiled) for name in names}
     best = dict.fromkeys(names, float("inf"))
@@ -239,7 +239,7 @@ def compare(names: list[str], samples: int, steps: int, turns: int, *, compiled:
 
 
 def nothing_waits(samples: int) -> None:
-    """Run a trainer with the default handlers where waiting for the device is an error."""
+    """Check that the default handlers do not wait for the device between two log points."""
     model, loss, optimizer = parts()
     trainer = Trainer(model, loss, optimizer, task=tasks.image_text, precision="bf16")
     modes = {5: "error", LOG_EVERY - 5: "default"}
@@ -254,33 +254,37 @@ def nothing_waits(samples: int) -> None:
 
 
 def large_batch(samples: int, piece: int) -> None:
-    """Print what a large batch costs through micro-batches and tiles, per sample."""
+    """Print the samples/s of a large batch in micro-batches, with the loss in tiles."""
     plain = diptych(compiled=False)(resident(piece), 5, 20) / 20 / piece
     torch.cuda.reset_peak_memory_stats()
     pieces = diptych(compiled=False, microbatch_size=piece)(resident(samples), 1, 2) / 2 / samples
     memory = torch.cuda.max_memory_allocated() / 2**30
     print(
         f"\nbatch {samples:,} in pieces of {piece:,}: {1 / pieces:,.0f} samples/s, "
-        f"{plain / pieces:.2f} of the plain step's at {piece:,}, {memory:.1f} GiB"
+        f"{plain / pieces:.2f} of the plain step at {piece:,}, {memory:.1f} GiB"
     )
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--samples", nargs="+", type=int, default=[256, 1024] if CUDA else [32])
-    parser.add_argument("--steps", type=int, default=50, help="measured updates of a turn")
+    parser.add_argument("--steps", type=int, default=50, help="measured updates per turn")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument(
-        "--forms", nargs="+", choices=FORMS, default=["eager", "compiled"], help="of the model"
+        "--forms",
+        nargs="+",
+        choices=FORMS,
+        default=["eager", "compiled"],
+        help="model forms",
     )
     parser.add_argument("--large", type=int, default=32_768, help="the large batch; 0: none")
     arguments = parser.parse_args()
     if rank() == 0:
         name = torch.cuda.get_device_name() if CUDA else "CPU"
         print(f"{name}, torch {torch.__version__}, ranks: {world_size()}\n")
-        print("| batch | form | loop | ms a step | samples/s | to raw |")
+        print("| batch | form | loop | ms per step | samples/s | relative to raw |")
         print("|---:|---|---|---:|---:|---:|")
     for form in arguments.forms:
         for samples in arguments.samples:

@@ -1,12 +1,13 @@
-"""What a second accelerator of one host brings: samples/s at the same batch per rank, and losses.
+"""The gain from several accelerators of one host: samples/s at the same batch size per rank.
 
     torchrun --nproc-per-node=2 benchmarks/train_step_ranks.py
     torchrun --nproc-per-node=2 benchmarks/train_step_ranks.py --samples 8 --steps 3  # on a CPU
 
-The model, loss and optimizer of `train_step.py`, in a trainer with the default handlers. First
-rank 0 trains by itself while the others wait, then all ranks train together, each on as many
-samples. Then the losses: every rank makes the same global batch, one process takes all of it and
-the ranks take their shares; the losses of a few updates must be equal within rounding.
+The model, loss and optimizer are those of `train_step.py`, in a trainer with the default handlers.
+First rank 0 trains alone while the others wait; then all ranks train together, each with the same
+number of samples. The script also compares losses on one global batch: rank 0 alone trains on all
+of it, then the ranks train on their shares. The losses of a few updates must be equal up to
+rounding.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ import torch.distributed as dist
 from diptych.engine import Trainer, of_this_rank, process_group, tasks
 from diptych.engine.distributed.collectives import rank, sum_over_ranks, world_size
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, the neighbours are not found
+sys.path.insert(0, str(Path(__file__).parents[1]))  # to find `benchmarks` when run as a file
 from benchmarks.train_step import CUDA, diptych, parts, resident
 
 UPDATES = 10
-"""Updates whose losses are compared."""
+"""The number of updates whose losses are compared."""
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Make a rank believe that it is the only one."""
+    """Hide the process group from this rank, so that it trains alone."""
     is_initialized, dist.is_initialized = dist.is_initialized, lambda: False
     try:
         yield
@@ -41,7 +42,7 @@ def alone() -> Iterator[None]:
 
 
 def rate(samples: int, steps: int, *, compiled: bool) -> float:
-    """Return the seconds of an update of this process, the least of three turns."""
+    """Return the seconds per update in this process, the minimum of three turns."""
     run, batch = diptych(compiled=compiled), resident(samples)
     return min(run(batch, 10 if turn == 0 else 3, steps) for turn in range(3)) / steps
 
@@ -57,14 +58,14 @@ def losses(batches: list[dict[str, torch.Tensor]]) -> list[float]:
 
 
 def global_batches(samples: int) -> list[dict[str, torch.Tensor]]:
-    """Return the same batches on every rank, of as many samples for each of them."""
+    """Return global batches, the same on every rank, with `samples` samples per rank."""
     torch.manual_seed(1)
     batch = resident(samples * world_size())
     return [{**batch, "image": batch["image"].float()}] * UPDATES
 
 
 def measure(samples: int, steps: int, *, compiled: bool) -> None:
-    """Print the samples/s of one rank and of all, and the largest difference of their losses."""
+    """Print the samples/s of one rank and of all ranks, and the largest difference in loss."""
     single = expected = None
     if rank() == 0:
         with alone():
@@ -88,18 +89,18 @@ def measure(samples: int, steps: int, *, compiled: bool) -> None:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", nargs="+", type=int, default=[256, 1024] if CUDA else [32])
-    parser.add_argument("--steps", type=int, default=50, help="measured updates of a turn")
-    parser.add_argument("--compile", action="store_true", help="measure the compiled form too")
+    parser.add_argument("--steps", type=int, default=50, help="measured updates per turn")
+    parser.add_argument("--compile", action="store_true", help="also measure the compiled form")
     arguments = parser.parse_args()
     if world_size() == 1:
-        parser.error("needs several ranks: torchrun --nproc-per-node=2 " + sys.argv[0])
+        parser.error("several ranks are needed: torchrun --nproc-per-node=2 " + sys.argv[0])
     if rank() == 0:
         name = torch.cuda.get_device_name() if CUDA else "CPU"
         print(f"{world_size()} x {name}, torch {torch.__version__}\n")
-        print("| batch a rank | form | 1 rank, samples/s | all | ratio | losses differ by |")
+        print("| batch per rank | form | 1 rank, samples/s | all | ratio | losses differ by |")
         print("|---:|---|---:|---:|---:|---:|")
     for compiled in [False, True] if arguments.compile else [False]:
         for samples in arguments.samples:

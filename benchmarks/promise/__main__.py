@@ -1,4 +1,4 @@
-"""All five comparisons, one after the other.
+"""All five comparisons, run one after another.
 
 python -m benchmarks.promise --peers /path/to/peers/bin/python
 """

@@ -1,4 +1,4 @@
-"""Runs the sides of a comparison, each in a process of its own, and prints what came out."""
+"""The runner of a comparison: runs each library in a separate process, and prints the table."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 EQUAL = 1e-5
-"""The relative difference up to which float32 numbers count as equal but for rounding."""
+"""The relative difference up to which float32 results count as equal."""
 
 SETTINGS = {
     "OMP_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(2**20),  # glibc: what is freed goes back, so that peaks compare
+    "MALLOC_MMAP_THRESHOLD_": str(2**20),  # glibc returns freed memory, so peaks are comparable
 }
 
 
 class Outcome(NamedTuple):
-    """One row: a case, run in two ways.
+    """One row of a table: a case, run in two ways.
 
     Attributes:
         case: what was run.
-        first: what came out one way.
-        second: what came out the other way.
-        difference: relative difference of the two; 0 bit for bit; infinite where there is none.
-        remark: the verdict, where it does not follow from the difference.
+        first: the result of the first way.
+        second: the result of the second way.
+        difference: relative difference of the weights; 0 means bit for bit; infinite if unknown.
+        remark: the verdict, if it does not follow from the difference.
     """
 
     case: str
@@ -46,12 +46,12 @@ class Outcome(NamedTuple):
 
     @property
     def gap(self) -> str:
-        """The relative difference as the table shows it."""
+        """The relative difference, as shown in the table."""
         return f"{self.difference:.1e}" if math.isfinite(self.difference) else ""
 
     @property
     def verdict(self) -> str:
-        """Whether both ways gave the same."""
+        """Whether both ways had the same result, in words."""
         if self.remark:
             return self.remark
         if self.difference == 0:
@@ -60,11 +60,11 @@ class Outcome(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One library's half of a comparison.
+    """One library in a comparison.
 
     Attributes:
-        run: gives the rows.
-        packages: the distributions that it needs; the first is the library.
+        run: returns the rows of the table.
+        packages: the distributions that it needs; the first one is the library.
     """
 
     run: Callable[[], Iterable[Outcome]]
@@ -72,11 +72,11 @@ class Side(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What a script compares.
+    """A comparison of libraries.
 
     Attributes:
-        module: the script, as `python -m` takes it.
-        ways: what stands above the two columns of what came out.
+        module: the name of the script's module.
+        ways: the headers of the two columns of results.
         sides: the libraries by name.
     """
 
@@ -88,26 +88,26 @@ class Comparison(NamedTuple):
 def outcome(
     case: str, first: tuple[float, Tensor], second: tuple[float, Tensor], start: Tensor
 ) -> Outcome:
-    """Return the row of two runs: their last losses, and how far apart their weights are.
+    """Return the row of two runs: their final losses, and the relative difference of the weights.
 
     Args:
         case: what was run.
-        first: the loss after the run and the weights, one way.
-        second: the same, the other way.
-        start: the weights before, which the difference is relative to: of the way that the first
-            run went, the share by which the second ended elsewhere.
+        first: the loss and the weights after the first run.
+        second: the loss and the weights after the second run.
+        start: the weights before both runs. The difference is relative to the distance that the
+            weights travelled in the first run.
     """
     difference = distance(second[1] - first[1]) / distance(first[1] - start)
     return Outcome(case, f"{first[0]:.6f}", f"{second[0]:.6f}", difference)
 
 
 def distance(vector: Tensor) -> float:
-    """Return the length of a vector, summed in float64."""
+    """Return the norm of a vector, computed in float64."""
     return float(vector.double().norm())
 
 
 def is_missing(package: str) -> bool:
-    """Say whether this interpreter lacks a distribution."""
+    """Return whether a distribution is missing in this interpreter."""
     try:
         version(package)
     except PackageNotFoundError:
@@ -116,7 +116,7 @@ def is_missing(package: str) -> bool:
 
 
 def report(side: Side) -> dict[str, Any]:
-    """Run one side in this process; return its rows and versions, or what is missing."""
+    """Run one library in this process; return its rows and versions, or the missing packages."""
     if missing := [package for package in side.packages if is_missing(package)]:
         return {"missing": missing}
     torch.set_num_threads(1)
@@ -129,7 +129,7 @@ def report(side: Side) -> dict[str, Any]:
 
 
 def report_by(python: str, module: str, name: str) -> dict[str, Any]:
-    """Return what another process reports of a side."""
+    """Run one library in another process; return its report."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report.json"
         done = subprocess.run(
@@ -146,7 +146,7 @@ def report_by(python: str, module: str, name: str) -> dict[str, Any]:
 
 
 def lines(name: str, found: dict[str, Any]) -> list[str]:
-    """Return the rows of one side as lines of a Markdown table."""
+    """Return the rows of one library as lines of a Markdown table."""
     if "missing" in found:
         install = f"not installed: pip install {' '.join(found['missing'])}"
         return [f"| {name} | {install} | | | | |"]
@@ -160,11 +160,11 @@ def lines(name: str, found: dict[str, Any]) -> list[str]:
 
 
 def compare(comparison: Comparison, peers: str) -> None:
-    """Run all sides and print the table as it grows.
+    """Run all libraries, and print each row as soon as it is known.
 
     Args:
-        comparison: what to run.
-        peers: the interpreter that has the other libraries.
+        comparison: the comparison to run.
+        peers: an interpreter that has the other libraries.
     """
     first, second = comparison.ways
     print(f"| library | what was run | {first} | {second} | relative difference | verdict |")
@@ -186,13 +186,13 @@ def options(description: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--peers", default=sys.executable, help="an interpreter that has the other libraries"
     )
-    parser.add_argument("--side", help="run one side in this process")
-    parser.add_argument("--report", type=Path, help="a file for what --side gives")
+    parser.add_argument("--side", help="run one library in this process")
+    parser.add_argument("--report", type=Path, help="the file for the report of --side")
     return parser.parse_args()
 
 
 def main(description: str | None, comparison: Comparison) -> None:
-    """Print the table, or run one side for a process that does."""
+    """Print the table, or run one library for the process that prints it."""
     given = options(description)
     if given.side:
         given.report.write_text(json.dumps(report(comparison.sides[given.side])))

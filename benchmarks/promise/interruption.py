@@ -1,12 +1,12 @@
-"""A run that is killed and started again: does it end where it would have ended?
+"""Interruption: does a run that is killed and restarted end with the same weights?
 
     python -m benchmarks.promise.interruption --peers /path/to/peers/bin/python
 
-Three epochs of 8 updates with dropout, shuffled samples, two workers, and a checkpoint at each 4th
+Three epochs of 8 updates with dropout, shuffled samples, two workers, and a checkpoint at every 4th
 update. The process kills itself with SIGKILL after update 14, or in the middle of its third save,
-before the last file; then it is started again and resumes as its library's documentation says.
-Shown is the loss of all samples at the end; the difference is that of the weights, relative to the
-way that they went.
+before the last file. Then it is restarted, and resumes as its library's documentation says. The
+table shows the final loss over all samples, and the difference of the weights relative to the
+distance that they travelled.
 """
 
 from __future__ import annotations
@@ -36,18 +36,19 @@ SAVING = "killed in the middle of a save"
 KILL_AFTER = 14
 
 Train = Callable[[Run], None]
-"""Trains from wherever the run's folder says."""
+"""Trains, and resumes from the run's folder if it has a checkpoint."""
 
 
 def child(train: Train, run: Run, end: Path, die_after: int, die_before: str) -> None:
-    """Train in a process of its own, which may kill itself, and leave in a file what came out.
+    """Train in a child process, which may kill itself, and save the result to a file.
 
     Args:
-        train: trains.
+        train: the training.
         run: the run.
-        end: the file: the weights, or the name of an error.
-        die_after: the update after which to die; 0: none.
-        die_before: the last file of the third checkpoint, which is not written; "": none.
+        end: the file for the final weights, or for the name of an error.
+        die_after: the update after which the process kills itself; 0: none.
+        die_before: the last file of the third checkpoint, before which the process kills itself;
+            "": none.
     """
     updates = 0
 
@@ -57,26 +58,26 @@ def child(train: Train, run: Run, end: Path, die_after: int, die_before: str) ->
         if update == die_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def look(event: str, details: tuple[object, ...]) -> None:
+    def audit(event: str, details: tuple[object, ...]) -> None:
         writes = event == "os.rename" or (event == "open" and "w" in str(details[1]))
         third = updates >= 3 * EVERY - 1
         if writes and third and any(die_before in str(detail) for detail in details[:2]):
             os.kill(os.getpid(), signal.SIGKILL)
 
     if die_before:
-        sys.addaudithook(look)
+        sys.addaudithook(audit)
     run.tick = tick
     try:
         train(run)
         torch.save(weights(run.model, run.loss), end)
-    except Exception as error:  # noqa: BLE001 - a peer fails in its own ways; the table says so
+    except Exception as error:  # noqa: BLE001 - another library may raise anything
         torch.save(f"{type(error).__name__}: {str(error).splitlines()[0]}", end)
 
 
 def started(
     train: Train, run: Run, end: Path, die_after: int = 0, die_before: str = ""
 ) -> BaseProcess:
-    """Start the training in a copy of this process, which itself trains nothing."""
+    """Start the training in a forked process."""
     process = multiprocessing.get_context("fork").Process(
         target=child, args=(train, run, end, die_after, die_before)
     )
@@ -85,10 +86,10 @@ def started(
 
 
 def outcomes(train: Train, cases: dict[str, str]) -> Iterator[Outcome]:
-    """Run a library's cases, each left alone, and killed and started again.
+    """Run a library's cases, each without a kill, and killed and restarted.
 
     Args:
-        train: its training.
+        train: the library's training.
         cases: the names of the cases, with the file before which the process dies, if any.
     """
     for case, last_file in cases.items():
@@ -101,14 +102,14 @@ def outcomes(train: Train, cases: dict[str, str]) -> Iterator[Outcome]:
             first.join()
             second.join()
             if second.exitcode != -signal.SIGKILL:
-                told = torch.load(ends[1], weights_only=True)
-                raise RuntimeError(f"{case}: nothing was killed: {told}")
+                result = torch.load(ends[1], weights_only=True)
+                raise RuntimeError(f"{case}: the process was not killed, and returned {result}")
             started(train, killed, ends[1]).join()
             yield compared(case, *(torch.load(end, weights_only=True) for end in ends))
 
 
 def compared(case: str, alone: Tensor, killed: Tensor | str) -> Outcome:
-    """Return the row of two runs, the second of which may not have started again."""
+    """Return the row of two runs, the second of which may have failed to restart."""
     run = Run(Path(), augmented=False)
     start = weights(run.model, run.loss)
 
@@ -123,7 +124,7 @@ def compared(case: str, alone: Tensor, killed: Tensor | str) -> Outcome:
 
 COMPARISON = Comparison(
     "benchmarks.promise.interruption",
-    ("left alone", "killed, started again"),
+    ("not killed", "killed, restarted"),
     {
         "Lightning": Side(
             lambda: outcomes(resumable.lightning, {KILLED: "", AUGMENTED: "", SAVING: "last.ckpt"}),

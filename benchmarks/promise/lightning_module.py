@@ -1,4 +1,4 @@
-"""The shared model and loss as a LightningModule, and a Lightning trainer that writes nothing."""
+"""The shared model and loss as a LightningModule, and a Lightning trainer without logs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Step = Callable[[nn.Module, nn.Module, Sample], Tensor]
 
 
 class Module(LightningModule):
-    """Model and loss, optimized by Lightning; `logs`: whether it logs the loss, for the bar too."""
+    """Model and loss, trained by Lightning; `logs`: whether to log the loss (progress bar too)."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ def fit(
     ckpt_path: str | None = None,
     **settings: Any,
 ) -> None:
-    """Train for one epoch on the CPU, unless the settings say otherwise."""
+    """Train for one epoch on the CPU, unless `settings` override this."""
     quiet = {
         "logger": False,
         "enable_checkpointing": False,

@@ -1,11 +1,11 @@
-"""A batch in one piece and in pieces of 8: is it the same update?
+"""Micro-batch: is the update of a batch the same in one piece and in pieces of 8?
 
     python -m benchmarks.promise.micro_batch --peers /path/to/peers/bin/python
 
 One epoch of plain gradient descent in batches of 64. Each library then runs it again in pieces of
-8, as its documentation says for batches that do not fit: by accumulating gradients, Diptych with
-`microbatch_size`. Shown is the loss of all samples after the epoch; the difference is that of the
-weights, relative to the way that they went.
+8, as its documentation says for batches that do not fit into memory: with gradient accumulation,
+Diptych with `microbatch_size`. The table shows the loss over all samples after the epoch, and the
+difference of the weights relative to the distance that they travelled.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BATCH, PIECE, RATE = 64, 8, 0.1
 
 
 class Case(NamedTuple):
-    """What is trained: a model and a loss, what they make of a batch, and on how many samples."""
+    """A training: model, loss, the function that computes a batch's loss, and sample count."""
 
     name: str
     model: type[nn.Module]
@@ -50,7 +50,7 @@ CASES = (
 )
 
 Train = Callable[[Case, nn.Module, nn.Module, int], None]
-"""Trains model and loss for one epoch of a case in pieces of so many samples."""
+"""Trains model and loss for one epoch of a case, in pieces of a given number of samples."""
 
 
 def both_ways(train: Train) -> Iterator[Outcome]:
@@ -69,7 +69,7 @@ def both_ways(train: Train) -> Iterator[Outcome]:
 
 
 def sgd(model: nn.Module, loss: nn.Module) -> torch.optim.Optimizer:
-    """Return plain gradient descent, whose way is the gradient's."""
+    """Return plain gradient descent, whose updates are proportional to the gradient."""
     return torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=RATE)
 
 
@@ -83,7 +83,7 @@ def lightning(case: Case, model: nn.Module, loss: nn.Module, size: int) -> None:
 
 
 def accelerate(case: Case, model: nn.Module, loss: nn.Module, size: int) -> None:
-    """Train with accelerate's `accumulate`, the loop being that of its guide."""
+    """Train with accelerate's `accumulate`, with the loop of its guide."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(gradient_accumulation_steps=BATCH // size, cpu=True)
@@ -113,7 +113,7 @@ def ignite(case: Case, model: nn.Module, loss: nn.Module, size: int) -> None:
 
 
 def diptych(case: Case, model: nn.Module, loss: nn.Module, size: int) -> None:
-    """Train with Diptych: the loader gives the whole batch, `microbatch_size` cuts it."""
+    """Train with Diptych: the loader yields the whole batch, and `microbatch_size` cuts it."""
     from diptych.engine import Trainer, tasks
 
     task = tasks.image_text if isinstance(model, Towers) else tasks.classification

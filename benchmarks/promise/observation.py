@@ -1,13 +1,13 @@
-"""Watching a run: does it change what is learned, and does it make the device wait?
+"""Observation: do validation and logging change the weights, or make the host wait?
 
     python -m benchmarks.promise.observation --peers /path/to/peers/bin/python
 
 One epoch of 50 updates with dropout and shuffled samples from torch's loader. First without
-validation, and with one at each 10th update over held-out samples in order: shown is the loss of
-all samples at the end, and the difference of the weights, relative to the way that they went. Then
-bare, and with the usual progress bar and TensorBoard, which log at each 50th update: shown is how
-often the host reads a tensor's value in an update between two log points, each of which would wait
-for a GPU.
+validation, and with a validation at every 10th update over held-out samples in order. The table
+shows the final loss over all samples, and the difference of the weights relative to the distance
+that they travelled. Then without handlers, and with the usual progress bar and TensorBoard, which
+log at every 50th update. The table shows how often per update the host reads a tensor's value
+between two log points; each read would wait for a GPU.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from benchmarks.promise.comparison import Comparison, Outcome, Side, main, outco
 from benchmarks.promise.setting import loss_with, weights
 from benchmarks.promise.watchable import Run
 
-VALIDATED = "50 updates, validation at each 10th"
-GENERATORS = "the same, each loader with a generator of its own"
-READ = "reads an update, progress bar and TensorBoard"
+VALIDATED = "50 updates, validation at every 10th"
+GENERATORS = "the same, with one generator per loader"
+READ = "reads per update, progress bar and TensorBoard"
 
 Train = Callable[[Run], None]
-"""Trains, and validates or logs as the run says."""
+"""Trains, and validates or logs if the run asks for it."""
 
 
 def validated(train: Train, folder: str, *, generators: bool = False) -> Outcome:
-    """Return the row of a run without validation and one with it."""
+    """Return the row of two runs, without and with validation."""
     ends = []
     for validation in (False, True):
         run = Run(Path(folder), validation=validation, generators=generators)
@@ -43,7 +43,7 @@ def validated(train: Train, folder: str, *, generators: bool = False) -> Outcome
 
 
 def read(train: Train, folder: str) -> Outcome:
-    """Return the row of how often the host reads a value, bare and with the usual handlers."""
+    """Return the row of the host's reads per update, without handlers and with the usual ones."""
     reads = []
     for logs in (False, True):
         run = Run(Path(folder), logs=logs)
@@ -55,7 +55,7 @@ def read(train: Train, folder: str) -> Outcome:
 
 
 def outcomes(train: Train, *, has_loaders: bool = True) -> Iterator[Outcome]:
-    """Run a library's training in all ways; `has_loaders`: whether the user makes its loaders."""
+    """Run a library's training in all ways; `has_loaders`: whether the user creates the loaders."""
     with tempfile.TemporaryDirectory() as folder:
         yield validated(train, folder)
         if has_loaders:
@@ -65,7 +65,7 @@ def outcomes(train: Train, *, has_loaders: bool = True) -> Iterator[Outcome]:
 
 COMPARISON = Comparison(
     "benchmarks.promise.observation",
-    ("unwatched", "watched"),
+    ("without", "with"),
     {
         "Lightning": Side(lambda: outcomes(watchable.lightning), ("lightning", "tensorboard")),
         "transformers": Side(

@@ -1,4 +1,4 @@
-"""One training in several libraries, each of which saves and resumes as its documentation says."""
+"""The training to interrupt, in several libraries, saved and resumed as documented."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SAMPLES, BATCH, EPOCHS, EVERY, WORKERS, RATE = 64, 8, 3, 4, 2, 1e-2
 
 
 class Augmented(list[Sample]):
-    """Samples whose images get noise when they are read, as a random crop would change them."""
+    """Samples whose images get random noise when they are read, like a random augmentation."""
 
     def __getitem__(self, index: Any) -> Any:
         sample = super().__getitem__(index)
@@ -34,12 +34,12 @@ class Augmented(list[Sample]):
 
 @dataclass
 class Run:
-    """A run to be interrupted: where it saves, and what it trains.
+    """A run to interrupt: its folder, model, loss and data.
 
     Attributes:
-        folder: where its checkpoints go.
+        folder: the folder of its checkpoints.
         augmented: whether samples are augmented at random when they are read.
-        tick: to be called with the number of updates after each of them.
+        tick: called after each update, with the number of updates so far.
     """
 
     folder: Path
@@ -53,7 +53,7 @@ class Run:
         self.data = Augmented(plain) if self.augmented else plain
 
     def adam(self) -> torch.optim.Optimizer:
-        """Return an optimizer with a state."""
+        """Return an optimizer that has state."""
         return torch.optim.AdamW([*self.model.parameters(), *self.loss.parameters()], lr=RATE)
 
 
@@ -80,7 +80,7 @@ def lightning(run: Run, loader: Callable[..., Any] = DataLoader) -> None:
 
 
 def lightning_stateful(run: Run) -> None:
-    """Train with Lightning and torchdata's `StatefulDataLoader`, which it knows how to restore."""
+    """Train with Lightning and torchdata's `StatefulDataLoader`, which Lightning restores."""
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     lightning(run, StatefulDataLoader)
@@ -155,7 +155,7 @@ def ignite(run: Run, *, deterministic: bool = False) -> None:
 
 
 def loaded(path: Path) -> Any:
-    """Return a checkpoint that may hold NumPy's random state, as DeterministicEngine's does."""
+    """Return a checkpoint that may contain NumPy's random state, as DeterministicEngine's does."""
     import numpy as np
     from numpy._core.multiarray import _reconstruct
 
@@ -165,7 +165,7 @@ def loaded(path: Path) -> Any:
 
 
 def diptych(run: Run) -> None:
-    """Train with Diptych: `CheckpointManager` on a folder that stays the same, `SeededLoader`."""
+    """Train with Diptych: `CheckpointManager` with the same folder each time, `SeededLoader`."""
     from diptych.engine import SeededLoader, Trainer, tasks
     from diptych.handlers import CheckpointManager
 

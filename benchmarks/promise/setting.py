@@ -1,7 +1,7 @@
-"""What every side of a comparison trains: one model, one data set, one loss. Needs torch alone.
+"""The model, data set and loss that every library trains in a comparison. Needs only torch.
 
-The peers' loss is the usual form of CLIP's (arXiv:2103.00020); Diptych's half of a script takes its
-own. Both begin at a temperature of 0.07, which is learned.
+The other libraries use the usual form of CLIP's loss (arXiv:2103.00020); Diptych uses its own. Both
+start at a temperature of 0.07, which is learned.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Sample = dict[str, Tensor]
 
 
 class Towers(nn.Module):
-    """Two small towers into one space: an image [B, 24] and a text [B, 16] to features [B, 8]."""
+    """Two small towers that map images [B, 24] and texts [B, 16] to features [B, 8]."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Towers(nn.Module):
 
 
 class Classifier(nn.Module):
-    """One small tower: an image [B, 24] to logits [B, 6]."""
+    """One small tower that maps images [B, 24] to logits [B, 6]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,14 +44,14 @@ class Classifier(nn.Module):
 
 
 def tower(inputs: int, outputs: int, dropout: float) -> nn.Sequential:
-    """Return a perceptron with one hidden layer, without a norm that sees the batch."""
+    """Return a perceptron with one hidden layer and no batch norm."""
     return nn.Sequential(
         nn.Linear(inputs, 32), nn.GELU(), nn.Dropout(dropout), nn.Linear(32, outputs)
     )
 
 
 class UsualCLIPLoss(nn.Module):
-    """CLIP's loss as its paper's pseudocode has it, of the samples that it is given."""
+    """CLIP's loss as in the pseudocode of its paper, over the given samples only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def classify(model: nn.Module, loss: nn.Module, batch: Sample) -> Tensor:
 
 
 def samples(count: int, seed: int = 0) -> list[Sample]:
-    """Return pairs whose two sides are noisy views of one hidden vector, which has a label too."""
+    """Return pairs whose two sides are noisy views of one hidden vector, with its label."""
     generator = torch.Generator().manual_seed(seed)
     maps = torch.randn(FEATURES, IMAGE + TEXT, generator=torch.Generator().manual_seed(9))
     hidden = torch.randn(count, FEATURES, generator=generator)
@@ -94,7 +94,7 @@ def stacked(chosen: list[Sample]) -> Sample:
 
 
 def loss_with(vector: Tensor, model: nn.Module, loss: nn.Module, data: list[Sample]) -> float:
-    """Return the loss of samples as one batch, in eval mode, with weights from `weights`."""
+    """Return the loss of all samples as one batch, in eval mode, with the given weights."""
     nn.utils.vector_to_parameters(vector, [*model.parameters(), *loss.parameters()])
     step = contrast if isinstance(model, Towers) else classify
     with torch.no_grad():

@@ -1,11 +1,11 @@
-"""A contrastive loss in tiles and whole: the same gradient, in how much memory?
+"""Tile: is the gradient of a contrastive loss the same in tiles, and in how much memory?
 
     python -m benchmarks.promise.tile --peers /path/to/peers/bin/python
 
-NT-Xent (SimCLR, arXiv:2002.05709) of two views, forward and backward, features of length 64 in
-float32, each form and size in a process of its own, on one thread. Shown is the most memory that
-the process takes beyond the features and what it has loaded; the difference is that of the
-features' gradient to the one of the usual form in float64.
+NT-Xent (SimCLR, arXiv:2002.05709) of two views, forward and backward, with features of length 64 in
+float32, each form and size in a separate process, on one thread. The table shows the peak memory
+beyond the features and the loaded libraries, and the difference of the features' gradient from that
+of the usual form in float64.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def plain(first: Tensor, second: Tensor) -> Tensor:
-    """Return the usual form: normalise, multiply, leave the diagonal out, cross entropy."""
+    """Return the loss in the usual form: normalise, multiply, mask the diagonal, cross entropy."""
     views = F.normalize(torch.cat((first, second)), dim=-1)
     logits = (views @ views.T / TEMPERATURE).fill_diagonal_(-math.inf)
     return F.cross_entropy(logits, torch.arange(len(views)).roll(len(first)))
 
 
 def recomputed(first: Tensor, second: Tensor) -> Tensor:
-    """Return the usual form, whose intermediate results are computed again for the backward."""
+    """Return the loss in the usual form, with activation checkpointing."""
     value: Tensor = checkpoint(plain, first, second, use_reentrant=False)
     return value
 
@@ -68,28 +68,28 @@ WAYS: dict[str, Callable[[], Loss]] = {
 
 
 def features(pairs: int) -> list[Tensor]:
-    """Return two views of as many samples."""
+    """Return two views of `pairs` samples."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(pairs, LENGTH, generator=generator)
     return [hidden + torch.randn(pairs, LENGTH, generator=generator) for _ in "ab"]
 
 
 def gradient(loss: Loss, views: list[Tensor]) -> Tensor:
-    """Return the gradient of the views."""
+    """Return the gradient with respect to the views."""
     leaves = [view.clone().requires_grad_() for view in views]
     loss(*leaves).backward()
     return torch.cat([leaf.grad for leaf in leaves if leaf.grad is not None])
 
 
 def peak() -> int:
-    """Return the most memory that this process has taken so far, in bytes."""
+    """Return the peak memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measured(way: str, pairs: int) -> tuple[int, float]:
-    """Return what a loss takes in this process, and how far its gradient is from float64's."""
+    """Return the peak memory of a loss in this process, and the error of its gradient."""
     loss, views = WAYS[way](), features(pairs)
-    gradient(loss, features(16))  # what the first call loads does not count
+    gradient(loss, features(16))  # the first call loads libraries
     before = peak()
     found = gradient(loss, views)
     memory = peak() - before
@@ -98,7 +98,7 @@ def measured(way: str, pairs: int) -> tuple[int, float]:
 
 
 def outcomes(*ways: str, pairs: int = PAIRS) -> Iterator[Outcome]:
-    """Run each way of a library with so many pairs and with twice as many."""
+    """Run each form of a library's loss with `pairs` pairs and with twice as many."""
     context = multiprocessing.get_context("fork")
     for way in ways:
         found = []

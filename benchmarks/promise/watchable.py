@@ -1,4 +1,4 @@
-"""One training in several libraries, bare or with what usually watches it."""
+"""The training to observe, in several libraries, with and without validation and logging."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UPDATES, BATCH, RATE = 50, 8, 0.05
 VALIDATION_EVERY, LOG_EVERY = 10, 50
 
 READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"}
-"""The methods of a tensor that would wait for its device."""
+"""The methods of a tensor that wait for its device."""
 
 
 class Reads(TorchFunctionMode):
@@ -45,14 +45,14 @@ class Reads(TorchFunctionMode):
 
 @dataclass
 class Run:
-    """A run to be watched.
+    """A run to observe.
 
     Attributes:
-        folder: where logs go.
-        validation: whether to evaluate at each 10th update.
-        logs: whether to log as usual: a progress bar, curves, every 50 updates.
-        generators: whether each loader has a generator of its own, as torch's notes on
-            reproducibility advise.
+        folder: the folder of the logs.
+        validation: whether to evaluate at every 10th update.
+        logs: whether to attach a progress bar and TensorBoard, logging every 50 updates.
+        generators: whether each loader has its own generator, as torch's notes on reproducibility
+            advise.
     """
 
     folder: Path
@@ -69,22 +69,22 @@ class Run:
         self.model.register_forward_pre_hook(self._count)
 
     def _count(self, model: nn.Module, _: Any) -> None:
-        """Count reads from the second update to the last but one: between two log points."""
+        """Count reads from the second to the second-to-last update: between two log points."""
         if model.training:
             self._updates += 1
             self.reads.counting = 1 < self._updates < UPDATES
 
     @property
     def reads_an_update(self) -> float:
-        """How often the host has read a value, in an update, between two log points."""
+        """How often the host has read a value, per update, between two log points."""
         return self.reads.count / (UPDATES - 2)
 
     def sgd(self) -> torch.optim.Optimizer:
-        """Return an optimizer whose state holds no number to read."""
+        """Return an optimizer without state, so that it reads no tensor."""
         return torch.optim.SGD([*self.model.parameters(), *self.loss.parameters()], lr=RATE)
 
     def loaders(self) -> tuple[DataLoader[Sample], DataLoader[Sample]]:
-        """Return torch's loaders: a shuffling one to train, one in order to validate."""
+        """Return torch's loaders: shuffled for training, in order for validation."""
         own = [torch.Generator().manual_seed(0) if self.generators else None for _ in "ab"]
         return (
             DataLoader(self.data, BATCH, shuffle=True, generator=own[0]),  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ def transformers(run: Run) -> None:
         def forward(
             self, image: Tensor, text: Tensor, *, return_loss: bool = True
         ) -> dict[str, Tensor]:
-            assert return_loss  # by this argument the Trainer knows that there is one
+            assert return_loss  # the Trainer looks for this argument to detect a loss
             batch = {"image": image, "text": text}
             return {"loss": contrast(self.model, self.loss, batch)}
 
@@ -189,7 +189,7 @@ def ignite(run: Run) -> None:
 
 
 def diptych(run: Run) -> None:
-    """Train with Diptych: `Evaluation`; `default_handlers`, which are more than the others'."""
+    """Train with Diptych: `Evaluation`; `default_handlers`, which do more than the others."""
     from diptych.engine import Trainer, tasks
     from diptych.handlers import Evaluation, default_handlers
 

@@ -1,12 +1,13 @@
-"""One global batch on one rank and on two: is it the same update?
+"""World size: is the update of a global batch the same on one rank and on two?
 
     python -m benchmarks.promise.world_size --peers /path/to/peers/bin/python
 
 One epoch of plain gradient descent in global batches of 64, on one process, then on two that share
-each batch (gloo, started by torchrun). The peers average gradients with DistributedDataParallel
-and share the data with DistributedSampler, as their documentation says; what a contrastive loss
-gathers is up to the user there, so the usual ways are tried. Shown is the loss of all samples after
-the epoch; the difference is that of the weights, relative to the way that they went.
+each batch (gloo, started with torchrun). The other libraries average gradients with
+DistributedDataParallel and divide the data with DistributedSampler, as their documentation says.
+There the user decides what a contrastive loss gathers, so the script tries the usual ways. The
+table shows the loss over all samples after the epoch, and the difference of the weights relative to
+the distance that they travelled.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ MODULE = "benchmarks.promise.world_size"
 BATCH, RATE = 64, 0.1
 
 Gather = Callable[[Tensor], Tensor]
-"""What a rank makes of its features [b, D] before the loss."""
+"""Maps a rank's features [b, D] to the features that its loss compares."""
 
 Cases = dict[str, Callable[[], Tensor]]
-"""The cases of a side by name; each trains and returns the weights."""
+"""The cases of a library by name; each one trains and returns the weights."""
 
 OWN = "CLIP's loss, 64 pairs, each rank's own"
 PUT_BACK = "CLIP's loss, 64 pairs, all_gather, own features put back"
@@ -56,7 +57,7 @@ UNEVEN = "cross entropy, 71 samples (64 + 7)"
 
 
 class GatheringCLIPLoss(UsualCLIPLoss):
-    """The usual loss of what a function gathers."""
+    """The usual loss, over the features that a function gathers."""
 
     gather: Gather = staticmethod(lambda features: features)
 
@@ -78,7 +79,7 @@ class Whole(nn.Module):
 
 
 def step_of(model: nn.Module) -> Callable[[nn.Module, nn.Module, Sample], Tensor]:
-    """Return what a model makes of a batch."""
+    """Return the function that computes the loss of a batch for a model."""
     return contrast if isinstance(model, Towers) else classify
 
 
@@ -88,7 +89,7 @@ def ranks() -> int:
 
 
 def parts(case: str) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, list[Sample]]:
-    """Return the model, the peers' loss, the optimizer and the data of a case."""
+    """Return the model, the other libraries' loss, the optimizer and the data of a case."""
     torch.manual_seed(0)
     model = Towers() if case.startswith("CLIP") else Classifier()
     loss = GatheringCLIPLoss() if case.startswith("CLIP") else nn.CrossEntropyLoss()
@@ -97,7 +98,7 @@ def parts(case: str) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, list[
 
 
 def put_back(gather: Gather, features: Tensor) -> Tensor:
-    """Gather without a gradient [ranks, b, D]; put the own features back, which have one."""
+    """Gather without a gradient; then put back the rank's own features, which have a gradient."""
     if ranks() == 1:
         return features
     everything = list(gather(features.detach()))
@@ -113,7 +114,7 @@ def gathered(features: Tensor) -> Tensor:
 
 
 def gathered_with_gradient(features: Tensor) -> Tensor:
-    """Return the features of all ranks with torch's function that has a gradient."""
+    """Return the features of all ranks, with torch's differentiable all_gather."""
     from torch.distributed.nn.functional import all_gather
 
     return torch.cat(all_gather(features)) if ranks() > 1 else features
@@ -135,7 +136,7 @@ def with_ddp(case: str, gather: Gather | None = None) -> Tensor:
 
 
 def with_lightning(case: str, form: str = "") -> Tensor:
-    """Train with Lightning's ddp, which shards the loader by itself."""
+    """Train with Lightning's DDP, which inserts a DistributedSampler by itself."""
     from benchmarks.promise.lightning_module import Module, fit
 
     model, loss, optimizer, data = parts(case)
@@ -151,7 +152,7 @@ def with_lightning(case: str, form: str = "") -> Tensor:
 
 
 def with_diptych(case: str) -> Tensor:
-    """Train with Diptych: the loader's batch is the global one, the loss gathers by itself."""
+    """Train with Diptych: a batch of the loader is the global batch, and the loss gathers."""
     from diptych.engine import SeededLoader, Trainer, tasks
     from diptych.losses import CLIPLoss, CrossEntropyLoss
 
@@ -184,7 +185,7 @@ SIDES: dict[str, Cases] = {
 
 
 def on_two_ranks(side: str) -> dict[str, Tensor]:
-    """Return what two processes make of each case of a side."""
+    """Run each case of a library on two ranks; return the weights."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.pt"
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", MODULE]
@@ -195,25 +196,25 @@ def on_two_ranks(side: str) -> dict[str, Tensor]:
             text=True,
         )
         if done.returncode:
-            raise RuntimeError(f"two ranks of {side} failed:\n{done.stderr[-3000:]}")
+            raise RuntimeError(f"{side} failed on two ranks:\n{done.stderr[-3000:]}")
         found: dict[str, Tensor] = torch.load(path, weights_only=True)
         return found
 
 
 def be_a_rank(side: str, path: str) -> None:
-    """Run each case of a side on this rank."""
+    """Run each case of a library on this rank."""
     torch.set_num_threads(1)
-    if side != "Lightning":  # which does so itself
+    if side != "Lightning":  # Lightning initialises the process group itself
         dist.init_process_group("gloo")
     found = {name: run() for name, run in SIDES[side].items()}
     if os.environ["RANK"] == "0":
         torch.save(found, path)
-    dist.barrier()  # a rank that leaves while the other still talks to it may abort
+    dist.barrier()  # the other rank may abort if this one exits during a collective
     dist.destroy_process_group()
 
 
 def both_ways(side: str) -> Iterator[Outcome]:
-    """Run each case of a side on one rank and on two."""
+    """Run each case of a library on one rank and on two."""
     shared = on_two_ranks(side)
     for case, run in SIDES[side].items():
         model, loss, _, data = parts(case)
