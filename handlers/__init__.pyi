@@ -1,3 +1,4 @@
+from diptych.engine.handler import Finding as Finding
 from diptych.handlers.checkpointing.checkpoint_manager import CheckpointManager as CheckpointManager
 from diptych.handlers.defaults import default_handlers as default_handlers
 from diptych.handlers.evaluation.early_stopping import EarlyStopping as EarlyStopping
@@ -21,12 +22,11 @@ from diptych.handlers.evaluation.retrieval import (
     RetrievalRecall as RetrievalRecall,
 )
 from diptych.handlers.health.in_batch_accuracy import InBatchAccuracy as InBatchAccuracy
-from diptych.handlers.health.monitor import RepresentationHealth as RepresentationHealth
-from diptych.handlers.health.rules import (
-    RULES as RULES,
+from diptych.handlers.health.representation_health import (
+    RepresentationHealth as RepresentationHealth,
 )
 from diptych.handlers.health.rules import (
-    Finding as Finding,
+    RULES as RULES,
 )
 from diptych.handlers.health.rules import (
     History as History,

@@ -1,4 +1,4 @@
-"""How often a handler is called: each epoch, or every so many iterations."""
+"""The cadence of a handler: once an epoch, or once every n iterations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_every(_: Any, __: attrs.Attribute[Any], every: object) -> None:
-    """Check "epoch" or a number of iterations; an attrs validator.
+    """Check that `every` is "epoch" or a number of iterations; an attrs validator.
 
     Raises:
         ValueError: if it is neither.
@@ -27,7 +27,7 @@ def check_every(_: Any, __: attrs.Attribute[Any], every: object) -> None:
 def call_every(
     trainer: Trainer, every: int | Literal["epoch"], function: Callable[[Any], object]
 ) -> None:
-    """Call a function with the trainer after each epoch, or every so many iterations."""
+    """Call a function with the trainer at the end of each epoch, or every n iterations."""
     if every == "epoch":
         trainer.add_event_handler(Events.EPOCH_COMPLETED, function)
     else:

@@ -1,4 +1,4 @@
-"""Rows of every rank in one tensor, from shards of any size."""
+"""Gathering of small values and of rows from all ranks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from diptych.engine.distributed.collectives import world_size
 T = TypeVar("T")
 
 
-def from_all_ranks(value: T) -> list[T]:
-    """Return a small value of every rank, in their order; alone, this one's."""
+def gather_values(value: T) -> list[T]:
+    """Return the values of all ranks, by rank; without a process group, only this one's.
+
+    Args:
+        value: a small object that can be pickled.
+    """
     if world_size() == 1:
         return [value]
     received = [value] * world_size()
@@ -22,16 +26,16 @@ def from_all_ranks(value: T) -> list[T]:
     return received
 
 
-def rows_of_all_ranks(local: Tensor, device: torch.device | None = None) -> Tensor:
-    """Return the rows of all ranks, in the order of ranks, on every rank.
+def gather_rows(local: Tensor, device: torch.device | None = None) -> Tensor:
+    """Return the rows of all ranks, by rank, on every rank; ranks may differ in their number.
 
     Args:
-        local: this rank's rows [n, ...]; without rows, of any other dimensions.
-        device: where a rank without rows takes part; None: where `local` is.
+        local: this rank's rows [n, ...]. If n is 0, the other dimensions do not matter.
+        device: where to gather; a rank without rows must pass it. None: the device of `local`.
     """
     if world_size() == 1:
         return local
-    shapes = from_all_ranks(tuple(local.shape))
+    shapes = gather_values(tuple(local.shape))
     rest = next((shape[1:] for shape in shapes if shape[0]), shapes[0][1:])
     padded = local.new_zeros(max(shape[0] for shape in shapes), *rest, device=device)
     if len(local):

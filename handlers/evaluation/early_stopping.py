@@ -14,7 +14,7 @@ from diptych.engine.checks import whole_number
 from diptych.engine.events import EvaluationEvents, MetricsEvents, RunEvents
 from diptych.engine.handler import Change, Handler
 from diptych.engine.trainer import Trainer
-from diptych.handlers.run_progress import published, unpublished
+from diptych.handlers.evaluation.watched_metric import missing_metric, published_values
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class EarlyStopping(Handler):
             trainer.terminate()
 
     def _judge_new_values(self, trainer: Trainer) -> None:
-        history = published(trainer, self.metric)
+        history = published_values(trainer, self.metric)
         for value in history[self._judged :]:
             self._judge(trainer, value)
         self._judged = len(history)
@@ -145,6 +145,6 @@ class EarlyStopping(Handler):
         return gain > self.min_delta
 
     def _check_published(self, trainer: Trainer) -> None:
-        missing = None if self._judged else unpublished(trainer, "metric", self.metric)
+        missing = None if self._judged else missing_metric(trainer, "metric", self.metric)
         if missing is not None:
             raise KeyError(missing)

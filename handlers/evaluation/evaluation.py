@@ -1,42 +1,36 @@
-"""Runs an evaluator on a cadence and publishes its values."""
+"""Evaluation during training: an evaluator on a cadence, and the validation loss."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
+from typing import Any, Literal, get_args
 
 import attrs
 import torch
 from ignite.engine import Engine, Events
-from ignite.metrics import Metric
 from torch import Tensor, nn
 
 from diptych.engine.containers import leaves
 from diptych.engine.data.batches import batch_size
 from diptych.engine.distributed.collectives import sum_over_ranks, world_size
 from diptych.engine.distributed.dtensor import has_shards
-from diptych.engine.distributed.gathering import from_all_ranks
+from diptych.engine.distributed.gathering import gather_values
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import BatchError
 from diptych.engine.evaluator import Evaluator, Metrics, evaluation_mode
 from diptych.engine.events import EvaluationEvents
+from diptych.engine.handler import Handler
 from diptych.engine.settings import AUTOCAST, Precision
+from diptych.engine.step import loss_contract
 from diptych.engine.step.loss_contract import SampleMeanLoss
-from diptych.engine.tasks import Outputs, Task
+from diptych.engine.tasks import Task
 from diptych.engine.trainer import Trainer
 from diptych.handlers.cadence import call_every, check_every
+from diptych.handlers.evaluation.averaged_weights import AveragesWeights
+from diptych.handlers.evaluation.outputs_metric import Outputs, OutputsMetric
 
 Weights = Literal["average", "model"]
-
-
-@runtime_checkable
-class AveragesWeights(Protocol):
-    """A handler that keeps an average of the weights."""
-
-    def averaged(self) -> AbstractContextManager[object]:
-        """Return a context in which the trainer's model holds the average; restored afterwards."""
-        ...
 
 
 def _check_weights(_: Any, __: attrs.Attribute[str], weights: object) -> None:
@@ -47,70 +41,71 @@ def _check_weights(_: Any, __: attrs.Attribute[str], weights: object) -> None:
 def _check_loader(_: Any, __: attrs.Attribute[Any], loader: object) -> None:
     if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
         raise TypeError(
-            "loader must be something that can be iterated again for each evaluation, got "
-            f"{type(loader).__name__}"
+            "loader must be an object that can be iterated again for each evaluation, got "
+            f"{type(loader).__name__}. Pass a DataLoader or a list of batches"
         )
 
 
 def _check_prefix(_: Any, __: attrs.Attribute[str], prefix: str) -> None:
     if not prefix or prefix != prefix.strip("/") or prefix == "train":
         raise ValueError(
-            f"prefix must be a name such as 'val', and not 'train', got {prefix!r}: values are "
+            f"prefix must be a name such as 'val', and not 'train', got {prefix!r}. Values are "
             "published as prefix/name"
         )
 
 
 @attrs.define(eq=False)
-class Evaluation:
-    """Evaluates the model while it trains, and publishes the values as `val/...`.
+class Evaluation(Handler):
+    """Evaluates the model during training and publishes the values as `val/...`.
 
     ```python
     Evaluation(loader, metrics=[RetrievalRecall(k=(1, 5, 10))], every="epoch")
     Evaluation(unseen, metrics=[RetrievalRecall()], every=500, prefix="unseen", at_start=True)
     ```
 
-    Each value goes, as prefix/name, into `trainer.state.metrics`, into the metrics' history, and to
-    every sink; then `EvaluationEvents.EVALUATED` fires. One of them is `val/loss`: the trainer's
-    loss, its mean over the loader's batches weighted by their sizes; a contrastive loss depends on
-    the size of the batch, so compare it between loaders of one batch size only. Model and loss are
-    in eval mode (a queue takes nothing in) and random generators stand still meanwhile: the run
-    goes on as if nothing had happened.
+    Each value goes, as prefix/name, into `trainer.state.metrics`, into the metrics' history and to
+    every sink; then `EvaluationEvents.EVALUATED` fires. `val/loss` is the trainer's loss: its mean
+    over the loader's batches, weighted by their sizes. A contrastive loss depends on the batch
+    size, so compare it only between loaders of one batch size. Model and loss are in eval mode
+    during an evaluation (a queue stores nothing), and random generators are left as they were: the
+    evaluation does not change the run.
 
-    Where the trainer has a handler that averages its weights (`WeightAverage`), the average is
-    evaluated, and the weights of the run are put back bit for bit; `weights="model"` leaves them.
+    If a handler averages the trainer's weights (`WeightAverage`), the average is evaluated, and the
+    trained weights are restored bit for bit. `weights="model"` evaluates the trained weights.
 
-    Over several ranks every rank evaluates what its own loader gives, and the values are those of
-    all: give the loader a sampler that shards it without padding. A loss that couples the samples
-    of a batch sees the batches of all ranks together, of which there must be as many on each.
+    In a process group, every rank evaluates the batches of its own loader, and the values are those
+    of all ranks: use a sampler that shards without padding. If the loss couples the samples of a
+    batch, it takes the batches of all ranks together, and every rank needs the same number of them.
 
-    Event: `Events.EPOCH_COMPLETED` or, with a number, `Events.ITERATION_COMPLETED`, and
+    Event: `Events.EPOCH_COMPLETED` or, if `every` is a number, `Events.ITERATION_COMPLETED`, and
         `Events.STARTED` with `at_start`.
-    Cost: a forward pass over the loader and what the metrics cost, while training waits; nothing
+    Cost: a forward pass over the loader and the cost of the metrics, while training waits; nothing
         between two evaluations.
 
     Args:
         loader: batches, the same each time it is iterated.
         metrics: Ignite metrics, in a sequence or by name; see `Evaluator`.
         every: "epoch", or iterations between two evaluations.
-        prefix: what the names of the values begin with; each evaluation of a trainer has its own.
-        task: what a batch means; None: the trainer's task.
-        model: what to evaluate, another model say; None: the trainer's model.
-        weights: "average": the average of the trainer's weights, where a handler keeps one;
-            "model": the weights as they are, and the only choice for a model of one's own.
+        prefix: the first part of the values' names; each evaluation of a trainer needs its own.
+        task: a function from model and batch to named tensors; None: the trainer's task.
+        model: a model to evaluate instead of the trainer's; None: the trainer's model.
+        weights: "average": the average of the trainer's weights, if a handler keeps one; "model":
+            the trained weights. Another `model` is always evaluated as it is.
         at_start: whether to evaluate before a run's first iteration too, as iteration 0.
-        loss: whether to publish the loss. Default: with the trainer's own task.
+        loss: whether to publish the loss. Default: True unless a `task` is given.
 
     Attributes:
-        evaluator: the `Evaluator`, once attached; Ignite's handlers attach to it too.
-        values: what was published last, by name; empty before.
+        evaluator: the `Evaluator`, once attached; Ignite's handlers can be attached to it.
+        values: the values of the last evaluation, by name; empty before the first.
 
     Raises:
-        TypeError: if the loader can be iterated once only (a generator), or a metric is none.
+        TypeError: if the loader can be iterated only once (a generator), or a metric is no Ignite
+            metric.
         ValueError: if an argument is out of range; when attached, if another evaluation of the
             trainer has this prefix, or a metric is called "loss" beside the loss; while running, if
             several handlers average the weights.
-        BatchError: while running: if ranks have different numbers of batches for a loss that
-            couples them, or two ranks begin with the same batch.
+        BatchError: while running: if ranks have different numbers of batches and the loss couples
+            them, or two ranks begin with the same batch.
     """
 
     loader: Iterable[Any] = attrs.field(validator=_check_loader)
@@ -129,16 +124,26 @@ class Evaluation:
     _validation_loss: ValidationLoss | None = attrs.field(default=None, init=False, repr=False)
 
     @loss.default
-    def _with_own_task(self) -> bool:
+    def _has_the_trainers_task(self) -> bool:
         return self.task is None
+
+    @property
+    def role(self) -> str:
+        """The prefix."""
+        return self.prefix
+
+    @property
+    def scores_averages(self) -> bool:
+        """Whether the averaged weights are evaluated if a handler keeps an average."""
+        return self.weights == "average" and self.model is None
 
     def attach(self, trainer: Trainer) -> None:
         """Evaluate on the trainer's events."""
-        for other in trainer.handlers:
-            if isinstance(other, Evaluation) and other.prefix == self.prefix:
-                raise ValueError(
-                    f"each Evaluation needs a prefix of its own, got {self.prefix!r} twice"
-                )
+        if any(other.prefix == self.prefix for other in trainer.handlers_of(Evaluation)):
+            raise ValueError(
+                f"prefix must be different for each Evaluation of a trainer, got {self.prefix!r} "
+                "twice"
+            )
         self.evaluator = Evaluator(
             trainer.model if self.model is None else self.model,
             task=trainer.task if self.task is None else self.task,
@@ -153,7 +158,7 @@ class Evaluation:
             )
             self._validation_loss.attach(self.evaluator, "loss")
         if world_size() > 1:
-            self.evaluator.add_event_handler(Events.ITERATION_COMPLETED(once=1), _check_own_share)
+            self.evaluator.add_event_handler(Events.ITERATION_COMPLETED(once=1), _check_shards)
         if self.at_start:
             trainer.add_event_handler(Events.STARTED, self._evaluate_at_start)
         call_every(trainer, self.every, self.evaluate)
@@ -161,15 +166,16 @@ class Evaluation:
     @waits_at("sharing an evaluation")
     def evaluate(self, trainer: Trainer) -> dict[str, float]:
         """Evaluate now, publish the values and return them by name."""
-        # Another task or loss may have taken the place of the trainer's: that of a stage.
+        # A stage may have replaced the trainer's task or loss since the last evaluation.
         self.evaluator.task = trainer.task if self.task is None else self.task
-        if self._validation_loss is not None:
-            self._validation_loss.loss = trainer.loss
-        if has_shards(trainer.model) or (self.loss and couples_samples(trainer.loss)):
+        loss = self._validation_loss
+        if loss is not None:
+            loss.loss = trainer.loss
+        if has_shards(trainer.model) or (loss is not None and loss.couples_samples):
             _check_same_length(self.loader)
         with evaluation_mode(trainer.loss), self._weights(trainer):
             values = self.evaluator.evaluate(self.loader)
-        if self.loss:
+        if loss is not None:
             values["loss"] = self.evaluator.state.metrics["loss"]
         self.values = {f"{self.prefix}/{name}": value for name, value in values.items()}
         trainer.state.metrics.update(self.values)
@@ -177,17 +183,12 @@ class Evaluation:
         trainer.fire_event(EvaluationEvents.EVALUATED)
         return self.values
 
-    @property
-    def scores_averages(self) -> bool:
-        """Whether the trainer's averaged weights are evaluated, where a handler keeps some."""
-        return self.weights == "average" and self.model is None
-
     def _weights(self, trainer: Trainer) -> AbstractContextManager[object]:
-        averages = _averages(trainer) if self.scores_averages else []
+        averages = trainer.handlers_of(AveragesWeights) if self.scores_averages else []
         if len(averages) > 1:
             raise ValueError(
-                "one handler may average the weights that are evaluated, got "
-                f"{len(averages)}: give Evaluation weights='model', or attach one"
+                "handlers that average the weights must be at most one, got "
+                f"{len(averages)}. Attach one, or give Evaluation weights='model'"
             )
         return averages[0].averaged() if averages else nullcontext()
 
@@ -202,40 +203,28 @@ class Evaluation:
             names = [type(metric).__name__.lower() for metric in self.metrics]
         if "loss" in names:
             raise ValueError(
-                "a metric must not be called 'loss', which is the trainer's loss, got "
-                f"{', '.join(names)}: name it in a mapping, or give loss=False"
+                "metrics must not have the name 'loss', which is the trainer's loss, got "
+                f"{', '.join(names)}. Name it in a mapping, or pass loss=False"
             )
 
 
-def average_scored(trainer: Trainer, metric: str) -> AveragesWeights | None:
-    """Return the handler whose averaged weights a metric is a score of; None: the model's own."""
-    scored = any(
-        isinstance(h, Evaluation) and metric.startswith(f"{h.prefix}/") and h.scores_averages
-        for h in trainer.handlers
-    )
-    return next(iter(_averages(trainer)), None) if scored else None
+class ValidationLoss(OutputsMetric):
+    """The mean of a loss over an evaluator's batches; its arguments are the task's outputs.
 
-
-def _averages(trainer: Trainer) -> list[AveragesWeights]:
-    return [handler for handler in trainer.handlers if isinstance(handler, AveragesWeights)]
-
-
-class ValidationLoss(Metric):
-    """The mean of a loss over an evaluator's batches; the task's outputs are its arguments.
-
-    A loss that couples samples is weighted by batch size. A mean over samples (one that has
-    `total_and_weight`) is that of all samples together.
+    If the loss couples samples, batches are weighted by their sizes. If it is a mean over samples
+    (it has `total_and_weight`), the value is the mean over all samples together. A loss that
+    declares neither is treated as a mean over the samples of its batch.
 
     Event: Ignite's for metrics.
-    Cost: the loss of each batch, without a synchronisation until the end.
+    Cost: the loss of each batch; no synchronisation until the end.
 
     Args:
-        loss: taken in the mode that it is in.
+        loss: used in the mode it is in.
         precision: of the autocast around it.
-        device: where it computes.
+        device: of the sums.
 
     Attributes:
-        loss: what was given as `loss`. Another may take its place between two evaluations.
+        loss: the loss; it can be replaced between two evaluations.
     """
 
     def __init__(self, loss: nn.Module, precision: Precision, device: torch.device) -> None:
@@ -243,15 +232,15 @@ class ValidationLoss(Metric):
         self._dtype = AUTOCAST.get(precision)
         super().__init__(device=device)
 
+    @property
+    def couples_samples(self) -> bool:
+        """Whether the loss takes the samples of all ranks together."""
+        return loss_contract.couples_samples(self.loss, default=False)
+
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Forget the batches so far."""
         self._totals: list[Tensor] = []
         self._weights: list[Tensor] = []
-
-    @torch.no_grad()
-    def iteration_completed(self, engine: Engine) -> None:
-        """Take the output of an evaluator's iteration."""
-        self.update(cast(Outputs, engine.state.output))
 
     @torch.no_grad()
     def update(self, output: Outputs) -> None:
@@ -267,17 +256,17 @@ class ValidationLoss(Metric):
         self._weights.append(weight.detach().double())
 
     def _total_and_weight(self, output: Outputs) -> tuple[Tensor, Tensor]:
-        if isinstance(self.loss, SampleMeanLoss) and not couples_samples(self.loss):
+        if isinstance(self.loss, SampleMeanLoss) and not self.couples_samples:
             return self.loss.total_and_weight(*output.values())
         value = self.loss(*output.values())
         size = torch.full_like(value, batch_size(output), dtype=torch.float64)
-        return (value if couples_samples(self.loss) else value * size), size
+        return (value if self.couples_samples else value * size), size
 
     def compute(self) -> float:
-        """Return the mean over all batches of all ranks; 0 where nothing has a weight."""
+        """Return the mean over all batches of all ranks; 0 if their weights sum to 0."""
         totals, weights = torch.stack(self._totals), torch.stack(self._weights)
-        if couples_samples(self.loss):
-            # Each rank's value is its share of the global batch's loss, their mean.
+        if self.couples_samples:
+            # A rank's value is its share of the global batch's loss; the loss is their mean.
             weights = sum_over_ranks(weights)
             totals = sum_over_ranks(totals) / world_size() * weights
             total, weight = totals.sum(), weights.sum()
@@ -286,38 +275,34 @@ class ValidationLoss(Metric):
         return float(torch.where(weight > 0, total / weight, total))
 
 
-def couples_samples(loss: nn.Module) -> bool:
-    """Say whether a loss of a batch is no mean over samples, and gathers those of all ranks."""
-    return bool(getattr(loss, "couples_samples", False))
-
-
 def _check_same_length(loader: Iterable[Any]) -> None:
-    """Raise where ranks would wait for one another's batches for ever."""
+    """Raise if ranks have different numbers of batches and would wait for each other forever."""
     if world_size() == 1:
         return
-    lengths = from_all_ranks(len(loader) if isinstance(loader, Sized) else None)
+    lengths = gather_values(len(loader) if isinstance(loader, Sized) else None)
     if len(set(lengths)) > 1:
         raise BatchError(
-            "a sharded model, and a loss that couples samples, need as many batches on every rank, "
-            f"got {lengths}: share the loader evenly, or, for the loss, give loss=False"
+            "loader must have as many batches on every rank if the model is sharded or the loss "
+            f"couples samples, got {lengths}. Shard it evenly or, because of the loss, pass "
+            "loss=False"
         )
 
 
-def _check_own_share(evaluator: Engine) -> None:
-    """Raise, on all ranks, where two of them evaluate the same samples as if they were others."""
+def _check_shards(evaluator: Engine) -> None:
+    """Raise on all ranks if two of them evaluate the same samples."""
     tensors = [leaf for leaf in leaves(evaluator.state.batch) if isinstance(leaf, Tensor)]
-    seen = from_all_ranks([_digest(tensor) for tensor in tensors])
+    seen = gather_values([_digest(tensor) for tensor in tensors])
     first = next((i for i, digest in enumerate(seen) if digest in seen[:i]), None)
     if first is not None:
         raise BatchError(
-            "each rank must evaluate samples of its own, got the same first batch on ranks "
-            f"{seen.index(seen[first])} and {first}: give the loader a sampler that shards it, or "
-            "the batches to of_this_rank"
+            "loader must give each rank samples of its own, got the same first batch on ranks "
+            f"{seen.index(seen[first])} and {first}. Use a sampler that shards, or wrap the "
+            "batches in of_this_rank"
         )
 
 
 def _digest(values: Tensor) -> tuple[tuple[int, ...], float]:
-    """Return the shape of a tensor, and a sum that tells its values and their places."""
+    """Return the shape of a tensor, and a sum that depends on its values and their order."""
     flat = values.detach().flatten().double()
-    place = torch.arange(1, len(flat) + 1, dtype=torch.float64, device=flat.device)
-    return tuple(values.shape), float(flat @ place.sqrt())
+    position = torch.arange(1, len(flat) + 1, dtype=torch.float64, device=flat.device)
+    return tuple(values.shape), float(flat @ position.sqrt())

@@ -1,4 +1,4 @@
-"""The share of training pairs that are found among their own batch."""
+"""In-batch accuracy: the share of training pairs that rank first in their own batch."""
 
 from __future__ import annotations
 
@@ -9,28 +9,34 @@ import torch
 
 from diptych.engine.checks import whole_number
 from diptych.engine.events import StepEvents
+from diptych.engine.handler import Handler
 from diptych.engine.trainer import Trainer
-from diptych.handlers.health import representation
+from diptych.handlers.health.feature_statistics import (
+    name_count,
+    negatives_in,
+    pair_statistics,
+    sides_of,
+)
 
 
 @attrs.define(kw_only=True, eq=False)
-class InBatchAccuracy:
-    """Publishes `train/in_batch_accuracy`, which flatters: never compare it with recall.
+class InBatchAccuracy(Handler):
+    """Publishes `train/in_batch_accuracy`, an optimistic value: do not compare it with recall.
 
-    It is the share of samples whose own pair is more similar than every sample of the batch that
-    does not match it, the mean of both directions; ties count as wrong. The gallery is one batch
-    instead of a test set, the samples are those that the model is trained on, and a smaller batch
-    is an easier one: 1 / B is chance. Retrieval on held-out pairs (`RetrievalRecall` in an
-    `Evaluation`) says how good the model is.
+    It is the share of samples whose own pair is more similar than every non-matching sample of the
+    batch, as the mean of both directions; ties count as wrong. It is optimistic because the gallery
+    is one batch instead of a test set and the samples are training samples. A smaller batch is
+    easier: chance is 1 / B. For the quality of the model use retrieval on held-out pairs
+    (`RetrievalRecall` in an `Evaluation`).
 
     Event: `StepEvents.FORWARD_COMPLETED` every `every` iterations.
-    Cost: a product of B x B x D; no synchronisation. Over ranks, each looks at its own batch, and
-        the value is their mean.
+    Cost: a product of B x B x D; no synchronisation. In a process group, each rank compares the
+        samples of its own batch, and the value is the ranks' mean.
 
     Args:
-        every: iterations between two looks.
+        every: iterations between two values.
         features: names of two of the task's outputs, [B, D]; None: the first two that end in
-            "_features". With `groups` among the outputs, everything of one group matches.
+            "_features". If `groups` are among the outputs, all samples of one group match.
 
     Raises:
         ValueError: if `every` is below 1 or `features` are not two names.
@@ -38,22 +44,15 @@ class InBatchAccuracy:
     """
 
     every: int = attrs.field(default=1, validator=whole_number(of="iterations"))
-    features: Sequence[str] | None = None
-
-    def __attrs_post_init__(self) -> None:
-        if self.features is not None and (
-            isinstance(self.features, str) or len(self.features) != 2
-        ):
-            raise ValueError(f"features must be two names, got {self.features!r}")
+    features: Sequence[str] | None = attrs.field(default=None, validator=name_count(2))
 
     def attach(self, trainer: Trainer) -> None:
-        """Look at the trainer's outputs."""
-        trainer.every(self.every, self._look, StepEvents.FORWARD_COMPLETED)
+        """Compare the features of the trainer's batches."""
+        trainer.every(self.every, self._publish, StepEvents.FORWARD_COMPLETED)
 
     @torch.no_grad()
-    def _look(self, trainer: Trainer) -> None:
+    def _publish(self, trainer: Trainer) -> None:
         outputs = trainer.outputs
-        sides = [*representation.sides_of(outputs, self.features, sides=(2,)).values()]
-        negatives = representation.strangers_in(outputs, len(sides[0]))
-        values = representation.pairs(sides[0], sides[-1], negatives)
+        sides = [*sides_of(outputs, self.features, sides=(2,)).values()]
+        values = pair_statistics(sides[0], sides[-1], negatives_in(outputs, len(sides[0])))
         trainer.metrics.update({"train/in_batch_accuracy": values["in_batch_accuracy"]})

@@ -1,4 +1,4 @@
-"""How often: each epoch or every so many iterations, and nothing else."""
+"""A cadence is "epoch" or a number of iterations, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.handlers.runs import loader, make_trainer
 
 
 @pytest.mark.parametrize(("every", "expected"), [("epoch", [6, 12]), (5, [5, 10])])
-def test_a_function_is_called_as_often_as_was_said(every, expected):
+def test_a_function_is_called_at_its_cadence(every, expected):
     trainer, calls = make_trainer(), []
     call_every(trainer, every, lambda engine: calls.append(engine.state.iteration))
     trainer.run(loader(), max_epochs=2)
@@ -18,7 +18,7 @@ def test_a_function_is_called_as_often_as_was_said(every, expected):
 
 
 @pytest.mark.parametrize("every", [0, True, 1.5, "step"])
-def test_another_cadence_is_refused_with_what_was_given(every):
+def test_any_other_cadence_is_refused(every):
     with pytest.raises(ValueError, match=f"every must be .*got {every!r}"):
         Evaluation([1], every=every)
     with pytest.raises(ValueError, match=f"every must be .*got {every!r}"):

@@ -1,4 +1,4 @@
-"""Early stopping: what counts as a value, when it ends a run, and that it stays ended."""
+"""Early stopping: which values count, when a run ends, and that it stays stopped."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ignite.engine import Events
 from torch import nn
 
 from diptych.engine import EvaluationEvents, Trainer, tasks
+from diptych.engine.state.run_state import load_run_state, run_state
 from diptych.handlers.evaluation.early_stopping import EarlyStopping
 from diptych.handlers.evaluation.evaluation import Evaluation
 
@@ -76,6 +77,39 @@ def test_an_epochs_mean_is_judged_at_the_epochs_end():
     assert trainer.state.epoch == 4
 
 
+@pytest.mark.parametrize("stopping_first", [True, False])
+def test_a_value_published_at_the_end_of_an_epoch_is_judged_in_it(stopping_first):
+    trainer, stopping = make_trainer(), EarlyStopping(metric=NAME, patience=1)
+    if stopping_first:
+        trainer.attach(stopping)
+
+    @trainer.on(Events.EPOCH_COMPLETED)
+    def report() -> None:
+        trainer.metrics.report(trainer.state.iteration, {NAME: -float(trainer.state.epoch)})
+
+    if not stopping_first:
+        trainer.attach(stopping)
+    trainer.run(make_loader(), max_epochs=5)
+    assert (trainer.state.epoch, stopping.best, stopping.best_iteration) == (2, -1.0, 2)
+
+
+def test_two_metrics_keep_their_own_memory_whatever_their_order():
+    def attached(trainer: Trainer, *metrics: str) -> dict[str, EarlyStopping]:
+        stoppings = {metric: EarlyStopping(metric=metric, patience=9) for metric in metrics}
+        trainer.attach(*stoppings.values())
+        publish(trainer, 0.1, 0.2)
+        return stoppings
+
+    trainer = make_trainer()
+    before = attached(trainer, NAME, "train/loss")
+    trainer.run(make_loader(), max_epochs=1)
+    resumed = make_trainer()
+    after = attached(resumed, "train/loss", NAME)
+    load_run_state(resumed, run_state(trainer))
+    assert {m: s.best for m, s in after.items()} == {m: s.best for m, s in before.items()}
+    assert after[NAME].best != after["train/loss"].best
+
+
 def test_another_evaluation_in_between_is_not_counted():
     trainer = make_trainer()
     stopping = EarlyStopping(metric="val/loss", mode="min", patience=2, min_delta=1e6)
@@ -109,7 +143,7 @@ def test_a_stopped_run_stays_stopped_when_it_is_resumed(caplog):
     with caplog.at_level(logging.WARNING):
         resumed.run(make_loader(), max_epochs=4)
     assert resumed.state.epoch == 2
-    assert "the run stays stopped: val/score has not improved on 0.2 for 1 values" in caplog.text
+    assert "The run stays stopped: val/score has not improved on 0.2 for 1 values." in caplog.text
     again.reset()
     resumed.run(make_loader(), max_epochs=4)
     assert (resumed.state.epoch, again.best) == (4, 0.4)
@@ -126,14 +160,14 @@ def test_a_resumed_run_stops_where_the_uninterrupted_one_does():
     assert (trainer.state.epoch, stopping.stopped) == (3, True)
 
 
-def test_a_run_that_starts_over_starts_with_a_fresh_memory():
+def test_a_run_that_starts_over_starts_with_an_empty_memory():
     trainer, stopping = make_stopped((0.2, 0.1, 0.3))
     trainer.state.max_epochs = None
     trainer.run(make_loader(), max_epochs=1)
     assert (trainer.state.epoch, stopping.best, stopping.stopped) == (1, 0.2, False)
 
 
-def test_a_name_that_its_evaluation_does_not_give_is_refused_with_those_that_are_there():
+def test_a_metric_that_its_evaluation_does_not_publish_is_an_error_that_lists_the_others():
     trainer = make_trainer()
     trainer.attach(EarlyStopping(metric="val/recal@1"), Evaluation(make_loader()))
     with pytest.raises(KeyError, match=r"got 'val/recal@1'; there are train/loss, val/loss"):
@@ -141,7 +175,7 @@ def test_a_name_that_its_evaluation_does_not_give_is_refused_with_those_that_are
     assert trainer.state.epoch == 1
 
 
-def test_a_name_that_nothing_gives_is_refused_at_the_end_of_the_first_epoch():
+def test_a_metric_that_nothing_publishes_is_an_error_at_the_end_of_the_first_epoch():
     trainer = make_trainer()
     trainer.attach(EarlyStopping(metric="train/lost"))
     with pytest.raises(KeyError, match="got 'train/lost'; there are train/loss"):

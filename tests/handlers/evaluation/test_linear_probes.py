@@ -1,4 +1,4 @@
-"""Linear probes: the fitted head is the minimum, and the online one leaves the run alone."""
+"""Linear probes: the fitted head is the minimum, and the online head does not change the run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from ignite.exceptions import NotComputableError
 from torch import Tensor, nn
 
 from diptych.engine import BatchError, Evaluator, MetricsEvents, SeededLoader, Trainer, tasks
-from diptych.handlers.evaluation import linear_probes as probes_linear
-from diptych.handlers.evaluation import probes
+from diptych.handlers.evaluation import linear_probes, probes
 from diptych.handlers.evaluation.linear_probes import LinearProbeAccuracy, OnlineLinearProbe
 
 Output = dict[str, Tensor]
@@ -36,7 +35,7 @@ def fitted(bank: Output | None, **settings: float) -> LinearProbeAccuracy:
 
 
 def objective(head: Tensor, bank: Output, l2: float) -> Tensor:
-    """The mean cross entropy and penalty in float64, from the docstring's words alone."""
+    """Return the mean cross entropy and the penalty in float64, as the docstring defines them."""
     unit = F.normalize(bank["features"].double(), dim=1)
     standard = (unit - unit.mean(0)) / unit.std(0, correction=0)
     logits = standard @ head[:-1] + head[-1]
@@ -46,7 +45,7 @@ def objective(head: Tensor, bank: Output, l2: float) -> Tensor:
 @pytest.mark.parametrize("l2", [1e-3, 0.1])
 @pytest.mark.parametrize("rows", [7, 8192])
 def test_no_step_in_any_direction_improves_the_fitted_head(monkeypatch, l2, rows):
-    monkeypatch.setattr(probes_linear, "ROWS", rows)
+    monkeypatch.setattr(linear_probes, "ROWS", rows)
     bank = make_samples(80, 0)
     head = fitted(bank, l2=l2)._head.double().requires_grad_()
     (gradient,) = torch.autograd.grad(objective(head, bank, l2), head)
@@ -62,13 +61,13 @@ def test_equal_banks_give_equal_heads_and_no_random_number_is_drawn():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_dimension_that_never_changes_does_no_harm():
+def test_a_constant_dimension_leaves_the_head_finite():
     bank = make_samples(60, 0)
     bank["features"] = F.pad(F.normalize(bank["features"], dim=1), (0, 2), value=1.0)
     assert torch.isfinite(fitted(bank)._head).all()
 
 
-def test_classes_that_lie_apart_are_told_apart_in_an_evaluation():
+def test_well_separated_classes_are_classified_in_an_evaluation():
     bank, queries = make_samples(80, 0, noise=0.1), make_samples(30, 1, noise=0.1)
     evaluator = Evaluator(
         nn.Identity(),
@@ -122,7 +121,7 @@ def test_a_bank_that_cannot_be_fitted_is_refused():
 
 
 class Samples(torch.utils.data.Dataset[Output]):
-    """Two views of points of four kinds, which they tell."""
+    """Two views of points of four classes, which the views show."""
 
     def __len__(self) -> int:
         return 96
@@ -174,7 +173,7 @@ def run(trainer: Trainer, epochs: int = 4) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 5])
-def test_the_online_head_learns_and_the_model_does_not_notice(microbatch_size):
+def test_the_online_head_learns_and_does_not_change_the_model(microbatch_size):
     bare = make_trainer(microbatch_size=microbatch_size)
     run(bare)
     trainer = make_trainer(microbatch_size=microbatch_size).attach(OnlineLinearProbe(classes=4))
@@ -231,17 +230,17 @@ def test_a_head_continues_where_it_was_saved():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"features": "pixels"}, "needs 'pixels' among the task's outputs, got image_features"),
-        ({"labels": "kind"}, "must have labels under 'kind', got 'image', 'text', 'label'"),
+        ({"features": "pixels"}, "got 'pixels' among image_features"),
+        ({"labels": "kind"}, "got 'kind' among 'image', 'text', 'label'"),
         ({"labels": lambda batch: batch["label"].float()}, r"integers \[12\], got torch.float32"),
     ],
 )
-def test_what_the_run_does_not_have_is_named(settings, message):
+def test_missing_features_or_labels_are_named(settings, message):
     trainer = make_trainer().attach(OnlineLinearProbe(classes=4, **settings))
     with pytest.raises(BatchError, match=message):
         run(trainer, epochs=1)
 
 
-def test_both_kinds_of_probe_normalise_alike():
+def test_labelled_features_have_unit_length():
     features, _ = probes.labelled_features(make_samples(5, 0))
     torch.testing.assert_close(features.norm(dim=1), torch.ones(5))

@@ -1,4 +1,4 @@
-"""Probes against plain loops, and by hand, in an evaluation and over ranks."""
+"""Probes compared with plain loops: used by hand, in an evaluation and over ranks."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def by_hand(probe: probes.BankProbe, bank: Output, queries: Output, size: int = 
     tile=st.sampled_from([(3, 5), (512, 8192)]),
     seed=st.integers(0, 20),
 )
-def test_neighbours_vote_as_a_loop_over_the_sorted_bank_does(k, temperature, tile, seed):
+def test_the_vote_equals_a_loop_over_the_sorted_bank(k, temperature, tile, seed):
     bank, queries = make_samples(40, seed), make_samples(15, seed + 100)
     expected = [vote(bank, query, k, temperature) for query in queries["features"]]
     with pytest.MonkeyPatch.context() as patch:
@@ -81,7 +81,7 @@ def test_a_cold_vote_does_not_overflow():
 
 
 class Tower(nn.Module):
-    """A model of one layer, so that features follow its weights."""
+    """A model of one layer, whose features depend on its weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ def loader(samples: Output, size: int = 8) -> list[Output]:
     return [{name: value[part] for name, value in samples.items()} for part in parts]
 
 
-def test_an_evaluation_encodes_the_bank_anew_with_the_model_as_it_is():
+def test_each_evaluation_encodes_the_bank_with_the_current_model():
     torch.manual_seed(0)
     model, loss = Tower(), nn.CrossEntropyLoss()
     bank, queries = make_samples(40, 0), make_samples(20, 1)
@@ -252,7 +252,7 @@ def test_the_bank_is_encoded_in_the_precision_of_the_queries():
 
 
 def test_a_bank_smaller_than_k_is_refused():
-    with pytest.raises(BatchError, match="got k=200 and 40 rows: give a smaller k"):
+    with pytest.raises(BatchError, match="got k=200 and 40 rows"):
         by_hand(KNNAccuracy(), make_samples(40, 0), make_samples(3, 1))
 
 
@@ -282,17 +282,17 @@ def test_what_was_not_fitted_or_saw_nothing_cannot_be_computed():
         probe.compute()
 
 
-def test_a_probe_says_what_it_needs():
+def test_a_probe_without_a_bank_or_an_evaluator_raises():
     evaluator = Evaluator(Tower(), task=labelled, metrics=[KNNAccuracy(k=1)], device="cpu")
     with pytest.raises(ValueError, match="needs a bank of batches to learn from, got none"):
         evaluator.evaluate(loader(make_samples(3, 0)))
     engine = Engine(lambda *_: make_samples(3, 0))
     KNNAccuracy(loader(make_samples(3, 0)), k=1).attach(engine, "knn")
-    with pytest.raises(TypeError, match="needs an Evaluator"):
+    with pytest.raises(TypeError, match="must be attached to an Evaluator"):
         engine.run([0])
 
 
-def test_the_task_of_the_library_serves_through_an_output_transform():
+def test_an_output_transform_adapts_the_outputs_of_another_task():
     metric = KNNAccuracy(
         [{"image": torch.eye(6), "label": torch.arange(6)}],
         k=1,

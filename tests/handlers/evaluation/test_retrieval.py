@@ -1,4 +1,4 @@
-"""Retrieval metrics against loops that sort every query's results."""
+"""Retrieval metrics compared with loops that sort the results of each query."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diptych.engine import BatchError, Evaluator, tasks
-from diptych.handlers.evaluation import ranking, retrieval
+from diptych.handlers.evaluation import retrieval, retrieval_ranks
 from diptych.handlers.evaluation.retrieval import RetrievalMetrics, RetrievalRecall
 
 Item = tuple[tuple[float, ...], int]
@@ -99,13 +99,13 @@ sides = st.lists(st.tuples(vectors, st.integers(0, 5)), min_size=1, max_size=14)
     tile=st.sampled_from([(2, 3), (512, 512)]),
     piece=st.sampled_from([1, 5, 4096]),
 )
-def test_every_value_is_that_of_sorting_all_results(images, texts, size, tile, piece):
+def test_every_value_equals_that_of_sorting_all_results(images, texts, size, tile, piece):
     texts = [*texts, (texts[0][0], images[0][1])]  # at least one pair matches
     batches = [*pieces("image", images, size), *pieces("text", texts, size)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retrieval, "PIECE", piece)
-        patch.setattr(ranking, "STRIP", tile)
-        patch.setattr(ranking, "_tile_shape", lambda _: tile)
+        patch.setattr(retrieval_ranks, "STRIP", tile)
+        patch.setattr(retrieval_ranks, "_tile_shape", lambda _: tile)
         metric = updated(RetrievalMetrics(KS), batches)
         values = metric.compute()
     assert values == pytest.approx(brute_force(images, texts), abs=1e-12)
@@ -113,7 +113,7 @@ def test_every_value_is_that_of_sorting_all_results(images, texts, size, tile, p
 
 
 @given(pairs=st.lists(st.tuples(vectors, vectors), min_size=1, max_size=12))
-def test_without_groups_a_row_matches_itself_alone(pairs):
+def test_without_groups_a_row_matches_only_itself(pairs):
     images, texts = zip(*pairs, strict=True)
     metric = RetrievalMetrics(KS)
     for start in range(0, len(pairs), 5):
@@ -161,7 +161,7 @@ def test_an_image_repeated_for_each_of_its_captions_is_one_image():
 
 
 @pytest.mark.parametrize("piece", [1, 16, 40, 4096])
-def test_values_do_not_depend_on_how_batches_are_kept(monkeypatch, piece):
+def test_values_do_not_depend_on_the_pieces_in_which_batches_are_stored(monkeypatch, piece):
     images, texts, groups = make_captioned()
     whole = {"image_features": images, "text_features": texts[::5], "groups": groups}
     expected = updated(RetrievalMetrics(), [whole]).compute()
@@ -195,7 +195,7 @@ def test_a_collapsed_model_gets_no_recall():
     assert metric.compute()["mean_rank"] == 20
 
 
-def test_features_that_are_not_numbers_rank_last():
+def test_nan_features_rank_last():
     nan = torch.full((20, 4), math.nan)
     metric = updated(
         RetrievalMetrics(), [{"image_features": nan, "text_features": torch.randn(20, 4)}]
@@ -204,7 +204,7 @@ def test_features_that_are_not_numbers_rank_last():
     assert metric.compute()["median_rank"] == 20
 
 
-def test_a_text_that_no_image_matches_is_no_query_but_stands_in_the_way():
+def test_a_text_without_a_match_is_no_query_but_remains_in_the_gallery():
     images = {"image_features": torch.eye(3), "groups": torch.tensor([0, 1, 2])}
     texts = torch.cat([torch.eye(3), torch.tensor([[1.0, 0.1, 0.0]]) @ torch.eye(3)])
     texts[0] = torch.tensor([0.9, 0.5, 0.0])
@@ -223,7 +223,7 @@ def test_the_pair_of_a_half_precision_model_is_found():
 
 
 class Largest(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operation makes."""
+    """Records the size of the largest tensor that any operation returns."""
 
     size = 0
 
@@ -242,7 +242,7 @@ def test_no_tensor_grows_with_images_times_texts():
     assert largest.size <= 2 * 512 * 512 < 3000 * 3000
 
 
-def test_the_metric_starts_anew_with_each_evaluation():
+def test_the_metric_is_reset_by_each_evaluation():
     class Towers(nn.Module):
         def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
             return image, text
@@ -296,7 +296,7 @@ def test_shards_of_pairs_without_groups_and_of_one_side_give_the_value_of_one_pr
 
 
 @pytest.mark.parametrize("k", [0, -1, (), (1, 1), (1.5,), (True,)])
-def test_a_k_that_is_no_number_of_results_is_refused(k):
+def test_a_k_that_is_no_positive_whole_number_is_refused(k):
     with pytest.raises(ValueError, match="k must be different whole numbers >= 1, got"):
         RetrievalRecall(k)
 
@@ -319,7 +319,7 @@ def test_a_batch_that_does_not_fit_is_refused(batch, message):
 def test_groups_in_some_batches_only_are_refused():
     rows = {"image_features": torch.ones(2, 3), "text_features": torch.ones(2, 3)}
     metric = updated(RetrievalRecall(), [rows])
-    with pytest.raises(BatchError, match="either all batches or none must have groups"):
+    with pytest.raises(BatchError, match="groups must be in all batches or in none"):
         metric.update({**rows, "groups": torch.zeros(2).long()})
 
 
@@ -328,10 +328,10 @@ def test_sides_without_a_match_are_refused():
         RetrievalRecall(),
         [as_batch("image", [((1.0, 0.0), 0)]), as_batch("text", [((1.0, 0.0), 1)])],
     )
-    with pytest.raises(BatchError, match="no image matches any text"):
+    with pytest.raises(BatchError, match="got no image that matches any text"):
         metric.compute()
 
 
-def test_a_metric_that_saw_nothing_cannot_be_computed():
+def test_a_metric_without_a_batch_cannot_be_computed():
     with pytest.raises(NotComputableError, match="at least one image and one text"):
         RetrievalRecall().compute()

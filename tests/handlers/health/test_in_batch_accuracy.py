@@ -1,4 +1,4 @@
-"""In-batch accuracy: what it counts, and what it asks of the task."""
+"""In-batch accuracy: what it counts, and the outputs it needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diptych.handlers.health.in_batch_accuracy import InBatchAccuracy
 
 
 class Same(nn.Module):
-    """Returns what it is given, times a weight."""
+    """Returns its inputs, times a weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,21 +39,21 @@ def accuracy_of(batches, **settings) -> list[float]:
     return found
 
 
-def test_it_counts_pairs_that_are_nearer_than_every_stranger_both_ways():
+def test_it_counts_pairs_that_are_more_similar_than_every_negative_in_both_directions():
     image = torch.eye(4)
     text = torch.eye(4)
     text[3] = torch.tensor([2.0, 0.0, 0.0, 1.0])  # nearer to the first image than to its own
-    # Image 3 finds its text, text 3 does not find its image; text 3 stands behind text 0.
+    # Image 3 finds its text, text 3 does not find its image; text 3 ranks below text 0.
     assert accuracy_of([{"image": image, "text": text}]) == [pytest.approx(7 / 8)]
 
 
-def test_what_is_of_one_group_is_no_stranger_and_a_tie_is_no_hit():
+def test_samples_of_one_group_are_no_negatives_and_a_tie_counts_as_wrong():
     same = {"image": torch.ones(4, 2), "text": torch.ones(4, 2)}
     assert accuracy_of([same]) == [0.0]
     assert accuracy_of([{**same, "group": torch.zeros(4).long()}]) == [1.0]
 
 
-def test_it_looks_every_few_iterations():
+def test_it_is_published_every_n_iterations():
     batch = {"image": torch.eye(3), "text": torch.eye(3)}
     assert accuracy_of([batch] * 4, every=2) == [None, 1.0, None, 1.0]
 
@@ -62,8 +62,11 @@ def test_it_looks_every_few_iterations():
     ("arguments", "message"),
     [
         ({"every": 0}, "every must be a whole number of iterations >= 1, got 0"),
-        ({"features": "image_features"}, "features must be two names, got 'image_features'"),
-        ({"features": ("image_features",)}, "features must be two names"),
+        (
+            {"features": "image_features"},
+            "features must be 2 names in a list, got 'image_features'",
+        ),
+        ({"features": ("image_features",)}, "features must be 2 names"),
     ],
 )
 def test_an_argument_out_of_range_is_refused(arguments, message):

@@ -1,4 +1,4 @@
-"""Each rule fires on the numbers that it is about, and on those alone."""
+"""Each rule fires on the values of its problem, and on no others."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import pytest
 
+from diptych.engine.handler import Finding
 from diptych.engine.metrics.metrics_collector import Record
-from diptych.handlers.health.rules import RULES, Finding, History, names_between
+from diptych.handlers.health.rules import RULES, History, names_between
 
 HEALTHY = {
     "health/image/spread": 0.97,
@@ -62,7 +63,7 @@ def test_a_healthy_history_fires_nothing():
         (["partly collapsed"], {"health/image/rank_share": 0.03}, {}),
         (["partly collapsed"], {"health/text/dead_dimensions": 0.7}, {}),
         (["captions shuffled"], CHANCE, {}),
-        # What follows from it is not said again.
+        # A consequence is not reported again.
         (["captions shuffled"], {**CHANCE, **COLLAPSED}, {}),
         (["captions shuffled"], {}, {"held_out": {"val": [0.51, 0.49, 0.5]}}),
         (["collapsed", "stuck at chance"], {**CHANCE, **COLLAPSED}, {"peak": 0.9}),
@@ -76,7 +77,7 @@ def test_a_healthy_history_fires_nothing():
         (["batch full of false negatives"], {"health/duplicates": 0.5}, {}),
     ],
 )
-def test_a_rule_fires_on_its_own_numbers(expected, changed, more):
+def test_a_rule_fires_on_the_values_of_its_problem(expected, changed, more):
     assert fired(history(changed, **more)) == expected
 
 
@@ -91,7 +92,7 @@ def test_a_rule_fires_on_its_own_numbers(expected, changed, more):
         ({"health/image/spread": float("nan"), "health/auroc": float("nan")}, {}),
     ],
 )
-def test_what_may_be_is_left_in_peace(changed, more):
+def test_values_without_a_problem_fire_nothing(changed, more):
     assert fired(history(changed, **more)) == []
 
 
@@ -103,7 +104,7 @@ def test_one_record_among_several_fires_nothing(tag):
     assert fired(History(records=records, first=past.first, peaks=past.peaks)) == []
 
 
-def test_one_sided_features_are_judged_for_collapse_alone():
+def test_features_of_one_side_are_judged_only_for_collapse():
     values = {tag: v for tag, v in HEALTHY.items() if tag.startswith("health/image/")}
     records = [Record(step, {**values, **COLLAPSED}) for step in (1, 2, 3)]
     past = History(records=records, first=records[0], peaks=values)
@@ -114,22 +115,23 @@ def test_evidence_holds_the_numbers():
     past = history({**CHANCE, **STILL}, peak=0.91)
     found = {rule.name: rule.judge(past) for rule in RULES}
     assert "AUROC 0.50" in found["stuck at chance"]
-    assert "encode_image standing still" in found["stuck at chance"]
+    assert "encode_image not changing" in found["stuck at chance"]
     assert "AUROC down from 0.91" in found["stuck at chance"]
-    assert found["frozen tower"] == "no weight of encode_image has changed since 300"
+    assert found["frozen tower"] == "no weight of encode_image has changed since iteration 300"
     finding = Finding("frozen tower", 400, found["frozen tower"], "Thaw it.")
     assert str(finding) == (
-        "frozen tower at iteration 400: no weight of encode_image has changed since 300. Thaw it."
+        "frozen tower at iteration 400: no weight of encode_image has changed since iteration 300. "
+        "Thaw it."
     )
 
 
-def test_every_rule_has_a_name_of_its_own_and_a_remedy():
+def test_every_rule_has_a_unique_name_and_a_remedy():
     assert len({rule.name for rule in RULES}) == len(RULES) == 7
     assert all(rule.remedy.endswith(".") for rule in RULES)
     named = {name for rule in RULES for name in rule.unless}
     assert named <= {rule.name for rule in RULES}
 
 
-def test_names_stand_between_two_ends_of_a_tag():
+def test_names_are_the_middle_parts_of_tags():
     values = {"health/image/spread": 1.0, "health/text/spread": 1.0, "health/auroc": 1.0}
     assert names_between("health/", "/spread", values) == ["image", "text"]

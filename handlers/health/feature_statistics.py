@@ -1,13 +1,15 @@
-"""Statistics of representations: how far they spread, and how pairs stand among strangers.
+"""Statistics of features: spread, uniformity, effective rank, pairs against negatives, duplicates.
 
-All of them stay on the device of the features and wait for nothing, but for the spectra (RankMe,
-LiDAR), whose decompositions wait.
+They stay on the device of the features and do not synchronise, except for the effective ranks
+(RankMe, LiDAR), whose decompositions do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,14 +19,25 @@ from diptych.engine.errors import BatchError
 from diptych.engine.tasks import Outputs
 
 DEAD = 0.1
-"""A dimension whose spread is below this share of an even spread, 1 / sqrt(D), carries nothing."""
+"""A dimension is dead if its spread is below this share of an even spread, 1 / sqrt(D)."""
 
 SAME = 0.999
-"""Centred features of one side whose cosine similarity is above show one and the same content."""
+"""Centred features of one side have the same content if their cosine similarity is above this."""
+
+
+def name_count(*counts: int) -> Callable[[Any, attrs.Attribute[Any], Any], None]:
+    """Return an attrs validator for names of the task's outputs: so many, or None."""
+
+    def check(_: Any, attribute: attrs.Attribute[Any], names: Any) -> None:
+        if names is not None and (isinstance(names, str) or len(names) not in counts):
+            rule = " or ".join(map(str, counts))
+            raise ValueError(f"{attribute.name} must be {rule} names in a list, got {names!r}")
+
+    return check
 
 
 def unit(features: Tensor) -> Tensor:
-    """Return features [B, D] at unit length, in float32 or wider; a zero vector stays zero."""
+    """Return features [B, D] of unit length, in float32 or wider; a zero vector stays zero."""
     return F.normalize(features if features.dtype == torch.float64 else features.float(), dim=1)
 
 
@@ -32,7 +45,7 @@ def moments(side: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each dimension over the batch of all ranks, [D] each.
 
     Args:
-        side: this rank's, [B, D].
+        side: this rank's features, [B, D].
     """
     count = side.new_full((1,), len(side))
     sums = sum_over_ranks(torch.cat([count, side.sum(0), side.square().sum(0)]))
@@ -43,19 +56,20 @@ def moments(side: Tensor) -> tuple[Tensor, Tensor]:
 def spread(deviation: Tensor) -> dict[str, Tensor]:
     """Return how evenly unit features fill their dimensions.
 
-    `spread`: the mean of the dimensions' standard deviations, in units of 1 / sqrt(D), which is
-    that of features all over the sphere: 1 there, 0 where all are one point (SimSiam,
-    arXiv:2011.10566). `dead_dimensions`: the share of those below `DEAD` of it.
+    `spread`: the mean of the dimensions' standard deviations, in units of 1 / sqrt(D), the value of
+    features that cover the whole sphere. It is 1 for these and 0 if all features are equal
+    (SimSiam, arXiv:2011.10566). `dead_dimensions`: the share of dimensions below `DEAD` in these
+    units.
 
     Args:
-        deviation: of each dimension, [D].
+        deviation: the standard deviation of each dimension, [D].
     """
     relative = deviation * len(deviation) ** 0.5
     return {"spread": relative.mean(), "dead_dimensions": (relative < DEAD).to(relative).mean()}
 
 
 def uniformity(side: Tensor) -> Tensor:
-    """Return log E exp(-2 |x - y|^2) over different rows: 0 collapsed, -4 about the least.
+    """Return log E exp(-2 |x - y|^2) over pairs of rows: 0 if collapsed, at least about -4.
 
     Source: Wang and Isola 2020, arXiv:2005.10242.
 
@@ -67,20 +81,20 @@ def uniformity(side: Tensor) -> Tensor:
     return ((potential.sum() - potential.diagonal().sum()) / others).log()
 
 
-def strangers(rows: int, groups: Tensor | None, device: torch.device) -> Tensor:
-    """Return which pairs of rows do not match, bool [B, B]: other rows, of other groups."""
+def negative_mask(rows: int, groups: Tensor | None, device: torch.device) -> Tensor:
+    """Return which pairs of rows are negatives, bool [B, B]: other rows, of other groups."""
     if groups is not None:
         return groups[:, None] != groups
     return ~torch.eye(rows, dtype=torch.bool, device=device)
 
 
-def strangers_in(outputs: Outputs, rows: int) -> Tensor:
-    """Return the same for the first rows of a task's outputs, by their `groups` or `labels`."""
+def negatives_in(outputs: Outputs, rows: int) -> Tensor:
+    """Return the negatives of the first rows of a task's outputs, by their `groups` or `labels`."""
     groups = outputs.get("groups", outputs.get("labels"))
     device = next(iter(outputs.values())).device
     if groups is None or groups.ndim != 1 or groups.is_floating_point():
-        return strangers(rows, None, device)
-    return strangers(rows, groups[:rows], device)
+        return negative_mask(rows, None, device)
+    return negative_mask(rows, groups[:rows], device)
 
 
 def sides_of(
@@ -93,10 +107,10 @@ def sides_of(
     """Return the unit features [n, D] of a task's outputs, by side: "image" of "image_features".
 
     Args:
-        outputs: the task's.
-        names: which of them; None: the first two that end in "_features".
-        rows: how many rows at most; None: all.
-        sides: how many sides there may be.
+        outputs: the task's outputs.
+        names: the names of the features; None: the first two that end in "_features".
+        rows: the most rows to return; None: all.
+        sides: the allowed numbers of sides.
 
     Raises:
         BatchError: if the outputs lack them, or they are not [B, D] of one B.
@@ -104,36 +118,30 @@ def sides_of(
     if names is None:
         names = [name for name in outputs if name.endswith("_features")][:2]
     found = [outputs[name] for name in names if name in outputs]
-    if len(found) != len(names) or len(found) not in sides or not _fit(found):
+    fit = all(side.ndim == 2 and len(side) == len(found[0]) for side in found)
+    if len(found) != len(names) or len(found) not in sides or not fit:
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in outputs.items())
         raise BatchError(
             f"the task's outputs must have {' and '.join(names) or 'some that end in _features'} "
-            f"of shape [B, D], got {_shapes(outputs)}: name them with features="
+            f"of shape [B, D], got {shapes}. Name them with features="
         )
     ends = (name.removesuffix("_features") for name in names)
     return {end: unit(side[:rows]) for end, side in zip(ends, found, strict=True)}
 
 
-def _fit(sides: Sequence[Tensor]) -> bool:
-    return all(side.ndim == 2 and len(side) == len(sides[0]) for side in sides)
-
-
-def _shapes(outputs: Outputs) -> str:
-    return ", ".join(f"{name} {tuple(value.shape)}" for name, value in outputs.items())
-
-
-def pairs(first: Tensor, second: Tensor, negatives: Tensor) -> dict[str, Tensor]:
-    """Return how the two sides of a pair stand to one another and to strangers.
+def pair_statistics(first: Tensor, second: Tensor, negatives: Tensor) -> dict[str, Tensor]:
+    """Compare the similarity of pairs with that of negatives.
 
     `positive_similarity`, `negative_similarity`: mean cosines; `margin`: their difference.
     `alignment`: the mean squared distance of a pair (arXiv:2005.10242). `auroc`: the share of a
-    query's strangers that are less similar than its pair, ties by half, the mean of both
-    directions: 0.5 at chance whatever the loss, 1 where every pair is found. `in_batch_accuracy`:
-    the share of queries whose pair is more similar than every stranger.
+    query's negatives that are less similar than its pair, where a tie counts half, as the mean of
+    both directions; it is 0.5 at chance with any loss, and 1 if every pair is found.
+    `in_batch_accuracy`: the share of queries whose pair is more similar than every negative.
 
     Args:
         first: unit features [B, D].
         second: unit features [B, D].
-        negatives: which pairs do not match, bool [B, B].
+        negatives: which pairs of rows are negatives, bool [B, B].
     """
     similarity = first @ second.T
     own = similarity.diagonal()
@@ -155,34 +163,52 @@ def pairs(first: Tensor, second: Tensor, negatives: Tensor) -> dict[str, Tensor]
     }
 
 
-def duplicates(sides: Sequence[Tensor], contents: Sequence[Tensor], negatives: Tensor) -> Tensor:
-    """Return the share of rows whose content another row has too that counts as a negative.
+def duplicates(sides: Sequence[Tensor], ids: Sequence[Tensor], negatives: Tensor) -> Tensor:
+    """Return the share of rows with a negative of the same content.
 
     Args:
-        sides: unit features [B, D]; after their mean is taken out, a cosine above `SAME` is one
-            content.
-        contents: numbers [B] that are equal where what the model was given is equal.
-        negatives: which pairs do not match, bool [B, B].
+        sides: unit features [B, D]; two rows have the same content if the cosine of their centred
+            features is above `SAME`.
+        ids: numbers [B]; two rows have the same content if their numbers are equal.
+        negatives: which pairs of rows are negatives, bool [B, B].
     """
     same = torch.zeros_like(negatives)
     for side in sides:
         centred = F.normalize(side - side.mean(0), dim=1)
         same |= centred @ centred.T > SAME
-    for numbers in contents:
+    for numbers in ids:
         same |= numbers[:, None] == numbers
     return (same & negatives).any(1).to(sides[0]).mean()
 
 
+def text_ids(texts: Any) -> Tensor | None:
+    """Return a number for each text, [B], equal for equal texts; None if these are not texts.
+
+    Args:
+        texts: strings, or tokens [B, L].
+    """
+    if isinstance(texts, (list, tuple)) and all(isinstance(one, str) for one in texts):
+        numbers: dict[str, int] = {}
+        return torch.tensor([numbers.setdefault(one, len(numbers)) for one in texts])
+    if not isinstance(texts, Tensor) or texts.ndim != 2 or texts.is_floating_point():
+        return None
+    # A hash of each row: it needs no synchronisation, which unique() would. Products wrap around.
+    positions = torch.arange(1, texts.shape[1] + 1, device=texts.device)
+    factors = positions * 0x9E3779B97F4A7C1 + (positions * 0x2545F491) ** 2
+    mixed = (texts.long() + 1) * factors
+    return (mixed ^ (mixed >> 29)).sum(1)
+
+
 def gram(side: Tensor) -> Tensor:
-    """Return Z^T Z [D, D] over the rows of all ranks, in float64, whose roots are exact enough."""
+    """Return Z^T Z [D, D] over the rows of all ranks, in float64, which its square root needs."""
     wide = side.double()
     return sum_over_ranks(wide.T @ wide)
 
 
 def rankme(moment: Tensor) -> Tensor:
-    """Return RankMe, the effective rank of features: from 1 to D, and at most their number.
+    """Return RankMe, the effective rank of features: from 1 to D, at most their number.
 
-    The exponential of the entropy of the singular values, divided by their sum.
+    It is the exponential of the entropy of the singular values, normalised to sum to 1.
 
     Source: Garrido et al. 2023, arXiv:2210.02885.
 
@@ -193,34 +219,33 @@ def rankme(moment: Tensor) -> Tensor:
 
 
 def lidar(views: Sequence[Tensor], regularization: float = 1e-4) -> Tensor:
-    """Return LiDAR, the effective rank of what tells samples apart beyond what tells views apart.
+    """Return LiDAR, the effective rank of the differences between samples relative to their views.
 
-    The same exponential for the eigenvalues of Sw^-1/2 Sb Sw^-1/2, where Sb is the covariance of
-    the samples' means over their views and Sw that of the views around them.
+    It is the effective rank of Sw^-1/2 Sb Sw^-1/2, where Sb is the covariance of the samples' means
+    over their views, and Sw the covariance of the views around these means.
 
     Source: Thilak et al. 2024, arXiv:2312.04000.
 
     Args:
         views: the features of each view, [B, D], of the same samples in the same order.
-        regularization: what is added to the diagonal of Sw.
+        regularization: added to the diagonal of Sw.
     """
     stacked = torch.stack([view.double() for view in views])
     means = stacked.mean(0)
     within = (stacked - means).flatten(0, 1)
     count = means.new_full((1,), len(means))
     sums = sum_over_ranks(torch.cat([count, means.sum(0)]))
-    centred = means - sums[1:] / sums[0]
-    samples = sums[0]
+    samples, centred = sums[0], means - sums[1:] / sums[0]
     s_w, s_b = gram(within) / (samples * len(views)), gram(centred) / samples
     s_w.diagonal().add_(regularization)
-    # The eigenvalues of a symmetric form of Sw^-1 Sb, without the root of Sw.
+    # L^-1 Sb L^-T, with Sw = L L^T, has the same eigenvalues and needs no square root of Sw.
     factor = torch.linalg.cholesky_ex(s_w).L
     half = torch.linalg.solve_triangular(factor, s_b, upper=False)
     return _effective_rank(_eigenvalues(torch.linalg.solve_triangular(factor, half.T, upper=False)))
 
 
 def _eigenvalues(matrix: Tensor) -> Tensor:
-    """Return those of a positive semidefinite matrix; NaN where an entry is not finite."""
+    """Return the eigenvalues of a positive semidefinite matrix; NaN if an entry is not finite."""
     finite = matrix.isfinite().all()
     values = torch.linalg.eigvalsh(matrix.nan_to_num(posinf=0, neginf=0)).clamp(min=0)
     return torch.where(finite, values, torch.nan)

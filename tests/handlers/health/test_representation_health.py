@@ -1,4 +1,4 @@
-"""RepresentationHealth: what it publishes, when it judges, and that the run does not notice."""
+"""RepresentationHealth: what it publishes, when rules fire, and that it does not change the run."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diptych.engine import BatchError, MetricsEvents, SeededLoader, StepEvents, Trainer, tasks
 from diptych.handlers import CheckpointManager, Evaluation
-from diptych.handlers.health import representation
-from diptych.handlers.health.monitor import RepresentationHealth
+from diptych.handlers.health import feature_statistics as statistics
+from diptych.handlers.health.parameter_gauges import components
+from diptych.handlers.health.representation_health import RepresentationHealth, _text_ids
 from diptych.handlers.health.rules import RULES, History, Rule
-from diptych.handlers.health.sources import components, contents
 from diptych.losses import CLIPLoss, VICRegLoss, WeightedSum
 
 Batch = dict[str, Tensor]
-SPOKEN = Rule(name="spoken", judge=lambda _: "it was asked", remedy="None.")
+ALWAYS = Rule(name="always", judge=lambda _: "it was asked", remedy="None.")
 
 
 class Pairs(torch.utils.data.Dataset[Batch]):
@@ -65,7 +65,7 @@ def run(trainer: Trainer, epochs: int = 3, **settings: Any) -> list[Any]:
     return records
 
 
-def test_the_values_are_those_of_the_batch_that_was_looked_at():
+def test_the_values_are_those_of_the_measured_batch():
     trainer = make_trainer(log_every=2)
     trainer.attach(RepresentationHealth(every=2))
     expected = {}
@@ -73,18 +73,20 @@ def test_the_values_are_those_of_the_batch_that_was_looked_at():
     @trainer.on(StepEvents.LOSS_COMPUTED(once=2))
     def look() -> None:
         image, text = (
-            representation.unit(trainer.outputs[name])
-            for name in ("image_features", "text_features")
+            statistics.unit(trainer.outputs[name]) for name in ("image_features", "text_features")
         )
         negatives = ~torch.eye(12, dtype=torch.bool)
         expected.update(
-            {f"health/{k}": v for k, v in representation.pairs(image, text, negatives).items()}
+            {
+                f"health/{k}": v
+                for k, v in statistics.pair_statistics(image, text, negatives).items()
+            }
         )
         for name, side in (("image", image), ("text", text)):
             deviation = side.std(0, correction=0)
             expected[f"health/{name}/spread"] = deviation.mean() * 8**0.5
-            expected[f"health/{name}/uniformity"] = representation.uniformity(side)
-            effective = representation.rankme(side.double().T @ side.double())
+            expected[f"health/{name}/uniformity"] = statistics.uniformity(side)
+            effective = statistics.rankme(side.double().T @ side.double())
             expected[f"health/{name}/rankme"] = effective
             expected[f"health/{name}/rank_share"] = effective / 8
         expected["health/modality_gap"] = (image.mean(0) - text.mean(0)).norm()
@@ -101,7 +103,7 @@ def test_the_values_are_those_of_the_batch_that_was_looked_at():
     assert "health/lidar" not in found
 
 
-def test_views_of_one_kind_have_lidar():
+def test_two_views_have_lidar():
     class Tower(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -119,12 +121,12 @@ def test_views_of_one_kind_have_lidar():
     batch = {"first": torch.randn(12, 5), "second": torch.randn(12, 5)}
     trainer.run([batch], max_epochs=1)
     values = trainer.metrics.record.values
-    views = [representation.unit(trainer.outputs[f"{n}_features"]) for n in ("first", "second")]
-    assert values["health/lidar"] == pytest.approx(float(representation.lidar(views)), rel=1e-6)
+    views = [statistics.unit(trainer.outputs[f"{n}_features"]) for n in ("first", "second")]
+    assert values["health/lidar"] == pytest.approx(float(statistics.lidar(views)), rel=1e-6)
     assert "health/temperature_position" not in values
 
 
-def test_every_record_has_spectra_once_there_were_some_without_a_value_that_is_no_number():
+def test_every_record_has_finite_spectra_after_the_first():
     trainer = make_trainer(log_every=3)  # an epoch has four iterations
     records = run(trainer.attach(RepresentationHealth(every=1)), 3)
     assert [record.step for record in records] == [3, 4, 6, 8, 9, 12]
@@ -134,7 +136,7 @@ def test_every_record_has_spectra_once_there_were_some_without_a_value_that_is_n
     assert ranks[2] != ranks[0]
 
 
-def test_the_run_does_not_notice():
+def test_it_does_not_change_the_run():
     bare, watched = make_trainer(), make_trainer()
     watched.attach(RepresentationHealth(every=1))
     run(bare)
@@ -145,7 +147,7 @@ def test_the_run_does_not_notice():
 
 
 class NoReading(TorchDispatchMode):
-    """Refuses what would make the host wait for a device."""
+    """Fails if an operation makes the host wait for a device."""
 
     waits = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "_linalg_eigh")
 
@@ -154,7 +156,7 @@ class NoReading(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_nothing_is_read_between_two_log_points():
+def test_nothing_synchronises_between_two_log_points():
     # Adam reads its own count on a CPU.
     trainer = make_trainer(log_every=4, optimizer=torch.optim.SGD)
     trainer.attach(RepresentationHealth(every=1))
@@ -175,13 +177,13 @@ def test_rules_wait_for_the_learning_rate_and_for_records_in_a_row(caplog):
 
     trainer = make_trainer(log_every=2)
     trainer.add_event_handler(Events.ITERATION_STARTED, rise)
-    health = RepresentationHealth(every=2, warmup=5, patience=2, rules=(SPOKEN,))
+    health = RepresentationHealth(every=2, warmup=5, patience=2, rules=(ALWAYS,))
     run(trainer.attach(health), 6)
     assert [finding.step for finding in health.findings] == [14]  # 8 + 5, at a log point
-    assert caplog.messages == ["spoken at iteration 14: it was asked. None."]
+    assert caplog.messages == ["always at iteration 14: it was asked. None."]
 
 
-def test_a_rule_is_silent_where_another_explains_it():
+def test_a_rule_is_silent_if_another_explains_it():
     first = Rule(name="cause", judge=lambda _: "seen", remedy="None.")
     second = Rule(name="effect", judge=lambda _: "seen", remedy="None.", unless=("cause",))
     health = RepresentationHealth(every=2, warmup=0, rules=(first, second))
@@ -189,7 +191,7 @@ def test_a_rule_is_silent_where_another_explains_it():
     assert [finding.rule for finding in health.findings] == ["cause"]
 
 
-def test_a_rule_of_ones_own_is_added_to_the_table():
+def test_a_custom_rule_can_be_added():
     def judge(history: History) -> str | None:
         narrow = history.always("health/margin", lambda value: value < 2)
         return f"margin {history.latest['health/margin']:.1f}" if narrow else None
@@ -200,7 +202,7 @@ def test_a_rule_of_ones_own_is_added_to_the_table():
     assert "narrow margin" in [finding.rule for finding in health.findings]
 
 
-def test_held_out_pairs_are_followed_once():
+def test_held_out_pairs_are_published_once_per_evaluation():
     trainer = make_trainer()
     health = RepresentationHealth(every=2)
     trainer.attach(Evaluation(make_loader(shuffle=False), prefix="seen"), health)
@@ -210,7 +212,7 @@ def test_held_out_pairs_are_followed_once():
     assert 0.5 < trainer.metrics.get_history("health/seen/auroc")[-1] <= 1
 
 
-def test_an_evaluation_of_one_side_is_passed_over():
+def test_an_evaluation_of_one_side_publishes_no_pairs():
     def images(model: TwoTowers, batch: Batch) -> Batch:
         return {"image_features": model.image(batch["image"]), "groups": batch["group"]}
 
@@ -221,7 +223,7 @@ def test_an_evaluation_of_one_side_is_passed_over():
 
 def test_a_resumed_run_logs_and_finds_what_an_uninterrupted_one_does(tmp_path):
     def build(folder: str) -> tuple[Trainer, RepresentationHealth]:
-        health = RepresentationHealth(every=1, warmup=9, patience=2, rules=(SPOKEN,))
+        health = RepresentationHealth(every=1, warmup=9, patience=2, rules=(ALWAYS,))
         trainer = make_trainer(log_every=3)
         return trainer.attach(health, CheckpointManager(tmp_path / folder, every=1)), health
 
@@ -237,8 +239,8 @@ def test_a_resumed_run_logs_and_finds_what_an_uninterrupted_one_does(tmp_path):
     assert found.state_dict() == expected.state_dict()
 
 
-def test_a_run_that_starts_over_forgets_what_was_found():
-    health = RepresentationHealth(every=1, warmup=0, patience=1, rules=(SPOKEN,))
+def test_a_run_that_starts_over_forgets_its_findings():
+    health = RepresentationHealth(every=1, warmup=0, patience=1, rules=(ALWAYS,))
     trainer = make_trainer(log_every=2).attach(health)
     run(trainer, 1)
     trainer.state.max_epochs = None
@@ -268,7 +270,7 @@ def test_spread_gap_and_spectra_are_those_of_all_ranks(ranks):
         )
 
 
-def test_several_temperatures_are_told_apart():
+def test_several_temperatures_have_different_names():
     loss = WeightedSum(losses={"clip": CLIPLoss(), "sharp": CLIPLoss(temperature=0.02)})
     trainer = make_trainer(loss, log_every=1).attach(RepresentationHealth(every=1))
     values = run(trainer, 1)[-1].values
@@ -277,7 +279,7 @@ def test_several_temperatures_are_told_apart():
     assert values[places[0]] < values[places[1]]
 
 
-def test_components_are_the_children_that_have_weights_of_a_wrapper_its_only_childs():
+def test_components_are_the_children_with_weights_or_those_of_an_only_child():
     model = TwoTowers()
     assert list(components(model)) == ["image", "text"]
     assert list(components(nn.Sequential(model))) == ["image", "text"]
@@ -293,10 +295,10 @@ def test_components_are_the_children_that_have_weights_of_a_wrapper_its_only_chi
         (torch.randn(3, 2), None),
     ],
 )
-def test_equal_texts_have_equal_numbers(text, equal):
+def test_equal_texts_have_equal_ids(text, equal):
     trainer = make_trainer()
     trainer.state.batch = {"text": text}
-    found = contents(trainer, 3)
+    found = _text_ids(trainer, 3)
     if equal is None:
         assert found == []
         return
@@ -304,13 +306,13 @@ def test_equal_texts_have_equal_numbers(text, equal):
     assert same == equal
 
 
-def test_a_task_of_ones_own_has_no_texts():
+def test_a_custom_task_has_no_texts():
     def own(model: nn.Module, batch: Batch) -> Batch:
         return tasks.image_text(model, batch)
 
     trainer = make_trainer(task=own)
     trainer.state.batch = {"text": ["cat"]}
-    assert contents(trainer, 1) == []
+    assert _text_ids(trainer, 1) == []
 
 
 @pytest.mark.parametrize(
@@ -320,8 +322,8 @@ def test_a_task_of_ones_own_has_no_texts():
         ({"samples": 1}, "samples must be a whole number >= 2, got 1"),
         ({"warmup": -1}, "warmup must be a whole number >= 0, got -1"),
         ({"patience": 0}, "patience must be a whole number >= 1, got 0"),
-        ({"features": "image"}, "features must be one or two names, got 'image'"),
-        ({"features": ("a", "b", "c")}, "features must be one or two names"),
+        ({"features": "image"}, "features must be 1 or 2 names in a list, got 'image'"),
+        ({"features": ("a", "b", "c")}, "features must be 1 or 2 names"),
     ],
 )
 def test_an_argument_out_of_range_is_refused(arguments, message):

@@ -1,4 +1,4 @@
-"""Statistics of representations against loops and closed forms in float64."""
+"""Feature statistics compared with loops and closed forms in float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diptych.handlers.health import representation
+from diptych.handlers.health import feature_statistics as statistics
 
 ROWS, DIM = 7, 5
 
@@ -18,30 +18,30 @@ ROWS, DIM = 7, 5
 def make_sides(seed: int, rows: int = ROWS) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     first, second = (torch.randn(rows, DIM, generator=generator) for _ in range(2))
-    return representation.unit(first.double()), representation.unit((first + second).double())
+    return statistics.unit(first.double()), statistics.unit((first + second).double())
 
 
-def test_features_become_unit_in_float32_and_zeros_stay_zero():
-    features = representation.unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]], dtype=torch.bfloat16))
+def test_features_are_normalised_in_float32_and_zeros_stay_zero():
+    features = statistics.unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]], dtype=torch.bfloat16))
     torch.testing.assert_close(features, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_features_in_a_share_of_the_dimensions_leave_the_rest_dead(share):
+def test_unused_dimensions_are_dead(share):
     alive = int(64 * share)
     features = torch.zeros(5000, 64)
     features[:, :alive] = torch.randn(5000, alive, generator=torch.Generator().manual_seed(0))
-    values = representation.spread(representation.moments(representation.unit(features))[1])
+    values = statistics.spread(statistics.moments(statistics.unit(features))[1])
     assert float(values["dead_dimensions"]) == 1 - share
     # Unit features that fill a of D dimensions evenly have a standard deviation of 1 / sqrt(a).
     assert float(values["spread"]) == pytest.approx(share**0.5, abs=0.01)
 
 
-def test_one_point_has_no_spread_and_the_least_uniformity():
-    point = representation.unit(torch.ones(6, 4))
-    values = representation.spread(representation.moments(point)[1])
+def test_equal_features_have_no_spread_and_a_uniformity_of_zero():
+    point = statistics.unit(torch.ones(6, 4))
+    values = statistics.spread(statistics.moments(point)[1])
     assert float(values["spread"]) == pytest.approx(0, abs=1e-3)
-    assert float(representation.uniformity(point)) == pytest.approx(0, abs=1e-6)
+    assert float(statistics.uniformity(point)) == pytest.approx(0, abs=1e-6)
 
 
 @given(seed=st.integers(0, 30))
@@ -54,7 +54,7 @@ def test_uniformity_is_that_of_a_loop_over_pairs(seed):
         if i != j
     ]
     expected = math.log(sum(terms) / len(terms))
-    assert float(representation.uniformity(side)) == pytest.approx(expected, rel=1e-9)
+    assert float(statistics.uniformity(side)) == pytest.approx(expected, rel=1e-9)
 
 
 def plain_pairs(s: list[list[float]], ids: list[int]) -> dict[str, float]:
@@ -79,38 +79,38 @@ def plain_pairs(s: list[list[float]], ids: list[int]) -> dict[str, float]:
 
 @given(seed=st.integers(0, 30))
 @pytest.mark.parametrize("ids", [list(range(ROWS)), [0, 0, 1, 2, 3, 3, 4]])
-def test_pairs_stand_among_strangers_as_in_a_loop(seed, ids):
+def test_pair_statistics_equal_those_of_a_loop(seed, ids):
     first, second = make_sides(seed)
     groups = torch.tensor(ids) if len(set(ids)) < ROWS else None
-    negatives = representation.strangers(ROWS, groups, first.device)
-    found = {k: float(v) for k, v in representation.pairs(first, second, negatives).items()}
+    negatives = statistics.negative_mask(ROWS, groups, first.device)
+    found = {k: float(v) for k, v in statistics.pair_statistics(first, second, negatives).items()}
     expected = plain_pairs([[float(a @ b) for b in second] for a in first], ids)
     assert found == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_collapsed_model_is_at_chance_and_finds_nothing():
-    point = representation.unit(torch.ones(6, 4))
-    negatives = representation.strangers(6, None, point.device)
-    values = representation.pairs(point, point, negatives)
+    point = statistics.unit(torch.ones(6, 4))
+    negatives = statistics.negative_mask(6, None, point.device)
+    values = statistics.pair_statistics(point, point, negatives)
     assert float(values["auroc"]) == 0.5
     assert float(values["in_batch_accuracy"]) == 0
 
 
 def test_duplicates_are_rows_with_the_content_of_another_group():
-    side = representation.unit(torch.eye(6))
+    side = statistics.unit(torch.eye(6))
     side[1] = side[0]  # equal features
     numbers = torch.tensor([0, 1, 2, 2, 4, 5])  # equal texts
-    alone = representation.strangers(6, None, side.device)
-    found = representation.duplicates([side], [numbers], alone)
+    alone = statistics.negative_mask(6, None, side.device)
+    found = statistics.duplicates([side], [numbers], alone)
     assert float(found) == pytest.approx(4 / 6)
-    grouped = representation.strangers(6, torch.tensor([0, 0, 2, 3, 4, 5]), side.device)
-    assert float(representation.duplicates([side], [numbers], grouped)) == pytest.approx(2 / 6)
+    grouped = statistics.negative_mask(6, torch.tensor([0, 0, 2, 3, 4, 5]), side.device)
+    assert float(statistics.duplicates([side], [numbers], grouped)) == pytest.approx(2 / 6)
 
 
 def test_collapsed_features_are_no_duplicates():
-    point = representation.unit(torch.ones(6, 4))
-    alone = representation.strangers(6, None, point.device)
-    assert float(representation.duplicates([point], [], alone)) == 0
+    point = statistics.unit(torch.ones(6, 4))
+    alone = statistics.negative_mask(6, None, point.device)
+    assert float(statistics.duplicates([point], [], alone)) == 0
 
 
 @given(seed=st.integers(0, 30), rows=st.sampled_from([3, 20]))
@@ -119,14 +119,14 @@ def test_rankme_is_the_exponential_entropy_of_the_singular_values(seed, rows):
     singular = torch.linalg.svdvals(side).tolist()
     shares = [value / sum(singular) for value in singular]
     expected = math.exp(-sum(p * math.log(p) for p in shares if p > 0))
-    found = float(representation.rankme(representation.gram(side)))
+    found = float(statistics.rankme(statistics.gram(side)))
     assert found == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_rankme_counts_directions_of_equal_strength(rank):
     features = torch.eye(8)[torch.arange(24) % rank]
-    assert float(representation.rankme(representation.gram(features))) == pytest.approx(rank)
+    assert float(statistics.rankme(statistics.gram(features))) == pytest.approx(rank)
 
 
 def plain_lidar(views: list[Tensor], regularization: float) -> float:
@@ -151,21 +151,21 @@ def plain_lidar(views: list[Tensor], regularization: float) -> float:
 @pytest.mark.parametrize("regularization", [1e-4, 0.1])
 def test_lidar_is_that_of_its_definition(rows, regularization):
     views = list(make_sides(3, rows))
-    found = float(representation.lidar(views, regularization))
+    found = float(statistics.lidar(views, regularization))
     assert found == pytest.approx(plain_lidar(views, regularization), rel=1e-5)
 
 
-def test_spectra_of_what_is_no_number_are_no_numbers():
+def test_the_spectra_of_nan_features_are_nan():
     features = torch.full((4, 3), math.nan)
-    assert math.isnan(float(representation.rankme(representation.gram(features))))
-    assert math.isnan(float(representation.lidar([features, features])))
+    assert math.isnan(float(statistics.rankme(statistics.gram(features))))
+    assert math.isnan(float(statistics.lidar([features, features])))
 
 
 def of_shard(first: Tensor, second: Tensor) -> list[float]:
-    mean, deviation = representation.moments(first)
+    mean, deviation = statistics.moments(first)
     spectra = [
-        representation.rankme(representation.gram(first)),
-        representation.lidar([first, second]),
+        statistics.rankme(statistics.gram(first)),
+        statistics.lidar([first, second]),
     ]
     return [*mean.tolist(), *deviation.tolist(), *(float(value) for value in spectra)]
 
