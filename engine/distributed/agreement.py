@@ -1,4 +1,4 @@
-"""What the ranks of a run agree on, so that none waits for another for ever."""
+"""Agreement between ranks: results and errors of one rank reach all, so that none hangs."""
 
 from __future__ import annotations
 
@@ -16,40 +16,41 @@ from diptych.engine.errors import CheckpointError
 
 Result = TypeVar("Result")
 PATIENCE = timedelta(seconds=2)
-"""With ranks that may have gone, at the end of a run."""
+"""The longest wait, at the end of a run, for ranks that may have ended."""
 
 
 @waits_at("agreeing on a checkpoint, which the first rank reads or writes")
 def on_rank_zero(action: Callable[[], Result]) -> Result:
-    """Run `action` on rank 0 and return its result on all ranks, which wait for it.
+    """Run `action` on rank 0 and return its result on all ranks.
 
     Raises:
-        CheckpointError: on all ranks, if it raised one.
+        CheckpointError: on all ranks, if `action` raised one.
     """
     if world_size() == 1:
         return action()
-    told: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]
     failure: CheckpointError | None = None
     if rank() == 0:
         try:
-            told[0] = action()
+            outcome[0] = action()
         except CheckpointError as error:
-            failure, told[1] = error, str(error)
-    dist.broadcast_object_list(told, src=0)
+            failure, outcome[1] = error, str(error)
+    dist.broadcast_object_list(outcome, src=0)
     if failure is not None:
         raise failure
-    if told[1] is not None:
-        raise CheckpointError(told[1])
-    result: Result = told[0]
+    if outcome[1] is not None:
+        raise CheckpointError(outcome[1])
+    result: Result = outcome[0]
     return result
 
 
 @waits_at("agreeing on a checkpoint")
 def on_all_ranks(action: Callable[[], Result]) -> Result:
-    """Run `action` on every rank and return its result, if it succeeds on all of them.
+    """Run `action` on every rank and return its result if it succeeds on all of them.
 
     Raises:
-        CheckpointError: on all ranks, if it raised one on any: one's own, else the first rank's.
+        CheckpointError: on all ranks, if it raised one on any rank: this rank's own error, else
+            that of the first rank that failed.
     """
     results: list[Result] = []
     failure: CheckpointError | None = None
@@ -58,10 +59,10 @@ def on_all_ranks(action: Callable[[], Result]) -> Result:
     except CheckpointError as error:
         failure = error
     if world_size() > 1:
-        told: list[str | None] = [None] * world_size()
-        dist.all_gather_object(told, None if failure is None else str(failure))
+        messages: list[str | None] = [None] * world_size()
+        dist.all_gather_object(messages, None if failure is None else str(failure))
         if failure is None:
-            failing = [f"on rank {index}: {text}" for index, text in enumerate(told) if text]
+            failing = [f"on rank {index}: {text}" for index, text in enumerate(messages) if text]
             failure = CheckpointError(failing[0]) if failing else None
     if failure is not None:
         raise failure
@@ -69,10 +70,10 @@ def on_all_ranks(action: Callable[[], Result]) -> Result:
 
 
 class LaggedMaximum:
-    """The largest of every rank's numbers, told one call later, so that no rank waits for it.
+    """The maximum of numbers over ranks, one call late, so that no rank waits for the others.
 
-    Each call starts a small all-reduce on the CPU and takes the result of the one before. Alone,
-    the numbers come back at once.
+    Each call starts a small all-reduce on the CPU and returns the result of the one before. With
+    one rank, it returns the numbers at once.
     """
 
     def __init__(self) -> None:
@@ -81,23 +82,23 @@ class LaggedMaximum:
 
     @waits_at("opening the group in which ranks agree when to stop")
     def open(self) -> None:
-        """Make the group of the exchange; all ranks call it, before the first one."""
+        """Make the process group; all ranks call it before the first exchange."""
         if world_size() > 1 and self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=exchange_timeout())
 
     def close(self) -> None:
-        """Forget what was not asked for, once it has ended.
+        """Wait for the last exchange and drop its result.
 
-        An exchange that still goes on when the interpreter ends could end the process with SIGABRT.
+        An exchange that is still running when the interpreter exits can abort the process.
         """
         if self._pending is not None:
-            with contextlib.suppress(RuntimeError):  # the others may have gone
+            with contextlib.suppress(RuntimeError):  # other ranks may have ended
                 self._pending[0].wait(PATIENCE)
         self._pending = None
 
     @waits_at("agreeing when to save and stop")
     def exchange(self, *numbers: int) -> tuple[int, ...]:
-        """Return the maxima over ranks of the numbers of the call before; at first, zeros."""
+        """Return the maxima over ranks of the previous call's numbers; zeros in the first call."""
         if world_size() == 1 or self._group is None:
             return numbers
         agreed = (0,) * len(numbers)

@@ -1,4 +1,4 @@
-"""One process group on one run's folder."""
+"""A lock that gives a run's directory to one process and its ranks."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ HELD = {errno.EACCES, errno.EAGAIN}
 
 
 class RunLock:
-    """Holds a folder for this process; the system lets it go when the process ends, however.
+    """Locks a directory for this process; the system unlocks it when the process ends.
 
     Args:
-        directory: made if it is not there.
+        directory: the directory; made if it does not exist.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -33,10 +33,10 @@ class RunLock:
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
-        """Take the folder.
+        """Lock the directory.
 
         Raises:
-            CheckpointError: if another process has it, or it cannot be written.
+            CheckpointError: if another process has locked it, or it cannot be written.
         """
         if self._descriptor is not None or fcntl is None:
             return
@@ -45,28 +45,32 @@ class RunLock:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise CheckpointError(
-                f"the run's folder {self._path.parent} cannot be written: {error}; give "
-                "another folder, or make this one writable"
+                f"directory {self._path.parent} cannot be written: {error}. Use another directory, "
+                "or make this one writable."
             ) from error
         try:
-            # Not flock: a loader's worker would inherit it, and outlive a killed parent by seconds.
+            # Not flock: a loader's worker inherits that, and outlives a killed parent by seconds.
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             holder = os.read(descriptor, 256).decode(errors="replace").strip() or "unknown"
             os.close(descriptor)
             if error.errno not in HELD:  # some network file systems have no locks
-                logger.warning("%s cannot be locked against a second run: %s", self._path, error)
+                logger.warning(
+                    "%s cannot be locked, so a second run could use the directory too: %s",
+                    self._path,
+                    error,
+                )
                 return
             raise CheckpointError(
-                f"the run's folder {self._path.parent} must belong to one process, and process "
-                f"{holder} has it: wait for its end, or take another folder"
+                f"directory {self._path.parent} must be used by one process, and process {holder} "
+                "has it. Wait for its end, or use another directory."
             ) from error
         os.truncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()} on {platform.node()}".encode())
         self._descriptor = descriptor
 
     def release(self) -> None:
-        """Let the folder go."""
+        """Unlock the directory."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

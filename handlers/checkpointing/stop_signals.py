@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: noticed at once, answered where nothing is pending."""
+"""Signals that ask a run to end: noted at once, answered at the next safe point."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from typing import Any
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 ECHO = 2.0
-"""Seconds in which a scheduler's signal may come once more: from the scheduler itself and from a
-launcher that passes it on."""
+"""Seconds within which one signal may arrive twice: from a scheduler, and from a launcher that
+forwards it."""
 
 
 class StopSignals:
-    """Notes SIGTERM, SIGINT and SIGUSR1 (a scheduler's warning) for as long as it is installed.
+    """Notes SIGTERM, SIGINT and SIGUSR1 (a scheduler's warning) while it is installed.
 
-    The first signal is noted and nothing else; the second one acts as it would without this class.
-    Other than an interrupt from the keyboard, a signal that comes again within two seconds is the
-    first one's echo.
+    The first signal is only noted; the second one acts as it would without this class. A signal
+    that arrives again within two seconds counts once, unless it is SIGINT (Ctrl-C).
 
     Attributes:
-        number: of the signal that came to this process, or 0.
+        number: the number of the signal that this process received, or 0.
     """
 
     def __init__(self) -> None:
@@ -34,7 +33,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:
-        """Begin to note signals; nothing happens outside the main thread, which alone gets them."""
+        """Start noting signals; do nothing outside the main thread, the only one that gets them."""
         if threading.current_thread() is not threading.main_thread() or self._before:
             return
         self._owner = os.getpid()
@@ -45,7 +44,7 @@ class StopSignals:
                 self._before[number] = signal.signal(number, self._note)
 
     def remove(self) -> None:
-        """Put the handlers back that were there before; a signal that nobody answered acts now."""
+        """Restore the earlier signal handlers; a noted signal that was not answered acts now."""
         for number, before in self._before.items():
             signal.signal(number, before)
         self._before.clear()
@@ -54,12 +53,12 @@ class StopSignals:
             os.kill(os.getpid(), number)
 
     def answer(self, number: int) -> BaseException:
-        """Return what ends a process that a signal asked to end, with the code 128 + its number."""
+        """Return the exception that ends the process with the conventional code, 128 + number."""
         self._answered = True
         return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._owner:  # a loader's worker, which its parent looks after
+        if os.getpid() != self._owner:  # a loader's worker, which its parent ends
             if number == signal.SIGTERM:
                 self._act(number, frame)
             return
@@ -70,10 +69,10 @@ class StopSignals:
 
     def _act(self, number: int, frame: FrameType | None) -> None:
         before = self._before.get(number, signal.SIG_DFL)
-        if before == signal.SIG_IGN:  # as for a shell's background job; asked twice, it ends
+        if before == signal.SIG_IGN:  # as in a background job of a shell
             before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, before)
-        if callable(before):  # at once: a signal to this process may take its time
+        if callable(before):  # os.kill may deliver the signal later
             before(number, frame)
         else:
             os.kill(os.getpid(), number)

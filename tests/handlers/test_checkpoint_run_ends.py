@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.utils.data import DataLoader
 from diptych.engine import CheckpointError, MetricsEvents
 from diptych.handlers import EarlyStopping, Evaluation, JsonLines
 from diptych.handlers.checkpointing.checkpoint_manager import CheckpointManager
+from diptych.handlers.checkpointing.run_lock import RunLock
 from tests.handlers.checkpointing.test_checkpoint_manager import digest, make_loader, make_trainer
 from tests.handlers.runs import report_each_epoch
 
@@ -180,3 +183,46 @@ def test_a_score_that_comes_after_a_stop_in_the_last_iteration_is_saved(tmp_path
 
     assert run(stopped=True).get_best_checkpoint() is None
     assert run(stopped=False).get_best_checkpoint() == tmp_path / "checkpoint_epoch_1.pt"
+
+
+@pytest.mark.parametrize("length", [None, 6])
+def test_a_metric_that_a_later_handler_publishes_at_the_end_of_an_epoch_ranks_it(tmp_path, length):
+    trainer, manager = make_trainer(), CheckpointManager(tmp_path, best="val/recall@1", keep=9)
+    trainer.attach(manager)
+    report_each_epoch(trainer, 0.5, 0.9, 0.1)  # attached after the manager
+    loader = make_loader()
+    trainer.run(Unsized(loader) if length is None else loader, max_epochs=3)
+    assert [entry.score for entry in manager._store.entries() if entry.score] == [0.5, 0.9, 0.1]
+    assert manager.get_best_checkpoint() == tmp_path / "checkpoint_epoch_2.pt"
+
+
+class Unsized:
+    """A loader whose length the run learns in its first epoch."""
+
+    def __init__(self, batches) -> None:
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def test_the_directory_is_free_again_however_a_run_ends(tmp_path):
+    for end in ("complete", "terminate", "interrupt", "fail"):
+        trainer = make_trainer()
+        trainer.attach(CheckpointManager(tmp_path / end))
+        if end == "fail":
+            trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda: 1 / 0)
+        elif end != "complete":
+            trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), getattr(trainer, end))
+        with contextlib.suppress(ZeroDivisionError):
+            trainer.run(make_loader(), max_epochs=1)
+        lock = RunLock(tmp_path / end)
+        lock.acquire()
+        lock.release()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_manager_only_reports_and_its_key_is_the_same_in_every_folder(tmp_path):
+    managers = [CheckpointManager(tmp_path / name) for name in "ab"]
+    assert [manager.key for manager in managers] == ["CheckpointManager"] * 2
+    assert not CheckpointManager.changes

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from diptych.engine import CheckpointError
 from diptych.engine.distributed.dtensor import whole
 from diptych.handlers import CheckpointManager, GradientClipping, WeightAverage
+from diptych.handlers.checkpointing import sharded_tensors
 from tests.engine import sharded
 from tests.engine.sharded import make_trainer, weights_of
 from tests.losses.ranks import Ranks
@@ -181,7 +181,7 @@ def failing(folder: Path) -> list[str]:
 
     def fill() -> None:
         if trainer.state.iteration == 3 and dist.get_rank() == 1:
-            patch.setattr(FileSystemWriter, "write_data", full)
+            patch.setattr(sharded_tensors, "write_verified", full)
 
     trainer.add_event_handler("ITERATION_STARTED", fill)
     told = []

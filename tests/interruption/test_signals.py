@@ -34,7 +34,7 @@ def test_a_signal_to_the_process_and_its_workers_saves_and_gives_the_conventiona
     os.killpg(process.pid, number)
     assert codes([process]) == [code]
     told = (tmp_path / "errors-0").read_text()
-    assert f"signal {int(number)}: the run ends here; it resumes from {tmp_path}" in told
+    assert f"Signal {int(number)} ends the run here. It resumes from {tmp_path}" in told
     assert finish(tmp_path, 1) == expected
 
 
@@ -54,7 +54,7 @@ def test_two_ranks_of_which_one_is_asked_end_at_one_iteration_with_a_checkpoint(
     time.sleep(0.1)
     processes[1].send_signal(signal.SIGTERM)  # a launcher that passes on what a scheduler sent
     assert codes(processes) == [143, 143]
-    assert "signal 15: the run ends here" in (folder / "errors-0").read_text()
+    assert "Signal 15 ends the run here" in (folder / "errors-0").read_text()
     assert "Traceback" not in (folder / "errors-1").read_text()
     assert finish(folder, 2, **environment) == expected
 
@@ -65,7 +65,7 @@ def test_a_second_process_on_the_folder_is_refused(tmp_path):
     (second,) = start(tmp_path, 1)
     assert codes([second]) == [1]
     told = (tmp_path / "errors-0").read_text()
-    assert f"must belong to one process, and process {first.pid} on" in told
+    assert f"must be used by one process, and process {first.pid} on" in told
     assert first.poll() is None
     kill([first])
 

@@ -85,7 +85,7 @@ def test_a_checkpoint_whose_manifest_is_gone_is_neither_removed_nor_passed_over(
     (tmp_path / "b").mkdir()
     copy = tmp_path / "b" / "checkpoint_epoch_1.pt"
     shutil.copy(manager.get_latest_checkpoint(), copy)
-    with pytest.raises(CheckpointError, match=f"bring the manifest too, or give resume='{copy}'"):
+    with pytest.raises(CheckpointError, match=f"Copy the manifest too, or use resume='{copy}'"):
         run(tmp_path / "b", epochs=2)
     assert copy.exists()
     resumed, _ = run(tmp_path / "b", epochs=2, resume=copy)
