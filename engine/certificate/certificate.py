@@ -1,4 +1,4 @@
-"""The certificate: does how you run your own training change what you get?"""
+"""The certificate: checks that how a training runs does not change its result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diptych.engine.trainer import Trainer
 
 
 class Certificate:
-    """Runs a training in several ways and compares what comes out."""
+    """Runs a training in several ways and compares the results."""
 
     def __call__(
         self,
@@ -21,13 +21,13 @@ class Certificate:
         microbatch_size: int | None = None,
         ranks: bool = True,
     ) -> InvarianceReport:
-        """Compare one update as it is with the same in pieces, in tiles, on ranks, and unwatched.
+        """Compare one update with the same in micro-batches, in tiles, on ranks, and unobserved.
 
-        The gradient of the user's own model, loss and batch is taken whole, in micro-batches, with
-        the loss in tiles, and on two ranks in processes of their own; the update is made with and
-        without the attached handlers. Copies are compared in float64 where the model can compute
-        in that; layers of dropout are off where they would draw other numbers for other shapes.
-        The trainer is left as it was.
+        It compares the gradients of copies of the trainer's model and loss: of the whole batch, in
+        micro-batches, with the loss in tiles, and on two ranks in processes of their own. It also
+        compares the update with and without the attached handlers. Copies compute in float64 if the
+        model can. Dropout is off where other shapes would draw other numbers. The trainer is not
+        changed.
 
         ```python
         report = certify(trainer, batch)
@@ -43,33 +43,33 @@ class Certificate:
             ranks: whether to start two processes for the check on two ranks.
 
         Returns:
-            The report: `report.passed`, and as text a table that names what breaks the promise:
-            batch norm, random draws that nobody replays, a loss that ignores the other ranks, a
-            factor of their number, a handler that writes where it should look.
+            The report: `report.passed`, and as text a table that names each cause: batch norm,
+            random draws without a replay, a loss that ignores the other ranks, a factor of the
+            number of ranks, a handler with an undeclared change.
 
         Raises:
-            ValueError: if the batch is too small to be cut, or the model is sharded.
+            ValueError: if the batch has fewer than 4 samples, or the model is sharded.
         """
         return check_invariances(trainer, batch, microbatch_size=microbatch_size, ranks=ranks)
 
     def interruption(self, build: Build, *, steps: int = 20, at: int = 7) -> InterruptionReport:
-        """Compare a run that is interrupted and resumed with one that is not, bit for bit.
+        """Compare a run that is interrupted and resumed with an uninterrupted one, bit for bit.
 
-        The trainer is built three times, each from the same random state; no `CheckpointManager`
-        is needed, and none should be attached. Exact on a CPU; on an accelerator as far as its
+        The trainer is built three times, each from the same random state. Attach no
+        `CheckpointManager`; the check needs none. Exact on a CPU; on an accelerator as far as its
         kernels are deterministic.
 
         Args:
-            build: makes a trainer and its loader.
+            build: returns a new trainer and its loader.
             steps: iterations of the whole run.
             at: iterations before the interruption, 1 <= at < steps.
 
         Returns:
-            The report; `report.passed` and `str(report)` say what it found.
+            The report: `report.passed`, and as text the values that differ and their likely cause.
 
         Raises:
-            ValueError: if `at` is not inside the run, or the model is sharded.
-            ResumeError: if the loader cannot go to a position inside an epoch.
+            ValueError: if `at` is outside the run, or the model is sharded.
+            ResumeError: if the interruption is inside an epoch and the loader has no position.
         """
         return check_interruption(build, steps, at)
 

@@ -1,4 +1,4 @@
-"""A run that is interrupted and resumed, against one that nobody touches."""
+"""A run that is interrupted and resumed, compared with an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
-from diptych.engine.certificate.update_copy import check_whole
+from diptych.engine.certificate.training_copy import check_not_sharded
 from diptych.engine.errors import ResumeError
 from diptych.engine.random_state import (
     preserved_random_state,
@@ -24,17 +24,17 @@ from diptych.engine.state.run_state import load_run_state, run_state
 from diptych.engine.trainer import Trainer
 
 Build = Callable[[], tuple[Trainer, Iterable[Any]]]
-"""Makes a trainer with everything attached, and its loader, each time anew."""
+"""Returns a new trainer with its handlers attached, and its loader."""
 
 
 @attrs.frozen
 class Difference:
-    """One value that an interruption changes, or that a checkpoint forgets.
+    """A value that an interruption changes, or that a checkpoint lacks.
 
     Attributes:
-        name: where it is: the part of the run's state, or the object and its attribute.
-        expected: what it is without an interruption, for people.
-        received: what it is with one.
+        name: the part of the run's state, or the object and its attribute.
+        expected: the value without an interruption, as text.
+        received: the value with one, as text.
     """
 
     name: str
@@ -47,13 +47,13 @@ class Difference:
 
 @attrs.frozen
 class InterruptionReport:
-    """What an interruption changed in a run.
+    """The differences between a resumed run and an uninterrupted one.
 
     Attributes:
         steps: iterations of the whole run.
-        at: after how many of them it was interrupted.
+        at: iterations before the interruption.
         differences: values of the final state that differ.
-        forgotten: attributes that the resumed run did not get back: where to look for the cause.
+        forgotten: attributes that the resumed run did not get back: the likely cause.
     """
 
     steps: int
@@ -63,7 +63,7 @@ class InterruptionReport:
 
     @property
     def passed(self) -> bool:
-        """Whether the resumed run ended exactly like the one that nobody touched."""
+        """Whether the resumed run ended exactly like the uninterrupted one."""
         return not self.differences
 
     def __str__(self) -> str:
@@ -79,13 +79,15 @@ class InterruptionReport:
 
 
 def check_interruption(build: Build, steps: int, at: int) -> InterruptionReport:
-    """Run a training whole and interrupted; see `Certificate.interruption`."""
+    """Run a training uninterrupted and resumed; see `Certificate.interruption`."""
     if not 1 <= at < steps:
-        raise ValueError(f"at must lie in [1, {steps - 1}], inside {steps} steps, got {at}")
+        raise ValueError(
+            f"at must lie in [1, {steps - 1}], inside a run of {steps} steps, got {at}"
+        )
     with preserved_random_state():
         start = random_state()
         whole, loader = build()
-        check_whole(whole)
+        check_not_sharded(whole)
         whole.run(loader, max_iters=steps)
         cut, saved = _interrupted(build, start, steps, at)
         set_random_state(start)
@@ -104,7 +106,7 @@ def check_interruption(build: Build, steps: int, at: int) -> InterruptionReport:
 def _interrupted(
     build: Build, start: Mapping[str, Any], steps: int, at: int
 ) -> tuple[Trainer, dict[str, Any]]:
-    """Run a training up to an interruption; return it, and its state as a file would give it."""
+    """Run a training up to an interruption; return it and its state, as read from a file."""
     set_random_state(start)
     trainer, loader = build()
 
@@ -122,8 +124,8 @@ def _interrupted(
     if trainer.epoch_iteration and trainer.batches.position() is None:
         raise ResumeError(
             "an interruption inside an epoch needs a loader with state_dict() and "
-            f"load_state_dict(), got {type(loader).__name__}: take a SeededLoader, or interrupt "
-            "at the end of an epoch"
+            f"load_state_dict(), got {type(loader).__name__}. Use a SeededLoader, or interrupt at "
+            "the end of an epoch."
         )
     file = io.BytesIO()
     torch.save(run_state(trainer), file)
@@ -132,7 +134,7 @@ def _interrupted(
 
 
 def _forgotten(cut: Trainer, resumed: Trainer) -> Iterator[Difference]:
-    """Give the attributes that differ between the run that was cut and the one that resumed it."""
+    """Yield the attributes that differ between the interrupted run and the one that resumed it."""
     for name, before, after in _parts(cut, resumed):
         mine, other = _attributes(before), _attributes(after)
         for key in sorted(mine.keys() & other.keys()):
@@ -140,7 +142,7 @@ def _forgotten(cut: Trainer, resumed: Trainer) -> Iterator[Difference]:
 
 
 def _differences_of_modules(whole: Trainer, resumed: Trainer) -> Iterator[Difference]:
-    """Give the weights that differ in modules of the handlers' own: an average, a teacher."""
+    """Yield the weights that differ in modules that handlers own: an average, a teacher."""
     for name, before, after in _handlers(whole, resumed):
         others = _attributes(after)
         for key, module in _attributes(before).items():
@@ -175,7 +177,7 @@ def _attributes(owner: Any) -> dict[str, Any]:
 
 
 def _differences(name: str, expected: Any, received: Any) -> Iterator[Difference]:
-    """Give the leaves in which two nested states differ; what is no value is passed over."""
+    """Yield the leaves in which two nested states differ; skip leaves that are not plain values."""
     expected, received = _as_values(expected), _as_values(received)
     if isinstance(expected, Mapping) and isinstance(received, Mapping):
         for key in expected.keys() | received.keys():

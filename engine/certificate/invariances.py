@@ -1,4 +1,4 @@
-"""One update of the user's own training, run in pieces, in tiles, on two ranks, and watched."""
+"""The checks of one update: in pieces, in tiles, on two ranks, and with handlers."""
 
 from __future__ import annotations
 
@@ -9,153 +9,144 @@ import attrs
 import torch
 from torch import nn
 
-from diptych.engine.certificate.observation import check_handlers
+from diptych.engine.certificate.handler_changes import check_handlers
 from diptych.engine.certificate.report import Check, InvarianceReport, shortened
-from diptych.engine.certificate.two_ranks import check_ranks
-from diptych.engine.certificate.update_copy import (
+from diptych.engine.certificate.training_copy import (
     BATCH_NORM,
     DROPOUT,
-    Specimen,
-    check_whole,
-    in_double,
+    TrainingCopy,
+    as_double,
+    check_not_sharded,
     in_evaluation_mode,
-    names_of,
+    names_in_training,
     relative_error,
 )
+from diptych.engine.certificate.two_ranks import check_ranks
 from diptych.engine.data.batches import batch_size
 from diptych.engine.step.loss_contract import set_tile, tiled_parts
 from diptych.engine.trainer import Trainer
 
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
-"""Relative, of gradients; half precision is looser still."""
+"""Largest relative errors of gradients that count as rounding."""
 LOOSE = 5e-2
+"""The same in other precisions."""
 
 
 def check_invariances(
     trainer: Trainer, batch: Any, *, microbatch_size: int | None, ranks: bool
 ) -> InvarianceReport:
-    """Run every check.
-
-    Args:
-        trainer: as it was built, or after some training; what it holds is the same afterwards.
-        batch: one of its batches, of at least four samples.
-        microbatch_size: samples of a piece; None: about a third of the batch, so that the last
-            piece is smaller.
-        ranks: whether to start two processes.
+    """Run every check; see `Certificate.__call__` for the arguments.
 
     Raises:
-        ValueError: if the batch is too small to be cut, or the model is sharded.
+        ValueError: if the batch has fewer than 4 samples, or the model is sharded.
     """
-    check_whole(trainer)
+    check_not_sharded(trainer)
     size = batch_size(batch)
     if size < 4:
-        raise ValueError(f"a batch to certify must hold at least 4 samples, got {size}")
-    specimen, batch_there = _exact(trainer, batch)
-    quiet, noise = _quiet(specimen, batch_there)
-    exam = Exam(specimen, quiet, batch_there, microbatch_size or -(-size // 3), noise)
-    checks = [exam.whole(), exam.micro_batched(), *exam.replayed(), exam.tiled()]
+        raise ValueError(f"batch must have at least 4 samples, got {size}")
+    training, exact = _most_exact(trainer, batch)
+    checks = LocalChecks(
+        training, _without_draws(training, exact), exact, microbatch_size or -(-size // 3)
+    )
+    found = [checks.whole(), checks.in_pieces(), *checks.with_draws(), checks.in_tiles()]
     if ranks:
-        checks += check_ranks(quiet, batch_there, exam.tolerance)
-    return InvarianceReport((*checks, check_handlers(trainer, batch)))
+        found += check_ranks(checks.without_draws, exact, checks.tolerance)
+    return InvarianceReport((*found, check_handlers(trainer, batch)))
 
 
 @attrs.frozen
-class Exam:
-    """The checks that one process makes.
+class LocalChecks:
+    """The checks that run in this process.
 
     Attributes:
-        specimen: the training as it is.
-        quiet: the same with dropout off, where it has any.
-        batch: in the specimen's precision.
-        piece: samples of a micro-batch.
-        noise: what was turned off, for people.
+        training: a copy of the training as it is.
+        without_draws: the same object, or a copy with dropout off if the training has dropout.
+        batch: in the precision of the training.
+        size: samples of a piece.
     """
 
-    specimen: Specimen
-    quiet: Specimen
+    training: TrainingCopy
+    without_draws: TrainingCopy
     batch: Any
-    piece: int
-    noise: str
+    size: int
 
     @property
     def tolerance(self) -> float:
-        """The relative error that is rounding in the specimen's precision."""
-        parameters = [*self.specimen.model.parameters(), *self.specimen.loss.parameters()]
+        """The largest relative error that counts as rounding in the training's precision."""
+        parameters = [*self.training.model.parameters(), *self.training.loss.parameters()]
         return max((TOLERANCES.get(p.dtype, LOOSE) for p in parameters), default=LOOSE)
 
     def whole(self) -> Check:
-        """The trainer's step against one forward and backward pass by hand."""
-        size = batch_size(self.batch)
-        expected = self.specimen.plain_gradients(self.batch, size)
-        error = relative_error(self.specimen.gradients(self.batch), expected)
+        """Compare the trainer's step with a plain forward and backward pass."""
+        expected = self.training.plain_gradients(self.batch, batch_size(self.batch))
+        error = relative_error(self.training.gradients(self.batch), expected)
         remark = "the step does not take the gradient of the loss"
         return self._check("the whole batch", error, remark)
 
-    def micro_batched(self) -> Check:
-        """Pieces against the whole batch."""
-        way = f"micro-batches of {self.piece}"
-        error = self._error_in_pieces(self.quiet)
+    def in_pieces(self) -> Check:
+        """Compare micro-batches with the whole batch."""
+        name, error = f"micro-batches of {self.size}", self._error_in_pieces(self.without_draws)
         if error <= self.tolerance:
-            return Check(way, error, passed=True, remark=self.noise)
-        return Check(way, error, passed=False, remark=self._culprit_in_pieces())
+            same = self.without_draws is self.training
+            return Check(name, error, passed=True, remark="" if same else "with dropout off")
+        return Check(name, error, passed=False, remark=self._cause_in_pieces())
 
-    def replayed(self) -> Iterator[Check]:
-        """Both passes over a piece see the same random numbers, where there are any."""
-        if self.quiet is self.specimen:
+    def with_draws(self) -> Iterator[Check]:
+        """Check that both passes over a piece draw the same numbers, if there is dropout."""
+        if self.without_draws is self.training:
             return
-        expected = self.specimen.plain_gradients(self.batch, self.piece)
-        found = self.specimen.gradients(self.batch, microbatch_size=self.piece)
-        remark = "dropout draws other numbers when a piece runs again: nobody replays them"
+        expected = self.training.plain_gradients(self.batch, self.size)
+        found = self.training.gradients(self.batch, microbatch_size=self.size)
+        remark = "dropout draws other numbers in the second pass over a piece: no replay"
         yield self._check("micro-batches, dropout on", relative_error(found, expected), remark)
 
-    def tiled(self) -> Check:
-        """The loss in tiles against the loss at once."""
-        tile = max(1, batch_size(self.batch) // 3)
-        way = f"tiles of {tile}"
-        if not tiled_parts(self.quiet.loss):
-            return Check(way, None, passed=True, remark="the loss has no tiles")
-        plain = self.quiet.changed(lambda _, loss: set_tile(loss, None))
-        tiled = self.quiet.changed(lambda _, loss: set_tile(loss, tile))
+    def in_tiles(self) -> Check:
+        """Compare the loss in tiles with the loss of the whole matrix."""
+        tile, training = max(1, batch_size(self.batch) // 3), self.without_draws
+        name = f"tiles of {tile}"
+        if not tiled_parts(training.loss):
+            return Check(name, None, passed=True, remark="the loss has no tiles")
+        plain = training.changed(lambda _, loss: set_tile(loss, None))
+        tiled = training.changed(lambda _, loss: set_tile(loss, tile))
         error = relative_error(tiled.gradients(self.batch), plain.gradients(self.batch))
-        return self._check(way, error, "the loss gives another gradient in tiles")
+        return self._check(name, error, "the loss has another gradient in tiles")
 
-    def _check(self, way: str, error: float, culprit: str) -> Check:
+    def _check(self, name: str, error: float, cause: str) -> Check:
         passed = error <= self.tolerance
-        return Check(way, error, passed, "" if passed else culprit)
+        return Check(name, error, passed, "" if passed else cause)
 
-    def _error_in_pieces(self, specimen: Specimen) -> float:
-        expected = specimen.gradients(self.batch)
-        return relative_error(specimen.gradients(self.batch, microbatch_size=self.piece), expected)
+    def _error_in_pieces(self, training: TrainingCopy) -> float:
+        expected = training.gradients(self.batch)
+        return relative_error(training.gradients(self.batch, microbatch_size=self.size), expected)
 
-    def _culprit_in_pieces(self) -> str:
-        norms = names_of(self.quiet.model, BATCH_NORM)
-        calm = self.quiet.changed(in_evaluation_mode(BATCH_NORM))
-        if norms and self._error_in_pieces(calm) <= self.tolerance:
+    def _cause_in_pieces(self) -> str:
+        norms = names_in_training(self.without_draws.model, BATCH_NORM)
+        without_norms = self.without_draws.changed(in_evaluation_mode(BATCH_NORM))
+        if norms and self._error_in_pieces(without_norms) <= self.tolerance:
             return f"batch norm sees one piece at a time: {shortened(norms)}"
-        coupled = self.quiet.changed(_couple)
+        coupled = self.without_draws.changed(_declare_coupled)
         if self._error_in_pieces(coupled) <= self.tolerance:
-            return "the loss couples samples and says couples_samples=False"
+            return "the loss couples samples and declares couples_samples=False"
         return "the model mixes the samples of a batch, or the step does not join its pieces"
 
 
-def _exact(trainer: Trainer, batch: Any) -> tuple[Specimen, Any]:
-    """Return a specimen in float64, or as it is where it cannot compute in that."""
-    specimen = Specimen.of(trainer, trainer.device, torch.float64)
-    precise = in_double(batch)
+def _most_exact(trainer: Trainer, batch: Any) -> tuple[TrainingCopy, Any]:
+    """Return a copy and a batch in float64, or in their own precision if float64 fails."""
+    training, double = TrainingCopy.of(trainer, trainer.device, torch.float64), as_double(batch)
     try:
-        specimen.gradients(precise)
-    except (RuntimeError, TypeError):  # a model that holds on to its own precision
-        return Specimen.of(trainer, trainer.device, None), batch
-    return specimen, precise
+        training.gradients(double)
+    except (RuntimeError, TypeError):  # a model with a precision of its own
+        return TrainingCopy.of(trainer, trainer.device, None), batch
+    return training, double
 
 
-def _quiet(specimen: Specimen, batch: Any) -> tuple[Specimen, str]:
-    """Return the specimen without dropout where it draws random numbers, and the remark on it."""
-    first, second = (specimen.gradients(batch, seed=seed) for seed in (0, 1))
+def _without_draws(training: TrainingCopy, batch: Any) -> TrainingCopy:
+    """Return the training, or a copy with dropout off if its gradients depend on the seed."""
+    first, second = (training.gradients(batch, seed=seed) for seed in (0, 1))
     if relative_error(first, second) == 0.0:
-        return specimen, ""
-    return specimen.changed(in_evaluation_mode(DROPOUT)), "with dropout off"
+        return training
+    return training.changed(in_evaluation_mode(DROPOUT))
 
 
-def _couple(_: nn.Module, loss: Any) -> None:
+def _declare_coupled(_: nn.Module, loss: Any) -> None:
     loss.couples_samples = True

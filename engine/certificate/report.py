@@ -1,4 +1,4 @@
-"""What the certificate says about one update."""
+"""The report of a certificate on one update."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import attrs
 
 @attrs.frozen
 class Check:
-    """One way to run an update, against the plain one.
+    """One way to run an update, compared with the plain one.
 
     Attributes:
-        way: how it was run.
+        way: the way, in words.
         error: the largest error of a parameter's gradient (for handlers: of a weight after the
-            update), relative to its largest entry; None where it was not run.
-        passed: whether that is rounding; True where the way does not apply.
-        remark: the culprit, or why it was not run.
+            update), relative to its largest entry; None if the check did not run.
+        passed: whether the error is rounding; True if the way does not apply.
+        remark: the cause of a difference, or the reason why the check did not run.
     """
 
     way: str
@@ -24,7 +24,7 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """One word: equal, CHANGES, or not run."""
+        """The result in a word: equal, CHANGES, FAILS or not run."""
         if self.error is None:
             return "not run" if self.passed else "FAILS"
         return "equal" if self.passed else "CHANGES"
@@ -32,17 +32,17 @@ class Check:
 
 @attrs.frozen
 class InvarianceReport:
-    """What changes an update, and what does not.
+    """The checks of one update; `str(report)` is a table.
 
     Attributes:
-        checks: one for each way.
+        checks: one for each way to run the update.
     """
 
     checks: tuple[Check, ...]
 
     @property
     def passed(self) -> bool:
-        """Whether no way changes anything."""
+        """Whether the update is the same in every way."""
         return all(check.passed for check in self.checks)
 
     def __str__(self) -> str:
@@ -60,6 +60,6 @@ class InvarianceReport:
 
 
 def shortened(names: list[str]) -> str:
-    """Return a few names and how many more there are."""
+    """Return the first three names and the number of the others."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

@@ -1,4 +1,4 @@
-"""One update on two ranks, each a process of its own, against the same update on one."""
+"""The check of one update on two ranks, in processes of their own, against the same on one."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import attrs
 import torch
 import torch.distributed as dist
 
 from diptych.engine.certificate.report import Check, shortened
-from diptych.engine.certificate.update_copy import (
+from diptych.engine.certificate.training_copy import (
     BATCH_NORM,
     Gradients,
-    Specimen,
+    TrainingCopy,
     factor_of,
     in_evaluation_mode,
-    names_of,
+    names_in_training,
     relative_error,
 )
 from diptych.engine.data.batches import batch_size, join, part, to_device
@@ -29,118 +28,110 @@ from diptych.engine.data.batches import batch_size, join, part, to_device
 RANKS = 2
 TIMEOUT = timedelta(seconds=60)
 TRANSFORM = (
-    "the transform draws for a rank's batch, or mixes its samples: draw for each sample in the "
-    "data set, and apply the draws in the transform"
+    "the transform draws once for a rank's batch, or mixes its samples: draw for each sample in "
+    "the data set, and apply the draws in the transform"
 )
-Shares = dict[str, list[Any]]
-Jobs = dict[str, tuple[Specimen, list[Any]]]
+Shares = list[Any]
+"""The batch of each rank."""
+Jobs = dict[str, tuple[TrainingCopy, Shares]]
+"""The updates that two ranks make, by name."""
+AS_IS, NO_NORMS, TRANSFORMED = "as it is", "without batch norm", "transformed before"
+"""The forms in which a training runs, to find the cause of a difference."""
 
 
-def check_ranks(specimen: Specimen, batch: Any, tolerance: float) -> list[Check]:
-    """Compare two ranks with one, for equal and for unequal shares of the batch.
-
-    The ranks run on the CPU, and so does what they are compared with.
-    """
-    here = specimen.on_cpu()
-    batch = to_device(batch, here.device)
+def check_ranks(training: TrainingCopy, batch: Any, tolerance: float) -> list[Check]:
+    """Compare two ranks with one, for equal and for unequal shares of the batch, on the CPU."""
+    training = training.on_cpu()
+    batch = to_device(batch, training.device)
     try:
-        found = run_on_two_ranks(jobs_of(here, batch))
+        found = run_on_two_ranks(jobs_of(training, batch))
     except RankError as error:
         return [Check("two ranks", None, passed=error.harmless, remark=str(error))]
-    return compared(here, batch, found, tolerance)
+    return compared(training, batch, found, tolerance)
 
 
-def jobs_of(specimen: Specimen, batch: Any) -> Jobs:
-    """Return what two ranks have to run: each kind of shares, in each form of the training."""
+def jobs_of(training: TrainingCopy, batch: Any) -> Jobs:
+    """Return the jobs of two ranks: all forms of the training, with equal and unequal shares."""
     return {
-        f"{name}, {kind}": form
+        f"{name}, {form}": job
         for name, shares in _shares(batch).items()
-        for kind, form in _forms(specimen, shares).items()
+        for form, job in _forms(training, shares).items()
     }
 
 
-def _forms(specimen: Specimen, shares: list[Any]) -> Jobs:
+def _forms(training: TrainingCopy, shares: Shares) -> Jobs:
     """Return the training as it is, without batch norm, and with batches transformed before."""
-    calm = specimen.changed(in_evaluation_mode(BATCH_NORM))
-    forms = {"as it is": (specimen, shares), "calm": (calm, shares)}
-    if specimen.transform is not None:
-        ready, first = specimen.transformed(join(shares)), batch_size(shares[0])
-        parts = [part(ready, 0, first), part(ready, first, batch_size(ready))]
-        forms["transformed before"] = (attrs.evolve(calm, transform=None), parts)
+    without_norms = training.changed(in_evaluation_mode(BATCH_NORM))
+    forms = {AS_IS: (training, shares), NO_NORMS: (without_norms, shares)}
+    if training.arguments["transform"] is not None:
+        batch, first = training.transformed(join(shares)), batch_size(shares[0])
+        parts = [part(batch, 0, first), part(batch, first, batch_size(batch))]
+        forms[TRANSFORMED] = (without_norms.with_arguments(transform=None), parts)
     return forms
 
 
 def compared(
-    specimen: Specimen, batch: Any, found: dict[str, Gradients], tolerance: float
+    training: TrainingCopy, batch: Any, found: dict[str, Gradients], tolerance: float
 ) -> list[Check]:
-    """Return the checks that follow from what the jobs have found."""
+    """Return the checks that follow from the gradients of the jobs."""
     return [
-        _check(name, _forms(specimen, shares), found, tolerance)
+        _check(name, _forms(training, shares), found, tolerance)
         for name, shares in _shares(batch).items()
     ]
 
 
-def _shares(batch: Any) -> Shares:
+def _shares(batch: Any) -> dict[str, Shares]:
     """Return the batches of both ranks by the name of the check."""
     size = batch_size(batch)
     half = size // 2
+    bounds = {
+        f"{half} + {half}": (half, 2 * half),
+        f"{half + 1} + {size - half - 1}": (half + 1, size),
+    }
     return {
-        f"two ranks, {half} + {half}": [part(batch, 0, half), part(batch, half, 2 * half)],
-        f"two ranks, {half + 1} + {size - half - 1}": [
-            part(batch, 0, half + 1),
-            part(batch, half + 1, size),
-        ],
+        f"two ranks, {name}": [part(batch, 0, first), part(batch, first, stop)]
+        for name, (first, stop) in bounds.items()
     }
 
 
-def _check(
-    name: str,
-    forms: Jobs,
-    found: dict[str, Gradients],
-    tolerance: float,
-) -> Check:
-    (specimen, shares), own = forms["as it is"], found[f"{name}, as it is"]
-    expected = specimen.gradients(join(shares))
-    error = relative_error(own, expected)
-    if error <= tolerance:
-        return Check(name, error, passed=True)
+def _check(name: str, forms: Jobs, found: dict[str, Gradients], tolerance: float) -> Check:
+    def error(form: str) -> float:
+        training, shares = forms[form]
+        return relative_error(found[f"{name}, {form}"], training.gradients(join(shares)))
 
-    def equal(kind: str) -> bool:
-        if kind not in forms:
-            return False
-        other = forms[kind][0].gradients(join(forms[kind][1]))
-        return relative_error(found[f"{name}, {kind}"], other) <= tolerance
-
-    norms = names_of(specimen.model, BATCH_NORM)
-    if norms and equal("calm"):
-        culprit = f"batch norm sees one rank's samples: {shortened(norms)}"
-    elif equal("transformed before"):
-        culprit = TRANSFORM
+    training, shares = forms[AS_IS]
+    difference = error(AS_IS)
+    if difference <= tolerance:
+        return Check(name, difference, passed=True)
+    norms = names_in_training(training.model, BATCH_NORM)
+    if norms and error(NO_NORMS) <= tolerance:
+        cause = f"batch norm sees one rank's samples: {shortened(norms)}"
+    elif TRANSFORMED in forms and error(TRANSFORMED) <= tolerance:
+        cause = TRANSFORM
     else:
-        culprit = _culprit(specimen, shares, own, expected, tolerance)
-    return Check(name, error, passed=False, remark=culprit)
+        cause = _cause(training, shares, found[f"{name}, {AS_IS}"], tolerance)
+    return Check(name, difference, passed=False, remark=cause)
 
 
-def _culprit(
-    specimen: Specimen, shares: list[Any], found: Gradients, expected: Gradients, tolerance: float
-) -> str:
+def _cause(training: TrainingCopy, shares: Shares, found: Gradients, tolerance: float) -> str:
+    expected = training.gradients(join(shares))
     factor = factor_of(found, expected) if found.keys() == expected.keys() else 0.0
     scaled = {name: value * factor for name, value in expected.items()}
     if factor and relative_error(found, scaled) <= tolerance:
         return f"the gradient is {factor:.3g} times too large: a factor of the number of ranks"
-    apart = [specimen.gradients(share) for share in shares]
-    mean = {name: (value + apart[1].get(name, 0)) / RANKS for name, value in apart[0].items()}
+    first, second = (training.gradients(share) for share in shares)
+    mean = {name: (value + second.get(name, 0)) / RANKS for name, value in first.items()}
     if relative_error(found, mean) <= tolerance:
         return "the loss sees its own rank's samples alone: it must gather those of the others"
-    return "the loss, or the model, does not say the same about the samples of all ranks"
+    return "the loss, or the model, computes something else from the samples of all ranks"
 
 
 class RankError(Exception):
-    """Two ranks that did not run.
+    """The update on two ranks did not run.
 
     Args:
-        text: why.
-        harmless: whether that says nothing about the training.
+        text: the cause.
+        harmless: whether the cause is no fault of the training.
     """
 
     def __init__(self, text: str, *, harmless: bool) -> None:
@@ -149,10 +140,10 @@ class RankError(Exception):
 
 
 def run_on_two_ranks(jobs: Jobs) -> dict[str, Gradients]:
-    """Return what the first rank finds for each job, a specimen and each rank's batch.
+    """Return the gradients of each job on the first rank.
 
     Raises:
-        RankError: if the jobs cannot be sent to another process, or a rank fails.
+        RankError: if the jobs cannot be pickled for another process, or a rank fails.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -163,12 +154,12 @@ def run_on_two_ranks(jobs: Jobs) -> dict[str, Gradients]:
         _start(ranks)
         for process in ranks:
             process.join()
-        told = [path.read_text() for path in sorted(Path(folder).glob("*.txt"))]
-        if told:
-            raise RankError(told[0].strip().splitlines()[-1], harmless=False)
+        errors = [path.read_text() for path in sorted(Path(folder).glob("*.txt"))]
+        if errors:
+            raise RankError(errors[0].strip().splitlines()[-1], harmless=False)
         if any(process.exitcode for process in ranks):
             raise RankError(
-                "the processes cannot import the script that runs here: put what it runs under "
+                "the processes cannot import the script that runs here: move its code under "
                 'if __name__ == "__main__", or use diptych certify',
                 harmless=True,
             )
@@ -180,7 +171,7 @@ def _start(ranks: Sequence[Any]) -> None:
     try:
         for process in ranks:
             process.start()
-    except Exception as error:  # whatever an object says that cannot be sent
+    except Exception as error:  # objects that cannot be pickled raise errors of any class
         for process in ranks:
             if process.pid is not None:
                 process.terminate()
@@ -192,7 +183,7 @@ def _start(ranks: Sequence[Any]) -> None:
 
 
 def _work(rank: int, folder: str, jobs: Jobs) -> None:
-    """Be one of the ranks."""
+    """Run the jobs as one of the ranks; write the gradients, or the error, to the folder."""
     torch.set_num_threads(1)
     place = Path(folder)
     try:

@@ -120,7 +120,7 @@ def test_a_buffer_that_is_not_persistent_is_named():
 
 
 def test_a_loader_without_a_position_is_told_apart():
-    with pytest.raises(ResumeError, match="got DataLoader: take a SeededLoader"):
+    with pytest.raises(ResumeError, match=r"got DataLoader\. Use a SeededLoader"):
         certify.interruption(lambda: build(loader=DataLoader(data(), 4)))
 
 

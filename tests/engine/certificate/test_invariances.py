@@ -1,8 +1,10 @@
-"""The certificate passes what is sound, and names what is planted."""
+"""The certificate passes a sound training and names planted faults."""
 
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -11,8 +13,10 @@ import torch
 from ignite.engine import Events
 from torch import nn
 
-from diptych.engine import StepEvents, Trainer, certify
+from diptych.engine import Change, StepEvents, Trainer, certify
+from diptych.engine.certificate.handler_changes import check_handlers, snapshot
 from diptych.engine.certificate.report import Check
+from diptych.engine.certificate.training_copy import TrainingCopy
 from diptych.engine.step import microbatch
 from diptych.handlers import GradientClipping, default_handlers
 from tests.engine.certificate.trainings import (
@@ -71,7 +75,7 @@ def test_dropout_is_replayed_and_a_missing_replay_is_found(monkeypatch):
     monkeypatch.setattr(microbatch, "set_forward_random_state", lambda *_: None)
     check = checks_of(trainer_of(nn.Dropout(0.5)))[way]
     assert not check.passed
-    assert "nobody replays" in check.remark
+    assert "no replay" in check.remark
 
 
 @pytest.mark.parametrize("transform", [add_noise, centre])
@@ -102,9 +106,28 @@ def test_a_loss_that_denies_to_couple_its_samples_is_found():
     assert "couples_samples=False" in check.remark
 
 
+def _halve(rates: list[dict[str, Any]]) -> None:
+    for group in rates:
+        group["lr"] /= 2
+
+
+CHANGES: dict[str, Callable[[Trainer], object]] = {
+    "weights": lambda trainer: trainer.model.text.bias.data.add_(1e-3),
+    "gradients": lambda trainer: trainer.model.text.bias.grad.mul_(2),
+    "buffers": lambda trainer: trainer.model.image[1].running_mean.add_(1),
+    "rates": lambda trainer: _halve(trainer.optimizer.param_groups),
+    "trainable parameters": lambda trainer: trainer.model.text.requires_grad_(False),
+    "training mode": lambda trainer: trainer.model.text.eval(),
+    "batch": lambda trainer: trainer.state.batch["text"].mul_(2),
+    "loss": lambda trainer: setattr(trainer.loss, "label_smoothing", 0.25),
+    "length of the run": lambda trainer: trainer.terminate(),
+    "random numbers": lambda trainer: torch.rand(3),
+}
+
+
 @attrs.define
 class Meddler:
-    """Changes something, when it is asked to."""
+    """A handler that changes one part of a run."""
 
     kind: str
     every: int | None = None
@@ -117,31 +140,51 @@ class Meddler:
             trainer.add_event_handler(StepEvents.GRADIENTS_READY, self.meddle)
 
     def meddle(self, trainer: Trainer) -> None:
-        with torch.no_grad():
-            if self.kind == "weights":
-                trainer.model.text.bias.add_(1e-3)
-            elif self.kind == "gradients":
-                trainer.model.text.bias.grad.mul_(2)
-            else:
-                torch.rand(3)
+        CHANGES[self.kind](trainer)
 
 
-@pytest.mark.parametrize(
-    ("kind", "every"),
-    [("weights", None), ("weights", 1000), ("gradients", None), ("random numbers", 1000)],
-)
-def test_a_handler_that_changes_what_it_watches_is_found(kind: str, every: int | None):
-    checks = checks_of(trainer_of().attach(Meddler(kind, every)))
-    assert not checks["with 1 handlers"].passed
-    assert checks["with 1 handlers"].remark == f"Meddler.meddle changes {kind}"
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_change_that_a_handler_does_not_declare_is_found_and_undone(kind: str):
+    trainer = trainer_of(nn.BatchNorm1d(5)).attach(Meddler(kind))
+    before = snapshot(trainer)
+    check = check_handlers(trainer, pairs())
+    assert not check.passed
+    assert check.remark == f"Meddler.meddle changes {kind}"
+    assert str(snapshot(trainer)) == str(before)
 
 
-def test_a_handler_may_say_what_its_work_is():
+@pytest.mark.parametrize("kind", ["weights", "random numbers"])
+def test_a_handler_with_a_period_is_called_in_any_iteration(kind: str):
+    check = check_handlers(trainer_of().attach(Meddler(kind, every=1000)), pairs())
+    assert check.remark == f"Meddler.meddle changes {kind}"
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_handler_that_declares_its_changes_passes_and_is_named(kind: str):
+    trainer = trainer_of(nn.BatchNorm1d(5)).attach(Meddler(kind, changes=(kind,)))
+    check = check_handlers(trainer, pairs())
+    assert check.passed
+    assert check.remark == f"Meddler.meddle changes {kind}, as declared"
+
+
+def test_every_part_of_a_run_that_a_handler_may_change_is_observed():
+    assert set(snapshot(trainer_of())) == set(Change)
+    assert set(CHANGES) == {change.value for change in Change}
+
+
+def test_a_copy_takes_every_argument_of_the_trainer():
+    trainer = trainer_of()
+    copied = TrainingCopy.of(trainer, trainer.device, None)
+    parameters = inspect.signature(Trainer).parameters
+    assert set(copied.arguments) == set(parameters) - {"model", "loss", "optimizer"}
+
+
+def test_gradient_clipping_declares_its_work():
     trainer = trainer_of().attach(GradientClipping(max_norm=1e-3))
     check = checks_of(trainer)["with 1 handlers"]
     assert check.passed
     assert check.error > 0
-    assert "GradientClipping._clip changes gradients, as it says" in check.remark
+    assert "GradientClipping._clip changes gradients, as declared" in check.remark
 
 
 def test_a_batch_that_cannot_be_cut_is_refused():

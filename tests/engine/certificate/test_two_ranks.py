@@ -8,7 +8,7 @@ import torch
 from diptych.engine import certify
 from diptych.engine.certificate import two_ranks
 from diptych.engine.certificate.report import Check
-from diptych.engine.certificate.update_copy import Specimen
+from diptych.engine.certificate.training_copy import TrainingCopy
 from tests.engine.certificate.trainings import ACROSS_RANKS, pairs, trainer_of
 
 
@@ -18,20 +18,20 @@ def checks() -> dict[str, list[Check]]:
     jobs, found, given = {}, {}, {}
     for name, build in ACROSS_RANKS.items():
         trainer, batch = build()
-        specimen = Specimen.of(trainer, torch.device("cpu"), torch.float64)
+        training = TrainingCopy.of(trainer, torch.device("cpu"), torch.float64)
         batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
-        given[name] = (specimen, batch)
+        given[name] = (training, batch)
         jobs |= {
-            f"{name}: {job}": parts for job, parts in two_ranks.jobs_of(specimen, batch).items()
+            f"{name}: {job}": parts for job, parts in two_ranks.jobs_of(training, batch).items()
         }
     results = two_ranks.run_on_two_ranks(jobs)
-    for name, (specimen, batch) in given.items():
+    for name, (training, batch) in given.items():
         own = {
             job.removeprefix(f"{name}: "): value
             for job, value in results.items()
             if job.startswith(f"{name}: ")
         }
-        found[name] = two_ranks.compared(specimen, batch, own, 1e-8)
+        found[name] = two_ranks.compared(training, batch, own, 1e-8)
     return found
 
 
@@ -42,19 +42,19 @@ def test_a_loss_of_the_global_batch_passes_with_equal_and_unequal_shares(checks,
 
 
 @pytest.mark.parametrize(
-    ("name", "culprit"),
+    ("name", "cause"),
     [
         ("batch norm", "batch norm sees one rank's samples: image.1"),
         ("local", "its own rank's samples alone"),
-        ("noise", "the transform draws for a rank's batch"),
+        ("noise", "the transform draws once for a rank's batch"),
         ("centred", "or mixes its samples"),
         ("multiplied", "2 times too large: a factor of the number of ranks"),
     ],
 )
-def test_what_is_planted_is_named(checks, name: str, culprit: str):
+def test_what_is_planted_is_named(checks, name: str, cause: str):
     for check in checks[name]:
         assert not check.passed
-        assert culprit in check.remark
+        assert cause in check.remark
 
 
 def test_a_mean_over_a_ranks_own_samples_is_right_for_equal_shares_only(checks):

@@ -1,10 +1,10 @@
-"""Copies of a training that can be run apart from it, one update at a time."""
+"""Copies of a training that make one update at a time, apart from the original."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -23,36 +23,30 @@ from diptych.engine.modules import unwrapped
 from diptych.engine.random_state import preserved_random_state
 from diptych.engine.step.loss_contract import loss_terms, sum_of_terms
 from diptych.engine.step.microbatch import joined
-from diptych.engine.step.train_step import TrainStep
-from diptych.engine.tasks import Task
-from diptych.engine.trainer import Step, Trainer
+from diptych.engine.trainer import Trainer
 
 Gradients = dict[str, Tensor]
+FIXED = {"precision": "fp32", "compile": False, "seed": None, "shard": False}
+"""Arguments of the trainer that are the same in every copy."""
 
 
 @attrs.frozen
-class Specimen:
-    """A model and a loss, copied, and what else an update needs.
+class TrainingCopy:
+    """Copies of a model and a loss, and the arguments of a trainer for them.
 
     Attributes:
         model: in training mode.
-        loss: what is minimised.
-        task: what a batch means.
-        step: the trainer's own, or None.
-        device: where it runs.
-        transform: the trainer's own, a copy.
+        loss: in training mode.
+        arguments: keyword arguments of `Trainer` besides model, loss and optimizer.
     """
 
     model: nn.Module
     loss: nn.Module
-    task: Task
-    step: Step | type[TrainStep] | None
-    device: torch.device
-    transform: Transform | None = None
+    arguments: dict[str, Any]
 
     @classmethod
-    def of(cls, trainer: Trainer, device: torch.device, dtype: torch.dtype | None) -> Specimen:
-        """Return copies of a trainer's parts, in another precision where one is given."""
+    def of(cls, trainer: Trainer, device: torch.device, dtype: torch.dtype | None) -> TrainingCopy:
+        """Return a copy of a trainer's parts on a device, in a precision unless it is None."""
         model, loss = copy.deepcopy(unwrapped(trainer.model)), copy.deepcopy(trainer.loss)
         for module in (model, loss):
             module.to(device=device, dtype=dtype)
@@ -60,16 +54,27 @@ class Specimen:
                 module.train()
         transform = copy.deepcopy(trainer.transform)
         if transform is not None and dtype is torch.float64:
-            transform = InDouble(transform)
-        return cls(model, loss, trainer.task, trainer.step, device, transform)
+            transform = DoubleTransform(transform)
+        own = {"device": device, "transform": transform, "microbatch_size": None}
+        return cls(model, loss, {**trainer.arguments, **FIXED, **own})
 
-    def on_cpu(self) -> Specimen:
+    @property
+    def device(self) -> torch.device:
+        """The device on which the copy runs."""
+        device: torch.device = self.arguments["device"]
+        return device
+
+    def with_arguments(self, **arguments: Any) -> TrainingCopy:
+        """Return this copy with other arguments of the trainer."""
+        return attrs.evolve(self, arguments={**self.arguments, **arguments})
+
+    def on_cpu(self) -> TrainingCopy:
         """Return a copy that runs on the CPU."""
         cpu = torch.device("cpu")
         moved = self.changed(lambda model, loss: (model.to(cpu), loss.to(cpu)))
-        return attrs.evolve(moved, device=cpu)
+        return moved.with_arguments(device=cpu)
 
-    def changed(self, change: Callable[[nn.Module, nn.Module], object]) -> Specimen:
+    def changed(self, change: Callable[[nn.Module, nn.Module], object]) -> TrainingCopy:
         """Return a copy on whose model and loss `change` has been called."""
         model, loss = copy.deepcopy(self.model), copy.deepcopy(self.loss)
         change(model, loss)
@@ -78,53 +83,55 @@ class Specimen:
     def gradients(
         self, batch: Any, *, microbatch_size: int | None = None, seed: int = 0
     ) -> Gradients:
-        """Return the gradients of an update as the trainer's own step makes them.
+        """Return the gradients of an update made by the trainer's own step.
 
         Args:
-            batch: of this rank, where there are several.
-            microbatch_size: samples of a piece.
-            seed: of the random draws, plus the rank.
+            batch: this rank's batch.
+            microbatch_size: samples of a piece; None: the whole batch.
+            seed: the seed of the random draws; the rank is added.
         """
         found: Gradients = {}
         model, loss = copy.deepcopy(self.model), copy.deepcopy(self.loss)
         optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.0)
-        trainer = Trainer(
-            model,
-            loss,
-            optimizer,
-            task=self.task,
-            microbatch_size=microbatch_size,
-            device=self.device,
-            step=self.step,
-            transform=copy.deepcopy(self.transform),
-        )
+        own = {"microbatch_size": microbatch_size, "transform": self._transform()}
+        trainer = Trainer(model, loss, optimizer, **{**self.arguments, **own})
         trainer.add_event_handler(
-            StepEvents.GRADIENTS_READY, lambda: found.update(_copied(trainer))
+            StepEvents.GRADIENTS_READY, lambda: found.update(_gradients(model, loss))
         )
         with preserved_random_state():
             torch.manual_seed(seed + rank())
             trainer.run([batch], max_epochs=1)
         return found
 
+    def _transform(self) -> Transform | None:
+        transform: Transform | None = copy.deepcopy(self.arguments["transform"])
+        return transform
+
     def transformed(self, batch: Any) -> Any:
-        """Return what the first update's model is to see of a batch, on the device."""
-        transform = placed_transform(copy.deepcopy(self.transform), None, self.device)
+        """Return the batch on the device, as the transform leaves it in the first update."""
+        transform = placed_transform(self._transform(), None, self.device)
         batch = to_device(batch, self.device)
         return transformed(transform, batch, self.device, seed=0, epoch=1, iteration=1)
 
-    def plain_gradients(self, batch: Any, pieces: int, *, seed: int = 0) -> Gradients:
-        """Return the gradients of one graph over all pieces, without the trainer's step."""
+    def plain_gradients(self, batch: Any, size: int, *, seed: int = 0) -> Gradients:
+        """Return the gradients of one graph over all pieces, without the trainer's step.
+
+        Args:
+            batch: to be cut into pieces.
+            size: samples of a piece.
+            seed: the seed of the random draws.
+        """
         model, loss = copy.deepcopy(self.model), copy.deepcopy(self.loss)
-        parts = split(self.transformed(batch), pieces)
+        parts = split(self.transformed(batch), size)
         with preserved_random_state():
             torch.manual_seed(seed)
-            outputs = joined([self.task(model, part) for part in parts], parts)
+            outputs = joined([self.arguments["task"](model, part) for part in parts], parts)
             sum_of_terms(loss_terms(loss, outputs)).backward()
         return _gradients(model, loss)
 
 
-class InDouble(nn.Module):
-    """A transform whose results are of float64, as the batches that it is given are.
+class DoubleTransform(nn.Module):
+    """A transform that returns float64.
 
     Args:
         transform: of a batch.
@@ -135,12 +142,12 @@ class InDouble(nn.Module):
         self.transform = transform.double() if isinstance(transform, nn.Module) else transform
 
     def forward(self, batch: Any) -> Any:
-        """Return what the transform makes of the batch."""
-        return in_double(self.transform(batch))
+        """Return the transformed batch in float64."""
+        return as_double(self.transform(batch))
 
 
-def in_double(batch: Any) -> Any:
-    """Return a batch whose tensors of floating point are of float64."""
+def as_double(batch: Any) -> Any:
+    """Return a batch whose floating-point tensors are float64."""
 
     def double(leaf: Any) -> Any:
         floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
@@ -149,21 +156,25 @@ def in_double(batch: Any) -> Any:
     return map_leaves(batch, double)
 
 
-def check_whole(trainer: Trainer) -> None:
+def check_not_sharded(trainer: Trainer) -> None:
     """Check that a trainer's model can be copied.
 
     Raises:
-        ValueError: if it is shared out over the ranks.
+        ValueError: if the model is sharded over the ranks.
     """
     if has_shards(trainer.model):
         raise ValueError(
-            "a certificate is of a model that this process holds, got one that is sharded: certify "
-            "it in a process without other ranks, where shard changes nothing"
+            "trainer must hold a whole model to be certified, got a sharded one. Certify it in a "
+            "single process, where shard has no effect."
         )
 
 
-def names_of(model: nn.Module, kind: type[nn.Module]) -> list[str]:
-    """Return the names of the modules of a kind that are in training mode."""
+BATCH_NORM, DROPOUT = _BatchNorm, _DropoutNd
+"""The layers that see the other samples of a batch, and the layers that draw random numbers."""
+
+
+def names_in_training(model: nn.Module, kind: type[nn.Module]) -> list[str]:
+    """Return the names of the modules of a class that are in training mode."""
     return [
         name or type(module).__name__
         for name, module in model.named_modules()
@@ -171,12 +182,8 @@ def names_of(model: nn.Module, kind: type[nn.Module]) -> list[str]:
     ]
 
 
-BATCH_NORM, DROPOUT = _BatchNorm, _DropoutNd
-"""Layers that see the other samples of a batch, and those that draw random numbers."""
-
-
 def in_evaluation_mode(kind: type[nn.Module]) -> Callable[[nn.Module, nn.Module], None]:
-    """Return a change that takes the layers of a kind out of training."""
+    """Return a change for `TrainingCopy.changed` that puts the layers of a class in eval mode."""
 
     def change(*modules: nn.Module) -> None:
         for module in modules:
@@ -190,8 +197,8 @@ def in_evaluation_mode(kind: type[nn.Module]) -> Callable[[nn.Module, nn.Module]
 def relative_error(found: Gradients, expected: Gradients) -> float:
     """Return the largest error of a tensor relative to its largest entry.
 
-    A tensor that is nothing but rounding (the gradient of a bias before a batch norm) is measured
-    by the others. Where one side lacks a tensor, or one is not finite, the error is infinite.
+    The error of a tensor of rounding errors alone (the gradient of a bias before a batch norm) is
+    relative to the other tensors. It is infinite if a side lacks a tensor or one is not finite.
     """
     if found.keys() != expected.keys():
         return math.inf
@@ -205,7 +212,7 @@ def relative_error(found: Gradients, expected: Gradients) -> float:
 
 
 def factor_of(found: Gradients, expected: Gradients) -> float:
-    """Return the factor between the two that fits best."""
+    """Return the factor between the two with the smallest squared error."""
     first = torch.cat([found[name].double().reshape(-1) for name in expected])
     second = torch.cat([value.double().reshape(-1) for value in expected.values()])
     return float(first @ second / (second @ second))
@@ -215,15 +222,6 @@ def _largest(value: Tensor) -> float:
     return float(value.detach().abs().max()) if value.numel() else 0.0
 
 
-def _copied(trainer: Trainer) -> Gradients:
-    return _gradients(trainer.model, trainer.loss)
-
-
 def _gradients(model: nn.Module, loss: nn.Module) -> Gradients:
-    return {name: p.grad.clone() for name, p in _named(model, loss) if p.grad is not None}
-
-
-def _named(model: nn.Module, loss: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for part, module in (("model", model), ("loss", loss)):
-        for name, parameter in module.named_parameters():
-            yield f"{part}.{name}", parameter
+    named = nn.ModuleDict({"model": model, "loss": loss}).named_parameters()
+    return {name: p.grad.clone() for name, p in named if p.grad is not None}

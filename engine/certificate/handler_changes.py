@@ -1,0 +1,200 @@
+"""One update with and without the attached handlers, and the changes that each handler makes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from ignite.engine import Events
+from torch import Tensor, nn
+
+from diptych.engine.certificate.report import Check
+from diptych.engine.certificate.training_copy import relative_error
+from diptych.engine.containers import leaves, map_leaves
+from diptych.engine.events import StepEvents
+from diptych.engine.handler import Change, contract_of
+from diptych.engine.loop.listener import Listener
+from diptych.engine.loop.periodic import Periodic
+from diptych.engine.random_state import preserved_random_state, random_state
+from diptych.engine.state.handler_states import stateful_handlers
+from diptych.engine.trainer import Trainer
+
+EVENTS = (Events.ITERATION_STARTED, *StepEvents, Events.ITERATION_COMPLETED)
+"""The events of an iteration; those that a handler fires itself (a log point) are left out."""
+RUN_LENGTH = ("max_epochs", "max_iters", "epoch_length")
+STOPS = ("should_terminate", "should_terminate_single_epoch", "should_interrupt")
+
+
+def check_handlers(trainer: Trainer, batch: Any) -> Check:
+    """Compare the weights after an update with handlers and after one without.
+
+    The check fails if a handler makes a change that it does not declare in `Handler.changes`, and
+    names every handler that makes one. Handlers with a period are called in any iteration.
+    """
+    observer = ChangeObserver(trainer)
+    with _preserved(trainer), trainer.calling(lambda _: None):
+        expected = _weights_after(trainer, batch)
+    with _preserved(trainer), trainer.calling(observer.call):
+        found = _weights_after(trainer, batch)
+    return Check(
+        f"with {len(trainer.handlers)} handlers",
+        relative_error(found, expected),
+        passed=not observer.undeclared,
+        remark="; ".join((*observer.undeclared, *observer.declared)),
+    )
+
+
+@attrs.define(eq=False)
+class ChangeObserver:
+    """Calls listeners one at a time and records the changes that each of them makes.
+
+    Attributes:
+        trainer: the trainer to whose events they listen.
+        undeclared: the listeners with a change that they do not declare, in words.
+        declared: the listeners whose changes are all declared, in words.
+    """
+
+    trainer: Trainer
+    undeclared: list[str] = attrs.field(factory=list)
+    declared: list[str] = attrs.field(factory=list)
+
+    def call(self, listener: Listener) -> None:
+        """Call a listener of the iteration's events, or every listener that it combines."""
+        if isinstance(listener.function, Periodic):
+            for one in listener.function.listeners:
+                self.call(one)
+        elif listener.event in EVENTS:
+            before = snapshot(self.trainer)
+            listener.call(self.trainer, (), {})
+            after = snapshot(self.trainer)
+            changed = [change for change in Change if not _same(before[change], after[change])]
+            if changed:
+                self._record(listener, changed)
+
+    def _record(self, listener: Listener, changed: list[Change]) -> None:
+        declared = contract_of(_owner(listener)).changes
+        undeclared = [change for change in changed if change not in declared]
+        words = " and ".join(change.value for change in undeclared or changed)
+        if undeclared:
+            self.undeclared.append(f"{listener.name} changes {words}")
+        else:
+            self.declared.append(f"{listener.name} changes {words}, as declared")
+
+
+def snapshot(trainer: Trainer) -> dict[Change, Any]:
+    """Return copies of everything in a run that a handler may change."""
+    modules = (trainer.model, trainer.loss)
+    parameters = [p for module in modules for p in module.parameters()]
+    parts = [part for module in modules for part in module.modules()]
+    return {
+        Change.WEIGHTS: [_copied(p) for p in parameters],
+        Change.GRADIENTS: [_copied(p.grad) for p in parameters],
+        Change.BUFFERS: [_copied(b) for module in modules for b in module.buffers()],
+        Change.TRAINABLE: [p.requires_grad for p in parameters],
+        Change.MODE: [part.training for part in parts],
+        Change.RATES: [
+            {name: _copied(value) for name, value in group.items() if name != "params"}
+            for group in trainer.optimizer.param_groups
+        ],
+        Change.BATCH: [_copied(leaf) for leaf in leaves(trainer.state.batch)],
+        Change.LOSS: [id(trainer.loss), *map(_settings, trainer.loss.modules())],
+        Change.RUN_LENGTH: [
+            *(getattr(trainer.state, name) for name in RUN_LENGTH),
+            *(getattr(trainer, name) for name in STOPS),
+        ],
+        Change.RANDOM_STATE: random_state(),
+    }
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Return the plain attributes of a module, without those that torch sets."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if (value is None or isinstance(value, (bool, int, float, str, tuple)))
+        and name not in vars(_PLAIN)
+    }
+
+
+_PLAIN = nn.Module()
+
+
+def _owner(listener: Listener) -> object:
+    """Return the object whose method a listener calls."""
+    parent = getattr(listener.function, "_parent", None)  # Ignite's wrapper of a filtered handler
+    function = listener.function if parent is None else parent()
+    return getattr(function, "__self__", function)
+
+
+def _weights_after(trainer: Trainer, batch: Any) -> dict[str, Tensor]:
+    """Make one update, with the events of its iteration; return the weights."""
+    trainer.state.iteration += 1
+    trainer.state.batch = map_leaves(batch, _copied)  # a handler may change it in place
+    trainer.fire_event(Events.ITERATION_STARTED)
+    trainer.state.output = trainer.make_update(trainer.state.batch)
+    trainer.fire_event(Events.ITERATION_COMPLETED)
+    return {
+        f"{name}.{key}": value.detach().clone()
+        for name in ("model", "loss")
+        for key, value in getattr(trainer, name).state_dict().items()
+        if isinstance(value, Tensor)
+    }
+
+
+@contextmanager
+def _preserved(trainer: Trainer) -> Iterator[None]:
+    """Restore on exit everything that an update or a handler changes."""
+    holders: dict[str, Any] = {
+        "model": trainer.model,
+        "loss": trainer.loss,
+        "optimizer": trainer.optimizer,
+        "metrics": trainer.metrics,
+        **{f"handler {name}": h for name, h in stateful_handlers(trainer).items()},
+    }
+    if trainer.scaler is not None:
+        holders["scaler"] = trainer.scaler
+    before = {name: copy.deepcopy(holder.state_dict()) for name, holder in holders.items()}
+    state, metrics = dict(vars(trainer.state)), dict(trainer.state.metrics)
+    loss, stops = trainer.loss, {name: getattr(trainer, name) for name in STOPS}
+    modules = [part for module in (trainer.model, loss) for part in module.modules()]
+    modes = [(part, part.training, _settings(part)) for part in modules]
+    trainable = [(p, p.requires_grad) for part in modules for p in part.parameters(recurse=False)]
+    with preserved_random_state():
+        try:
+            yield
+        finally:
+            if trainer.loss is not loss:
+                trainer.loss = loss
+            for part, training, settings in modes:
+                part.training = training
+                vars(part).update(settings)
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
+            for name, holder in holders.items():
+                holder.load_state_dict(before[name])
+            vars(trainer.state).update(state)
+            trainer.state.metrics = metrics
+            for name, value in stops.items():
+                setattr(trainer, name, value)
+            trainer.optimizer.zero_grad(set_to_none=True)
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.shape == second.shape and torch.allclose(
+            first, second.to(first), rtol=0, atol=0, equal_nan=True
+        )
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_same(first[k], second[k]) for k in first)
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
+        return len(first) == len(second) and all(map(_same, first, second))
+    return bool(np.all(first == second))
