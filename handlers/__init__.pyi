@@ -63,23 +63,24 @@ from diptych.handlers.pictures.histograms import Histograms as Histograms
 from diptych.handlers.pictures.pair_samples import PairSamples as PairSamples
 from diptych.handlers.pictures.projector import EmbeddingProjector as EmbeddingProjector
 from diptych.handlers.reports.history_plots import HistoryPlots as HistoryPlots
+from diptych.handlers.run_directory import (
+    RunDirectory as RunDirectory,
+)
+from diptych.handlers.run_directory import (
+    latest_run as latest_run,
+)
+from diptych.handlers.run_directory import (
+    new_run as new_run,
+)
 from diptych.handlers.sinks.jsonl import (
     JsonLines as JsonLines,
 )
 from diptych.handlers.sinks.jsonl import (
     read_records as read_records,
 )
-from diptych.handlers.sinks.progress import ProgressBar as ProgressBar
+from diptych.handlers.sinks.progress_bar import ProgressBar as ProgressBar
 from diptych.handlers.sinks.run_card import RunCard as RunCard
-from diptych.handlers.sinks.run_directory import (
-    RunRecord as RunRecord,
-)
-from diptych.handlers.sinks.run_directory import (
-    latest_run as latest_run,
-)
-from diptych.handlers.sinks.run_directory import (
-    new_run as new_run,
-)
+from diptych.handlers.sinks.run_record import RunRecord as RunRecord
 from diptych.handlers.sinks.tensorboard import TensorBoard as TensorBoard
 from diptych.handlers.sinks.to_logger import ToLogger as ToLogger
 from diptych.handlers.sinks.trackers import (

@@ -1,7 +1,8 @@
-"""The handlers that most runs want."""
+"""The handlers that most runs need."""
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -9,15 +10,16 @@ from typing import Literal
 from diptych.engine.handler import Attachable
 from diptych.handlers.checkpointing.checkpoint_manager import CheckpointManager
 from diptych.handlers.performance.throughput import Throughput
+from diptych.handlers.run_directory import RunDirectory
 from diptych.handlers.sinks.jsonl import JsonLines
-from diptych.handlers.sinks.progress import ProgressBar
+from diptych.handlers.sinks.progress_bar import ProgressBar
 from diptych.handlers.sinks.run_card import RunCard
-from diptych.handlers.sinks.run_directory import RunRecord
+from diptych.handlers.sinks.run_record import RunRecord
 from diptych.handlers.sinks.tensorboard import TensorBoard
 
 
 def default_handlers(
-    run_dir: Path | str,
+    run_dir: str | os.PathLike[str],
     *,
     best: str | None = None,
     mode: Literal["max", "min"] = "max",
@@ -25,7 +27,7 @@ def default_handlers(
     keep: int = 3,
     resume: Path | str | None = "auto",
 ) -> list[Attachable]:
-    """Return the handlers that save, resume and show a run, as a list to extend.
+    """Return handlers that save, resume, log and show a run, as a list to extend.
 
     ```python
     trainer.attach(
@@ -35,31 +37,31 @@ def default_handlers(
     )
     ```
 
-    None of them changes what is learned, so what does (a schedule, gradient clipping) is not among
-    them. The folder will hold `checkpoints/`, `metrics.jsonl`, `metrics.measured.jsonl`,
-    `settings.json` and TensorBoard's event files.
+    They change no weight. Attach handlers that do, such as a schedule or gradient clipping,
+    yourself. The run directory will hold `checkpoints/`, `metrics.jsonl`, `metrics.measured.jsonl`,
+    `settings.json` and TensorBoard's event files; `RunDirectory` names them.
 
     Args:
-        run_dir: the run's folder: a new one (`new_run`), or one whose run is to go on.
-        best: the metric by which the best checkpoints are kept, such as "val/recall@1".
+        run_dir: the run directory: a new one (`new_run`), or that of a run to resume.
+        best: the metric that ranks the best checkpoints, such as "val/recall@1".
         mode: whether a larger ("max") or a smaller ("min") value of it is better.
         every: "epoch", iterations, or a `datetime.timedelta` between two checkpoints.
-        keep: checkpoints to keep.
-        resume: "auto" continues from the latest checkpoint in the folder, where there is one; a
-            path continues from that file; None starts anew.
+        keep: the number of checkpoints to keep.
+        resume: "auto" resumes from the latest checkpoint in the run directory, if there is one; a
+            path resumes from that file; None starts a new run.
 
     Raises:
         ValueError: if an argument is out of range.
     """
-    run_dir = Path(run_dir)
+    run = RunDirectory(run_dir)
     return [
-        RunRecord(run_dir),
+        RunRecord(run),
         Throughput(),
-        TensorBoard(run_dir),
-        JsonLines(run_dir),
+        TensorBoard(run),
+        JsonLines(run),
         ProgressBar(),
-        RunCard(directory=run_dir, best=best, mode=mode),
+        RunCard(directory=Path(run_dir), best=best, mode=mode),
         CheckpointManager(
-            run_dir / "checkpoints", every=every, best=best, mode=mode, keep=keep, resume=resume
+            run.checkpoints, every=every, best=best, mode=mode, keep=keep, resume=resume
         ),
     ]

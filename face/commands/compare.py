@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diptych.handlers.files import write_atomically
 from diptych.handlers.reports.history_plots import (
     differing_settings,
     final_values,
     page,
     read_run,
-    write_page,
 )
 
 
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     names = [run.name for run in runs]
     sys.stdout.write(_table("settings that differ", names, differing_settings(runs)))
     sys.stdout.write(_table("last values", names, final_values(runs)))
-    write_page(options.output, page(runs))
+    write_atomically(options.output, page(runs))
     sys.stdout.write(f"Wrote {options.output}.\n")
     return 0
 

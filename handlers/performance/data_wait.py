@@ -1,4 +1,4 @@
-"""How long a run waits for its data, and the rule that says when that is too long."""
+"""The time that a run waits for its data, and the rule that warns if it is too long."""
 
 from __future__ import annotations
 
@@ -9,52 +9,52 @@ from typing import Any
 import attrs
 import torch
 
-from diptych.handlers.health.rules import Finding
+from diptych.engine.handler import Finding
 
-NAME = "waiting for data"
+RULE = "waiting for data"
 REMEDY = (
-    "Give the loader more workers (num_workers), have it pin its batches (pin_memory=True), make "
-    "what it does for a sample cheaper, or do it on the device (Trainer(transform=...))."
+    "Give the loader more workers (num_workers), let it pin its batches (pin_memory=True), make "
+    "its work for each sample cheaper, or do that work on the device (Trainer(transform=...))."
 )
-LEAST = 10.0
-"""Seconds of waiting below which nothing is worth a word."""
+SHORTEST_WAIT = 10.0
+"""Seconds of waiting below which the rule is silent."""
 
 
 class HostWait:
-    """Adds up the time between `start` and `stop`."""
+    """The total time between `start` and `stop`, on the host's clock."""
 
     def __init__(self) -> None:
         self._since: float | None = None
         self._seconds = 0.0
 
     def start(self) -> None:
-        """Begin to wait."""
+        """Start a wait."""
         self._since = perf_counter()
 
     def stop(self) -> None:
-        """End the wait, if one has begun."""
+        """End the wait, if one has started."""
         if self._since is not None:
             self._seconds += perf_counter() - self._since
         self._since = None
 
     def read(self) -> float:
-        """Return the seconds since `clear`."""
+        """Return the seconds waited since `clear`."""
         return self._seconds
 
     def clear(self) -> None:
-        """Begin at 0 again."""
+        """Set the total to 0."""
         self._since, self._seconds = None, 0.0
 
 
 class DeviceWait:
-    """Adds up the time between `start` and `stop` in which a CUDA device has nothing to do.
+    """The total time between `start` and `stop` in which a CUDA device is idle.
 
-    Both put an event into the device's queue. While the device is busy with what was queued before,
-    it comes to both at one time; where it has run dry, it comes to the second when `stop` is
-    called. A host that waits while the device computes costs nothing, and does not count.
+    Both record an event in the device's queue. If the device is still busy with earlier work, it
+    reaches both events at the same time. If it is idle, it reaches the second one when `stop` is
+    called. So a wait of the host while the device computes does not count.
 
     Args:
-        device: whose current stream is watched.
+        device: the events are recorded in its current stream.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -64,23 +64,23 @@ class DeviceWait:
         self._seconds = 0.0
 
     def start(self) -> None:
-        """Begin to wait."""
+        """Start a wait."""
         self._began = self._now()
 
     def stop(self) -> None:
-        """End the wait, if one has begun."""
+        """End the wait, if one has started."""
         if self._began is not None:
             self._waits.append((self._began, self._now()))
         self._began = None
         self._add_up()
 
     def read(self) -> float:
-        """Return the seconds since `clear`, of what the device has come to."""
+        """Return the idle seconds since `clear`, up to the last event that it has reached."""
         self._add_up()
         return self._seconds
 
     def clear(self) -> None:
-        """Begin at 0 again."""
+        """Set the total to 0."""
         self._began, self._seconds = None, 0.0
         self._waits.clear()
 
@@ -90,23 +90,23 @@ class DeviceWait:
         return event
 
     def _add_up(self) -> None:
-        """Read the waits that are over on the device, so that few events are in use."""
+        """Read the waits that are over on the device, so that few events are kept."""
         while self._waits and self._waits[0][1].query():
             began, ended = self._waits.popleft()
             self._seconds += began.elapsed_time(ended) / 1e3
 
 
-def wait_of(device: torch.device) -> HostWait | DeviceWait:
-    """Return what measures the wait for data of a run on this device."""
+def data_wait(device: torch.device) -> HostWait | DeviceWait:
+    """Return a timer of the waits for data on a device."""
     return DeviceWait(device) if device.type == "cuda" else HostWait()
 
 
 @attrs.define(eq=False)
 class DataWaitRule:
-    """Says once when a run has waited for its data for too large a part of its time.
+    """Warns once if a run waits for its data for too large a share of its time.
 
     It fires when the share is above `share` at `patience` log points in a row, and these waits
-    together have taken `LEAST` seconds, so that a run of a moment is left in peace.
+    together have taken `SHORTEST_WAIT` seconds, so that short runs cause no warning.
 
     Args:
         share: of an iteration's time, in (0, 1].
@@ -116,30 +116,30 @@ class DataWaitRule:
     share: float
     patience: int
     _windows: list[tuple[float, float]] = attrs.field(factory=list, init=False, repr=False)
-    _told: bool = attrs.field(default=False, init=False, repr=False)
+    _has_fired: bool = attrs.field(default=False, init=False, repr=False)
 
     def start(self) -> None:
-        """Forget what was seen: another run begins."""
-        self._windows, self._told = [], False
+        """Reset the rule for another run."""
+        self._windows, self._has_fired = [], False
 
     def judge(self, step: int, waited: float, seconds: float) -> Finding | None:
-        """Take the wait and the whole time between two log points; return what it means, if much.
+        """Add the times between two log points; return a finding if the rule fires.
 
         Args:
-            step: the iteration of the second.
-            waited: seconds.
-            seconds: of both.
+            step: the iteration of the second log point.
+            waited: seconds of waiting.
+            seconds: all seconds, those of waiting included.
         """
         if waited <= self.share * seconds:
             self._windows.clear()
             return None
         self._windows.append((waited, seconds))
         waited, seconds = (sum(column) for column in zip(*self._windows, strict=True))
-        if self._told or len(self._windows) < self.patience or waited < LEAST:
+        if self._has_fired or len(self._windows) < self.patience or waited < SHORTEST_WAIT:
             return None
-        self._told = True
+        self._has_fired = True
         evidence = (
             f"there was no batch to compute on for {waited / seconds:.0%} of the time "
             f"({waited:.0f} of {seconds:.0f} s, {len(self._windows)} log points in a row)"
         )
-        return Finding(NAME, step, evidence, REMEDY)
+        return Finding(RULE, step, evidence, REMEDY)

@@ -1,4 +1,4 @@
-"""A window of a run under torch's profiler, as a trace to look at."""
+"""Traces of a few iterations by torch's profiler."""
 
 from __future__ import annotations
 
@@ -11,44 +11,47 @@ from ignite.engine import Events
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from diptych.engine.distributed.collectives import rank
+from diptych.engine.events import RunEvents
+from diptych.engine.handler import Handler
+from diptych.handlers.files import make_folder
+from diptych.handlers.run_directory import absolute
 
 if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer
 
 ROWS = 40  # of the table of operators
-AT_THE_END = (Events.COMPLETED, Events.TERMINATE, Events.INTERRUPT, Events.EXCEPTION_RAISED)
 
 
 @attrs.define(eq=False)
-class Profile:
-    """Traces a few iterations with `torch.profiler`: what ran when, on the host and the device.
+class Profile(Handler):
+    """Traces a few iterations with `torch.profiler`, on the host and the device.
 
     ```python
     trainer.attach(Profile(run_dir / "profile"))
     ```
 
-    Each rank writes `rank0.15.pt.trace.json`, named after its last iteration, for
-    `chrome://tracing`, Perfetto and TensorBoard's profiler plugin, and `rank0.15.operators.txt`, a
-    table of what took longest. The window begins with the fetching of a batch. A run that ends
-    inside it keeps what there is.
+    Each rank writes two files, named after the rank and the last iteration: the trace
+    `rank0.15.pt.trace.json`, for `chrome://tracing`, Perfetto and TensorBoard's profiler plugin,
+    and `rank0.15.operators.txt`, a table of the slowest operators. The window starts when its first
+    batch is fetched. If the run ends inside the window, the iterations so far are written.
 
-    Event: `STARTED`, `ITERATION_COMPLETED`; the end of the run.
-    Cost: a tenth of a microsecond an iteration outside the window; inside it the profiler slows the
-        run down, and its end takes a second or more and some MB of disk for each iteration.
+    Event: `STARTED`, `ITERATION_COMPLETED`, `RunEvents.ENDED`.
+    Cost: a tenth of a microsecond an iteration outside the window. Inside it the profiler slows the
+        run down; writing takes a second or more, and a few MB of disk for each iteration.
 
     Args:
-        directory: of the files; made if it is not there.
-        skip: iterations of this run that go before the window, >= 1: the first are not typical,
-            and the last of them warms the profiler up.
+        directory: of the files; created if missing.
+        skip: iterations of this run before the window, >= 1: the first ones are not typical, and
+            the last of them warms up the profiler.
         steps: iterations of the window, >= 1.
         shapes: whether to record the shapes of the operators' inputs.
-        memory: whether to record what is allocated and freed.
+        memory: whether to record allocations.
 
     Raises:
         ValueError: if a number is below 1.
     """
 
-    directory: Path = attrs.field(converter=Path)
+    directory: Path = attrs.field(converter=absolute)
     skip: int = attrs.field(default=10, validator=attrs.validators.ge(1), kw_only=True)
     steps: int = attrs.field(default=5, validator=attrs.validators.ge(1), kw_only=True)
     shapes: bool = attrs.field(default=False, kw_only=True)
@@ -60,8 +63,7 @@ class Profile:
         """Trace a window of the trainer's next run."""
         trainer.add_event_handler(Events.STARTED, self._start)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self._step)
-        for event in AT_THE_END:
-            trainer.add_event_handler(event, self._end)
+        trainer.add_event_handler(RunEvents.ENDED, self._end)
 
     def _start(self, trainer: Trainer) -> None:
         self._left = self.skip + self.steps
@@ -73,7 +75,7 @@ class Profile:
             return
         self._left -= 1
         if self._profiler is not None:
-            self._wait(trainer)
+            self._synchronize(trainer)
             if self._left:
                 self._profiler.step()
             else:
@@ -94,18 +96,18 @@ class Profile:
         )
         self._profiler.start()
 
-    def _wait(self, trainer: Trainer) -> None:
-        """Let the device end what belongs to the window: inside it the order is what counts."""
+    def _synchronize(self, trainer: Trainer) -> None:
+        """Wait for the device at both ends of the window, so that the trace is complete."""
         if trainer.device.type != "cpu" and self._left in {0, self.steps}:
             torch.accelerator.synchronize(trainer.device)
 
-    def _end(self, _: Trainer, *__: object) -> None:
+    def _end(self, _: Trainer) -> None:
         profiler, self._profiler, self._left = self._profiler, None, 0
         if profiler is not None:
             profiler.stop()
 
     def _write(self, profiler: profile, iteration: int) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_folder(self.directory)
         stem = f"rank{rank()}.{iteration}"
         profiler.export_chrome_trace(str(self.directory / f"{stem}.pt.trace.json"))
         order = "self_cpu_time_total"

@@ -1,4 +1,4 @@
-"""Pictures for a person: thumbnails, sheets of results, heat maps, filters."""
+"""Drawing of pictures: thumbnails, sheets of retrieval results, heat maps, tiles."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import Tensor
 SIDE, GAP = 48, 6
 TEXT_WIDTH, LINE = 190, 14
 RIGHT, WRONG, INK, PAPER = "#1a9850", "#d7dbe0", "#20242a", "white"
-# From dark to light, as the eye orders them: a few colours of a perceptually even scale.
-SCALE = (
+# From dark to light: a few colours of a perceptually uniform scale.
+COLOR_SCALE = (
     (13, 8, 84),
     (84, 15, 140),
     (158, 40, 128),
@@ -33,11 +33,11 @@ class Result:
 
     Attributes:
         content: an image [C, H, W], or a text.
-        right: whether it matches.
+        matches: whether it matches the query.
     """
 
     content: Tensor | str
-    right: bool
+    matches: bool
 
 
 @attrs.frozen(eq=False)
@@ -46,27 +46,13 @@ class Row:
 
     Attributes:
         query: an image [C, H, W], or a text.
-        rank: of the best match, from 1; None where nothing matches.
-        results: of one kind.
+        rank: of the best match, from 1; None if nothing matches.
+        results: all images, or all texts.
     """
 
     query: Tensor | str
     rank: int | None
     results: Sequence[Result]
-
-
-def check_can_draw() -> None:
-    """Check that the package that draws is there.
-
-    Raises:
-        ImportError: naming the extra to install.
-    """
-    try:
-        import PIL.Image  # noqa: F401, PLC0415 - TensorBoard brings it, but not every version
-    except ImportError as error:
-        raise ImportError(
-            "drawing pictures needs the package pillow: pip install 'diptych[images]'"
-        ) from error
 
 
 def as_bytes(images: Tensor) -> Tensor:
@@ -78,7 +64,7 @@ def as_bytes(images: Tensor) -> Tensor:
 
 
 def thumbnails(images: Tensor, side: int) -> Tensor:
-    """Return images [N, C, H, W] as uint8 [N, 3, side, side], whole, on white."""
+    """Return images [N, C, H, W], scaled to fit, as uint8 [N, 3, side, side] on white."""
     whole = as_bytes(images).float()
     height, width = whole.shape[-2:]
     scale = side / max(height, width)
@@ -94,9 +80,9 @@ def thumbnails(images: Tensor, side: int) -> Tensor:
 
 
 def sheet(rows: Sequence[Row]) -> Tensor:
-    """Return a picture, uint8 [3, H, W]: a line for each query.
+    """Return a picture, uint8 [3, H, W], with a row for each query.
 
-    First the query and the rank of its best match, then the results; those that match are green.
+    A row shows the query, the rank of its best match, and the results, with matches in green.
     """
     from PIL import Image, ImageDraw  # noqa: PLC0415
 
@@ -120,7 +106,7 @@ def sheet(rows: Sequence[Row]) -> Tensor:
 
 def heat_map(values: Tensor, low: float, high: float, *, side: int = 384) -> Tensor:
     """Return a matrix as a picture, uint8 [3, H, W], dark at `low` and light at `high`."""
-    scale = torch.tensor(SCALE, dtype=torch.float32)
+    scale = torch.tensor(COLOR_SCALE, dtype=torch.float32)
     place = ((values.float().cpu() - low) / (high - low)).nan_to_num().clamp(0, 1)
     place = place * (len(scale) - 1)
     below = place.floor().long().clamp(max=len(scale) - 2)
@@ -131,18 +117,18 @@ def heat_map(values: Tensor, low: float, high: float, *, side: int = 384) -> Ten
     return picture.repeat_interleave(enlarged, 1).repeat_interleave(enlarged, 2)
 
 
-def tiles(images: Tensor, columns: int, *, gap: int = 2, lines: int | None = None) -> Tensor:
-    """Return images, uint8 [N, 3, H, W], side by side in lines, as one picture.
+def tiles(images: Tensor, columns: int, *, gap: int = 2, rows: int | None = None) -> Tensor:
+    """Return images, uint8 [N, 3, H, W], as one picture, in rows.
 
     Args:
         images: from left to right, then downwards.
-        columns: images of a line.
-        gap: pixels between two.
-        lines: of the picture; None: as many as the images fill.
+        columns: images in a row.
+        gap: pixels between two images.
+        rows: of the picture; None: as many as the images fill.
     """
     count, _, height, width = images.shape
-    lines = lines or -(-count // columns)
-    picture = images.new_full((3, lines * (height + gap), columns * (width + gap)), 255)
+    rows = rows or -(-count // columns)
+    picture = images.new_full((3, rows * (height + gap), columns * (width + gap)), 255)
     for index, image in enumerate(images):
         top, left = index // columns * (height + gap), index % columns * (width + gap)
         picture[:, top : top + height, left : left + width] = image
@@ -177,10 +163,10 @@ def _put_results(picture: Any, results: Sequence[Result], place: tuple[int, int]
         if isinstance(result.content, str):
             text = _shortened(f"{index + 1}. {result.content}", 3 * TEXT_WIDTH // 2)
             at = (left, top - 2 + index * LINE)
-            draw.text(at, text, RIGHT if result.right else INK, _font())
+            draw.text(at, text, RIGHT if result.matches else INK, _font())
             continue
         x = left + index * (SIDE + 2 * GAP)
-        colour, frame = (RIGHT, 3) if result.right else (WRONG, 1)
+        colour, frame = (RIGHT, 3) if result.matches else (WRONG, 1)
         box = (x - frame, top - frame, x + SIDE + frame - 1, top + SIDE + frame - 1)
         draw.rectangle(box, outline=colour, width=frame)
         _put(picture, result.content, (x, top), SIDE)
@@ -190,7 +176,7 @@ def _shortened(text: str, width: int) -> str:
     text = " ".join(text.split())
     if _font().getlength(text) <= width:
         return text
-    # Longer beginnings are wider: the widest that fits is found by halving.
+    # Longer beginnings are wider, so bisection finds the longest one that fits.
     fits = bisect_right(
         range(len(text)), width, key=lambda end: _font().getlength(text[:end] + "...")
     )

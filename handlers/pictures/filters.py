@@ -1,4 +1,4 @@
-"""What the first layer of an image encoder looks for, as pictures."""
+"""The filters of an image encoder's first layer, as a picture."""
 
 from __future__ import annotations
 
@@ -10,68 +10,65 @@ from ignite.engine import Events
 from torch import Tensor, nn
 
 from diptych.engine.distributed.collectives import rank
-from diptych.engine.distributed.dtensor import has_shards, whole
+from diptych.engine.distributed.dtensor import whole
 from diptych.engine.trainer import Trainer
 from diptych.handlers.cadence import call_every, check_every
-from diptych.handlers.pictures.drawing import check_can_draw, thumbnails, tiles
-from diptych.handlers.sinks.tensorboard import TensorBoard, attach_board_of, board_of
+from diptych.handlers.extras import check_extra
+from diptych.handlers.pictures.board_handler import BoardHandler
+from diptych.handlers.pictures.drawing import thumbnails, tiles
 
-SIDE, MOST, COLUMNS = 32, 64, 8
+SIDE, MOST_FILTERS, COLUMNS = 32, 64, 8
 
 
 @attrs.define(kw_only=True, eq=False)
-class FirstLayerFilters:
+class FirstLayerFilters(BoardHandler):
     """Shows the filters of the model's first layer in TensorBoard, as the image `filters`.
 
-    That is the first two-dimensional convolution that looks at 1 or 3 channels, in pieces of more
-    than a pixel: the stem of a convolutional network, the patch embedding of a vision transformer.
-    Each of its first 64 filters is stretched to its own range: grey noise that stays so is a layer
-    that does not learn.
+    The layer is the first `Conv2d` with 1 or 3 input channels and a kernel larger than one pixel:
+    the stem of a convolutional network, or the patch embedding of a vision transformer. Each of its
+    first 64 filters is scaled to its own range. Filters that stay grey noise belong to a layer that
+    does not learn.
 
-    Event: `STARTED` of a new run, `EPOCH_COMPLETED` or every so many iterations. Rank 0 alone
-        draws.
-    Cost: the filters are copied to the host, which waits for the device; some 5 ms, and 10 kB of
+    Event: `STARTED` of a new run; `EPOCH_COMPLETED`, or every `every` iterations. Draws on rank 0
+        only.
+    Cost: the filters are copied to the host, which waits for the device; about 5 ms, and 10 kB of
         disk.
 
     Args:
-        every: "epoch", or iterations between two looks.
-        board: where to draw; None: the `TensorBoard` that is attached. One that is not attached is
+        every: "epoch", or iterations between two drawings.
+        board: where to draw; None: the attached `TensorBoard`. A board that is not attached is
             attached with this handler.
 
     Raises:
-        ValueError: if `every` is something else; when the run starts, if there is no board or no
+        ValueError: if `every` is neither; when the run starts, if there is no board or no
             such layer.
         ImportError: if the extra `images` is not installed.
     """
 
     every: int | Literal["epoch"] = attrs.field(default="epoch", validator=check_every)
-    board: TensorBoard | None = None
 
     def __attrs_post_init__(self) -> None:
-        check_can_draw()
+        check_extra("images", "PIL", needed_by="FirstLayerFilters")
 
-    def attach(self, trainer: Trainer) -> None:
-        """Draw on the trainer's events."""
-        attach_board_of(self, trainer)
-        if rank() == 0 or has_shards(trainer.model):  # which all ranks gather
-            trainer.add_event_handler(Events.STARTED, self._start)
-            call_every(trainer, self.every, self.draw)
+    def _listen(self, trainer: Trainer) -> None:
+        trainer.add_event_handler(Events.STARTED, self._start)
+        call_every(trainer, self.every, self.draw)
 
     def draw(self, trainer: Trainer) -> None:
-        """Draw the filters of now."""
+        """Draw the current filters."""
         picture = filter_picture(first_layer(trainer.model))
         if rank() == 0:
-            board_of(trainer, self).writer.add_image("filters", picture, trainer.state.iteration)
+            self._board_of(trainer).writer.add_image("filters", picture, trainer.state.iteration)
 
     def _start(self, trainer: Trainer) -> None:
-        board_of(trainer, self)
+        self._board_of(trainer)
         first_layer(trainer.model)
         if trainer.state.iteration == 0:
             self.draw(trainer)
 
 
 def first_layer(model: nn.Module) -> nn.Conv2d:
-    """Return the first convolution that looks at pixels.
+    """Return the first convolution whose input is an image.
 
     Raises:
         ValueError: if there is none.
@@ -80,15 +77,15 @@ def first_layer(model: nn.Module) -> nn.Conv2d:
         if layer.weight.shape[1] in (1, 3) and layer.weight.shape[2:].numel() > 1:
             return layer
     raise ValueError(
-        "FirstLayerFilters needs a model with a Conv2d over 1 or 3 channels and more than a pixel, "
-        f"got {type(model).__name__}, which has none: leave the handler out"
+        "the model of FirstLayerFilters must have a Conv2d over 1 or 3 channels with a kernel "
+        f"larger than one pixel, got none in {type(model).__name__}. Remove the handler."
     )
 
 
 @torch.no_grad()
 def filter_picture(layer: nn.Conv2d) -> Tensor:
-    """Return a layer's filters, uint8 [3, H, W], at most 64 of them, each in its own range."""
-    weight = whole(layer.weight.detach())[:MOST].float().cpu()
+    """Return at most 64 of a layer's filters, each scaled to its own range, as uint8 [3, H, W]."""
+    weight = whole(layer.weight.detach())[:MOST_FILTERS].float().cpu()
     low = weight.amin(dim=(1, 2, 3), keepdim=True)
     high = weight.amax(dim=(1, 2, 3), keepdim=True)
     shown = (weight - low) / (high - low).clamp(min=1e-12)

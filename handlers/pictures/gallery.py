@@ -1,4 +1,4 @@
-"""What a model retrieves for a few fixed samples, as pictures that one slides through."""
+"""A gallery of retrieval results for a few fixed samples, over the course of training."""
 
 from __future__ import annotations
 
@@ -12,50 +12,51 @@ from torch import Tensor
 
 from diptych.engine.checks import whole_number
 from diptych.engine.distributed.collectives import rank
-from diptych.engine.distributed.dtensor import has_shards
 from diptych.engine.trainer import Trainer
 from diptych.handlers.cadence import call_every, check_every
-from diptych.handlers.evaluation.ranking import TIE
-from diptych.handlers.pictures.drawing import Result, Row, check_can_draw, heat_map, sheet
+from diptych.handlers.evaluation.retrieval_ranks import TIE
+from diptych.handlers.extras import check_extra
+from diptych.handlers.pictures.board_handler import BoardHandler
+from diptych.handlers.pictures.drawing import Result, Row, heat_map, sheet
 from diptych.handlers.pictures.pair_samples import PairFeatures, PairSamples
-from diptych.handlers.sinks.run_texts import markdown_table
-from diptych.handlers.sinks.tensorboard import TensorBoard, attach_board_of, board_of
+from diptych.handlers.sinks.markdown_tables import markdown_table
 
-MATRIX = 96
-"""Groups in the similarity matrix, at most."""
+MOST_GROUPS = 96
+"""The largest number of groups in the similarity matrix."""
 
 
 @attrs.define(eq=False)
-class RetrievalGallery:
-    """Shows queries with their best results in TensorBoard, and the matrix of similarities.
+class RetrievalGallery(BoardHandler):
+    """Shows queries with their best results, and the similarity matrix, in TensorBoard.
 
-    - Images: `<prefix>/text_to_image` and `<prefix>/image_to_text`: for each query the rank of its
-      best match and its `k` best results, those that match in green;
-      `<prefix>/similarity`: an image (line) and a text (column) of each of at most 96 groups, in
-      the order of the groups, dark at 0 and below, light at 1. What matches is the diagonal.
-    - Text: `<prefix>/image_to_text` as a table.
+    - Images: `<prefix>/text_to_image` and `<prefix>/image_to_text` show, for each query, the rank
+      of its best match and its `k` best results, with matches in green. `<prefix>/similarity` has a
+      row for an image and a column for a text of each group, at most 96, in the order of the
+      groups; dark is 0 or less, light is 1. The diagonal holds the matches.
+    - Text: `<prefix>/image_to_text` shows the same results as a table.
 
-    A rank is that among these samples: a small gallery flatters. TensorBoard keeps ten pictures of
-    a tag by itself; `--samples_per_plugin images=100` shows more.
+    Ranks are among these samples only, so they are better than those on a full data set.
+    TensorBoard keeps ten pictures of a tag by default; `--samples_per_plugin images=100` keeps
+    more.
 
-    Event: `STARTED` of a new run, `EPOCH_COMPLETED` or every so many iterations. Rank 0 alone
-        draws, while the others wait at their next exchange.
-    Cost: the model's forward pass of the samples, their similarities, and some 150 ms for the
-        pictures, which take 100 to 200 kB of disk.
+    Event: `STARTED` of a new run; `EPOCH_COMPLETED`, or every `every` iterations. Draws on rank 0
+        only, while the other ranks wait at their next collective.
+    Cost: a forward pass of the samples, their similarities, and about 150 ms for the pictures,
+        which take 100 to 200 kB of disk.
 
     Args:
-        samples: a `PairSamples`.
-        every: "epoch", or iterations between two looks.
+        samples: the samples to show.
+        every: "epoch", or iterations between two drawings.
         k: results of a query.
-        queries: how many queries of each direction, spread evenly over the samples.
+        queries: the number of queries in each direction, spread evenly over the samples.
         prefix: of the tags.
-        board: where to draw; None: the `TensorBoard` that is attached. One that is not attached is
+        board: where to draw; None: the attached `TensorBoard`. A board that is not attached is
             attached with this handler.
 
     Raises:
         ValueError: if an argument is out of range; when the run starts, if there is no board.
         ImportError: if the extra `images` is not installed.
-        BatchError: while running: if the samples' pictures are not as many as their features.
+        BatchError: while running, if the numbers of pictures and of features differ.
     """
 
     samples: PairSamples = attrs.field(validator=attrs.validators.instance_of(PairSamples))
@@ -65,25 +66,25 @@ class RetrievalGallery:
     k: int = attrs.field(default=5, validator=whole_number(), kw_only=True)
     queries: int = attrs.field(default=8, validator=whole_number(), kw_only=True)
     prefix: str = attrs.field(default="gallery", kw_only=True)
-    board: TensorBoard | None = attrs.field(default=None, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
-        check_can_draw()
+        check_extra("images", "PIL", needed_by="RetrievalGallery")
 
-    def attach(self, trainer: Trainer) -> None:
-        """Draw on the trainer's events."""
-        attach_board_of(self, trainer)
-        if rank() != 0 and not has_shards(trainer.model):  # which all ranks run together
-            return
+    @property
+    def role(self) -> str:
+        """The prefix of the tags."""
+        return self.prefix
+
+    def _listen(self, trainer: Trainer) -> None:
         trainer.add_event_handler(Events.STARTED, self._start)
         call_every(trainer, self.every, self.draw)
 
     def draw(self, trainer: Trainer) -> None:
-        """Draw the pictures of now."""
+        """Draw the current results."""
         features, step = self.samples.features(trainer), trainer.state.iteration
         if rank() != 0:
             return
-        writer = board_of(trainer, self).writer
+        writer = self._board_of(trainer).writer
         images, captions = list(self.samples.images), list(self.samples.captions)
         matches = features.image_groups[:, None] == features.text_groups
         similarity = features.images @ features.texts.T
@@ -96,7 +97,7 @@ class RetrievalGallery:
         writer.add_text(f"{self.prefix}/image_to_text", self._table(to_text), step)
 
     def _start(self, trainer: Trainer) -> None:
-        board_of(trainer, self)
+        self._board_of(trainer)
         if trainer.state.iteration == 0:
             self.draw(trainer)
 
@@ -123,21 +124,21 @@ class RetrievalGallery:
         head = ["query", *(str(place + 1) for place in range(len(rows[0].results)))]
         lines = []
         for number, row in enumerate(rows):
-            texts = [f"**{r.content}**" if r.right else str(r.content) for r in row.results]
-            # In one cell: TensorBoard breaks the lines of narrow columns inside words.
+            texts = [f"**{r.content}**" if r.matches else str(r.content) for r in row.results]
+            # The rank shares a cell: TensorBoard breaks words in narrow columns.
             found = "no match" if row.rank is None else f"rank {row.rank}"
             lines.append([f"{number + 1}, {found}", *texts])
         return markdown_table(head, lines)
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """Return at most `wanted` of the numbers below `count`, evenly spread."""
+    """Return at most `wanted` evenly spaced indices below `count`."""
     wanted = min(count, wanted)
     return [index * count // wanted for index in range(wanted)]
 
 
 def ranks_of_best(similarity: Tensor, matches: Tensor) -> list[int | None]:
-    """Return the rank of each query's best match, from 1; None where it has none.
+    """Return the rank of each query's best match, from 1; None for a query without a match.
 
     Ties count against the match, as in `RetrievalRecall`.
 
@@ -152,18 +153,19 @@ def ranks_of_best(similarity: Tensor, matches: Tensor) -> list[int | None]:
 
 
 def similarity_of_groups(features: PairFeatures) -> Tensor:
-    """Return cosine similarities [G, G]: the first image and first text of groups with both.
+    """Return cosine similarities [G, G] of the first image and first text of each group.
 
-    In the order of the groups, at most 96 of them, evenly spread.
+    Groups with only one side are left out. The groups are in order; of more than 96, evenly spaced
+    ones are picked.
     """
-    first_image = _firsts(features.image_groups)
-    first_text = _firsts(features.text_groups)
+    first_image = _first_indices(features.image_groups)
+    first_text = _first_indices(features.text_groups)
     groups = sorted(first_image.keys() & first_text.keys())
-    groups = [groups[index] for index in spread(len(groups), MATRIX)]
+    groups = [groups[index] for index in spread(len(groups), MOST_GROUPS)]
     images = features.images[[first_image[group] for group in groups]]
     return images @ features.texts[[first_text[group] for group in groups]].T
 
 
-def _firsts(groups: Tensor) -> dict[int, int]:
+def _first_indices(groups: Tensor) -> dict[int, int]:
     numbers = groups.tolist()
     return {group: index for index, group in reversed(list(enumerate(numbers)))}

@@ -1,4 +1,4 @@
-"""How weights and gradients are distributed."""
+"""Histograms of weights and gradients."""
 
 from __future__ import annotations
 
@@ -9,52 +9,49 @@ from torch import Tensor
 
 from diptych.engine.checks import whole_number
 from diptych.engine.distributed.collectives import rank
-from diptych.engine.distributed.dtensor import has_shards, whole
+from diptych.engine.distributed.dtensor import whole
 from diptych.engine.events import StepEvents
+from diptych.engine.modules import named_parameters
 from diptych.engine.trainer import Trainer
-from diptych.handlers.components import parameter_names
-from diptych.handlers.sinks.tensorboard import TensorBoard, attach_board_of, board_of
+from diptych.handlers.pictures.board_handler import BoardHandler
 
 BINS = 64
 
 
 @attrs.define(kw_only=True, eq=False)
-class Histograms:
-    """Shows the distributions of weights and gradients in TensorBoard, parameter by parameter.
+class Histograms(BoardHandler):
+    """Shows histograms of each parameter and its gradient in TensorBoard.
 
-    `weights/<parameter>` and `weight_gradients/<parameter>`, as they are when an update is about to
-    be made; values that are not finite are left out.
+    The tags are `weights/<parameter>` and `weight_gradients/<parameter>`. The values are those just
+    before an update; values that are not finite are left out.
 
-    Event: `StepEvents.GRADIENTS_READY` every `every` iterations. Rank 0 alone draws; the
+    Event: `StepEvents.GRADIENTS_READY` every `every` iterations. Draws on rank 0 only; the
         parameters of a sharded model are gathered from all ranks, one after another.
-    Cost: all weights and gradients are copied to the host, which waits for the device: give `every`
-        a few hundred iterations or more. Some 1 kB of disk for each parameter and look, twice.
+    Cost: all weights and gradients are copied to the host, which waits for the device, so set
+        `every` to a few hundred iterations or more. About 2 kB of disk for each parameter, each
+        time.
 
     Args:
-        every: iterations between two looks.
+        every: iterations between two drawings.
         gradients: whether to show gradients too.
-        board: where to draw; None: the `TensorBoard` that is attached. One that is not attached is
+        board: where to draw; None: the attached `TensorBoard`. A board that is not attached is
             attached with this handler.
 
     Raises:
-        ValueError: if `every` is below 1; at the first look, if there is no board.
+        ValueError: if `every` is below 1; at the first drawing, if there is no board.
     """
 
     every: int = attrs.field(default=500, validator=whole_number(of="iterations"))
     gradients: bool = True
-    board: TensorBoard | None = None
 
-    def attach(self, trainer: Trainer) -> None:
-        """Draw when gradients are ready."""
-        attach_board_of(self, trainer)
-        if rank() == 0 or has_shards(trainer.model):  # which all ranks gather
-            trainer.every(self.every, self.draw, StepEvents.GRADIENTS_READY)
+    def _listen(self, trainer: Trainer) -> None:
+        trainer.every(self.every, self.draw, StepEvents.GRADIENTS_READY)
 
     def draw(self, trainer: Trainer) -> None:
-        """Draw the weights and gradients of now."""
-        writer = board_of(trainer, self).writer if rank() == 0 else None
+        """Draw the current weights and gradients."""
+        writer = self._board_of(trainer).writer if rank() == 0 else None
         step = trainer.state.iteration
-        for name, parameter in parameter_names(trainer).items():
+        for name, parameter in named_parameters(trainer.model, trainer.loss).items():
             self._add(writer, f"weights/{name}", parameter, step)
             if self.gradients and parameter.grad is not None:
                 self._add(writer, f"weight_gradients/{name}", parameter.grad, step)

@@ -1,4 +1,4 @@
-"""A few fixed samples of images and texts, with what a person sees of them."""
+"""A few fixed pairs of images and texts, with the pictures and captions to show for them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diptych.engine.trainer import Trainer
 
 
 class PairFeatures(NamedTuple):
-    """Features of unit length, on the host, and what matches.
+    """Features of unit length, on the host, and their groups; rows of one group match.
 
     Attributes:
         images: float32 [N, D].
@@ -41,20 +41,20 @@ def _check_images(_: Any, __: attrs.Attribute[Tensor], images: object) -> None:
 
 @attrs.frozen(kw_only=True, eq=False)
 class PairSamples:
-    """Samples for pictures: batches for the model, images and captions for the eye.
+    """Fixed samples to draw: batches for the model, pictures and captions for people.
 
-    A few dozen to a few hundred tell most; all of them stay in memory.
+    A few dozen to a few hundred are enough. All of them stay in memory.
 
     Args:
-        batches: gone through at each look, in an order that never changes. As for
-            `RetrievalRecall`, a batch may hold one side only, and those of one group match.
-        images: [N, 1 or 3, H, W], the batches' images in their order, before any normalisation:
-            uint8, or floats in [0, 1].
-        captions: the batches' texts in their order.
-        task: what a batch means; None: the trainer's.
+        batches: iterated at each drawing, always in the same order. As for `RetrievalRecall`, a
+            batch may hold one side only, and samples of one group match.
+        images: [N, 1 or 3, H, W], the images of the batches in order, before normalisation: uint8,
+            or floats in [0, 1].
+        captions: the texts of the batches, in order.
+        task: computes the features of a batch; None: the trainer's task.
 
     Raises:
-        ValueError: if the images are something else.
+        ValueError: if `images` has another shape.
     """
 
     batches: Iterable[Any]
@@ -63,11 +63,11 @@ class PairSamples:
     task: Task | None = None
 
     def features(self, trainer: Trainer) -> PairFeatures:
-        """Return what the trainer's model makes of the samples now.
+        """Return the features that the trainer's model currently computes for the samples.
 
         Raises:
-            BatchError: if the task gives no features of both sides, or not as many as there are
-                images and captions.
+            BatchError: if the task does not return features of both sides, or if their numbers are
+                not those of the images and captions.
         """
         outputs: list[Outputs] = []
         evaluator = Evaluator(
@@ -88,30 +88,33 @@ class PairSamples:
         ):
             if len(rows) != len(shown):
                 raise BatchError(
-                    f"{name} must be those of the batches, {len(rows)} in all, got {len(shown)}"
+                    f"{name} must be those of the batches, {len(rows)} in all, got {len(shown)}. "
+                    "Pass one for each sample, in the order of the batches."
                 )
         return PairFeatures(images, texts, image_groups, text_groups)
 
 
 def _side(outputs: Sequence[Outputs], name: str, groups: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return one side's features and groups; a row without a group has one of its own."""
+    """Return the features and groups of one side; without groups, each row is its own group."""
     mine = [output for output in outputs if name in output]
     if not mine:
         there = ", ".join(dict.fromkeys(key for output in outputs for key in output))
-        raise BatchError(f"samples need {name} among the task's outputs, got {there}")
+        raise BatchError(
+            f"the task of samples must return {name}, got {there}. Pass task= to PairSamples."
+        )
     features = torch.cat([output[name].float().cpu() for output in mine])
     numbers = torch.cat([_groups(output, groups, len(output[name])) for output in mine])
     if bool((numbers < 0).all()):
         numbers = torch.arange(len(features))
     if len(numbers) != len(features) or bool((numbers < 0).any()):
         raise BatchError(
-            f"all rows or none must have a group >= 0, got {len(features)} rows and groups "
-            f"{numbers.unique().tolist()}"
+            f"groups must be >= 0 for all samples or missing for all, got {len(features)} samples "
+            f"and groups {numbers.unique().tolist()}. Return groups with every batch or none."
         )
     return F.normalize(features, dim=1), numbers
 
 
 def _groups(output: Outputs, names: Sequence[str], rows: int) -> Tensor:
-    """Return the groups of a batch, -1 where it has none."""
+    """Return the groups of a batch's rows; -1 if it has none."""
     found = next((output[name] for name in names if name in output), None)
     return torch.full((rows,), -1) if found is None else found.long().cpu()

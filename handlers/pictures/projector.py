@@ -1,7 +1,8 @@
-"""Both sides' features in one space, with a picture at each point, in TensorBoard's projector."""
+"""Features of images and texts for TensorBoard's projector."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import attrs
@@ -10,96 +11,92 @@ from ignite.engine import Events
 from torch import Tensor
 
 from diptych.engine.distributed.collectives import rank
-from diptych.engine.distributed.dtensor import has_shards
 from diptych.engine.trainer import Trainer
-from diptych.handlers.pictures.drawing import check_can_draw, save_png, thumbnails, tiles
+from diptych.handlers.extras import check_extra
+from diptych.handlers.files import make_folder
+from diptych.handlers.pictures.board_handler import BoardHandler
+from diptych.handlers.pictures.drawing import save_png, thumbnails, tiles
 from diptych.handlers.pictures.pair_samples import PairSamples
-from diptych.handlers.sinks.tensorboard import TensorBoard, attach_board_of, board_of
 
 THUMBNAIL = 32
 LARGEST_SPRITE = 8192
-"""Pixels of a side: what a browser takes as one picture."""
-TEXT_COLOUR = (44, 123, 182)
+"""The side of the largest picture that a browser shows, in pixels."""
+TEXT_COLOR = (44, 123, 182)
 
 
 @attrs.define(eq=False)
-class EmbeddingProjector:
+class EmbeddingProjector(BoardHandler):
     """Shows the samples' features in TensorBoard's tab "Projector", images and texts together.
 
-    An image's point is its thumbnail, a text's a blue tile; each has its caption, side and group,
-    to search and to colour by. The features are of unit length. The projector shows what it was
-    given last; the files `projector/` and `projector_config.pbtxt` are replaced each time.
+    An image is shown as its thumbnail, a text as a blue tile. Search and colour the points by
+    caption, side and group. The features have unit length. Each run replaces the files
+    `projector/` and `projector_config.pbtxt`.
 
-    Event: `COMPLETED`. Rank 0 alone writes.
-    Cost: the model's forward pass of the samples, once. A sample takes some ten bytes of
-        disk for each number of its features, and 2 kB for its thumbnail.
+    Event: `COMPLETED`. Writes on rank 0 only.
+    Cost: a forward pass of the samples, once. A sample takes about ten bytes of disk for each
+        number of its features, and 2 kB for its thumbnail.
 
     Args:
-        samples: a `PairSamples`.
-        board: whose folder to write into; None: that of the `TensorBoard` that is attached. One
-            that is not attached is attached with this handler.
+        samples: the samples to show.
+        board: the files go into its directory; None: the attached `TensorBoard`. A board that is
+            not attached is attached with this handler.
 
     Raises:
-        ValueError: when the run starts, if there is no board, or there are more samples than a
-            picture of 8192 x 8192 holds.
+        ValueError: when the run starts, if there is no board, or if the thumbnails of all samples
+            do not fit into a picture of 8192 x 8192.
         ImportError: if the extra `images` is not installed.
-        BatchError: when the run ends, if the samples' pictures are not as many as their features.
+        BatchError: when the run ends, if the numbers of pictures and of features differ.
     """
 
     samples: PairSamples = attrs.field(validator=attrs.validators.instance_of(PairSamples))
-    board: TensorBoard | None = attrs.field(default=None, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
-        check_can_draw()
+        check_extra("images", "PIL", needed_by="EmbeddingProjector")
 
-    def attach(self, trainer: Trainer) -> None:
-        """Write when the trainer has completed its run."""
-        attach_board_of(self, trainer)
-        if rank() == 0 or has_shards(trainer.model):  # which all ranks run together
-            trainer.add_event_handler(Events.STARTED, self._check)
-            trainer.add_event_handler(Events.COMPLETED, self.write)
+    def _listen(self, trainer: Trainer) -> None:
+        trainer.add_event_handler(Events.STARTED, self._check)
+        trainer.add_event_handler(Events.COMPLETED, self.write)
 
     def write(self, trainer: Trainer) -> None:
-        """Write the features of now."""
+        """Write the current features."""
         features = self.samples.features(trainer)
         if rank() != 0:
             return
-        folder = Path(board_of(trainer, self).directory)
-        (folder / "projector").mkdir(parents=True, exist_ok=True)
+        folder = self._board_of(trainer).directory
+        make_folder(folder / "projector")
         points = torch.cat([features.images, features.texts])
         _write_lines(folder / "projector" / "features.tsv", _as_lines(points))
         lines = ["label\tside\tgroup", *self._labels(features.image_groups, features.text_groups)]
         _write_lines(folder / "projector" / "labels.tsv", lines)
-        sprite = self._sprite()
-        save_png(sprite, folder / "projector" / "thumbnails.png")
+        save_png(self._sprite(), folder / "projector" / "thumbnails.png")
         (folder / "projector_config.pbtxt").write_text(_config(), encoding="utf-8")
 
     def _check(self, trainer: Trainer) -> None:
-        board_of(trainer, self)
+        self._board_of(trainer)
         count, most = self._count(), (LARGEST_SPRITE // THUMBNAIL) ** 2
         if count > most:
-            raise ValueError(f"samples must be at most {most} images and texts, got {count}")
+            raise ValueError(
+                f"samples must hold at most {most} images and texts, got {count}. Pass fewer."
+            )
 
     def _count(self) -> int:
         return len(self.samples.images) + len(self.samples.captions)
 
     def _labels(self, image_groups: Tensor, text_groups: Tensor) -> list[str]:
-        """Return a line for each image, called by its first caption, and for each text."""
+        """Return a line for each image, labelled with its first caption, and for each text."""
         captions = [" ".join(caption.split()) for caption in self.samples.captions]
-        called = dict(reversed([*zip(text_groups.tolist(), captions, strict=True)]))
-        of_images = [f"{called.get(group, '-')}\timage\t{group}" for group in image_groups.tolist()]
+        labels = dict(reversed([*zip(text_groups.tolist(), captions, strict=True)]))
+        of_images = [f"{labels.get(group, '-')}\timage\t{group}" for group in image_groups.tolist()]
         pairs = zip(captions, text_groups.tolist(), strict=True)
         return [*of_images, *(f"{caption}\ttext\t{group}" for caption, group in pairs)]
 
     def _sprite(self) -> Tensor:
-        # The projector takes the picture for a square of lines, each as long as the whole.
-        columns = 1
-        while columns**2 < self._count():
-            columns += 1
-        texts = torch.tensor(TEXT_COLOUR, dtype=torch.uint8)[None, :, None, None]
+        # The projector expects a square sprite, so empty rows are kept.
+        columns = math.isqrt(self._count() - 1) + 1
+        texts = torch.tensor(TEXT_COLOR, dtype=torch.uint8)[None, :, None, None]
         texts = texts.expand(len(self.samples.captions), -1, THUMBNAIL, THUMBNAIL)
         images = thumbnails(self.samples.images, THUMBNAIL)
-        return tiles(torch.cat([images, texts]), columns, gap=0, lines=columns)
+        return tiles(torch.cat([images, texts]), columns, gap=0, rows=columns)
 
 
 def _config() -> str:

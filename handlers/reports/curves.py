@@ -1,4 +1,4 @@
-"""Curves as charts: what stands where in each, and the same as SVG that needs nothing else."""
+"""Charts of curves: their layout in pixels, and the layout as SVG."""
 
 from __future__ import annotations
 
@@ -10,25 +10,33 @@ import attrs
 
 SVG = "http://www.w3.org/2000/svg"
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 360, 180, 56, 24, 22
-LEGEND_LINE, LETTER = 13, 5.6  # pixels of a legend's line, and about as many of a letter in it
+LEGEND_LINE, LETTER = 13, 5.6  # height of a legend's line and mean width of a letter, in pixels
 INK, AXIS = "#222222", "#bbbbbb"
-SMALL, LARGE = 10, 12  # pixels of a letter's height
+SMALL, LARGE = 10, 12  # heights of letters, in pixels
 COLORS = ("#3949ab", "#e65100", "#2e7d32", "#8e24aa", "#00838f", "#c62828", "#6d4c41", "#546e7a")
-POINTS = 400  # of a curve; more cannot be told apart
+POINTS = 400  # of a curve; more cannot be distinguished
 
 Curve = Sequence[tuple[int, float]]
-Place = tuple[float, float]
+Point = tuple[float, float]
 
 
 @attrs.frozen
 class Label:
-    """A text of a chart; `place` is where its base line starts or, with `ends`, where it ends."""
+    """A text of a chart.
+
+    Attributes:
+        text: the text.
+        point: the start of its base line; with `right_aligned`, the end.
+        color: of the letters.
+        size: height of the letters, in pixels.
+        right_aligned: whether the text ends at the point.
+    """
 
     text: str
-    place: Place
+    point: Point
     color: str = INK
     size: int = SMALL
-    ends: bool = False
+    right_aligned: bool = False
 
 
 @attrs.frozen
@@ -37,41 +45,41 @@ class Line:
 
     name: str
     color: str
-    places: list[Place]
+    points: list[Point]
 
 
 @attrs.frozen
-class Drawing:
-    """A chart, laid out: pixels to the right and downwards from its upper left corner.
+class ChartDrawing:
+    """The layout of a chart, in pixels to the right of and below its upper left corner.
 
     Attributes:
-        title: in words, also among the labels.
+        title: also one of the labels.
         height: in pixels; the width is `WIDTH`.
-        labels: title, legend, and the ends of both axes.
-        axis: down, then to the right.
+        labels: the title, the legend, and the ends of both axes.
+        axis: the corners of the axes: down, then to the right.
         lines: the curves.
     """
 
     title: str
     height: int
     labels: list[Label]
-    axis: list[Place]
+    axis: list[Point]
     lines: list[Line]
 
 
-def draw(title: str, curves: Mapping[str, Curve], legend: Sequence[str] = ()) -> Drawing:
-    """Return curves laid out as a chart; values that are not finite leave a gap.
+def draw_chart(title: str, curves: Mapping[str, Curve], legend: Sequence[str] = ()) -> ChartDrawing:
+    """Return the layout of a chart; values that are not finite leave a gap.
 
     Args:
-        title: above it.
+        title: of the chart.
         curves: name to steps and values, in order.
-        legend: what the curves are called under the title, in their order; empty: nothing there.
+        legend: the names under the title, in the order of the curves; empty: no legend.
     """
     keys, top = _legend(legend, TOP)
     bottom = top + HEIGHT - TOP - BOTTOM
     (first, last), (low, high) = _ranges(curves)
 
-    def place(x: float, y: float) -> Place:
+    def at(x: float, y: float) -> Point:
         right = LEFT + (WIDTH - LEFT - 8) * (x - first) / ((last - first) or 1)
         share = (y - low) / (high - low) if high > low else 0.5
         return right, bottom - (bottom - top) * share
@@ -79,28 +87,28 @@ def draw(title: str, curves: Mapping[str, Curve], legend: Sequence[str] = ()) ->
     labels = [
         Label(title, (LEFT, 14), size=LARGE),
         *keys,
-        Label(_short(high), (LEFT - 4, top + 8), ends=True),
-        Label(_short(low), (LEFT - 4, bottom), ends=True),
+        Label(_short_number(high), (LEFT - 4, top + 8), right_aligned=True),
+        Label(_short_number(low), (LEFT - 4, bottom), right_aligned=True),
         Label(f"{first:g}", (LEFT, bottom + 14)),
-        Label(f"{last:g}", (WIDTH - 8, bottom + 14), ends=True),
+        Label(f"{last:g}", (WIDTH - 8, bottom + 14), right_aligned=True),
     ]
     lines = [
-        Line(name, color_of(number), [place(x, y) for x, y in piece])
+        Line(name, color_of(number), [at(x, y) for x, y in piece])
         for number, (name, curve) in enumerate(curves.items())
         for piece in _pieces(_thinned(curve))
     ]
-    axis: list[Place] = [(LEFT, top), (LEFT, bottom), (WIDTH - 8, bottom)]
-    return Drawing(title, bottom + BOTTOM, labels, axis, lines)
+    axis: list[Point] = [(LEFT, top), (LEFT, bottom), (WIDTH - 8, bottom)]
+    return ChartDrawing(title, bottom + BOTTOM, labels, axis, lines)
 
 
 def color_of(number: int) -> str:
-    """Return the colour of a chart's curve, counted from 0."""
+    """Return the colour of a chart's curve by its number, from 0."""
     return COLORS[number % len(COLORS)]
 
 
-def svg(drawing: Drawing) -> str:
-    """Return a chart as SVG; a curve's name shows under the pointer."""
-    corners = " ".join(map(_point, drawing.axis))
+def svg(drawing: ChartDrawing) -> str:
+    """Return a chart as SVG; pointing at a curve shows its name."""
+    corners = " ".join(map(_coordinates, drawing.axis))
     parts = [
         f'<svg xmlns="{SVG}" viewBox="0 0 {WIDTH} {drawing.height}" role="img">',
         f"<title>{escape(drawing.title)}</title>",
@@ -112,32 +120,32 @@ def svg(drawing: Drawing) -> str:
 
 
 def _text(label: Label) -> str:
-    (x, y), anchor = label.place, ' text-anchor="end"' if label.ends else ""
+    (x, y), anchor = label.point, ' text-anchor="end"' if label.right_aligned else ""
     style = f'font-size="{label.size}" fill="{label.color}"{anchor}'
     return f'<text x="{x:g}" y="{y:g}" {style}>{escape(label.text)}</text>'
 
 
 def _line(line: Line) -> str:
     name = f"<title>{escape(line.name)}</title>"
-    if len(line.places) == 1:
-        ((x, y),) = line.places
+    if len(line.points) == 1:
+        ((x, y),) = line.points
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{line.color}">{name}</circle>'
-    points = " ".join(map(_point, line.places))
+    points = " ".join(map(_coordinates, line.points))
     style = f'fill="none" stroke="{line.color}" stroke-width="1.5"'
     return f'<polyline class="curve" points="{points}" {style}>{name}</polyline>'
 
 
-def _short(value: float) -> str:
-    """Return a number that fits beside an axis."""
+def _short_number(value: float) -> str:
+    """Return a number as text that fits beside an axis."""
     return f"{value:.4g}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _point(place: Place) -> str:
-    return f"{place[0]:.1f},{place[1]:.1f}"
+def _coordinates(point: Point) -> str:
+    return f"{point[0]:.1f},{point[1]:.1f}"
 
 
 def _legend(names: Sequence[str], top: int) -> tuple[list[Label], int]:
-    """Return the names in lines that start at a height, and the height where they end."""
+    """Return the legend's labels, starting at a height, and the height where they end."""
     labels: list[Label] = []
     x, y = float(LEFT), top
     for number, name in enumerate(names):
@@ -158,13 +166,14 @@ def _ranges(curves: Mapping[str, Curve]) -> Sequence[tuple[float, float]]:
 
 
 def _thinned(curve: Curve) -> list[tuple[int, float]]:
-    """Return at most `POINTS` points, evenly picked, the last one always."""
+    """Return at most `POINTS` evenly spaced points; the last one is among them."""
     stride = math.ceil(len(curve) / POINTS) if curve else 1
     picked = list(curve[::-1][::stride])[::-1]
     return [(int(x), float(y)) for x, y in picked]
 
 
 def _pieces(curve: Curve) -> list[list[tuple[int, float]]]:
+    """Return the parts of a curve between its values that are not finite."""
     pieces: list[list[tuple[int, float]]] = [[]]
     for x, y in curve:
         if math.isfinite(y):

@@ -1,4 +1,4 @@
-"""Charts as one PNG, drawn by matplotlib where the same charts stand in a report."""
+"""Charts of curves as a PNG, drawn by matplotlib from the same layout as the report's SVG."""
 
 from __future__ import annotations
 
@@ -6,30 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diptych.handlers.reports.curves import AXIS, LARGE, WIDTH, Drawing, Label, Line, Place
+from diptych.handlers.files import write_atomically
+from diptych.handlers.reports.curves import AXIS, LARGE, WIDTH, ChartDrawing, Label, Line, Point
 
 COLUMNS, MARGIN, HEADING = 4, 12, 30
-PIXELS_PER_INCH, SHARPNESS = 72, 2  # at 72 a point is a pixel; two of the picture for each
+PIXELS_PER_INCH, SHARPNESS = 72, 2  # at 72 a point is a pixel; drawn with two pixels for each
 
 
-def check_can_plot() -> None:
-    """Check that the package that draws the PNG is there.
+def save_charts(charts: Mapping[str, Sequence[ChartDrawing]], path: Path) -> None:
+    """Write charts, side by side under their headings, as a PNG; atomically.
 
-    Raises:
-        ImportError: naming the extra to install.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401, PLC0415 - an extra
-    except ImportError as error:
-        raise ImportError(
-            "curves as PNG need the package matplotlib: pip install 'diptych[plots]'"
-        ) from error
-
-
-def save_charts(charts: Mapping[str, Sequence[Drawing]], path: Path) -> None:
-    """Write charts, side by side under their headings, as a PNG; the file is replaced in one step.
-
-    It leaves matplotlib's global state (pyplot, the backend) alone.
+    matplotlib's global state (pyplot, the backend) stays as it is.
 
     Args:
         charts: heading to the charts under it.
@@ -38,7 +25,7 @@ def save_charts(charts: Mapping[str, Sequence[Drawing]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    places, headings, height = _placed(charts)
+    placed, headings, height = _placed(charts)
     width = MARGIN + COLUMNS * (WIDTH + MARGIN)
     figure = Figure(
         figsize=(width / PIXELS_PER_INCH, height / PIXELS_PER_INCH),
@@ -48,55 +35,53 @@ def save_charts(charts: Mapping[str, Sequence[Drawing]], path: Path) -> None:
     axes.set_axis_off()
     for label in headings:
         _write(axes, label)
-    for drawing, place in places:
-        _draw(axes, drawing, place)
-    unfinished = path.with_name(f"{path.name}.unfinished")
+    for drawing, corner in placed:
+        _draw(axes, drawing, corner)
     canvas: Any = FigureCanvasAgg(figure)
-    canvas.print_png(unfinished)
-    unfinished.replace(path)
+    write_atomically(path, canvas.print_png)
 
 
 def _placed(
-    charts: Mapping[str, Sequence[Drawing]],
-) -> tuple[list[tuple[Drawing, Place]], list[Label], int]:
-    """Return each chart's upper left corner, the headings, and the height of them all."""
-    places, headings, y = list[tuple[Drawing, Place]](), list[Label](), MARGIN
+    charts: Mapping[str, Sequence[ChartDrawing]],
+) -> tuple[list[tuple[ChartDrawing, Point]], list[Label], int]:
+    """Return the charts with their upper left corners, the headings, and the total height."""
+    placed, headings, y = list[tuple[ChartDrawing, Point]](), list[Label](), MARGIN
     for heading, drawings in charts.items():
         headings.append(Label(heading, (MARGIN, y + LARGE + 4), size=LARGE + 4))
         y += HEADING
         for start in range(0, len(drawings), COLUMNS):
             row = drawings[start : start + COLUMNS]
             xs = (MARGIN + column * (WIDTH + MARGIN) for column in range(COLUMNS))
-            places += [(drawing, (x, y)) for drawing, x in zip(row, xs, strict=False)]
+            placed += [(drawing, (x, y)) for drawing, x in zip(row, xs, strict=False)]
             y += max(drawing.height for drawing in row) + MARGIN
-    return places, headings, y
+    return placed, headings, y
 
 
-def _draw(axes: Any, drawing: Drawing, corner: Place) -> None:
+def _draw(axes: Any, drawing: ChartDrawing, corner: Point) -> None:
     from matplotlib.collections import LineCollection  # noqa: PLC0415
 
     lines = [Line("axis", AXIS, drawing.axis), *drawing.lines]
-    long = [line for line in lines if len(line.places) > 1]
-    curves = [[_moved(place, corner) for place in line.places] for line in long]
+    long = [line for line in lines if len(line.points) > 1]
+    curves = [[_moved(point, corner) for point in line.points] for line in long]
     colors = [line.color for line in long]
     axes.add_collection(LineCollection(curves, colors=colors, linewidths=1.5), autolim=False)
     for line in lines:
-        if len(line.places) == 1:
-            axes.plot(*_moved(line.places[0], corner), "o", color=line.color, markersize=4)
+        if len(line.points) == 1:
+            axes.plot(*_moved(line.points[0], corner), "o", color=line.color, markersize=4)
     for label in drawing.labels:
         _write(axes, label, corner)
 
 
-def _write(axes: Any, label: Label, corner: Place = (0, 0)) -> None:
+def _write(axes: Any, label: Label, corner: Point = (0, 0)) -> None:
     axes.text(
-        *_moved(label.place, corner),
+        *_moved(label.point, corner),
         label.text,
         color=label.color,
         fontsize=label.size,
-        horizontalalignment="right" if label.ends else "left",
-        parse_math=False,  # a tag may hold a dollar sign
+        horizontalalignment="right" if label.right_aligned else "left",
+        parse_math=False,  # a tag may contain a dollar sign
     )
 
 
-def _moved(place: Place, by: Place) -> Place:
-    return place[0] + by[0], place[1] + by[1]
+def _moved(point: Point, by: Point) -> Point:
+    return point[0] + by[0], point[1] + by[1]

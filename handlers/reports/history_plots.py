@@ -1,12 +1,12 @@
-"""A run, or several beside one another, as one page of HTML that needs nothing else."""
+"""Reports: a page of HTML with the curves of one run, or of several side by side."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -15,16 +15,19 @@ from ignite.engine import Events
 from diptych.engine.checks import whole_number
 from diptych.engine.distributed.collectives import rank
 from diptych.engine.events import RunEvents
-from diptych.engine.state.run_state import attached
-from diptych.handlers.reports.curves import COLORS, Drawing, color_of, draw, svg
-from diptych.handlers.reports.curves_png import check_can_plot, save_charts
+from diptych.engine.handler import Handler
+from diptych.engine.state.handler_states import attached
+from diptych.handlers.extras import check_extra
+from diptych.handlers.files import write_atomically
+from diptych.handlers.reports.curves import COLORS, ChartDrawing, color_of, draw_chart, svg
+from diptych.handlers.reports.curves_png import save_charts
+from diptych.handlers.run_directory import RunDirectory
+from diptych.handlers.sinks.charts import curves_by_question
 from diptych.handlers.sinks.jsonl import JsonLines, read_records
-from diptych.handlers.sinks.tensorboard_layout import curves_by_question
 
 if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer
 
-AT_THE_END = (Events.COMPLETED, Events.TERMINATE, Events.INTERRUPT, Events.EXCEPTION_RAISED)
 ALWAYS_DIFFERENT = ("started", "command")
 STYLE = """
 body { font: 14px system-ui, sans-serif; margin: 24px; color: #222; background: #fff }
@@ -36,17 +39,13 @@ td, th { border: 1px solid #ddd; padding: 3px 8px;
 """
 
 
-def _absolute(path: Path | str) -> Path:
-    return Path(path).absolute()  # as JsonLines does: the working directory may change
-
-
 @attrs.frozen
 class RunHistory:
-    """What a run's folder tells.
+    """The settings and curves of a run, read from its directory.
 
     Attributes:
         name: of the run.
-        settings: dotted name to value, from `settings.json`; empty where there is none.
+        settings: dotted name to value, from `settings.json`; empty if there is none.
         curves: tag to steps and values.
     """
 
@@ -56,30 +55,29 @@ class RunHistory:
 
 
 @attrs.define(eq=False)
-class HistoryPlots:
-    """Draws the run's curves into `report.html`: one file without scripts that opens anywhere.
+class HistoryPlots(Handler):
+    """Draws the run's curves into `report.html`, one file without scripts that opens anywhere.
 
-    With `png` the same charts are the picture `curves.png` too. It reads what `JsonLines` writes
-    into the folder, so a resumed run draws its whole history.
-    `diptych compare runs/a runs/b` compares runs.
+    With `png`, it also draws the same charts into `curves.png`. It reads what `JsonLines` has
+    written into the directory, so a resumed run draws its whole history. To compare runs, call
+    `diptych compare runs/a runs/b`.
 
-    Event: `RunEvents.SAVED`, so that what stands beside a checkpoint tells of the same run; where
-        `every` is given, every so many `EPOCH_COMPLETED` instead; and the end of the run. Rank 0
-        alone.
-    Cost: some milliseconds for a thousand records, each time, and with `png` half a second, of
-        which the first import of matplotlib takes as much again; no synchronisation.
+    Event: `RunEvents.SAVED`, so that the report shows the same run as the checkpoint beside it; or,
+        with `every`, `EPOCH_COMPLETED`; and `RunEvents.ENDED`. Writes on rank 0 only.
+    Cost: a few milliseconds for a thousand records, each time. `png` adds half a second, and half a
+        second for the first import of matplotlib. No synchronisation.
 
     Args:
-        directory: the run's folder, to which a `JsonLines` of the trainer writes.
-        every: epochs between two drawings, >= 1; None: as often as checkpoints are saved.
+        directory: the run directory, to which a `JsonLines` of the trainer writes.
+        every: epochs between two drawings, >= 1; None: draw at each checkpoint.
         png: whether to draw `curves.png` too. Needs the extra `plots`.
 
     Raises:
         ValueError: if `every` is below 1; when the run starts, if no `JsonLines` writes there.
-        ImportError: if `png` is asked for without the extra.
+        ImportError: if `png` is set and the extra is not installed.
     """
 
-    directory: Path = attrs.field(converter=_absolute)
+    directory: RunDirectory = attrs.field(converter=RunDirectory)
     every: int | None = attrs.field(
         default=None,
         validator=attrs.validators.optional(whole_number(of="epochs")),
@@ -89,70 +87,61 @@ class HistoryPlots:
 
     def __attrs_post_init__(self) -> None:
         if self.png:
-            check_can_plot()
+            check_extra("plots", "matplotlib", needed_by="png=True")
 
     def attach(self, trainer: Trainer) -> None:
         """Draw the trainer's runs."""
         if rank() == 0:
             trainer.add_event_handler(Events.STARTED, self._check)
-            if self.every is None:
-                trainer.add_event_handler(RunEvents.SAVED, self._draw)
-            else:
-                trainer.add_event_handler(Events.EPOCH_COMPLETED(every=self.every), self._draw)
-            for event in AT_THE_END:
-                trainer.add_event_handler(event, self._draw)
+            trainer.add_event_handler(
+                Events.EPOCH_COMPLETED(every=self.every) if self.every else RunEvents.SAVED,
+                self._draw,
+            )
+            trainer.add_event_handler(RunEvents.ENDED, self._draw)
 
     def _check(self, trainer: Trainer) -> None:
-        written = [h.path for h in attached(trainer) if isinstance(h, JsonLines)]
-        if self.directory / "metrics.jsonl" not in written:
+        written = [sink.path for sink in attached(trainer) if isinstance(sink, JsonLines)]
+        if self.directory.metrics not in written:
             raise ValueError(
-                f"HistoryPlots must have a JsonLines that writes to {self.directory}, got "
-                f"{', '.join(map(str, written)) or 'none'}: attach JsonLines with that folder"
+                f"HistoryPlots needs a JsonLines that writes to {self.directory.metrics}, got "
+                f"{', '.join(map(str, written)) or 'none'}. Attach "
+                f"JsonLines({str(self.directory)!r})."
             )
 
-    def _draw(self, *_: object) -> None:
-        if (self.directory / "metrics.jsonl").exists():
+    def _draw(self, _: Trainer) -> None:
+        if self.directory.metrics.exists():
             runs = [read_run(self.directory)]
-            write_page(self.directory / "report.html", page(runs))
+            write_atomically(self.directory.report, page(runs))
             if self.png:
-                save_charts(drawings(runs), self.directory / "curves.png")
+                save_charts(drawings(runs), self.directory.curves)
 
 
-def write_page(path: Path, text: str) -> None:
-    """Write a page in one step: whoever reads it meanwhile sees the one before."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
-
-
-def read_run(directory: Path) -> RunHistory:
-    """Return what a run's folder tells.
+def read_run(directory: str | os.PathLike[str]) -> RunHistory:
+    """Read a run from its directory.
 
     Raises:
-        FileNotFoundError: naming the folder, if it holds no metrics.jsonl.
+        FileNotFoundError: if the directory holds no metrics.jsonl.
     """
-    path = directory / "metrics.jsonl"
-    if not path.is_file():
+    run = RunDirectory(directory)
+    if not run.metrics.is_file():
         raise FileNotFoundError(
-            f"a run's folder must hold metrics.jsonl, got {directory}, which holds none: give the "
-            "folder of one run, such as runs/emoji/2026-01-31_09-30-00Z"
+            f"the run directory {directory} must hold {run.metrics.name}, got none. Pass the "
+            "directory of one run, such as runs/emoji/2026-01-31_09-30-00Z."
         )
     curves: dict[str, list[tuple[int, float]]] = {}
-    measured = path.with_suffix(".measured.jsonl")
-    for file in (path, measured):
+    for file in (run.metrics, run.measured):
         for record in read_records(file) if file.is_file() else ():
             for tag, value in record.values.items():
                 curves.setdefault(tag, []).append((record.step, value))
-    settings = directory / "settings.json"
-    known = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
-    return RunHistory("/".join(directory.resolve().parts[-2:]), _flat(known), curves)
+    settings = json.loads(run.settings.read_text("utf-8")) if run.settings.is_file() else {}
+    return RunHistory(run.name, _flat(settings), curves)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, Mapping):
         items = [(str(key), item) for key, item in value.items()]
     elif isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
-        items = _named(value)
+        items = _named_items(value)
     else:
         return {prefix: value}
     flat: dict[str, Any] = {}
@@ -161,8 +150,8 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _named(values: Sequence[Any]) -> list[tuple[str, Any]]:
-    """Return each of a list with its name: handlers by class, in whatever order they stand."""
+def _named_items(values: Sequence[Any]) -> list[tuple[str, Any]]:
+    """Return the items of a list with names: an object's class, which is the same in any order."""
     items: dict[str, Any] = {}
     for number, value in enumerate(values):
         known = value if isinstance(value, Mapping) and "class" in value else {}
@@ -175,8 +164,8 @@ def _named(values: Sequence[Any]) -> list[tuple[str, Any]]:
 def differing_settings(runs: Sequence[RunHistory]) -> dict[str, list[Any]]:
     """Return the settings in which the runs differ, each with its value in every run.
 
-    When a run started and by which command says nothing about what it was, nor where its files
-    are. A setting that a run lacks is "-".
+    The time of the start, the command and the paths of files are left out. A setting that a run
+    lacks is "-".
     """
     paths = (".directory", ".path")
     names = dict.fromkeys(name for run in runs for name in run.settings)
@@ -189,12 +178,12 @@ def differing_settings(runs: Sequence[RunHistory]) -> dict[str, list[Any]]:
 
 
 def final_values(runs: Sequence[RunHistory]) -> dict[str, list[str]]:
-    """Return the last value of every tag, and the extremes where it has several, run by run."""
+    """Return the last value of every tag in each run, and its range if it has several values."""
     tags = sorted({tag for run in runs for tag in run.curves})
-    return {tag: [_summary(run.curves.get(tag, [])) for run in runs] for tag in tags}
+    return {tag: [_last_and_range(run.curves.get(tag, [])) for run in runs] for tag in tags}
 
 
-def _summary(curve: Sequence[tuple[int, float]]) -> str:
+def _last_and_range(curve: Sequence[tuple[int, float]]) -> str:
     if not curve:
         return "-"
     finite = [value for _, value in curve if math.isfinite(value)]
@@ -203,7 +192,10 @@ def _summary(curve: Sequence[tuple[int, float]]) -> str:
 
 
 def page(runs: Sequence[RunHistory]) -> str:
-    """Return a page of HTML: what differs, curves, the last values, and a single run's settings."""
+    """Return the report as HTML: curves and last values.
+
+    Several runs begin with the settings that differ; a single run ends with its settings.
+    """
     names = [run.name for run in runs]
     single = len(runs) == 1
     title = names[0] if single else " | ".join(names)
@@ -223,37 +215,38 @@ def page(runs: Sequence[RunHistory]) -> str:
     return "\n".join([*parts, "</body></html>", ""])
 
 
-def drawings(runs: Sequence[RunHistory]) -> dict[str, list[Drawing]]:
-    """Return heading to charts: those of a run hold several tags, those of several runs one."""
+def drawings(runs: Sequence[RunHistory]) -> dict[str, list[ChartDrawing]]:
+    """Return headings with their charts: of several tags for one run, of one tag for several."""
     headings = curves_by_question({tag for run in runs for tag in run.curves})
     return {
-        heading: _beside_one_another(runs, charts) if len(runs) > 1 else _of_one(runs[0], charts)
+        heading: _side_by_side(runs, charts)
+        if len(runs) > 1
+        else [drawing for chart in charts for drawing in _charts_of_tags(runs[0], *chart)]
         for heading, charts in headings.items()
     }
 
 
-def _beside_one_another(
+def _side_by_side(
     runs: Sequence[RunHistory], charts: Sequence[tuple[str, list[str]]]
-) -> list[Drawing]:
+) -> list[ChartDrawing]:
     tags = dict.fromkeys(tag for _, tags in charts for tag in tags)
-    # Every run keeps its colour, also where one before it lacks the tag.
-    return [draw(tag, {run.name: run.curves.get(tag, []) for run in runs}) for tag in tags]
+    # A run keeps its colour even if an earlier run lacks the tag.
+    return [draw_chart(tag, {run.name: run.curves.get(tag, []) for run in runs}) for tag in tags]
 
 
-def _of_one(run: RunHistory, charts: Sequence[tuple[str, list[str]]]) -> list[Drawing]:
-    return [drawing for chart in charts for drawing in _charts_of_tags(run, *chart)]
-
-
-def _charts_of_tags(run: RunHistory, title: str, tags: Sequence[str]) -> list[Drawing]:
-    """Return a run's curves in one chart, or in so many that each curve has its own colour."""
+def _charts_of_tags(run: RunHistory, title: str, tags: Sequence[str]) -> list[ChartDrawing]:
+    """Return one chart, or as many as needed for each curve to have its own colour."""
     if title in tags:
-        return [draw(title, {title: run.curves[title]})]
+        return [draw_chart(title, {title: run.curves[title]})]
     parts = [tags[start : start + len(COLORS)] for start in range(0, len(tags), len(COLORS))]
-    return [draw(title, {tag: run.curves[tag] for tag in part}, _short(part)) for part in parts]
+    return [
+        draw_chart(title, {tag: run.curves[tag] for tag in part}, _short_names(part))
+        for part in parts
+    ]
 
 
-def _short(tags: Sequence[str]) -> list[str]:
-    """Return what tells tags apart: their parts without those that all of them have."""
+def _short_names(tags: Sequence[str]) -> list[str]:
+    """Return the tags without the parts that all of them share."""
     if len(tags) == 1:
         return list(tags)
     parts = [tag.split("/") for tag in tags]

@@ -1,42 +1,36 @@
-"""A run's settings as the columns of TensorBoard's table of runs, the tab "HParams"."""
+"""The settings by which runs are compared: the columns of TensorBoard's tab HParams."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-Value = str | float | bool
-OF_TRAINER = ("precision", "microbatch_size", "seed", "ranks", "max_epochs", "max_iters", "compile")
-OF_OPTIMIZER = ("lr", "weight_decay", "betas", "momentum")
-# They show a run and change none of its numbers, so runs are not compared by how.
-ONLY_SHOW = {
-    "CheckpointManager",
-    "EmbeddingProjector",
-    "FirstLayerFilters",
-    "GradientDiagnostics",
-    "Histograms",
-    "HistoryPlots",
-    "InBatchAccuracy",
-    "JsonLines",
-    "Profile",
-    "ProgressBar",
-    "RepresentationHealth",
-    "RetrievalGallery",
-    "RunCard",
-    "RunRecord",
-    "TensorBoard",
-    "Throughput",
-}
-# Where files go is no setting that runs are compared by.
-PLACES = ("directory", "resume")
+from diptych.engine.handler import Handler
+
+HyperparameterValue = str | float | bool
+TRAINER_SETTINGS = (
+    "precision",
+    "microbatch_size",
+    "seed",
+    "ranks",
+    "max_epochs",
+    "max_iters",
+    "compile",
+)
+OPTIMIZER_SETTINGS = ("lr", "weight_decay", "betas", "momentum")
 
 
-def hyperparameters(settings: Mapping[str, Any]) -> dict[str, Value]:
-    """Return what runs are compared by, flat: name to a number, a text or a truth value.
+def hyperparameters(
+    settings: Mapping[str, Any], handlers: Sequence[object]
+) -> dict[str, HyperparameterValue]:
+    """Return the settings by which runs are compared, as a flat mapping.
+
+    A `Handler` that only reports is left out: it changes no value of the run.
 
     Args:
-        settings: what `run_settings` returns.
+        settings: returned by `run_settings`.
+        handlers: the trainer's, in the order of the settings.
     """
     group = settings["optimizer"]["groups"][0]
     found = {
@@ -44,19 +38,37 @@ def hyperparameters(settings: Mapping[str, Any]) -> dict[str, Value]:
         "model": settings["model"]["class"].rpartition(".")[2],
         "parameters": settings["model"]["parameters"],
         "optimizer": settings["optimizer"]["class"].rpartition(".")[2],
-        # A schedule has put a first rate in the place of the one that was given.
-        **{f"optimizer/{key}": group.get(f"initial_{key}", group.get(key)) for key in OF_OPTIMIZER},
-        **{f"trainer/{key}": settings["trainer"].get(key) for key in OF_TRAINER},
-        **dict(_of_handlers(settings["handlers"])),
+        # A schedule has replaced the given rate by its first one.
+        **{
+            f"optimizer/{key}": group.get(f"initial_{key}", group.get(key))
+            for key in OPTIMIZER_SETTINGS
+        },
+        **{f"trainer/{key}": settings["trainer"].get(key) for key in TRAINER_SETTINGS},
+        **dict(_handler_hyperparameters(settings["handlers"], handlers)),
     }
-    return {name: _flat(value) for name, value in found.items() if value is not None}
+    return {
+        name: value if isinstance(value, (bool, int, float, str)) else str(value)
+        for name, value in found.items()
+        if value is not None
+    }
 
 
-def session_start(values: Mapping[str, Value]) -> Any:
-    """Return the summary that gives a run its row.
+def _handler_hyperparameters(
+    settings: Sequence[Mapping[str, Any]], handlers: Sequence[object]
+) -> Iterator[tuple[str, float]]:
+    for handler, of_handler in zip(handlers, settings, strict=True):
+        if isinstance(handler, Handler) and not handler.changes:
+            continue
+        name = of_handler.get("prefix") or type(handler).__name__
+        for key, value in of_handler.items():
+            if isinstance(value, (bool, int, float)):
+                yield f"{name}/{key}", value
 
-    The columns of results are not named in it: TensorBoard then takes the last values of all
-    scalars of all runs.
+
+def session_start(values: Mapping[str, HyperparameterValue]) -> Any:
+    """Return the summary that adds a run to the table.
+
+    It names no columns of results, so TensorBoard shows the last value of every scalar.
     """
     from tensorboard.plugins.hparams.plugin_data_pb2 import SessionStartInfo  # noqa: PLC0415
 
@@ -73,7 +85,7 @@ def session_start(values: Mapping[str, Value]) -> Any:
 
 
 def session_end() -> Any:
-    """Return the summary that says that a run was done to its end."""
+    """Return the summary that marks a run as completed."""
     from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2  # noqa: PLC0415
 
     end = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=time.time())
@@ -85,25 +97,9 @@ def _summary(tag: str, **content: Any) -> Any:
     from tensorboard.plugins.hparams import metadata  # noqa: PLC0415
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # noqa: PLC0415
 
-    summary = Summary()
-    summary.value.add(
+    value = Summary.Value(
         tag=getattr(metadata, tag),
         metadata=metadata.create_summary_metadata(HParamsPluginData(**content)),
         tensor=metadata.NULL_TENSOR,
     )
-    return summary
-
-
-def _of_handlers(handlers: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
-    for handler in handlers:
-        kind = handler["class"].rpartition(".")[2]
-        if kind in ONLY_SHOW:
-            continue
-        name = handler.get("prefix") or kind
-        for key, value in handler.items():
-            if key not in ("class", "prefix", *PLACES) and isinstance(value, (bool, int, float)):
-                yield f"{name}/{key}", value
-
-
-def _flat(value: Any) -> Value:
-    return value if isinstance(value, (bool, int, float, str)) else str(value)
+    return Summary(value=[value])

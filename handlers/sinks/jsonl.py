@@ -1,4 +1,4 @@
-"""The run's values as lines of JSON: the same bytes however often the run was interrupted."""
+"""A sink that writes records as lines of JSON, and the function that reads them."""
 
 from __future__ import annotations
 
@@ -12,138 +12,117 @@ from typing import TYPE_CHECKING, BinaryIO
 import attrs
 from ignite.engine import Events
 
-from diptych.engine.distributed.collectives import rank
 from diptych.engine.errors import ResumeError
-from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.engine.metrics.metrics_collector import Record
 from diptych.handlers.files import make_folder
+from diptych.handlers.run_directory import METRICS, measured_file, metrics_file
+from diptych.handlers.sinks.sink import Sink
 
 if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer
 
-MEASURED = ("time/", "memory/")
-"""Beginnings of the tags whose values depend on the machine and the hour: no two runs agree on
-them."""
+MEASURED_TAGS = ("time/", "memory/")
+"""Beginnings of the tags whose values depend on the machine and differ from run to run."""
 
 ENCODER = json.JSONEncoder(allow_nan=False)
 
 
-def _file_in(path: Path | str) -> Path:
-    path = Path(path).absolute()  # the working directory may change while the run goes on
-    return path if path.suffix == ".jsonl" else path / "metrics.jsonl"
-
-
 @attrs.define(eq=False)
-class JsonLines:
+class JsonLines(Sink):
     """Writes every record as a line `{"step": 50, "train/loss": 0.5, ...}`, its tags sorted.
 
-    A run that was interrupted and resumed from a checkpoint leaves the same bytes in `path` as the
-    run that nobody touched: what was written after the checkpoint is cut off when the run goes on.
-    Measured values (`time/...`, `memory/...`) cannot be the same, so they are kept apart in
-    `measured_path`, in lines of the same form. A run that starts from its beginning starts both
-    files anew. NaN and infinities, which JSON lacks, are the strings "NaN", "Infinity" and
-    "-Infinity"; `read_records` turns them back, as `float` does.
+    A run that was interrupted and resumed from a checkpoint leaves the same bytes in `path` as an
+    uninterrupted run: lines written after the checkpoint are removed when the run resumes. Measured
+    values (`time/...`, `memory/...`) differ from run to run, so they go to `measured_path`, in the
+    same format. A run that starts at iteration 0 empties both files. JSON has no NaN and no
+    infinities: they are the strings "NaN", "Infinity" and "-Infinity", which `read_records`
+    converts back.
 
-    Event: `MetricsEvents.LOGGED`; `STARTED` cuts the files, `RELEASE` closes them. Rank 0 alone
-    writes.
-    Cost: some 30 microseconds a record, which is in the file when the handler returns.
+    Event: `STARTED`, `MetricsEvents.LOGGED`, `RunEvents.ENDED`. Writes on rank 0 only.
+    Cost: about 30 microseconds a record, which is in the file when the handler returns.
 
     Args:
-        path: of the file, ending in .jsonl, or of the folder in which it is `metrics.jsonl`.
+        path: of the file, ending in .jsonl, or of the run directory, where it is `metrics.jsonl`.
     """
 
-    path: Path = attrs.field(converter=_file_in)
-    _started: bool = attrs.field(default=False, init=False, repr=False)
-    _running: bool = attrs.field(default=False, init=False, repr=False)
-    _waiting: list[Record] = attrs.field(factory=list, init=False, repr=False)
+    path: Path = attrs.field(converter=metrics_file)
+    _has_started: bool = attrs.field(default=False, init=False, repr=False)
+    _early_records: list[Record] = attrs.field(factory=list, init=False, repr=False)
     _resumed_sizes: dict[str, int] | None = attrs.field(default=None, init=False, repr=False)
     _open: dict[Path, BinaryIO] = attrs.field(factory=dict, init=False, repr=False)
 
     @property
     def measured_path(self) -> Path:
         """The file of measured values: `metrics.measured.jsonl`."""
-        return self.path.with_suffix(".measured.jsonl")
+        return measured_file(self.path)
 
-    def attach(self, trainer: Trainer) -> None:
-        """Write each record of the trainer."""
-        if rank() == 0:
-            trainer.add_event_handler(Events.STARTED, self._start)
-            trainer.add_event_handler(MetricsEvents.LOGGED, self._log)
-            trainer.add_event_handler(RunEvents.RELEASE, self._close)
+    @property
+    def role(self) -> str:
+        """The name of the file; "" for `metrics.jsonl`."""
+        return "" if self.path.name == METRICS else self.path.name
 
     def state_dict(self) -> dict[str, int]:
-        """Return how many bytes of each file belong to the run so far; they are on the disk."""
+        """Return the size of each file, in bytes that have been flushed to the disk."""
         for file in self._open.values():
             os.fsync(file.fileno())
         return {name: _size(path) for name, path in self._files().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Go on from a state that `state_dict` returned: the next run cuts the files to it.
+        """Load a state that `state_dict` returned; the next run truncates the files to it.
 
-        Nothing is cut before training goes on, so that loading an old checkpoint to look at it
-        loses nothing.
+        Loading alone truncates nothing, so you can load an old checkpoint to inspect it.
         """
         self._resumed_sizes = dict(state_dict)
 
     def _files(self) -> dict[str, Path]:
         return {"values": self.path, "measured": self.measured_path}
 
+    def _listen(self, trainer: Trainer) -> None:
+        super()._listen(trainer)
+        trainer.add_event_handler(Events.STARTED, self._start)
+
     def _start(self, trainer: Trainer) -> None:
-        self._close()
+        self._close(trainer)
         make_folder(self.path.parent)
         sizes = self._resumed_sizes
         if sizes is not None:
-            self._waiting.clear()  # the run that is continued has logged its start already
+            self._early_records.clear()  # the file holds those of the start already
         elif trainer.state.iteration == 0:
             sizes = dict.fromkeys(self._files(), 0)
         for name, size in (sizes or {}).items():
-            _cut(self._files()[name], size)
+            _truncate(self._files()[name], size)
         self._resumed_sizes = None
-        self._started = self._running = True
-        for record in self._waiting:
-            self._write(record)
-        self._waiting.clear()
+        self._has_started = True
+        for record in self._early_records:
+            self._write(trainer, record)
+        self._early_records.clear()
 
-    def _log(self, trainer: Trainer) -> None:
-        # Where a run starts is not decided before STARTED, nor is what the files keep.
-        if self._started:
-            self._write(trainer.metrics.record)
-        else:
-            self._waiting.append(trainer.metrics.record)
-
-    def _write(self, record: Record) -> None:
-        measured = {tag: v for tag, v in record.values.items() if tag.startswith(MEASURED)}
+    def _write(self, _: Trainer, record: Record) -> None:
+        if not self._has_started:  # until STARTED, how much of the files to keep is unknown
+            self._early_records.append(record)
+            return
+        measured = {tag: v for tag, v in record.values.items() if tag.startswith(MEASURED_TAGS)}
         values = {tag: v for tag, v in record.values.items() if tag not in measured}
         for path, part in ((self.path, values), (self.measured_path, measured)):
             if part:
-                self._file(path).write(_line(record.step, part))
-        if not self._running:
-            self._close()
+                if path not in self._open:  # opening costs as much as writing a line
+                    self._open[path] = path.open("ab", buffering=0)
+                self._open[path].write(_line(record.step, part))
 
-    def _file(self, path: Path) -> BinaryIO:
-        """Return the file, which stays open while the run goes on.
-
-        Opening it costs as much as writing a line.
-        """
-        if path not in self._open:
-            self._open[path] = path.open("ab", buffering=0)
-        return self._open[path]
-
-    def _close(self, _: Trainer | None = None) -> None:
-        self._running = False
+    def _close(self, _: Trainer) -> None:
         for file in self._open.values():
             file.close()
         self._open.clear()
 
 
-def read_records(path: Path | str) -> list[Record]:
-    """Return the records in a file of `JsonLines`; a last line that is incomplete is left out.
+def read_records(path: str | os.PathLike[str]) -> list[Record]:
+    """Return the records in a file of `JsonLines`, without an incomplete last line.
 
     Args:
-        path: of the file, or of the folder in which it is `metrics.jsonl`.
+        path: of the file, or of the run directory, where it is `metrics.jsonl`.
     """
     records = []
-    for line in _file_in(path).read_bytes().splitlines(keepends=True):
+    for line in metrics_file(path).read_bytes().splitlines(keepends=True):
         if line.endswith(b"\n"):
             values = json.loads(line)
             step = values.pop("step")
@@ -152,7 +131,7 @@ def read_records(path: Path | str) -> list[Record]:
 
 
 def json_number(value: float) -> float | str:
-    """Return a number as JSON can hold it: a string in place of NaN and the infinities."""
+    """Return a number as JSON: a string instead of NaN or an infinity."""
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
@@ -160,7 +139,9 @@ def json_number(value: float) -> float | str:
 
 def _line(step: int, values: Mapping[str, float]) -> bytes:
     if "step" in values:
-        raise ValueError("a tag must not be 'step', the name of the iteration in every line")
+        raise ValueError(
+            "a tag must not be 'step', the key of the iteration in each line. Rename the metric."
+        )
     sorted_values = {tag: json_number(values[tag]) for tag in sorted(values)}
     return ENCODER.encode({"step": step, **sorted_values}).encode() + b"\n"
 
@@ -169,13 +150,13 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _cut(path: Path, size: int) -> None:
-    """Keep the first bytes of a file; one that is not there any more is begun anew."""
+def _truncate(path: Path, size: int) -> None:
+    """Keep the first bytes of a file; a missing file stays missing."""
     if not path.exists():
         return
     if _size(path) < size:
         raise ResumeError(
-            f"{path} must hold the {size} bytes that it had at the checkpoint, got {_size(path)}: "
-            "it has been changed since; move it away to go on with a new one"
+            f"{path} must hold at least the {size} bytes of the checkpoint, got {_size(path)}: it "
+            "has been changed since. Move it away to resume with a new file."
         )
     os.truncate(path, size)

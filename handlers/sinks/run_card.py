@@ -1,4 +1,4 @@
-"""What a person reads before a run and after it: a few lines each."""
+"""Summaries of a run in a few lines: of its set-up at the start, of its result at the end."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ignite.engine import Events
 
 from diptych.engine.data.seeded_loader import SeededLoader
 from diptych.engine.distributed.collectives import rank, world_size
-from diptych.engine.events import MetricsEvents
-from diptych.engine.modules import unwrapped
-from diptych.handlers.components import parameter_names
-from diptych.handlers.sinks.progress import PLAIN, duration
+from diptych.engine.events import MetricsEvents, Outcome, RunEvents
+from diptych.engine.handler import Handler
+from diptych.engine.modules import named_parameters, unwrapped
+from diptych.handlers.sinks.progress_bar import PLAIN, duration, is_terminal
 
 if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 DIM = "\x1b[2m"
 COMPONENTS = 6  # named in the card; the smaller ones are counted together
 OUTCOMES = {
-    Events.COMPLETED: "done",
-    Events.TERMINATE: "stopped",
-    Events.INTERRUPT: "paused",
-    Events.EXCEPTION_RAISED: "failed",
+    Outcome.COMPLETED: "done",
+    Outcome.TERMINATED: "stopped",
+    Outcome.INTERRUPTED: "paused",
+    Outcome.FAILED: "failed",
 }
 
 
 @attrs.define(kw_only=True, eq=False)
-class RunCard:
-    """Writes what is about to be trained when a run starts, and what came of it when it ends.
+class RunCard(Handler):
+    """Prints a summary of the set-up when a run starts, and of the result when it ends.
 
     ```text
     model   TwoTowers, 3,459,713 parameters, all train: text 2,493,440, ...
     batch   512 = 2 ranks x 256, in pieces of 64, fp32 on cpu
     length  45 epochs of 11 steps, 495 in all
-    run     runs/emoji/2026-01-31_09-30-00Z, goes on after epoch 12, step 132
+    run     runs/emoji/2026-01-31_09-30-00Z, resumed after epoch 12, step 132
     ```
 
     ```text
@@ -50,23 +50,22 @@ class RunCard:
     run     runs/emoji/2026-01-31_09-30-00Z
     ```
 
-    The batch is left out where the loader does not tell its size, and samples/s, the mean of the
-    run's iterations in this process, where no `Throughput` is attached. Names are dim on a
-    terminal, unless `NO_COLOR` is set; elsewhere the cards are plain text.
+    The batch size is left out if the loader has no `batch_size`. samples/s is the mean of the run's
+    iterations in this process; it needs `Throughput`. Labels are dim on a terminal, unless
+    `NO_COLOR` is set; elsewhere the summaries are plain text.
 
-    Event: `STARTED`; `COMPLETED`, `TERMINATE`, `INTERRUPT` or `EXCEPTION_RAISED`;
-        `MetricsEvents.LOGGED`. Rank 0 alone writes.
-    Cost: under a millisecond a card, microseconds a log point; no synchronisation.
+    Event: `STARTED`, `MetricsEvents.LOGGED`, `RunEvents.ENDED`. Writes on rank 0 only.
+    Cost: under a millisecond a summary, microseconds a log point; no synchronisation.
 
     Args:
-        directory: the run's folder, to be named; None: it is not.
-        best: the metric whose best value the end tells, such as "val/recall@1"; None: the last
-            loss stands there.
+        directory: the run directory to print; None: none is printed.
+        best: the metric whose best value is printed at the end, such as "val/recall@1"; None: the
+            last loss is printed.
         mode: whether a larger ("max") or a smaller ("min") value of it is better.
         stream: to write to; None: the process's standard error.
 
     Raises:
-        ValueError: if `mode` is something else.
+        ValueError: if `mode` is neither "max" nor "min".
     """
 
     directory: Path | None = attrs.field(default=None, converter=attrs.converters.optional(Path))
@@ -83,20 +82,24 @@ class RunCard:
     _start_time: float | None = attrs.field(default=None, init=False, repr=False)
 
     def attach(self, trainer: Trainer) -> None:
-        """Write the cards of the trainer's runs."""
-        # Every rank has the same state, so that any of them can be the first of a resumed run.
+        """Print the summaries of the trainer's runs."""
+        # Every rank keeps the best value, so that any of them can be rank 0 of a resumed run.
         trainer.add_event_handler(Events.STARTED, self._start)
         trainer.add_event_handler(MetricsEvents.LOGGED, self._log)
         if rank() == 0:
-            for event, outcome in OUTCOMES.items():
-                trainer.add_event_handler(event, self._end, outcome=outcome)
+            trainer.add_event_handler(RunEvents.ENDED, self._end)
+
+    @property
+    def role(self) -> str:
+        """The metric."""
+        return self.best or ""
 
     def state_dict(self) -> dict[str, float]:
-        """Return the best value so far with its epoch and step; nothing where there is none."""
+        """Return the best value so far with its epoch and step; empty if there is none."""
         return dict(self._best)
 
     def load_state_dict(self, state_dict: Mapping[str, float]) -> None:
-        """Go on from a state that `state_dict` returned."""
+        """Load a state that `state_dict` returned."""
         self._best = dict(state_dict)
 
     def _start(self, trainer: Trainer) -> None:
@@ -133,12 +136,16 @@ class RunCard:
             return not math.isnan(value)
         return value > self._best["value"] if self.mode == "max" else value < self._best["value"]
 
-    def _end(self, trainer: Trainer, error: object = None, *, outcome: str) -> None:
-        if self._start_time is None:
-            return  # told already: TERMINATE comes before COMPLETED
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            outcome = "stopped"  # by whoever sent a signal
-        seconds, self._start_time = perf_counter() - self._start_time, None
+    def _end(self, trainer: Trainer) -> None:
+        if self._start_time is None or trainer.outcome is None:
+            return  # nothing was left to run, or it could not start
+        outcome, seconds = OUTCOMES[trainer.outcome], perf_counter() - self._start_time
+        if trainer.outcome is Outcome.FAILED and isinstance(
+            sys.exc_info()[1], (KeyboardInterrupt, SystemExit)
+        ):
+            outcome = "stopped"  # by a signal
+        if trainer.outcome is not Outcome.INTERRUPTED:  # a paused run continues without STARTED
+            self._start_time = None
         state = trainer.state
         ending = f"epoch {state.epoch}, step {state.iteration}, in {duration(seconds)}"
         if self._seconds:
@@ -155,19 +162,17 @@ class RunCard:
 
     def _write(self, lines: Mapping[str, str | None]) -> None:
         stream = sys.stderr if self.stream is None else self.stream
-        plain = (
-            not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-        )
+        dim = is_terminal(stream) and not os.environ.get("NO_COLOR")
         for name, text in lines.items():
             if text:
-                label = f"{name:<7}" if plain else f"{DIM}{name:<7}{PLAIN}"
+                label = f"{DIM}{name:<7}{PLAIN}" if dim else f"{name:<7}"
                 stream.write(f"{label} {text}\n")
         stream.flush()
 
 
 def _model(trainer: Trainer) -> str:
-    """Return what there is to train: all parameters, the share that trains, by component."""
-    named = parameter_names(trainer)
+    """Return the number of parameters: all, the trainable share, and by component."""
+    named = named_parameters(trainer.model, trainer.loss)
     sizes: dict[str, int] = {}
     for name, parameter in named.items():
         component = name.partition(".")[0]
@@ -194,12 +199,12 @@ def _batch(trainer: Trainer) -> str:
 
 
 def _size(loader: Any) -> str:
-    """Return the samples of an update; nothing where the loader does not tell."""
+    """Return the number of samples in an update; "" if the loader has no `batch_size`."""
     size, ranks = getattr(loader, "batch_size", None), world_size()
     if not isinstance(size, int):
         return ""
     whole, share = size, f"{size / ranks:g}"
-    if not isinstance(loader, SeededLoader):  # whose batch is that of all ranks
+    if not isinstance(loader, SeededLoader):  # its batch size is that of all ranks together
         whole, share = size * ranks, f"{size}"
     return f"{whole:,}" if ranks == 1 else f"{whole:,} = {ranks} ranks x {share}"
 
@@ -208,7 +213,7 @@ def _length(trainer: Trainer) -> str:
     state = trainer.state
     length = state.epoch_length
     each = f"of {length or 0:,} step{'' if length == 1 else 's'}"
-    each = "of a length yet unknown" if length is None else each
+    each = "of unknown length" if length is None else each
     if state.max_iters is not None:
         return f"{state.max_iters:,} steps in all, epochs {each}"
     if length is None or state.max_epochs is None:
@@ -218,8 +223,8 @@ def _length(trainer: Trainer) -> str:
 
 def _run(directory: Path | None, trainer: Trainer) -> str | None:
     state = trainer.state
-    resumed = f"goes on after step {state.iteration:,}, in epoch {state.epoch}"
+    resumed = f"resumed after step {state.iteration:,}, in epoch {state.epoch}"
     if state.iteration and not trainer.epoch_iteration:
-        resumed = f"goes on after epoch {state.epoch}, step {state.iteration:,}"
+        resumed = f"resumed after epoch {state.epoch}, step {state.iteration:,}"
     parts = [str(directory) if directory else "", resumed if state.iteration else ""]
     return ", ".join(part for part in parts if part) or None

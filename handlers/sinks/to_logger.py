@@ -1,4 +1,4 @@
-"""The run's values in a function, such as one of Ignite's loggers."""
+"""A sink that calls a function, such as the method of an Ignite logger."""
 
 from __future__ import annotations
 
@@ -6,38 +6,36 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import attrs
-from ignite.engine import Events
 
-from diptych.engine.distributed.collectives import rank
-from diptych.engine.events import MetricsEvents
+from diptych.handlers.sinks.sink import Sink
 
 if TYPE_CHECKING:
+    from diptych.engine.metrics.metrics_collector import Record
     from diptych.engine.trainer import Trainer
-
-AT_THE_END = (Events.COMPLETED, Events.EXCEPTION_RAISED)
 
 
 @attrs.define(eq=False)
-class ToLogger:
-    """Gives every record to a function, such as one that logs scalars in a logger of Ignite's.
+class ToLogger(Sink):
+    """Passes every record to a function, such as one that calls an Ignite logger.
 
     ```python
     visdom = VisdomLogger()
     trainer.attach(ToLogger(lambda values, step: show(visdom, values, step), close=visdom.close))
     ```
 
-    The tags are those of every other sink. `WandB`, `MLflow` and `ClearML` do more: they hand over
-    the settings, and go on in the same run when it is resumed.
+    The tags are the same as in every other sink. `WandB`, `MLflow` and `ClearML` also log the
+    settings, and continue the same run when training resumes.
 
-    Event: `MetricsEvents.LOGGED`; `COMPLETED` or `EXCEPTION_RAISED` closes. Rank 0 alone.
-    Cost: that of the function, which may talk to a server; it is called at log points only.
+    Event: `MetricsEvents.LOGGED`, `RunEvents.ENDED`. Runs on rank 0 only.
+    Cost: the function's own, at log points only.
 
     Args:
-        write: called with a mapping of tag to number, and the iteration.
-        close: called when the run has ended or failed; None: nothing is.
+        write: called with a mapping of tag to value, and the iteration.
+        close: called when the run has completed, was terminated or failed, and after a record that
+            arrives later; None: nothing is called.
 
     Raises:
-        TypeError: if one cannot be called.
+        TypeError: if one of them is not callable.
     """
 
     write: Callable[[dict[str, float], int], Any] = attrs.field(
@@ -47,18 +45,9 @@ class ToLogger:
         default=None, validator=attrs.validators.optional(attrs.validators.is_callable())
     )
 
-    def attach(self, trainer: Trainer) -> None:
-        """Give the trainer's records to the logger."""
-        if rank() == 0:
-            trainer.add_event_handler(MetricsEvents.LOGGED, self._log)
-            for event in AT_THE_END:
-                trainer.add_event_handler(event, self._end)
+    def _write(self, _: Trainer, record: Record) -> None:
+        self.write(dict(record.values), record.step)
 
-    def _log(self, trainer: Trainer) -> None:
-        record = trainer.metrics.record
-        if record.values:
-            self.write(dict(record.values), record.step)
-
-    def _end(self, *_: object) -> None:
+    def _close(self, _: Trainer) -> None:
         if self.close is not None:
             self.close()

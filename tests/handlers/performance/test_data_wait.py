@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diptych.handlers.performance import data_wait
-from diptych.handlers.performance.data_wait import DataWaitRule, DeviceWait, HostWait, wait_of
+from diptych.handlers.performance.data_wait import DataWaitRule, DeviceWait, HostWait
 
 
 class Device:
@@ -118,8 +118,8 @@ def test_on_the_host_every_wait_counts(monkeypatch):
 
 
 def test_a_device_is_asked_where_there_is_one_that_can_tell():
-    assert isinstance(wait_of(torch.device("cpu")), HostWait)
-    assert isinstance(wait_of(torch.device("cuda")), DeviceWait)
+    assert isinstance(data_wait.data_wait(torch.device("cpu")), HostWait)
+    assert isinstance(data_wait.data_wait(torch.device("cuda")), DeviceWait)
 
 
 def test_a_rule_fires_once_when_enough_log_points_in_a_row_say_so():

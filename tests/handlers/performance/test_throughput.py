@@ -12,7 +12,6 @@ from torch import nn
 
 from diptych.engine import Trainer, tasks
 from diptych.handlers import Throughput
-from diptych.handlers.sinks.run_texts import findings_of
 from tests.handlers.runs import EPOCH_LENGTH, Stop, kept_records, stop_at
 
 WAIT, STEP, SIZE = 1.0, 3.0, 8
@@ -145,7 +144,7 @@ def test_a_run_that_waits_for_its_loader_is_told_so_once(clock, caplog):
     assert (finding.rule, finding.step) == ("waiting for data", 12)
     assert "25% of the time" in finding.evidence
     assert caplog.messages == [str(finding)]
-    assert findings_of(trainer) == [finding]  # what TensorBoard shows
+    assert trainer.findings == [finding]  # which TensorBoard shows
 
 
 def test_a_loader_that_takes_a_fifth_of_the_time_is_tolerated(clock, caplog):

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
 from diptych.handlers.pictures.drawing import (
-    SCALE,
+    COLOR_SCALE,
     Result,
     Row,
     _font,
     _shortened,
     as_bytes,
-    check_can_draw,
     heat_map,
     sheet,
     thumbnails,
@@ -85,18 +82,12 @@ def test_queries_are_lines_of_one_height():
 def test_a_heat_map_goes_from_dark_to_light():
     picture = heat_map(torch.tensor([[-1.0, 0.0], [1.0, torch.nan]]), 0.0, 1.0, side=2)
 
-    assert picture[:, 0, 0].tolist() == list(SCALE[0])
-    assert picture[:, 0, 1].tolist() == list(SCALE[0])
-    assert picture[:, 1, 0].tolist() == list(SCALE[-1])
+    assert picture[:, 0, 0].tolist() == list(COLOR_SCALE[0])
+    assert picture[:, 0, 1].tolist() == list(COLOR_SCALE[0])
+    assert picture[:, 1, 0].tolist() == list(COLOR_SCALE[-1])
 
 
 def test_tiles_fill_lines_from_the_left():
     images = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 1, 1)
 
     assert tiles(images, 2, gap=0)[0].tolist() == [[0, 1], [2, 255]]
-
-
-def test_without_pillow_the_error_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    with pytest.raises(ImportError, match=r"diptych\[images\]"):
-        check_can_draw()

@@ -84,5 +84,5 @@ def test_a_model_without_such_a_layer_is_refused_when_the_run_starts(layer, tmp_
     trainer = make_trainer(nn.Identity()).attach(TensorBoard(tmp_path), FirstLayerFilters())
     trainer.model.append(layer)
 
-    with pytest.raises(ValueError, match=r"Conv2d over 1 or 3 channels .*leave the handler out"):
+    with pytest.raises(ValueError, match=r"Conv2d over 1 or 3 channels .*Remove the handler"):
         trainer.run(batches())

@@ -134,7 +134,7 @@ def test_captions_that_are_too_few_are_refused(tmp_path):
 
 
 def test_a_task_without_features_is_refused(tmp_path):
-    with pytest.raises(BatchError, match="need image_features among the task's outputs, got x"):
+    with pytest.raises(BatchError, match="task of samples must return image_features, got x"):
         run(tmp_path, samples=samples(batches=[{"x": torch.eye(4)}]))
 
 
@@ -151,7 +151,7 @@ def test_a_gallery_without_a_board_is_an_error_when_the_run_starts():
 
 
 def test_other_ranks_draw_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("diptych.handlers.pictures.gallery.rank", lambda: 1)
+    monkeypatch.setattr("diptych.handlers.pictures.board_handler.rank", lambda: 1)
 
     run(tmp_path)
 

@@ -9,16 +9,16 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from diptych.handlers.reports.curves import COLORS, POINTS, SVG, WIDTH, draw, svg
+from diptych.handlers.reports.curves import COLORS, POINTS, SVG, WIDTH, draw_chart, svg
 from diptych.handlers.reports.curves_png import COLUMNS, HEADING, MARGIN, SHARPNESS, save_charts
 
 CURVE = [(0, 4.0), (5, 3.0), (10, 2.0)]
 PNG = """
 import sys
 from pathlib import Path
-from diptych.handlers.reports.curves import draw
+from diptych.handlers.reports.curves import draw_chart
 from diptych.handlers.reports.curves_png import save_charts
-chart = draw("tag_$1$", {"a": [(0, 1.0), (5, 2.0)]}, ["a"])
+chart = draw_chart("tag_$1$", {"a": [(0, 1.0), (5, 2.0)]}, ["a"])
 save_charts({"a $ heading": [chart]}, Path(sys.argv[1]))
 print("matplotlib.pyplot" in sys.modules)
 """
@@ -32,7 +32,7 @@ def points(picture: str) -> list[list[tuple[float, float]]]:
 
 
 def test_a_chart_reaches_from_its_lowest_value_to_its_highest():
-    ((first, middle, last),) = points(svg(draw("loss", {"a": CURVE})))
+    ((first, middle, last),) = points(svg(draw_chart("loss", {"a": CURVE})))
 
     assert first[0] < middle[0] < last[0]
     assert first[1] < middle[1] < last[1]  # y points down
@@ -42,18 +42,18 @@ def test_a_chart_reaches_from_its_lowest_value_to_its_highest():
 def test_values_that_are_not_finite_leave_a_gap():
     curve = [(0, 1.0), (1, 2.0), (2, float("nan")), (3, float("inf")), (4, 1.0), (5, 2.0)]
 
-    assert [len(line) for line in points(svg(draw("loss", {"a": curve})))] == [2, 2]
+    assert [len(line) for line in points(svg(draw_chart("loss", {"a": curve})))] == [2, 2]
 
 
 def test_a_constant_is_drawn_half_way_up():
-    drawing = draw("loss", {"a": [(0, 2.0), (5, 2.0)]})
+    drawing = draw_chart("loss", {"a": [(0, 2.0), (5, 2.0)]})
 
     (_, top), (_, bottom), _ = drawing.axis
-    assert {y for _, y in drawing.lines[0].places} == {(top + bottom) / 2}
+    assert {y for _, y in drawing.lines[0].points} == {(top + bottom) / 2}
 
 
 def test_long_curves_are_thinned_and_names_are_escaped():
-    picture = svg(draw("<loss>", {"a&b": [(step, float(step)) for step in range(10_000)]}))
+    picture = svg(draw_chart("<loss>", {"a&b": [(step, float(step)) for step in range(10_000)]}))
 
     assert len(points(picture)[0]) <= POINTS
     assert "&lt;loss&gt;" in picture
@@ -62,14 +62,14 @@ def test_long_curves_are_thinned_and_names_are_escaped():
 
 def test_a_legend_breaks_into_lines_and_pushes_the_curves_down():
     names = [f"a rather long name {number}" for number in range(4)]
-    plain = draw("loss", dict.fromkeys(names, CURVE))
-    named = draw("loss", dict.fromkeys(names, CURVE), names)
+    plain = draw_chart("loss", dict.fromkeys(names, CURVE))
+    named = draw_chart("loss", dict.fromkeys(names, CURVE), names)
 
     legend = named.labels[1:5]
     assert [label.color for label in legend] == list(COLORS[:4])
-    assert [label.place[1] for label in legend] == sorted(label.place[1] for label in legend)
-    assert len({label.place[1] for label in legend}) == 2
-    assert max(label.place[1] for label in legend) < named.axis[0][1]
+    assert [label.point[1] for label in legend] == sorted(label.point[1] for label in legend)
+    assert len({label.point[1] for label in legend}) == 2
+    assert max(label.point[1] for label in legend) < named.axis[0][1]
     assert named.height - plain.height == named.axis[0][1] - plain.axis[0][1] > 0
 
 
@@ -77,7 +77,7 @@ def test_the_png_has_each_point_where_the_svg_has_it(tmp_path):
     from PIL import Image
 
     curve = [(0, 0.0), (1, 0.0), (2, 1.0), (3, 1.0)]  # horizontal at first, at last
-    charts = [draw(f"chart {number}", {"a": curve}) for number in range(COLUMNS + 1)]
+    charts = [draw_chart(f"chart {number}", {"a": curve}) for number in range(COLUMNS + 1)]
 
     save_charts({"heading": charts}, tmp_path / "curves.png")
 

@@ -57,7 +57,7 @@ def test_the_folder_may_be_given_below_the_working_directory(tmp_path, monkeypat
 def test_without_json_lines_the_run_does_not_start(tmp_path):
     trainer = make_trainer().attach(HistoryPlots(tmp_path))
 
-    with pytest.raises(ValueError, match=r"must have a JsonLines .*got none: attach"):
+    with pytest.raises(ValueError, match=r"needs a JsonLines .*got none. Attach"):
         trainer.run(loader(), max_epochs=1)
 
 
@@ -176,7 +176,7 @@ def test_the_picture_of_the_curves_is_a_png(tmp_path):
 
 
 def test_the_picture_without_its_package_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
 
     with pytest.raises(ImportError, match=r"diptych\[plots\]"):
         HistoryPlots(tmp_path, png=True)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from diptych import handlers
+import attrs
+
+from diptych.engine import Trainer
 from diptych.handlers import CheckpointManager, LearningRate, ProgressBar, TensorBoard
 from diptych.handlers.sinks.hyperparameters import (
-    ONLY_SHOW,
+    HyperparameterValue,
     hyperparameters,
     session_end,
     session_start,
 )
-from diptych.handlers.sinks.run_directory import run_settings
+from diptych.handlers.sinks.run_record import run_settings
 from tests.handlers.runs import loader, make_trainer
 
 
@@ -24,32 +26,44 @@ def content(summary: Any) -> Any:
     return HParamsPluginData.FromString(value.metadata.plugin_data.content)
 
 
-def test_a_run_is_told_by_loss_optimizer_trainer_and_handlers(tmp_path):
-    shown = (TensorBoard(tmp_path), ProgressBar(), CheckpointManager(tmp_path / "c"))
-    trainer = make_trainer().attach(LearningRate(warmup=2), *shown)
+@attrs.define(eq=False)
+class Noise:
+    """A handler that does not derive from `Handler`, so that what it changes is unknown."""
+
+    scale: float = 0.5
+
+    def attach(self, trainer: Trainer) -> None:
+        trainer.state.noise = self.scale
+
+
+def found_in(trainer: Trainer) -> dict[str, HyperparameterValue]:
+    return hyperparameters(run_settings(trainer), trainer.handlers)
+
+
+def test_runs_are_compared_by_loss_optimizer_trainer_and_the_handlers_that_change_them(tmp_path):
+    shown = (TensorBoard(tmp_path), ProgressBar(), CheckpointManager(tmp_path / "c", keep=2))
+    trainer = make_trainer().attach(LearningRate(warmup=2), Noise(), *shown)
     trainer.run(loader(), max_epochs=1)
 
-    found = hyperparameters(run_settings(trainer))
+    found = found_in(trainer)
 
     assert found["loss"] == "CrossEntropyLoss()"
     assert found["optimizer"] == "SGD"
     assert found["parameters"] == 3 * 4 + 4 + 4 * 2 + 2
     assert found["trainer/seed"] == 5
     assert found["LearningRate/warmup"] == 2
+    assert found["Noise/scale"] == 0.5
     assert all(isinstance(value, (str, float, int)) for value in found.values())
-    assert not any(name.startswith(tuple(ONLY_SHOW)) for name in found)
+    reporting = ("TensorBoard", "ProgressBar", "CheckpointManager")
+    assert not any(name.startswith(reporting) for name in found)
 
 
-def test_what_only_shows_a_run_is_known_by_the_names_of_handlers():
-    assert set(handlers.__all__) >= ONLY_SHOW
-
-
-def test_the_rate_is_the_one_that_was_given_not_the_schedules_first(tmp_path):
+def test_the_rate_is_the_given_one_and_not_the_first_of_the_schedule(tmp_path):
     trainer = make_trainer().attach(LearningRate(warmup=4))
     trainer.run(loader(), max_epochs=1)
 
     assert trainer.optimizer.param_groups[0]["lr"] != 0.1
-    assert hyperparameters(run_settings(trainer))["optimizer/lr"] == 0.1
+    assert found_in(trainer)["optimizer/lr"] == 0.1
 
 
 def test_numbers_texts_and_truth_values_keep_their_kind():

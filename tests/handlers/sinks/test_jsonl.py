@@ -158,7 +158,7 @@ def test_a_file_that_lost_lines_since_the_checkpoint_is_an_error(tmp_path):
     saving_trainer(tmp_path).run(loader(), max_epochs=2)
     (tmp_path / "metrics.jsonl").write_bytes(b"")
 
-    with pytest.raises(ResumeError, match=r"metrics.jsonl must hold the \d+ bytes.*got 0"):
+    with pytest.raises(ResumeError, match=r"metrics.jsonl must hold at least the \d+ bytes.*got 0"):
         saving_trainer(tmp_path).run(loader(), max_epochs=3)
 
 
@@ -169,11 +169,3 @@ def test_a_file_that_was_moved_away_is_begun_anew(tmp_path):
     saving_trainer(tmp_path).run(loader(), max_epochs=3)
 
     assert [r.step for r in read_records(tmp_path)] == [16, 18, 18]
-
-
-def test_rank_zero_alone_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr("diptych.handlers.sinks.jsonl.rank", lambda: 1)
-
-    make_trainer().attach(JsonLines(tmp_path / "run")).run(loader(), max_epochs=1)
-
-    assert not (tmp_path / "run").exists()

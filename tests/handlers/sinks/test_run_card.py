@@ -1,4 +1,4 @@
-"""The cards: what they tell before a run and after it, where they are written, and how."""
+"""The summaries before and after a run: their content, where they are written, and how."""
 
 from __future__ import annotations
 
@@ -124,8 +124,8 @@ def test_a_resumed_run_tells_where_it_goes_on_and_keeps_its_best(tmp_path):
 
     first, second = trained(1), trained(2)
 
-    assert "goes on" not in first.getvalue()
-    assert f"{tmp_path}, goes on after epoch 1, step 6\n" in second.getvalue()
+    assert "resumed after" not in first.getvalue()
+    assert f"{tmp_path}, resumed after epoch 1, step 6\n" in second.getvalue()
     assert "val/recall@1 0.75, epoch 1, step 6\n" in second.getvalue()
 
 
@@ -134,7 +134,7 @@ def test_a_run_that_is_continued_inside_an_epoch_says_so():
     stream = run_until(trainer, 8)
     trainer.run(trainer.state.dataloader, max_epochs=2)
 
-    assert "goes on after step 8, in epoch 2\n" in stream.getvalue()
+    assert "resumed after step 8, in epoch 2\n" in stream.getvalue()
 
 
 def run_until(trainer: Trainer, iteration: int) -> io.StringIO:

@@ -1,4 +1,4 @@
-"""What TensorBoard reads from a run's folder."""
+"""The content of a run directory, as TensorBoard reads it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import struct
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -229,14 +228,6 @@ def test_a_result_after_the_end_goes_into_a_further_file(tmp_path):
     assert [step for step, _ in scalars(tmp_path)["train/loss"]] == [4, 6]
 
 
-def test_rank_zero_alone_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr("diptych.handlers.sinks.tensorboard.rank", lambda: 1)
-
-    make_trainer().attach(TensorBoard(tmp_path / "run")).run(loader(), max_epochs=1)
-
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_point_is_in_the_file_when_the_iteration_ends(tmp_path):
     seen: list[int] = []
     trainer = make_trainer().attach(TensorBoard(tmp_path))
@@ -248,17 +239,6 @@ def test_a_point_is_in_the_file_when_the_iteration_ends(tmp_path):
     trainer.run(loader(), max_epochs=1)
 
     assert seen == [4]
-
-
-def test_writing_starts_no_thread(tmp_path):
-    before = threading.active_count()
-    running: list[int] = []
-    trainer = make_trainer().attach(TensorBoard(tmp_path))
-    trainer.add_event_handler(Events.COMPLETED, lambda: running.append(threading.active_count()))
-
-    trainer.run(loader(), max_epochs=1)
-
-    assert running == [before]
 
 
 @pytest.mark.slow
@@ -276,15 +256,3 @@ def test_a_board_that_two_handlers_share_is_attached_once(tmp_path):
     board = TensorBoard(tmp_path)
     trainer = make_trainer().attach(Histograms(board=board), Histograms(every=7, board=board))
     assert [handler for handler in trainer.handlers if handler is board] == [board]
-
-
-def test_files_of_one_second_are_read_in_the_order_in_which_they_were_opened(tmp_path, monkeypatch):
-    from diptych.handlers.sinks.event_file import EventFile
-
-    monkeypatch.setattr("time.time", lambda: 1e9)
-    opened = []
-    for _ in range(12):  # numbers of one digit and of two
-        EventFile(tmp_path).close()
-        opened.append(next(path.name for path in tmp_path.iterdir() if path.name not in opened))
-
-    assert opened == sorted(opened)

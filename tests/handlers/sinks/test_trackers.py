@@ -29,10 +29,10 @@ class Noted(Tracker):
     def _describe(self, parameters: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         self.calls.append(("describe", parameters["trainer/precision"], settings["iteration"]))
 
-    def _write(self, values: Mapping[str, float], step: int) -> None:
+    def _send(self, values: Mapping[str, float], step: int) -> None:
         self.calls.append(("write", step, dict(values)))
 
-    def _close(self, *, failed: bool) -> None:
+    def _close_run(self, *, failed: bool) -> None:
         self.calls.append(("close", failed))
 
 
@@ -97,15 +97,6 @@ def test_a_record_after_the_end_still_arrives_and_the_run_is_closed_again():
     assert tracker.calls[-4] == ("open", "new")
 
 
-def test_other_ranks_leave_the_service_alone(monkeypatch):
-    monkeypatch.setattr("diptych.handlers.sinks.trackers.rank", lambda: 1)
-    tracker = Noted("pairs")
-
-    make_trainer().attach(tracker).run(loader(), max_epochs=1)
-
-    assert tracker.calls == []
-
-
 @pytest.mark.parametrize("service", [WandB, MLflow, ClearML])
 def test_without_the_services_package_the_extra_is_named(service, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
@@ -127,7 +118,7 @@ def test_mlflow_gets_names_that_it_takes_and_many_parameters_in_portions(monkeyp
 
     parameters = {"trainer/seed": 2, **{f"h@{i}": "x" * 900 for i in range(130)}}
     mlflow._describe(parameters, {})
-    mlflow._write({"val/recall@1": 0.5}, 4)
+    mlflow._send({"val/recall@1": 0.5}, 4)
 
     assert [len(portion) for portion in sent[:2]] == [100, 30]
     assert sent[0]["h_0"] == "x" * 500
@@ -141,6 +132,6 @@ def test_clearml_gets_no_value_that_it_would_show_as_zero():
     clearml._logger = ModuleType("clearml")
     clearml._logger.report_scalar = lambda *place: sent.append(place)
 
-    clearml._write({"val/a/b": 0.5, "loss": 1.0, "train/loss": float("nan")}, 4)
+    clearml._send({"val/a/b": 0.5, "loss": 1.0, "train/loss": float("nan")}, 4)
 
     assert sent == [("val/a", "b", 0.5, 4), ("loss", "loss", 1.0, 4)]

@@ -1,4 +1,4 @@
-"""Run folders, and the record of what a run was run with."""
+"""The record of a run's settings."""
 
 from __future__ import annotations
 
@@ -12,52 +12,13 @@ import torch
 from torch import nn
 
 from diptych.engine import Trainer, tasks
-from diptych.handlers import CheckpointManager, JsonLines, RunRecord, latest_run, new_run
+from diptych.handlers import CheckpointManager, JsonLines, RunRecord
 from tests.handlers.runs import loader, make_trainer
-
-
-def test_every_run_has_a_new_folder_and_the_latest_is_the_last(tmp_path):
-    runs = [new_run(tmp_path, "emoji") for _ in range(12)]
-
-    assert len(set(runs)) == 12
-    assert all(run.is_dir() and run.parent == tmp_path / "emoji" for run in runs)
-    assert runs == sorted(runs)
-    assert latest_run(tmp_path, "emoji") == runs[-1]
-
-
-def test_a_name_without_runs_has_no_latest_one(tmp_path):
-    (tmp_path / "emoji" / "notes").mkdir(parents=True)
-
-    assert latest_run(tmp_path, "emoji") is None
-    assert latest_run(tmp_path, "other") is None
-
-
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a"])
-def test_a_name_that_is_no_folder_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match="the name of a run must be that of one folder"):
-        new_run(tmp_path, name)
-
-
-def make_run(root: Path) -> tuple[str, str]:
-    return str(new_run(root, "emoji")), str(latest_run(root, "emoji"))
-
-
-def latest_of(root: Path) -> Path | None:
-    return latest_run(root, "none")
-
-
-def test_all_ranks_get_the_folder_that_rank_zero_made(ranks, tmp_path):
-    first, second = ranks.run(make_run, [(tmp_path,)] * 2)
-
-    assert first == second
-    assert first[0] == first[1]
-    assert len(list((tmp_path / "emoji").iterdir())) == 1
-    assert ranks.run(latest_of, [(tmp_path,)] * 2) == [None, None]
 
 
 @attrs.define(eq=False)
 class Custom:
-    """A handler of somebody else's."""
+    """A handler of another library."""
 
     limit: float = math.inf
     model: nn.Module = attrs.field(factory=nn.ReLU)
@@ -147,7 +108,7 @@ def test_the_record_holds_the_settings_of_handlers_as_far_as_json_can(tmp_path):
             "folders": ["a"],
         },
         {"class": f"{here}.Plain"},
-        {"class": "diptych.handlers.sinks.run_directory.RunRecord", "directory": str(tmp_path)},
+        {"class": "diptych.handlers.sinks.run_record.RunRecord", "directory": str(tmp_path)},
     ]
 
 
@@ -175,7 +136,7 @@ def test_a_resumed_run_says_from_where_and_leaves_no_unfinished_file(tmp_path):
 
 
 def test_rank_zero_alone_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr("diptych.handlers.sinks.run_directory.rank", lambda: 1)
+    monkeypatch.setattr("diptych.handlers.sinks.run_record.rank", lambda: 1)
 
     make_trainer().attach(RunRecord(tmp_path / "run")).run(loader(), max_epochs=1)
 

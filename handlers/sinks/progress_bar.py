@@ -1,4 +1,4 @@
-"""What a person sees while the run goes on: one line that moves, and the results as they come."""
+"""The progress of a run in a terminal, a notebook or a log file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import attrs
 from ignite.engine import Events
 
 from diptych.engine.distributed.collectives import rank, world_size
-from diptych.engine.events import MetricsEvents
+from diptych.engine.events import MetricsEvents, RunEvents
+from diptych.engine.handler import Handler
 from diptych.engine.metrics.metrics_collector import Record
 
 if TYPE_CHECKING:
@@ -27,26 +28,27 @@ BAR_WIDTH = 20
 
 
 @attrs.define(kw_only=True, eq=False)
-class ProgressBar:
-    """Shows how far the run is, its loss, rate and speed, and each evaluation's results.
+class ProgressBar(Handler):
+    """Shows progress, loss, learning rate and speed, and the results of each evaluation.
 
     On a terminal it is one line, rewritten in place. Anywhere else (a file, a notebook, a pipe) it
     is a line every `interval` seconds and at the end of each epoch. The results of an evaluation
-    stand on a line of their own, with the change since the one before, and the word best where
-    it is better than all before. Colour is used on a terminal, unless `NO_COLOR` is set. A warning
-    that is logged to the terminal takes the moving line's place, which comes again below it.
+    have a line of their own, with the change since the previous ones, and the word best if they are
+    better than all earlier ones. Colour is used on a terminal, unless `NO_COLOR` is set. A warning
+    that is logged to the terminal replaces the moving line, which is drawn again below it.
 
-    Loss, learning rate and, where `Throughput` is attached, samples/s are those of the last log
-    point; the time left takes the mean of the run so far, evaluations included.
+    Loss, learning rate and, with `Throughput`, samples/s are those of the last log point. The time
+    left is estimated from the mean speed of the run so far, evaluations included.
 
-    Event: `ITERATION_COMPLETED`, `MetricsEvents.LOGGED`. Rank 0 alone writes.
-    Cost: half a microsecond an iteration, some 100 where it draws; no synchronisation.
+    Event: `STARTED`, `ITERATION_COMPLETED`, `MetricsEvents.LOGGED`, `RunEvents.ENDED`. Writes on
+        rank 0 only.
+    Cost: half a microsecond an iteration, about 100 microseconds a drawing; no synchronisation.
 
     Args:
         stream: to write to; None: the process's standard error.
         refresh: seconds between two drawings on a terminal.
         interval: seconds between two lines elsewhere.
-        lower_is_better: words; a result whose name ends with one of them is best where it is
+        lower_is_better: endings of names; a result whose name has one of them is best when it is
             lowest.
 
     Raises:
@@ -59,7 +61,7 @@ class ProgressBar:
     lower_is_better: tuple[str, ...] = ("loss", "error", "rank", "perplexity")
     _record: Record = attrs.field(factory=Record, init=False, repr=False)
     _due: float = attrs.field(default=0.0, init=False, repr=False)
-    _running: bool = attrs.field(default=False, init=False, repr=False)
+    _is_running: bool = attrs.field(default=False, init=False, repr=False)
     _start_time: float = attrs.field(default=0.0, init=False, repr=False)
     _first_iteration: int = attrs.field(default=0, init=False, repr=False)
     _cleared: list[logging.Handler] = attrs.field(factory=list, init=False, repr=False)
@@ -70,16 +72,10 @@ class ProgressBar:
             trainer.add_event_handler(Events.STARTED, self._start)
             trainer.add_event_handler(Events.ITERATION_COMPLETED, self._draw_if_due)
             trainer.add_event_handler(MetricsEvents.LOGGED, self._log)
-            for event in (
-                Events.COMPLETED,
-                Events.TERMINATE,
-                Events.INTERRUPT,
-                Events.EXCEPTION_RAISED,
-            ):
-                trainer.add_event_handler(event, self._end)
+            trainer.add_event_handler(RunEvents.ENDED, self._end)
 
     def _start(self, trainer: Trainer) -> None:
-        self._running = True
+        self._is_running = True
         self._start_time, self._first_iteration = perf_counter(), trainer.state.iteration
         self._due = 0.0 if self._terminal else self._start_time + self.interval
         if self._terminal:
@@ -90,6 +86,8 @@ class ProgressBar:
     def _draw_if_due(self, trainer: Trainer) -> None:
         now = perf_counter()
         if now >= self._due:
+            if not self._is_running:  # a paused run continues without STARTED
+                self._start(trainer)
             self._due = now + (self.refresh if self._terminal else self.interval)
             self._draw(trainer, now)
 
@@ -101,15 +99,17 @@ class ProgressBar:
             return
         columns, left = self._columns(), _iterations_left(trainer)
         if left is not None and columns > len(line) + BAR_WIDTH + 2:
-            line = "  ".join([parts[0], self._bar(_share(trainer, left)), *parts[1:]])
+            line = "  ".join([parts[0], self._bar(_completed_share(trainer, left)), *parts[1:]])
         self._write(CLEAR + line[: columns - 1])
 
     def _parts(self, trainer: Trainer, seconds: float) -> Iterator[str]:
-        """Yield what is known by now, in the order in which it is shown."""
+        """Yield the parts of the line whose values are known, in order."""
         state, values = trainer.state, self._record.values
         yield f"epoch {state.epoch}" + (f"/{state.max_epochs}" if state.max_epochs else "")
         left = _iterations_left(trainer)
-        yield f"step {state.iteration}" if left is None else f"{_share(trainer, left):4.0%}"
+        yield (
+            f"step {state.iteration}" if left is None else f"{_completed_share(trainer, left):4.0%}"
+        )
         if "train/loss" in values:
             yield f"loss {values['train/loss']:#.4g}"
         if "train/learning_rate" in values:
@@ -141,7 +141,7 @@ class ProgressBar:
             self._write((CLEAR if self._terminal else "") + self._results(trainer, record) + "\n")
             return
         self._record = record
-        # The log point at the end of an epoch comes before any evaluation of it.
+        # The log point at the end of an epoch precedes the evaluations of the epoch.
         if trainer.epoch_iteration == trainer.state.epoch_length and not self._terminal:
             self._due = perf_counter() + self.interval
             self._draw(trainer, perf_counter())
@@ -159,10 +159,10 @@ class ProgressBar:
                 text += f" ({value - earlier[-1]:+.3g}{best})"
             groups.setdefault(group, []).append(text)
         head = f"epoch {trainer.state.epoch}, step {record.step}  {prefix.rstrip('/')}"
-        return self._laid_out({head.rstrip(): groups.pop(""), **groups})
+        return self._wrapped({head.rstrip(): groups.pop(""), **groups})
 
-    def _laid_out(self, groups: dict[str, list[str]]) -> str:
-        """Break the line where a group begins, and where it is too long for the terminal."""
+    def _wrapped(self, groups: dict[str, list[str]]) -> str:
+        """Return the groups as text, with line breaks at groups and at the terminal's width."""
         if not self._terminal:
             return "  ".join(text for head, items in groups.items() for text in (head, *items))
         columns, lines = self._columns(), list[str]()
@@ -180,17 +180,17 @@ class ProgressBar:
         numbers = [sign * other for other in earlier if not math.isnan(other)]
         return not math.isnan(value) and all(sign * value > number for number in numbers)
 
-    def _end(self, trainer: Trainer, *_: object) -> None:
-        if self._running and self._terminal:
+    def _end(self, trainer: Trainer) -> None:
+        if self._is_running and self._terminal:
             self._draw(trainer, perf_counter())
             self._write("\n")
-        self._running = False
+        self._is_running, self._due = False, 0.0
         for handler in self._cleared:
             handler.removeFilter(self._clear)
         self._cleared = []
 
     def _clear(self, _: logging.LogRecord) -> bool:
-        """Make place for a record that is about to be written; a filter that keeps them all."""
+        """Clear the line before a log record is written; as a filter, let every record pass."""
         self._write(CLEAR)
         return True
 
@@ -200,7 +200,7 @@ class ProgressBar:
 
     @property
     def _terminal(self) -> bool:
-        return self._out.isatty() and os.environ.get("TERM") != "dumb"
+        return is_terminal(self._out)
 
     @property
     def _writes_unicode(self) -> bool:
@@ -217,8 +217,13 @@ class ProgressBar:
         self._out.flush()
 
 
+def is_terminal(stream: TextIO) -> bool:
+    """Return whether a stream is a terminal that understands escape sequences."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
 def _terminal_handlers() -> list[logging.Handler]:
-    """Return what writes log records to a terminal: the root's handlers, and Python's last one."""
+    """Return the root logger's handlers, and Python's last resort, that write to a terminal."""
     handlers = [*logging.getLogger().handlers, logging.lastResort]
     return [handler for handler in handlers if handler and _stream_of(handler).isatty()]
 
@@ -229,25 +234,25 @@ def _stream_of(handler: logging.Handler) -> Any:
 
 
 def _iterations_left(trainer: Trainer) -> int | None:
-    """Return how many iterations the run has left; None where its length is not known."""
+    """Return the number of iterations left; None if the length of the run is unknown."""
     state = trainer.state
     if state.max_iters is not None:
         return state.max_iters - state.iteration
     if state.max_epochs is None or state.epoch_length is None:
         return None
     left = (state.max_epochs - state.epoch) * state.epoch_length
-    if trainer.epoch_iteration:  # 0 where an epoch has ended
+    if trainer.epoch_iteration:  # 0 between two epochs
         left += state.epoch_length - trainer.epoch_iteration
     return left
 
 
-def _share(trainer: Trainer, left: int) -> float:
-    """Return the part of the run that is done, from 0 to 1."""
+def _completed_share(trainer: Trainer, left: int) -> float:
+    """Return the completed share of the run, from 0 to 1."""
     return trainer.state.iteration / max(trainer.state.iteration + left, 1)
 
 
 def duration(seconds: float) -> str:
-    """Return a time as 2:03, or 1:02:03."""
+    """Return a duration as 2:03, or 1:02:03."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

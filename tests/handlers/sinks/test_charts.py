@@ -1,14 +1,14 @@
-"""Which curves share a chart, and what TensorBoard is told of it."""
+"""The charts, and their layout for TensorBoard."""
 
 from __future__ import annotations
 
 import pytest
 
-from diptych.handlers.sinks.tensorboard_layout import (
+from diptych.handlers.sinks.charts import (
     CHARTS,
     charts_of,
     curves_by_question,
-    layout_summary,
+    custom_scalars_layout,
 )
 
 
@@ -48,7 +48,7 @@ def test_a_tag_has_one_chart(tag, title):
 @pytest.mark.parametrize(
     "tag", ["train/logit_scale", "train/bias", "train/stage", "gradients/largest", "x"]
 )
-def test_what_answers_none_of_the_questions_has_none(tag):
+def test_a_tag_that_answers_no_question_has_no_chart(tag):
     assert titles(tag) == []
 
 
@@ -71,21 +71,20 @@ def test_titles_differ():
     assert len({chart.title for chart in CHARTS}) == len(CHARTS)
 
 
-def test_a_layout_reads_back_as_headings_with_charts():
-    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+def test_a_layout_has_its_charts_under_their_questions():
+    layout = custom_scalars_layout(charts_of(["train/loss", "val/recall@1", "time/step"]))
 
-    (value,) = layout_summary(charts_of(["train/loss", "val/recall@1", "time/step"])).value
-
-    layout = Layout.FromString(value.tensor.string_val[0])
-    assert value.metadata.plugin_data.plugin_name == "custom_scalars"
-    assert [(c.title, [chart.title for chart in c.chart]) for c in layout.category] == [
-        ("Does it learn?", ["Loss: train and validation"]),
-        ("How fast?", ["Seconds: an update, and waiting for its data"]),
+    assert {question: list(charts) for question, charts in layout.items()} == {
+        "Does it learn?": ["Loss: train and validation"],
+        "How fast?": ["Seconds: an update, and waiting for its data"],
+    }
+    assert layout["Does it learn?"]["Loss: train and validation"] == [
+        "Multiline",
+        list(CHARTS[0].tags),
     ]
-    assert list(layout.category[0].chart[0].multiline.tag) == list(CHARTS[0].tags)
 
 
-def test_every_tag_stands_under_its_question_or_under_the_rest_and_numbers_are_in_order():
+def test_every_tag_has_a_heading_and_numbers_are_in_order():
     recall = [f"val/image_to_text/recall@{k}" for k in (10, 5, 1)]
 
     headings = curves_by_question(["x/y", "gradients/norm", *recall, "train/loss"])

@@ -1,7 +1,7 @@
-"""Which curves of a run stand in one chart, so that TensorBoard's first screen tells how it fares.
+"""The charts of a run, under three questions, for TensorBoard's Custom Scalars and the report.
 
-A chart takes every tag that its expressions match. The expressions are the same in every run, so
-that TensorBoard lays the charts of several runs over each other.
+A chart shows every tag that its patterns match. The patterns are the same in every run, so
+TensorBoard draws the charts of several runs on top of each other.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ class Chart:
     """Curves that are read together.
 
     Attributes:
-        question: which of the three questions it answers; the heading that it stands under.
+        question: the question that the chart answers, used as its heading.
         title: of the chart.
-        tags: regular expressions, matched from a tag's beginning.
+        tags: regular expressions, matched from the beginning of a tag.
     """
 
     question: str
@@ -28,14 +28,14 @@ class Chart:
     tags: Sequence[str]
 
     def shows(self, tag: str) -> bool:
-        """Say whether the chart has a curve for a tag."""
+        """Return whether the chart has a curve for a tag."""
         return any(re.match(pattern, tag) for pattern in self.tags)
 
 
 LEARNS, FAST, HEALTHY = "Does it learn?", "How fast?", "Is it healthy?"
 REST = "Everything else"
-# What stands beside the terms of a loss under train/ and is none.
-NO_TERM = (
+# Tags under train/ that are not terms of the loss.
+NOT_A_TERM = (
     r"loss$|learning_rate|stage$|skipped_steps$|momentum$|in_batch_accuracy$|linear_probe_"
     r"|(.*/)?(temperature|logit_scale|logit_bias|bias)$"
 )
@@ -45,7 +45,7 @@ CHARTS = (
     Chart(LEARNS, "Retrieval: image to text", [r".+/image_to_text/recall@\d+$"]),
     Chart(LEARNS, "Retrieval: text to image", [r".+/text_to_image/recall@\d+$"]),
     Chart(LEARNS, "Accuracy", [r".*accuracy[^/]*$"]),
-    Chart(LEARNS, "Terms of the loss", [rf"train/(?!{NO_TERM})"]),
+    Chart(LEARNS, "Terms of the loss", [rf"train/(?!{NOT_A_TERM})"]),
     Chart(FAST, "Samples per second", [r"time/samples_per_second$"]),
     Chart(FAST, "Seconds: an update, and waiting for its data", [r"time/(step|data)$"]),
     Chart(FAST, "Learning rate", [r"train/learning_rate"]),
@@ -69,43 +69,28 @@ def charts_of(tags: Iterable[str]) -> tuple[Chart, ...]:
 
 
 def curves_by_question(tags: Iterable[str]) -> dict[str, list[tuple[str, list[str]]]]:
-    """Return heading to charts, each a title and its tags, in order; every tag is in one or more.
+    """Return headings with their charts, each a title and its tags; every tag is in at least one.
 
-    The three questions come first, then under `REST` whatever tag answers none of them, in a chart
-    of its own.
+    The three questions come first. A tag that answers none of them has a chart of its own, under
+    `REST`.
     """
-    left, headings = sorted(tags, key=_with_numbers), dict[str, list[tuple[str, list[str]]]]()
-    for chart in charts_of(left):
-        shown = [tag for tag in left if chart.shows(tag)]
+    tags, headings = sorted(tags, key=_natural_order), dict[str, list[tuple[str, list[str]]]]()
+    for chart in charts_of(tags):
+        shown = [tag for tag in tags if chart.shows(tag)]
         headings.setdefault(chart.question, []).append((chart.title, shown))
-    rest = [(tag, [tag]) for tag in left if not charts_of([tag])]
+    rest = [(tag, [tag]) for tag in tags if not charts_of([tag])]
     return {**headings, **({REST: rest} if rest else {})}
 
 
-def _with_numbers(tag: str) -> list[tuple[int, str]]:
-    """Return what sorts recall@5 before recall@10."""
+def _natural_order(tag: str) -> list[tuple[int, str]]:
+    """Return a sorting key that puts recall@5 before recall@10."""
     parts = re.split(r"(\d+)", tag)
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
-def layout_summary(charts: Iterable[Chart]) -> Any:
-    """Return the charts as the summary that TensorBoard's tab "Custom Scalars" reads."""
-    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata  # noqa: PLC0415
-    from tensorboard.compat.proto.tensor_pb2 import TensorProto  # noqa: PLC0415
-    from tensorboard.plugins.custom_scalar import layout_pb2, metadata  # noqa: PLC0415
-
-    layout = layout_pb2.Layout()
-    categories: dict[str, Any] = {}
+def custom_scalars_layout(charts: Iterable[Chart]) -> dict[str, dict[str, list[Any]]]:
+    """Return charts as the layout that `SummaryWriter.add_custom_scalars` takes."""
+    layout: dict[str, dict[str, list[Any]]] = {}
     for chart in charts:
-        if chart.question not in categories:
-            categories[chart.question] = layout.category.add(title=chart.question)
-        content = layout_pb2.MultilineChartContent(tag=chart.tags)
-        categories[chart.question].chart.add(title=chart.title, multiline=content)
-    plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME)
-    summary = Summary()
-    summary.value.add(
-        tag=metadata.CONFIG_SUMMARY_TAG,
-        metadata=SummaryMetadata(plugin_data=plugin),
-        tensor=TensorProto(dtype="DT_STRING", string_val=[layout.SerializeToString()]),
-    )
-    return summary
+        layout.setdefault(chart.question, {})[chart.title] = ["Multiline", list(chart.tags)]
+    return layout

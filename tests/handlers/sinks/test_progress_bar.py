@@ -35,7 +35,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("diptych.handlers.sinks.progress.perf_counter", clock)
+    monkeypatch.setattr("diptych.handlers.sinks.progress_bar.perf_counter", clock)
     return clock
 
 
@@ -277,7 +277,7 @@ def test_a_stream_without_unicode_gets_ascii():
 
 
 def test_rank_zero_alone_writes(monkeypatch):
-    monkeypatch.setattr("diptych.handlers.sinks.progress.rank", lambda: 1)
+    monkeypatch.setattr("diptych.handlers.sinks.progress_bar.rank", lambda: 1)
 
     assert shown(io.StringIO()) == ""
 

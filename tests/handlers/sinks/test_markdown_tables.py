@@ -1,9 +1,9 @@
-"""Tables in words."""
+"""The Markdown tables."""
 
 from __future__ import annotations
 
 from diptych.handlers import Finding
-from diptych.handlers.sinks.run_texts import findings_table, markdown_table, model_table
+from diptych.handlers.sinks.markdown_tables import findings_table, markdown_table, model_table
 from tests.handlers.runs import make_trainer
 
 

@@ -1,0 +1,23 @@
+"""The check that a package of an extra is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+
+
+def check_extra(extra: str, package: str, *, needed_by: str) -> None:
+    """Check that a package is installed that only an extra brings.
+
+    Args:
+        extra: the extra of this library.
+        package: the name that is imported.
+        needed_by: the subject of the message: a class or an argument.
+
+    Raises:
+        ImportError: if the package is not installed.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(
+            f"{needed_by} needs the package {package}. Install it with pip install "
+            f"'diptych[{extra}]'."
+        )

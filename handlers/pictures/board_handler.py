@@ -1,0 +1,49 @@
+"""The base class of handlers that draw into TensorBoard."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import attrs
+
+from diptych.engine.distributed.collectives import rank
+from diptych.engine.distributed.dtensor import has_shards
+from diptych.engine.handler import Handler
+from diptych.engine.trainer import Trainer
+from diptych.handlers.sinks.tensorboard import TensorBoard
+
+
+@attrs.define(eq=False)
+class BoardHandler(Handler):
+    """Draws into a `TensorBoard`: its own `board`, or the one attached to the trainer.
+
+    A `board` that is not attached is attached with the handler. Rank 0 draws; with a sharded model
+    all ranks are called, because reading its parameters and running it are collective.
+    """
+
+    board: TensorBoard | None = attrs.field(default=None, kw_only=True)
+
+    def attach(self, trainer: Trainer) -> None:
+        """Draw on the trainer's events."""
+        if self.board is not None and self.board not in trainer.handlers:
+            trainer.attach(self.board)
+        if rank() == 0 or has_shards(trainer.model):
+            self._listen(trainer)
+
+    @abstractmethod
+    def _listen(self, trainer: Trainer) -> None:
+        """Add the functions of this handler to the trainer's events."""
+
+    def _board_of(self, trainer: Trainer) -> TensorBoard:
+        """Return the board to draw into.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        boards = [self.board] if self.board else trainer.handlers_of(TensorBoard)
+        if not boards:
+            raise ValueError(
+                f"{type(self).__name__} needs a TensorBoard among the trainer's handlers, got "
+                "none. Attach TensorBoard(run_dir) or default_handlers(run_dir)."
+            )
+        return boards[0]

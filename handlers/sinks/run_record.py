@@ -1,0 +1,154 @@
+"""The settings and versions of a run, in `settings.json`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import ignite
+import torch
+from ignite.engine import Events
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from diptych.engine.distributed.collectives import rank, world_size
+from diptych.engine.handler import Handler
+from diptych.handlers.files import make_folder, write_atomically
+from diptych.handlers.run_directory import RunDirectory
+from diptych.handlers.sinks.jsonl import json_number
+
+if TYPE_CHECKING:
+    from diptych.engine.trainer import Trainer
+
+
+@attrs.define(eq=False)
+class RunRecord(Handler):
+    """Writes the settings of a run into `settings.json`; see `run_settings` for its content.
+
+    A resumed run replaces the file, atomically.
+
+    Event: `STARTED`. Writes on rank 0 only.
+    Cost: a few milliseconds, once.
+
+    Args:
+        directory: the run directory; created if missing.
+    """
+
+    directory: RunDirectory = attrs.field(converter=RunDirectory)
+
+    def attach(self, trainer: Trainer) -> None:
+        """Write the record when the trainer starts."""
+        if rank() == 0:
+            trainer.add_event_handler(Events.STARTED, self._write)
+
+    def _write(self, trainer: Trainer) -> None:
+        make_folder(self.directory.path)
+        text = json.dumps(run_settings(trainer), indent=2, allow_nan=False)
+        write_atomically(self.directory.settings, text + "\n")
+
+
+def run_settings(trainer: Trainer) -> dict[str, Any]:
+    """Return the settings of a run as JSON values.
+
+    They are the trainer's resolved settings, the number of parameters of model and loss, the
+    optimizer and its groups, the settings of the attached handlers, versions, the command line, the
+    time in UTC, and the iteration at which the run starts or resumes.
+    """
+    state = trainer.state
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "iteration": state.iteration,
+        "command": list(sys.argv),
+        "trainer": {
+            **_as_json(attrs.asdict(trainer.settings)),
+            "device": str(trainer.device),
+            "ranks": world_size(),
+            "max_epochs": state.max_epochs,
+            "max_iters": state.max_iters,
+            "epoch_length": state.epoch_length,
+        },
+        "model": parameter_counts(trainer.model),
+        "loss": {**parameter_counts(trainer.loss), "settings": repr(trainer.loss)},
+        "optimizer": _optimizer_settings(trainer.optimizer),
+        "handlers": [_handler_settings(handler) for handler in trainer.handlers],
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of everything that the values of a run depend on."""
+    try:
+        diptych = importlib.metadata.version("diptych")
+    except importlib.metadata.PackageNotFoundError:  # used from a checkout without an installation
+        diptych = None
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "ignite": ignite.__version__,
+        "diptych": diptych,
+        "platform": platform.platform(),
+    }
+
+
+def parameter_counts(module: nn.Module) -> dict[str, Any]:
+    """Return the number of parameters of a module: all, the trainable ones, and by child."""
+    parameters = list(module.parameters())
+    return {
+        "class": _class_name(module),
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "components": {
+            name: sum(p.numel() for p in child.parameters())
+            for name, child in module.named_children()
+        },
+    }
+
+
+def _optimizer_settings(optimizer: Optimizer) -> dict[str, Any]:
+    groups = [
+        {
+            **{key: value for key, value in group.items() if key != "params"},
+            "parameters": sum(p.numel() for p in group["params"]),
+        }
+        for group in optimizer.param_groups
+    ]
+    return {"class": _class_name(optimizer), "groups": _as_json(groups)}
+
+
+def _handler_settings(handler: object) -> dict[str, Any]:
+    kind: type[Any] = type(handler)
+    settings = {
+        field.name: _as_json(getattr(handler, field.name))
+        for field in (attrs.fields(kind) if attrs.has(kind) else ())
+        if field.init and not field.name.startswith("_")
+    }
+    return {"class": _class_name(handler), **settings}
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value as JSON; an object that JSON cannot hold becomes the name of its class."""
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(item) for item in value]
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return _as_json(value.item())
+    if isinstance(value, float):
+        return json_number(value)
+    if isinstance(value, (os.PathLike, torch.device, torch.dtype)):
+        return str(value)
+    plain = value is None or isinstance(value, (str, int))
+    return value if plain else getattr(value, "__qualname__", None) or _class_name(value)
+
+
+def _class_name(instance: object) -> str:
+    kind = type(instance)
+    return f"{kind.__module__}.{kind.__qualname__}"
