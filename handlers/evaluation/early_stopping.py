@@ -14,9 +14,12 @@ from diptych.engine.checks import whole_number
 from diptych.engine.events import EvaluationEvents, MetricsEvents, RunEvents
 from diptych.engine.handler import Change, Handler
 from diptych.engine.trainer import Trainer
+from diptych.handlers.argument_checks import not_negative, one_of
 from diptych.handlers.evaluation.watched_metric import missing_metric, published_values
 
 logger = logging.getLogger(__name__)
+
+Mode = Literal["max", "min"]
 
 MEMORY = ("best", "best_iteration", "waited", "stopped")
 """The attributes that a checkpoint keeps."""
@@ -60,19 +63,13 @@ class EarlyStopping(Handler):
 
     metric: str = "val/recall@1"
     patience: int = attrs.field(default=5, validator=whole_number())
-    mode: Literal["max", "min"] = "max"
-    min_delta: float = 0.0
+    mode: Mode = attrs.field(default="max", validator=one_of(Mode))
+    min_delta: float = attrs.field(default=0.0, validator=not_negative)
     best: float | None = attrs.field(default=None, init=False)
     best_iteration: int = attrs.field(default=0, init=False)
     waited: int = attrs.field(default=0, init=False)
     stopped: bool = attrs.field(default=False, init=False)
     _judged: int = attrs.field(default=0, init=False, repr=False)
-
-    def __attrs_post_init__(self) -> None:
-        if self.mode not in ("max", "min"):
-            raise ValueError(f"mode must be 'max' or 'min', got {self.mode!r}")
-        if not 0 <= self.min_delta < math.inf:
-            raise ValueError(f"min_delta must be >= 0 and finite, got {self.min_delta!r}")
 
     @property
     def role(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import attrs
 import torch
@@ -26,16 +26,12 @@ from diptych.engine.step import loss_contract
 from diptych.engine.step.loss_contract import SampleMeanLoss
 from diptych.engine.tasks import Task
 from diptych.engine.trainer import Trainer
+from diptych.handlers.argument_checks import one_of
 from diptych.handlers.cadence import call_every, check_every
 from diptych.handlers.evaluation.averaged_weights import AveragesWeights
 from diptych.handlers.evaluation.outputs_metric import Outputs, OutputsMetric
 
 Weights = Literal["average", "model"]
-
-
-def _check_weights(_: Any, __: attrs.Attribute[str], weights: object) -> None:
-    if weights not in get_args(Weights):
-        raise ValueError(f"weights must be 'average' or 'model', got {weights!r}")
 
 
 def _check_loader(_: Any, __: attrs.Attribute[Any], loader: object) -> None:
@@ -116,7 +112,7 @@ class Evaluation(Handler):
     prefix: str = attrs.field(default="val", validator=_check_prefix, kw_only=True)
     task: Task | None = attrs.field(default=None, kw_only=True)
     model: nn.Module | None = attrs.field(default=None, kw_only=True)
-    weights: Weights = attrs.field(default="average", validator=_check_weights, kw_only=True)
+    weights: Weights = attrs.field(default="average", validator=one_of(Weights), kw_only=True)
     at_start: bool = attrs.field(default=False, kw_only=True)
     loss: bool = attrs.field(kw_only=True)
     evaluator: Evaluator = attrs.field(init=False, repr=False)

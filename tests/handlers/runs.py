@@ -1,4 +1,4 @@
-"""Small runs for the sinks: a trainer, a loader that knows its place, streams to look at."""
+"""Small runs for the tests of sinks: a trainer, a loader with a position, a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ignite.engine import Events
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from diptych.engine import SeededLoader, Trainer, tasks
+from diptych.engine import MetricsEvents, SeededLoader, Trainer, tasks
 from diptych.engine.metrics.metrics_collector import Record
 from diptych.handlers import HistoryPlots, JsonLines, RunRecord
 
@@ -19,7 +19,7 @@ EPOCH_LENGTH = 6
 
 
 class Squares(Dataset[dict[str, Tensor]]):
-    """Eleven samples: six batches of two, the last one smaller."""
+    """Eleven samples: six batches of two, of which the last is smaller."""
 
     def __len__(self) -> int:
         return 11
@@ -34,7 +34,7 @@ def loader() -> SeededLoader:
 
 
 def make_trainer(*, log_every: int = 4, **settings: Any) -> Trainer:
-    """Return a trainer whose runs log at every fourth iteration and at the end of an epoch."""
+    """Return a trainer that logs at every fourth iteration and at the end of each epoch."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.2), nn.Linear(4, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -51,7 +51,7 @@ def make_trainer(*, log_every: int = 4, **settings: Any) -> Trainer:
 
 
 def report_each_epoch(trainer: Trainer, *values: float, tag: str = "val/recall@1") -> None:
-    """Report one of the values as a result at the end of each epoch."""
+    """Report the next of the values at the end of each epoch."""
     trainer.add_event_handler(
         Events.EPOCH_COMPLETED,
         lambda: trainer.metrics.report(
@@ -70,20 +70,18 @@ def reported_run(folder: Path, epochs: int = 2, **settings: Any) -> Path:
 
 
 def kept_records(trainer: Trainer) -> list[Record]:
-    """Return a list that fills with the trainer's records."""
-    from diptych.engine import MetricsEvents
-
+    """Return a list to which each of the trainer's records is added."""
     records: list[Record] = []
     trainer.add_event_handler(MetricsEvents.LOGGED, lambda: records.append(trainer.metrics.record))
     return records
 
 
 class Stop(BaseException):
-    """Stands for the end of the process."""
+    """Imitates the end of the process."""
 
 
 def stop_at(trainer: Trainer, iteration: int) -> None:
-    """End the run as a kill would, in the middle of an iteration."""
+    """End the run in the middle of an iteration, as a kill would."""
 
     def stop() -> None:
         if trainer.state.iteration == iteration:
@@ -93,7 +91,7 @@ def stop_at(trainer: Trainer, iteration: int) -> None:
 
 
 class Terminal(io.StringIO):
-    """A stream that says that it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     encoding = "utf-8"
 

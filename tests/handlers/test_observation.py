@@ -1,4 +1,4 @@
-"""All that only looks, attached at once and at its default cadence, changes no bit of a run."""
+"""All handlers that only report, attached together at their default cadence, change no bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from diptych.losses import CLIPLoss
 
 
 class Towers(nn.Module):
-    """Two towers with what a look could disturb: a dropout and a batch norm."""
+    """Two towers with layers that an extra forward pass would change: dropout and batch norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,6 +67,6 @@ def weights(folder: Path | None) -> list[Tensor]:
     return [value for part in parts for value in part.values()]
 
 
-def test_every_diagnostic_together_leaves_the_weights_of_the_bare_run(tmp_path):
+def test_all_diagnostics_together_leave_the_weights_of_the_bare_run(tmp_path):
     bare, watched = weights(None), weights(tmp_path / "run")
     assert all(torch.equal(a, b) for a, b in zip(bare, watched, strict=True))

@@ -187,7 +187,7 @@ def test_a_metric_that_nothing_publishes_is_an_error_at_the_end_of_the_first_epo
     [
         ({"patience": 0}, "patience must be a whole number >= 1, got 0"),
         ({"patience": 1.5}, "got 1.5"),
-        ({"mode": "most"}, "mode must be 'max' or 'min', got 'most'"),
+        ({"mode": "most"}, "mode must be one of max, min, got 'most'"),
         ({"min_delta": -1}, "min_delta must be >= 0 and finite, got -1"),
     ],
 )

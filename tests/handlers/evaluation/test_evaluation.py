@@ -285,7 +285,7 @@ def test_a_metric_called_loss_beside_the_loss_is_refused():
         ({"prefix": ""}, "prefix must be a name"),
         ({"prefix": "val/"}, "got 'val/'"),
         ({"prefix": "train"}, "not 'train'"),
-        ({"weights": "ema"}, "weights must be 'average' or 'model', got 'ema'"),
+        ({"weights": "ema"}, "weights must be one of average, model, got 'ema'"),
     ],
 )
 def test_an_argument_out_of_range_is_refused(arguments, message):
