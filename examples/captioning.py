@@ -1,4 +1,4 @@
-"""Learn to name drawings: an encoder-decoder with the contrastive captioner's loss (CoCa).
+"""Captioning: an encoder-decoder that learns to name drawings, with CoCa's loss.
 
 python -m examples.captioning
 """
@@ -28,7 +28,7 @@ EPOCHS, WIDTH = 12, 256
 
 
 class Captioner(nn.Module):
-    """A text network that reads alone, and one above it that writes with the image in view."""
+    """An image encoder, a text encoder, and a decoder that sees the image and writes the text."""
 
     def __init__(self, words: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Captioner(nn.Module):
         self.head = nn.Linear(WIDTH, words)
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return features of both sides [B, WIDTH], and logits [B, T, words]."""
+        """Return image and text features [B, WIDTH], and logits [B, T, words]."""
         image_features, read = self.image(image), self.reader(self.embedding(tokens))[0]
         last = (tokens != PAD).sum(dim=1) - 1
         text_features = read[torch.arange(len(read)), last]
@@ -49,7 +49,7 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def name(self, image: Tensor, length: int = 12) -> Tensor:
-        """Return the name of each drawing, the likeliest word at a time, [B, length + 1]."""
+        """Return the name of each drawing by greedy decoding, [B, length + 1]."""
         tokens = torch.full((len(image), 1), EDGE)
         for _ in range(length):
             tokens = torch.cat([tokens, self(image, tokens)[2][:, -1:].argmax(dim=2)], dim=1)
@@ -57,14 +57,14 @@ class Captioner(nn.Module):
 
 
 def captioned(model: Captioner, batch: Batch) -> Batch:
-    """The task: what the loss compares, and what it wants to be written."""
+    """The task: return the features that the loss compares, the logits and the target names."""
     image, text, logits = model(batch["image"], batch["tokens"])
     outputs = {"image_features": image, "text_features": text, "logits": logits}
     return {**outputs, "labels": batch["tokens"], "groups": batch["group"]}
 
 
 def main(emoji: Sequence[Emoji], epochs: int = EPOCHS) -> tuple[dict[str, float], list[str]]:
-    """Train; return how well unseen drawings are named, and some of the names."""
+    """Train; return the accuracy of names for unseen drawings, and some of the names."""
     torch.manual_seed(0)
     words, collate = Words(emoji), named.collate_named
     model, loss = Captioner(len(words)), CaptioningLoss(pad_id=PAD)

@@ -1,4 +1,4 @@
-"""Learn the category of an emoji from its drawing: by cross entropy, or supervised contrastive.
+"""Classification: learn the category of an emoji, by cross entropy or supervised contrastive.
 
 python -m examples.classification --loss supervised_contrastive
 """
@@ -31,7 +31,7 @@ LOSSES = {
 
 
 class Classifier(nn.Module):
-    """An encoder, and a layer that gives logits or, for the contrastive loss, features."""
+    """An encoder, and a layer that returns logits or, for the contrastive loss, features."""
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
@@ -44,12 +44,12 @@ class Classifier(nn.Module):
 
 
 def labelled(model: Classifier, batch: Batch) -> Batch:
-    """The probe's task: the features below the head."""
+    """The task of the probe: return the features below the head."""
     return {"features": model.encoder(batch["image"]), "labels": batch["label"]}
 
 
 def main(loss_name: str, emoji: Sequence[Emoji], epochs: int = EPOCHS) -> dict[str, float]:
-    """Train; return the accuracies on unseen emoji, and that of a constant answer."""
+    """Train; return the accuracies on unseen emoji, and that of a constant prediction."""
     torch.manual_seed(0)
     names = labels.category_names(emoji)
     loss = LOSSES[loss_name]()

@@ -1,4 +1,4 @@
-"""Learn whether a drawing and a caption match, from a network that sees both (ALBEF).
+"""Image-text matching: a network that sees a drawing and a caption, on two towers (ALBEF).
 
 python -m examples.fusion
 """
@@ -26,7 +26,7 @@ EPOCHS, WIDTH, CANDIDATES = 12, 128, 10
 
 @torch.no_grad()
 def results_of(trainer: Trainer, emoji: Sequence[Emoji]) -> dict[str, float]:
-    """Return how well the fusion tells pairs from mismatches, and ranks the towers' candidates."""
+    """Return the accuracy of the fusion on pairs and mismatches, and its recall as a reranker."""
     model, fusion = trainer.model.eval(), trainer.loss.losses["fusion"].fusion.eval()
     batches = unseen_drawings(emoji)
     encoded = {"image": model.encode_image, "text": model.encode_text}
@@ -40,7 +40,7 @@ def results_of(trainer: Trainer, emoji: Sequence[Emoji]) -> dict[str, float]:
     mismatch = torch.where(nearest[:, 0] == own, nearest[:, 1], nearest[:, 0])
 
     def matches(chosen: Tensor) -> Tensor:
-        """Return the log odds that each image's chosen captions [n, k] match it."""
+        """Return the log odds that each image matches its chosen captions [n, k]."""
         pairs = image[:, None].expand(-1, chosen.shape[1], -1), text[chosen]
         no, yes = fusion(*(side.flatten(0, 1) for side in pairs)).unbind(dim=1)
         return (yes - no).view(chosen.shape)

@@ -1,4 +1,4 @@
-"""Learn to write the names and keywords of emoji, character by character.
+"""Language model: learn to write the names and keywords of emoji, character by character.
 
 python -m examples.language_model
 """
@@ -42,7 +42,7 @@ class CharacterModel(nn.Module):
 
     @torch.no_grad()
     def write(self, texts: int, length: int = 60) -> list[str]:
-        """Return texts that the model makes up; half the temperature keeps it to what it knows."""
+        """Return sampled texts; the temperature of 0.5 favours likely characters."""
         tokens = torch.full((texts, 1), EDGE)
         for _ in range(length):
             shares = (self(tokens)[:, -1] / 0.5).softmax(dim=1)
@@ -51,7 +51,7 @@ class CharacterModel(nn.Module):
 
 
 def frequency_perplexity(trained: Descriptions, held_out: Descriptions) -> float:
-    """Return the perplexity of who knows how frequent each character is, and nothing else."""
+    """Return the perplexity of a model that knows only the frequency of each character."""
     counts = torch.ones(CHARACTERS, dtype=torch.float64)
     for text in trained:
         counts += torch.bincount(text[1:], minlength=CHARACTERS)
@@ -60,7 +60,7 @@ def frequency_perplexity(trained: Descriptions, held_out: Descriptions) -> float
 
 
 def main(emoji: Sequence[Emoji], epochs: int = EPOCHS) -> tuple[dict[str, float], list[str]]:
-    """Train; return perplexities a character on unseen emoji, and what the model writes."""
+    """Train; return perplexities per character on unseen emoji, and texts of the model."""
     torch.manual_seed(0)
     seen = Descriptions([one for one in emoji if one.split != UNSEEN_EMOJI])
     unseen = Descriptions([one for one in emoji if one.split == UNSEEN_EMOJI])

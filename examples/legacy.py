@@ -1,4 +1,4 @@
-"""One training twice: as a monolithic trainer and as a Trainer with handlers, to the same weights.
+"""Migration: a monolithic trainer and a Trainer with handlers, which end with the same weights.
 
 python -m examples.legacy
 """
@@ -32,7 +32,7 @@ Run = tuple[dict[str, Tensor], dict[str, list[float]]]
 
 
 class MonolithicTrainer:
-    """Loop, schedule, clipping, evaluation, best weights, patience and history in one class."""
+    """A trainer class with loop, schedule, clipping, evaluation, best weights and patience."""
 
     def __init__(self, model: nn.Module, loss: nn.Module, optimizer: Any, path: Path) -> None:
         self.model, self.loss, self.optimizer, self.path = model, loss, optimizer, path
@@ -40,7 +40,7 @@ class MonolithicTrainer:
         self.iteration = 0
 
     def train(self, loader: SeededLoader, held_out: list[Batch], epochs: int) -> None:
-        """Train until the recall has not improved on its best for `PATIENCE` epochs."""
+        """Train until the recall has not improved for `PATIENCE` epochs."""
         total, waited = epochs * len(loader), 0
         for epoch in range(epochs):
             loader.set_epoch(epoch)
@@ -56,7 +56,7 @@ class MonolithicTrainer:
                 break
 
     def train_step(self, batch: Batch, total: int) -> float:
-        """Make one update; return its loss, for which the host waits."""
+        """Make one update; return its loss, which makes the host wait for the device."""
         self.iteration += 1
         factor = self.iteration / WARMUP
         if self.iteration > WARMUP:
@@ -75,7 +75,7 @@ class MonolithicTrainer:
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> float:
-        """Return the share of images whose nearest caption is their own."""
+        """Return the share of images whose nearest caption is the image's own."""
         self.model.eval()
         images = [
             (self.model.encode_image(b["image"]), b["group"]) for b in batches if "image" in b

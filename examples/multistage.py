@@ -1,4 +1,4 @@
-"""Train an image-text model in stages: from scratch in seven, or from pretrained towers in three.
+"""Stages: train from scratch in seven stages, or from pretrained towers in three.
 
 python -m examples.multistage --preset from_scratch --steps 495
 python -m examples.multistage --preset pretrained --steps 165 --weights <checkpoint of emoji.train>
@@ -52,12 +52,12 @@ def plan_of(preset: str, steps: int) -> StagePlan:
 
 
 def main() -> None:
-    """Train in stages, then print the recall on what was never seen."""
+    """Train in stages, then print the recall on unseen drawings and unseen emoji."""
     parser = argparse.ArgumentParser(description="Train an image-text model in stages.")
     parser.add_argument("--preset", choices=("pretrained", "from_scratch"), default="from_scratch")
-    parser.add_argument("--steps", type=int, default=495, help="updates, all stages together")
+    parser.add_argument("--steps", type=int, default=495, help="updates of all stages together")
     parser.add_argument("--weights", type=Path, help="checkpoint to take the towers from")
-    parser.add_argument("--run-dir", type=Path, help="folder; a run that is there goes on")
+    parser.add_argument("--run-dir", type=Path, help="run directory; resumes a run that is in it")
     flags = parser.parse_args()
     torch.manual_seed(0)
     model, emoji = FusedTowers(), read_emoji()

@@ -1,9 +1,9 @@
-"""Train two towers on a folder of one's own images and a CSV of their captions, with no code.
+"""Train two towers on your own images and a CSV file of captions, without writing code.
 
     python examples/own_data.py --images DIR --captions captions.csv
 
-The CSV has a column `image`, names of files below DIR, and a column `caption`; an image may stand
-in several rows. What cannot be used is told before training starts. `--help` lists the flags.
+The CSV file has a column `image`, file names relative to DIR, and a column `caption`; an image may
+have several rows. Unusable rows are reported before training starts. `--help` lists the flags.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ from diptych.handlers import (
 )
 from diptych.losses import get_loss
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, the examples are not found
+sys.path.insert(0, str(Path(__file__).parents[1]))  # to find `examples` when run as a file
 from examples.emoji.augment import NUMBER_OF_DRAWS, augment
 from examples.emoji.data import to_tensor
 from examples.emoji.model import ScaledConv2d, TwoTowers
 from examples.emoji.text import tokenize
 
 SIZES = (32, 64)
-SHOWN = 5  # lines of a report, for each kind of problem
-MISSING, UNREADABLE = "the file is missing", "the file is no image that can be read"
-NO_BYTES = "the image holds numbers of more than 16 bits, which are no colours"
-NO_IMAGE, NO_CAPTION = "no image is named", "the caption is empty"
-TOO_LONG = "the row is longer than the first one: a caption with commas needs quotes around it"
+SHOWN = 5  # lines of a report, per kind of problem
+MISSING, UNREADABLE = "the file is missing", "the file cannot be read as an image"
+NO_BYTES = "the image has values of more than 16 bits, which are not colours"
+NO_IMAGE, NO_CAPTION = "the image name is empty", "the caption is empty"
+TOO_LONG = "the row has more columns than the header: put captions with commas in quotes"
 SEPARATORS = (",", ";", "\t")
 
 
 @attrs.frozen(kw_only=True, eq=False)
 class Pair:
-    """An image and a caption of it.
+    """An image and one of its captions.
 
     Attributes:
-        name: of the image, as in the CSV.
+        name: the name of the image, as in the CSV file.
         image: uint8 [3, H, W].
         text: int64 [L], never empty.
     """
@@ -71,12 +71,12 @@ class Pair:
 
 @attrs.frozen
 class Problem:
-    """A row that cannot be used.
+    """An unusable row.
 
     Attributes:
-        line: of the CSV, on which the row ends.
-        kind: what is wrong, in words.
-        detail: the value that is wrong.
+        line: the line of the CSV file on which the row ends.
+        kind: the kind of problem, in words.
+        detail: the wrong value.
     """
 
     line: int
@@ -86,13 +86,13 @@ class Problem:
 
 @attrs.frozen
 class Row:
-    """A row of the CSV.
+    """A row of the CSV file.
 
     Attributes:
-        line: on which it ends.
-        image: the name of the file.
-        caption: of the image.
-        more: what stands behind the last column.
+        line: the line on which the row ends.
+        image: the file name of the image.
+        caption: the caption.
+        more: the values after the last column.
     """
 
     line: int
@@ -104,26 +104,26 @@ class Row:
 def read_pairs(
     images: Path, captions: Path, *, columns: tuple[str, str] = ("image", "caption"), size: int = 32
 ) -> tuple[list[Pair], list[Problem]]:
-    """Read all pairs into memory, 3 * size * size bytes an image.
+    """Read all pairs into memory, 3 * size * size bytes per image.
 
     Args:
-        images: the folder that the names are below.
-        captions: the CSV, in UTF-8, whose first row names the columns; semicolons or tabs may
-            stand between them in place of commas.
-        columns: the names of the images' column and of the captions'.
-        size: of the images' sides; what does not fit a square is cut off at both ends.
+        images: the folder of the images.
+        captions: the CSV file, in UTF-8, whose first row names the columns; the separator is a
+            comma, a semicolon or a tab.
+        columns: the names of the image column and the caption column.
+        size: the side of the images in pixels; they are cropped to a square at the centre.
 
     Returns:
-        The pairs in the order of their rows, and what cannot be used.
+        The pairs in the order of their rows, and the unusable rows.
 
     Raises:
-        SystemExit: if the folder, the file or a column is not there, or the file is no CSV in
+        SystemExit: if the folder, the file or a column is missing, or the file is not a CSV file in
             UTF-8.
     """
     if not images.is_dir():
-        raise SystemExit(f"--images must be a folder, got {images}, which is none")
+        raise SystemExit(f"--images must be a folder, got {images}. Check the path.")
     if not captions.is_file():
-        raise SystemExit(f"--captions must be a file, got {captions}, which is none")
+        raise SystemExit(f"--captions must be a file, got {captions}. Check the path.")
     pairs: list[Pair] = []
     problems: list[Problem] = []
     decoded: dict[str, Tensor | str] = {}
@@ -152,8 +152,8 @@ def _rows(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
     if not set(columns) <= set(there):
         raise SystemExit(
             f"{path} must have the columns {columns[0]!r} and {columns[1]!r}, got "
-            f"{', '.join(map(repr, there)) or 'an empty file'}: name yours with --image-column "
-            "and --caption-column"
+            f"{', '.join(map(repr, there)) or 'an empty file'}. Name yours with --image-column "
+            "and --caption-column."
         )
     begin = 2
     try:
@@ -163,8 +163,8 @@ def _rows(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
             begin = rows.line_num + 1
     except csv.Error as error:
         raise SystemExit(
-            f"{path} must be a CSV, got a row from line {begin} that is none ({error}): look for a "
-            "quotation mark without its partner"
+            f"{path} must be a CSV file, got an invalid row from line {begin} ({error}). Look for "
+            "an unclosed quotation mark."
         ) from error
 
 
@@ -175,12 +175,12 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise SystemExit(
-            f"{path} must be in UTF-8, got other bytes on line {line}: save it as UTF-8"
+            f"{path} must be in UTF-8, got other bytes on line {line}. Save it as UTF-8."
         ) from error
 
 
 def _separator(text: str, columns: tuple[str, str]) -> str:
-    """Return what stands between the columns, by the first line."""
+    """Return the separator of the columns, determined from the first line."""
     first = text.splitlines()[:1]
     for separator in SEPARATORS:
         if set(columns) <= set(next(csv.reader(first, delimiter=separator), ())):
@@ -189,13 +189,13 @@ def _separator(text: str, columns: tuple[str, str]) -> str:
 
 
 def _decode(path: Path, size: int) -> Tensor | str:
-    """Return an image as a square of colours on white, or what is wrong with its file."""
+    """Return an image as a square RGB tensor on white, or the problem with its file."""
     if not path.is_file():
         return MISSING
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-            if image.mode[0] in "IF":  # one number a pixel, which Pillow cuts off at 255
+            if image.mode[0] in "IF":  # one value per pixel, which Pillow would clip at 255
                 numbers = np.asarray(image)
                 if image.mode == "F" or numbers.min() < 0 or numbers.max() > 65_535:
                     return NO_BYTES
@@ -204,13 +204,13 @@ def _decode(path: Path, size: int) -> Tensor | str:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return to_tensor(ImageOps.fit(image.convert("RGB"), (size, size)))
-    # What Pillow raises depends on the format, and on where in the file it is broken.
+    # Pillow's exception depends on the format, and on where the file is broken.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return UNREADABLE
 
 
 def problem_report(problems: Sequence[Problem], usable: int) -> str:
-    """Return what cannot be used: how many rows, and the first ones of each kind."""
+    """Return a report of the unusable rows: their number, and the first ones of each kind."""
     lines = [f"{len(problems)} of {usable + len(problems)} rows cannot be used:"]
     for kind, count in Counter(problem.kind for problem in problems).most_common():
         lines.append(f"  {count}: {kind}")
@@ -221,13 +221,13 @@ def problem_report(problems: Sequence[Problem], usable: int) -> str:
 
 
 def split(pairs: Sequence[Pair], held_out: float) -> tuple[list[Pair], list[Pair]]:
-    """Return the pairs to train on and those held out, all captions of an image on one side.
+    """Return the training pairs and the held-out pairs; all captions of an image are in one part.
 
-    Which images are held out depends on their names alone, not on the order of the rows.
+    The choice depends only on the names of the images, not on the order of the rows.
 
     Args:
-        pairs: all of them.
-        held_out: the share of images that is held out, in [0, 1).
+        pairs: all pairs.
+        held_out: the share of images to hold out, in [0, 1).
     """
     names = sorted(
         {pair.name for pair in pairs}, key=lambda name: (zlib.crc32(name.encode()), name)
@@ -238,7 +238,7 @@ def split(pairs: Sequence[Pair], held_out: float) -> tuple[list[Pair], list[Pair
 
 
 class Pairs(Dataset[dict[str, Any]]):
-    """A pair at a time; an image's place among the names is the group of all its captions."""
+    """A data set of pairs; all captions of an image have the same group."""
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self._pairs = pairs
@@ -259,14 +259,14 @@ class Pairs(Dataset[dict[str, Any]]):
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Return a batch to train on: images [B, 3, H, W] moved and recoloured a little, texts."""
+    """Return a training batch: augmented images [B, 3, H, W], texts and groups."""
     images = torch.stack([sample["image"] for sample in samples])
     draws = torch.stack([sample["draws"] for sample in samples])
     return {**evaluation_batch(samples), "image": augment(images, draws)}
 
 
 def evaluation_batch(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Return a batch with the images as they are: [B, 3, H, W] in [0, 1]."""
+    """Return a batch with images [B, 3, H, W] in [0, 1], not augmented."""
     return {
         "image": torch.stack([sample["image"] for sample in samples]).float() / 255,
         "text": pad_sequence([sample["text"] for sample in samples], batch_first=True),
@@ -286,11 +286,11 @@ def build_model(size: int) -> TwoTowers:
 
 
 def usable_pairs(flags: argparse.Namespace) -> list[Pair]:
-    """Return the pairs to use; tell what cannot be used.
+    """Return the usable pairs, and report the unusable rows.
 
     Raises:
-        SystemExit: if there is something that cannot be used, without --skip-broken; or if fewer
-            than two images are left.
+        SystemExit: if there are unusable rows, without --skip-broken; or if fewer than two images
+            are left.
     """
     columns = (flags.image_column, flags.caption_column)
     pairs, problems = read_pairs(
@@ -299,12 +299,12 @@ def usable_pairs(flags: argparse.Namespace) -> list[Pair]:
     if problems:
         report = problem_report(problems, len(pairs))
         if not flags.skip_broken:
-            raise SystemExit(f"{report}\nmend them, or leave them out with --skip-broken")
+            raise SystemExit(f"{report}\nFix them, or skip them with --skip-broken.")
         if idist.get_rank() == 0:
-            print(f"{report}\nthey are left out\n")
+            print(f"{report}\nThese rows are skipped.\n")
     images = len({pair.name for pair in pairs})
     if images < 2:
-        raise SystemExit(f"{flags.captions} must name at least 2 usable images, got {images}")
+        raise SystemExit(f"{flags.captions} must name at least 2 usable images, got {images}.")
     return pairs
 
 
@@ -351,21 +351,21 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--images", type=Path, required=True, help="the folder of the images")
-    add("--captions", type=Path, required=True, help="a CSV with a row for each caption")
-    add("--image-column", default="image", help="the column of the images' file names")
-    add("--caption-column", default="caption", help="the column of the captions")
-    add("--skip-broken", action="store_true", help="leave out the rows that cannot be used")
-    add("--image-size", type=int, choices=SIZES, default=32, help="pixels of an image's side")
-    add("--held-out", type=_share, default=0.1, help="the share of images to evaluate on")
+    add("--images", type=Path, required=True, help="folder of the images")
+    add("--captions", type=Path, required=True, help="CSV file with one row per caption")
+    add("--image-column", default="image", help="column with the images' file names")
+    add("--caption-column", default="caption", help="column with the captions")
+    add("--skip-broken", action="store_true", help="skip unusable rows")
+    add("--image-size", type=int, choices=SIZES, default=32, help="side of the images in pixels")
+    add("--held-out", type=_share, default=0.1, help="share of images to evaluate on")
     add("--epochs", type=int, default=30, help="passes over the training pairs")
-    add("--batch-size", type=int, default=256, help="pairs of an update")
+    add("--batch-size", type=int, default=256, help="pairs per update")
     add("--microbatch-size", type=int, help="pairs that go through the model at once")
-    add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the model")
-    add("--learning-rate", type=float, default=2e-3, help="the highest one")
-    add("--loss", default="clip", help="the name of a contrastive loss")
-    add("--run-dir", type=Path, help="a run's folder, to go on with it; without it a new one")
-    add("--seed", type=int, default=0, help="of weights, order and augmentation")
+    add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="model's precision")
+    add("--learning-rate", type=float, default=2e-3, help="learning rate after warm-up")
+    add("--loss", default="clip", help="name of a contrastive loss")
+    add("--run-dir", type=Path, help="run directory to resume; default: a new one")
+    add("--seed", type=int, default=0, help="seed of weights, order and augmentation")
     return parser.parse_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""The example of the README, on the emoji that ship with the repository.
+"""Quickstart: the example of the README, on the emoji that ship with the repository.
 
 Usage: python -m examples.quickstart
 """
@@ -18,7 +18,7 @@ from diptych.losses import CLIPLoss
 from examples.emoji.data import TrainingPairs, collate, read_emoji
 from examples.emoji.model import TwoTowers
 
-EPOCHS = 5  # 30 updates: more than the warmup takes
+EPOCHS = 5  # 30 updates: more than the warm-up
 
 
 def main(epochs: int = EPOCHS, root: str = "runs") -> Trainer:

@@ -1,4 +1,4 @@
-"""Learn features from pairs of views, without captions or labels, and probe them by category.
+"""Self-supervised learning: features from two views, without labels, evaluated with a probe.
 
 python -m examples.self_supervised --method byol
 """
@@ -29,11 +29,11 @@ HEAD = {"input_dim": WIDTH, "hidden_dim": 512, "output_dim": WIDTH, "normalizati
 
 
 class Views(nn.Module):
-    """An encoder with a projection head, a target that follows them, a head that predicts it."""
+    """An encoder with a projection head, a momentum target of both, and a predictor head."""
 
     def __init__(self, *, centred: bool = False) -> None:
         super().__init__()
-        # Without it targets have a direction in common, and BYOL learns to predict that one first.
+        # Without batch norm, all targets share a direction, and BYOL learns to predict that first.
         last = nn.BatchNorm1d(WIDTH) if centred else nn.Identity()
         self.online = nn.Sequential(ImageEncoder(WIDTH, width=16), Projection(**HEAD), last)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
@@ -45,25 +45,25 @@ class Views(nn.Module):
 
 
 def queries_and_keys(model: Views, batch: Batch) -> Batch:
-    """MoCo's task: one view through the encoder, the other one through the momentum encoder."""
+    """The task of MoCo: one view through the encoder, the other through the momentum encoder."""
     query, key = model.online(batch["first"]), model.target(batch["second"])
-    # With groups, a past key of the same emoji is no negative.
+    # With groups, earlier keys of the same emoji are not negatives.
     return {"query": query, "key": key, "groups": batch["group"]}
 
 
 def predictions_and_targets(model: Views, batch: Batch) -> Batch:
-    """BYOL's task: each view predicts the target of the other."""
+    """The task of BYOL: each view predicts the target of the other view."""
     views = torch.cat([batch["first"], batch["second"]])
     targets = model.target(views).roll(len(views) // 2, dims=0)
     return {"predictions": model.predictor(model.online(views)), "targets": targets}
 
 
 def labelled(model: Views, batch: Batch) -> Batch:
-    """The probe's task: the features below the projection head."""
+    """The task of the probe: return the features below the projection head."""
     return {"features": model.online[0](batch["image"]), "labels": batch["label"]}
 
 
-METHODS = {  # the loss, its arguments and the task
+METHODS = {  # the loss, its arguments, and the task
     "simclr": ("simclr", {"temperature": 0.2}, tasks.two_views),
     "vicreg": ("vicreg", {}, tasks.two_views),
     "barlow_twins": ("barlow_twins", {"redundancy_weight": 0.02}, tasks.two_views),
@@ -73,7 +73,7 @@ METHODS = {  # the loss, its arguments and the task
 
 
 def main(method: str, emoji: Sequence[Emoji], epochs: int = EPOCHS) -> dict[str, float]:
-    """Train; return the probe's accuracy before and after, and that of a constant answer."""
+    """Train; return the probe's accuracy before and after, and that of a constant prediction."""
     torch.manual_seed(0)
     (name, arguments, task), views = METHODS[method], labels.TwoDrawings(emoji)
     model, loss = Views(centred=method == "byol"), get_loss(name, **arguments)

@@ -1,4 +1,4 @@
-"""Augmentation of a batch of drawings from random numbers that were drawn sample by sample."""
+"""Augmentation of a batch of drawings, from random numbers drawn per sample."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NUMBER_OF_DRAWS = 11
-SHIFT = 0.2  # of half the image
+SHIFT = 0.2  # relative to half the image
 SCALE = 0.15
 ROTATION = 0.2  # radians
 COLOR = 0.3
@@ -15,14 +15,14 @@ GRAY_PROBABILITY = 0.1
 
 
 def augment(images: Tensor, draws: Tensor) -> Tensor:
-    """Shift, scale, rotate and recolour each drawing a little; no mirroring, since arrows point.
+    """Shift, scale, rotate and recolour each drawing slightly; no flips, because of arrows.
 
     Args:
         images: uint8 [B, 3, H, W], on white.
         draws: uniform in [0, 1), [B, NUMBER_OF_DRAWS].
 
     Returns:
-        Float [B, 3, H, W], about [0, 1]; colours may leave it.
+        Float [B, 3, H, W], about [0, 1]; colours may exceed it.
     """
     signed = 2 * draws - 1
     warped = _warp(images.float() / 255, signed[:, :4])
@@ -39,7 +39,7 @@ def _warp(images: Tensor, signed: Tensor) -> Tensor:
         torch.stack([sin, cos, shift[:, 1]], dim=1),
     ]
     grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
-    # What comes in from outside is 0, so white has to be 0 as well.
+    # grid_sample pads with 0, so white must be 0 here.
     return 1 + F.grid_sample(images - 1, grid, align_corners=False)
 
 

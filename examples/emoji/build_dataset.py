@@ -1,4 +1,4 @@
-"""Rebuild `data/emoji.tar.gz` from the unpacked packages that hold the drawings and the names.
+"""Build `data/emoji.tar.gz` from the unpacked packages that contain the drawings and the names.
 
 The packages are `emoji-datasource-google` 16.0.0, `emoji-datasource-twitter` 16.0.0 and
 `emojibase-data` 16.0.3:
@@ -28,8 +28,8 @@ from examples.emoji.splits import assign_splits, find_families
 PALETTE_COLORS = 64
 VENDORS = {"noto": "google", "twemoji": "twitter"}
 SKIN_TONE_SWATCHES = "component"
-# Of several emoji with one and the same drawing the set keeps one, since no model could tell them
-# apart: the country rather than the territory that flies its flag, and the four family outlines.
+# Of several emoji with an identical drawing the data set keeps one, because no model could tell
+# them apart: the country instead of territories with its flag, and the four family outlines.
 KEPT_TWINS = {
     "1F1E6-1F1FA",  # Australia
     "1F1EA-1F1F8",  # Spain
@@ -47,13 +47,13 @@ KEPT_TWINS = {
 
 @attrs.frozen
 class Entry:
-    """One emoji on its way into the archive.
+    """One emoji to be written to the archive.
 
     Attributes:
-        metadata: the JSON member, still without `family` and `split`.
+        metadata: the JSON member, without `family` and `split` at first.
         drawings: style to palette image of `IMAGE_SIZE` pixels square.
-        sources: style to the bytes of the package's file, to find twins.
-        order: place in the Unicode order.
+        sources: style to the bytes of the package's file, for finding duplicates.
+        order: position in the Unicode order.
     """
 
     metadata: dict[str, Any]
@@ -68,7 +68,7 @@ class Entry:
 
 
 def draw(source: bytes) -> Image.Image:
-    """Put a drawing on white, shrink it to `IMAGE_SIZE` and reduce it to a palette."""
+    """Return a drawing on white, scaled to `IMAGE_SIZE` and reduced to a palette."""
     image = Image.open(io.BytesIO(source)).convert("RGBA")
     flat = Image.new("RGBA", image.size, "white")
     flat.alpha_composite(image)
@@ -79,10 +79,10 @@ def draw(source: bytes) -> Image.Image:
 def read_entries(folders: dict[str, Path], emojibase: Path) -> Iterator[Entry]:
     """Yield drawings joined with names.
 
-    What has no drawing in one of the styles is left out, and so are the skin tone swatches.
+    Emoji without a drawing in one of the styles are skipped, and so are the skin tone swatches.
 
     Args:
-        folders: style to the folder of the unpacked package that draws in it.
+        folders: style to the folder of the unpacked package with its drawings.
         emojibase: folder of the unpacked `emojibase-data`.
     """
     labels = {without_selector(e["hexcode"]): e for e in read_json(emojibase / "en/data.json")}
@@ -107,20 +107,20 @@ def read_entries(folders: dict[str, Path], emojibase: Path) -> Iterator[Entry]:
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds."""
+    """Return the contents of a JSON file."""
     return json.loads(path.read_text("utf-8"))
 
 
 def without_selector(hexcode: str) -> str:
-    """Return code points without the variation selector, which not every package writes."""
+    """Return code points without the variation selector, which some packages omit."""
     return hexcode.replace("-FE0F", "")
 
 
 def drop_twins(entries: list[Entry]) -> list[Entry]:
-    """Keep one emoji of those whose drawing is the same file in some style.
+    """Keep one of the emoji that have an identical drawing in some style.
 
     Raises:
-        ValueError: if `KEPT_TWINS` does not say which one to keep.
+        ValueError: if `KEPT_TWINS` does not name exactly one of them.
     """
     twins: dict[tuple[str, bytes], set[str]] = {}
     for entry in entries:
@@ -132,7 +132,7 @@ def drop_twins(entries: list[Entry]) -> list[Entry]:
             continue
         if len(cluster & KEPT_TWINS) != 1:
             raise ValueError(
-                f"KEPT_TWINS must name one emoji of each drawing, got {sorted(cluster)}"
+                f"KEPT_TWINS must name one emoji per drawing, got {sorted(cluster)}. Add one."
             )
         dropped |= cluster - KEPT_TWINS
     return [entry for entry in entries if entry.hexcode not in dropped]
@@ -153,10 +153,10 @@ def add_splits(entries: list[Entry]) -> list[Entry]:
 
 
 def write_archive(entries: list[Entry], path: Path) -> str:
-    """Write the archive and return the sha256 of the tar stream within.
+    """Write the archive, and return the SHA-256 of the uncompressed tar stream.
 
-    The PNG members are stored and the whole stream is compressed: that takes less room, and the
-    digest does not depend on the version of zlib.
+    The PNG members are not compressed, only the whole stream: this is smaller, and the digest does
+    not depend on the version of zlib.
     """
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
@@ -172,7 +172,7 @@ def write_archive(entries: list[Entry], path: Path) -> str:
 
 
 def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Add one file with no owner and no time, so that the stream is a function of its contents."""
+    """Add one file without owner and time, so that the stream depends only on the contents."""
     member = tarfile.TarInfo(name)
     member.size = len(content)
     archive.addfile(member, io.BytesIO(content))

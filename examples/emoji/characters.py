@@ -1,4 +1,4 @@
-"""The emoji's names and keywords as characters, for models that write text."""
+"""The names and keywords of emoji as characters, for language models."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch.utils.data import Dataset
 from examples.emoji.data import Batch, Emoji
 
 PAD, EDGE, OTHER = 0, 1, 2
-"""What fills a batch, what begins and ends a text, and what stands for a rare character."""
+"""The tokens for padding, for the start and end of a text, and for a rare character."""
 
 ALPHABET = string.ascii_lowercase + string.digits + " ,:-&"
 CHARACTERS = 3 + len(ALPHABET)
 
 
 def encode(text: str) -> Tensor:
-    """Return the numbers of a text's characters between two edges, int64 [L + 2]."""
+    """Return the tokens of a text's characters, with EDGE before and after, int64 [L + 2]."""
     inner = [ALPHABET.find(c) + 3 if c in ALPHABET else OTHER for c in text.lower()]
     return torch.tensor([EDGE, *inner, EDGE])
 
 
 def decode(tokens: Tensor) -> str:
-    """Return the text between the first edge and the next one."""
+    """Return the text between the first EDGE and the next one."""
     text = ""
     for token in tokens[1:].tolist():
         if token in (EDGE, PAD):
@@ -54,5 +54,5 @@ class Descriptions(Dataset[Tensor]):
 
 
 def collate_texts(texts: Sequence[Tensor]) -> Batch:
-    """Return `tokens` [B, L], filled up with PAD."""
+    """Return `tokens` [B, L], padded with PAD."""
     return {"tokens": pad_sequence(list(texts), batch_first=True)}

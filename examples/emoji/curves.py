@@ -1,4 +1,4 @@
-"""Curves of a run's health as a picture in SVG, four charts side by side."""
+"""An SVG picture of four charts with the health values of a run."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Chart:
     """One chart.
 
     Attributes:
-        title: above it.
-        low: the lowest value that it shows.
-        high: the highest; what lies outside is cut to the chart.
-        curves: name to tag.
+        title: the title above it.
+        low: the lower end of the axis.
+        high: the upper end of the axis; values outside are clipped.
+        curves: the name of each curve to the tag of its values.
     """
 
     title: str
@@ -50,11 +50,11 @@ CHARTS = (
 
 
 def picture(records: Records, findings: Sequence[Finding]) -> str:
-    """Return an SVG of all charts; a dashed line stands where a rule has fired.
+    """Return an SVG of all charts; a dashed line marks the first finding.
 
     Args:
         records: steps and values, in order.
-        findings: what the rules have found.
+        findings: the findings of the health rules.
     """
     width = len(CHARTS) * (WIDTH + GAP) + LEFT
     height = TOP + HEIGHT + 40

@@ -1,4 +1,4 @@
-"""The emoji: the archive, training samples with random captions and warps, evaluation batches."""
+"""The emoji data set: the archive, augmented training samples, and evaluation batches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOKEN_DROPOUT = 0.2
 EVALUATION_BATCH_SIZE = 512
 
 Drawing = tuple[int, str]
-"""The number of an emoji and the style of one of its drawings."""
+"""The index of an emoji, and the style of one of its drawings."""
 
 Batch = dict[str, Tensor]
 
@@ -38,7 +38,7 @@ class Emoji:
     """One emoji of the archive.
 
     Attributes:
-        name: English, such as "red heart".
+        name: the English name, such as "red heart".
         keywords: other words for it.
         category: one of nine, such as "animals-nature".
         subcategory: one of ninety-eight, such as "animal-bird".
@@ -59,13 +59,13 @@ class Emoji:
 
 
 def read_emoji(path: Path = ARCHIVE) -> list[Emoji]:
-    """Read the archive, in its order; an emoji's place in the list is its group id."""
+    """Read the archive in its order; an emoji's index in the list is its group id."""
     members: dict[str, dict[str, Any]] = {}
     with tarfile.open(path) as archive:
         for member in archive:
             key, extension = member.name.split(".", maxsplit=1)
             file = archive.extractfile(member)
-            assert file is not None  # the archive holds files only
+            assert file is not None  # the archive contains only files
             members.setdefault(key, {})[extension] = file.read()
     return [
         Emoji(
@@ -77,7 +77,7 @@ def read_emoji(path: Path = ARCHIVE) -> list[Emoji]:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """Return an image's colours, uint8 [3, H, W]."""
+    """Return an image as an RGB tensor, uint8 [3, H, W]."""
     pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()
 
@@ -87,17 +87,17 @@ def _decode(png: bytes) -> Tensor:
 
 
 def training_drawings(emoji: Sequence[Emoji]) -> list[Drawing]:
-    """Return what is trained on: both drawings of the seen, one of those with an unseen drawing."""
+    """Return the training drawings: both of `seen` emoji, one of `unseen_drawing` emoji."""
     styles = {SEEN: STYLES, UNSEEN_DRAWING: STYLES[:1], UNSEEN_EMOJI: ()}
     return [(i, style) for i, one in enumerate(emoji) for style in styles[one.split]]
 
 
 class TrainingPairs(Dataset[dict[str, Any]]):
-    """A drawing and a caption at a time; all randomness comes from torch's global generator.
+    """A data set of drawings and captions; random numbers come from torch's global generator.
 
-    A caption is the name and each keyword with probability 0.7, less a fifth of all tokens. What
-    warps and colours the drawing is drawn here, sample by sample, and applied by `collate`, to the
-    whole batch at once. So it depends on the sample alone, not on who shares its batch.
+    A caption is the name and each keyword with probability 0.7; a fifth of the tokens is dropped.
+    The random numbers of the augmentation are drawn here, per sample, and applied by `collate` to
+    the whole batch at once. The result therefore does not depend on the other samples of the batch.
     """
 
     def __init__(self, emoji: Sequence[Emoji]) -> None:
@@ -125,7 +125,7 @@ class TrainingPairs(Dataset[dict[str, Any]]):
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> Batch:
-    """Return a batch of samples.
+    """Return a training batch.
 
     Returns:
         `image` [B, 3, 32, 32] in [0, 1] up to augmentation, `text` int64 [B, L], `group` int64 [B].
@@ -139,13 +139,13 @@ def collate(samples: Sequence[dict[str, Any]]) -> Batch:
 
 
 def unseen_drawings(emoji: Sequence[Emoji]) -> list[Batch]:
-    """Return the Twemoji drawings whose Noto sister was trained on, then the captions of all."""
+    """Return the Twemoji drawings of `unseen_drawing` emoji, then the captions of all emoji."""
     drawings = [(i, "twemoji") for i, one in enumerate(emoji) if one.split == UNSEEN_DRAWING]
     return _image_batches(emoji, drawings) + _caption_batches(emoji, range(len(emoji)))
 
 
 def unseen_emoji(emoji: Sequence[Emoji]) -> list[Batch]:
-    """Return both drawings of the emoji that training had in none, then their captions."""
+    """Return both drawings of the emoji that are not in training, then their captions."""
     unseen = [i for i, one in enumerate(emoji) if one.split == UNSEEN_EMOJI]
     drawings = [(i, style) for i in unseen for style in STYLES]
     return _image_batches(emoji, drawings) + _caption_batches(emoji, unseen)

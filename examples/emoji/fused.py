@@ -1,4 +1,4 @@
-"""Two towers and a network after both; tasks for both sides together and for each alone."""
+"""Two towers with a shared network on top; tasks for both sides together and for each alone."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from examples.emoji.model import TwoTowers
 
 
 class FusedTowers(TwoTowers):
-    """Two towers and a network that both go through, which begins by changing nothing.
+    """Two towers with a shared residual network on top, initialised to the identity.
 
     Args:
-        dim: of the features of both.
+        dim: dimension of the features.
     """
 
     def __init__(self, dim: int = 256) -> None:
@@ -26,7 +26,7 @@ class FusedTowers(TwoTowers):
 
 
 def pairs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A task: the features of the sides that a batch has, both to train, one to evaluate."""
+    """A task: the features of the sides in the batch (both in training, one in evaluation)."""
     towers = {"image": model.encode_image, "text": model.encode_text}
     sides = {side: tower(batch[side]) for side, tower in towers.items() if side in batch}
     fused = {f"{side}_features": x + model.fusion(x) for side, x in sides.items()}
@@ -40,12 +40,12 @@ def images(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def captions(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A task: each caption twice, with other tokens dropped (arXiv:2104.08821)."""
+    """A task: each caption twice, with different dropped tokens (arXiv:2104.08821)."""
     first, second = (model.encode_text(batch["text"]) for _ in range(2))
     return {"first": first, "second": second, "groups": batch["group"]}
 
 
 def with_second_view(samples: Sequence[dict[str, Any]]) -> Batch:
-    """Return a batch; the second augmentation of a drawing mirrors the draws of the first."""
+    """Return a batch; the second augmentation uses the mirrored random numbers of the first."""
     mirrored = [{**sample, "draws": 1 - sample["draws"]} for sample in samples]
     return {**collate(samples), "second": collate(mirrored)["image"]}

@@ -1,8 +1,8 @@
-"""Train the example once as it is and once with each fault planted, and draw what health shows.
+"""Train the example unchanged and with each of several faults, and draw its health curves.
 
     python -m examples.emoji.health
 
-Some three minutes on two CPU cores; writes `docs/guide/pictures/health_*.svg`.
+Takes some three minutes on two CPU cores, and writes `docs/guide/pictures/health_*.svg`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ BATCH_SIZE, WARMUP = 64, 10
 
 @attrs.define(kw_only=True)
 class Parts:
-    """What a run is made of; a fault changes one of them.
+    """The parts of a run; a fault changes one of them.
 
     Attributes:
-        emoji: the set.
+        emoji: the data set.
         model: the two towers.
-        loss: what is minimised.
-        task: what a batch means.
-        collate: makes a batch of samples.
+        loss: the loss.
+        task: the task.
+        collate: turns samples into a batch.
         lr: the learning rate.
     """
 
@@ -52,18 +52,18 @@ class Parts:
 
 
 class Attraction(nn.Module):
-    """Brings pairs together, and has nothing that keeps strangers apart."""
+    """A loss that pulls pairs together, without negatives to push others apart."""
 
     couples_samples = False
 
     def forward(self, first: Tensor, second: Tensor, groups: Tensor | None = None) -> Tensor:
-        """Return the mean squared distance of pairs; groups make no difference."""
+        """Return the mean squared distance of pairs; groups are ignored."""
         del groups
         return (F.normalize(first) - F.normalize(second)).square().sum(1).mean()
 
 
 class Bottleneck(nn.Module):
-    """An encoder whose features have but two directions."""
+    """An encoder whose features have only two dimensions."""
 
     def __init__(self, encoder: nn.Module, dim: int = 256) -> None:
         super().__init__()
@@ -76,17 +76,17 @@ class Bottleneck(nn.Module):
 
 
 def collapsed(parts: Parts) -> None:
-    """Take the negatives away."""
+    """Replace the loss with one that has no negatives."""
     parts.loss = Attraction()
 
 
 def partly_collapsed(parts: Parts) -> None:
-    """Let the image's features through two numbers."""
+    """Pass the image features through a bottleneck of two numbers."""
     parts.model.encode_image = Bottleneck(parts.model.encode_image)  # type: ignore[assignment]
 
 
 def captions_shuffled(parts: Parts) -> None:
-    """Put the captions of each batch into another order."""
+    """Shuffle the captions of each batch."""
 
     def shuffled(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         batch = collate(samples)
@@ -96,23 +96,23 @@ def captions_shuffled(parts: Parts) -> None:
 
 
 def stuck_at_chance(parts: Parts) -> None:
-    """Give the optimizer a learning rate of nothing."""
+    """Set the learning rate to 0."""
     parts.lr = 0.0
 
 
 def frozen_tower(parts: Parts) -> None:
-    """Cut the way of the gradient to the image tower."""
+    """Detach the output of the image tower, so that no gradient reaches it."""
     encoder = parts.model.encode_image
     encoder.register_forward_hook(lambda _, __, output: output.detach())
 
 
 def temperature_saturated(parts: Parts) -> None:
-    """Give the temperature a bound that is far too warm."""
+    """Bound the temperature far too high."""
     parts.loss = CLIPLoss(temperature=0.2, max_logit_scale=5.0)
 
 
 def false_negatives(parts: Parts) -> None:
-    """Caption each drawing with its category, and tell nobody which captions are equal."""
+    """Use the category as the caption of each drawing, and hide which captions are equal."""
     captions = pad_sequence([tokenize(one.category) for one in parts.emoji], batch_first=True)
 
     def by_category(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -138,7 +138,7 @@ FAULTS: dict[str, Callable[[Parts], None] | None] = {
 def run(
     plant: Callable[[Parts], None] | None, emoji: list[Emoji], iterations: int
 ) -> tuple[list[tuple[int, Mapping[str, float]]], list[Finding]]:
-    """Train, with a fault or without; return the records of health, and what was found."""
+    """Train, with a fault or without; return the health records and the findings."""
     torch.manual_seed(0)
     parts = Parts(emoji=emoji)
     if plant is not None:
@@ -167,10 +167,10 @@ def run(
 
 
 def main() -> None:
-    """Run every fault and write its picture."""
+    """Run the training with every fault, and write its picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--iterations", type=int, default=120, help="updates of each run")
-    parser.add_argument("--out", type=Path, default=PICTURES, help="folder of the pictures")
+    parser.add_argument("--iterations", type=int, default=120, help="updates per run")
+    parser.add_argument("--out", type=Path, default=PICTURES, help="folder for the pictures")
     flags = parser.parse_args()
     emoji = read_emoji()
     flags.out.mkdir(parents=True, exist_ok=True)

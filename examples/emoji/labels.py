@@ -1,4 +1,4 @@
-"""Emoji by category, and two drawings of one emoji: data for training without captions."""
+"""Drawings with category labels, and pairs of drawings: data for training without captions."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from examples.emoji.splits import UNSEEN_EMOJI
 
 
 def category_names(emoji: Sequence[Emoji]) -> list[str]:
-    """Return the names of the categories; a name's place is its label."""
+    """Return the names of the categories; the index of a name is its label."""
     return sorted({one.category for one in emoji})
 
 
 def unseen_emoji_drawings(emoji: Sequence[Emoji]) -> list[Drawing]:
-    """Return both drawings of the emoji that training had in none."""
+    """Return both drawings of the emoji that are not in training."""
     return [(i, s) for i, one in enumerate(emoji) if one.split == UNSEEN_EMOJI for s in STYLES]
 
 
@@ -42,13 +42,13 @@ def labelled_batches(emoji: Sequence[Emoji], drawings: Sequence[Drawing]) -> lis
 
 
 def largest_share(batches: Sequence[Batch]) -> float:
-    """Return the accuracy of who always names the most frequent label."""
+    """Return the accuracy of always predicting the most frequent label."""
     counts = Counter(torch.cat([batch["label"] for batch in batches]).tolist())
     return max(counts.values()) / sum(counts.values())
 
 
 class LabelledDrawings(Dataset[dict[str, Any]]):
-    """The drawings that are trained on, one at a time, each with the label of its category."""
+    """A data set of the training drawings, each with the label of its category."""
 
     def __init__(self, emoji: Sequence[Emoji]) -> None:
         names = category_names(emoji)
@@ -66,7 +66,7 @@ class LabelledDrawings(Dataset[dict[str, Any]]):
 
 
 class TwoDrawings(Dataset[dict[str, Any]]):
-    """Two views of an emoji: two of the drawings that are trained on, or one of them twice."""
+    """A data set of two views of an emoji: two training drawings, or one of them twice."""
 
     def __init__(self, emoji: Sequence[Emoji]) -> None:
         drawings: dict[int, list[Tensor]] = {}
@@ -96,7 +96,7 @@ def collate_labelled(samples: Sequence[dict[str, Any]]) -> Batch:
 
 
 def collate_views(samples: Sequence[dict[str, Any]]) -> Batch:
-    """Return `first` and `second` [B, 3, 32, 32], augmented each for itself, and `group` [B]."""
+    """Return `first` and `second` [B, 3, 32, 32], augmented independently, and `group` [B]."""
     images = torch.stack([sample["image"] for sample in samples], dim=1)
     draws = torch.stack([sample["draws"] for sample in samples], dim=1)
     groups = torch.tensor([sample["group"] for sample in samples])

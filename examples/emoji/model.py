@@ -1,7 +1,7 @@
 """Two towers: a small residual network for drawings, a bag of hashed tokens for captions.
 
-Neither has a layer whose output for one sample depends on the others of its batch (no batch
-normalisation), so that cutting a batch into pieces changes nothing.
+In both, the output for a sample does not depend on the other samples of the batch (no batch
+normalisation), so cutting a batch into micro-batches changes nothing.
 """
 
 from __future__ import annotations
@@ -12,17 +12,14 @@ from torch import Tensor, nn
 
 from examples.emoji.text import BUCKETS
 
-RELU_GAIN = (
-    1.7139  # makes the variance of relu(x) 1 where x is standard normal: sqrt(2 / (1 - 1 / pi))
-)
+RELU_GAIN = 1.7139  # sqrt(2 / (1 - 1 / pi)): relu(x) has variance 1 if x is standard normal
 MEAN, STD = 0.75, 0.33  # of the drawings' pixels, most of which are white
 
 
 class ScaledConv2d(nn.Conv2d):
-    """A convolution whose weights are standardised for each output channel, times a learned gain.
+    """A convolution with weights standardised per output channel, times a learned gain.
 
-    It keeps the scale of what passes through, which is all that this small network needs of a
-    normalisation layer.
+    It keeps the scale of its input. This small network needs nothing more of a normalisation layer.
 
     Source: Brock et al. 2021, arXiv:2101.08692, after Qiao et al. 2019, arXiv:1903.10520.
     """
@@ -43,7 +40,7 @@ class ScaledConv2d(nn.Conv2d):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut; a stride of 2 halves the resolution."""
+    """Two 3 x 3 convolutions with a shortcut; a stride of 2 halves the resolution."""
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
         super().__init__()
@@ -63,11 +60,11 @@ class ResidualBlock(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """25 MFLOP for each 32 x 32 drawing, forward.
+    """A residual network: 25 MFLOP per 32 x 32 drawing, forward.
 
     Args:
-        dim: of the features.
-        width: channels at 16 x 16; twice as many at 8 x 8, four times at 4 x 4.
+        dim: dimension of the features.
+        width: channels at 16 x 16; twice as many at 8 x 8, four times as many at 4 x 4.
     """
 
     def __init__(self, dim: int, *, width: int = 32) -> None:
@@ -78,9 +75,9 @@ class ImageEncoder(nn.Module):
             ResidualBlock(width, 2 * width, stride=2),
             ResidualBlock(2 * width, 4 * width, stride=2),
         )
-        # All positions rather than their mean: emoji are centred, and where a part is matters.
+        # All positions instead of their mean: emoji are centred, so the position of a part matters.
         self.projection = nn.Linear(4 * width * 4 * 4, dim)
-        # Twice as fast on a CPU. torch knows this form of `to`, its annotations do not.
+        # Twice as fast on a CPU. The ignore is for torch's annotations, which lack this form.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, image: Tensor) -> Tensor:
@@ -92,10 +89,10 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """The mean embedding of a caption's tokens, then one hidden layer beside a shortcut.
+    """The mean embedding of a caption's tokens, then one hidden layer with a shortcut.
 
     Args:
-        dim: of the features.
+        dim: dimension of the features.
     """
 
     def __init__(self, dim: int, *, width: int = 256) -> None:
@@ -116,10 +113,10 @@ class TextEncoder(nn.Module):
 
 
 class TwoTowers(nn.Module):
-    """Maps drawings and captions to features that a contrastive loss compares.
+    """Two towers that map drawings and captions to features for a contrastive loss.
 
     Args:
-        dim: of the features of both.
+        dim: dimension of the features.
     """
 
     def __init__(self, dim: int = 256) -> None:

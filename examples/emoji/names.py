@@ -1,4 +1,4 @@
-"""The emoji's names as words, beside their drawings, for models that name what they see."""
+"""Drawings with names as words, for captioning models."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from examples.emoji.augment import NUMBER_OF_DRAWS, augment
 from examples.emoji.data import Batch, Drawing, Emoji, training_drawings
 
 PAD, EDGE, OTHER = 0, 1, 2
-"""What fills a batch, what begins and ends a name, and what stands for an unknown word."""
+"""The tokens for padding, for the start and end of a name, and for an unknown word."""
 
 
 class Words:
-    """The words of the names that are trained on, each with a number."""
+    """The vocabulary: the words of the training names, each with a token."""
 
     def __init__(self, emoji: Sequence[Emoji]) -> None:
         names = [emoji[i].name for i, _ in training_drawings(emoji)]
@@ -30,11 +30,11 @@ class Words:
         return 3 + len(self._words)
 
     def encode(self, name: str) -> Tensor:
-        """Return the numbers of a name's words between two edges, int64 [L + 2]."""
+        """Return the tokens of a name's words, with EDGE before and after, int64 [L + 2]."""
         return torch.tensor([EDGE, *(self._numbers.get(w, OTHER) for w in split(name)), EDGE])
 
     def decode(self, tokens: Tensor) -> str:
-        """Return the words between the first edge and the next one."""
+        """Return the words between the first EDGE and the next one."""
         words = []
         for token in tokens[1:].tolist():
             if token in (EDGE, PAD):
@@ -49,13 +49,13 @@ def split(name: str) -> list[str]:
 
 
 def overlap(names: Sequence[str], others: Sequence[str]) -> float:
-    """Return the mean share of two names' words that are in both."""
+    """Return the mean Jaccard index of the words of two names."""
     pairs = [(set(a.split()), set(b.split())) for a, b in zip(names, others, strict=True)]
     return sum(len(a & b) / len(a | b) for a, b in pairs) / len(pairs)
 
 
 class NamedDrawings(Dataset[dict[str, Any]]):
-    """A drawing that is trained on, and its emoji's name."""
+    """A data set of the training drawings, each with the name of its emoji."""
 
     def __init__(self, emoji: Sequence[Emoji], words: Words) -> None:
         self._drawings = training_drawings(emoji)
@@ -83,7 +83,7 @@ def collate_named(samples: Sequence[dict[str, Any]]) -> Batch:
 
 
 def named_batch(emoji: Sequence[Emoji], drawings: Sequence[Drawing], words: Words) -> Batch:
-    """Return one batch of drawings as they are, with their names."""
+    """Return one batch of drawings with their names, not augmented."""
     images = torch.stack([emoji[i].drawings[style] for i, style in drawings])
     names = pad_sequence([words.encode(emoji[i].name) for i, _ in drawings], batch_first=True)
     groups = torch.tensor([i for i, _ in drawings])

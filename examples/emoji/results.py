@@ -1,4 +1,4 @@
-"""The table at the end of a run: recall both ways on each split, beside what chance would give."""
+"""The table at the end of a run: recall in both directions on each split, and chance."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ RANKS = (1, 5, 10)
 
 
 def chance(matches: int, gallery: int, k: int) -> float:
-    """Return the probability that k results drawn blindly hold a match.
+    """Return the probability that k random results include a match.
 
     Args:
-        matches: results that match the query.
-        gallery: all results.
-        k: results that are looked at, at most `gallery`.
+        matches: number of results that match the query.
+        gallery: number of all results.
+        k: number of results drawn, at most `gallery`.
     """
     return 1 - math.comb(gallery - matches, k) / math.comb(gallery, k)
 
@@ -26,17 +26,17 @@ def chance(matches: int, gallery: int, k: int) -> float:
 def results_table(
     recall: Mapping[str, Mapping[str, float]], splits: Mapping[str, Sequence[Batch]]
 ) -> str:
-    """Return the table, one line for each split and direction.
+    """Return the table, one line per split and direction.
 
     Args:
-        recall: of each split, "direction/recall@k" to a share in [0, 1].
+        recall: for each split, "direction/recall@k" to a value in [0, 1].
         splits: the evaluation batches of each split.
     """
     head = "".join(f"{f'R@{k}':>8}{'chance':>9}" for k in RANKS)
     lines = [f"{'':33}{head}"]
     for split, batches in splits.items():
         images, texts = _groups(batches, "image"), _groups(batches, "text")
-        drawings = len(images) // len(images.unique())  # of each emoji
+        drawings = len(images) // len(images.unique())  # per emoji
         sides = {"image_to_text": (1, len(texts)), "text_to_image": (drawings, len(images))}
         for direction, (matches, gallery) in sides.items():
             cells = (

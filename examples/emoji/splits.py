@@ -1,9 +1,9 @@
-"""Which emoji are held out: whole families of near twins, chosen by a hash.
+"""The held-out emoji: whole families of near twins, chosen by a hash.
 
-Two emoji are of one family if a model that has seen one of them has all but seen the other: if
-their names differ in gender, age or direction only ("man teacher", "woman teacher"; "dog", "dog
-face"), or if their drawings nearly coincide in some style (the clock faces; the flags of Indonesia
-and Monaco). A family lies in one split as a whole.
+Two emoji are in one family if a model that has seen one of them has practically seen the other: if
+their names differ only in gender, age or direction ("man teacher", "woman teacher"; "dog", "dog
+face"), or if their drawings are nearly identical in some style (the clock faces; the flags of
+Indonesia and Monaco). All emoji of a family are in the same split.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 SEEN, UNSEEN_DRAWING, UNSEEN_EMOJI = "seen", "unseen_drawing", "unseen_emoji"
 UNSEEN_EMOJI_SHARE = 0.10
 UNSEEN_DRAWING_SHARE = 0.20
-# Root mean square difference of two drawings in [0, 1]. Below it lie the 24 clock faces and the
-# keycaps; from 0.1 on, faces of different moods would run together.
+# Root mean square difference of two drawings in [0, 1]. The 24 clock faces and the keycaps are
+# below it; from 0.1 on, faces with different expressions would count as twins.
 NEAR_TWIN_DISTANCE = 0.08
 DETAIL = re.compile(
     "adult|boy|child|face|facing|girl|left|man|men|mrs|mx|old|older|people|person|right|santa|"
@@ -35,7 +35,7 @@ def strip_details(name: str) -> str:
 
 
 def find_near_twins(drawings: Tensor) -> Tensor:
-    """Return the pairs of emoji whose drawings nearly coincide in some style.
+    """Return the pairs of emoji whose drawings are nearly identical in some style.
 
     Args:
         drawings: [E, S, 3, H, W], uint8: each emoji in each style.
@@ -73,11 +73,11 @@ def find_families(names: Sequence[str], drawings: Tensor) -> list[int]:
 
 
 def assign_splits(families: Sequence[str]) -> dict[str, str]:
-    """Return the split of each family, a function of the families' names and sizes alone.
+    """Return the split of each family, a function of only the families' names and sizes.
 
-    In the order of their hashes, families go to *unseen emoji* until it holds a tenth of the emoji,
-    then to *unseen drawing* until that holds a fifth; all others are *seen*. A hash knows nothing
-    of what the emoji mean.
+    In the order of their hashes, families go to *unseen emoji* until it has a tenth of the emoji,
+    then to *unseen drawing* until that has a fifth; all others are *seen*. The hash makes the split
+    independent of the meaning of the emoji.
 
     Args:
         families: the family of each emoji.

@@ -1,4 +1,4 @@
-"""Turns a caption into numbers: hashed words and letter trigrams, with no vocabulary to store."""
+"""A tokenizer without a vocabulary: hashed words and letter trigrams."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 BUCKETS = 8192
-"""Numbers that a token can have, from 1 on; 0 pads a caption to the length of its batch."""
+"""The number of different token ids, from 1 on; 0 is padding."""
 
 
 def tokenize(text: str) -> Tensor:
-    """Return the numbers of a text's words and of the trigrams of each, int64 [L].
+    """Return the token ids of a text's words and of their trigrams, int64 [L].
 
-    A trigram sees the edges of its word: "ski" holds "<sk", "ski" and "ki>", and so shares two of
-    them with "skis". That carries over to words that no caption in training had.
+    Trigrams include the edges of a word: "ski" has "<sk", "ski" and "ki>", and shares two of them
+    with "skis". This generalises to words that are not in any training caption.
     """
     words = re.findall(r"\w+|[#*!?&+]", text.lower())
     bounded = [f"<{word}>" for word in words]
     trigrams = [word[i : i + 3] for word in bounded for i in range(len(word) - 2)]
-    # crc32 rather than hash(), which differs from one Python process to the next.
+    # crc32 instead of hash(), which differs between Python processes.
     numbers = [1 + zlib.crc32(token.encode()) % BUCKETS for token in bounded + trigrams]
     return torch.tensor(numbers, dtype=torch.int64)

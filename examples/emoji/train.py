@@ -1,9 +1,9 @@
-"""Train two towers on emoji and captions, and ask them for emoji and drawings they never saw.
+"""Train two towers on emoji and captions, and evaluate them on unseen emoji and drawings.
 
     python examples/emoji/train.py
     torchrun --nproc-per-node=2 examples/emoji/train.py
 
-Some two minutes on two CPU cores. `--help` lists the flags.
+Takes some two minutes on two CPU cores. `--help` lists the flags.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from diptych.handlers import (
 )
 from diptych.losses import get_loss
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, the examples are not found
+sys.path.insert(0, str(Path(__file__).parents[2]))  # to find `examples` when run as a file
 from examples.emoji.data import (
     Batch,
     Emoji,
@@ -60,21 +60,21 @@ RUNS, NAME = Path("runs"), "emoji"
 
 
 def one_side(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A task for evaluation batches, which hold images or captions, each with their groups."""
+    """A task for evaluation batches, which contain either images or captions, with groups."""
     if "image" in batch:
         return {"image_features": model.encode_image(batch["image"]), "groups": batch["group"]}
     return {"text_features": model.encode_text(batch["text"]), "groups": batch["group"]}
 
 
 def unseen_samples(emoji: list[Emoji], batches: list[Batch]) -> PairSamples:
-    """Return the emoji that training never sees, for pictures of what is retrieved."""
+    """Return the unseen emoji, for pictures of retrieval results."""
     images = torch.cat([batch["image"] for batch in batches if "image" in batch])
     captions = unseen_captions(emoji)
     return PairSamples(batches=batches, images=images, captions=captions, task=one_side)
 
 
 def build_trainer(flags: argparse.Namespace) -> Trainer:
-    """Return model, loss and optimizer in a trainer, with nothing attached yet."""
+    """Return a trainer with model, loss and optimizer, without handlers."""
     torch.manual_seed(flags.seed)
     model, loss = TwoTowers(), get_loss(flags.loss)
     optimizer = torch.optim.Adam(
@@ -92,7 +92,7 @@ def build_trainer(flags: argparse.Namespace) -> Trainer:
 
 
 def main() -> None:
-    """Train, evaluate and print the results."""
+    """Train, evaluate, and print the results."""
     flags = parse_flags()
     run_dir = flags.run_dir or find_run(resume=flags.resume)
     emoji = read_emoji()
@@ -132,16 +132,16 @@ def main() -> None:
 
 
 def find_run(*, resume: bool) -> Path:
-    """Return the folder of a new run or, to resume, that of the last one.
+    """Return the directory of a new run or, with `resume`, of the last run.
 
     Raises:
-        SystemExit: if there is none to resume.
+        SystemExit: if there is no run to resume.
     """
     if not resume:
         return new_run(RUNS, NAME)
     last = latest_run(RUNS, NAME)
     if last is None:
-        raise SystemExit(f"--resume needs a run in {RUNS / NAME}, got none: start one without it")
+        raise SystemExit(f"--resume needs a run in {RUNS / NAME}, got none. Start without it.")
     return last
 
 
@@ -153,26 +153,26 @@ def parse_flags() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--epochs", type=int, default=45, help="passes over the 2,990 training drawings")
-    add("--batch-size", type=int, default=256, help="pairs of an update")
+    add("--batch-size", type=int, default=256, help="pairs per update")
     add(
         "--microbatch-size",
         type=int,
-        help="pairs that go through the model at once: bounds the memory and changes nothing else",
+        help="pairs that go through the model at once; bounds the memory and changes nothing else",
     )
     add(
         "--precision",
         choices=("fp32", "bf16", "fp16"),
         default="fp32",
-        help="what the model computes in; bf16 pays on a GPU, and fp16 needs one",
+        help="precision of the model; bf16 is faster on a GPU, fp16 needs one",
     )
-    add("--loss", choices=LOSSES, default="clip", help="what is minimised")
-    add("--run-dir", type=Path, help="folder of the run; without it a new one in runs/emoji")
+    add("--loss", choices=LOSSES, default="clip", help="name of the loss")
+    add("--run-dir", type=Path, help="run directory; default: a new one in runs/emoji")
     add(
         "--resume",
         action="store_true",
-        help="go on with the run in --run-dir or, without that, with the last one",
+        help="resume the run in --run-dir, or else the last run",
     )
-    add("--seed", type=int, default=0, help="of weights, order, captions and augmentation")
+    add("--seed", type=int, default=0, help="seed of weights, order, captions and augmentation")
     return parser.parse_args()
 
 

@@ -78,7 +78,7 @@ def test_every_problem_is_counted_and_shown_with_its_line(images, broken):
     assert len(pairs) == 8
     assert problem_report(problems, len(pairs)).splitlines() == [
         "6 of 14 rows cannot be used:",
-        "  2: the file is no image that can be read",
+        "  2: the file cannot be read as an image",
         "      line 11: cut.png",
         "      line 12: text.png",
         "  2: the caption is empty",
@@ -86,7 +86,7 @@ def test_every_problem_is_counted_and_shown_with_its_line(images, broken):
         "      line 15: red.png: ''",
         "  1: the file is missing",
         "      line 10: gone.png",
-        "  1: no image is named",
+        "  1: the image name is empty",
         "      line 14: ",
     ]
 
@@ -102,7 +102,7 @@ def test_a_long_report_shows_the_first_lines(images, tmp_path):
     assert report[-2:] == ["      line 6: 4.png", "      ..."]
 
 
-def test_nothing_trains_before_broken_rows_are_mended(images, broken, tmp_path):
+def test_broken_rows_stop_the_program_before_training(images, broken, tmp_path):
     run_dir = tmp_path / "run"
     flags = ["--images", str(images), "--captions", str(broken), "--run-dir", str(run_dir)]
 
@@ -112,20 +112,20 @@ def test_nothing_trains_before_broken_rows_are_mended(images, broken, tmp_path):
     assert not run_dir.exists()
 
 
-def test_broken_rows_are_left_out_on_request(images, broken, tmp_path, capsys):
+def test_skip_broken_trains_on_the_other_rows(images, broken, tmp_path, capsys):
     flags = ["--images", str(images), "--captions", str(broken), "--skip-broken"]
     flags += ["--epochs", "1", "--run-dir", str(tmp_path / "run")]
 
     trainer = main(flags)
 
     assert trainer.state.iteration == 1
-    assert "they are left out" in capsys.readouterr().out
+    assert "These rows are skipped." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([("file", "text"), ("red.png", "x")], "'image' and 'caption', got 'file', 'text': name"),
+        ([("file", "text"), ("red.png", "x")], r"'image' and 'caption', got 'file', 'text'\. Name"),
         ([], "got an empty file"),
         ([("image", "caption"), ("red.png", "x")], "at least 2 usable images, got 1"),
     ],
@@ -145,7 +145,7 @@ def test_other_columns_are_named_with_flags(images, tmp_path):
     assert ([pair.name for pair in pairs], problems) == (["red.png"], [])
 
 
-def test_a_folder_or_a_file_that_is_not_there_is_named(images, captions, tmp_path):
+def test_a_missing_folder_or_file_is_named(images, captions, tmp_path):
     with pytest.raises(SystemExit, match=r"--images must be a folder, got .*nowhere"):
         read_pairs(tmp_path / "nowhere", captions)
     with pytest.raises(SystemExit, match=r"--captions must be a file, got .*nowhere\.csv"):
@@ -156,7 +156,7 @@ def test_a_csv_in_another_encoding_says_so(images, tmp_path):
     path = tmp_path / "latin.csv"
     path.write_bytes("image,caption\nred.png,caf\xe9\n".encode("latin-1"))
 
-    with pytest.raises(SystemExit, match="must be in UTF-8, got other bytes on line 2: save"):
+    with pytest.raises(SystemExit, match=r"must be in UTF-8, got other bytes on line 2\. Save"):
         read_pairs(images, path)
 
 
@@ -184,11 +184,11 @@ def test_a_caption_with_commas_and_no_quotes_is_not_cut_short(images, tmp_path):
     ]
 
 
-def test_a_quotation_mark_without_its_partner_swallows_no_rows(images, tmp_path):
+def test_an_unclosed_quotation_mark_is_an_error_with_its_line(images, tmp_path):
     path = tmp_path / "quote.csv"
     path.write_text('image,caption\nred.png,red\nblue.png,"blue\ngreen.png,green\n')
 
-    with pytest.raises(SystemExit, match=r"from line 3 .*a quotation mark without its partner"):
+    with pytest.raises(SystemExit, match=r"from line 3 .*an unclosed quotation mark"):
         read_pairs(images, path)
 
 
