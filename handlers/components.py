@@ -1,10 +1,8 @@
-"""Components: the parts of a model and its loss by name, and the parameters that belong to each."""
+"""Components: named parts of a model and its loss, and their parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-
-from torch import nn
 
 from diptych.engine.modules import named_parameters
 from diptych.engine.name_patterns import matches
@@ -13,29 +11,24 @@ from diptych.engine.trainer import Trainer
 Components = Mapping[str, str | Sequence[str]] | Sequence[str]
 """Names of components with the paths of their parameters; a path alone is its own name.
 
-A path is the beginning of a parameter's name, in whole parts: "image.blocks" holds
-"image.blocks.0.weight" and not "image.blocks_2.weight". A part may be a pattern:
-"image.blocks.*.attention". The loss's parameters begin with "loss".
+A path is the beginning of a parameter's name, in whole parts: "image.blocks" matches
+"image.blocks.0.weight" and not "image.blocks_2.weight". A part may contain wildcards:
+"image.blocks.*.attention". Names of the loss's parameters begin with "loss".
 """
-
-
-def parameter_names(trainer: Trainer) -> dict[str, nn.Parameter]:
-    """Return the parameters of the model by their names, then the loss's by "loss." and theirs."""
-    return named_parameters(trainer.model, trainer.loss)
 
 
 def find_components(trainer: Trainer, components: Components | None) -> dict[str, set[int]]:
     """Return the ids of each component's parameters, by the component's name.
 
     Args:
-        trainer: whose model and loss.
-        components: None: the model's top-level children, its own parameters each for itself, and
-            the loss.
+        trainer: the trainer of model and loss.
+        components: the components; None: each top-level child of the model, each parameter of the
+            model itself, and the loss.
 
     Raises:
-        ValueError: if a component has no parameter; the message lists what there is.
+        ValueError: if a component has no parameter; the message lists the first parts of names.
     """
-    named = parameter_names(trainer)
+    named = named_parameters(trainer.model, trainer.loss)
     if components is None:
         components = list(dict.fromkeys(name.partition(".")[0] for name in named))
     found: dict[str, set[int]] = {}

@@ -1,14 +1,13 @@
-"""Records of updates that went wrong: files that hold all that it takes to make one again."""
+"""Fault records: files that contain everything needed to repeat an update."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 import re
 from collections import namedtuple
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +17,29 @@ from torch import Tensor
 
 from diptych.engine.data.seeded_loader import SeededLoader
 from diptych.engine.distributed.collectives import rank, world_size
-from diptych.engine.distributed.dtensor import whole_state
+from diptych.engine.distributed.dtensor import full_state
 from diptych.engine.errors import CheckpointError
 from diptych.engine.state.module_state import clean_state_dict, load_clean_state_dict
 from diptych.engine.state.run_state import fingerprint
 from diptych.engine.trainer import Trainer
+from diptych.handlers.files import make_folder, write_atomically
 
 FORMAT = 1
 NAME = re.compile(r"iteration_(\d+)_rank_(\d+)\.pt")
 KIND = "diptych.kind"
-"""The key that marks a mapping in a file as something else than a mapping."""
+"""The key that marks a mapping in a file as an encoded object of another type."""
 
 
 def record_path(directory: Path, iteration: int, of_rank: int) -> Path:
-    """Return the file of an update on one rank."""
+    """Return the path of the record of an update on one rank."""
     return directory / f"iteration_{iteration:08}_rank_{of_rank}.pt"
 
 
 def update_state(trainer: Trainer) -> dict[str, Any]:
-    """Return what an update starts from, but for batch and random state; tensors are the live ones.
+    """Return the state from which an update starts, without batch and random state, not copied.
 
-    Rank 0 alone has the weights, which are equal on all ranks; a sharded model's are gathered, for
-    which all ranks call this.
+    Only rank 0 includes the weights, which are equal on all ranks. All ranks must call this,
+    because the weights of a sharded model are gathered.
     """
     state: dict[str, Any] = {
         "format": FORMAT,
@@ -54,15 +54,15 @@ def update_state(trainer: Trainer) -> dict[str, Any]:
         },
         "scaler": None if trainer.scaler is None else trainer.scaler.state_dict(),
     }
-    weights = {part: whole_state(clean_state_dict(m)) for part, m in _parts(trainer).items()}
+    weights = {part: full_state(clean_state_dict(m)) for part, m in _parts(trainer).items()}
     return state | weights if rank() == 0 else state
 
 
 def load_update_state(trainer: Trainer, state: Mapping[str, Any]) -> None:
-    """Put a trainer into a state that `update_state` returned, of rank 0.
+    """Load a state that `update_state` returned on rank 0.
 
     Raises:
-        CheckpointError: if it is of another model or loss.
+        CheckpointError: if it belongs to another model or loss.
     """
     for part, module in _parts(trainer).items():
         try:
@@ -81,46 +81,41 @@ def _parts(trainer: Trainer) -> dict[str, torch.nn.Module]:
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record; the file is there as a whole or not at all.
+    """Write a record atomically.
 
     Raises:
         CheckpointError: if it cannot be written.
     """
-    unfinished = path.with_name(path.name + ".unfinished")
+    plain = {**record, "batch": _as_plain(record["batch"])}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as file:
-            torch.save({**record, "batch": _as_plain(record["batch"])}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        make_folder(path.parent)
+        write_atomically(path, partial(torch.save, plain))
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        with suppress(OSError):
-            unfinished.unlink()
         raise CheckpointError(f"record {path} could not be written: {error}") from error
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Return a record, on the CPU.
+    """Read a record onto the CPU.
 
     Raises:
-        CheckpointError: if the file is missing, or is no record.
+        CheckpointError: if the file is missing, or is not a record.
     """
     if not path.is_file():
         raise CheckpointError(f"record {path} does not exist")
     try:
         record = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, zipfile and pickle each have errors of their own
+    except Exception as error:  # torch, zipfile and pickle raise different errors
         raise CheckpointError(f"record {path} cannot be read: {error}") from error
     if not isinstance(record, dict) or "batch" not in record or "terms" not in record:
-        raise CheckpointError(f"{path} is no record of an update")
+        raise CheckpointError(f"{path} is not a record of an update")
     return {**record, "batch": _from_plain(record["batch"])}
 
 
 def sample_ids(trainer: Trainer, batch: Any, key: str) -> list[Any] | None:
-    """Return what is known of which samples a batch holds.
+    """Return the ids of a batch's samples, or None if they are unknown.
 
-    That is what the batch has under `key`, or else the indices that a `SeededLoader` read.
+    They are the batch's entry `key` if it has one; otherwise the indices that a `SeededLoader` has
+    read.
     """
     found = batch.get(key) if isinstance(batch, Mapping) else getattr(batch, key, None)
     if isinstance(found, Tensor):
@@ -131,15 +126,15 @@ def sample_ids(trainer: Trainer, batch: Any, key: str) -> list[Any] | None:
     if not isinstance(loader, SeededLoader):
         return None
     position = trainer.batches.position() or {}
-    before = copy.copy(loader)  # the order is a function of seed and position alone
+    before = copy.copy(loader)  # its order depends on seed and position only
     before.load_state_dict({**position, "batch": position["batch"] - 1})
     return [index for _, index in next(before.batches(), [])]
 
 
 def _as_plain(value: Any) -> Any:
-    """Return a batch in containers and values that are read without running code.
+    """Encode a batch in types that torch.load reads with weights_only=True.
 
-    What no such file can hold becomes its description.
+    An object of another type becomes its repr.
     """
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
         return value

@@ -1,4 +1,4 @@
-"""Keeps a batch whose loss or gradient went wrong from doing harm, and keeps it to look at."""
+"""LossGuard: catches batches whose loss or gradient is not finite or spikes, and records them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import operator
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import attrs
 import torch
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from diptych.engine.checks import whole_number
-from diptych.engine.distributed.collectives import rank, sum_over_ranks, world_size
-from diptych.engine.distributed.gathering import from_all_ranks
+from diptych.engine.distributed.collectives import all_reduce_sum, rank, world_size
+from diptych.engine.distributed.gathering import gather_values
 from diptych.engine.errors import CheckpointError
 from diptych.engine.events import MetricsEvents, StepEvents
+from diptych.engine.handler import Change, Handler
 from diptych.engine.random_state import (
     ForwardRandomState,
     forward_random_state,
@@ -29,22 +30,20 @@ from diptych.engine.random_state import (
     set_forward_random_state,
 )
 from diptych.engine.trainer import Trainer
-from diptych.handlers.checkpointing.checkpoint_manager import CheckpointManager
-from diptych.handlers.components import parameter_names
+from diptych.handlers.argument_checks import number, one_of
 from diptych.handlers.loss_guard.fault_records import (
-    NAME,
     record_path,
     sample_ids,
     update_state,
     write_record,
 )
-from diptych.handlers.loss_guard.spikes import RunningMedian
+from diptych.handlers.loss_guard.running_median import RunningMedian
 from diptych.handlers.optimization.gradient_norms import (
     GradientNorms,
+    InvalidatesNorms,
     held_parameters,
     shared_norms,
 )
-from diptych.handlers.optimization.modality_balancing import ModalityBalancing
 
 logger = logging.getLogger(__name__)
 
@@ -52,86 +51,94 @@ Policy = Literal["skip", "stop", "raise"]
 
 
 class FaultError(RuntimeError):
-    """An update went wrong, or too many did."""
+    """Raised when an update went wrong, or when too many updates were skipped."""
 
 
-def _check_policy(_: Any, __: attrs.Attribute[str], value: object) -> None:
-    if value not in get_args(Policy):
-        raise ValueError(f"policy must be one of {', '.join(get_args(Policy))}, got {value!r}")
+@runtime_checkable
+class SavesCheckpoints(Protocol):
+    """A handler that saves checkpoints, such as `CheckpointManager`."""
 
-
-def _check_spike(_: Any, __: attrs.Attribute[Any], value: float | None) -> None:
-    if value is not None and not 0 < value < math.inf:
-        raise ValueError(f"spike must be > 0 and finite, or None, got {value!r}")
+    def get_latest_checkpoint(self) -> Path | None:
+        """Return the path of the newest checkpoint."""
+        ...
 
 
 @attrs.define(eq=False)
-class LossGuard:
-    """Catches a batch whose loss or gradient is not finite, or spikes, before the optimizer steps.
+class LossGuard(Handler):
+    """Catches a batch whose loss or gradient is not finite or spikes, before the optimizer steps.
 
-    The loss (over ranks: its mean) and the norm of all gradients, before clipping, are each held
-    against their last `window` values: what lies more than `spike` times their median distance
-    from the median above the median is caught (and never less than a tenth of the median, times
-    `spike`). Values that were caught do not enter the window; until it is full, only what is not
-    finite is caught. All ranks judge the same two numbers, so all do the same.
+    Two numbers are judged: the loss, averaged over ranks, and the norm of all gradients before
+    clipping. Each is compared with its last `window` values. It is a spike if it exceeds their
+    median by more than `spike` times their median distance from the median, or `spike` times a
+    tenth of the median if that is larger. Values of caught batches do not enter the window; until
+    it is full, only values that are not finite are caught. All ranks judge the same two numbers and
+    come to the same decision.
 
-    A batch that is caught changes no parameter and no state of the optimizer; momentum and weight
-    decay do not act either. The buffers of model and loss (a batch norm's statistics, a queue of
-    features) go back to what they were before it. Its loss is published as it is: a window or
-    an epoch with a loss that is NaN has a mean that is NaN. Then, by `policy`:
+    A caught batch changes no parameter and no state of the optimizer; momentum and weight decay
+    have no effect either. The buffers of model and loss (the statistics of a batch norm, a queue of
+    features) are restored. Its loss is still published: the mean of a window or an epoch that
+    contains a NaN is NaN. What follows depends on `policy`:
 
-    - "skip": the run goes on. More than `budget` such batches in a run end it with an error.
-    - "stop": the run ends with this iteration, as `trainer.terminate()` ends it.
-    - "raise": a `FaultError` names what was seen, and the record.
+    - "skip": the run continues. More than `budget` such batches in a run end it with an error.
+    - "stop": the run ends after this iteration, as with `trainer.terminate()`.
+    - "raise": a `FaultError` with the values and the path of the record.
 
-    In fp16 a gradient that is not finite while the loss is finite is left to the scaler, which
-    looks for its scale that way, skips the update itself and counts `train/skipped_steps`.
+    In fp16, a gradient that is not finite while the loss is finite is left to the scaler, which
+    finds its scale that way, skips the update itself and counts it in `train/skipped_steps`.
 
-    With a `directory`, the first `records` batches that are caught are each written into it, one
-    file a rank: the batch, the ids of its samples where they are known, the weights, buffers and
-    random state from which the update started, terms, norms and the latest checkpoint.
-    `diptych replay RECORD --factory module:function` repeats the update. They load with
+    With a `directory`, the first `records` caught batches are each written into it, one file per
+    rank: the batch, the ids of its samples if they are known, the weights, buffers and random state
+    before the update, terms, norms, and the path of the latest checkpoint.
+    `diptych replay RECORD --factory module:function` repeats the update. The files load with
     `weights_only=True`.
 
-    Published: `guard/caught`, the batches caught so far in the run, and `guard/spikes`, those of
-    them that were finite.
+    Published: `guard/caught`, the batches caught so far in the run, and `guard/spikes`, the number
+    of them with finite values.
 
     Event: `Events.ITERATION_STARTED`, `StepEvents.GRADIENTS_READY`, `MetricsEvents.LOGGED`. Attach
         it before `ModalityBalancing`.
-    Cost: a copy of the buffers, the gradients' norm (shared with `GradientDiagnostics`), some
-        twenty operations on few numbers, and over ranks one all-reduce of two numbers.
-        Synchronisation: none under "skip" without a `directory` where the optimizer can leave an
-        update out by itself on the device: torch's Adam, AdamW and SGD with `fused=True` (SGD
-        with momentum from its second update on). What was caught is then told, and the budget
-        checked, at the next log point. In all other cases the host waits for the gradients once
-        an iteration, since it must decide before the next operation is queued: on a CPU that is
-        free; on a GPU the time that the host otherwise works ahead is lost. A record takes the
-        time to write the weights.
+    Cost: a copy of the buffers, the gradients' norm (shared with `GradientDiagnostics`), about
+        twenty operations on a few numbers, and with several ranks one all-reduce of two numbers.
+        Synchronisation: none under "skip" without a `directory` if the optimizer can skip an update
+        on the device: torch's Adam, AdamW and SGD with `fused=True` (SGD with momentum from its
+        second update on). Caught batches are then logged, and the budget is checked, at the next
+        log point. In all other cases the host waits for the gradients once an iteration, because it
+        must decide before it queues the next operation. On a CPU that is free; on a GPU the host
+        loses the time by which it otherwise runs ahead. A record takes the time to write the
+        weights.
 
     Args:
-        directory: of the records; None writes none.
+        directory: the folder of the records; None: write none.
         policy: "skip", "stop" or "raise".
-        budget: batches that "skip" may leave out in a run, >= 0.
-        spike: see above, > 0; None catches only what is not finite.
-        window: values that the median is taken of, >= 1.
-        records: batches to keep, >= 0.
-        ids: the name under which a batch has the ids of its samples, if it has.
+        budget: batches that may be skipped in a run, >= 0.
+        spike: threshold in median distances, > 0; None: catch only values that are not finite.
+        window: values that the median is computed from, >= 1.
+        records: batches to record, >= 0.
+        ids: the key of the samples' ids in a batch.
 
     Attributes:
-        caught: batches caught so far, as of the last log point where nothing waits.
+        caught: batches caught so far; if the host does not wait, as of the last log point.
 
     Raises:
         ValueError: if an argument is out of range; when attached, if the trainer has a guard
-            already, or balances gradients before it.
-        FaultError: while running: under "raise", or when the budget is exceeded.
+            already, or a handler that invalidates the gradients' norms.
+        FaultError: while running: under "raise", or if the budget is exceeded.
     """
 
-    changes: ClassVar[tuple[str, ...]] = ("gradients", "weights")
+    changes: ClassVar[frozenset[Change]] = frozenset(
+        {Change.GRADIENTS, Change.WEIGHTS, Change.BUFFERS, Change.RUN_LENGTH}
+    )
 
     directory: Path | None = attrs.field(default=None, converter=attrs.converters.optional(Path))
-    policy: Policy = attrs.field(default="skip", validator=_check_policy, kw_only=True)
+    policy: Policy = attrs.field(default="skip", validator=one_of(Policy), kw_only=True)
     budget: int = attrs.field(default=10, validator=whole_number(0), kw_only=True)
-    spike: float | None = attrs.field(default=20.0, validator=_check_spike, kw_only=True)
+    spike: float | None = attrs.field(
+        default=20.0,
+        validator=attrs.validators.optional(
+            number("be > 0 and finite, or None", lambda value: 0 < value < math.inf)
+        ),
+        kw_only=True,
+    )
     window: int = attrs.field(default=100, validator=whole_number(), kw_only=True)
     records: int = attrs.field(default=3, validator=whole_number(0), kw_only=True)
     ids: str = attrs.field(default="id", kw_only=True)
@@ -146,32 +153,31 @@ class LossGuard:
         self._median = RunningMedian(self.window, self.spike or math.inf)
 
     def attach(self, trainer: Trainer) -> None:
-        """Judge the trainer's updates before they are made."""
-        before = {type(handler) for handler in trainer.handlers}
-        if LossGuard in before:
+        """Judge each of the trainer's updates before the optimizer steps."""
+        if trainer.handlers_of(LossGuard):
             raise ValueError("a trainer must have one LossGuard, got a second one")
-        if ModalityBalancing in before:
+        for handler in trainer.handlers_of(InvalidatesNorms):
             raise ValueError(
-                "LossGuard must be attached before ModalityBalancing, got it after: it judges and "
-                "records gradients as the loss gives them"
+                f"LossGuard must be attached before {type(handler).__name__}, got it after: it "
+                "judges and records the gradients of the loss. Attach it first"
             )
-        shared_norms(trainer)
+        shared_norms(trainer).attach(trainer)
         self._counts = self._counts.to(trainer.device)
         trainer.add_event_handler(Events.STARTED, self._start)
         trainer.add_event_handler(Events.ITERATION_STARTED, self._remember)
         trainer.add_event_handler(StepEvents.GRADIENTS_READY, self._judge)
-        trainer.add_event_handler(MetricsEvents.LOGGED, self._tell)
+        trainer.add_event_handler(MetricsEvents.LOGGED, self._report_caught)
         trainer.metrics.gauge("guard/caught", lambda: self._counts[0])
         trainer.metrics.gauge("guard/spikes", lambda: self._counts[1])
         trainer.optimizer.register_step_pre_hook(functools.partial(self._before_step, trainer))
         trainer.optimizer.register_step_post_hook(functools.partial(self._after_step, trainer))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return counts and windows, as numbers."""
+        """Return the counts and the values in the window."""
         return {"counts": self._counts.tolist(), "values": self._median.to_lists()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a state that `state_dict` returned."""
+        """Continue from a state that `state_dict` returned."""
         self._counts = torch.tensor(state_dict["counts"], device=self._counts.device)
         self.caught = int(state_dict["counts"][0])
         self._median.from_lists(state_dict["values"])
@@ -182,7 +188,7 @@ class LossGuard:
             self._median.reset()
 
     def _remember(self, trainer: Trainer) -> None:
-        """Keep what an update changes before it can be judged."""
+        """Copy the buffers, which the forward pass changes before the update is judged."""
         self._skip = None
         self._before = [
             (module, name, buffer.detach().clone())
@@ -195,11 +201,11 @@ class LossGuard:
 
     def _judge(self, trainer: Trainer) -> None:
         measured = shared_norms(trainer).measure(trainer)
-        values = _agreed(_total(trainer, measured.total.device), measured.total)
+        values = _agreed(_loss_of(trainer, measured.total.device), measured.total)
         finite = values.isfinite()
         spikes = values > self._median.limits(values)
         spiked = spikes.any() & finite.all()
-        # The scaler's search for its scale is no fault: it skips such an update by itself.
+        # An overflow while the scaler searches for its scale is no fault: it skips that update.
         judged = finite if trainer.scaler is None else finite[:1]
         bad = spiked | ~judged.all()
         self._median.add(values, ~bad & finite.all())
@@ -212,21 +218,22 @@ class LossGuard:
         self._before, self._random = [], None
 
     def _decides_on_device(self, optimizer: Optimizer) -> bool:
-        return self.policy == "skip" and self.directory is None and _skips_by_itself(optimizer)
+        return self.policy == "skip" and self.directory is None and _skips_on_device(optimizer)
 
     def _before_step(self, trainer: Trainer, optimizer: Any, *_: Any) -> None:
-        """Tell the optimizer in the way of torch's scaler whether to leave this update out."""
+        """Set the optimizer's `found_inf`, as torch's scaler does, so that it skips the update."""
         if self._skip is not None:
-            scalers = None if trainer.scaler is None else optimizer.found_inf
-            own = self._skip
-            optimizer.found_inf = own if scalers is None else torch.maximum(own, scalers)
+            found = self._skip
+            if trainer.scaler is not None:
+                found = torch.maximum(found, optimizer.found_inf)
+            optimizer.found_inf = found
 
     def _after_step(self, trainer: Trainer, optimizer: Any, *_: Any) -> None:
         if self._skip is not None and trainer.scaler is None:
             del optimizer.found_inf
 
     def _restore_buffers(self, bad: Tensor | None = None) -> None:
-        """Put the buffers back, those too that a module has replaced; with `bad`, where it is 1."""
+        """Restore the buffers, also replaced ones; with a tensor `bad`, only if it is true."""
         with torch.no_grad():
             for module, name, before in self._before:
                 now = getattr(module, name)
@@ -240,52 +247,51 @@ class LossGuard:
         self.caught += 1
         loss, norm = values.tolist()
         message = (
-            f"iteration {trainer.state.iteration}: the loss is {loss:.6g} and the gradients' norm "
-            f"{norm:.6g}"
+            f"iteration {trainer.state.iteration}: the loss is {loss:.6g} and the norm of the "
+            f"gradients is {norm:.6g}"
         )
         record = self._record(trainer, measured)
         if record is not None:
             message += f"; recorded in {record}"
         if self.policy == "raise":
-            raise FaultError(f"{message}; policy='skip' leaves such batches out")
+            raise FaultError(f"{message}. Pass policy='skip' to skip such batches")
         for parameter in held_parameters(trainer):
-            parameter.grad = None  # an optimizer leaves alone what has no gradient
+            parameter.grad = None  # an optimizer skips parameters without gradient
         if self.policy == "stop":
-            logger.warning("%s; the run stops", message)
+            logger.warning("LossGuard stopped the run at %s", message)
             trainer.terminate()
-            return
-        logger.warning("%s; the update is skipped", message)
-        self._check_budget()
+        else:
+            logger.warning("LossGuard skipped the update of %s", message)
+            self._check_budget()
 
     def _check_budget(self) -> None:
         if self.caught > self.budget:
             raise FaultError(
-                f"the run may skip {self.budget} updates, got {self.caught}: lower the rate or "
-                "lengthen the warm-up, look at what was caught (LossGuard(directory), replay), go "
-                "back to a checkpoint before the first, or raise the budget"
+                f"the run may skip {self.budget} updates, got {self.caught}. Lower the learning "
+                "rate or lengthen the warm-up, inspect the caught batches (LossGuard(directory), "
+                "diptych replay), resume from a checkpoint before the first, or raise the budget"
             )
 
-    def _tell(self, trainer: Trainer) -> None:
+    def _report_caught(self, trainer: Trainer) -> None:
         caught = int(trainer.metrics.record.values.get("guard/caught", 0))
         if caught > self.caught:
             logger.warning(
-                "up to iteration %d: %d updates were skipped, whose loss or gradient was not "
-                "finite or spiked; LossGuard(directory) records them",
-                trainer.state.iteration,
+                "LossGuard skipped %d updates up to iteration %d, because the loss or a gradient "
+                "was not finite or spiked. LossGuard(directory) records such batches.",
                 caught - self.caught,
+                trainer.state.iteration,
             )
             self.caught = caught
             self._check_budget()
 
     def _record(self, trainer: Trainer, measured: GradientNorms) -> Path | None:
-        """Write what was caught; return the file, or None where enough is written."""
+        """Write a record of the update; return its path, or None if none was written."""
         if self.directory is None or self._random is None:
             return None
         path = record_path(self.directory, trainer.state.iteration, rank())
-        earlier = [p.name for p in self.directory.glob("*.pt") if NAME.fullmatch(p.name)]
-        own = {name for name in earlier if name.endswith(f"_rank_{rank()}.pt")} - {path.name}
-        # All ranks or none: the weights of a sharded model are gathered from all of them.
-        if any(from_all_ranks(len(own) >= self.records)):
+        own = set(self.directory.glob(f"iteration_*_rank_{rank()}.pt")) - {path}
+        # All ranks or none, because the weights of a sharded model are gathered.
+        if any(gather_values(len(own) >= self.records)):
             return None
         with preserved_random_state():
             set_forward_random_state(self._random, trainer.device)
@@ -297,19 +303,19 @@ class LossGuard:
             "ids": sample_ids(trainer, batch, self.ids),
             "random": random,
             "terms": {name: value.cpu() for name, value in trainer.terms.items()},
-            "norms": norms_by_name(trainer, measured),
+            "norms": measured.by_name(trainer),
             "checkpoint": _latest_checkpoint(trainer),
         }
         try:
             write_record(path, record)
         except CheckpointError as error:
-            logger.error("%s; the run goes on", error)  # noqa: TRY400 - the message says it all
+            logger.error("The run continues: %s", error)  # noqa: TRY400 - a traceback adds nothing
             return None
         return path
 
 
-def _skips_by_itself(optimizer: Optimizer) -> bool:
-    """Say whether an optimizer can leave its next update out on the device."""
+def _skips_on_device(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer can skip its next update on the device."""
     fused = all(group.get("fused") for group in optimizer.param_groups)
     if not fused or type(optimizer) not in {Adam, AdamW, SGD}:
         return False
@@ -319,34 +325,23 @@ def _skips_by_itself(optimizer: Optimizer) -> bool:
 
 
 def _has_momentum(optimizer: SGD, group: Mapping[str, Any]) -> bool:
-    # A fused SGD whose very first update is left out goes on from momentum that nobody has set.
+    # If a fused SGD skips its very first update, its momentum buffers stay uninitialised.
     used = (p for p in group["params"] if p.grad is not None)
     return not group["momentum"] or all("momentum_buffer" in optimizer.state[p] for p in used)
 
 
-def norms_by_name(trainer: Trainer, measured: GradientNorms) -> dict[str, Tensor]:
-    """Return the norm of each parameter's gradient by its name, and of all as "total"."""
-    names = {id(parameter): name for name, parameter in parameter_names(trainer).items()}
-    pairs = zip(measured.parameters, measured.norms, strict=True)
-    each = {names[id(p)]: norm.cpu() for p, norm in pairs if id(p) in names}
-    return {**each, "total": measured.total.cpu()}
-
-
-def _total(trainer: Trainer, device: torch.device) -> Tensor:
-    if not trainer.terms:  # a step of one's own may name none
+def _loss_of(trainer: Trainer, device: torch.device) -> Tensor:
+    if not trainer.terms:  # a custom step may set none
         return torch.zeros((), device=device)
     return functools.reduce(operator.add, trainer.terms.values()).detach()
 
 
 def _agreed(loss: Tensor, norm: Tensor) -> Tensor:
-    """Return loss and norm [2], the means over ranks: not finite where one rank's is not."""
+    """Return the means of loss and norm over ranks [2]; not finite if one rank's is not."""
     values = torch.stack([loss.float().to(norm.device), norm.float()])
-    return sum_over_ranks(values) / world_size()
+    return all_reduce_sum(values) / world_size()
 
 
 def _latest_checkpoint(trainer: Trainer) -> str | None:
-    for handler in trainer.handlers:
-        if isinstance(handler, CheckpointManager):
-            latest = handler.get_latest_checkpoint()
-            return None if latest is None else str(latest)
-    return None
+    found = [handler.get_latest_checkpoint() for handler in trainer.handlers_of(SavesCheckpoints)]
+    return str(found[0]) if found and found[0] is not None else None

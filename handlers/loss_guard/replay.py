@@ -1,4 +1,4 @@
-"""Repeating an update that a `LossGuard` recorded, up to its gradients.
+"""Replay: repeats an update that a `LossGuard` recorded, up to its gradients.
 
 The command line is `diptych replay RECORD --factory module:function`.
 """
@@ -21,20 +21,20 @@ from diptych.engine.random_state import preserved_random_state, set_random_state
 from diptych.engine.state.run_state import fingerprint
 from diptych.engine.trainer import Trainer
 from diptych.handlers.loss_guard.fault_records import load_update_state, read_record, record_path
-from diptych.handlers.loss_guard.guard import norms_by_name
 from diptych.handlers.optimization.gradient_norms import shared_norms
 
 TOLERANCE = 1e-5
+"""Largest relative difference at which two values agree."""
 
 
 @attrs.frozen
 class Replay:
-    """What an update gave when it was recorded, and what it gives now.
+    """The values of an update when it was recorded, and when it was replayed.
 
     Attributes:
         record: the record, without weights.
         reproduced: terms ("terms/...") and norms ("norms/...") of the replay.
-        settings: settings in which the trainer differs from the recorded one, by name: then, now.
+        settings: the settings that differ, by name: the recorded value and the current one.
     """
 
     record: Mapping[str, Any]
@@ -43,14 +43,14 @@ class Replay:
 
     @property
     def recorded(self) -> dict[str, float]:
-        """Terms and norms of the record, named as in `reproduced`."""
+        """Terms and norms of the record, with the names of `reproduced`."""
         return _flat(self.record["terms"], self.record["norms"])
 
     def differing(self, tolerance: float = TOLERANCE) -> list[str]:
-        """Return the names of the values that do not agree; NaN agrees with NaN.
+        """Return the names of the values that differ; NaN equals NaN.
 
         Args:
-            tolerance: largest difference relative to the larger of two values, >= 0.
+            tolerance: largest accepted difference relative to the larger value, >= 0.
         """
         recorded = self.recorded
         names = [*recorded, *(name for name in self.reproduced if name not in recorded)]
@@ -64,14 +64,15 @@ class Replay:
 def replay(path: Path | str, factory: Callable[[], Any]) -> Replay:
     """Repeat the update of a record, up to its gradients.
 
-    Random generators keep their states.
+    The states of the random generators are restored afterwards.
 
     Args:
-        path: the record; of several ranks, any of theirs.
-        factory: builds the trainer, or a tuple that begins with it.
+        path: the record; if there are several ranks, that of any of them.
+        factory: returns the trainer, or a tuple whose first element it is. Its handlers are not
+            called.
 
     Raises:
-        CheckpointError: if the record cannot be read, is of another model or loss, or of
+        CheckpointError: if the record cannot be read, or belongs to another model or loss, or to
             another number of ranks.
         TypeError: if the factory returns no trainer.
     """
@@ -89,11 +90,11 @@ def replay(path: Path | str, factory: Callable[[], Any]) -> Replay:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return this rank's record, and rank 0's."""
+    """Return the records of this rank and of rank 0."""
     record = read_record(path)
     if record["ranks"] != world_size():
         raise CheckpointError(
-            f"record {path} is of {record['ranks']} ranks, got {world_size()}: replay it with "
+            f"record {path} is of {record['ranks']} ranks, got {world_size()}. Replay it with "
             f"torchrun --nproc-per-node {record['ranks']} -m diptych replay"
         )
     return tuple(  # type: ignore[return-value]
@@ -112,29 +113,24 @@ def _built(factory: Callable[[], Any]) -> Trainer:
             "the factory must return a Trainer, or a tuple that begins with one, got "
             f"{type(trainer).__name__}"
         )
-    # Nothing that was attached may save, log or judge this update.
-    for entries in trainer._event_handlers.values():  # noqa: SLF001 - Ignite removes one by one only
-        entries.clear()
-    for module in (trainer.model, trainer.loss):
-        module.train()
-    return trainer
+    return trainer.replica()  # without handlers, which may save, log or judge the update
 
 
 def _update(trainer: Trainer, record: Mapping[str, Any]) -> dict[str, float]:
     found: dict[str, float] = {}
 
     def read() -> None:
-        measured = shared_norms(trainer).measure_anew(trainer)
-        found.update(_flat(trainer.terms, norms_by_name(trainer, measured)))
+        norms = shared_norms(trainer).measure_again(trainer).by_name(trainer)
+        found.update(_flat(trainer.terms, norms))
 
-    trainer.add_event_handler(Events.ITERATION_STARTED, lambda: _go_to(trainer, record))
+    trainer.add_event_handler(Events.ITERATION_STARTED, lambda: _restore_place(trainer, record))
     trainer.add_event_handler(StepEvents.GRADIENTS_READY, read)
     trainer.run([record["batch"]], max_iters=1)
     return found
 
 
-def _go_to(trainer: Trainer, record: Mapping[str, Any]) -> None:
-    """Draw what was drawn: the model from the random state, a transform by epoch and iteration."""
+def _restore_place(trainer: Trainer, record: Mapping[str, Any]) -> None:
+    """Restore the random state, and epoch and iteration, from which a transform draws."""
     trainer.state.epoch, trainer.state.iteration = record["epoch"], record["iteration"]
     set_random_state(record["random"])
 
@@ -153,30 +149,30 @@ def _agree(recorded: float | None, reproduced: float | None, tolerance: float) -
 
 
 def report(replayed: Replay, tolerance: float) -> Iterator[str]:
-    """Yield the lines that the command prints."""
+    """Yield the lines of the report that the command prints."""
     record = replayed.record
     yield f"iteration {record['iteration']}, epoch {record['epoch']}, rank {record['rank']}"
     if record["ids"] is not None:
         yield f"samples: {', '.join(map(str, record['ids']))}"
     yield f"latest checkpoint: {record['checkpoint'] or 'none'}"
     for name, (then, now) in replayed.settings.items():
-        yield f"other {name}: {then} recorded, {now} here"
+        yield f"{name} differs: {then} recorded, {now} now"
     yield from _table(replayed.recorded, replayed.reproduced, set(replayed.differing(tolerance)))
 
 
 def _table(
     recorded: Mapping[str, float], reproduced: Mapping[str, float], differing: set[str]
 ) -> Iterator[str]:
-    """Give all terms, the norm of all gradients, and single parameters that are worth a line."""
+    """Yield a table of all terms, the total norm, and norms that differ or are not finite."""
     names = list(dict.fromkeys([*recorded, *reproduced]))
     shown = [n for n in names if _is_summary(n)]
-    shown += [n for n in names if n not in shown and (n in differing or not _sound(recorded, n))]
+    shown += [n for n in names if n not in shown and (n in differing or not _finite(recorded, n))]
     width = max(len(name) for name in shown)
     yield f"{'':{width}}  {'recorded':>16}  {'reproduced':>16}"
     for name in shown:
         columns = "  ".join(f"{_number(values, name):>16}" for values in (recorded, reproduced))
         yield f"{name:{width}}  {columns}{'  differs' if name in differing else ''}"
-    yield f"{len(names) - len(shown)} finite norms of single parameters agree besides"
+    yield f"{len(names) - len(shown)} further norms of single parameters are finite and agree"
     yield f"{len(differing)} values differ"
 
 
@@ -184,7 +180,7 @@ def _is_summary(name: str) -> bool:
     return name.startswith("terms/") or name == "norms/total"
 
 
-def _sound(values: Mapping[str, float], name: str) -> bool:
+def _finite(values: Mapping[str, float], name: str) -> bool:
     return math.isfinite(values.get(name, math.nan))
 
 

@@ -1,4 +1,4 @@
-"""How large the gradients are, where they are missing or broken, and how far the weights move."""
+"""Statistics of gradients and updates, for the whole model and by component."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from diptych.engine.checks import whole_number
 from diptych.engine.distributed.dtensor import local_parts, norms
 from diptych.engine.events import StepEvents
+from diptych.engine.handler import Handler
 from diptych.engine.trainer import Trainer
 from diptych.handlers.components import Components, find_components
 from diptych.handlers.optimization.gradient_clipping import GradientClipping
@@ -29,35 +30,35 @@ def _check_components(_: Any, __: attrs.Attribute[Any], components: Any) -> None
 
 
 @attrs.define(kw_only=True, eq=False)
-class GradientDiagnostics:
-    """Publishes norms of gradients and of updates, in all and by component.
+class GradientDiagnostics(Handler):
+    """Publishes norms of gradients and of updates, for the whole model and by component.
 
-    The gradients are those that the optimizer will use, unscaled, averaged over ranks, as they
-    are before clipping, whichever of the two is attached first. A parameter counts once, by the
-    L2 norm of its gradient:
+    The gradients are those that the optimizer will use: unscaled, averaged over ranks, and before
+    clipping, whichever of the two handlers is attached first. Tags:
 
-    - `gradients/norm`: of all gradients in one vector. Where a `GradientClipping` is attached, it
-      publishes this value, at every iteration, and this handler does not.
-    - `gradients/norm/<component>`: of a component's.
+    - `gradients/norm`: L2 norm of all gradients as one vector. If a `GradientClipping` is attached,
+      it publishes this value, in every iteration, and this handler does not.
+    - `gradients/norm/<component>`: the norm of a component's gradients.
     - `gradients/ratio/<first>_to_<component>`: the norm of the first component over that of each
-      other one; of the default components without the loss.
-    - `gradients/largest`, `gradients/smallest`: of one parameter; the smallest that is not 0.
-    - `gradients/zero`, `gradients/nonfinite`, `gradients/missing`: parameters whose gradient is
-      all 0, has an entry that is NaN or infinite, or is not there at all.
+      other one; with the default components, without the loss.
+    - `gradients/largest`, `gradients/smallest`: the largest and the smallest nonzero norm of the
+      gradient of one parameter.
+    - `gradients/zero`, `gradients/nonfinite`, `gradients/missing`: the number of parameters whose
+      gradient is all 0, has a NaN or infinite entry, or is None.
     - `updates/ratio`, `updates/ratio/<component>`: the norm of the update over that of the weights
-      before it, ||w' - w|| / ||w||: some 1e-3 where a learning rate fits, 0 where nothing moves.
+      before it, ||w' - w|| / ||w||: about 1e-3 at a suitable learning rate, 0 if nothing moves.
 
-    A record shows the means of what was seen since the last log point, so `every` is best a
-    divisor of the trainer's `log_every`.
+    A record holds the means over the measurements since the last log point, so choose a divisor of
+    the trainer's `log_every` for `every`.
 
     Event: `StepEvents.GRADIENTS_READY`, `StepEvents.OPTIMIZER_STEPPED`, every `every` iterations.
-    Cost: at these iterations one pass over the gradients and, for the updates, three over the
-        weights and a copy of them for the length of the update; no synchronisation. On the emoji
-        model under 1 % of the time of training. Of a sharded model three all-reduces, of a number
-        for each parameter.
+    Cost: in these iterations one pass over the gradients and, for the updates, three over the
+        weights and a copy of them for the duration of the update; no synchronisation. On the emoji
+        model, under 1 % of the training time. With a sharded model, three all-reduces of one number
+        per parameter.
 
     Args:
-        every: iterations between two looks, >= 1.
+        every: iterations between two measurements, >= 1.
         components: names and paths of parameters; see `Components`. Default: the model's top-level
             children, and the loss.
         updates: whether to publish the update-to-weight ratios, which need the copy.
@@ -75,22 +76,22 @@ class GradientDiagnostics:
     )
 
     def attach(self, trainer: Trainer) -> None:
-        """Look at the trainer's gradients, and at what becomes of the weights."""
+        """Measure the trainer's gradients and updates."""
         self._find(trainer)
-        shared_norms(trainer)
+        shared_norms(trainer).attach(trainer)
         trainer.add_event_handler(Events.STARTED, self._find)
-        trainer.every(self.every, self._look, StepEvents.GRADIENTS_READY)
+        trainer.every(self.every, self._publish_gradients, StepEvents.GRADIENTS_READY)
         if self.updates:
-            trainer.every(self.every, self._compare, StepEvents.OPTIMIZER_STEPPED)
+            trainer.every(self.every, self._publish_updates, StepEvents.OPTIMIZER_STEPPED)
 
     def _find(self, trainer: Trainer) -> None:
         self._members = find_components(trainer, self.components)
 
-    def _look(self, trainer: Trainer) -> None:
+    def _publish_gradients(self, trainer: Trainer) -> None:
         measured = shared_norms(trainer).measure(trainer)
         device = measured.total.device
         scalars: dict[str, Tensor | float] = {"gradients/missing": float(len(measured.missing))}
-        if not any(isinstance(handler, GradientClipping) for handler in trainer.handlers):
+        if not trainer.handlers_of(GradientClipping):
             scalars["gradients/norm"] = measured.total
         by_component = self._by_component(measured.parameters, measured.norms, device)
         scalars.update({f"gradients/norm/{name}": norm for name, norm in by_component.items()})
@@ -99,7 +100,10 @@ class GradientDiagnostics:
             scalars.update(_extremes(torch.stack([norm.to(device) for norm in measured.norms])))
         trainer.metrics.update(scalars)
         if self.updates:
-            self._before = _copied(held_parameters(trainer))
+            parameters = held_parameters(trainer)
+            copies = [torch.empty_like(parameter.detach()) for parameter in parameters]
+            torch._foreach_copy_(local_parts(copies), local_parts([p.detach() for p in parameters]))
+            self._before = parameters, copies
 
     def _by_component(
         self, parameters: Sequence[nn.Parameter], norms: Sequence[Tensor], device: torch.device
@@ -117,7 +121,7 @@ class GradientDiagnostics:
             for name in names[1:]
         }
 
-    def _compare(self, trainer: Trainer) -> None:
+    def _publish_updates(self, trainer: Trainer) -> None:
         if self._before is None:
             return
         (parameters, weights), self._before = self._before, None
@@ -133,16 +137,10 @@ class GradientDiagnostics:
 
 
 def _extremes(norms: Tensor) -> dict[str, Tensor]:
-    """Return what the norms of all parameters' gradients, one vector, say together."""
+    """Return the extremes and the counts of the norms of all parameters' gradients."""
     return {
         "gradients/largest": norms.amax(),
         "gradients/smallest": norms.where(norms != 0, math.inf).amin(),
         "gradients/zero": (norms == 0).sum(dtype=torch.float32),
         "gradients/nonfinite": (~norms.isfinite()).sum(dtype=torch.float32),
     }
-
-
-def _copied(parameters: list[nn.Parameter]) -> tuple[list[nn.Parameter], list[Tensor]]:
-    copies = [torch.empty_like(parameter.detach()) for parameter in parameters]
-    torch._foreach_copy_(local_parts(copies), local_parts([p.detach() for p in parameters]))
-    return parameters, copies

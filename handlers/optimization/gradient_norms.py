@@ -1,8 +1,9 @@
-"""The norms of an update's gradients before clipping, for every handler that looks at them."""
+"""L2 norms of an update's gradients before clipping, measured once for all handlers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import attrs
@@ -12,18 +13,19 @@ from torch import Tensor, nn
 
 from diptych.engine.distributed.dtensor import norms
 from diptych.engine.events import StepEvents
+from diptych.engine.modules import named_parameters
 from diptych.engine.trainer import Trainer
 
 
 @attrs.frozen(eq=False)
 class GradientNorms:
-    """L2 norms of the gradients of what the optimizer holds, as they are before clipping.
+    """L2 norms of the gradients of the optimizer's parameters, before clipping.
 
     Attributes:
-        parameters: those that have a gradient, in the optimizer's order.
-        norms: of the gradient of each of them, scalars on its device.
-        missing: parameters that are to be trained and have no gradient.
-        total: the norm of all gradients in one vector, a scalar; 0 where there is none.
+        parameters: the parameters that have a gradient, in the optimizer's order.
+        norms: the norm of each of their gradients, a scalar on the parameter's device.
+        missing: the parameters that require a gradient and have none.
+        total: the norm of all gradients as one vector, a scalar; 0 if there are none.
     """
 
     parameters: Sequence[nn.Parameter]
@@ -31,60 +33,87 @@ class GradientNorms:
     missing: Sequence[nn.Parameter]
     total: Tensor
 
+    def by_name(self, trainer: Trainer) -> dict[str, Tensor]:
+        """Return the norm of each parameter's gradient by name, and "total", on the CPU."""
+        named = named_parameters(trainer.model, trainer.loss)
+        names = {id(parameter): name for name, parameter in named.items()}
+        pairs = zip(self.parameters, self.norms, strict=True)
+        each = {names[id(p)]: norm.cpu() for p, norm in pairs if id(p) in names}
+        return {**each, "total": self.total.cpu()}
+
 
 class SharedNorms:
-    """Keeps the norms of an update's gradients, so that onlookers see those before clipping.
+    """A cache of the norms of the running update's gradients, one for each trainer.
 
-    Who attaches first or last does not matter then, and one pass over the gradients serves all.
+    One pass over the gradients serves all handlers, and handlers that only report see the norms
+    before clipping in whichever order they are attached.
     """
 
     def __init__(self) -> None:
-        self._kept: GradientNorms | None = None
+        self._cached: GradientNorms | None = None
+
+    def attach(self, trainer: Trainer) -> None:
+        """Invalidate the cache after each of the trainer's updates; a second call does nothing."""
+        # Also before an update: the previous one may have failed half way.
+        for event in (Events.ITERATION_STARTED, StepEvents.OPTIMIZER_STEPPED):
+            if not trainer.has_event_handler(self.invalidate, event):
+                trainer.add_event_handler(event, self.invalidate)
 
     def measure(self, trainer: Trainer) -> GradientNorms:
-        """Return the norms that were taken in this update, or take them now.
+        """Return the norms of this update; measure them if no handler has yet.
 
-        Nothing waits for the device.
+        The host does not wait for the device.
         """
-        return self._kept or self.measure_anew(trainer)
+        return self._cached or self.measure_again(trainer)
 
-    def measure_anew(self, trainer: Trainer) -> GradientNorms:
-        """Take the norms now: for who acts on them, after whatever came before."""
-        self._kept = _measured(trainer)
-        return self._kept
+    def measure_again(self, trainer: Trainer) -> GradientNorms:
+        """Measure the gradients as they are now, and cache the result.
 
-    def forget(self) -> None:
-        """Take the norms anew when they are next asked for: who has changed gradients says so."""
-        self._kept = None
+        Call it before acting on gradients that an earlier handler may have changed.
+        """
+        self._cached = _measure(trainer)
+        return self._cached
+
+    def invalidate(self) -> None:
+        """Invalidate the cached norms. Call after modifying gradients."""
+        self._cached = None
+
+
+@runtime_checkable
+class InvalidatesNorms(Protocol):
+    """A handler that modifies gradients and invalidates the cached norms.
+
+    A handler that needs the gradients of the loss itself, such as `LossGuard`, must come before it.
+
+    Attributes:
+        invalidates_norms: a marker; its value is not read.
+    """
+
+    invalidates_norms: ClassVar[bool]
 
 
 _SHARED: WeakKeyDictionary[Trainer, SharedNorms] = WeakKeyDictionary()
 
 
 def shared_norms(trainer: Trainer) -> SharedNorms:
-    """Return the one `SharedNorms` of a trainer; call it while attaching."""
-    if trainer not in _SHARED:
-        shared = _SHARED[trainer] = SharedNorms()
-        # Before an update, since the one before it may have failed half way.
-        for event in (Events.ITERATION_STARTED, StepEvents.OPTIMIZER_STEPPED):
-            trainer.add_event_handler(event, shared.forget)
-    return _SHARED[trainer]
+    """Return the one `SharedNorms` of a trainer; handlers that use it attach it too."""
+    return _SHARED.setdefault(trainer, SharedNorms())
 
 
 def held_parameters(trainer: Trainer) -> list[nn.Parameter]:
-    """Return the parameters that the optimizer holds, in its order."""
+    """Return the optimizer's parameters, in its order."""
     return [p for group in trainer.optimizer.param_groups for p in group["params"]]
 
 
 def norm_of(parts: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return the norm of all that these are the norms of; 0 for none."""
+    """Return the norm of a vector from the norms of its parts; 0 without parts."""
     if not parts:
         return torch.zeros((), device=device)
     norm: Tensor = torch.linalg.vector_norm(torch.stack([part.to(device) for part in parts]))
     return norm
 
 
-def _measured(trainer: Trainer) -> GradientNorms:
+def _measure(trainer: Trainer) -> GradientNorms:
     parameters, gradients, missing = [], [], []
     for parameter in held_parameters(trainer):
         if parameter.grad is not None:

@@ -1,4 +1,4 @@
-"""Keeps the gradients of two components of a model in proportion."""
+"""Gradient balancing between two components of a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from torch import Tensor
 from diptych.engine.checks import whole_number
 from diptych.engine.distributed.dtensor import local_parts
 from diptych.engine.events import StepEvents
+from diptych.engine.handler import Change, Handler
 from diptych.engine.trainer import Trainer
+from diptych.handlers.argument_checks import number, positive, share_below_one
 from diptych.handlers.components import Components, find_components
 from diptych.handlers.optimization.gradient_clipping import GradientClipping
 from diptych.handlers.optimization.gradient_norms import norm_of, shared_norms
@@ -25,95 +27,85 @@ def _check_components(_: Any, __: attrs.Attribute[Any], components: Any) -> None
         raise ValueError(f"components must be two, got {components!r}")
 
 
-def _check_ratio(_: Any, attribute: attrs.Attribute[float], value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{attribute.name} must be > 0 and finite, got {value!r}")
-
-
-def _check_scale(_: Any, __: attrs.Attribute[float], value: float) -> None:
-    if not 1 <= value < math.inf:
-        raise ValueError(f"max_scale must be >= 1 and finite, got {value!r}")
-
-
-def _check_smoothing(_: Any, __: attrs.Attribute[float], value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"smoothing must lie in [0, 1), got {value!r}")
-
-
 @attrs.define(kw_only=True, eq=False)
-class ModalityBalancing:
+class ModalityBalancing(Handler):
     """Scales up the gradients of the weaker of two components, towards a ratio of their norms.
 
-    With the norms g1 and g2 of the two components' gradients, averaged as d = mean(log(g1 / g2))
-    over the iterations so far, each weighing `smoothing` times the next, the components' scales are
+    Let g1 and g2 be the norms of the two components' gradients, and d the running mean of
+    log(g1 / g2), in which each iteration weighs `smoothing` times the next. The scales are
 
         s1 = min(max(ratio / exp(d), 1), max_scale),  s2 = min(max(exp(d) / ratio, 1), max_scale).
 
-    One of them is 1: the stronger component is never touched. Gradients are scaled, not rates. An
-    iteration in which a norm is 0, missing or not finite leaves the average alone. Before `warmup`
-    iterations are done nothing is scaled, and the average is gathered already.
+    One of them is 1: the gradients of the stronger component never change. The handler scales
+    gradients, not learning rates. An iteration in which a norm is 0, missing or not finite does not
+    enter the mean. In the first `warmup` iterations the mean is collected and nothing is scaled.
 
-    Published each iteration: `balancing/ratio`, exp(d), as it is before scaling, and
+    Published each iteration: `balancing/ratio`, which is exp(d) before scaling, and
     `balancing/scale/<component>`.
 
-    An optimizer that divides by the size of past gradients (Adam and its kin) undoes a scale that
-    stays the same; there balancing changes how the components share a clipped norm, and what they
-    do while the scale moves. With SGD a scale acts like a rate.
+    An optimizer that divides by the size of past gradients (Adam and its variants) cancels a
+    constant scale. With it, balancing only affects how the components share a clipped norm, and the
+    iterations in which the scale changes. With SGD a scale acts like a learning rate.
 
     Event: `StepEvents.GRADIENTS_READY`. Attach it after `LossGuard`, before `GradientClipping`.
-    Cost: one pass over the gradients for the norms and one over the two components to scale them,
-        a dozen operations on scalars; no synchronisation, no collective: over ranks gradients are
-        averaged already, and all ranks come to the same scales. Of a sharded model one all-reduce,
-        of a number for each parameter.
+    Cost: one pass over the gradients for the norms, one over the two components to scale them, and
+        a dozen operations on scalars; no synchronisation and no collective, because gradients are
+        averaged over ranks already and all ranks compute the same scales. With a sharded model, one
+        all-reduce of one number per parameter.
 
     Args:
-        components: names, or a mapping of names to paths, of two components; see `Components`.
-        ratio: of the first component's norm to the second's, that is aimed at, > 0.
+        components: names of two components, or a mapping of two names to paths; see `Components`.
+        ratio: target ratio of the first component's norm to the second's, > 0.
         max_scale: the largest scale, >= 1.
-        smoothing: what an iteration weighs relative to the next, in [0, 1); 0: no memory.
+        smoothing: weight of an iteration relative to the next, in [0, 1); 0: no memory.
         warmup: iterations without scaling.
 
     Raises:
-        ValueError: if an argument is out of range; when attached, if a component has no
-            parameters, both have a parameter in common, or gradients are clipped before.
+        ValueError: if an argument is out of range; when attached, if a component has no parameter,
+            the components share a parameter, or a `GradientClipping` is attached before.
     """
 
-    changes: ClassVar[tuple[str, ...]] = ("gradients",)
+    changes: ClassVar[frozenset[Change]] = frozenset({Change.GRADIENTS})
+    invalidates_norms: ClassVar[bool] = True
 
     components: Components = attrs.field(default=("image", "text"), validator=_check_components)
-    ratio: float = attrs.field(default=1.0, validator=_check_ratio)
-    max_scale: float = attrs.field(default=4.0, validator=_check_scale)
-    smoothing: float = attrs.field(default=0.95, validator=_check_smoothing)
+    ratio: float = attrs.field(default=1.0, validator=positive)
+    max_scale: float = attrs.field(
+        default=4.0, validator=number("be >= 1 and finite", lambda value: 1 <= value < math.inf)
+    )
+    smoothing: float = attrs.field(default=0.95, validator=share_below_one)
     warmup: int = attrs.field(default=200, validator=whole_number(0, of="iterations"))
     _members: dict[str, set[int]] = attrs.field(factory=dict, init=False, repr=False)
-    # Sums of logarithms and of weights, so that the first iterations count for what they are.
+    # Weighted sum and sum of weights, so that the mean is not biased towards 0 at the start.
     _sum: Tensor = attrs.field(factory=lambda: torch.zeros(()), init=False, repr=False)
     _weight: Tensor = attrs.field(factory=lambda: torch.zeros(()), init=False, repr=False)
 
     def attach(self, trainer: Trainer) -> None:
-        """Balance the trainer's gradients when they are ready."""
-        if any(isinstance(handler, GradientClipping) for handler in trainer.handlers):
+        """Balance the trainer's gradients as soon as they are ready."""
+        if trainer.handlers_of(GradientClipping):
             raise ValueError(
-                "ModalityBalancing must be attached before GradientClipping, got it after: what it "
-                "strengthens would pass the bound"
+                "ModalityBalancing must be attached before GradientClipping, got it after: scaled "
+                "gradients would exceed the bound. Attach it first"
             )
         self._find(trainer)
-        shared_norms(trainer)
-        self._to(trainer.device)
+        shared_norms(trainer).attach(trainer)
+        self._sum, self._weight = self._sum.to(trainer.device), self._weight.to(trainer.device)
         trainer.add_event_handler(Events.STARTED, self._start)
         trainer.add_event_handler(StepEvents.GRADIENTS_READY, self._balance)
 
+    @property
+    def role(self) -> str:
+        """The names of the components."""
+        return ", ".join(self.components)
+
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the running average."""
+        """Return the running mean: its weighted sum and the sum of weights."""
         return {"sum": self._sum, "weight": self._weight}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Go on from an average that `state_dict` returned."""
+        """Continue from a mean that `state_dict` returned."""
         device = self._sum.device
         self._sum, self._weight = state_dict["sum"].to(device), state_dict["weight"].to(device)
-
-    def _to(self, device: torch.device) -> None:
-        self._sum, self._weight = self._sum.to(device), self._weight.to(device)
 
     def _start(self, trainer: Trainer) -> None:
         self._find(trainer)
@@ -125,13 +117,13 @@ class ModalityBalancing:
         first, second = self._members.values()
         if first & second:
             raise ValueError(
-                f"components must have no parameter in common, got {len(first & second)} that "
-                f"belong to both of {' and '.join(self._members)}"
+                f"components must share no parameter, got {len(first & second)} that belong to "
+                f"both {' and '.join(self._members)}. Give narrower paths"
             )
 
     def _balance(self, trainer: Trainer) -> None:
         shared = shared_norms(trainer)
-        measured = shared.measure_anew(trainer)
+        measured = shared.measure_again(trainer)
         gradients: list[list[Tensor]] = []
         norms = []
         for members in self._members.values():
@@ -145,25 +137,25 @@ class ModalityBalancing:
             for part, scale in zip(gradients, scales.unbind(), strict=True):
                 if part:
                     torch._foreach_mul_(local_parts(part), scale)
-            shared.forget()
+            shared.invalidate()
         self._publish(trainer, scales)
 
     def _scales(self, first: Tensor, second: Tensor) -> Tensor:
-        """Take in the norms of an iteration; return both scales [2]."""
+        """Add the norms of an iteration to the mean; return both scales [2]."""
         difference = (first.log() - second.log()).to(self._sum.dtype)
         usable = difference.isfinite()
         kept = torch.where(usable, self.smoothing, 1.0)
         self._sum = kept * self._sum + torch.where(usable, difference, 0.0)
         self._weight = kept * self._weight + usable
-        excess = self._average() - math.log(self.ratio)
+        excess = self._mean() - math.log(self.ratio)
         return torch.stack([-excess, excess]).clamp(0.0, math.log(self.max_scale)).exp()
 
-    def _average(self) -> Tensor:
-        # Without a usable iteration nothing is known, and nothing is scaled.
+    def _mean(self) -> Tensor:
+        # Without a usable iteration, the target: nothing is scaled.
         return torch.where(self._weight > 0, self._sum / self._weight, math.log(self.ratio))
 
     def _publish(self, trainer: Trainer, scales: Tensor) -> None:
-        scalars = {"balancing/ratio": self._average().exp()}
+        scalars = {"balancing/ratio": self._mean().exp()}
         for name, scale in zip(self._members, scales.unbind(), strict=True):
             scalars[f"balancing/scale/{name}"] = scale
         trainer.metrics.update(scalars)

@@ -1,4 +1,4 @@
-"""What weight averages share: where a module keeps its tensors, and which updates were made."""
+"""Moving averages of a module's weights: its tensors by name, and whether an update was made."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from diptych.engine.events import StepEvents
 from diptych.engine.modules import unwrapped
 from diptych.engine.state.module_state import clean_state_dict
 from diptych.engine.trainer import Trainer
+from diptych.handlers.optimization.gradient_norms import held_parameters
 
 
-class Place(NamedTuple):
-    """Where a module keeps a parameter or a buffer.
+class ModuleTensor(NamedTuple):
+    """A parameter or buffer, by the module that owns it.
 
     Attributes:
-        module: the part that owns it.
-        name: its name there.
+        module: the owner.
+        name: the attribute's name.
         is_buffer: whether it is a buffer.
     """
 
@@ -30,43 +31,42 @@ class Place(NamedTuple):
 
     @property
     def tensor(self) -> Tensor:
-        """What is there now: a module may replace a buffer by another tensor."""
+        """The current tensor; a module may replace a buffer by another tensor."""
         found: Tensor = getattr(self.module, self.name)
         return found
 
 
-def places(module: nn.Module) -> dict[str, Place]:
-    """Return the places of a module's parameters and buffers, by their keys in its state.
+def module_tensors(module: nn.Module) -> dict[str, ModuleTensor]:
+    """Return a module's parameters and persistent buffers, by their keys in its state dict.
 
-    What is shared is there once, under its first key; a buffer that no checkpoint holds is left
-    out.
+    A shared tensor is listed once, under its first key.
     """
     kept, found, seen = clean_state_dict(module).keys(), {}, set()
     for path, part in unwrapped(module).named_modules():
         own = [(name, False) for name, _ in part.named_parameters(recurse=False)]
         own += [(name, True) for name, _ in part.named_buffers(recurse=False)]
         for name, is_buffer in own:
-            place = Place(part, name, is_buffer)
+            entry = ModuleTensor(part, name, is_buffer)
             key = f"{path}.{name}".lstrip(".").replace("_orig_mod.", "")
-            if key in kept and id(place.tensor) not in seen:
-                seen.add(id(place.tensor))
-                found[key] = place
+            if key in kept and id(entry.tensor) not in seen:
+                seen.add(id(entry.tensor))
+                found[key] = entry
     return found
 
 
-def is_continuous(tensor: Tensor) -> bool:
-    """Say whether a mean of such tensors means anything: a count has none."""
+def can_be_averaged(tensor: Tensor) -> bool:
+    """Return whether a mean of such tensors has a meaning; a mean of counts has none."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 @torch.no_grad()
-def follow(averages: list[Tensor], values: list[Tensor], weight: float | Tensor) -> None:
+def move_towards(averages: list[Tensor], values: list[Tensor], weight: float | Tensor) -> None:
     """Move averages towards values, in place: average += weight * (value - average).
 
     Args:
-        averages: on the values' device.
-        values: as many, of the same shapes; converted to the averages' types.
-        weight: in [0, 1]; a 0-dim tensor where the device decides.
+        averages: tensors on the devices of the values.
+        values: as many tensors of the same shapes; converted to the types of the averages.
+        weight: a number in [0, 1], or a 0-dim tensor if only the device knows it.
     """
     if not averages:
         return
@@ -81,11 +81,11 @@ def follow(averages: list[Tensor], values: list[Tensor], weight: float | Tensor)
 
 
 @attrs.define(eq=False)
-class MadeUpdates:
-    """Tells at `StepEvents.OPTIMIZER_STEPPED` whether the optimizer has made the update.
+class UpdateObserver:
+    """Observes whether the optimizer has made the last update or skipped it.
 
-    fp16's scaler leaves one out where a gradient is not finite, and a guard takes the gradients
-    away or, on the device, tells a fused optimizer to leave it out. None of that is waited for.
+    fp16's scaler skips an update if a gradient is not finite. A guard removes all gradients, or
+    makes a fused optimizer skip the update on the device. The host waits for none of that.
     """
 
     _trainer: Trainer | None = attrs.field(default=None, init=False, repr=False)
@@ -93,20 +93,23 @@ class MadeUpdates:
     _found: Tensor | None = attrs.field(default=None, init=False, repr=False)
 
     def attach(self, trainer: Trainer) -> None:
-        """Watch the trainer's optimizer."""
+        """Observe the trainer's optimizer."""
         self._trainer = trainer
         trainer.add_event_handler(StepEvents.GRADIENTS_READY, self._remember)
-        # A guard's flag is there from its own hook before the step to the one after it: which of
-        # these two sees it depends on who was attached first.
-        trainer.optimizer.register_step_pre_hook(self._look)
-        trainer.optimizer.register_step_post_hook(self._look)
+        # A guard sets the optimizer's flag in its own pre-hook and removes it in its post-hook:
+        # which of these two hooks sees the flag depends on which handler was attached first.
+        trainer.optimizer.register_step_pre_hook(self._read_flag)
+        trainer.optimizer.register_step_post_hook(self._read_flag)
 
-    def last(self) -> Tensor | bool:
-        """Return whether the last update was made; 0-dim, 1.0 or 0.0, where the device decides."""
+    def made(self) -> Tensor | bool:
+        """Return whether the last update was made; call it at `StepEvents.OPTIMIZER_STEPPED`.
+
+        Returns:
+            True or False, or a 0-dim tensor of 1.0 or 0.0 if only the device knows.
+        """
         trainer = self._trainer
         assert trainer is not None
-        held = (p for group in trainer.optimizer.param_groups for p in group["params"])
-        if all(parameter.grad is None for parameter in held):
+        if all(parameter.grad is None for parameter in held_parameters(trainer)):
             return False
         flags = [] if self._found is None else [self._found.to(trainer.device) > 0]
         if self._skipped is not None:
@@ -117,7 +120,7 @@ class MadeUpdates:
         self._found = None
         self._skipped = None if trainer.scaler is None else trainer.skipped_steps.clone()
 
-    def _look(self, optimizer: Any, *_: Any) -> None:
+    def _read_flag(self, optimizer: Any, *_: Any) -> None:
         found = getattr(optimizer, "found_inf", None)
         if found is not None:
             self._found = found.detach().reshape(())

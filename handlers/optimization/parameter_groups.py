@@ -1,4 +1,4 @@
-"""Which rate and weight decay each parameter gets: the groups of an optimizer."""
+"""Parameter groups of an optimizer: learning rate and weight decay by component and layer."""
 
 from __future__ import annotations
 
@@ -12,16 +12,12 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from diptych.engine.modules import named_parameters, unwrapped
 from diptych.engine.name_patterns import check_pattern, matches
+from diptych.handlers.argument_checks import not_negative
 
 LayerDecay = float | Mapping[str, float]
-"""A factor in (0, 1], or factors by the path of the blocks that they go down through."""
+"""A factor in (0, 1], or a factor for each sequence of blocks, by its path."""
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
-
-
-def _check_rate(_: Any, attribute: attrs.Attribute[Any], value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{attribute.name} must be >= 0 and finite, got {value!r}")
 
 
 def _check_layer_decay(_: Any, __: attrs.Attribute[Any], value: LayerDecay) -> None:
@@ -32,21 +28,21 @@ def _check_layer_decay(_: Any, __: attrs.Attribute[Any], value: LayerDecay) -> N
 
 @attrs.frozen(kw_only=True)
 class GroupRules:
-    """By which rules parameters get their rates; the arguments of `parameter_groups`.
+    """Rules that assign parameters to groups; the arguments of `parameter_groups`.
 
     Attributes:
-        lr: the rate of what no component holds; None: components must hold everything.
-        weight_decay: of weights that are neither biases nor norms nor below two dimensions.
+        lr: the rate of parameters outside all components; None: there must be none.
+        weight_decay: for parameters with two or more dimensions that are not biases or norms.
         by_component: pattern to a rate, or to a mapping of options of the optimizer.
-        layer_decay: what the rate is multiplied by with each block further down.
+        layer_decay: the factor of the rate from each block to the one below it.
         no_decay: patterns of further parameters without weight decay.
 
     Raises:
         ValueError: if a rate, the weight decay or the factor is out of range.
     """
 
-    lr: float | None = attrs.field(default=None, validator=attrs.validators.optional(_check_rate))
-    weight_decay: float = attrs.field(default=0.0, validator=_check_rate)
+    lr: float | None = attrs.field(default=None, validator=attrs.validators.optional(not_negative))
+    weight_decay: float = attrs.field(default=0.0, validator=not_negative)
     by_component: Mapping[str, float | Mapping[str, Any]] = attrs.field(factory=dict)
     layer_decay: LayerDecay | None = attrs.field(
         default=None, validator=attrs.validators.optional(_check_layer_decay)
@@ -56,11 +52,11 @@ class GroupRules:
 
 @attrs.frozen
 class Membership:
-    """The group that a parameter belongs to.
+    """The group of a parameter.
 
     Attributes:
-        name: of the group.
-        options: its options for the optimizer, `lr` and `weight_decay` among them.
+        name: the group's name.
+        options: the group's options for the optimizer, including `lr` and `weight_decay`.
     """
 
     name: str
@@ -87,36 +83,37 @@ def parameter_groups(
     optimizer = torch.optim.AdamW(groups)
     ```
 
-    Biases, the parameters of norms and all parameters below two dimensions (temperatures and gains
-    among them) get no weight decay. A pattern is the beginning of a parameter's name in whole
-    parts, each of which may hold wildcards: "blocks.1" holds "blocks.1.weight" and not
-    "blocks.10.weight", "blocks.*.norm" the norms of all. The loss's parameters begin with "loss".
-    Parameters that do not require a gradient are left out.
+    Biases, the parameters of norms, and all parameters with fewer than two dimensions (also
+    temperatures and gains) get no weight decay. A pattern is the beginning of a parameter's name in
+    whole parts, each of which may contain wildcards: "blocks.1" matches "blocks.1.weight" and not
+    "blocks.10.weight"; "blocks.*.norm" matches the norms of all blocks. Names of the loss's
+    parameters begin with "loss". Parameters that do not require a gradient are left out.
 
-    With `layer_decay` d, block i of n, counted from 0, has the rate times d^(n - i); what the
-    blocks' parent registers before them (the stem, the embeddings) d^(n + 1), what after them 1.
+    With `layer_decay` d, the rate of block i of n, counted from 0, is multiplied by d^(n - i). That
+    of parameters which the parent module registers before the blocks (a stem, embeddings) is
+    multiplied by d^(n + 1); that of later ones does not change.
 
     Source: layer-wise rates from Clark et al. 2020, arXiv:2003.10555 (ELECTRA), and Bao et al.
     2021, arXiv:2106.08254 (BEiT).
 
     Args:
-        model: whose parameters.
-        weight_decay: >= 0, of what decays.
+        model: the model.
+        weight_decay: >= 0, for the parameters that are not exempt.
         by_component: pattern to a rate, or to a mapping of options: `{"lr": 1e-4, "betas": ...}`.
-        layer_decay: the factor d in (0, 1], for each sequence of two or more modules of one class;
-            or, by the paths of such sequences, a factor for each.
-        lr: the rate of what no component holds; None: components hold everything.
-        loss: whose parameters join those of the model.
+        layer_decay: the factor d in (0, 1] for each sequence of two or more modules of one class;
+            or a factor for each of some sequences, by path.
+        lr: the rate of parameters outside all components; None: there must be none.
+        loss: a loss whose parameters are included.
         no_decay: patterns of further parameters without weight decay (a class token, positions).
 
     Returns:
-        Groups with `params`, `name`, `lr`, `weight_decay` and the options of their component. A
-        name is the component's pattern ("model" and "loss" for the rest), then "/layer_2" (with
-        several sequences after the path) and "/no_decay" where they apply.
+        Groups with `params`, `name`, `lr`, `weight_decay` and the options of their component. The
+        name is the component's pattern ("model" or "loss" outside components), followed by
+        "/layer_2" (after the path if there are several sequences) and "/no_decay" if they apply.
 
     Raises:
-        ValueError: if a number is out of range, a pattern matches nothing (the message lists the
-            near ones), or a parameter is held by two components, or by none without `lr`.
+        ValueError: if a number is out of range, a pattern matches no parameter (the message lists
+            similar names), or a parameter is in two components, or in none and `lr` is None.
     """
     rules = GroupRules(
         lr=lr,
@@ -142,7 +139,7 @@ def memberships(
     """Return the group of each trained parameter, by its name.
 
     Raises:
-        ValueError: as `parameter_groups`.
+        ValueError: see `parameter_groups`.
     """
     named = named_parameters(model, loss)
     for pattern in (*rules.by_component, *rules.no_decay):
@@ -172,22 +169,22 @@ def _is_spared(name: str, parameter: nn.Parameter, patterns: Sequence[str]) -> b
 
 
 def component_of(name: str, rules: GroupRules) -> str | None:
-    """Return the pattern that holds a parameter, or None where `lr` does.
+    """Return the component that contains a parameter, or None if `lr` is its rate.
 
     Raises:
-        ValueError: if two patterns hold it, or nothing.
+        ValueError: if two components contain it, or none does and there is no `lr`.
     """
     holders = [pattern for pattern in rules.by_component if matches(name, pattern)]
     if len(holders) > 1:
         raise ValueError(
-            f"each parameter must be in one group, got {name} in {' and in '.join(holders)}: make "
+            f"each parameter must be in one group, got {name} in {' and in '.join(holders)}. Make "
             "the patterns narrower"
         )
     if not holders and rules.lr is None:
         raise ValueError(
             f"each trainable parameter must be in a group, got {name} in none of "
-            f"{', '.join(rules.by_component) or 'no components'}: add a component that holds it, "
-            "or give lr, the rate of the rest"
+            f"{', '.join(rules.by_component) or 'no components'}. Add a component that has it, or "
+            "pass lr, the rate of all other parameters"
         )
     return holders[0] if holders else None
 
@@ -206,7 +203,7 @@ def _options(component: str | None, rules: GroupRules) -> dict[str, Any]:
 
 
 def norm_parameters(*modules: nn.Module | None) -> set[int]:
-    """Return the ids of the parameters of normalisation layers."""
+    """Return the ids of the parameters of all normalisation layers."""
     return {
         id(parameter)
         for module in modules
@@ -218,10 +215,10 @@ def norm_parameters(*modules: nn.Module | None) -> set[int]:
 
 
 def layer_scales(model: nn.Module, decay: LayerDecay | None) -> dict[str, tuple[str, float]]:
-    """Return, by name, the label and the factor of each parameter below the top of some blocks.
+    """Return the label and the factor of each parameter with a layer-wise rate, by name.
 
     Raises:
-        ValueError: if there are no blocks, or none where a path says.
+        ValueError: if there is no sequence of blocks, or none at a given path.
     """
     if decay is None:
         return {}
@@ -229,7 +226,7 @@ def layer_scales(model: nn.Module, decay: LayerDecay | None) -> dict[str, tuple[
     factors = decay if isinstance(decay, Mapping) else dict.fromkeys(_sequences(bare), decay)
     if not factors:
         raise ValueError(
-            "layer_decay needs a sequence of two or more modules of one class, got none: give the "
+            "layer_decay needs a sequence of two or more modules of one class, got none. Pass the "
             "paths of the blocks, layer_decay={'encoder.blocks': 0.75}"
         )
     names = [name.replace("_orig_mod.", "") for name, _ in bare.named_parameters()]
@@ -255,7 +252,7 @@ def _scales_of(
 
 
 def _sequences(model: nn.Module) -> list[str]:
-    """Return the paths of the outermost sequences of modules of one class with parameters."""
+    """Return the paths of sequences of modules of one class with parameters, outermost only."""
     found: list[str] = []
     for path, module in model.named_modules():
         inner = any(path.startswith(f"{outer}.") for outer in found)

@@ -1,4 +1,4 @@
-"""One stage of a plan: what it trains, for how long, at which rates and on what."""
+"""A stage of a training plan: its trained parameters, length, rates, loss and data."""
 
 from __future__ import annotations
 
@@ -38,37 +38,37 @@ class Stage:
     )
     ```
 
-    Patterns are those of `parameter_groups`: beginnings of parameter names in whole parts, the
-    loss's with "loss" in front.
+    Patterns are those of `parameter_groups`: beginnings of parameter names in whole parts; names of
+    the loss's parameters begin with "loss".
 
     Args:
-        name: of the stage; each in a plan has its own.
-        trains: patterns of what trains; everything else is frozen. Default: everything.
-        epochs: how long: epochs (with a patience, at most), or
-        steps: iterations. The last epoch of a stage is cut off where they are done.
-        lr: the rate of what no component holds.
-        weight_decay: of weights other than biases, norms and what is below two dimensions.
+        name: the stage's name, unique in the plan.
+        trains: patterns of the trained parameters; all others are frozen. Default: all.
+        epochs: length in epochs (the maximum, with a patience); either this or `steps`.
+        steps: length in iterations; the last epoch ends early after so many.
+        lr: the rate of parameters outside all components.
+        weight_decay: for parameters with two or more dimensions that are not biases or norms.
         by_component: pattern to a rate, or to a mapping of options of the optimizer.
-        layer_decay: the factor from block to block; see `parameter_groups`.
+        layer_decay: the factor of the rate from block to block; see `parameter_groups`.
         no_decay: patterns of further parameters without weight decay.
-        schedule: warm-up and decay over this stage, counted from its beginning. Default: constant.
-        loss: which loss to take, where the trainer's is a `OneOf`.
-        loss_weights: weights to set, where the trainer's loss is a `WeightedSum`.
-        settings: further attributes to set, by their paths: `{"loss.negatives": "hardest"}`.
-        batch_size: of the loader, a `SeededLoader`. Default: what the loader was made with.
-        loader: a loader of its own. Default: the one that the run was given.
-        task: a task of its own. Default: the trainer's.
-        metric: the published value by which weights of this stage are the best.
+        schedule: warm-up and decay, counted from the start of the stage. Default: constant.
+        loss: the name of the active loss, if the trainer's loss is a `OneOf`.
+        loss_weights: weights to set, if the trainer's loss is a `WeightedSum`.
+        settings: further attributes to set, by path: `{"loss.negatives": "hardest"}`.
+        batch_size: the batch size of a `SeededLoader`. Default: the loader's original one.
+        loader: the loader of this stage. Default: that of the run.
+        task: the task of this stage. Default: the trainer's.
+        metric: the published value that ranks the weights of this stage.
         patience: values of the metric without improvement that end the stage.
         mode: whether a larger ("max") or a smaller ("min") value is better.
-        load: what to start from: "last", the weights as they are, or "best", those of the stage
-            before where its metric was best.
-        optimizer_state: "keep" lets parameters go on with the moments that they have, after a stage
-            in which they were frozen too; "reset" forgets all moments.
+        load: initial weights: "last", the current ones, or "best", those with which the previous
+            stage had its best metric.
+        optimizer_state: "keep" continues with the optimizer's moments, also those of parameters
+            that were frozen in between; "reset" clears them.
 
     Raises:
-        ValueError: if an argument is out of range, there is not one length, or a patience has no
-            metric.
+        ValueError: if an argument is out of range, not exactly one length is given, or a patience
+            has no metric.
     """
 
     name: str
@@ -108,11 +108,11 @@ class Stage:
     def __attrs_post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(
-                f"stage {self.name!r} needs epochs or steps, and not both, got {self.epochs} and "
+                f"stage {self.name!r} needs either epochs or steps, got {self.epochs} and "
                 f"{self.steps}"
             )
         if self.patience is not None and self.metric is None:
-            raise ValueError(f"stage {self.name!r} has a patience and needs its metric, got none")
+            raise ValueError(f"the patience of stage {self.name!r} needs a metric, got none")
         for name, weight in self.loss_weights.items():
             if not 0 <= weight < math.inf:
                 raise ValueError(
@@ -124,25 +124,25 @@ class Stage:
 
     @property
     def assignments(self) -> dict[str, Any]:
-        """The attributes that the stage sets, by their paths."""
+        """The attributes that the stage sets, by path."""
         named = {} if self.loss is None else {"loss.active": self.loss}
         weights = {f"loss.weights.{name}": weight for name, weight in self.loss_weights.items()}
         return {**named, **weights, **self.settings}
 
     def improves(self, value: float, best: float | None) -> bool:
-        """Say whether a value of the metric is better than the best before it; NaN never is."""
+        """Return whether a value of the metric is better than the best one so far; NaN never is."""
         if best is None:
-            return value == value  # noqa: PLR0124 - NaN is the number that differs from itself
+            return not math.isnan(value)
         return value > best if self.mode == "max" else value < best
 
     def length(self, epoch_length: int | None) -> int | None:
-        """Return the iterations of the stage, at most, or None where they are not known."""
+        """Return the largest number of iterations of the stage, or None if it is unknown."""
         if self.steps is not None:
             return self.steps
         return None if epoch_length is None else int(self.epochs or 0) * epoch_length
 
     def epochs_of(self, epoch_length: int | None) -> int:
-        """Return the epochs that the stage takes, at most; at least 1 where they are not known."""
+        """Return the largest number of epochs of the stage; 1 if it is unknown."""
         if self.epochs is not None:
             return self.epochs
         return 1 if epoch_length is None else -(-int(self.steps or 0) // epoch_length)
@@ -151,21 +151,21 @@ class Stage:
         """Check that the schedule fits into the stage.
 
         Raises:
-            ValueError: if a decay does not know when to end, or the warm-up is as long as it has to
-                end.
+            ValueError: if the end of a decay is unknown, or the warm-up is not shorter than the
+                stage.
         """
-        total = self.schedule.total or self.length(epoch_length)
         if self.schedule.decay == "constant":
             return
+        total = self.schedule.total or self.length(epoch_length)
         if total is None:
             raise ValueError(
                 f"the {self.schedule.decay} decay of stage {self.name!r} needs the stage's length, "
-                "got a loader without one: give the stage steps, its schedule a total, or run an "
-                "epoch_length"
+                "got a loader without one. Give the stage steps, give its schedule a total, or run "
+                "with an epoch_length"
             )
         if self.schedule.warmup >= total:
             raise ValueError(
                 f"the warm-up of stage {self.name!r} must be shorter than the {total} iterations "
-                f"until its decay ends, got {self.schedule.warmup}: shorten it, or make the stage "
+                f"until its decay ends, got {self.schedule.warmup}. Shorten it, or make the stage "
                 "longer"
             )

@@ -1,23 +1,25 @@
-"""A plan of stages as text."""
+"""A plan of stages as text, with bars for rates and schedules."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from diptych.handlers.stages.stage import Stage
-from diptych.handlers.stages.stage_groups import StageGroup, StageGroups
+from diptych.handlers.stages.stage_groups import StageGroups
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH, CURVE = 16, 24
 
 
-def chart(stages: Sequence[Stage], groups: StageGroups, lengths: Sequence[int | None]) -> str:
-    """Return the plan: of each stage its length, what trains, what it sets, its groups and rates.
+def plan_as_text(
+    stages: Sequence[Stage], groups: StageGroups, lengths: Sequence[int | None]
+) -> str:
+    """Return the length, trained parameters, settings, groups and rates of each stage.
 
     Args:
-        stages: of the plan.
-        groups: the optimizer's for all stages.
-        lengths: iterations of an epoch of each stage, None where they are not known.
+        stages: the plan's stages.
+        groups: the groups of the optimizer.
+        lengths: iterations of an epoch in each stage; None if unknown.
     """
     highest = max(
         (options["lr"] for group in groups.groups for options in group.options if options),
@@ -34,7 +36,7 @@ def chart(stages: Sequence[Stage], groups: StageGroups, lengths: Sequence[int | 
         lines += [f"   {note}" for note in _notes(stage)]
         curve = _curve(stage, stage.length(length))
         lines += [f"   schedule {curve}"] if curve else []
-        lines += _table(groups.groups, index, groups, highest)
+        lines += _group_table(groups, index, highest)
     return "\n".join(lines)
 
 
@@ -52,11 +54,11 @@ def _notes(stage: Stage) -> list[str]:
     if stage.batch_size is not None:
         notes.append(f"batch size {stage.batch_size}")
     if stage.loader is not None:
-        notes.append("a loader of its own")
+        notes.append("its own loader")
     if stage.load == "best":
-        notes.append("starts from the best weights of the stage before")
+        notes.append("starts from the best weights of the previous stage")
     if stage.optimizer_state == "reset":
-        notes.append("forgets the optimizer's moments")
+        notes.append("resets the optimizer's moments")
     return notes
 
 
@@ -71,12 +73,10 @@ def _curve(stage: Stage, length: int | None) -> str:
     return "".join(BARS[round(stage.schedule.factor(t, total) * (len(BARS) - 1))] for t in at)
 
 
-def _table(
-    held: Sequence[StageGroup], stage: int, groups: StageGroups, highest: float
-) -> list[str]:
-    width = max(len(group.name) for group in held)
+def _group_table(groups: StageGroups, stage: int, highest: float) -> list[str]:
+    width = max(len(group.name) for group in groups.groups)
     lines = []
-    for group in held:
+    for group in groups.groups:
         options = group.options[stage]
         if options is None:
             continue

@@ -1,4 +1,4 @@
-"""The optimizer's groups for all stages of a plan at once, and what is frozen in each."""
+"""Parameter groups for all stages of a plan, and the frozen parameters of each stage."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from diptych.handlers.stages.stage import Stage
 
 @attrs.frozen(eq=False)
 class StageGroup:
-    """Parameters that share a group in every stage.
+    """A group of parameters that have common options in every stage.
 
     Attributes:
-        name: the path of the module that holds them.
-        names: theirs.
-        options: for each stage the options of the group, None where it is frozen.
+        name: the path of the module that contains the parameters.
+        names: the names of the parameters.
+        options: the group's options in each stage; None if it is frozen there.
     """
 
     name: str
@@ -34,16 +34,16 @@ class StageGroup:
 
 
 class StageGroups:
-    """Divides the parameters once for all stages, so that the optimizer's groups never change.
+    """Divides the parameters into groups that fit all stages and so never change.
 
-    A checkpoint of any stage then fits into the optimizer of a run that begins.
+    A checkpoint of any stage can be loaded into the optimizer of a new run.
 
     Args:
-        trainer: whose model, loss and optimizer.
-        stages: of the plan.
+        trainer: the trainer of model, loss and optimizer.
+        stages: the plan's stages.
 
     Raises:
-        ValueError: as `parameter_groups`, naming the stage; or if the optimizer has groups already.
+        ValueError: see `parameter_groups`; the message names the stage.
     """
 
     def __init__(self, trainer: Trainer, stages: Sequence[Stage]) -> None:
@@ -63,16 +63,16 @@ class StageGroups:
         self._frozen_norms: list[nn.Module] = []
 
     def install(self, optimizer: Optimizer) -> None:
-        """Give the optimizer the groups; the state that it has of their parameters stays.
+        """Replace the optimizer's groups; the states of the parameters are kept.
 
         Raises:
-            ValueError: if it has several groups, whose options would be lost.
+            ValueError: if the optimizer has several groups, whose options would be lost.
         """
         if len(optimizer.param_groups) > 1:
             raise ValueError(
                 "a StagePlan makes the optimizer's groups, got an optimizer with "
-                f"{len(optimizer.param_groups)}: build it with plain parameters, and give the "
-                "stages the rates"
+                f"{len(optimizer.param_groups)}. Build it from plain parameters, and give the "
+                "rates to the stages"
             )
         optimizer.param_groups.clear()
         for group in self.groups:
@@ -86,7 +86,7 @@ class StageGroups:
             )
 
     def freeze(self, stage: int) -> None:
-        """Let the parameters of a stage require gradients, and no others."""
+        """Set `requires_grad` on the parameters that a stage trains, and clear it on all others."""
         trained = set(self.trained[stage])
         for name, parameter in self.named.items():
             parameter.requires_grad_(name in trained)
@@ -98,19 +98,19 @@ class StageGroups:
             norm.train(norm not in self._frozen_norms)
 
     def keep_frozen_norms(self) -> None:
-        """Put the frozen norms into eval mode, where somebody has put them into train mode."""
+        """Put the frozen norms back into eval mode if something has called `train()`."""
         for norm in self._frozen_norms:
             if norm.training:
                 norm.eval()
 
     def set_options(self, optimizer: Optimizer, stage: int) -> None:
-        """Give the optimizer's groups the options that they have in a stage; rates come later."""
+        """Set the options of the optimizer's groups in a stage, except the rates."""
         for group, plan in zip(optimizer.param_groups, self.groups, strict=True):
             options = {**self.defaults, **(plan.options[stage] or {})}
             group.update({key: value for key, value in options.items() if key != "lr"})
 
     def set_rates(self, optimizer: Optimizer, stage: int, factor: float) -> None:
-        """Give the optimizer's groups their rates in a stage times a factor; 0 where frozen."""
+        """Set the rates of the optimizer's groups in a stage times a factor; 0 for frozen ones."""
         for group, plan in zip(optimizer.param_groups, self.groups, strict=True):
             options = plan.options[stage]
             set_rate(group, 0.0 if options is None else factor * options["lr"])
@@ -136,12 +136,12 @@ def _memberships(trainer: Trainer, stage: Stage, names: Sequence[str]) -> dict[s
 
 
 def _refined(names: Sequence[str], found: Sequence[dict[str, Membership]]) -> list[StageGroup]:
-    """Return groups so fine that each lies within one group, or is frozen, in every stage."""
+    """Return the coarsest groups that lie within one group, or are frozen, in every stage."""
     parts: dict[str, list[str]] = {}
     for name in names:
         members = [members.get(name) for members in found]
         if any(members):
-            # Two towers stay apart, so that each group has the name of its part.
+            # Top-level parts stay apart, so that each group can be named after its part.
             parts.setdefault(f"{name.partition('.')[0]}: {members}", []).append(name)
     groups: list[StageGroup] = []
     for held in parts.values():
@@ -170,19 +170,19 @@ def _common_path(names: Sequence[str]) -> str:
 
 def _check_options(group: StageGroup, options: dict[str, Any] | None, optimizer: Optimizer) -> None:
     for key in options or {}:
-        # Plain SGD has a weight decay too; an optimizer without takes none.
+        # A weight decay of 0 is fine for an optimizer that has no such option.
         unset = key == "weight_decay" and not (options or {})[key]
         if key not in optimizer.defaults and not unset:
             raise ValueError(
-                f"options of {group.name!r} must be the optimizer's, got {key!r}, which "
-                f"{type(optimizer).__name__} has not; {near_matches(key, optimizer.defaults)}"
+                f"options of {group.name!r} must be options of {type(optimizer).__name__}, got "
+                f"{key!r}. {near_matches(key, optimizer.defaults)}"
             )
 
 
 def _norms(trainer: Trainer) -> list[tuple[nn.Module, list[str]]]:
-    """Return each norm with running statistics, and the parameters that decide whether it trains.
+    """Return each norm with running statistics, and the parameters that decide if it is frozen.
 
-    Those are its own or, where it has none, those of the nearest module around it that has some.
+    They are its own or, if it has none, those of the innermost module around it that has some.
     """
     found: list[tuple[nn.Module, list[str]]] = []
     for root, module in (("", trainer.model), ("loss.", trainer.loss)):

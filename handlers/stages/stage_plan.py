@@ -1,29 +1,31 @@
-"""Training in stages: what trains, at which rates and on what changes as a plan says."""
+"""StagePlan: trains in stages, each with its own trained parameters, rates, loss and data."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 from ignite.engine import Events
 from torch import Tensor
 
-from diptych.engine.data.batch_source import length_of
+from diptych.engine.data.loader_contract import length_of
 from diptych.engine.data.seeded_loader import SeededLoader
 from diptych.engine.errors import CheckpointError
-from diptych.engine.events import EvaluationEvents, RunEvents
+from diptych.engine.evaluator import EvaluatesModel
+from diptych.engine.events import EvaluationEvents, MetricsEvents, RunEvents
+from diptych.engine.handler import Change, Handler
 from diptych.engine.state.module_state import clean_state_dict, load_clean_state_dict
 from diptych.engine.trainer import Trainer
-from diptych.handlers.evaluation.evaluation import Evaluation, average_scored
+from diptych.handlers.evaluation.averaged_weights import average_behind
+from diptych.handlers.evaluation.watched_metric import published_values
 from diptych.handlers.optimization.schedules import LearningRate, rate_of
-from diptych.handlers.stages.attributes import try_attribute, write_attribute
+from diptych.handlers.stages.attribute_paths import try_attribute, write_attribute
 from diptych.handlers.stages.stage import Stage
-from diptych.handlers.stages.stage_chart import chart
+from diptych.handlers.stages.stage_chart import plan_as_text
 from diptych.handlers.stages.stage_groups import StageGroups
-from diptych.handlers.stages.stage_progress import StageProgress
 
 logger = logging.getLogger(__name__)
 
@@ -35,20 +37,45 @@ def _as_stages(stages: Iterable[Stage]) -> tuple[Stage, ...]:
 def _check_stages(_: Any, __: attrs.Attribute[Any], stages: tuple[Stage, ...]) -> None:
     names = [stage.name for stage in stages]
     if not names or len(set(names)) < len(names):
-        raise ValueError(
-            f"a StagePlan needs stages, each with a name of its own, got {names or 'none'}"
-        )
+        raise ValueError(f"a StagePlan needs stages with different names, got {names or 'none'}")
     for before, stage in zip((None, *stages), stages, strict=False):
         if stage.load == "best" and (before is None or before.metric is None):
             raise ValueError(
-                f"stage {stage.name!r} loads the best weights of the stage before, which needs a "
-                f"metric, got {'no stage before' if before is None else 'none'}"
+                f"stage {stage.name!r} loads the best weights of the previous stage, which needs a "
+                f"metric, got {'no previous stage' if before is None else 'none'}"
             )
 
 
+@attrs.define
+class StageProgress:
+    """The progress of a plan.
+
+    Attributes:
+        index: the running stage, counted from 0; -1 before the first.
+        over: whether that stage has ended; the next one starts with the next epoch.
+        first_epoch: the number of the stage's first epoch.
+        first_iteration: iterations before the stage.
+        total: the largest number of iterations of the stage; None if unknown.
+        judged: judged values of the stage's metric, including those before the stage.
+        counted: values of the metric since the stage started.
+        waited: values since the best one.
+        best: the best value; None before the first.
+    """
+
+    index: int = -1
+    over: bool = False
+    first_epoch: int = 0
+    first_iteration: int = 0
+    total: int | None = None
+    judged: int = 0
+    counted: int = 0
+    waited: int = 0
+    best: float | None = None
+
+
 @attrs.define(eq=False)
-class StagePlan:
-    """Trains in stages, one after the other; the plan decides how long the run is.
+class StagePlan(Handler):
+    """Trains in stages, one after the other; the plan determines the length of the run.
 
     ```python
     plan = StagePlan([
@@ -59,47 +86,58 @@ class StagePlan:
     trainer.run(loader)
     ```
 
-    Each stage begins with an epoch of its own. Then what it names trains and the rest is frozen
-    (batch norms of frozen parts stay in eval mode), groups get its rates and options, its
-    attributes are set, and its loader or batch size is taken. What a stage sets stays until another
-    sets it. The optimizer's groups are made once, when this is attached, so fine that each has one
-    rate in every stage.
+    Each stage starts with a new epoch. It freezes all parameters that it does not train (batch
+    norms of frozen parts stay in eval mode), sets the rates and options of the groups and its
+    attributes, and uses its loader or batch size. An attribute keeps its value until another stage
+    sets it. The optimizer's groups are made once, when this handler is attached, so fine that all
+    parameters of a group have the same rate in every stage.
 
-    The plan sets the run's limit: `run(loader)` ends with the last stage, and `max_iters` is a cap.
-    A patience counts the values of the metric that come within the stage. For a stage with
-    `load="best"`, the stage before keeps a copy of the weights of model and loss where its metric
-    was best, in memory and in checkpoints: of the averaged weights where the metric is a score of
-    those.
+    The plan sets the length of the run: `run(loader)` ends with the last stage, and `max_iters` is
+    an upper limit. A patience counts the values of the metric within the stage. If the next stage
+    has `load="best"`, the plan keeps a copy of the weights of model and loss at the best metric, in
+    memory and in checkpoints; of the averaged weights if the metric is a score of those.
 
-    A run that was killed in a stage resumes in it: what trains, the optimizer, the schedule, the
-    patience and the place in the data are those of a run that nobody touched.
+    A run that was killed in a stage resumes in it, and continues as if it had not been interrupted.
 
-    Published at log points: `train/stage`, counted from 1, `train/learning_rate`, the highest, and
-    `train/learning_rate/<group>`.
+    Published at log points: `train/stage`, counted from 1, `train/learning_rate`, the highest rate,
+    and `train/learning_rate/<group>`.
 
-    Event: `Events.EPOCH_STARTED` (a stage begins), `Events.ITERATION_STARTED` (rates, frozen
-        norms), `Events.ITERATION_COMPLETED`, `Events.EPOCH_COMPLETED` and
-        `EvaluationEvents.EVALUATED` (a stage ends), `Events.STARTED` (the plan is logged),
-        `RunEvents.RESTORE`, `RunEvents.SAFE_POINT` (to miss a metric).
-    Cost: some four microseconds an iteration with seven groups; where a best is kept, a copy of
-        the weights at each improvement. No synchronisation.
+    Event: `Events.STARTED` (logs the plan), `Events.EPOCH_STARTED` (starts a stage),
+        `Events.ITERATION_STARTED` (sets rates and modes), `Events.ITERATION_COMPLETED`,
+        `EvaluationEvents.EVALUATED` and `MetricsEvents.EPOCH_PUBLISHED` (end a stage),
+        `RunEvents.RESTORE`.
+    Cost: about four microseconds an iteration with seven groups; if the best weights are kept, a
+        copy of the weights at each improvement. No synchronisation.
 
     Args:
-        stages: in their order.
+        stages: the stages, in order.
 
     Attributes:
-        progress: where the plan stands.
+        progress: the progress of the plan.
 
     Raises:
-        ValueError: if stages have no names of their own, or `load` nothing to load; when attached,
-            if a pattern matches nothing, a trained parameter is in no group or in two, a path of a
-            setting names nothing, or the optimizer has several groups; when the run starts, if
-            there is a `LearningRate` too, a warm-up is as long as its stage, or a decay has no end
-            that is known.
-        TypeError: when the run starts, if a batch size is for no `SeededLoader`.
-        KeyError: while running: if a stage's metric is not published.
-        CheckpointError: when resumed, if the checkpoint is of another plan.
+        ValueError: if two stages have the same name, or there is nothing for `load`; when attached,
+            if a pattern matches nothing, a trained parameter is in no group or in two, the path of
+            a setting does not exist, or the optimizer has several groups; when the run starts, if
+            there is a `LearningRate` too, a warm-up is not shorter than its stage, or the end of a
+            decay is unknown.
+        TypeError: when the run starts, if a stage has a batch size and no `SeededLoader`.
+        KeyError: while running: if nothing publishes the metric of a stage.
+        CheckpointError: on resume, if the checkpoint belongs to another plan.
     """
+
+    changes: ClassVar[frozenset[Change]] = frozenset(
+        {
+            Change.TRAINABLE,
+            Change.RATES,
+            Change.LOSS,
+            Change.BATCH,
+            Change.MODE,
+            Change.WEIGHTS,
+            Change.BUFFERS,
+            Change.RUN_LENGTH,
+        }
+    )
 
     stages: Sequence[Stage] = attrs.field(converter=_as_stages, validator=_check_stages)
     progress: StageProgress = attrs.field(factory=StageProgress, init=False)
@@ -111,8 +149,8 @@ class StagePlan:
     _sizes: dict[SeededLoader, int] = attrs.field(factory=dict, init=False, repr=False)
 
     def attach(self, trainer: Trainer) -> None:
-        """Check the plan against the trainer, and make the optimizer's groups."""
-        if any(isinstance(other, StagePlan) for other in trainer.handlers):
+        """Check the plan against the trainer, and replace the optimizer's groups."""
+        if trainer.handlers_of(StagePlan):
             raise ValueError("a trainer must have one StagePlan, got a second one")
         for stage in self.stages:
             for path, value in stage.assignments.items():
@@ -130,26 +168,25 @@ class StagePlan:
         trainer.add_event_handler(Events.EPOCH_STARTED, self._start_epoch)
         trainer.add_event_handler(Events.ITERATION_STARTED, self._start_iteration)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self._count_steps)
-        trainer.add_event_handler(EvaluationEvents.EVALUATED, self._look)
-        trainer.add_event_handler(Events.EPOCH_COMPLETED, self._end_epoch)
-        trainer.add_event_handler(RunEvents.SAFE_POINT, self._check_metric)
+        trainer.add_event_handler(EvaluationEvents.EVALUATED, self._judge_metric)
+        trainer.add_event_handler(MetricsEvents.EPOCH_PUBLISHED, self._end_epoch)
 
     def describe(self) -> str:
-        """Return the plan as text: stages, what trains, groups, rates and schedules.
+        """Return the plan as text: trained parameters, groups, rates and schedules of each stage.
 
         Raises:
             ValueError: if the plan is not attached.
         """
         lengths = [self._epoch_length(stage) for stage in self.stages]
-        return chart(self.stages, self._attached()[1], lengths)
+        return plan_as_text(self.stages, self._attached()[1], lengths)
 
     @property
     def stage(self) -> Stage:
-        """The stage that runs; before the run the first."""
+        """The running stage; before the run, the first one."""
         return self.stages[max(self.progress.index, 0)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the plan stands, and the best weights where the next stage loads them."""
+        """Return the progress, and the best weights if the next stage loads them."""
         return {
             "stages": [stage.name for stage in self.stages],
             "progress": attrs.asdict(self.progress),
@@ -157,16 +194,16 @@ class StagePlan:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a state that `state_dict` returned: freeze, set and load as its stage does.
+        """Continue from a state that `state_dict` returned: freeze and set what its stage does.
 
         Raises:
-            CheckpointError: if it is of a plan with other stages.
+            CheckpointError: if it belongs to a plan with other stages.
         """
         names = [stage.name for stage in self.stages]
         if state_dict["stages"] != names:
             raise CheckpointError(
-                f"the checkpoint is of a plan with the stages {', '.join(state_dict['stages'])}, "
-                f"got {', '.join(names)}"
+                "the stages of a plan must be the checkpoint's, "
+                f"{', '.join(state_dict['stages'])}, got {', '.join(names)}"
             )
         self.progress = StageProgress(**state_dict["progress"])
         self._kept = {part: dict(state) for part, state in state_dict["kept"].items()}
@@ -175,11 +212,11 @@ class StagePlan:
             self._set_attributes(trainer, stage)
         if self.progress.index >= 0:
             groups.freeze(self.progress.index)
-        self._take_loader(trainer)
+        self._replace_loader(trainer)
 
     def _attached(self) -> tuple[Trainer, StageGroups]:
         if self._trainer is None or self._groups is None:
-            raise ValueError("a StagePlan must be attached to a trainer first, got none")
+            raise ValueError("a StagePlan must be attached to a trainer, got none")
         return self._trainer, self._groups
 
     # -- the loader ------------------------------------------------------------------------------
@@ -187,10 +224,10 @@ class StagePlan:
     def _restore(self, trainer: Trainer) -> None:
         if trainer.state.max_epochs is None and trainer.state.max_iters is None:
             self.progress, self._kept = StageProgress(), {}  # the run starts over
-        self._take_loader(trainer)
+        self._replace_loader(trainer)
 
-    def _take_loader(self, trainer: Trainer) -> None:
-        """Remember the run's own loader, and put that of the running stage into its place."""
+    def _replace_loader(self, trainer: Trainer) -> None:
+        """Remember the run's own loader, and replace it by that of the running stage."""
         given = trainer.state.dataloader
         if given is not None and all(given is not stage.loader for stage in self.stages):
             self._loader = given
@@ -203,7 +240,7 @@ class StagePlan:
         return self._loader if stage.loader is None else stage.loader
 
     def _sized(self, stage: Stage) -> Iterable[Any] | None:
-        """Return the loader of a stage, with the batch size that it has there."""
+        """Return the loader of a stage, with the stage's batch size."""
         loader = self._loader_of(stage)
         if isinstance(loader, SeededLoader):
             own = self._sizes.setdefault(loader, loader.batch_size)
@@ -211,18 +248,17 @@ class StagePlan:
                 loader.batch_size = own if stage.batch_size is None else stage.batch_size
             except ValueError as error:
                 raise ValueError(
-                    f"the batch_size of stage {stage.name!r} must be one that its loader can fill: "
-                    f"{error}"
+                    f"the batch_size of stage {stage.name!r} must fit its loader: {error}"
                 ) from error
         elif stage.batch_size is not None and loader is not None:
             raise TypeError(
-                f"the batch_size of stage {stage.name!r} must be of a SeededLoader, got a "
-                f"{type(loader).__name__}: give the stage a loader of its own"
+                f"the batch_size of stage {stage.name!r} needs a SeededLoader, got a "
+                f"{type(loader).__name__}. Give the stage its own loader"
             )
         return loader
 
     def _epoch_length(self, stage: Stage) -> int | None:
-        """Return the batches of a pass in a stage; None without a loader that has a length."""
+        """Return the batches of a pass in a stage; None if its loader has no length."""
         length = length_of(self._sized(stage))
         if self.progress.index >= 0:
             self._sized(self.stage)
@@ -231,7 +267,7 @@ class StagePlan:
         return length
 
     def _change_loader(self, trainer: Trainer) -> None:
-        """Take the batches of a stage that begins from its loader, with its batch size."""
+        """Switch to the loader and batch size of the stage that starts."""
         source, state = trainer.batches, trainer.state
         whole = state.epoch_length in {None, length_of(source.data)}
         loader = self._sized(self.stage)
@@ -240,21 +276,21 @@ class StagePlan:
         if whole:
             state.epoch_length = length_of(loader)
 
-    # -- a stage begins --------------------------------------------------------------------------
+    # -- a stage starts --------------------------------------------------------------------------
 
     def _start(self, trainer: Trainer) -> None:
-        if any(isinstance(other, LearningRate) for other in trainer.handlers):
+        if trainer.handlers_of(LearningRate):
             raise ValueError(
-                "the stages of a StagePlan have schedules of their own, got a LearningRate beside "
-                "it: give each stage its schedule"
+                "a StagePlan replaces LearningRate, got both. Pass LearningRate as the schedule of "
+                "a stage"
             )
         if trainer.state.iteration == 0:
             for stage in self.stages:
                 length = self._epoch_length(stage)
-                if length is not None:  # else when the stage begins
+                if length is not None:  # otherwise when the stage starts
                     stage.check_schedule(length)
-            logger.info("the plan:\n%s", self.describe())
-        if self.progress.over and trainer.epoch_iteration:  # stopped where the stage had ended
+            logger.info("StagePlan with %d stages:\n%s", len(self.stages), self.describe())
+        if self.progress.over and trainer.epoch_iteration:  # saved after the end of the stage
             trainer.terminate_epoch()
         self._set_limit(trainer)
 
@@ -265,14 +301,14 @@ class StagePlan:
         self._set_limit(trainer)
 
     def _begin(self, trainer: Trainer, index: int) -> None:
-        """Begin a stage with the epoch that has started."""
+        """Start a stage in the epoch that has started."""
         _, groups = self._attached()
         stage = self.stages[index]
         self.progress = StageProgress(
             index,
             first_epoch=trainer.state.epoch,
             first_iteration=trainer.state.iteration,
-            judged=len(_history(trainer, stage.metric)),
+            judged=len(self._values(trainer, stage)),
         )
         self._change_loader(trainer)
         self.progress.total = stage.length(trainer.state.epoch_length)
@@ -286,7 +322,7 @@ class StagePlan:
         groups.freeze(index)
         groups.set_options(trainer.optimizer, index)
         self._set_attributes(trainer, stage)
-        logger.info("stage %d of %d begins: %s", index + 1, len(self.stages), stage.name)
+        logger.info("Stage %d of %d (%s) starts.", index + 1, len(self.stages), stage.name)
 
     def _set_attributes(self, trainer: Trainer, stage: Stage) -> None:
         trainer.task = self._task if stage.task is None else stage.task
@@ -309,10 +345,11 @@ class StagePlan:
             self._end(trainer)
 
     def _end_epoch(self, trainer: Trainer) -> None:
-        self._look(trainer)
+        self._judge_metric(trainer)
         epochs = self.stage.epochs
         if epochs is not None and trainer.state.epoch == self.progress.first_epoch + epochs - 1:
             self._end(trainer)
+        self._check_metric(trainer)
 
     def _end(self, trainer: Trainer) -> None:
         self.progress.over = True
@@ -321,7 +358,7 @@ class StagePlan:
         self._set_limit(trainer)
 
     def _set_limit(self, trainer: Trainer) -> None:
-        """Let the run end with the last stage; before, the limit is the best guess."""
+        """End the run with the last stage; before that, set the limit to the best estimate."""
         progress, state = self.progress, trainer.state
         finished = progress.over and progress.index + 1 == len(self.stages)
         if state.max_iters is not None:
@@ -332,34 +369,43 @@ class StagePlan:
         last = state.epoch
         if progress.index >= 0 and not progress.over:
             last = progress.first_epoch - 1 + self.stage.epochs_of(state.epoch_length)
-            if self.stage.steps is not None:  # epochs may be cut: the steps end it, not this
+            if self.stage.steps is not None:  # the steps end the stage, not this limit
                 last = max(last, state.epoch + 1)
         state.max_epochs = last + later
 
     # -- the metric ------------------------------------------------------------------------------
 
-    def _look(self, trainer: Trainer) -> None:
+    @staticmethod
+    def _values(trainer: Trainer, stage: Stage) -> list[float]:
+        return [] if stage.metric is None else published_values(trainer, stage.metric)
+
+    def _judge_metric(self, trainer: Trainer) -> None:
         stage, progress = self.stage, self.progress
         if stage.metric is None or progress.index < 0:
             return
-        history = _history(trainer, stage.metric)
-        for value in history[progress.judged :]:
+        values = self._values(trainer, stage)
+        for value in values[progress.judged :]:
             progress.counted += 1
             progress.waited += 1
             if stage.improves(value, progress.best):
                 progress.best, progress.waited = value, 0
                 self._keep(trainer)
-        progress.judged = len(history)
+        progress.judged = len(values)
         if stage.patience is not None and progress.waited >= stage.patience and not progress.over:
-            logger.info("stage %s ends: %s has not improved", stage.name, stage.metric)
+            logger.info(
+                "Stage %s ends: %s has not improved for %d values.",
+                stage.name,
+                stage.metric,
+                progress.waited,
+            )
             self._end(trainer)
 
     def _keep(self, trainer: Trainer) -> None:
-        """Keep a copy of the weights where the next stage begins with the best ones."""
+        """Keep a copy of the weights if the next stage loads the best ones."""
         following = self.stages[self.progress.index + 1 : self.progress.index + 2]
         if any(stage.load == "best" for stage in following):
             parts = {"model": trainer.model, "loss": trainer.loss}
-            average = average_scored(trainer, str(self.stage.metric))
+            average = average_behind(trainer, str(self.stage.metric))
             with average.averaged() if average else nullcontext():
                 self._kept = {
                     part: {key: value.clone() for key, value in clean_state_dict(module).items()}
@@ -367,23 +413,14 @@ class StagePlan:
                 }
 
     def _check_metric(self, trainer: Trainer) -> None:
-        # After all handlers of the stage's first epoch, one of which may publish the metric.
-        stage, progress = self.stage, self.progress
-        if stage.metric is None or progress.counted or trainer.epoch_iteration:
+        """Check after an epoch of a stage that its metric is published, or still may be."""
+        metric, progress = self.stage.metric, self.progress
+        if metric is None or progress.counted:
             return
-        own = [h for h in trainer.handlers if isinstance(h, Evaluation)]
-        later = any(stage.metric.startswith(f"{evaluation.prefix}/") for evaluation in own)
-        there = len(_history(trainer, stage.metric)) > progress.judged
-        if not there and (not later or progress.over):
+        evaluations = trainer.handlers_of(EvaluatesModel)
+        is_to_come = any(metric.startswith(f"{handler.prefix}/") for handler in evaluations)
+        if progress.over or not is_to_come:
             raise KeyError(
-                f"the metric of stage {stage.name!r} must be one that is published within it, "
-                f"got {stage.metric!r}; there are "
-                f"{', '.join(sorted(trainer.state.metrics)) or 'none'}"
+                f"the metric of stage {self.stage.name!r} must be published within the stage, got "
+                f"{metric!r}; there are {', '.join(sorted(trainer.state.metrics)) or 'none'}"
             )
-
-
-def _history(trainer: Trainer, metric: str | None) -> list[float]:
-    try:
-        return [] if metric is None else trainer.metrics.get_history(metric)
-    except KeyError:
-        return []

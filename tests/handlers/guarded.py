@@ -1,4 +1,4 @@
-"""A small run with batches that go wrong, for the tests of the guard and of its command."""
+"""A small run with bad batches, for the tests of LossGuard and of `diptych replay`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diptych.handlers import LossGuard
 
 BATCHES, SIZE = 8, 6
 BAD = 4
-"""The iteration whose batch goes wrong."""
+"""The iteration with the bad batch."""
 
 OPTIMIZERS: dict[str, Any] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
@@ -27,7 +27,7 @@ OPTIMIZERS: dict[str, Any] = {
 
 
 class Towers(nn.Module):
-    """Batch norm has statistics that a bad batch pollutes; dropout draws random numbers."""
+    """Has a batch norm, whose statistics a bad batch would pollute, and a random dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Towers(nn.Module):
 
 
 class Distance(nn.Module):
-    """A loss with a parameter, two terms and a memory of the features that it saw."""
+    """A loss with a parameter, two terms and a buffer of features."""
 
     couples_samples = True
 
@@ -57,7 +57,7 @@ class Distance(nn.Module):
 
 
 def batches(fault: str | None = "nan", at: Iterable[int] = (BAD,)) -> list[dict[str, Tensor]]:
-    """Return batches, those at some iterations (from 1) with a fault: "nan" or "spike"."""
+    """Return batches; those at some iterations (from 1) have a fault: "nan" or "spike"."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for iteration in range(1, BATCHES + 1):
@@ -72,7 +72,7 @@ def batches(fault: str | None = "nan", at: Iterable[int] = (BAD,)) -> list[dict[
 
 
 def make_trainer(optimizer: str = "adamw", **settings: Any) -> Trainer:
-    """Return a trainer of the run, with nothing attached."""
+    """Return the run's trainer without handlers."""
     torch.manual_seed(1)
     model, loss = Towers(), Distance()
     return Trainer(
@@ -85,12 +85,12 @@ def make_trainer(optimizer: str = "adamw", **settings: Any) -> Trainer:
 
 
 def factory() -> tuple[Trainer, list[dict[str, Tensor]]]:
-    """Build the run as a user's script would."""
+    """Build the run as a user's script does."""
     return make_trainer(), batches()
 
 
 def other_factory() -> Trainer:
-    """Build a run with another task's weight on the loss's second term."""
+    """Build the run with a loss whose terms are twice as large."""
     trainer = make_trainer()
     size = trainer.loss.terms
 
@@ -102,7 +102,7 @@ def other_factory() -> Trainer:
 
 
 def caught(folder: Path, fault: str = "nan", **settings: Any) -> Path:
-    """Return the record of a run whose batch went wrong after some training, with dropout."""
+    """Train until a batch is caught, and return the record."""
     trainer = make_trainer(**settings).attach(LossGuard(folder / "caught", window=3))
     trainer.run(batches(fault), max_epochs=1)
     [path] = (folder / "caught").iterdir()
@@ -110,7 +110,7 @@ def caught(folder: Path, fault: str = "nan", **settings: Any) -> Path:
 
 
 def seeded_loader() -> SeededLoader:
-    """Return a loader that knows its place, of batches without ids."""
+    """Return a loader with positions, whose batches have no ids."""
     samples = [
         {"image": image, "text": text}
         for batch in batches()

@@ -1,4 +1,4 @@
-"""Runs in stages for the tests of plans: a small encoder, a loader, evaluations with set values."""
+"""Runs in stages for tests of plans: a small encoder, a loader, evaluations with given values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Squares(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 class Encoder(nn.Module):
-    """A stem with a batch norm, two blocks with dropout, a head."""
+    """A stem with a batch norm, two blocks, dropout, a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,18 +56,18 @@ def make_trainer(*stages: Stage, loss: nn.Module | None = None, attach: bool = T
 
 
 def plan_of(trainer: Trainer) -> StagePlan:
-    (plan,) = (handler for handler in trainer.handlers if isinstance(handler, StagePlan))
+    (plan,) = trainer.handlers_of(StagePlan)
     return plan
 
 
 def rates_of(trainer: Trainer) -> dict[str, float]:
-    """Return the rate in use of every parameter."""
+    """Return the current rate of every parameter."""
     rates = {id(p): g["lr"] for g in trainer.optimizer.param_groups for p in g["params"]}
     return {name: rates.get(id(p), 0.0) for name, p in trainer.model.named_parameters()}
 
 
 def noted(trainer: Trainer, read: Any, event: Any = Events.ITERATION_COMPLETED) -> list[Any]:
-    """Return a list that fills with what is read at each event."""
+    """Return a list of what `read` returns at each event, filled during the run."""
     values: list[Any] = []
     trainer.add_event_handler(event, lambda: values.append(read()))
     return values
@@ -82,7 +82,7 @@ ALL = Stage("all", epochs=2, lr=0.01)
 
 
 def evaluated(trainer: Trainer, values: list[float], every: int | str = "epoch") -> Trainer:
-    """Evaluate with a metric that gives these values."""
+    """Attach an evaluation whose metric has these values."""
     evaluation = Evaluation(list(loader()), every=every, loss=False)
     trainer.attach(evaluation)
     left = iter(values)

@@ -1,4 +1,4 @@
-"""Components by name: which parameters a path holds, and what there is when it holds none."""
+"""find_components: the parameters of each path, and the error if there are none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from diptych.engine import Trainer, tasks
-from diptych.handlers.components import find_components, parameter_names
+from diptych.engine.modules import named_parameters
+from diptych.handlers.components import find_components
 
 
 class Scaled(nn.Module):
@@ -33,12 +34,12 @@ def make_trainer() -> Trainer:
 
 
 def names_in(trainer: Trainer, components: object) -> dict[str, set[str]]:
-    names = {id(p): name for name, p in parameter_names(trainer).items()}
+    names = {id(p): name for name, p in named_parameters(trainer.model, trainer.loss).items()}
     found = find_components(trainer, components)
     return {component: {names[i] for i in members} for component, members in found.items()}
 
 
-def test_by_default_there_is_one_for_each_child_each_own_parameter_and_the_loss():
+def test_the_default_components_are_children_own_parameters_and_the_loss():
     assert names_in(make_trainer(), None) == {
         "image": {"image.0.weight", "image.0.bias", "image.1.weight", "image.1.bias"},
         "image_2": {"image_2.weight", "image_2.bias"},
@@ -48,7 +49,7 @@ def test_by_default_there_is_one_for_each_child_each_own_parameter_and_the_loss(
     }
 
 
-def test_a_path_holds_whole_parts_of_names():
+def test_a_path_matches_whole_parts_of_names():
     assert "image_2.weight" not in names_in(make_trainer(), ["image"])["image"]
     assert names_in(make_trainer(), ["image.1"]) == {"image.1": {"image.1.weight", "image.1.bias"}}
 
@@ -61,13 +62,13 @@ def test_a_component_may_have_several_paths_and_patterns_of_whole_parts():
     }
 
 
-def test_a_component_without_parameters_is_refused_and_told_what_there_is():
+def test_a_component_without_parameters_is_refused_with_a_list_of_names():
     with pytest.raises(ValueError, match=r"'vision'.*begin with gain, image, image_2, text, loss$"):
         find_components(make_trainer(), ["vision"])
 
 
 def test_a_compiled_model_has_the_names_of_the_bare_one():
     trainer = make_trainer()
-    names = list(parameter_names(trainer))
+    names = list(named_parameters(trainer.model, trainer.loss))
     trainer.model = torch.compile(trainer.model)
-    assert list(parameter_names(trainer)) == names
+    assert list(named_parameters(trainer.model, trainer.loss)) == names

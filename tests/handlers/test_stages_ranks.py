@@ -1,4 +1,4 @@
-"""A plan over several ranks trains as it does alone, whatever is frozen and thawed."""
+"""A plan on several ranks trains as it does in one process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.handlers.stages.test_curriculum import TwoTowers, loader
 
 
 def train_in_stages() -> dict[str, Tensor]:
-    """Return the weights after three stages, the second of which ends by its patience."""
+    """Train in three stages, of which the second ends by its patience; return the weights."""
     torch.manual_seed(0)
     model, loss = TwoTowers(), CLIPLoss()
     optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=1.0)

@@ -1,4 +1,4 @@
-"""A plan that is interrupted in any stage goes on as if nothing had happened."""
+"""A plan that is interrupted in any stage continues as if it had not been."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def requires_gradient(trainer: Trainer) -> dict[str, bool]:
 
 
 @pytest.mark.parametrize("killed_at", [3, 8, 12, 16])
-def test_a_run_that_is_killed_in_a_stage_resumes_in_it(killed_at, tmp_path):
+def test_a_run_that_was_killed_in_a_stage_resumes_in_it(killed_at, tmp_path):
     whole, batches = staged()
     frozen = noted(whole, lambda: requires_gradient(whole))
     whole.run(batches)
@@ -85,5 +85,5 @@ def test_a_run_that_is_killed_in_a_stage_resumes_in_it(killed_at, tmp_path):
 def test_a_checkpoint_of_another_plan_is_refused():
     plan = plan_of(make_trainer(HEAD, ALL))
     state = plan_of(make_trainer(HEAD)).state_dict()
-    with pytest.raises(RuntimeError, match="plan with the stages head, got head, all"):
+    with pytest.raises(RuntimeError, match="must be the checkpoint's, head, got head, all"):
         plan.load_state_dict(state)

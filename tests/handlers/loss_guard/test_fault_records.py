@@ -1,4 +1,4 @@
-"""Records: any batch goes through a file that is read without running code, and comes back."""
+"""Fault records: batches of any type are written to a file and read back with weights_only."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_mappings_lists_and_plain_values_come_back_as_they_were(tmp_path):
         Labelled(torch.ones(2), 3),
     ],
 )
-def test_a_class_of_fields_comes_back_with_its_fields(batch, tmp_path):
+def test_an_object_with_fields_comes_back_with_its_fields(batch, tmp_path):
     again = through_a_file(batch, tmp_path)
     assert type(again).__name__ == type(batch).__name__
     assert torch.equal(again.image, batch.image)
@@ -73,7 +73,7 @@ def test_a_class_of_fields_comes_back_with_its_fields(batch, tmp_path):
         assert again.text == ["a", "b"]
 
 
-def test_arrays_come_back_and_what_no_file_can_hold_becomes_its_description(tmp_path):
+def test_arrays_come_back_and_other_objects_become_their_repr(tmp_path):
     batch = {"x": np.arange(3.0), "names": np.array(["a", "b"]), "path": Path("a/b")}
     again = through_a_file(batch, tmp_path)
     assert np.array_equal(again["x"], batch["x"])
@@ -81,7 +81,7 @@ def test_arrays_come_back_and_what_no_file_can_hold_becomes_its_description(tmp_
     assert again["path"] == repr(Path("a/b"))
 
 
-def test_ids_of_a_seeded_loader_are_those_that_it_read():
+def test_the_ids_of_a_seeded_loader_are_the_indices_that_it_read():
     trainer, loader = make_trainer(), seeded_loader()
     trainer.batches.switch(loader)
     seen = []
@@ -95,11 +95,11 @@ def test_ids_of_a_seeded_loader_are_those_that_it_read():
     assert len(set(seen)) == 18
 
 
-def test_ids_are_unknown_without_a_key_or_a_loader_that_tells():
+def test_the_ids_are_unknown_without_a_key_and_a_seeded_loader():
     assert sample_ids(make_trainer(), {"image": torch.ones(2)}, "id") is None
 
 
-def test_a_write_that_fails_leaves_neither_a_record_nor_a_half_of_one(tmp_path, monkeypatch):
+def test_a_write_that_fails_leaves_no_file(tmp_path, monkeypatch):
     def full(_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -110,7 +110,7 @@ def test_a_write_that_fails_leaves_neither_a_record_nor_a_half_of_one(tmp_path, 
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "does not exist"), (b"x", "be read")])
-def test_a_file_that_is_no_record_is_named(content, message, tmp_path):
+def test_a_file_that_cannot_be_read_is_named(content, message, tmp_path):
     path = tmp_path / "record.pt"
     if content is not None:
         path.write_bytes(content)
@@ -118,7 +118,7 @@ def test_a_file_that_is_no_record_is_named(content, message, tmp_path):
         read_record(path)
 
 
-def test_another_file_of_tensors_is_no_record(tmp_path):
+def test_another_file_of_tensors_is_refused(tmp_path):
     torch.save({"format": 1}, tmp_path / "record.pt")
-    with pytest.raises(CheckpointError, match="is no record of an update"):
+    with pytest.raises(CheckpointError, match="is not a record of an update"):
         read_record(tmp_path / "record.pt")

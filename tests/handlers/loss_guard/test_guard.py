@@ -1,4 +1,4 @@
-"""What the guard catches, what it lets stand, and that a skipped update never was."""
+"""LossGuard: which batches it catches, and that a skipped update changes nothing."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ignite.engine import Events
 from torch import Tensor
 
 from diptych.engine import StepEvents, Trainer, certify
+from diptych.engine.handler import Handler
 from diptych.handlers import CheckpointManager, GradientClipping, ModalityBalancing
 from diptych.handlers.loss_guard.fault_records import read_record
 from diptych.handlers.loss_guard.guard import FaultError, LossGuard
@@ -73,7 +74,7 @@ def test_the_run_after_a_skipped_update_is_the_one_that_never_had_it(optimizer):
 
 
 @every_optimizer
-def test_a_first_update_that_is_skipped_leaves_nothing_behind(optimizer):
+def test_a_skipped_first_update_leaves_no_state_behind(optimizer):
     trainer = make_trainer(optimizer).attach(LossGuard())
     trainer.run(batches("nan", at=(1,)), max_epochs=1)
     bare = make_trainer(optimizer)
@@ -85,7 +86,7 @@ def test_a_first_update_that_is_skipped_leaves_nothing_behind(optimizer):
 
 @every_optimizer
 @pytest.mark.parametrize("recorded", [False, True])
-def test_a_healthy_run_does_not_notice_the_guard(optimizer, recorded, tmp_path):
+def test_the_guard_does_not_change_a_healthy_run(optimizer, recorded, tmp_path):
     guarded, bare = make_trainer(optimizer), make_trainer(optimizer)
     guarded.attach(LossGuard(tmp_path if recorded else None, window=3))
     for trainer in (guarded, bare):
@@ -95,7 +96,7 @@ def test_a_healthy_run_does_not_notice_the_guard(optimizer, recorded, tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "fused adamw"])
-def test_what_was_caught_is_counted_and_told(optimizer, caplog):
+def test_caught_batches_are_counted_and_logged(optimizer, caplog):
     guard = LossGuard(window=2)
     trainer = make_trainer(optimizer).attach(guard)
     records = kept_records(trainer)
@@ -148,7 +149,7 @@ def make_fp16_trainer(optimizer: str) -> Trainer:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "fused adamw"])
-def test_the_search_of_fp16s_scaler_is_no_fault(optimizer):
+def test_an_overflow_while_the_scaler_searches_its_scale_is_not_caught(optimizer):
     trainer, guard = make_fp16_trainer(optimizer), LossGuard(budget=0)
     trainer.add_event_handler(
         StepEvents.LOSS_COMPUTED(once=2), lambda: trainer.scaler.update(new_scale=2.0**40)
@@ -159,7 +160,7 @@ def test_the_search_of_fp16s_scaler_is_no_fault(optimizer):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "fused adamw"])
-def test_in_fp16_a_fault_is_skipped_and_the_scaler_goes_on(optimizer):
+def test_in_fp16_a_fault_is_skipped_and_the_scaler_keeps_working(optimizer):
     trainer, guard = make_fp16_trainer(optimizer), LossGuard(window=3)
     # A scale that fits from the start.
     trainer.add_event_handler(
@@ -182,16 +183,16 @@ def test_in_fp16_a_fault_is_skipped_and_the_scaler_goes_on(optimizer):
     assert not hasattr(trainer.optimizer, "found_inf")
 
 
-def test_without_a_spike_only_what_is_not_finite_is_caught():
+def test_without_a_threshold_only_nonfinite_values_are_caught():
     guard = LossGuard(spike=None, window=3)
     make_trainer().attach(guard).run(batches("spike"), max_epochs=1)
     assert guard.caught == 0
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "fused adamw"])
-def test_more_batches_than_the_budget_end_the_run_and_say_what_to_do(optimizer):
+def test_more_batches_than_the_budget_end_the_run_with_an_error(optimizer):
     trainer = make_trainer(optimizer).attach(LossGuard(budget=2))
-    with pytest.raises(FaultError, match="may skip 2 updates, got 3: lower the rate"):
+    with pytest.raises(FaultError, match=r"may skip 2 updates, got 3\. Lower the learning rate"):
         trainer.run(batches("nan", at=(2, 5, 6, 7)), max_epochs=1)
     assert all(value.isfinite().all() for value in everything(trainer).values())
 
@@ -206,7 +207,7 @@ def test_stop_ends_the_run_with_the_weights_from_before(optimizer):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "fused adamw"])
-def test_raise_names_what_was_seen_and_the_record(optimizer, tmp_path):
+def test_raise_names_the_values_and_the_record(optimizer, tmp_path):
     trainer = make_trainer(optimizer).attach(LossGuard(tmp_path, policy="raise"))
     states = states_of(trainer)
     with pytest.raises(FaultError, match=rf"iteration {BAD}: the loss is nan.*recorded in (\S+)"):
@@ -215,7 +216,7 @@ def test_raise_names_what_was_seen_and_the_record(optimizer, tmp_path):
     assert len(list(tmp_path.glob("*.pt"))) == 1
 
 
-def test_a_record_holds_what_the_update_started_from(tmp_path):
+def test_a_record_contains_the_state_before_the_update(tmp_path):
     trainer = make_trainer()
     trainer.attach(CheckpointManager(tmp_path / "checkpoints", every=2), LossGuard(tmp_path))
     states = states_of(trainer)
@@ -253,7 +254,7 @@ def test_the_first_records_are_kept_and_no_more(tmp_path):
     ]
 
 
-def test_a_record_that_cannot_be_written_is_told_and_the_batch_skipped(tmp_path, caplog):
+def test_a_record_that_cannot_be_written_is_logged_and_the_batch_skipped(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     guard = LossGuard(tmp_path / "file")
     make_trainer().attach(guard).run(batches(), max_epochs=1)
@@ -261,7 +262,7 @@ def test_a_record_that_cannot_be_written_is_told_and_the_batch_skipped(tmp_path,
     assert "could not be written" in caplog.text
 
 
-def test_counts_and_windows_outlive_an_interruption():
+def test_an_interruption_does_not_change_counts_and_windows():
     def build() -> tuple[Trainer, Any]:
         return make_trainer("fused adamw").attach(LossGuard(window=4)), seeded_loader()
 
@@ -269,7 +270,7 @@ def test_counts_and_windows_outlive_an_interruption():
     assert report.passed, str(report)
 
 
-def test_a_run_that_starts_over_starts_with_fresh_counts():
+def test_a_run_that_starts_over_resets_the_counts():
     guard = LossGuard(budget=1)
     trainer = make_trainer().attach(guard)
     for _ in range(2):
@@ -279,7 +280,7 @@ def test_a_run_that_starts_over_starts_with_fresh_counts():
 
 
 def guarded_on_a_rank(optimizer: str, fault_on: int, folder: str | None) -> dict[str, Any]:
-    """Train where one rank alone gets a bad batch; return what this rank ends with."""
+    """Train with a bad batch on one rank; return the end state of this rank."""
     guard = LossGuard(folder, window=3)
     trainer = make_trainer(optimizer).attach(guard)
     states = states_of(trainer)
@@ -294,9 +295,7 @@ def guarded_on_a_rank(optimizer: str, fault_on: int, folder: str | None) -> dict
 
 @pytest.mark.parametrize("optimizer", ["adamw", "fused adamw"])
 @pytest.mark.parametrize("fault_on", [0, 1])
-def test_a_nan_on_one_rank_is_skipped_by_all_and_their_weights_stay_equal(
-    ranks: Ranks, tmp_path, optimizer, fault_on
-):
+def test_a_nan_on_one_rank_is_skipped_by_all_ranks(ranks: Ranks, tmp_path, optimizer, fault_on):
     folder = str(tmp_path) if optimizer == "adamw" else None
     first, second = ranks.run(guarded_on_a_rank, [(optimizer, fault_on, folder)] * 2)
     weights = [
@@ -314,7 +313,7 @@ def test_a_nan_on_one_rank_is_skipped_by_all_and_their_weights_stay_equal(
 
 
 def guarded_against_a_loss_of_one_rank(optimizer: str) -> tuple[dict[str, Tensor], int]:
-    """Train where one rank's loss alone spikes, without a gradient that would tell the other."""
+    """Train with a loss that spikes on one rank, while the gradients do not."""
     guard = LossGuard(window=3)
     trainer = make_trainer(optimizer).attach(guard)
 
@@ -356,6 +355,30 @@ def test_a_second_guard_and_a_guard_after_balancing_are_refused():
         make_trainer().attach(LossGuard(), LossGuard())
     with pytest.raises(ValueError, match="attached before ModalityBalancing"):
         make_trainer().attach(ModalityBalancing(), LossGuard())
+
+
+def test_a_guard_after_any_handler_that_invalidates_norms_is_refused():
+    class Noise(Handler):
+        invalidates_norms = True
+
+        def attach(self, _: Trainer) -> None:
+            pass
+
+    with pytest.raises(ValueError, match="must be attached before Noise, got it after"):
+        make_trainer().attach(Noise(), LossGuard())
+
+
+def test_a_record_names_the_checkpoint_of_any_handler_that_saves_some(tmp_path):
+    class Saves:
+        def attach(self, _: Trainer) -> None:
+            pass
+
+        def get_latest_checkpoint(self) -> Path:
+            return Path("runs/latest.pt")
+
+    make_trainer().attach(Saves(), LossGuard(tmp_path)).run(batches(), max_epochs=1)
+    [path] = tmp_path.glob("*.pt")
+    assert read_record(path)["checkpoint"] == str(Path("runs/latest.pt"))
 
 
 def test_a_run_has_as_many_iterations_as_without_faults():

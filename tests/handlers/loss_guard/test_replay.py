@@ -1,4 +1,4 @@
-"""Replaying what a guard caught, alone and on ranks."""
+"""replay: repeats a recorded update, in one process and on several ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.losses.ranks import Ranks
 
 @pytest.mark.parametrize("fault", ["nan", "spike"])
 @pytest.mark.parametrize("microbatch_size", [None, 4])
-def test_a_replay_gives_every_term_and_norm_again_to_the_bit(tmp_path, fault, microbatch_size):
+def test_a_replay_reproduces_every_term_and_norm_bit_for_bit(tmp_path, fault, microbatch_size):
     path = caught(tmp_path, fault, microbatch_size=microbatch_size)
     replayed = replay(path, lambda: make_trainer(microbatch_size=microbatch_size))
     assert replayed.differing(tolerance=0.0) == []
@@ -26,7 +26,7 @@ def test_a_replay_gives_every_term_and_norm_again_to_the_bit(tmp_path, fault, mi
     assert replayed.settings == {}
 
 
-def test_a_replay_transforms_the_batch_as_it_was(tmp_path):
+def test_a_replay_repeats_the_random_transform(tmp_path):
     def noisy(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {**batch, "image": batch["image"] * torch.rand(1)}
 
@@ -36,17 +36,17 @@ def test_a_replay_transforms_the_batch_as_it_was(tmp_path):
     assert replayed.differing(tolerance=0.0) == []
 
 
-def test_a_replay_of_another_loss_differs_and_names_where(tmp_path):
+def test_a_replay_with_another_loss_names_the_values_that_differ(tmp_path):
     replayed = replay(caught(tmp_path, "spike"), other_factory)
     assert {"terms/near", "terms/size", "norms/total"} <= set(replayed.differing())
 
 
-def test_a_replay_names_settings_that_differ(tmp_path):
+def test_a_replay_names_the_settings_that_differ(tmp_path):
     replayed = replay(caught(tmp_path), lambda: make_trainer(microbatch_size=2))
     assert replayed.settings == {"microbatch_size": (None, 2)}
 
 
-def test_what_the_factory_attaches_takes_no_part(tmp_path):
+def test_handlers_of_the_factory_are_not_called(tmp_path):
     path = caught(tmp_path)
 
     def attached() -> Trainer:
@@ -58,7 +58,19 @@ def test_what_the_factory_attaches_takes_no_part(tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_replay_leaves_random_generators_alone(tmp_path):
+def test_a_part_that_the_factory_puts_into_eval_mode_stays_in_it(tmp_path):
+    def frozen() -> Trainer:
+        trainer = make_trainer()
+        trainer.model.image[1].eval()
+        return trainer
+
+    frozen_run = frozen().attach(LossGuard(tmp_path / "caught", window=3))
+    frozen_run.run(batches("spike"), max_epochs=1)
+    [path] = (tmp_path / "caught").iterdir()
+    assert replay(path, frozen).differing(tolerance=0.0) == []
+
+
+def test_a_replay_restores_the_random_generators(tmp_path):
     path = caught(tmp_path)
     before = torch.get_rng_state()
     replay(path, factory)
@@ -81,7 +93,7 @@ def test_a_factory_that_returns_no_trainer_is_refused(tmp_path):
 
 
 def replayed_on_a_rank(folder: str) -> tuple[list[str], int]:
-    """Catch a batch that is bad on the second rank alone, and replay it on both."""
+    """Catch a batch that is bad on the second rank only, and replay it on both."""
     trainer = make_trainer().attach(LossGuard(folder))
     trainer.run(batches("nan" if dist.get_rank() else None), max_epochs=1)
     dist.barrier()
@@ -90,7 +102,7 @@ def replayed_on_a_rank(folder: str) -> tuple[list[str], int]:
     return replayed.differing(0.0), replayed.record["rank"]
 
 
-def test_ranks_replay_each_its_own_part(ranks: Ranks, tmp_path):
+def test_each_rank_replays_its_own_record(ranks: Ranks, tmp_path):
     assert ranks.run(replayed_on_a_rank, [(str(tmp_path),)] * 2) == [([], 0), ([], 1)]
-    with pytest.raises(CheckpointError, match="is of 2 ranks, got 1: replay it with torchrun"):
+    with pytest.raises(CheckpointError, match=r"is of 2 ranks, got 1\. Replay it with torchrun"):
         replay(tmp_path / f"iteration_0000000{BAD}_rank_1.pt", factory)

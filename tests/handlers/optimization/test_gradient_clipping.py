@@ -1,4 +1,4 @@
-"""Gradient clipping: what the update sees, and the norm that is published."""
+"""GradientClipping: the gradients after it, and the norm that it publishes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def first_gradient() -> Tensor:
     return gradients[0]
 
 
-def test_the_norm_of_all_parameters_is_scaled_to_its_bound_and_published_before():
+def test_the_norm_is_scaled_to_its_bound_and_published_as_it_was_before():
     raw = first_gradient()
     gradients, norms = run_noting_gradients(GradientClipping(max_norm=0.5))
     norm = math.sqrt(sum(float(x) ** 2 for x in raw))
@@ -67,7 +67,7 @@ def test_the_norm_of_all_parameters_is_scaled_to_its_bound_and_published_before(
     torch.testing.assert_close(gradients[0], raw * 0.5 / norm, rtol=1e-4, atol=0)
 
 
-def test_entries_are_cut_to_their_bound():
+def test_entries_are_clamped_to_their_bound():
     raw = first_gradient()
     bound = float(raw.abs().median())
     gradients, norms = run_noting_gradients(GradientClipping(max_value=bound))
@@ -75,21 +75,21 @@ def test_entries_are_cut_to_their_bound():
     assert norms[0] == pytest.approx(float(raw.norm()), rel=1e-6)
 
 
-def test_with_both_bounds_the_norm_comes_first():
+def test_with_both_bounds_the_norm_is_clipped_first():
     raw = first_gradient()
     gradients, _ = run_noting_gradients(GradientClipping(max_norm=1.0, max_value=0.3))
     expected = (raw / raw.norm()).clamp(-0.3, 0.3)
     torch.testing.assert_close(gradients[0], expected, rtol=1e-4, atol=0)
 
 
-def test_gradients_within_their_bounds_are_left_alone():
+def test_gradients_within_the_bounds_do_not_change():
     gradients, _ = run_noting_gradients(GradientClipping(max_norm=1e6, max_value=1e6))
     bare, _ = run_noting_gradients()
     assert all(torch.equal(a, b) for a, b in zip(gradients, bare, strict=True))
 
 
 @pytest.mark.gpu
-def test_nothing_waits_for_the_device():
+def test_clipping_does_not_synchronise_with_the_device():
     trainer = make_trainer("cuda").attach(GradientClipping(max_norm=0.5, max_value=0.1))
     mode = torch.cuda.get_sync_debug_mode()
     trainer.add_event_handler(

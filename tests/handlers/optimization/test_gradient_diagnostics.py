@@ -1,4 +1,4 @@
-"""Gradient diagnostics against norms that plain loops in float64 take."""
+"""GradientDiagnostics against norms computed by plain loops in float64."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def watched(*handlers: object, **settings: object) -> tuple[Trainer, list[dict],
     return trainer, [record.values for record in records], updates
 
 
-def test_norms_in_all_and_by_component_are_those_of_the_gradients():
+def test_the_total_norm_and_those_of_components_match_the_gradients():
     _, records, updates = watched(GradientDiagnostics(every=1))
     for record, update in zip(records, updates, strict=True):
         gradients = update["gradients"]
@@ -119,7 +119,7 @@ def test_updates_are_measured_against_the_weights_before_them():
         assert record["updates/ratio/spare"] == 0
 
 
-def test_missing_zero_and_broken_gradients_are_counted_by_parameter():
+def test_parameters_with_missing_zero_or_nonfinite_gradients_are_counted():
     trainer = make_trainer()
 
     @trainer.on(StepEvents.GRADIENTS_READY)
@@ -140,7 +140,7 @@ def test_missing_zero_and_broken_gradients_are_counted_by_parameter():
 
 
 @pytest.mark.parametrize("first", ["clipping", "diagnostics"])
-def test_beside_clipping_there_is_one_norm_and_it_is_that_before_clipping(first):
+def test_with_clipping_the_norm_before_clipping_is_published_once(first):
     handlers = [GradientClipping(max_norm=0.01), GradientDiagnostics(every=1)]
     _, records, updates = watched(*(handlers if first == "clipping" else handlers[::-1]))
     for record, update in zip(records, updates, strict=True):
@@ -150,7 +150,7 @@ def test_beside_clipping_there_is_one_norm_and_it_is_that_before_clipping(first)
         assert record["gradients/norm/head"] == pytest.approx(head, rel=1e-6)
 
 
-def test_watching_does_not_change_what_clipping_does():
+def test_diagnostics_do_not_change_what_clipping_does():
     alone, _, _ = watched(GradientClipping(max_norm=0.01))
     both, _, _ = watched(GradientDiagnostics(every=1), GradientClipping(max_norm=0.01))
 
@@ -171,7 +171,7 @@ def test_watching_does_not_change_what_clipping_does():
         assert torch.equal(a, b)
 
 
-def test_a_failed_update_leaves_no_norms_to_the_next():
+def test_norms_of_a_failed_update_are_not_reused():
     trainer = make_trainer()
     failures = []
 
@@ -200,14 +200,29 @@ def test_a_failed_update_leaves_no_norms_to_the_next():
     assert records[0].values["gradients/norm/body"] == pytest.approx(mean, rel=1e-5)
 
 
-def test_it_looks_every_so_many_iterations_and_a_record_has_the_mean_of_what_was_seen():
+def test_norms_are_measured_in_each_update_after_a_failed_attach():
+    class Refused:
+        def attach(self, _: Trainer) -> None:
+            raise ValueError("planted")
+
+    trainer = make_trainer()
+    with pytest.raises(ValueError, match="planted"):
+        trainer.attach(GradientDiagnostics(every=1), Refused())
+    trainer.attach(GradientDiagnostics(every=1))
+    records = kept_records(trainer)
+    trainer.run(make_loader(), max_epochs=1)
+    norms = [record.values["gradients/norm"] for record in records]
+    assert len(set(norms)) == len(norms) > 1
+
+
+def test_a_record_holds_the_means_of_the_measured_iterations():
     _, [record], updates = watched(GradientDiagnostics(every=2), log_every=50)
     seen = [norm(*update["gradients"].values()) for update in updates[1::2]]
     assert len(seen) == 2
     assert record["gradients/norm"] == pytest.approx(sum(seen) / 2, rel=1e-6)
 
 
-def test_components_may_be_named_and_updates_left_out():
+def test_components_may_be_named_and_update_ratios_disabled():
     _, records, updates = watched(
         GradientDiagnostics(
             every=1, components={"layers": ("body", "head"), "t": "loss.scale"}, updates=False

@@ -1,15 +1,16 @@
-"""The search for a learning rate: what it finds, and that the trainer stays as it was."""
+"""find_learning_rate: its suggestion, the settings it trains with, and what it restores."""
 
 from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from diptych.engine import SeededLoader, Trainer, tasks
+from diptych.engine import SeededLoader, Trainer, TrainStep, tasks
 from diptych.handlers import GradientClipping, find_learning_rate
 from tests.handlers.runs import Squares, kept_records, loader, make_trainer
 
@@ -29,6 +30,17 @@ def bowl(curvature: float) -> Trainer:
         return {"prediction": model(batch["x"])}
 
     return Trainer(model, Half(), optimizer, task=task, device="cpu")
+
+
+def classifier(**settings: Any) -> Trainer:
+    """Return a trainer whose optimizer has two groups with different rates."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    groups = [
+        {"params": part.parameters(), "lr": lr} for part, lr in zip(model, (1, 2), strict=True)
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    return Trainer(model, nn.CrossEntropyLoss(), optimizer, task=tasks.classification, **settings)
 
 
 ONES = [{"x": torch.ones(2, 1)}]
@@ -61,7 +73,7 @@ def test_a_loss_that_never_falls_gives_no_suggestion():
     assert find_learning_rate(trainer, ONES, steps=5).suggestion is None
 
 
-def test_the_trainer_and_the_run_after_it_are_as_if_nobody_had_searched():
+def test_a_search_does_not_change_the_trainer_or_the_run_after_it():
     plain, searched = make_trainer(), make_trainer()
     records = kept_records(searched)
     searched.attach(GradientClipping(max_norm=1.0))
@@ -84,6 +96,54 @@ def test_the_trainer_and_the_run_after_it_are_as_if_nobody_had_searched():
     )
 
 
+def test_a_search_trains_with_every_setting_of_the_trainer(monkeypatch):
+    settings = {
+        "precision": "bf16",
+        "microbatch_size": 2,
+        "device": torch.device("cpu"),
+        "prefetch": False,
+        "compile": False,
+        "seed": 11,
+        "log_every": 7,
+        "shard": ("0",),
+        "transform": lambda batch: batch,
+        "step": TrainStep,
+    }
+    trainer = classifier(**settings)
+    used: list[dict[str, Any]] = []
+    run = Trainer.run
+
+    def noted(self: Trainer, *arguments: Any, **named: Any) -> Any:
+        used.append(self.arguments)
+        return run(self, *arguments, **named)
+
+    monkeypatch.setattr(Trainer, "run", noted)
+    find_learning_rate(trainer, loader(), steps=3)
+
+    assert settings.keys() | {"task"} == trainer.arguments.keys()
+    assert {name: trainer.arguments[name] for name in settings} == settings
+    assert used == [trainer.arguments]
+
+
+def test_a_search_applies_the_transform():
+    def as_floats(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"x": batch["x"].float() / 255}
+
+    trainer = bowl(1.0)
+    trainer.transform = as_floats
+    data = [{"x": torch.full((2, 1), 255, dtype=torch.uint8)}]
+
+    assert len(find_learning_rate(trainer, data, steps=3).losses) == 3
+
+
+def test_the_search_leaves_the_value_of_a_rate_in_a_tensor():
+    trainer, rate = bowl(1.0), torch.tensor(0.5)
+    trainer.optimizer.param_groups[0]["lr"] = rate
+    curve = find_learning_rate(trainer, ONES, steps=3)
+    assert curve.rates[-1] == pytest.approx(1.0)
+    assert rate == trainer.optimizer.param_groups[0]["lr"] == 0.5
+
+
 def test_a_loss_that_overflows_ends_the_search():
     curve = find_learning_rate(bowl(1e30), ONES, start=1e-3, end=1e3, steps=50)
 
@@ -92,7 +152,7 @@ def test_a_loss_that_overflows_ends_the_search():
     assert curve.suggestion is None
 
 
-def test_a_search_that_fails_leaves_the_weights_alone():
+def test_a_search_that_fails_restores_the_weights():
     trainer = bowl(1.0)
 
     with pytest.raises(KeyError):
@@ -103,21 +163,13 @@ def test_a_search_that_fails_leaves_the_weights_alone():
 
 
 def test_all_groups_of_an_optimizer_take_the_rate():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    groups = [
-        {"params": part.parameters(), "lr": lr} for part, lr in zip(model, (1, 2), strict=True)
-    ]
-    optimizer = torch.optim.AdamW(groups)
-    trainer = Trainer(
-        model, nn.CrossEntropyLoss(), optimizer, task=tasks.classification, device="cpu"
-    )
+    trainer = classifier(device="cpu")
 
     curve = find_learning_rate(trainer, SeededLoader(Squares(), 4), steps=8)
 
     assert all(isinstance(rate, float) for rate in curve.rates)
-    assert [group["lr"] for group in optimizer.param_groups] == [1, 2]
-    assert not optimizer.state
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [1, 2]
+    assert not trainer.optimizer.state
 
 
 @pytest.mark.parametrize(
@@ -128,6 +180,6 @@ def test_all_groups_of_an_optimizer_take_the_rate():
         ({"steps": 2}, "steps must"),
     ],
 )
-def test_a_range_that_is_none_is_refused(wrong, message):
+def test_an_argument_out_of_range_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         find_learning_rate(make_trainer(), loader(), **wrong)

@@ -1,4 +1,4 @@
-"""Modality balancing: a planted imbalance shrinks, the weaker side is the one that gains."""
+"""ModalityBalancing: it reduces an imbalance, by scaling the weaker component only."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def run_noting(handler: ModalityBalancing, factor: float) -> tuple[list, list, l
 
 
 @pytest.mark.parametrize(("factor", "weaker"), [(20.0, 0), (0.05, 1)])
-def test_the_weaker_side_is_strengthened_and_the_stronger_left_alone(factor, weaker):
+def test_only_the_weaker_component_is_scaled_up(factor, weaker):
     before, after, _ = run_noting(ModalityBalancing(warmup=0, max_scale=1e3), factor)
     for raw, balanced in zip(before, after, strict=True):
         assert raw[weaker] < raw[1 - weaker]
@@ -108,7 +108,7 @@ def test_the_weaker_side_is_strengthened_and_the_stronger_left_alone(factor, wea
         assert abs(math.log(balanced[0] / balanced[1])) < abs(math.log(raw[0] / raw[1]))
 
 
-def test_without_memory_the_target_ratio_is_met_at_once():
+def test_without_smoothing_the_target_ratio_is_reached_at_once():
     before, after, records = run_noting(
         ModalityBalancing(warmup=0, max_scale=1e3, smoothing=0.0, ratio=2.0), 20.0
     )
@@ -119,7 +119,7 @@ def test_without_memory_the_target_ratio_is_met_at_once():
         assert record["balancing/scale/text"] == 1.0
 
 
-def test_the_average_weighs_each_iteration_by_the_smoothing():
+def test_the_mean_weighs_each_iteration_by_the_smoothing():
     before, _, records = run_noting(ModalityBalancing(warmup=99, smoothing=0.5), 20.0)
     logs = [math.log(image / text) for image, text in before]
     for count, record in enumerate(records, start=1):
@@ -134,14 +134,14 @@ def test_a_scale_is_bounded():
         assert balanced[0] / raw[0] == pytest.approx(1.5, rel=1e-5)
 
 
-def test_nothing_is_scaled_inside_the_warm_up():
+def test_nothing_is_scaled_during_the_warm_up():
     before, after, records = run_noting(ModalityBalancing(warmup=3), 20.0)
     assert before[:3] == after[:3]
     assert all(b[0] > r[0] for r, b in zip(before[3:], after[3:], strict=True))
     assert [record["balancing/scale/image"] for record in records[:3]] == [1.0] * 3
 
 
-def test_a_broken_or_missing_gradient_leaves_the_average_alone():
+def test_a_nonfinite_or_missing_gradient_does_not_enter_the_mean():
     trainer = make_trainer()
 
     @trainer.on(StepEvents.GRADIENTS_READY)
@@ -160,7 +160,7 @@ def test_a_broken_or_missing_gradient_leaves_the_average_alone():
     assert all(math.isfinite(ratio) for ratio in ratios)
 
 
-def test_clipping_after_it_bounds_what_it_made():
+def test_clipping_bounds_the_balanced_gradients():
     trainer = make_trainer()
     trainer.attach(ModalityBalancing(warmup=0), GradientClipping(max_norm=0.1))
     found = []
@@ -171,7 +171,7 @@ def test_clipping_after_it_bounds_what_it_made():
     assert found == pytest.approx([0.1] * 8, rel=1e-3)
 
 
-def test_the_average_outlives_an_interruption():
+def test_an_interruption_does_not_change_the_mean():
     def build() -> tuple[Trainer, SeededLoader]:
         return make_trainer().attach(ModalityBalancing(warmup=2)), SeededLoader(Pairs(), 6)
 
@@ -179,7 +179,7 @@ def test_the_average_outlives_an_interruption():
     assert report.passed, str(report)
 
 
-def test_a_run_that_starts_over_starts_with_a_fresh_average():
+def test_a_run_that_starts_over_starts_a_new_mean():
     handler = ModalityBalancing(warmup=0)
     trainer = make_trainer().attach(handler)
     trainer.run(make_loader(), max_epochs=1)
@@ -203,7 +203,7 @@ def balanced_on_a_rank(half: int) -> tuple[list[Tensor], float]:
     return weights, records[-1].values["balancing/ratio"]
 
 
-def test_ranks_come_to_the_scales_of_one_process(ranks: Ranks):
+def test_two_ranks_compute_the_scales_of_one_process(ranks: Ranks):
     (first, ratio), (second, _) = ranks.run(balanced_on_a_rank, [(0,), (1,)])
     alone, expected = balanced_on_a_rank(0)
     for a, b, c in zip(first, second, alone, strict=True):
@@ -229,7 +229,7 @@ def test_an_argument_out_of_range_is_refused(arguments, message):
 
 
 def test_components_that_share_a_parameter_are_refused():
-    with pytest.raises(ValueError, match="no parameter in common, got 1 that belong to both of"):
+    with pytest.raises(ValueError, match="must share no parameter, got 1 that belong to both"):
         make_trainer().attach(ModalityBalancing(components=("image", "image.bias")))
 
 

@@ -1,4 +1,4 @@
-"""The momentum encoder, against plain arithmetic in float64."""
+"""MomentumEncoder against plain arithmetic in float64."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ignite.engine import Events
 from torch import Tensor, nn
 
 from diptych.engine import SeededLoader, Trainer, certify
+from diptych.engine.handler import Change, contract_of
 from diptych.handlers import CheckpointManager
 from diptych.handlers.optimization.momentum_encoder import MomentumEncoder
 from diptych.losses import MoCoLoss
@@ -77,7 +78,7 @@ def test_the_target_follows_by_the_recursion(schedule):
         assert not torch.equal(states[-1]["target"][key], states[-1]["online"][key])
 
 
-def test_a_run_begins_with_equal_parts_whatever_the_target_was():
+def test_a_run_starts_with_a_target_equal_to_the_online_part():
     trainer = make_trainer().attach(MomentumEncoder())
     states = states_of(trainer)
     trainer.run(make_loader(), max_epochs=1)
@@ -85,7 +86,7 @@ def test_a_run_begins_with_equal_parts_whatever_the_target_was():
         assert torch.equal(states[0]["target"][key], value), key
 
 
-def test_statistics_follow_and_counts_are_copied():
+def test_running_statistics_are_averaged_and_counters_copied():
     model = TwoEncoders()
     trainer = make_trainer(model).attach(MomentumEncoder(momentum=0.5))
     means = []
@@ -111,11 +112,11 @@ def test_the_target_gets_no_gradient_and_no_weight_decay():
         assert torch.equal(a, b)
 
 
-def test_an_update_that_was_left_out_leaves_the_target_as_it_is():
+def test_a_skipped_update_does_not_move_the_target():
     trainer = make_trainer().attach(MomentumEncoder(momentum=0.5))
 
     @trainer.on("GRADIENTS_READY")
-    def take_away() -> None:
+    def remove_gradients() -> None:
         if trainer.state.iteration == 3:
             for parameter in trainer.model.parameters():
                 parameter.grad = None
@@ -137,7 +138,7 @@ def test_the_momentum_is_published():
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_the_target_outlives_an_interruption(schedule):
+def test_an_interruption_does_not_change_the_target(schedule):
     def build() -> tuple[Trainer, SeededLoader]:
         handler = MomentumEncoder(momentum=0.8, schedule=schedule)
         return make_trainer().attach(handler), SeededLoader(Squares(), 4, seed=3)
@@ -146,7 +147,7 @@ def test_the_target_outlives_an_interruption(schedule):
     assert report.passed, str(report)
 
 
-def test_a_killed_run_ends_with_the_target_of_one_that_was_not(tmp_path):
+def test_a_killed_and_resumed_run_ends_with_the_target_of_an_uninterrupted_one(tmp_path):
     def run(folder: str, *, killed: bool = False) -> Trainer:
         trainer = make_trainer().attach(
             MomentumEncoder(momentum=0.8, schedule="cosine"),
@@ -172,12 +173,18 @@ def test_parts_are_found_by_path_or_by_function():
     assert all(p.requires_grad for p in model["a"].parameters())
 
 
+def test_the_handler_declares_its_changes_and_is_named_by_its_target():
+    handler = MomentumEncoder(target="image.target")
+    assert contract_of(handler).changes == {Change.WEIGHTS, Change.BUFFERS, Change.TRAINABLE}
+    assert contract_of(handler).key == "MomentumEncoder[image.target]"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"target": "keys"}, "parts that the model has, got 'keys'; there are online, online.0"),
-        ({"target": "online"}, "target must be a module of its own"),
-        ({"target": "online.0"}, "target must be a module of its own"),
+        ({"target": "keys"}, "must be parts of the model, got 'keys'; there are online, online.0"),
+        ({"target": "online"}, "target must share no tensor with online"),
+        ({"target": "online.0"}, "target must share no tensor with online"),
         ({"online": "online.0", "target": "target.2"}, "a difference in bias, weight"),
         ({"target": lambda _: nn.Linear(3, 4)}, "must be modules of the model"),
     ],
@@ -188,8 +195,8 @@ def test_parts_that_do_not_fit_are_refused(arguments, message):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_target_in_half_precision_is_refused_since_it_would_hardly_move(dtype):
-    with pytest.raises(ValueError, match="target must be of float32 or finer, got torch"):
+def test_a_target_in_half_precision_is_refused(dtype):
+    with pytest.raises(ValueError, match="at least the precision of float32, got torch"):
         make_trainer(TwoEncoders().to(dtype)).attach(MomentumEncoder())
 
 

@@ -151,11 +151,11 @@ def test_a_shared_parameter_is_in_one_group():
         ({"by_component": {"head": -1.0}}, "lr of 'head' must be >= 0 and finite, got -1.0"),
         (
             {"by_component": {"blocks": 1.0, "blocks.1": 2.0}},
-            r"in one group, got blocks.1.0.weight in blocks and in blocks.1: make",
+            r"in one group, got blocks.1.0.weight in blocks and in blocks.1. Make",
         ),
         (
             {"by_component": {"blocks": 1.0}, "lr": None},
-            "must be in a group, got stem.weight in none of blocks: add a component",
+            "must be in a group, got stem.weight in none of blocks. Add a component",
         ),
     ],
 )

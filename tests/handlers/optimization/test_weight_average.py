@@ -1,4 +1,4 @@
-"""The average of the weights, against plain arithmetic in float64."""
+"""WeightAverage against plain arithmetic in float64."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("warmup", [True, False])
 @pytest.mark.parametrize("decay", [0.0, 0.2, 0.9])
-def test_the_average_is_that_of_the_recursion(decay, warmup):
+def test_the_average_follows_the_recursion(decay, warmup):
     trainer, average = make_trainer(), WeightAverage(decay=decay, warmup=warmup)
     states = history_of(trainer.attach(average))
     trainer.run(make_loader(), max_epochs=2)
@@ -108,7 +108,7 @@ def test_the_average_is_that_of_the_recursion(decay, warmup):
     assert found["norm.num_batches_tracked"] == 12
 
 
-def test_buffers_may_go_with_the_model_and_are_copies_then():
+def test_buffers_may_be_copied_from_the_model():
     trainer, average = make_trainer(), WeightAverage(buffers="copy")
     trainer.attach(average).run(make_loader(), max_epochs=1)
     found, trained = average.average_state_dict(), copied(trainer.model.state_dict())
@@ -119,7 +119,7 @@ def test_buffers_may_go_with_the_model_and_are_copies_then():
     assert_same(trainer.model.state_dict(), trained)
 
 
-def test_averaging_changes_no_number_of_the_run():
+def test_averaging_does_not_change_the_run():
     bare, trainer = make_trainer(), make_trainer()
     trainer.attach(WeightAverage())
     for one in (bare, trainer):
@@ -142,7 +142,7 @@ def test_the_model_holds_the_averages_inside_and_the_trained_weights_after(buffe
     assert_same(trainer.model.state_dict(), before)
 
 
-def test_the_trained_weights_come_back_after_an_error():
+def test_the_trained_weights_are_restored_after_an_error():
     trainer, average = make_trainer(), WeightAverage()
     trainer.attach(average).run(make_loader(), max_epochs=1)
     before = copied(trainer.model.state_dict())
@@ -218,7 +218,7 @@ GUARDS = {
 
 
 @pytest.mark.parametrize("way", GUARDS)
-def test_an_update_that_was_left_out_leaves_the_average_as_it_is(way):
+def test_a_skipped_update_does_not_change_the_average(way):
     settings, place = GUARDS[way]
     trainer = make_trainer(loss=Overflow(2, 5), **settings)
     average, guard = WeightAverage(decay=0.9), LossGuard(window=99)
@@ -235,7 +235,7 @@ def test_an_update_that_was_left_out_leaves_the_average_as_it_is(way):
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_average_outlives_an_interruption():
+def test_an_interruption_does_not_change_the_average():
     def build() -> tuple[Trainer, SeededLoader]:
         return make_trainer().attach(WeightAverage(decay=0.9)), SeededLoader(Squares(), 4, seed=3)
 
@@ -244,7 +244,7 @@ def test_the_average_outlives_an_interruption():
     assert not report.forgotten
 
 
-def test_a_killed_run_ends_with_the_average_of_one_that_was_not(tmp_path):
+def test_a_killed_and_resumed_run_ends_with_the_average_of_an_uninterrupted_one(tmp_path):
     def run(folder: str, *, killed: bool = False) -> dict[str, Tensor]:
         trainer, average = make_trainer(), WeightAverage(decay=0.9)
         trainer.attach(average, CheckpointManager(tmp_path / folder, every=2))
@@ -265,21 +265,21 @@ def test_an_average_of_other_weights_is_refused():
     state = copy.deepcopy(average.state_dict())
     other = WeightAverage()
     make_trainer().attach(other)
-    with pytest.raises(CheckpointError, match=r"with buffers='average', got others of norm\.run"):
+    with pytest.raises(CheckpointError, match=r"buffers='average', got a difference in norm\.run"):
         other.load_state_dict(state)
     state["average"]["first.weight"] = torch.zeros(2, 2)
-    with pytest.raises(CheckpointError, match=r"got others of first\.weight"):
+    with pytest.raises(CheckpointError, match=r"got a difference in first\.weight"):
         average.load_state_dict(state)
 
 
 def test_a_run_is_not_saved_with_the_averages_in_the_model():
     trainer, average = make_trainer(), WeightAverage()
     trainer.attach(average)
-    with average.averaged(), pytest.raises(CheckpointError, match="save it after averaged"):
+    with average.averaged(), pytest.raises(CheckpointError, match="Save it after averaged"):
         average.state_dict()
 
 
-def test_a_run_that_starts_over_averages_anew():
+def test_a_run_that_starts_over_starts_a_new_average():
     trainer, average = make_trainer(), WeightAverage()
     trainer.attach(average).run(make_loader(), max_epochs=1)
     trainer.state.max_epochs = None
@@ -323,8 +323,8 @@ def test_a_second_average_is_refused():
         make_trainer().attach(WeightAverage(), WeightAverage())
 
 
-def test_an_average_without_a_trainer_says_so():
-    with pytest.raises(RuntimeError, match="must be attached to a trainer first"):
+def test_an_average_that_is_not_attached_raises():
+    with pytest.raises(RuntimeError, match="must be attached to a trainer, got none"):
         WeightAverage().average_state_dict()
 
 

@@ -1,4 +1,4 @@
-"""Stages and plans that cannot be, or do not fit their trainer, are refused."""
+"""Stages and plans with wrong arguments, or that do not fit their trainer, are refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.handlers.staged import (
         ),
         (
             Stage("s", epochs=1, lr=0.1, by_component={"head": {"lr": 1.0, "beta": 0.9}}),
-            "options of 'head.*' must be the optimizer's, got 'beta', .* Similar names: betas",
+            "options of 'head.*' must be options of AdamW, got 'beta'. Similar names: betas",
         ),
         (Stage("s", trains=(), epochs=1, lr=0.1), r"'s' must train something, got \(\)"),
         (Stage("s", epochs=1, lr=0.1, loss="clip"), "CrossEntropyLoss has no 'active'"),
@@ -46,13 +46,16 @@ def test_a_stage_that_does_not_fit_the_trainer_is_refused_when_attached(stage, m
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"lr": 0.1}, "stage 's' needs epochs or steps, and not both, got None and None"),
-        ({"lr": 0.1, "epochs": 1, "steps": 1}, "not both, got 1 and 1"),
+        ({"lr": 0.1}, "stage 's' needs either epochs or steps, got None and None"),
+        ({"lr": 0.1, "epochs": 1, "steps": 1}, "either epochs or steps, got 1 and 1"),
         ({"lr": 0.1, "epochs": 0}, "epochs must be a whole number >= 1, got 0"),
         ({"epochs": 1}, "needs lr, by_component or both, got neither"),
         ({"epochs": 1, "lr": -1.0}, "lr must be >= 0 and finite, got -1.0"),
         ({"epochs": 1, "lr": 0.1, "loss_weights": {"a": -1.0}}, "finite, got -1.0 for 'a'"),
-        ({"epochs": 1, "lr": 0.1, "patience": 2}, "has a patience and needs its metric, got none"),
+        (
+            {"epochs": 1, "lr": 0.1, "patience": 2},
+            "patience of stage 's' needs a metric, got none",
+        ),
     ],
 )
 def test_an_argument_out_of_range_is_refused(arguments, message):
@@ -60,21 +63,21 @@ def test_an_argument_out_of_range_is_refused(arguments, message):
         Stage("s", **arguments)
 
 
-def test_plans_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="needs stages, each with a name of its own, got none"):
+def test_plans_with_wrong_stages_are_refused():
+    with pytest.raises(ValueError, match="needs stages with different names, got none"):
         StagePlan([])
     with pytest.raises(ValueError, match=r"got \['head', 'head'\]"):
         StagePlan([HEAD, HEAD])
     with pytest.raises(ValueError, match=r"'b' loads the best .* needs a metric, got none"):
         StagePlan([HEAD, Stage("b", epochs=1, lr=0.1, load="best")])
-    with pytest.raises(ValueError, match="got no stage before"):
+    with pytest.raises(ValueError, match="got no previous stage"):
         StagePlan([Stage("b", epochs=1, lr=0.1, load="best")])
 
 
-def test_what_does_not_go_together_is_refused():
+def test_handlers_and_optimizers_that_do_not_fit_a_plan_are_refused():
     with pytest.raises(ValueError, match="one StagePlan, got a second"):
         make_trainer(HEAD).attach(StagePlan([ALL]))
-    with pytest.raises(ValueError, match="got a LearningRate beside it"):
+    with pytest.raises(ValueError, match="StagePlan replaces LearningRate, got both"):
         make_trainer(HEAD).attach(LearningRate()).run(loader())
     trainer = make_trainer(attach=False)
     model = trainer.model
@@ -91,20 +94,20 @@ def test_a_warm_up_as_long_as_its_stage_is_refused_before_the_first_iteration():
     assert trainer.state.iteration == 0
 
 
-def test_a_batch_size_needs_a_loader_that_takes_one():
+def test_a_batch_size_needs_a_seeded_loader():
     trainer = make_trainer(Stage("s", epochs=1, lr=0.1, batch_size=2))
-    with pytest.raises(TypeError, match="'s' must be of a SeededLoader, got a list"):
+    with pytest.raises(TypeError, match="'s' needs a SeededLoader, got a list"):
         trainer.run(list(loader()))
 
 
-def test_a_metric_that_nobody_publishes_is_missed():
+def test_a_metric_that_is_not_published_is_an_error():
     trainer = make_trainer(Stage("s", epochs=3, lr=0.1, metric="val/recal"))
-    with pytest.raises(KeyError, match=r"'s' must be one that is published .* got 'val/recal'"):
+    with pytest.raises(KeyError, match=r"'s' must be published within the stage, got 'val/recal'"):
         trainer.run(loader())
 
 
 def test_a_plan_describes_itself_only_when_attached():
-    with pytest.raises(ValueError, match="must be attached to a trainer first"):
+    with pytest.raises(ValueError, match="must be attached to a trainer, got none"):
         StagePlan([HEAD]).describe()
 
 
@@ -117,6 +120,6 @@ def test_a_value_that_its_attribute_refuses_is_refused_when_attached():
 
 def test_a_batch_size_that_the_loader_cannot_fill_is_refused_before_the_first_iteration():
     trainer = make_trainer(HEAD, Stage("large", epochs=1, lr=0.1, batch_size=99))
-    with pytest.raises(ValueError, match="'large' must be one that its loader can fill"):
+    with pytest.raises(ValueError, match="batch_size of stage 'large' must fit its loader"):
         trainer.run(SeededLoader(Squares(), 4, drop_last=True))
     assert trainer.state.iteration == 0

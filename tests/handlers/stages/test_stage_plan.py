@@ -1,4 +1,4 @@
-"""StagePlan: what trains when, at which rates and on what; an interruption changes nothing."""
+"""StagePlan: the trained parameters, rates, losses and data of each stage."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from ignite.engine import Events
 from torch import Tensor, nn
 
-from diptych.engine import RunEvents, StepEvents, tasks
+from diptych.engine import MetricsEvents, RunEvents, StepEvents, tasks
 from diptych.handlers import Evaluation, LearningRate, Stage, WeightAverage
 from diptych.losses import CrossEntropyLoss, OneOf, WeightedSum
-from tests.engine.loops import Unsized
+from tests.engine.loop.loops import Unsized
+from tests.handlers.runs import report_each_epoch
 from tests.handlers.staged import (
     ALL,
     HEAD,
@@ -28,7 +29,7 @@ from tests.handlers.staged import (
 )
 
 
-def test_only_what_a_stage_names_trains():
+def test_a_stage_trains_only_the_parameters_that_it_names():
     trainer = make_trainer(HEAD, ALL)
     before = copy_of(trainer.model)
     trainer.run(loader(), max_iters=5)
@@ -43,7 +44,7 @@ def test_only_what_a_stage_names_trains():
     assert not torch.equal(before["stem.0.weight"], trainer.model.state_dict()["stem.0.weight"])
 
 
-def test_the_plan_decides_how_long_the_run_is():
+def test_the_plan_determines_the_length_of_the_run():
     trainer = make_trainer(
         HEAD,
         Stage("some", trains=["head", "blocks"], steps=7, lr=0.1),
@@ -57,7 +58,7 @@ def test_the_plan_decides_how_long_the_run_is():
     assert trainer.state.epoch == trainer.state.max_epochs == 5
 
 
-def test_a_decay_over_a_loader_without_a_length_needs_to_be_told_its_end():
+def test_a_decay_over_a_loader_without_a_length_needs_an_epoch_length():
     schedule = LearningRate(warmup=0, decay="cosine")
     stage = Stage("head", trains="head", epochs=2, lr=0.1, schedule=schedule)
     with pytest.raises(ValueError, match="cosine decay of stage 'head' needs the stage's length"):
@@ -65,11 +66,11 @@ def test_a_decay_over_a_loader_without_a_length_needs_to_be_told_its_end():
     make_trainer(stage).run(Unsized(list(loader())), epoch_length=5)
 
 
-def test_a_finished_plan_has_nothing_to_do(caplog):
+def test_a_finished_plan_trains_no_further(caplog):
     trainer = make_trainer(HEAD)
     trainer.run(loader())
     trainer.run(loader())
-    assert "nothing to do" in caplog.text
+    assert "Nothing to do" in caplog.text
     trainer.run(loader(), max_epochs=9)
     assert trainer.state.iteration == 5
 
@@ -91,7 +92,7 @@ def test_batch_norms_of_frozen_parts_stay_in_eval_mode():
     assert counts == [0] * 5 + [1, 2, 3, 4, 5]
 
 
-def test_each_stage_has_rates_decay_and_a_schedule_of_its_own():
+def test_each_stage_has_its_own_rates_decay_and_schedule():
     trainer = make_trainer(
         Stage(
             "head", trains="head", steps=4, lr=0.1, schedule=LearningRate(warmup=2, decay="linear")
@@ -128,7 +129,7 @@ def test_rates_fall_from_layer_to_layer():
         assert rates[0][f"{path}.{'0.' if path != 'head' else ''}weight"] == rate
 
 
-def test_every_trained_parameter_is_in_one_group_of_the_optimizer():
+def test_every_trained_parameter_is_in_one_group():
     trainer = make_trainer(HEAD, ALL)
     held = [id(p) for g in trainer.optimizer.param_groups for p in g["params"]]
     assert sorted(held) == sorted(id(p) for p in trainer.model.parameters())
@@ -185,7 +186,7 @@ def test_batch_sizes_and_loaders_change_with_the_stage():
     assert trainer.state.epoch == 4
 
 
-def test_values_of_evaluations_count_for_the_stage_in_which_they_come():
+def test_values_of_the_metric_count_for_the_stage_that_publishes_them():
     trainer = make_trainer(
         Stage("first", epochs=9, lr=0.1, metric="val/recall", patience=2),
         Stage("last", epochs=9, lr=0.1, metric="val/recall", patience=2, mode="min"),
@@ -205,7 +206,7 @@ def test_patience_may_end_a_stage_inside_an_epoch():
     assert indices == [0] * 8 + [1] * 5
 
 
-def test_a_stage_may_begin_with_the_best_weights_of_the_one_before():
+def test_a_stage_may_start_with_the_best_weights_of_the_previous_one():
     trainer = make_trainer(
         Stage("first", epochs=3, lr=0.1, metric="val/recall"),
         Stage("second", epochs=1, lr=0.1, load="best"),
@@ -220,7 +221,24 @@ def test_a_stage_may_begin_with_the_best_weights_of_the_one_before():
             assert not torch.equal(weights[14][name], value), name
 
 
-def test_the_best_weights_are_the_averaged_ones_where_those_were_scored():
+def test_a_value_published_after_the_plan_at_the_end_of_the_last_epoch_counts():
+    trainer = make_trainer(
+        Stage("first", epochs=2, lr=0.1, metric="val/recall"),
+        Stage("second", epochs=1, lr=0.1, load="best"),
+    )
+    report_each_epoch(trainer, 0.5, 0.9, 0.1, tag="val/recall")
+    weights = noted(trainer, lambda: copy_of(trainer.model), RunEvents.SAFE_POINT)
+    starts = noted(trainer, lambda: copy_of(trainer.model), Events.GET_BATCH_STARTED)
+    best: list[float | None] = []
+    trainer.add_event_handler(
+        MetricsEvents.EPOCH_PUBLISHED, lambda: best.append(plan_of(trainer).progress.best)
+    )
+    trainer.run(loader())
+    assert best == [0.5, 0.9, None]
+    assert all(torch.equal(starts[10][name], value) for name, value in weights[9].items())
+
+
+def test_the_best_weights_are_the_averaged_ones_if_the_metric_scores_those():
     trainer = make_trainer(
         Stage("first", epochs=3, lr=0.1, metric="val/loss", mode="min"),
         Stage("second", epochs=1, lr=0.1, load="best"),
@@ -251,12 +269,13 @@ def test_the_plan_is_logged_once_with_stages_groups_and_rates(caplog):
         HEAD, Stage("all", epochs=2, lr=0.01, weight_decay=0.1, schedule=LearningRate(warmup=3))
     )
     trainer.run(loader())
-    (told,) = (r.getMessage() for r in caplog.records if "the plan" in r.getMessage())
-    assert "1. head: 1 epoch; trains head: 14 of 134 parameters" in told
-    assert "2. all: 2 epochs; trains *: 134 of 134 parameters" in told
-    assert "lr 1.00e-01 ████████████████" in told
-    assert "schedule ▃▆███▇▅▄▂▁" in told
-    assert plan_of(trainer).describe() == told.partition("\n")[2]
+    messages = [record.getMessage() for record in caplog.records]
+    (plan,) = (message for message in messages if "StagePlan with 2 stages" in message)
+    assert "1. head: 1 epoch; trains head: 14 of 134 parameters" in plan
+    assert "2. all: 2 epochs; trains *: 134 of 134 parameters" in plan
+    assert "lr 1.00e-01 ████████████████" in plan
+    assert "schedule ▃▆███▇▅▄▂▁" in plan
+    assert plan_of(trainer).describe() == plan.partition("\n")[2]
 
 
 def test_stage_and_rates_are_published():

@@ -1,4 +1,4 @@
-"""Limits from running medians, against plain lists."""
+"""RunningMedian: limits against those of plain lists."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diptych.handlers.loss_guard.spikes import RunningMedian
+from diptych.handlers.loss_guard.running_median import RunningMedian
 
 TRUE, FALSE = torch.tensor(True), torch.tensor(False)
 values = st.floats(-1e3, 1e3, width=32)
 
 
 def limit_of(series: list[float], factor: float) -> float:
-    """The limit as its definition says it, from the lower of two middle values."""
+    """Return the limit by its definition, with lower medians."""
     median = statistics.median_low(series)
     spread = statistics.median_low([abs(value - median) for value in series])
     return median + factor * max(spread, 0.1 * abs(median))
@@ -42,14 +42,14 @@ def test_there_is_no_limit_before_the_window_is_full():
     assert median.limits(torch.zeros(1)).item() == pytest.approx(1.2)
 
 
-def test_a_value_that_is_not_accepted_leaves_no_trace():
+def test_a_value_that_is_not_accepted_does_not_enter_the_window():
     median = RunningMedian(2, 2.0)
     for value, accepted in ((1.0, TRUE), (math.nan, FALSE), (99.0, FALSE), (1.0, TRUE)):
         median.add(torch.tensor([value]), accepted)
     assert median.to_lists() == [[1.0, 1.0]]
 
 
-def test_windows_go_through_lists():
+def test_windows_can_be_saved_and_loaded_as_lists():
     median, again = RunningMedian(4, 2.0), RunningMedian(4, 2.0)
     for value in (1.0, 5.0, 2.0):
         median.add(torch.tensor([value, -value]), TRUE)

@@ -1,4 +1,4 @@
-"""Attributes by their paths from the trainer: "loss.weights.vicreg", "model.head.scale"."""
+"""Attribute paths: read and set values such as "loss.weights.vicreg" of a trainer."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def read_attribute(trainer: Trainer, path: str) -> Any:
     """Return the value at a path, which begins with "loss", "model" or "task".
 
     Raises:
-        ValueError: if a part of the path is not there; the message lists the near ones.
-        TypeError: if the value is a tensor (what is learned, or a buffer) or a module.
+        ValueError: if a part of the path does not exist; the message lists similar names.
+        TypeError: if the value is a tensor (a parameter or a buffer) or a module.
     """
     owner, last = _owner(trainer, path)
     value = _get(owner, last, path)
@@ -30,7 +30,7 @@ def read_attribute(trainer: Trainer, path: str) -> Any:
 
 
 def write_attribute(trainer: Trainer, path: str, value: Any) -> None:
-    """Set the value at a path that `read_attribute` knows."""
+    """Set the value at a path that `read_attribute` accepts."""
     owner, last = _owner(trainer, path)
     if isinstance(owner, MutableMapping):
         owner[_key(owner, last)] = value
@@ -41,22 +41,22 @@ def write_attribute(trainer: Trainer, path: str, value: Any) -> None:
 
 
 def try_attribute(trainer: Trainer, path: str, *values: Any) -> None:
-    """Set the value at a path to each of these and back, so that a setter can refuse them now.
+    """Set the value at a path to each of some values and back, to raise a setter's error early.
 
     Raises:
-        ValueError: as `read_attribute`, or what the setter raises.
-        TypeError: as `read_attribute`.
+        ValueError: see `read_attribute`, or raised by the setter.
+        TypeError: see `read_attribute`.
     """
-    there = read_attribute(trainer, path)
+    before = read_attribute(trainer, path)
     try:
         for value in values:
             write_attribute(trainer, path, value)
     finally:
-        write_attribute(trainer, path, there)
+        write_attribute(trainer, path, before)
 
 
 def _owner(trainer: Trainer, path: str) -> tuple[Any, str]:
-    """Return what holds the last part of a path, and that part."""
+    """Return the object that has the last part of a path, and that part."""
     first, *middle, last = path.split(".") if "." in path else (path, path)
     if first not in ROOTS or first == path:
         raise ValueError(
@@ -78,20 +78,20 @@ def _get(owner: Any, part: str, path: str) -> Any:
     except (AttributeError, LookupError, ValueError) as error:
         raise ValueError(
             f"each part of a path must be an attribute, got {path!r}: {type(owner).__name__} has "
-            f"no {part!r}; {near_matches(part, _names(owner))}"
+            f"no {part!r}. {near_matches(part, _names(owner))}"
         ) from error
 
 
 def _names(owner: Any) -> list[str]:
-    """Return the names of what an object, a mapping or a sequence holds for others to see."""
+    """Return the public names of an object, or the keys of a mapping or sequence."""
     if isinstance(owner, MutableMapping):
         return [str(key) for key in owner]
     if isinstance(owner, MutableSequence):
         return [str(index) for index in range(len(owner))]
     children = dict(owner.named_children()) if isinstance(owner, nn.Module) else {}
     names = dict.fromkeys([*children, *getattr(owner, "__dict__", {}), *dir(owner)])
-    machinery = dir(nn.Module) if isinstance(owner, nn.Module) else ()
-    return [name for name in names if not name.startswith("_") and name not in machinery]
+    inherited = dir(nn.Module) if isinstance(owner, nn.Module) else ()
+    return [name for name in names if not name.startswith("_") and name not in inherited]
 
 
 def _key(owner: MutableMapping[Any, Any], part: str) -> Any:

@@ -1,4 +1,4 @@
-"""What counts as a spike: a value far above the median of those before it."""
+"""Running medians of several series, and the limits above which a value is a spike."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 FLOOR = 0.1
-"""Least spread, relative to the median: values that hardly vary make no spike of a small step."""
+"""Smallest spread relative to the median, so that small steps of steady values are no spikes."""
 
 
 class RunningMedian:
-    """The last values of several series, on their device, and the limits that follow from them.
+    """Keeps the last values of several series on their device, and computes limits from them.
 
-    A series' limit is its median plus `factor` times its spread, which is the median distance from
-    the median, or a tenth of the median's size where that is more. There is none (infinity) until
-    as many values as the window holds have come. Nothing waits for the device.
+    The limit of a series is its median plus `factor` times its spread: the median distance from the
+    median, or a tenth of the median if that is larger. The limit is infinite until the window is
+    full. The host does not wait for the device, except in `to_lists`.
 
     Args:
-        size: values of a series that are kept, >= 1.
-        factor: spreads above the median that a value may lie.
+        size: the window: values kept of each series, >= 1.
+        factor: the largest accepted distance from the median, in spreads.
     """
 
     def __init__(self, size: int, factor: float) -> None:
@@ -28,19 +28,20 @@ class RunningMedian:
         self._values: Tensor | None = None
 
     def limits(self, like: Tensor) -> Tensor:
-        """Return the largest value that is no spike, for each series.
+        """Return the largest value of each series that is no spike.
 
         Args:
-            like: values [series], of whose device and type the result is.
+            like: a tensor [series] with the device and type of the result.
         """
         values = self._window(like)
-        median = _middle(values)
-        spread = _middle((values - median[:, None]).abs())
+        median = _lower_median(values)
+        spread = _lower_median((values - median[:, None]).abs())
         limit = median + self.factor * torch.maximum(spread, FLOOR * median.abs())
-        return limit.where(values[:, 0].isfinite(), torch.inf)  # the oldest: the window is full
+        is_full = values[:, 0].isfinite()  # the oldest value
+        return limit.where(is_full, torch.inf)
 
     def add(self, values: Tensor, accepted: Tensor) -> None:
-        """Take in a value of each series [series], where `accepted`, a boolean scalar, is true."""
+        """Add a value of each series [series] if `accepted`, a boolean scalar tensor, is true."""
         window = self._window(values)
         moved = torch.cat([window[:, 1:], values[:, None]], dim=1)
         self._values = torch.where(accepted, moved, window)
@@ -50,13 +51,13 @@ class RunningMedian:
         self._values = None
 
     def to_lists(self) -> list[list[float]]:
-        """Return the values of each series, the oldest first; waits for the device."""
+        """Return the values of each series, oldest first. The host waits for the device."""
         if self._values is None:
             return []
         return [row[row.isfinite()].tolist() for row in self._values.cpu()]
 
     def from_lists(self, lists: Sequence[Sequence[float]]) -> None:
-        """Go on from what `to_lists` returned."""
+        """Continue from the values that `to_lists` returned."""
         self._values = None
         if lists:
             kept = [list(values)[-self.size :] for values in lists]
@@ -72,6 +73,6 @@ class RunningMedian:
         return self._values
 
 
-def _middle(values: Tensor) -> Tensor:
-    # Sorted, since torch's median has no deterministic kernel on an accelerator.
+def _lower_median(values: Tensor) -> Tensor:
+    # By sorting, because torch.median has no deterministic kernel on an accelerator.
     return values.sort(dim=1).values[:, (values.shape[1] - 1) // 2]
