@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diptych.engine.checks import whole_number
 from diptych.engine.distributed.collectives import rank
-from diptych.engine.distributed.dtensor import whole
+from diptych.engine.distributed.dtensor import full_tensor
 from diptych.engine.events import StepEvents
 from diptych.engine.modules import named_parameters
 from diptych.engine.trainer import Trainer
@@ -57,7 +57,7 @@ class Histograms(BoardHandler):
                 self._add(writer, f"weight_gradients/{name}", parameter.grad, step)
 
     def _add(self, writer: Any, tag: str, values: Tensor, step: int) -> None:
-        values = whole(values.detach())
+        values = full_tensor(values.detach())
         if writer is None:
             return
         values = values.float().cpu()
