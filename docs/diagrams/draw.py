@@ -32,8 +32,12 @@ UPDATE: list[Row] = [
 EPOCH_ENDS: list[Row] = [
     ("EPOCH_COMPLETED", ["Evaluation"]),
     ("EVALUATED", ["EarlyStopping", "StagePlan"]),
+    ("EPOCH_PUBLISHED", ["EarlyStopping", "StagePlan"]),
 ]
-AFTER: list[Row] = [("COMPLETED", ["CheckpointManager", "RunCard"])]
+AFTER: list[Row] = [
+    ("COMPLETED", ["CheckpointManager"]),
+    ("ENDED", ["TensorBoard", "JsonLines", "RunCard"]),
+]
 STEP, HEIGHT, PILL = 34, 26, 178
 
 
