@@ -330,7 +330,7 @@ class CheckpointManager(Handler):
         self._writer.log_failure()
         timeouts = self._memory.timeouts + (time.monotonic() >= self._deadline)
         signal, timeouts = self._ranks.exchange(self._signals.number, timeouts)
-        known = self._known(trainer)._replace(signal=signal, timeouts=timeouts)
+        known = self._known(trainer, signal, timeouts)
         self._carry_out(trainer, decide_at_safe_point(self._memory, known))
         # Until something wakes it, only a signal can cause a save: skip the decision.
         self._asleep = (
@@ -342,24 +342,22 @@ class CheckpointManager(Handler):
         )
 
     def _save_end(self, trainer: Trainer) -> None:
-        known = self._known(trainer)._replace(save_failed=on_rank_zero(self._last_save_failed))
+        known = self._known(trainer, save_failed=on_rank_zero(self._last_save_failed))
         self._carry_out(trainer, decide_at_end(self._memory, known))
         on_rank_zero(self._writer.finish)
         self._ranks.exchange(self._signals.number, 0)  # the next call returns this one's maximum
         signal, _ = self._ranks.exchange(self._signals.number, 0)
         self._carry_out(trainer, Decision(self._memory, signal=signal))
 
-    def _known(self, trainer: Trainer) -> Known:
+    def _known(
+        self, trainer: Trainer, signal: int = 0, timeouts: int = 0, *, save_failed: bool = False
+    ) -> Known:
         values, missing = self._scores(trainer), None
         if self.best is not None and not values:
             missing = missing_metric(trainer, "best", self.best)
-        return Known(
-            at=_position(trainer),
-            is_finished=trainer.is_finished,
-            position_is_lost=position_is_lost(trainer),
-            values=values,
-            missing=missing,
-        )
+        at = _position(trainer)
+        lost = position_is_lost(trainer)
+        return Known(at, trainer.is_finished, lost, signal, timeouts, values, missing, save_failed)
 
     def _scores(self, trainer: Trainer) -> list[float]:
         return [] if self.best is None else published_values(trainer, self.best)

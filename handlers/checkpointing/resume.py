@@ -1,4 +1,4 @@
-"""Where a run begins: the latest readable checkpoint, or iteration 0; and where it can resume."""
+"""The start of a run: from the latest readable checkpoint, or from iteration 0."""
 
 from __future__ import annotations
 

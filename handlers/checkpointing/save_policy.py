@@ -16,7 +16,7 @@ class Memory(NamedTuple):
         due: whether the cadence has asked for a save that is still to be made.
         timeouts: how often the interval between two saves has ended, on any rank.
         values: how many values of the ranking metric have been judged; None: not known.
-        saved: where the last save was made; None before the first.
+        saved: the place of the last save; None before the first.
     """
 
     due: bool = False
@@ -29,7 +29,7 @@ class Known(NamedTuple):
     """What is known of a run at a safe point or at its end, the same on all ranks.
 
     Attributes:
-        at: where the run is.
+        at: the place of the run.
         is_finished: whether the run has done all that it was asked for.
         position_is_lost: whether a run cannot resume here.
         signal: the number of a signal that asks the run to end, or 0.
@@ -78,8 +78,7 @@ def decide_at_safe_point(memory: Memory, known: Known) -> Decision:
         memory = memory._replace(due=True, timeouts=known.timeouts)
     if known.is_finished:
         return Decision(memory)
-    score = _new_score(memory, known)
-    memory = _judged(memory, known)
+    memory, score = _judge(memory, known)
     asked = memory.due or known.signal > 0 or known.missing is not None
     save = score is not None or (asked and not known.position_is_lost)
     if save:
@@ -92,18 +91,17 @@ def decide_at_end(memory: Memory, known: Known) -> Decision:
     missing = known.missing if known.is_finished else None
     if memory.saved == known.at and not known.save_failed:
         return Decision(memory, missing=missing)
-    score = _new_score(memory, known)
-    return Decision(_saved(_judged(memory, known), known), True, score, missing)
+    memory, score = _judge(memory, known)
+    return Decision(_saved(memory, known), True, score, missing)
 
 
-def _new_score(memory: Memory, known: Known) -> float | None:
-    is_new = len(known.values) != memory.values  # fewer: the run has started over
-    return known.values[-1] if known.values and is_new else None
-
-
-def _judged(memory: Memory, known: Known) -> Memory:
-    is_new = len(known.values) != memory.values
-    return memory._replace(values=len(known.values)) if is_new else memory
+def _judge(memory: Memory, known: Known) -> tuple[Memory, float | None]:
+    """Return the memory with all values judged, and the last value if there are new ones."""
+    values = known.values
+    if len(values) == memory.values:
+        return memory, None
+    # With fewer values the run has started over.
+    return memory._replace(values=len(values)), values[-1] if values else None
 
 
 def _saved(memory: Memory, known: Known) -> Memory:

@@ -7,7 +7,6 @@ as `torch.save` writes it; an index of plain values holds their positions.
 from __future__ import annotations
 
 import io
-import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -96,9 +95,8 @@ def write_shards(folder: Path, shards: LocalShards, group: Any) -> dict[str, Any
         folder.mkdir(parents=True, exist_ok=True)
         digest = write_verified(folder / file, partial(_write_chunks, shards, file, chunks))
         own = file, list(digest), chunks
-    except Exception as error:  # noqa: BLE001 - all ranks raise it below
-        line = traceback.format_exception_only(type(error), error)[-1].strip()
-        own = f"rank {rank()}: {line}"
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        own = f"rank {rank()}: {type(error).__name__}: {error}"
     written: list[Any] = [None] * world_size()
     dist.all_gather_object(written, own, group=group)
     failures = [message for message in written if isinstance(message, str)]

@@ -1,4 +1,4 @@
-"""Checkpoints of a model that ranks share: whoever resumes them goes on with the same run."""
+"""Checkpoints of a sharded model: any number of ranks resumes the same run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diptych.engine import CheckpointError
-from diptych.engine.distributed.dtensor import whole
+from diptych.engine.distributed.dtensor import full_tensor
 from diptych.handlers import CheckpointManager, GradientClipping, WeightAverage
 from diptych.handlers.checkpointing import sharded_tensors
 from tests.engine import sharded
@@ -20,22 +20,22 @@ from tests.engine.sharded import make_trainer, weights_of
 from tests.losses.ranks import Ranks
 
 ALL = 6
-"""Iterations of the whole run, two epochs; it is cut off after four, inside the second."""
+"""Iterations of the whole run, two epochs; it is interrupted after four, inside the second."""
 
 
 def trained(
     shard: bool, folder: Path | None, iterations: int = ALL, **options: Any
 ) -> dict[str, Tensor]:
-    """Return all that the run ends with after so many iterations, with or without checkpoints."""
+    """Return the final tensors of a run, with or without checkpoints."""
     trainer, average = make_trainer(shard, microbatch_size=3), WeightAverage(decay=0.9)
     trainer.attach(GradientClipping(max_norm=0.5), average)
     if folder is not None:
         trainer.attach(CheckpointManager(folder, every=2, **options))
     trainer.run(sharded.loader(), max_iters=iterations)
     found = {f"model.{name}": value for name, value in weights_of(trainer.model).items()}
-    found |= {f"average.{name}": whole(v) for name, v in average.average_state_dict().items()}
+    found |= {f"average.{name}": full_tensor(v) for name, v in average.average_state_dict().items()}
     for index, state in trainer.optimizer.state_dict()["state"].items():
-        found |= {f"optimizer.{index}.{name}": whole(value) for name, value in state.items()}
+        found |= {f"optimizer.{index}.{name}": full_tensor(value) for name, value in state.items()}
     return found
 
 
@@ -53,13 +53,13 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], *, exact:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Tensor]:
-    """Return what one process ends with that nobody interrupts."""
+    """Return the final tensors of one uninterrupted process."""
     return trained(False, None)
 
 
 @pytest.fixture(scope="module")
 def cut(ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a run on two ranks that was cut off after four iterations."""
+    """Return the folder of a run on two ranks that was interrupted after four iterations."""
     folder: Path = tmp_path_factory.mktemp("cut") / "checkpoints"
     ranks.run(trained, [(True, folder, 4)] * 2)
     return folder
@@ -73,7 +73,7 @@ def copy(cut: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_resumed_run_ends_bit_for_bit_like_one_that_nobody_touched(ranks, tmp_path, background):
+def test_a_resumed_run_ends_bit_for_bit_like_the_uninterrupted_run(ranks, tmp_path, background):
     options = {"background": background}
     expected = ranks.run(trained, [(True, None)] * 2)
     ranks.run(_cut_off, [(tmp_path, options)] * 2)
@@ -85,17 +85,17 @@ def _cut_off(folder: Path, options: dict[str, Any]) -> None:
     trained(True, folder, 4, **options)
 
 
-def test_a_whole_process_goes_on_with_what_two_ranks_shared(copy, alone):
+def test_one_process_resumes_a_model_that_two_ranks_sharded(copy, alone):
     assert_same(trained(False, copy), alone, exact=False)
 
 
-def test_two_whole_ranks_go_on_with_what_two_ranks_shared(ranks, copy, alone):
+def test_two_ranks_resume_a_sharded_model_without_sharding_it(ranks, copy, alone):
     for found in ranks.run(trained, [(False, copy)] * 2):
         assert_same(found, alone, exact=False)
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_two_ranks_share_what_whole_ones_have_saved(ranks, tmp_path, alone, count):
+def test_two_ranks_shard_a_model_that_was_saved_whole(ranks, tmp_path, alone, count):
     if count == 1:
         trained(False, tmp_path, 4)
     else:
@@ -105,7 +105,7 @@ def test_two_ranks_share_what_whole_ones_have_saved(ranks, tmp_path, alone, coun
 
 
 @pytest.mark.slow  # for the start of the third rank
-def test_three_ranks_go_on_with_what_two_ranks_shared(tmp_path, copy, alone):
+def test_three_ranks_resume_a_model_that_two_ranks_sharded(tmp_path, copy, alone):
     started = Ranks(tmp_path)
     started.run(warnings.filterwarnings, [("ignore", "`torch.jit", DeprecationWarning)] * 3)
     for found in started.run(trained, [(True, copy)] * 3):
@@ -150,7 +150,7 @@ def exporting(folder: Path) -> dict[str, Tensor]:
     return again
 
 
-def test_the_weights_are_exported_whole_and_old_folders_go(ranks, tmp_path):
+def test_the_weights_are_exported_whole_and_old_folders_are_removed(ranks, tmp_path):
     from safetensors.torch import load_file
 
     weights, _ = ranks.run(exporting, [(tmp_path,)] * 2)
@@ -162,7 +162,7 @@ def test_the_weights_are_exported_whole_and_old_folders_go(ranks, tmp_path):
     assert kept == {"checkpoint_epoch_7.shards", "checkpoint_epoch_2.shards"}
 
 
-def test_a_damaged_share_makes_all_ranks_take_the_checkpoint_before_it(ranks, copy, alone):
+def test_all_ranks_resume_from_the_checkpoint_before_one_with_a_damaged_shard(ranks, copy, alone):
     share = sorted((copy / "checkpoint_epoch_2_iteration_4.shards").iterdir())[1]
     content = bytearray(share.read_bytes())
     content[len(content) // 2] ^= 1
@@ -172,7 +172,7 @@ def test_a_damaged_share_makes_all_ranks_take_the_checkpoint_before_it(ranks, co
 
 
 def failing(folder: Path) -> list[str]:
-    """Return what a run says whose second rank cannot write its last checkpoints."""
+    """Return the error of a run whose second rank cannot write its last checkpoint."""
     trainer, manager = make_trainer(True), CheckpointManager(folder, every=1)
     trainer.attach(manager)
 
@@ -193,7 +193,7 @@ def failing(folder: Path) -> list[str]:
     return told
 
 
-def test_a_rank_that_cannot_write_is_named_and_the_checkpoints_before_it_stand(ranks, tmp_path):
+def test_a_rank_that_cannot_write_is_named_and_earlier_checkpoints_stay_intact(ranks, tmp_path):
     for (told,) in ranks.run(failing, [(tmp_path,)] * 2):
         assert "could not be written: rank 1: OSError: No space left on device" in told
     assert {p.name for p in tmp_path.glob("check*")} == {

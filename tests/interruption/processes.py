@@ -1,4 +1,4 @@
-"""Processes that train: started on one rank or several, killed, or let run to their end."""
+"""Processes that train on one rank or several, to be killed or to finish."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HANG = 120.0
 def start(
     folder: Path, ranks: int, *, seconds: float = 0.0, **environment: str
 ) -> list[subprocess.Popen[bytes]]:
-    """Start the training on so many ranks, each a process group of its own with its workers."""
+    """Start the training; each rank and its workers are a process group of their own."""
     rendezvous = folder / f"rendezvous-{time.time_ns()}"
     folder.mkdir(parents=True, exist_ok=True)
     processes = []
@@ -46,7 +46,7 @@ def start(
 
 
 def kill(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Kill every process with its workers, as a machine that loses its power would."""
+    """Kill every process with its workers, as a power failure does."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -54,19 +54,19 @@ def kill(processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 def finish(folder: Path, ranks: int, **environment: str) -> tuple[str, bytes]:
-    """Let the training run to its end; return what it made."""
+    """Run the training to its end; return its digest and metrics."""
     processes = start(folder, ranks, **environment)
     assert codes(processes) == [0] * ranks, (folder / "errors-0").read_text()[-3000:]
     return (folder / "digest").read_text(), (folder / "metrics.jsonl").read_bytes()
 
 
 def codes(processes: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Wait for the ends of processes; return their exit codes."""
+    """Wait for processes to end; return their exit codes."""
     return [process.wait(timeout=HANG) for process in processes]
 
 
 def saves(folder: Path) -> int:
-    """Return a number that changes with every file written: a clock that knows the machine."""
+    """Return a number that changes with every file written: a clock of the training's progress."""
     checkpoints = folder / "checkpoints"
     return sum(_written(path) for path in checkpoints.glob("*")) if checkpoints.is_dir() else 0
 

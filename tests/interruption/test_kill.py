@@ -1,4 +1,4 @@
-"""The promise: killed anywhere, started again, the run ends as if nothing had happened."""
+"""A run that is killed anywhere and started again ends like the uninterrupted run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.interruption.processes import HANG, finish, kill, saves, start
 def kill_at_random(
     folder: Path, ranks: int, draw: random.Random, environment: dict[str, str]
 ) -> bool:
-    """Start the training and kill it just after a first sign of life; say whether it still ran."""
+    """Start the training, kill it after its first save; return whether it was still running."""
     processes = start(folder, ranks, **environment)
     before, deadline = saves(folder), time.monotonic() + HANG
     moment = draw.random()
@@ -42,22 +42,22 @@ def check(tmp_path: Path, ranks: int, kills: int, **environment: str) -> None:
     raise AssertionError(f"only {killed} of {kills} kills met a running process")
 
 
-def test_a_run_killed_a_few_times_ends_like_the_one_nobody_touched(tmp_path):
+def test_a_run_killed_a_few_times_ends_like_the_uninterrupted_run(tmp_path):
     check(tmp_path, ranks=1, kills=3)
 
 
-def test_a_run_killed_on_two_ranks_ends_like_the_one_nobody_touched(tmp_path):
+def test_a_run_killed_on_two_ranks_ends_like_the_uninterrupted_run(tmp_path):
     check(tmp_path, ranks=2, kills=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_killed_thirty_times_ends_like_the_one_nobody_touched(tmp_path, ranks):
+def test_a_run_killed_thirty_times_ends_like_the_uninterrupted_run(tmp_path, ranks):
     check(tmp_path, ranks=ranks, kills=30)
 
 
 @pytest.mark.slow
-def test_a_run_whose_ranks_share_the_model_ends_like_the_one_nobody_touched(tmp_path):
+def test_a_run_with_a_sharded_model_ends_like_the_uninterrupted_run(tmp_path):
     check(tmp_path, ranks=2, kills=10, SHARD="1")
 
 
@@ -71,7 +71,7 @@ def kill_inside_an_epoch(folder: Path, ranks: int, **environment: str) -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_another_number_of_ranks_and_another_micro_batch_go_on_with_the_same_order(
+def test_another_number_of_ranks_and_another_micro_batch_continue_with_the_same_order(
     tmp_path, before, after
 ):
     finish(tmp_path / "whole", 1)
@@ -83,7 +83,7 @@ def test_another_number_of_ranks_and_another_micro_batch_go_on_with_the_same_ord
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_another_number_of_ranks_ends_with_the_weights_of_a_run_that_nobody_touched(
+def test_another_number_of_ranks_ends_with_the_weights_of_the_uninterrupted_run(
     tmp_path, before, after
 ):
     finish(tmp_path / "whole", 1, EQUAL="1")

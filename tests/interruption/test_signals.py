@@ -1,4 +1,4 @@
-"""Signals to processes with workers, on one rank and on two: they save, and say so when they go."""
+"""Signals to processes with workers, on one rank and on two: they save, log it and end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def wait_for_a_save(folder, processes) -> None:
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes]:
-    """Return what the run makes that nobody touched."""
+    """Return digest and metrics of the uninterrupted run."""
     return finish(tmp_path_factory.mktemp("whole"), 1)
 
 
@@ -43,7 +43,7 @@ def test_a_signal_to_the_process_and_its_workers_saves_and_gives_the_conventiona
     [{}, pytest.param({"SHARD": "1"}, marks=pytest.mark.slow)],
     ids=["whole", "shared"],
 )
-def test_two_ranks_of_which_one_is_asked_end_at_one_iteration_with_a_checkpoint(
+def test_a_signal_to_one_of_two_ranks_ends_both_at_one_iteration_with_a_checkpoint(
     tmp_path, environment
 ):
     expected = finish(tmp_path / "whole", 2, **environment)
@@ -70,7 +70,7 @@ def test_a_second_process_on_the_folder_is_refused(tmp_path):
     kill([first])
 
 
-def test_all_ranks_are_refused_where_one_is(tmp_path):
+def test_an_unwritable_folder_is_an_error_on_all_ranks(tmp_path):
     (tmp_path / "checkpoints").write_text("in the way of the folder")
     processes = start(tmp_path, 2)
     # Not always 1: torch may abort a process whose peers have gone while it leaves.

@@ -1,10 +1,10 @@
-"""A training with everything that an interruption could spoil, as a script to be killed.
+"""A training script, to be killed, with everything that an interruption could change.
 
 Usage: python -m tests.interruption.training FOLDER RENDEZVOUS [SECONDS]
 
-With SECONDS an iteration takes at least as long, so that a signal meets it in the middle. The
-environment may give RANK, WORLD_SIZE, MICROBATCH_SIZE, SHARD, with which ranks share the model, and
-EQUAL, with which the weights do not depend on the number of ranks.
+With SECONDS each iteration takes at least that long, so that a signal arrives in the middle.
+Environment: RANK, WORLD_SIZE, MICROBATCH_SIZE; SHARD shards the model; EQUAL makes the weights
+independent of the number of ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from diptych.engine import SeededLoader, Trainer, tasks
-from diptych.engine.distributed.dtensor import whole
+from diptych.engine.distributed.dtensor import full_tensor
 from diptych.handlers import (
     CheckpointManager,
     EarlyStopping,
@@ -56,7 +56,7 @@ class Pairs(Dataset):
 
 
 class Encoder(nn.Module):
-    """Batch norm and dropout: buffers that move, and draws in the forward pass."""
+    """An encoder with batch norm and dropout: changing buffers, and random draws."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Encoder(nn.Module):
 
 
 class EqualEncoder(nn.Module):
-    """The same on any number of ranks: no batch norm, no draws, and float64."""
+    """An encoder that is the same on any number of ranks: no batch norm, no dropout, float64."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,12 +82,12 @@ class EqualEncoder(nn.Module):
 
 
 def jitter(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Draw for a whole batch, on the device."""
+    """Add noise to a whole batch, on the device."""
     return {**batch, "first": batch["first"] + 0.1 * torch.randn_like(batch["first"])}
 
 
 def as_pairs(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Call the two views what the metric calls the two sides."""
+    """Rename the features of two views as the metric expects."""
     return {
         "image_features": outputs["first_features"],
         "text_features": outputs["second_features"],
@@ -95,17 +95,17 @@ def as_pairs(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Order:
-    """Notes the samples of every update, all ranks together, as part of the run's state."""
+    """Records the samples of every update on all ranks, as part of the run's state."""
 
     def __init__(self) -> None:
         self.seen: list[list[int]] = []
 
     def attach(self, trainer: Trainer) -> None:
-        """Look at each batch when its update is done."""
+        """Record each batch after its update."""
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self.note)
 
     def note(self, trainer: Trainer) -> None:
-        """Add the samples of one update."""
+        """Record the samples of one update."""
         own = trainer.state.batch["group"].tolist()
         shares = [own]
         if dist.is_initialized():
@@ -114,16 +114,16 @@ class Order:
         self.seen.append([index for share in shares for index in share])
 
     def state_dict(self) -> dict[str, list[list[int]]]:
-        """Return all that was seen."""
+        """Return the samples so far."""
         return {"seen": self.seen}
 
     def load_state_dict(self, state_dict: dict[str, list[list[int]]]) -> None:
-        """Go on from what was seen."""
+        """Continue from saved samples."""
         self.seen = state_dict["seen"]
 
 
 def build(folder: Path) -> tuple[Trainer, SeededLoader, Average, Order]:
-    """Make the trainer with all its handlers, its loader, the average and the order of samples."""
+    """Return the trainer with its handlers, its loader, the average, and the order of samples."""
     torch.manual_seed(0)
     equal = "EQUAL" in os.environ
     model, loss = EqualEncoder() if equal else Encoder(), MoCoLoss(dim=8, queue_size=20)
@@ -163,7 +163,7 @@ Average = Callable[[], dict[str, Tensor]]
 
 
 def averaged(trainer: Trainer) -> tuple[Average, nn.Module | None]:
-    """Average the weights; return what gives the average, and Ignite's model of it."""
+    """Average the weights; return a function that returns the average, and Ignite's model of it."""
     if "SHARD" in os.environ:  # such a model cannot be copied
         own = WeightAverage(decay=0.95)
         trainer.attach(own)
@@ -174,7 +174,7 @@ def averaged(trainer: Trainer) -> tuple[Average, nn.Module | None]:
 
 
 def main() -> None:
-    """Train to the end, from wherever the last process came, and write the digest of the result."""
+    """Train to the end from the latest checkpoint, and write the digest of the result."""
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     if "RANK" in os.environ:
@@ -189,7 +189,7 @@ def main() -> None:
         trainer.add_event_handler(Events.ITERATION_STARTED, lambda: time.sleep(float(sys.argv[3])))
     trainer.run(loader, max_epochs=EPOCHS)
     states = [trainer.model.state_dict(), trainer.loss.state_dict(), average()]
-    values = [whole(value) for state in states for value in state.values()]
+    values = [full_tensor(value) for state in states for value in state.values()]
     content = b"".join(value.numpy().tobytes() for value in values)
     if int(os.environ.get("RANK", "0")) == 0:
         (folder / "order.json").write_text(json.dumps(order.seen))

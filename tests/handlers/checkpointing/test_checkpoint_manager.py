@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, how a run resumes, and what a bad moment leaves behind."""
+"""Checkpoints: their contents, resuming, and failures during a save."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ def record_values(trainer: Trainer) -> list[tuple[int, dict[str, float]]]:
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """Simulates the end of the process."""
 
 
 @pytest.mark.parametrize("stop", [1, 3, 6, 7, 11, 12, 17])
-def test_a_run_that_is_cut_anywhere_ends_like_the_one_nobody_touched(tmp_path, stop):
+def test_a_run_that_is_cut_anywhere_ends_like_the_uninterrupted_run(tmp_path, stop):
     whole = make_trainer()
     EMAHandler(whole.model, momentum=0.1).attach(whole)
     expected = record_values(whole)
@@ -125,7 +125,7 @@ def test_a_checkpoint_loads_with_weights_only_and_bare_model_keys(tmp_path):
     assert state["trainer"]["iteration"] == 6
 
 
-def test_save_load_and_latest_work_by_hand_as_the_plan_draws_them(tmp_path):
+def test_save_load_and_latest_can_be_called_by_hand(tmp_path):
     trainer = make_trainer()
     manager = CheckpointManager(tmp_path / "mine")
     trainer.attach(manager)
@@ -140,7 +140,7 @@ def test_save_load_and_latest_work_by_hand_as_the_plan_draws_them(tmp_path):
     assert manager.get_latest_checkpoint() == path
 
 
-def test_a_manager_that_is_not_attached_says_so(tmp_path):
+def test_saving_with_a_manager_that_is_not_attached_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="must be attached"):
         CheckpointManager(tmp_path).save_checkpoint(1, {})
 
@@ -172,7 +172,7 @@ def test_without_a_metric_the_last_few_are_kept(tmp_path):
     assert names == ["checkpoint_epoch_3.pt", "checkpoint_epoch_4.pt"]
 
 
-def test_a_metric_that_nobody_publishes_is_an_error_that_names_those_there_are(tmp_path):
+def test_a_metric_that_nobody_publishes_is_an_error_that_names_the_published_ones(tmp_path):
     trainer = make_trainer()
     trainer.attach(CheckpointManager(tmp_path, best="val/recal@1"))
     with pytest.raises(CheckpointError, match=r"val/recal@1.*train/loss"):
@@ -196,7 +196,9 @@ def test_a_finished_run_does_nothing_and_more_epochs_continue_it(tmp_path, caplo
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
-def test_a_damaged_file_is_named_and_the_one_before_it_taken(tmp_path, caplog, damage):
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one_and_names_it(
+    tmp_path, caplog, damage
+):
     trainer = make_trainer()
     trainer.attach(CheckpointManager(tmp_path))
     trainer.run(make_loader(), max_epochs=2)
@@ -247,7 +249,7 @@ def test_a_loader_without_positions_is_saved_at_the_end_of_each_epoch_only(tmp_p
     assert names == ["checkpoint_epoch_1.pt", "checkpoint_epoch_2.pt"]
 
 
-def test_left_overs_of_a_killed_save_are_swept(tmp_path):
+def test_incomplete_files_of_a_killed_save_are_removed(tmp_path):
     trainer = make_trainer()
     trainer.attach(CheckpointManager(tmp_path))
     trainer.run(make_loader(), max_epochs=1)
@@ -266,7 +268,7 @@ def test_left_overs_of_a_killed_save_are_swept(tmp_path):
 
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("failing", [{2}, {3}])
-def test_a_full_disk_is_told_and_leaves_the_earlier_checkpoint(
+def test_a_full_disk_is_logged_and_leaves_the_earlier_checkpoint_intact(
     tmp_path, monkeypatch, caplog, background, failing
 ):
     trainer = make_trainer()
@@ -289,7 +291,7 @@ def test_a_full_disk_is_told_and_leaves_the_earlier_checkpoint(
 
 
 class Holds:
-    """A handler with a memory of whatever kind."""
+    """A handler whose state is any value."""
 
     def __init__(self, value: object) -> None:
         self.value = value
@@ -305,7 +307,7 @@ class Holds:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_state_that_nobody_could_read_is_refused_at_the_first_save(tmp_path, background):
+def test_a_state_that_cannot_be_loaded_safely_is_refused_at_the_first_save(tmp_path, background):
     trainer = make_trainer()
     trainer.attach(Holds(len), CheckpointManager(tmp_path, background=background))
     with pytest.raises(CheckpointError, match=r"handlers.Holds.value must be made of tensors"):
@@ -314,7 +316,7 @@ def test_a_state_that_nobody_could_read_is_refused_at_the_first_save(tmp_path, b
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_what_interrupts_a_save_reaches_the_caller(tmp_path, monkeypatch, background):
+def test_an_interrupt_during_a_save_reaches_the_caller(tmp_path, monkeypatch, background):
     trainer = make_trainer()
     trainer.attach(CheckpointManager(tmp_path, background=background))
 
@@ -326,7 +328,7 @@ def test_what_interrupts_a_save_reaches_the_caller(tmp_path, monkeypatch, backgr
         trainer.run(make_loader(), max_epochs=2)
 
 
-def test_a_checkpoint_saved_anew_by_hand_is_where_the_path_says(tmp_path):
+def test_a_checkpoint_saved_again_by_hand_is_at_the_returned_path(tmp_path):
     trainer, manager = make_trainer(), CheckpointManager(tmp_path)
     trainer.attach(manager)
     trainer.run(make_loader(), max_epochs=1)
@@ -369,7 +371,7 @@ def test_arguments_out_of_range_are_refused(tmp_path, arguments, message):
         CheckpointManager(tmp_path, **arguments)
 
 
-def test_a_function_called_every_few_iterations_brings_its_objects_state(tmp_path):
+def test_a_function_called_every_few_iterations_has_its_objects_state_saved(tmp_path):
     class Counter:
         count = 0
 

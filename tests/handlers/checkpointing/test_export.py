@@ -1,4 +1,4 @@
-"""Exported weights: what another program reads is what was trained."""
+"""Exported weights equal the trained ones when another program reads them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_without_the_package_the_error_names_the_extra(tmp_path, monkeypatch):
         CheckpointManager(tmp_path, export=True)
 
 
-def test_tied_and_strided_weights_are_written_each_for_itself(tmp_path):
+def test_tied_and_strided_weights_are_written_separately(tmp_path):
     weight = torch.arange(6.0).reshape(2, 3)
     export_weights({"a": weight, "b": weight.T}, tmp_path / "w.safetensors")
     loaded = load_file(tmp_path / "w.safetensors")

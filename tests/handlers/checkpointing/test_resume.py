@@ -1,4 +1,4 @@
-"""Where a run begins: what it may find in its folder, and what may have changed since."""
+"""Where a run begins: the contents of its folder, and what may have changed since."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.handlers.runs import report_each_epoch
 
 
 def run(folder, *handlers, epochs: int, stop: int | None = None, **settings):
-    """Run with a manager on the folder, up to a stop; return the trainer and the manager."""
+    """Run with a manager on the folder, up to a stop; return trainer and manager."""
     trainer = make_trainer()
     manager = CheckpointManager(folder, **settings)
     trainer.attach(*handlers, manager)
@@ -35,7 +35,7 @@ def whole(epochs: int) -> str:
     return digest(trainer)
 
 
-def test_a_path_of_another_run_is_where_a_run_begins_and_its_own_folder_where_it_goes_on(tmp_path):
+def test_a_run_starts_from_another_runs_path_and_continues_from_its_own_folder(tmp_path):
     _, first = run(tmp_path / "a", epochs=1)
     path = first.get_latest_checkpoint()
     _, own = run(tmp_path / "b", epochs=3, stop=14, every=1, resume=path)
@@ -50,7 +50,9 @@ def test_a_path_of_another_run_is_where_a_run_begins_and_its_own_folder_where_it
 
 
 @pytest.mark.parametrize("as_name", [False, True])
-def test_a_path_in_the_runs_own_folder_goes_back_to_it_and_leaves_that_future(tmp_path, as_name):
+def test_a_path_in_the_runs_own_folder_goes_back_to_it_and_drops_later_checkpoints(
+    tmp_path, as_name
+):
     run(tmp_path, epochs=5, keep=9)
     name = "checkpoint_epoch_2.pt"
     back = name if as_name else tmp_path / name
@@ -61,7 +63,7 @@ def test_a_path_in_the_runs_own_folder_goes_back_to_it_and_leaves_that_future(tm
     assert digest(resumed) == whole(5)
 
 
-def test_a_relative_folder_stays_where_it_was_when_the_process_goes_elsewhere(
+def test_a_relative_folder_stays_where_it_was_when_the_working_directory_changes(
     tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -74,13 +76,13 @@ def test_a_relative_folder_stays_where_it_was_when_the_process_goes_elsewhere(
     assert not any((tmp_path / "elsewhere").iterdir())
 
 
-def test_an_empty_folder_begins_a_run_and_none_asks_for_one(tmp_path):
+def test_a_run_starts_in_an_empty_folder_with_resume_auto_and_none(tmp_path):
     for resume in ("auto", None):
         trainer, _ = run(tmp_path / str(resume), epochs=1, resume=resume)
         assert trainer.state.iteration == 6
 
 
-def test_a_checkpoint_whose_manifest_is_gone_is_neither_removed_nor_passed_over(tmp_path):
+def test_a_checkpoint_without_its_manifest_is_neither_removed_nor_ignored(tmp_path):
     _, manager = run(tmp_path / "a", epochs=1)
     (tmp_path / "b").mkdir()
     copy = tmp_path / "b" / "checkpoint_epoch_1.pt"
@@ -92,7 +94,7 @@ def test_a_checkpoint_whose_manifest_is_gone_is_neither_removed_nor_passed_over(
     assert digest(resumed) == whole(2)
 
 
-def test_no_checkpoint_that_can_be_read_is_an_error_and_not_a_new_run(tmp_path):
+def test_a_folder_of_unreadable_checkpoints_is_an_error_and_not_a_new_run(tmp_path):
     run(tmp_path, epochs=2)
     for path in tmp_path.glob("*.pt"):
         path.write_bytes(b"")
@@ -100,7 +102,7 @@ def test_no_checkpoint_that_can_be_read_is_an_error_and_not_a_new_run(tmp_path):
         run(tmp_path, epochs=2)
 
 
-def test_another_best_metric_ranks_what_is_saved_from_now_on(tmp_path):
+def test_another_best_metric_ranks_later_checkpoints(tmp_path):
     trainer = make_trainer()
     report_each_epoch(trainer, 0.9, 0.1, tag="val/first")
     trainer.attach(CheckpointManager(tmp_path, best="val/first", keep=1))
@@ -129,7 +131,7 @@ def test_a_value_of_an_earlier_iteration_is_not_the_score_of_a_later_one(tmp_pat
     assert manager.get_best_checkpoint() == tmp_path / "checkpoint_epoch_2.pt"
 
 
-def test_a_handler_that_is_new_begins_anew_and_one_that_is_gone_is_told(tmp_path, caplog):
+def test_a_new_handler_starts_from_its_initial_state_and_a_missing_one_is_logged(tmp_path, caplog):
     run(tmp_path, EarlyStopping(metric="train/loss", patience=9), epochs=1)
     log = JsonLines(tmp_path / "log")
     resumed, _ = run(tmp_path, log, epochs=2)
@@ -147,7 +149,7 @@ def test_which_of_several_handlers_of_a_class_is_which_is_not_guessed(tmp_path):
         run(tmp_path, *two, epochs=2)
 
 
-def test_other_versions_and_settings_are_told(tmp_path, caplog):
+def test_other_versions_and_settings_are_logged(tmp_path, caplog):
     _, manager = run(tmp_path, epochs=1)
     path = manager.get_latest_checkpoint()
     state = torch.load(path, weights_only=True)
@@ -173,7 +175,7 @@ def test_a_loader_of_another_length_is_an_error(tmp_path, stop, error, message):
         other.run(longer, max_epochs=3)
 
 
-def test_another_micro_batch_goes_on_with_the_same_samples(tmp_path):
+def test_another_micro_batch_continues_with_the_same_samples(tmp_path):
     run(tmp_path, epochs=2, stop=8, every=1)
     seen: dict[int | None, list[float]] = {None: [], 2: []}
     for size, rows in seen.items():
@@ -191,7 +193,7 @@ def test_another_micro_batch_goes_on_with_the_same_samples(tmp_path):
     assert len(seen[2]) == 14
 
 
-def test_an_exported_model_that_a_kill_left_out_is_written_when_the_run_goes_on(tmp_path):
+def test_an_export_that_a_kill_prevented_is_written_when_the_run_resumes(tmp_path):
     from safetensors.torch import load_file
 
     first, _ = run(tmp_path, epochs=1, export=True)
@@ -205,7 +207,7 @@ def test_an_exported_model_that_a_kill_left_out_is_written_when_the_run_goes_on(
     ("epoch_length", "told"),
     [(2, "only where an epoch of 2 iterations ends with a pass of 3 batches"), (3, ""), (6, "")],
 )
-def test_epochs_that_end_inside_a_pass_are_told_before_they_cost_a_run(
+def test_epochs_that_end_inside_a_pass_are_logged_when_the_run_starts(
     tmp_path, caplog, epoch_length, told
 ):
     trainer = make_trainer()

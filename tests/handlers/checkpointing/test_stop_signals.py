@@ -1,4 +1,4 @@
-"""Signals: the run ends where nothing is pending, with a checkpoint and the shell's exit code."""
+"""Signals end a run at a safe point, with a checkpoint and the conventional exit code."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_signal_ends_the_run_after_its_iteration_with_a_checkpoint(tmp_path, n
 
 @pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["default", "ignored"])
 def _before(request):
-    """What the process does on an interrupt without a trainer; a background job ignores it."""
+    """The action of SIGINT without a trainer; a background job ignores it."""
     before = signal.signal(signal.SIGINT, request.param)
     yield
     signal.signal(signal.SIGINT, before)
@@ -97,7 +97,7 @@ def test_a_second_process_on_one_folder_is_refused_until_the_first_is_gone(tmp_p
     lock.release()
 
 
-def test_a_folder_that_cannot_be_made_is_told_before_training(tmp_path):
+def test_a_folder_that_cannot_be_made_is_an_error_before_training(tmp_path):
     (tmp_path / "file").write_text("in the way")
     trainer = make_trainer()
     trainer.attach(CheckpointManager(tmp_path / "file"))

@@ -1,4 +1,4 @@
-"""The folder of checkpoints: whatever is cut off, or damaged, an earlier one is never lost."""
+"""A folder of checkpoints: no kill and no damage loses an earlier one."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def save_with_shards(store: CheckpointStore, iteration: int) -> None:
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """Simulates the end of the process."""
 
 
 FILE_OPERATIONS = [
@@ -59,7 +59,7 @@ FILE_OPERATIONS = [
 
 
 def kill_at(monkeypatch, operation: int, *, after: bool) -> list[int]:
-    """End the process just before, or just after, so many operations on files."""
+    """End the process just before, or just after, the given operation on files."""
     count = [0]
 
     def wrapped(function):
@@ -82,7 +82,7 @@ def kill_at(monkeypatch, operation: int, *, after: bool) -> list[int]:
 
 @pytest.mark.parametrize("save", [save, save_with_shards])
 @pytest.mark.parametrize("after", [False, True])
-def test_a_kill_at_any_operation_of_a_save_leaves_the_earlier_checkpoints_whole(
+def test_a_kill_at_any_operation_of_a_save_leaves_the_earlier_checkpoints_intact(
     tmp_path, monkeypatch, after, save
 ):
     operation = 0
@@ -111,7 +111,7 @@ def test_a_kill_at_any_operation_of_a_save_leaves_the_earlier_checkpoints_whole(
     assert operation > 10
 
 
-def test_a_checkpoint_that_replaces_another_one_takes_its_folder_away(tmp_path):
+def test_replacing_a_checkpoint_removes_its_folder(tmp_path):
     store = CheckpointStore(tmp_path)
     for _ in range(2):
         save_with_shards(store, 1)
@@ -122,7 +122,7 @@ def test_a_checkpoint_that_replaces_another_one_takes_its_folder_away(tmp_path):
 
 @pytest.mark.parametrize("save", [save, save_with_shards])
 @pytest.mark.parametrize("after", [False, True])
-def test_a_kill_while_a_checkpoint_is_written_anew_leaves_it_whole(
+def test_a_kill_while_a_checkpoint_is_written_again_leaves_it_intact(
     tmp_path, monkeypatch, after, save
 ):
     operation, finished = 0, False
@@ -146,7 +146,7 @@ def test_a_kill_while_a_checkpoint_is_written_anew_leaves_it_whole(
     assert operation > 8
 
 
-def test_a_checkpoint_written_anew_keeps_the_name_that_it_is_asked_for(tmp_path):
+def test_a_checkpoint_written_again_is_found_under_its_plain_name(tmp_path):
     store = CheckpointStore(tmp_path)
     for _ in range(3):
         save(store, 1)
@@ -167,7 +167,7 @@ def test_a_damaged_file_of_a_folder_is_named(tmp_path, damage):
         store.read("checkpoint_1.pt")
 
 
-def test_what_a_failed_save_wrote_of_its_shards_is_removed(tmp_path, monkeypatch):
+def test_the_shards_of_a_failed_save_are_removed(tmp_path, monkeypatch):
     store = CheckpointStore(tmp_path)
     save_with_shards(store, 1)
 
@@ -193,7 +193,7 @@ def test_a_kill_in_the_first_save_leaves_an_empty_folder(tmp_path, monkeypatch):
     assert store.entries() == []
 
 
-def test_a_file_that_somebody_put_into_the_folder_is_left_alone(tmp_path):
+def test_a_file_that_a_user_copied_into_the_folder_stays(tmp_path):
     store = CheckpointStore(tmp_path)
     save(store, 1)
     copy = tmp_path / "checkpoint_copied.pt"
@@ -203,7 +203,7 @@ def test_a_file_that_somebody_put_into_the_folder_is_left_alone(tmp_path):
     assert store.read(copy.name)["value"][0] == 1
 
 
-def test_what_does_not_read_back_as_it_was_written_is_no_checkpoint(tmp_path, monkeypatch):
+def test_a_file_that_reads_back_differently_is_not_a_checkpoint(tmp_path, monkeypatch):
     store = CheckpointStore(tmp_path)
     save(store, 1)
     flush = os.fsync
@@ -236,7 +236,7 @@ def test_one_flipped_bit_anywhere_is_noticed(tmp_path, place):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"checkpoints": [{"file": "a.pt"}]}'])
-def test_a_broken_manifest_is_named_with_a_way_out_and_nothing_is_removed(tmp_path, text):
+def test_a_broken_manifest_is_an_error_with_a_remedy_and_nothing_is_removed(tmp_path, text):
     store = CheckpointStore(tmp_path)
     save(store, 1)
     (tmp_path / "manifest.json").write_text(text)
@@ -254,7 +254,7 @@ def test_the_manifest_lists_size_and_digest_of_each_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["missing.pt", "text.pt", "tensor.pt"])
-def test_what_is_no_checkpoint_is_named(tmp_path, name):
+def test_a_file_that_is_not_a_checkpoint_is_named(tmp_path, name):
     (tmp_path / "text.pt").write_text("hello")
     torch.save(torch.ones(2), tmp_path / "tensor.pt")
     with pytest.raises(CheckpointError, match=name):
