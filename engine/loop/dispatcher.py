@@ -12,7 +12,7 @@ from typing import Any
 from ignite.engine import Engine, Events
 from ignite.engine.events import RemovableEventHandle
 
-from diptych.engine.distributed.hang_report import enter_place, leave_place, name_wait
+from diptych.engine.distributed.hang_report import enter_place, leave_place, raise_if_lost
 from diptych.engine.loop.listener import Listener
 from diptych.engine.loop.periodic import Periodic
 
@@ -129,7 +129,7 @@ class Dispatcher(Engine):
                 else:
                     listener.call(self, (), {})
             except RuntimeError as error:
-                name_wait(error, listener.name, before)
+                raise_if_lost(error)
                 raise
             finally:
                 leave_place()

@@ -185,7 +185,8 @@ class EventLoop(Dispatcher):
     @property
     def _is_to_end(self) -> bool:
         """Whether the running epoch has no iteration left."""
-        whole = self.epoch_iteration == self.state.epoch_length
+        length = self.state.epoch_length
+        whole = length is not None and self.epoch_iteration >= length
         return self._position.in_epoch and (whole or bool(self.should_terminate_single_epoch))
 
     # -- the loop --------------------------------------------------------------------------------
@@ -253,7 +254,7 @@ class EventLoop(Dispatcher):
                 self._fire_event(Events.TERMINATE_SINGLE_EPOCH, iter_counter=self.epoch_iteration)
                 self.batches.rewind()
                 return True
-            if self.epoch_iteration == state.epoch_length:
+            if state.epoch_length is not None and self.epoch_iteration >= state.epoch_length:
                 # If an epoch is one pass over the data, the next epoch starts a new pass.
                 if length_of(self.batches.data) == state.epoch_length:
                     self.batches.rewind()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from diptych.engine import BatchError, Evaluator, tasks
-from tests.engine.loops import Unsized, call_at
+from tests.engine.loop.loops import Unsized, call_at
 
 
 def labelled(sizes: tuple[int, ...] = (5, 5, 2)) -> list[dict[str, Tensor]]:
@@ -73,7 +73,7 @@ def test_metrics_are_called_by_their_class_or_by_the_name_given():
 
 
 def test_two_metrics_of_one_class_need_names():
-    with pytest.raises(ValueError, match="different names, got accuracy twice. Pass a mapping"):
+    with pytest.raises(ValueError, match=r"different names, got accuracy twice\. Pass a mapping"):
         evaluator_of(metrics=[Accuracy(both), Accuracy(both)])
 
 
@@ -206,9 +206,7 @@ def test_a_terminated_evaluation_gives_no_values_of_another():
     evaluator = evaluator_of(metrics=[Several(both)])
     evaluator.evaluate(labelled())
     call_at(evaluator, 2, evaluator.terminate)
-    with pytest.raises(
-        RuntimeError, match="the end of its loader, but stopped after 2 batches"
-    ):
+    with pytest.raises(RuntimeError, match="the end of its loader, but stopped after 2 batches"):
         evaluator.evaluate(labelled())
 
 

@@ -198,7 +198,7 @@ def test_next_token_pairs_each_position_with_the_token_after_it(kind):
 @pytest.mark.parametrize("task", [tasks.two_views, tasks.classification, tasks.next_token])
 def test_a_model_that_returns_several_things_is_described(task):
     batch = dict.fromkeys(("first", "second", "image", "label", "tokens"), IMAGE)
-    with pytest.raises(BatchError, match="must return one tensor .*got a tuple of 2"):
+    with pytest.raises(BatchError, match=r"must return one tensor .*got a tuple of 2"):
         task(Returns(PAIR), batch)
 
 

@@ -1,4 +1,7 @@
-"""The run loop with flags, as it was before `Position`: the oracle of `test_position`."""
+"""The run loop with flags, as it was before `Position`: the oracle of `test_position`.
+
+One line differs: an epoch that is longer than a new epoch_length ends, and does not run for ever.
+"""
 
 from __future__ import annotations
 
@@ -171,7 +174,8 @@ class PreviousLoop(Dispatcher):
     @property
     def _is_to_end(self) -> bool:
         """Whether the running epoch has no iteration left."""
-        whole = self.epoch_iteration == self.state.epoch_length
+        length = self.state.epoch_length
+        whole = length is not None and self.epoch_iteration >= length
         return self._in_epoch and (whole or bool(self.should_terminate_single_epoch))
 
     # -- the loop --------------------------------------------------------------------------------
@@ -236,7 +240,7 @@ class PreviousLoop(Dispatcher):
                 self._fire_event(Events.TERMINATE_SINGLE_EPOCH, iter_counter=self.epoch_iteration)
                 self.batches.rewind()
                 return True
-            if self.epoch_iteration == state.epoch_length:
+            if state.epoch_length is not None and self.epoch_iteration >= state.epoch_length:
                 # Where an epoch is one pass over the data, the next epoch begins a new pass.
                 if length_of(self.batches.data) == state.epoch_length:
                     self.batches.rewind()

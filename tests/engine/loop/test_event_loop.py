@@ -17,7 +17,7 @@ from diptych.engine import (
     StepEvents,
     events,
 )
-from tests.engine.loops import EpochAware, Tape, Unsized, call_at, events_of, plain_rows
+from tests.engine.loop.loops import EpochAware, Tape, Unsized, call_at, events_of, plain_rows
 from tests.engine.models import paired, trainer_of
 
 

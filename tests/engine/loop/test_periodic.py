@@ -10,7 +10,7 @@ from ignite.engine import Events
 from diptych.engine import RunEvents
 from diptych.engine.loop.dispatcher import Dispatcher
 from diptych.engine.loop.periodic import Periodic
-from tests.engine.loops import Tape, call_at
+from tests.engine.loop.loops import Tape, call_at
 
 PERIODS = st.lists(st.integers(1, 7), min_size=1, max_size=4)
 

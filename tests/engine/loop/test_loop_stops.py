@@ -9,7 +9,7 @@ from ignite.engine import Events
 from torch.utils.data import DataLoader, Dataset
 
 from diptych.engine import ResumeError, RunEvents, StepEvents
-from tests.engine.loops import Positioned, Tape, Unsized, call_at, events_of, plain_rows
+from tests.engine.loop.loops import Positioned, Tape, Unsized, call_at, events_of, plain_rows
 from tests.engine.models import paired, trainer_of
 
 LENGTH, EPOCHS = 3, 3

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ignite.engine import Engine, Events
 
 from diptych.engine import ResumeError, RunEvents
-from tests.engine.loops import Positioned, Tape, Unsized, call_at, events_of, plain_rows
+from tests.engine.loop.loops import Positioned, Tape, Unsized, call_at, events_of, plain_rows
 
 LENGTH = 4
 
