@@ -36,7 +36,9 @@ def gather_rows(local: Tensor, device: torch.device | None = None) -> Tensor:
     if world_size() == 1:
         return local
     shapes = gather_values(tuple(local.shape))
-    rest = next((shape[1:] for shape in shapes if shape[0]), shapes[0][1:])
+    rest = next((shape[1:] for shape in shapes if shape[0]), None)
+    if rest is None:
+        return local
     padded = local.new_zeros(max(shape[0] for shape in shapes), *rest, device=device)
     if len(local):
         padded[: len(local)] = local

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diptych.engine.containers import leaves
 from diptych.engine.data.batches import batch_size
-from diptych.engine.distributed.collectives import sum_over_ranks, world_size
+from diptych.engine.distributed.collectives import all_reduce_sum, world_size
 from diptych.engine.distributed.dtensor import has_shards
 from diptych.engine.distributed.gathering import gather_values
 from diptych.engine.distributed.hang_report import waits_at
@@ -263,11 +263,11 @@ class ValidationLoss(OutputsMetric):
         totals, weights = torch.stack(self._totals), torch.stack(self._weights)
         if self.couples_samples:
             # A rank's value is its share of the global batch's loss; the loss is their mean.
-            weights = sum_over_ranks(weights)
-            totals = sum_over_ranks(totals) / world_size() * weights
+            weights = all_reduce_sum(weights)
+            totals = all_reduce_sum(totals) / world_size() * weights
             total, weight = totals.sum(), weights.sum()
         else:
-            total, weight = sum_over_ranks(torch.stack([totals.sum(), weights.sum()])).unbind()
+            total, weight = all_reduce_sum(torch.stack([totals.sum(), weights.sum()])).unbind()
         return float(torch.where(weight > 0, total / weight, total))
 
 

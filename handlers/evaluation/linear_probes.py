@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ignite.exceptions import NotComputableError
 from torch import Tensor
 
-from diptych.engine.distributed.collectives import sum_over_ranks, world_size
+from diptych.engine.distributed.collectives import all_reduce_sum, world_size
 from diptych.engine.distributed.gathering import gather_values
 from diptych.engine.errors import BatchError
 from diptych.engine.events import StepEvents
@@ -77,9 +77,9 @@ class LinearProbeAccuracy(BankProbe):
             )
         features = features.reshape(len(labels), dim)
         count = features.new_full((1,), len(labels), dtype=torch.float64)
-        sums = sum_over_ranks(torch.cat([count, features.sum(0).double()]))
+        sums = all_reduce_sum(torch.cat([count, features.sum(0).double()]))
         self._mean = (sums[1:] / sums[0]).float()
-        squares = sum_over_ranks((features - self._mean).square().sum(0).double()) / sums[0]
+        squares = all_reduce_sum((features - self._mean).square().sum(0).double()) / sums[0]
         self._scale = torch.where(squares > 1e-12, squares.rsqrt(), 0).float()
         self._head = self._minimise(features, labels, max(highs) + 1, float(sums[0]))
         self._features, self._labels = [], []
@@ -112,7 +112,7 @@ class LinearProbeAccuracy(BankProbe):
             log_probabilities = F.log_softmax(inputs @ head, dim=1)
             loss -= log_probabilities.gather(1, own[:, None]).double().sum()
             gradient += inputs.T @ (log_probabilities.exp() - F.one_hot(own, head.shape[1]))
-        sums = sum_over_ranks(torch.cat([loss, gradient.reshape(-1).double()])) / count
+        sums = all_reduce_sum(torch.cat([loss, gradient.reshape(-1).double()])) / count
         weights = head.clone()
         weights[-1] = 0
         total = sums[0] + self.l2 / 2 * weights.double().square().sum()
@@ -215,7 +215,7 @@ class OnlineLinearProbe(Handler):
         loss.backward()
         for parameter in head.parameters():
             if parameter.grad is not None:
-                parameter.grad = sum_over_ranks(parameter.grad) / world_size()
+                parameter.grad = all_reduce_sum(parameter.grad) / world_size()
         self._optimizer.step()
         correct = ((logits.detach().argmax(1) == labels) & labelled).sum()
         trainer.metrics.update(

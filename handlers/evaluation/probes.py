@@ -13,7 +13,7 @@ from ignite.exceptions import NotComputableError
 from torch import Tensor, nn
 
 from diptych.engine.checks import is_whole
-from diptych.engine.distributed.collectives import sum_over_ranks
+from diptych.engine.distributed.collectives import all_reduce_sum
 from diptych.engine.distributed.dtensor import call_on
 from diptych.engine.distributed.gathering import gather_rows
 from diptych.engine.errors import BatchError
@@ -98,7 +98,7 @@ class ProbeAccuracy(OutputsMetric):
         if self._correct:
             correct = torch.stack(self._correct).sum().double()
             counts = torch.stack([correct, torch.full_like(correct, self._seen)])
-        total, seen = sum_over_ranks(counts).tolist()
+        total, seen = all_reduce_sum(counts).tolist()
         if not seen:
             raise NotComputableError(f"{type(self).__name__} needs at least one sample, got none")
         return float(total / seen)

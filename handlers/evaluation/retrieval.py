@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diptych.engine.checks import is_whole
 from diptych.engine.distributed.collectives import rank, world_size
-from diptych.engine.distributed.gathering import gather_rows, gather_values
+from diptych.engine.distributed.gathering import gather_rows
 from diptych.engine.errors import BatchError
 from diptych.handlers.evaluation.outputs_metric import (
     Outputs,
@@ -156,8 +156,13 @@ class RetrievalRecall(OutputsMetric):
         return torch.arange(start, start + len(images), device=images.device)
 
     def _items(self, side: _Side) -> Items:
-        device = next((s.device for s in (side, self._images, self._texts) if s.device), None)
-        items = side.items() if world_size() == 1 else _gathered(side.items(), device)
+        """Return the items of one side of all ranks, without copies."""
+        items = side.items()
+        if world_size() > 1:
+            # A rank without items of this side gathers on the device of the other side.
+            device = next((s.device for s in (side, self._images, self._texts) if s.device), None)
+            features, groups = (gather_rows(rows, device) for rows in items)
+            items = _Side([features], [groups]).items()
         return items.without_copies()
 
 
@@ -242,20 +247,6 @@ def _average_precision(ranks: MatchRanks, k: int) -> float:
     nth = torch.arange(1, len(ranks.ranks) + 1, device=ranks.ranks.device)[:, None]
     precision = torch.where(ranks.ranks <= k, nth / ranks.ranks.double(), 0.0)
     return float((precision.sum(0) / ranks.matches.clamp(max=k)).mean())
-
-
-def _gathered(items: Items, device: torch.device | None) -> Items:
-    """Return the items of all ranks, sorted by group.
-
-    Args:
-        items: this rank's items; it may have none.
-        device: the device of a rank without items.
-    """
-    shapes = gather_values(tuple(items.features.shape))
-    if not any(shape[0] for shape in shapes):
-        return items
-    features = items.features.reshape(len(items.groups), max(shape[1] for shape in shapes))
-    return _Side([gather_rows(features, device)], [gather_rows(items.groups, device)]).items()
 
 
 def _checked(k: tuple[int, ...]) -> tuple[int, ...]:

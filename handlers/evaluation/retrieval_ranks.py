@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diptych.engine.distributed.collectives import rank, sum_over_ranks, world_size
+from diptych.engine.distributed.collectives import all_reduce_sum, rank, world_size
 from diptych.engine.errors import BatchError
 
 TIE = 1e-6
@@ -115,7 +115,7 @@ def _count_below(
                 count[own] += torch.lt(tile, bound[own, None], out=below).sum(1).long()
             for bound, count in zip(text_bounds, counts[1], strict=True):
                 count[others] += torch.lt(tile, bound[others], out=below).sum(0).long()
-    return sum_over_ranks(counts[0]), sum_over_ranks(counts[1])
+    return all_reduce_sum(counts[0]), all_reduce_sum(counts[1])
 
 
 def _best_matches(queries: Items, gallery: Items, depth: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diptych.engine.distributed.collectives import sum_over_ranks
+from diptych.engine.distributed.collectives import all_reduce_sum
 from diptych.engine.errors import BatchError
 from diptych.engine.tasks import Outputs
 
@@ -48,7 +48,7 @@ def moments(side: Tensor) -> tuple[Tensor, Tensor]:
         side: this rank's features, [B, D].
     """
     count = side.new_full((1,), len(side))
-    sums = sum_over_ranks(torch.cat([count, side.sum(0), side.square().sum(0)]))
+    sums = all_reduce_sum(torch.cat([count, side.sum(0), side.square().sum(0)]))
     mean, square = (sums[1:] / sums[0]).chunk(2)
     return mean, (square - mean.square()).clamp(min=0).sqrt()
 
@@ -118,15 +118,21 @@ def sides_of(
     if names is None:
         names = [name for name in outputs if name.endswith("_features")][:2]
     found = [outputs[name] for name in names if name in outputs]
-    fit = all(side.ndim == 2 and len(side) == len(found[0]) for side in found)
-    if len(found) != len(names) or len(found) not in sides or not fit:
-        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in outputs.items())
+    if len(found) != len(names) or len(found) not in sides or not _fit(found):
         raise BatchError(
             f"the task's outputs must have {' and '.join(names) or 'some that end in _features'} "
-            f"of shape [B, D], got {shapes}. Name them with features="
+            f"of shape [B, D], got {_shapes(outputs)}. Name them with features="
         )
     ends = (name.removesuffix("_features") for name in names)
     return {end: unit(side[:rows]) for end, side in zip(ends, found, strict=True)}
+
+
+def _fit(sides: Sequence[Tensor]) -> bool:
+    return all(side.ndim == 2 and len(side) == len(sides[0]) for side in sides)
+
+
+def _shapes(outputs: Outputs) -> str:
+    return ", ".join(f"{name} {tuple(value.shape)}" for name, value in outputs.items())
 
 
 def pair_statistics(first: Tensor, second: Tensor, negatives: Tensor) -> dict[str, Tensor]:
@@ -202,7 +208,7 @@ def text_ids(texts: Any) -> Tensor | None:
 def gram(side: Tensor) -> Tensor:
     """Return Z^T Z [D, D] over the rows of all ranks, in float64, which its square root needs."""
     wide = side.double()
-    return sum_over_ranks(wide.T @ wide)
+    return all_reduce_sum(wide.T @ wide)
 
 
 def rankme(moment: Tensor) -> Tensor:
@@ -234,7 +240,7 @@ def lidar(views: Sequence[Tensor], regularization: float = 1e-4) -> Tensor:
     means = stacked.mean(0)
     within = (stacked - means).flatten(0, 1)
     count = means.new_full((1,), len(means))
-    sums = sum_over_ranks(torch.cat([count, means.sum(0)]))
+    sums = all_reduce_sum(torch.cat([count, means.sum(0)]))
     samples, centred = sums[0], means - sums[1:] / sums[0]
     s_w, s_b = gram(within) / (samples * len(views)), gram(centred) / samples
     s_w.diagonal().add_(regularization)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -21,28 +22,26 @@ class BoundedScale(Protocol):
     max_scale: float | None
 
 
-def bounded_scales(loss: nn.Module) -> dict[str, BoundedScale]:
-    """Return the temperatures of a loss that are learned between two bounds, by gauge name.
+def temperature_positions(loss: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    """Return gauges of the temperatures of a loss that are learned between two bounds, by name.
 
     A single one is called `temperature_position`; of several, each has its module's path in front.
+    A gauge is the position of ln(1 / tau) between its bounds, from 0 to 1.
     """
-    found: dict[str, BoundedScale] = {}
+    found = {}
     for path, module in loss.named_modules():
         if not isinstance(module, BoundedScale) or module.logit_scale is None:
             continue
         if module.min_scale and module.max_scale:
-            found[path] = module
+            bounds = math.log(module.min_scale), math.log(module.max_scale)
+            found[path] = partial(_position, module, *bounds)
     if len(found) == 1:
         return {"temperature_position": next(iter(found.values()))}
-    return {f"{path}/temperature_position": module for path, module in found.items()}
+    return {f"{path}/temperature_position": gauge for path, gauge in found.items()}
 
 
-def position_between_bounds(scale: BoundedScale) -> Tensor:
-    """Return the position of ln(1 / tau) between its bounds, from 0 to 1."""
+def _position(scale: BoundedScale, low: float, high: float) -> Tensor:
     assert scale.logit_scale is not None
-    assert scale.min_scale is not None
-    assert scale.max_scale is not None
-    low, high = math.log(scale.min_scale), math.log(scale.max_scale)
     return (scale.logit_scale.detach().float() - low) / (high - low)
 
 

@@ -15,7 +15,7 @@ from ignite.engine import Events
 from torch import Tensor
 
 from diptych.engine.checks import whole_number
-from diptych.engine.distributed.collectives import rank, sum_over_ranks
+from diptych.engine.distributed.collectives import all_reduce_sum, rank
 from diptych.engine.evaluator import EvaluatesModel, Evaluator
 from diptych.engine.events import MetricsEvents, StepEvents
 from diptych.engine.handler import Finding, Handler
@@ -26,9 +26,8 @@ from diptych.handlers.health import feature_statistics
 from diptych.handlers.health.feature_statistics import name_count
 from diptych.handlers.health.parameter_gauges import (
     MovingShare,
-    bounded_scales,
     components,
-    position_between_bounds,
+    temperature_positions,
 )
 from diptych.handlers.health.rules import RULES, History, Rule, names_between
 
@@ -127,8 +126,8 @@ class RepresentationHealth(Handler):
         trainer.every(self.every, self._measure, StepEvents.LOSS_COMPUTED)
         trainer.every(trainer.settings.log_every, self._keep_features, StepEvents.LOSS_COMPUTED)
         trainer.add_event_handler(MetricsEvents.LOGGED, self._judge)
-        for name, scale in bounded_scales(trainer.loss).items():
-            trainer.metrics.gauge(f"health/{name}", partial(position_between_bounds, scale))
+        for name, position in temperature_positions(trainer.loss).items():
+            trainer.metrics.gauge(f"health/{name}", position)
         self._moving = {name: MovingShare(part) for name, part in components(trainer.model).items()}
         for name, moving in self._moving.items():
             trainer.metrics.gauge(f"health/{name}/moving", moving)
@@ -203,7 +202,7 @@ class RepresentationHealth(Handler):
         effective = feature_statistics.rankme(feature_statistics.gram(features))
         if kind == "rankme":
             return effective
-        rows = sum_over_ranks(effective.new_tensor(float(len(features))))
+        rows = all_reduce_sum(effective.new_tensor(float(len(features))))
         return effective / rows.clamp(max=features.shape[1])
 
     # -- held-out pairs --------------------------------------------------------------------------
@@ -223,7 +222,7 @@ class RepresentationHealth(Handler):
             found = torch.stack(values) if values else empty
             valid = found.isfinite()  # a batch of one pair has no negatives: NaN
             sums = torch.stack([found.nan_to_num().sum(), valid.double().sum()])
-            total, count = sum_over_ranks(sums).tolist()
+            total, count = all_reduce_sum(sums).tolist()
             if count:
                 auroc = total / count
                 kept = [*self._held_out.get(handler.prefix, ()), auroc]
@@ -325,7 +324,7 @@ class RepresentationHealth(Handler):
 def _loss_over_chance(trainer: Trainer) -> Tensor:
     loss = torch.stack([term.float() for term in trainer.terms.values()]).sum()
     size = len(next(value for value in trainer.outputs.values() if value.ndim))
-    return loss / sum_over_ranks(loss.new_full((), float(size))).log()
+    return loss / all_reduce_sum(loss.new_full((), float(size))).log()
 
 
 def _text_ids(trainer: Trainer, samples: int) -> list[Tensor]:

@@ -9,14 +9,12 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diptych.engine import Change, RunEvents, SeededLoader, Trainer
+from diptych.engine.certificate.handler_changes import snapshot
 from diptych.engine.loop.listener import Listener
 from diptych.engine.loop.periodic import Periodic
-from diptych.engine.random_state import random_state
-
-Snapshot = dict[Change, Any]
 
 
 @attrs.define(eq=False)
@@ -69,11 +67,11 @@ class ChangeObserver:
     @contextmanager
     def _watching(self, name: str) -> Iterator[None]:
         self._nested.append(set())
-        before = snapshot(self.trainer)
+        before = everything(self.trainer)
         try:
             yield
         finally:
-            after = snapshot(self.trainer)
+            after = everything(self.trainer)
             nested = self._nested.pop()
             changed = {kind for kind in before if not same(before[kind], after[kind])}
             for kind in changed - nested:
@@ -96,70 +94,22 @@ class ChangeObserver:
             self.observed.setdefault(Change.WEIGHTS, "a step of the optimizer that was withheld")
 
 
-def snapshot(trainer: Trainer) -> Snapshot:
-    """Return copies of everything in a run that a handler may change, by kind."""
-    parts: dict[str, nn.Module] = {"model": trainer.model, "loss": trainer.loss}
-    parameters = [p for part in parts.values() for p in part.parameters()]
-    modules = [module for part in parts.values() for module in part.modules()]
-    data, state = trainer.state.dataloader, trainer.state
-    return {
-        Change.WEIGHTS: copied(parameters),
-        Change.BUFFERS: copied([b for part in parts.values() for b in part.buffers()]),
-        Change.GRADIENTS: copied([p.grad for p in parameters]),
-        Change.RATES: [
-            {name: value for name, value in group.items() if name not in ("params", "initial_lr")}
-            for group in trainer.optimizer.param_groups
-        ],
-        Change.TRAINABLE: [p.requires_grad for p in parameters],
-        Change.MODE: [module.training for module in modules],
-        Change.LOSS: [id(trainer.loss), *map(plain_attributes, trainer.loss.modules())],
-        Change.BATCH: [
-            copied(state.batch),
-            id(data),
-            data.batch_size if isinstance(data, SeededLoader) else None,
-        ],
-        Change.RANDOM_STATE: random_state(),
-        Change.RUN_LENGTH: [
-            state.max_epochs,
-            state.max_iters,
-            state.epoch_length,
-            trainer.should_terminate,
-            trainer.should_terminate_single_epoch,
-            trainer.should_interrupt,
-        ],
-    }
-
-
-def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return the numbers and words among a module's attributes."""
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if name != "training" and isinstance(value, (int, float, str, type(None)))
-    }
-
-
-def copied(value: Any) -> Any:
-    """Return a value with copies of its tensors."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: copied(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [copied(one) for one in value]
-    return value
+def everything(trainer: Trainer) -> dict[Change, Any]:
+    """Return copies of everything in a run that a handler may change, its loader included."""
+    found, data = snapshot(trainer), trainer.state.dataloader
+    size = data.batch_size if isinstance(data, SeededLoader) else None
+    return {**found, Change.BATCH: [found[Change.BATCH], id(data), size]}
 
 
 def same(first: Any, second: Any) -> bool:
-    """Return whether two snapshots are equal, NaN included."""
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return first.shape == second.shape and torch.equal(
-            first.nan_to_num(nan=7e7) if first.is_floating_point() else first,
-            second.nan_to_num(nan=7e7) if second.is_floating_point() else second,
+    """Return whether two values are equal; NaN equals NaN."""
+    if isinstance(first, Tensor):
+        return isinstance(second, Tensor) and torch.allclose(
+            first, second.to(first), rtol=0, atol=0, equal_nan=True
         )
-    if isinstance(first, dict) and isinstance(second, dict):
+    if isinstance(first, dict):
         return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
-    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
+    if isinstance(first, (list, tuple)):
         return len(first) == len(second) and all(map(same, first, second))
     return bool(first == second)
 

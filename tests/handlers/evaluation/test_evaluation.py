@@ -327,41 +327,38 @@ def test_a_loss_that_couples_samples_is_averaged_over_ranks(ranks):
     assert ranks.run(evaluate_shard, shards) == pytest.approx([expected] * 2, rel=1e-6)
 
 
-def evaluate_in_group(batches: int, seed: int) -> str:
+def error_of(trainer: Trainer, evaluation: Evaluation) -> str:
+    """Return the message of the error that an evaluation raises, if any."""
+    trainer.attach(evaluation)
+    try:
+        evaluation.evaluate(trainer)
+    except BatchError as error:
+        return str(error)
+    return ""
+
+
+def evaluate_coupled(batches: int, seed: int) -> str:
     model, loss = nn.Linear(3, 2), Queueing()
     optimizer = torch.optim.SGD(model.parameters())
     trainer = Trainer(  # its step is never run
         model, loss, optimizer, task=tasks.classification, device="cpu", step=lambda *_: None
     )
-    evaluation = Evaluation(make_loader(samples=4 * batches, seed=seed))
-    trainer.attach(evaluation)
-    try:
-        evaluation.evaluate(trainer)
-    except BatchError as error:
-        return str(error)
-    return ""
+    return error_of(trainer, Evaluation(make_loader(samples=4 * batches, seed=seed)))
 
 
 def test_ranks_with_different_numbers_of_batches_raise_instead_of_waiting(ranks):
-    for message in ranks.run(evaluate_in_group, [(2, 0), (3, 1)]):
+    for message in ranks.run(evaluate_coupled, [(2, 0), (3, 1)]):
         assert "as many batches on every rank" in message
         assert "got [2, 3]" in message
-    assert ranks.run(evaluate_in_group, [(2, 0), (2, 1)]) == ["", ""]
+    assert ranks.run(evaluate_coupled, [(2, 0), (2, 1)]) == ["", ""]
 
 
-def evaluate_in_parts(seed: int) -> str:
-    trainer = make_trainer(Scaled(1.0))
-    evaluation = Evaluation(make_loader(seed=seed))
-    trainer.attach(evaluation)
-    try:
-        evaluation.evaluate(trainer)
-    except BatchError as error:
-        return str(error)
-    return ""
+def evaluate_shards(seed: int) -> str:
+    return error_of(make_trainer(Scaled(1.0)), Evaluation(make_loader(seed=seed)))
 
 
 def test_ranks_that_evaluate_the_same_samples_raise(ranks):
-    for message in ranks.run(evaluate_in_parts, [(0,), (0,)]):
+    for message in ranks.run(evaluate_shards, [(0,), (0,)]):
         assert "got the same first batch on ranks 0 and 1" in message
         assert "of_this_rank" in message
-    assert ranks.run(evaluate_in_parts, [(0,), (1,)]) == ["", ""]
+    assert ranks.run(evaluate_shards, [(0,), (1,)]) == ["", ""]
