@@ -1,4 +1,4 @@
-"""Plausible mistakes: each gives an error that names the subject, the value and the way out."""
+"""Plausible mistakes: each raises an error that names the argument, the value and what to do."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def loss_without_its_parameters(_: Path) -> None:
     Trainer(model, CLIPLoss(), optimizer, task=tasks.image_text, device="cpu")
 
 
-def best_that_nobody_publishes(folder: Path) -> None:
+def unpublished_best_metric(folder: Path) -> None:
     evaluation = Evaluation([BATCH], metrics=[RetrievalRecall(k=(1,))])
     manager = CheckpointManager(folder, best="val/recal@1")
     trainer().attach(evaluation, manager).run([BATCH])
@@ -77,7 +77,7 @@ def file_in(folder: Path) -> Path:
     return path
 
 
-def patience_for_nothing(_: Path) -> None:
+def unpublished_patience_metric(_: Path) -> None:
     trainer().attach(EarlyStopping(metric="val/nothing", patience=1)).run([BATCH])
 
 
@@ -92,29 +92,29 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "a loss whose parameters the optimizer lacks": (
         loss_without_its_parameters,
-        ["the optimizer must hold the loss's parameters", "*loss.parameters()"],
+        ["optimizer must hold the loss's parameters", "*loss.parameters()"],
     ),
-    "a misspelt loss": (lambda _: get_loss("clipp"), ["'clipp'", "did you mean 'clip'"]),
-    "a best metric that nobody publishes": (
-        best_that_nobody_publishes,
+    "a misspelt loss": (lambda _: get_loss("clipp"), ["'clipp'", "Did you mean 'clip'"]),
+    "a best metric that is never published": (
+        unpublished_best_metric,
         ["best must be a metric that the run publishes", "'val/recal@1'", "val/recall@1"],
     ),
-    "a metric to stop by that nobody publishes": (
-        patience_for_nothing,
+    "an early-stopping metric that is never published": (
+        unpublished_patience_metric,
         ["metric must be a metric that the run publishes", "'val/nothing'", "train/loss"],
     ),
     "an empty loader": (
         lambda _: trainer().run([]),
-        ["data must hold at least one batch", "an empty loader"],
+        ["data must have at least one batch", "an empty loader"],
     ),
     "a folder that cannot be written": (
         folder_that_is_a_file,
         [
-            "the run's folder",
+            "directory",
             "runs/a/checkpoints",
             "cannot be written",
             "Not a directory",
-            "give another folder",
+            "Use another directory",
         ],
     ),
     "a handler without attach": (
@@ -127,7 +127,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "a metric's class": (
         lambda _: trainer().attach(Evaluation([BATCH], metrics=[RetrievalRecall])).run([BATCH]),
-        ["a metric must be", "call it, RetrievalRecall()"],
+        ["a metric must be", "RetrievalRecall()"],
     ),
     "a best metric without its prefix": (
         lambda folder: (
@@ -142,11 +142,11 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "groups that are names": (
         lambda _: run({**BATCH, "group": ["a", "b", "c", "d"]}),
-        ["groups must be a tensor of integers", "a list", "number them"],
+        ["groups must be a tensor with an integer for each sample", "a list", "Number the groups"],
     ),
     "labels that are names": (
         lambda _: tasks.classification(nn.Linear(3, 2), {"image": torch.ones(1, 3), "label": "a"}),
-        ["labels must be a tensor of integers", "got a str"],
+        ["labels must be a tensor with an integer for each sample", "got a str"],
     ),
     "epochs as a text": (
         lambda _: trainer().run([BATCH], max_epochs="3"),
@@ -154,7 +154,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "a handler's class": (
         lambda _: trainer().attach(EarlyStopping),
-        ["attach(trainer)", "make one of the class: EarlyStopping(...)"],
+        ["attach(trainer)", "Make an instance: EarlyStopping(...)"],
     ),
     "a list of handlers": (
         lambda folder: trainer().attach(default_handlers(folder)),
@@ -162,25 +162,25 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "TensorBoard on a file": (
         lambda folder: trainer().attach(TensorBoard(file_in(folder))).run([BATCH]),
-        ["a_file cannot be made: File exists; give another folder"],
+        ["a_file cannot be", "File exists", "another"],
     ),
     "JSON lines below a file": (
         lambda folder: trainer().attach(JsonLines(file_in(folder) / "run")).run([BATCH]),
-        ["a_file/run cannot be made: Not a directory; give another folder"],
+        ["a_file/run cannot be", "Not a directory", "another"],
     ),
     "a model that returns one feature": (
         lambda _: run(BATCH, OneFeature()),
-        ["returns (image_features, text_features)", "one tensor (4, 4)"],
+        ["model must return (image_features, text_features)", "one tensor (4, 4)"],
     ),
     "a model that returns no tensor": (
         lambda _: run(BATCH, NoTensor()),
-        ["returns (image_features, text_features)", "got a str"],
+        ["model must return (image_features, text_features)", "got a str"],
     ),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told_with_what_was_received_and_what_to_do(mistake, tmp_path):
+def test_a_mistake_is_an_error_with_the_value_and_what_to_do(mistake, tmp_path):
     make, words = MISTAKES[mistake]
 
     with pytest.raises(Exception) as caught:  # noqa: PT011 - the words are what is checked
@@ -189,7 +189,7 @@ def test_a_mistake_is_told_with_what_was_received_and_what_to_do(mistake, tmp_pa
     assert [word for word in words if word not in str(caught.value)] == []
 
 
-def test_fp16_on_a_cpu_that_cannot_is_told_with_what_it_can(monkeypatch):
+def test_fp16_on_a_cpu_without_it_is_an_error_with_the_precisions_it_has(monkeypatch):
     def cannot(*_: object, **__: object) -> None:
         raise RuntimeError("not implemented for 'Half'")
 
