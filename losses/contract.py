@@ -1,18 +1,18 @@
-"""The contract that every loss keeps, as checks for anyone's loss, one's own included.
+"""Checks of the contract that every loss keeps, for the losses of users too.
 
     from diptych.losses.contract import check_loss
 
     def test_my_loss_keeps_the_contract():
         check_loss(lambda: MyLoss(temperature=0.1))
 
-Each check raises AssertionError with a sentence that says what was broken. `CHECKS` maps their
-names to them, for a parametrised test. What a check needs to know of a loss it reads from
-the class: `minimum_batch`, `symmetric`, `without_gradient`, `couples_samples`,
+Each check raises AssertionError with a sentence that names the violation. `CHECKS` maps the names
+of the checks to them, for a parametrised test. The checks read these members of the loss:
+`minimum_batch`, `symmetric`, `without_gradient`, `couples_samples`,
 `example_inputs(batch, dim=8, generator=...)`, and `exempt`, a mapping from a check's name to the
-reason why it cannot hold. A loss that derives from one of the bases has them all.
+reason why it cannot hold. A loss that derives from one of the bases has all of them.
 
-NaN: a loss returns NaN (or raises) if any feature is NaN. It cannot raise without waiting for the
-device, and a rank that raised alone would leave the others hanging; but it must not hide it.
+NaN: a loss returns NaN (or raises) if any feature is NaN. It cannot check for NaN without waiting
+for the device, and if one rank raised, the other ranks would hang; but it must not hide a NaN.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ import inspect
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diptych.losses.base.loss import Loss, contract_of, sample_mean
 from diptych.losses.base.temperature import Temperature
 
 Draw = Callable[..., tuple[Tensor, ...]]
 
 
 class Case(NamedTuple):
-    """A loss under test.
+    """A loss to check.
 
     Attributes:
-        build: Returns a new loss, equal each time (the random generator is seeded for it).
+        build: Returns a new, equal loss each time (the random generator is seeded for it).
         draw: Returns the arguments of a call for a batch size; None: the loss's `example_inputs`.
     """
 
@@ -48,26 +49,22 @@ class Case(NamedTuple):
         with seeded():
             return self.build().to(dtype)
 
+    def contract(self) -> Loss:
+        """Return a new loss with the defaults of the members that it does not define."""
+        return contract_of(self.loss())
+
     def inputs(self, batch: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-        """Return the arguments of one call, the same at each call."""
-        draw = self.draw or getattr(self.loss(), "example_inputs", None) or example_pair
+        """Return the arguments of one call, the same each time."""
+        draw = self.draw or self.contract().example_inputs
         drawn = draw(batch, generator=torch.Generator().manual_seed(0))
         return tuple(x.to(dtype) if x.is_floating_point() else x for x in drawn)
 
     def call(self, inputs: Sequence[Tensor], loss: Callable[..., Any] | None = None) -> Tensor:
-        """Return a new loss's value (or a given one's), drawn numbers being the same each time."""
+        """Return the value of a new loss, or of a given one, with the same seed each time."""
         loss = self.loss(inputs[0].dtype) if loss is None else loss
         with seeded():
             value: Tensor = loss(*inputs)
         return value
-
-    def declared(self, name: str, default: Any) -> Any:
-        """Return what the loss's class says of itself."""
-        return getattr(self.loss(), name, default)
-
-    def smallest(self) -> int:
-        """Return the least batch for which the loss is defined."""
-        return int(self.declared("minimum_batch", 1))
 
     def names(self) -> list[str]:
         """Return the names of the call's arguments."""
@@ -78,36 +75,31 @@ class Case(NamedTuple):
                 return [p.name for p in parameters]
         return []
 
+    def takes_groups(self) -> bool:
+        """Return whether the call has an optional argument `groups` after the inputs."""
+        return self.names()[len(self.inputs()) :][:1] == ["groups"]
+
 
 def check_loss(build: Callable[[], nn.Module], draw: Draw | None = None) -> None:
-    """Put a loss through every check but the compiler's (`check_compiles`, which takes seconds).
+    """Run every check on a loss except `check_compiles`, which takes seconds.
 
     Args:
         build: Returns a new loss, such as the class or a lambda.
         draw: Returns the arguments of one call: ``draw(batch, generator=...)``; None: the loss's
-            own `example_inputs`, or two [batch, 8] sides.
+            `example_inputs`, or two [batch, 8] sides.
 
     Raises:
-        AssertionError: With a sentence, if the loss breaks the contract.
+        AssertionError: If the loss violates the contract; the message names the violation.
     """
     case = Case(build, draw)
     for name, check in CHECKS.items():
-        if name not in case.declared("exempt", {}):
+        if name not in case.contract().exempt:
             check(case)
-
-
-def example_pair(
-    batch: int, *, dim: int = 8, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return two sides [batch, dim]."""
-    return torch.randn(batch, dim, generator=generator), torch.randn(
-        batch, dim, generator=generator
-    )
 
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """Seed the CPU's generator within, and restore it after."""
+    """Seed the CPU's generator inside the context, and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
@@ -122,7 +114,7 @@ def require(condition: bool, sentence: str) -> None:  # noqa: FBT001 - as `asser
 def gradients(
     case: Case, inputs: Sequence[Tensor], loss: nn.Module | None = None
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Return a loss's value and its gradients by floating inputs and by parameters."""
+    """Return a loss's value and its gradients for floating inputs and parameters."""
     loss = case.loss(inputs[0].dtype) if loss is None else loss
     leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
     value = case.call(leaves, loss)
@@ -131,37 +123,35 @@ def gradients(
 
 
 def finite(value: Tensor, found: Sequence[Tensor | None]) -> bool:
-    """Say whether a value and all gradients are finite."""
+    """Return whether a value and all gradients are finite."""
     return all(bool(x.isfinite().all()) for x in (value, *found) if x is not None)
 
 
 def check_call(case: Case) -> None:
-    """A scalar with a graph, the sum of its terms; inputs and float64 are left alone."""
+    """Require a scalar with a graph that is the sum of its terms, and inputs left unchanged."""
     inputs = case.inputs()
     before = [x.clone() for x in inputs]
-    loss = case.loss()
-    value = case.call([x.requires_grad_(x.is_floating_point()) for x in inputs], loss)
+    value = case.call([x.requires_grad_(x.is_floating_point()) for x in inputs])
     require(value.shape == (), f"forward must return a scalar, got shape {tuple(value.shape)}")
-    require(value.requires_grad, "the loss has lost its graph")
+    require(value.requires_grad, "the loss must be differentiable, got a value without a graph")
     require(value.dtype == torch.float64, f"float64 inputs must give float64, got {value.dtype}")
     same = all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
-    require(same, "the loss changes its inputs in place")
+    require(same, "the loss must not change its inputs in place")
     half = case.call(case.inputs(dtype=torch.bfloat16), case.loss(torch.float32))
     require(half.dtype == torch.float32, f"bf16 inputs must give float32, got {half.dtype}")
-    if hasattr(loss, "terms"):
-        with seeded():
-            terms: dict[str, Tensor] = cast(Any, case.loss()).terms(*inputs)
-        gap = (sum(terms.values()) - value).abs()
-        require(bool(gap <= 1e-12 * (1 + value.abs())), "forward is not the sum of terms")
-    kinds = [p.kind for p in inspect.signature(type(loss)).parameters.values()]
+    with seeded():
+        terms = case.contract().terms(*inputs)
+    gap = (torch.stack(list(terms.values())).sum() - value).abs()
+    require(bool(gap <= 1e-12 * (1 + value.abs())), "forward must be the sum of terms")
+    kinds = [p.kind for p in inspect.signature(type(case.loss())).parameters.values()]
     require(
         inspect.Parameter.VAR_KEYWORD not in kinds,
-        "the constructor takes **kwargs, which would swallow a misspelt argument",
+        "the constructor must not take **kwargs, which would accept a misspelt argument",
     )
 
 
 def check_gradients(case: Case) -> None:
-    """Gradients by inputs and parameters equal finite differences in float64."""
+    """Require gradients for inputs and parameters that equal finite differences in float64."""
     loss, inputs = case.loss(), case.inputs(4)
     varied = _inputs_with_gradient(case, inputs)
     parameters = dict(loss.named_parameters())
@@ -177,15 +167,15 @@ def check_gradients(case: Case) -> None:
 
     point = [inputs[i] for i in varied] + list(parameters.values())
     point = [x.detach().clone().requires_grad_() for x in point]
-    # Fast mode takes one random direction for each tensor; networks have too many numbers for all.
+    # Fast mode takes one random direction per tensor: networks have too many numbers for all.
     fast = sum(x.numel() for x in point) > 100
     agree = torch.autograd.gradcheck(value, tuple(point), raise_exception=False, fast_mode=fast)
     require(agree, "gradients differ from finite differences")
 
 
 def _inputs_with_gradient(case: Case, inputs: tuple[Tensor, ...]) -> list[int]:
-    """Return which inputs get a gradient: all but those that the loss names."""
-    names, stopped = case.names(), case.declared("without_gradient", ())
+    """Return the indices of the inputs that get a gradient: all except `without_gradient`."""
+    names, stopped = case.names(), case.contract().without_gradient
     _, found = gradients(case, inputs)
     floating = [i for i, x in enumerate(inputs) if x.is_floating_point()]
     varied = []
@@ -198,12 +188,13 @@ def _inputs_with_gradient(case: Case, inputs: tuple[Tensor, ...]) -> list[int]:
 
 
 def check_permutation(case: Case) -> None:
-    """Reordering the batch changes nothing but the order of the gradients."""
+    """Require that reordering the batch changes only the order of the gradients."""
     inputs = case.inputs()
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     value, found = gradients(case, inputs)
     moved, changed = gradients(case, [x[order] if x.dim() else x for x in inputs])
-    require(torch.allclose(value, moved, rtol=1e-10, atol=1e-12), "the batch's order matters")
+    same = torch.allclose(value, moved, rtol=1e-10, atol=1e-12)
+    require(same, "the value depends on the batch's order")
     per_sample = sum(x.is_floating_point() for x in inputs)
     for i, (x, y) in enumerate(zip(found, changed, strict=True)):
         if x is not None and y is not None:
@@ -213,15 +204,15 @@ def check_permutation(case: Case) -> None:
 
 
 def check_symmetry(case: Case) -> None:
-    """Swapping the two sides leaves the value, if the loss says that it is symmetric."""
-    if case.declared("symmetric", False):
+    """Require that swapping the sides leaves the value unchanged, if the loss is `symmetric`."""
+    if case.contract().symmetric:
         first, second, *rest = case.inputs()
         value, swapped = case.call([first, second, *rest]), case.call([second, first, *rest])
         require(torch.allclose(value, swapped, rtol=1e-10), "swapping the sides changes the value")
 
 
 def check_half_precision(case: Case) -> None:
-    """Near-identical features at temperature 0.01 under bf16 and fp16 autocast: all finite."""
+    """Require finite results for similar features, temperature 0.01 and half-precision autocast."""
     for dtype in (torch.bfloat16, torch.float16):
         loss = case.loss(torch.float32)
         for module in loss.modules():
@@ -237,16 +228,15 @@ def check_half_precision(case: Case) -> None:
 
 
 def check_small_batches(case: Case) -> None:
-    """One sample, two, all in one group, zero vectors: finite, or an error below the minimum."""
+    """Require finite results for one or two samples (or an error), one group, and zero vectors."""
     for batch in (1, 2):
-        if batch < case.smallest():
+        if batch < case.contract().minimum_batch:
             _require_error(case, case.inputs(batch), f"a batch of {batch}", named=False)
         else:
             value, found = gradients(case, case.inputs(batch))
             require(finite(value, found), f"a batch of {batch} gives a value that is not finite")
-    inputs = case.inputs()
-    if case.names()[len(inputs) :][:1] == ["groups"]:
-        value, found = gradients(case, [*inputs, torch.zeros(6, dtype=torch.int64)])
+    if case.takes_groups():
+        value, found = gradients(case, [*case.inputs(), torch.zeros(6, dtype=torch.int64)])
         require(finite(value, found), "all samples in one group: not finite")
     for zeros in (slice(0, 1), slice(0, 6)):
         inputs = case.inputs()
@@ -258,7 +248,7 @@ def check_small_batches(case: Case) -> None:
 
 
 def check_errors(case: Case) -> None:
-    """Wrong shapes and types raise ValueError or TypeError, naming the argument."""
+    """Require a ValueError or TypeError that names the argument, for wrong shapes and types."""
     inputs = case.inputs()
     for i, x in enumerate(inputs):
         if x.dim() == 0:
@@ -268,7 +258,7 @@ def check_errors(case: Case) -> None:
         wrong["of wrong dtype"] = x.long() if x.is_floating_point() else x.double()
         for what, bad in wrong.items():
             _require_error(case, [*rest[0], bad, *rest[1]], f"argument {i} {what}")
-    if case.names()[len(inputs) :][:1] == ["groups"]:
+    if case.takes_groups():
         _require_error(case, [*inputs, torch.zeros(6)], "floating groups")
         _require_error(case, [*inputs, torch.zeros(5, dtype=torch.int64)], "too few groups")
 
@@ -284,7 +274,7 @@ def _require_error(case: Case, inputs: Sequence[Tensor], what: str, *, named: bo
 
 
 def check_nan(case: Case) -> None:
-    """A NaN among the features shows in the value, or raises; it is never hidden."""
+    """Require that a NaN in the features gives a NaN or an error: it is never hidden."""
     for i, x in enumerate(case.inputs()):
         if x.is_floating_point() and x.dim():
             inputs = case.inputs()
@@ -297,7 +287,7 @@ def check_nan(case: Case) -> None:
 
 
 def check_state(case: Case) -> None:
-    """State goes through a file and back exactly; evaluation mode leaves it as it is."""
+    """Require a state that a file restores exactly and that evaluation mode does not change."""
     loss, inputs = case.loss(), case.inputs()
     for _ in range(3):
         case.call(inputs, loss)
@@ -315,10 +305,10 @@ def check_state(case: Case) -> None:
 
 
 class NoHostSync(TorchDispatchMode):
-    """Raises at any operation that would make the host wait for the device."""
+    """Raise at every operation for which the host waits for the device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Refuse reads of values and results whose shape depends on values."""
+        """Refuse reads of values, and results whose shape depends on values."""
         name = func.overloadpacket.__name__
         waits = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal"}
         by_mask = name in ("index", "index_put", "index_put_") and any(
@@ -329,31 +319,31 @@ class NoHostSync(TorchDispatchMode):
 
 
 def check_no_host_sync(case: Case) -> None:
-    """Forward and backward never wait for the device."""
+    """Require that forward and backward never wait for the device."""
     loss, inputs = case.loss(torch.float32), case.inputs(dtype=torch.float32)
     with seeded(), NoHostSync():  # type: ignore[no-untyped-call]
         loss(*(x.requires_grad_(x.is_floating_point()) for x in inputs)).backward()
 
 
 def check_pieces(case: Case) -> None:
-    """A loss that does not couple samples is the same from the pieces of a batch."""
-    require(
-        isinstance(case.declared("couples_samples", None), bool),
-        "the class must say couples_samples = True or False",
-    )
-    if case.declared("couples_samples", True):
-        return
+    """Require that a loss that does not couple samples is the same from pieces of a batch."""
     loss, inputs = case.loss(), case.inputs()
+    coupled = getattr(loss, "couples_samples", None)
+    require(isinstance(coupled, bool), "the class must declare couples_samples = True or False")
+    if coupled:
+        return
+    mean = sample_mean(loss)
+    if mean is None:
+        raise AssertionError("a loss with couples_samples = False must define total_and_weight")
     cuts = (slice(0, 4), slice(4, 6))
-    measure = cast(Any, loss).total_and_weight
-    pieces = [measure(*(x[cut] if x.dim() else x for x in inputs)) for cut in cuts]
+    pieces = [mean.total_and_weight(*(x[cut] if x.dim() else x for x in inputs)) for cut in cuts]
     totals, weights = (torch.stack(list(x)).sum() for x in zip(*pieces, strict=True))
     value = case.call(inputs, loss)
     require(torch.allclose(totals / weights, value, rtol=1e-12), "pieces do not add up")
 
 
 def check_compiles(case: Case, backend: str = "eager") -> None:
-    """``torch.compile(fullgraph=True)`` takes the loss and gives the same value."""
+    """Require the same value from ``torch.compile(fullgraph=True)``."""
     inputs = case.inputs()
     torch.compiler.reset()
     compiled = torch.compile(case.loss(), fullgraph=True, backend=backend)
@@ -374,4 +364,4 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "no_host_sync": check_no_host_sync,
     "pieces": check_pieces,
 }
-"""Every check by name, but for the compiler's."""
+"""Every check by name, except the compiler's."""

@@ -1,4 +1,4 @@
-"""The registry of losses: a name for each, so that a flag or a settings file can choose one."""
+"""Registry of losses by name, so that a flag or a settings file can choose one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FAMILIES = ("combine", "contrastive", "multimodal", "supervised")
 
 
 class UnknownLossError(ValueError):
-    """A loss was asked for under a name that nobody registered."""
+    """The requested loss name is not registered."""
 
 
 def register_loss(name: str) -> Callable[[LossClass], LossClass]:
@@ -35,29 +35,30 @@ def register_loss(name: str) -> Callable[[LossClass], LossClass]:
         A decorator that registers the class and returns it unchanged.
 
     Raises:
-        ValueError: If the name is malformed, or another class already holds it.
-        TypeError: If what is decorated is no subclass of ``torch.nn.Module`` or has no docstring.
+        ValueError: If the name is malformed, or taken by another class.
+        TypeError: If the decorated object is not a subclass of ``torch.nn.Module`` or has no
+            docstring.
     """
     if not _NAME.fullmatch(name):
-        raise ValueError(
-            f"a loss name is lower case with underscores, such as 'clip'; got {name!r}"
-        )
+        raise ValueError(f"name must be lower case with underscores, such as 'clip', got {name!r}")
 
     def register(loss: LossClass) -> LossClass:
         if not (isinstance(loss, type) and issubclass(loss, nn.Module)):
-            raise TypeError(f"@register_loss({name!r}) decorates an nn.Module class, got {loss!r}")
+            raise TypeError(
+                f"@register_loss({name!r}) must decorate an nn.Module class, got {loss!r}"
+            )
         if not loss.__doc__:
             raise TypeError(
-                f"{loss.__qualname__} needs a docstring: its first line is what"
-                f" available_losses() shows for {name!r}"
+                f"{loss.__qualname__} must have a docstring: available_losses() shows its first"
+                f" line for {name!r}"
             )
         if not loss.__module__.startswith("diptych.losses."):
-            _import_families()  # so that a name which the library holds is refused here
+            _import_families()  # to refuse the names of the library here
         holder = _REGISTERED.setdefault(name, loss)
         if holder is not loss:
             raise ValueError(
-                f"the loss name {name!r} is taken by {holder.__module__}.{holder.__qualname__};"
-                f" register {loss.__qualname__} under another name"
+                f"name {name!r} is taken by {holder.__module__}.{holder.__qualname__}."
+                f" Register {loss.__qualname__} under another name."
             )
         return loss
 
@@ -74,8 +75,8 @@ def get_loss_class(name: str) -> type[nn.Module]:
         _import_families()
     if name not in _REGISTERED:
         close = difflib.get_close_matches(name, _REGISTERED, n=3, cutoff=0.5)
-        hint = f"did you mean {_listed(close)}?" if close else f"known: {_listed(_REGISTERED)}"
-        raise UnknownLossError(f"unknown loss {name!r}; {hint}")
+        hint = f"Did you mean {_listed(close)}?" if close else f"Known: {_listed(_REGISTERED)}."
+        raise UnknownLossError(f"unknown loss {name!r}. {hint}")
     return _REGISTERED[name]
 
 
@@ -91,7 +92,7 @@ def get_loss(name: str, **arguments: object) -> nn.Module:
 
     Raises:
         UnknownLossError: If the name is unknown.
-        TypeError: If the constructor does not take one of the arguments, or lacks a required one.
+        TypeError: If an argument is unknown, or a required one is missing.
     """
     loss = get_loss_class(name)
     accepted = {
@@ -104,7 +105,7 @@ def get_loss(name: str, **arguments: object) -> nn.Module:
             close = difflib.get_close_matches(argument, accepted, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise TypeError(
-                f"loss {name!r} takes no argument {argument!r}{hint}; it takes {_listed(accepted)}"
+                f"loss {name!r} takes no argument {argument!r}{hint}. It takes {_listed(accepted)}."
             )
     for parameter in accepted.values():
         required = parameter.default is inspect.Parameter.empty
@@ -124,7 +125,7 @@ def available_losses() -> dict[str, str]:
 
 @cache
 def _import_families() -> None:
-    """Import every module that registers losses; they are not imported with the package."""
+    """Import every module that registers losses, which `import diptych.losses` does not do."""
     for family in _FAMILIES:
         package = importlib.import_module(f"diptych.losses.{family}")
         for module in pkgutil.iter_modules(package.__path__):

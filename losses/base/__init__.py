@@ -1,8 +1,9 @@
-"""What losses are made of.
+"""Building blocks of losses.
 
-- `contrastive.BaseContrastiveLoss`, `supervised.BaseSupervisedLoss`: the two bases.
-- `objectives`: `info_nce`, `sigmoid`, `hinge`, `off_diagonal` on matrices; `contrast`,
-  `symmetric_contrast`, `sigmoid_contrast` on features, which may work in tiles.
-- Parts that a loss holds: `Temperature`, `Projection`, `Queue`, `HardNegatives`.
-- `Positives`: which pairs match. `gather`: the batch of all ranks. `validation`: what may enter.
+- `loss.Loss`: the members that a trainer reads, with defaults. `contrastive.BaseContrastiveLoss`
+  and `supervised.BaseSupervisedLoss`: bases of the losses on pairs and of the means over samples.
+- `objectives`: `info_nce`, `sigmoid`, `hinge`, `off_diagonal` on matrices; `contrast` and
+  `sigmoid_contrast` on features, whole or in tiles.
+- Parts of a loss: `Temperature`, `Projection`, `Queue`, `HardNegatives`.
+- `positives`: matching pairs. `gather`: the batch of all ranks. `validation`: checks of inputs.
 """

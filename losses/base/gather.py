@@ -1,12 +1,12 @@
-"""The batch of all ranks: gathering features with gradient, and averages that are exact over ranks.
+"""The batch of all ranks: features gathered with gradient, and averages that are exact over ranks.
 
-The convention of every loss here: a rank returns a value that *averages* over ranks, each rank
-with equal weight, to the loss of the global batch; and the gather's backward is a sum over ranks.
-Averaging parameter gradients over ranks, as data-parallel training does, then gives the gradient
-of the global batch exactly, for encoders and for the loss's own parameters alike.
+The convention of every loss of this package: the values that the ranks return *average*, with equal
+weights, to the loss of the global batch; the backward of a gather is a sum over ranks. Averaging
+parameter gradients over ranks, as data-parallel training does, then gives the exact gradient of the
+global batch, for encoders and for the loss's own parameters.
 
-Gathering is collective: all ranks call a loss equally often, in evaluation too.
-Alone (no process group, or one rank) nothing here communicates.
+Gathering is collective: all ranks must call a loss equally often, in evaluation too. Without a
+process group, or with one rank, nothing is communicated.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 
 
 def world_size() -> int:
-    """Return the number of ranks, 1 without a process group."""
+    """Return the number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def sum_over_ranks(local: Tensor) -> Tensor:
-    """Add a tensor of one shape over ranks, with gradient (whose backward sums over ranks too)."""
+    """Sum a tensor of equal shape over ranks, with gradient; the backward sums over ranks too."""
     if world_size() == 1:
         return local
     summed: Tensor = _Sum.apply(local)  # type: ignore[no-untyped-call]
@@ -32,7 +32,7 @@ def sum_over_ranks(local: Tensor) -> Tensor:
 
 
 class GlobalBatch(NamedTuple):
-    """Where this rank's samples stand in the batch of all ranks, rank after rank.
+    """The sizes of all ranks' batches; the global batch concatenates them in the order of ranks.
 
     Attributes:
         sizes: The number of samples on each rank.
@@ -69,7 +69,7 @@ class GlobalBatch(NamedTuple):
     def gather(self, local: Tensor) -> Tensor:
         """Gather [b, ...] from every rank into [B, ...]; the backward sums over ranks.
 
-        Integers, and whatever needs no gradient, are gathered as they are.
+        Tensors that need no gradient, such as integers, are gathered without one.
         """
         if self.world_size == 1:
             return local
@@ -81,11 +81,11 @@ class GlobalBatch(NamedTuple):
 
         Args:
             values: One value for each sample of this rank, [b], or their sum.
-            valid: Bool [b], the samples that count. The others must hold 0.
+            valid: Bool [b], the samples that count. The values of the others must be 0.
 
         Returns:
-            A scalar which, averaged over ranks, is the mean over the global batch; 0, with its
-            graph, if no sample counts.
+            A scalar that averages over ranks to the mean over the global batch; 0, with a graph, if
+            no sample counts.
         """
         if valid is None:
             return values.sum() / (self.total / self.world_size)
@@ -93,15 +93,15 @@ class GlobalBatch(NamedTuple):
 
 
 def global_batch(size: int, **agreed: int) -> GlobalBatch:
-    """Learn the sizes of every rank's batch, through host memory: no device is synchronised.
+    """Exchange the batch sizes of all ranks, through host memory, without waiting for a device.
 
     Args:
-        size: The number of samples on this rank; 0 is fine as long as some rank has one.
-        **agreed: Numbers in which all ranks must agree, such as the feature dimension, by name.
-            Disagreement would otherwise show as a hang.
+        size: The number of samples on this rank; may be 0 unless it is 0 on all ranks.
+        **agreed: Numbers that must be equal on all ranks, such as the feature dimension, by name.
+            Different numbers would hang the collective calls that follow.
 
     Raises:
-        ValueError: If no rank has a sample, or if ranks disagree (raised on every rank).
+        ValueError: If no rank has a sample, or an agreed number differs (raised on every rank).
     """
     if world_size() == 1:
         batch = GlobalBatch((size,), 0)
@@ -121,20 +121,20 @@ _host_groups: dict[str, Any] = {}
 
 
 def _host_group() -> Any:
-    """Return a group that can exchange host tensors: the default one, or a gloo group beside it."""
+    """Return a group that can exchange host tensors: the default group, or an extra gloo group."""
     world = dist.group.WORLD
     if "cpu:gloo" in dist.get_backend_config(world):
         return world
     if _host_groups.get("world") is not world:
-        # All ranks come here at the same call of the same loss, as new_group demands.
+        # new_group is collective: all ranks reach it in the same call of the same loss.
         _host_groups.update(world=world, group=dist.new_group(backend="gloo", timeout=_timeout()))
     return _host_groups["group"]
 
 
 def _timeout() -> Any:
-    """Return how long the default group's ranks wait, None where NCCL is not behind it.
+    """Return the timeout of the default group, None if its backend is not NCCL.
 
-    Torch gives other groups 30 minutes, whatever the default group has.
+    Without it, torch gives a new group 30 minutes, even if the default group has less.
     """
     device = torch.device("cuda")
     if not _scatters(device):
@@ -144,7 +144,7 @@ def _timeout() -> Any:
 
 
 def _exchange(numbers: list[int]) -> list[list[int]]:
-    """Return every rank's numbers, in the order of ranks."""
+    """Return the numbers of all ranks, in the order of ranks."""
     local = torch.tensor(numbers, dtype=torch.int64)
     gathered = [torch.empty_like(local) for _ in range(world_size())]
     dist.all_gather(gathered, local, group=_host_group())
@@ -152,12 +152,12 @@ def _exchange(numbers: list[int]) -> list[list[int]]:
 
 
 def _scatters(device: torch.device) -> bool:
-    """Say whether the default group's backend for a device has a reduce-scatter."""
+    """Return whether the default group's backend for a device has a reduce-scatter."""
     return f"{device.type}:nccl" in dist.get_backend_config(dist.group.WORLD)
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather of uneven pieces; backward: `_Scatter`, so that there are second derivatives."""
+    """All-gather of uneven pieces. Its backward is `_Scatter`, which is differentiable again."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, batch: GlobalBatch) -> Tensor:
@@ -177,7 +177,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
-    """Sum over ranks of the whole batch's rows, own piece kept; backward: `_Gather`."""
+    """This rank's piece of the sum over ranks. Its backward is `_Gather`."""
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor, batch: GlobalBatch) -> Tensor:
@@ -187,7 +187,7 @@ class _Scatter(torch.autograd.Function):
             own = torch.empty_like(whole[: batch.size])
             dist.reduce_scatter(own, list(whole.split(batch.size)))
             return own
-        # Not every backend scatters, and not in uneven pieces: sum everything, keep the own.
+        # Some backends have no reduce-scatter, and none takes uneven pieces: sum, then slice.
         summed = whole.clone()
         dist.all_reduce(summed)
         return summed[batch.offset : batch.offset + batch.size].contiguous()
@@ -198,7 +198,7 @@ class _Scatter(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """All-reduce by sum in both directions, of any derivative."""
+    """All-reduce by sum, in the forward and in every backward."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:  # noqa: ARG004 - autograd's signature

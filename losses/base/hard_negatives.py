@@ -1,4 +1,4 @@
-"""HardNegatives: which negatives count, and how much."""
+"""HardNegatives: selection and weighting of negatives."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from diptych.losses.base.validation import check_at_least, check_choice
 
 
 class HardNegatives:
-    """A choice among negatives, by mask, and a weighting of them, by similarity.
+    """A selection of negatives, as a mask, and weights by similarity.
 
     Args:
-        select: Which negatives count: ``"all"``; ``"hardest"``, the most similar one of each anchor
+        select: The negatives that count: ``"all"``; ``"hardest"``, each anchor's most similar one
             (VSE++, arXiv:1707.05612); ``"semi_hard"``, those less similar than the positive
             but within the margin (FaceNet, arXiv:1503.03832); ``"top_k"``, the k most similar.
-        k: How many ``"top_k"`` keeps.
-        beta: Exponent of the weights w ~ exp(beta * logit), >= 0; 0 weighs all alike.
+        k: The number of negatives that ``"top_k"`` keeps.
+        beta: Exponent of the weights w ~ exp(beta * logit), >= 0; 0: equal weights.
 
     Raises:
         ValueError: If an argument is out of range, or `k` is missing with ``"top_k"``.
@@ -27,7 +27,9 @@ class HardNegatives:
     def __init__(self, *, select: str = "all", k: int | None = None, beta: float = 0.0) -> None:
         check_choice("select", select, ("all", "hardest", "semi_hard", "top_k"))
         if (k is None) == (select == "top_k"):
-            raise ValueError(f"k goes with select='top_k' and with it alone, got k={k}, {select!r}")
+            raise ValueError(
+                f"k must be given if and only if select is 'top_k', got k={k} and {select!r}"
+            )
         if k is not None:
             check_at_least("k", k, 1)
         check_at_least("beta", beta, 0)
@@ -55,19 +57,19 @@ class HardNegatives:
         scores = similarity.detach()
         if self.select == "semi_hard":
             if positive is None:
-                raise ValueError("semi-hard negatives need the positive similarities")
+                raise ValueError("positive must be given if select is 'semi_hard', got None")
             bound = positive.detach()[:, None]
-            # Written as exclusions: a NaN compares as False, and must stay to be seen.
+            # Written as exclusions, so that a NaN, which compares as False, stays in the loss.
             return negatives & ~(scores >= bound) & ~(scores <= bound - margin)
         k = min(self.k or 1, scores.shape[1])
         best = scores.masked_fill(~negatives, -math.inf).topk(k, dim=1).indices
         return torch.zeros_like(negatives).scatter_(1, best, True) & negatives
 
     def log_weights(self, logits: Tensor, negatives: Tensor) -> Tensor:
-        """Return log w, [n, m], where w is a softmax over each row's negatives times their number.
+        """Return log w, [n, m]: w is the softmax over each row's negatives times their number.
 
-        The weights of a row average to 1 over its negatives; other entries, and rows without a
-        negative, hold 0 (weight 1). In log space nothing overflows.
+        The weights of a row average to 1 over its negatives. Other entries, and rows without a
+        negative, are 0 (weight 1). Log space avoids overflow.
         """
         if self.beta == 0:
             return torch.zeros_like(logits)

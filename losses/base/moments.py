@@ -8,21 +8,21 @@ from diptych.losses.base.gather import GlobalBatch, sum_over_ranks
 
 
 def centered(features: Tensor, batch: GlobalBatch) -> Tensor:
-    """Return this rank's features [b, D] less the mean over all ranks' samples."""
+    """Return this rank's features [b, D] minus the mean over all ranks' samples."""
     return features - sum_over_ranks(features.sum(0)) / batch.total
 
 
 def second_moment(left: Tensor, right: Tensor, batch: GlobalBatch, *, ddof: int = 0) -> Tensor:
     """Return the sum over all ranks' samples of left_i right_j, divided by B - ddof, [D, E].
 
-    Of centred features it is the covariance, unbiased with ``ddof=1``. Every rank holds all of it;
-    D x E numbers are communicated, whatever the batch.
+    For centred features this is the covariance, unbiased with ``ddof=1``. Every rank holds the
+    whole matrix; D x E numbers are communicated for any batch size.
 
     Args:
         left: [b, D].
         right: [b, E].
         batch: Sizes of all ranks.
-        ddof: What is subtracted from the count.
+        ddof: The number subtracted from the count.
     """
     return sum_over_ranks(left.T @ right) / (batch.total - ddof)
 

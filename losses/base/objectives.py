@@ -1,8 +1,7 @@
 """Objectives: pure functions from logits, or from features, to losses.
 
-The first part works on matrices of logits: `info_nce`, `sigmoid`, `hinge`, `off_diagonal`. The
-second, `contrast`, `symmetric_contrast` and `sigmoid_contrast`, starts from features, because only
-there can a loss choose not to hold the matrix: they take `tile`.
+`info_nce`, `sigmoid`, `hinge` and `off_diagonal` take a matrix. `contrast` and `sigmoid_contrast`
+take features and a `tile`: starting from features, a loss need not hold the matrix.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diptych.losses.base.contrastive import normalized
+from diptych.losses.base.normalization import normalize_in_float32
 from diptych.losses.base.positives import Positives
 from diptych.losses.base.tiles.half_precision import half_logits
 from diptych.losses.base.tiles.operators import kernels_take
@@ -26,10 +25,10 @@ from diptych.losses.base.tiles.tiled_objectives import (
 from diptych.losses.base.validation import check_choice
 
 Tile = int | str | None
-"""How a loss holds its matrix: ``"auto"``, None (whole), or the number of rows of a tile."""
+"""The tiling of a loss: ``"auto"``, None (the whole matrix), or the number of rows of a tile."""
 
-KINDS = ("outside", "inside", "mask")
-"""What several positives of one anchor mean; see `contrast`."""
+POSITIVE_KINDS = ("outside", "inside", "mask")
+"""How several positives of one anchor are combined; see `contrast`."""
 
 
 def info_nce(
@@ -41,22 +40,22 @@ def info_nce(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Return each row's logsumexp over the denominator less mean or logsumexp over the positives.
+    """Return each row's logsumexp over the denominator minus mean or logsumexp over positives.
 
     Args:
         logits: [n, m].
         positives: Bool [n, m], the numerator.
-        kept: Bool [n, m], the denominator; None: every column. Positives need not be in it.
+        kept: Bool [n, m], the denominator; None: all columns. It need not contain the positives.
         log_weights: [n, m], the logs of weights on the terms of the denominator.
-        reduction: ``"mean"``: the mean of log-probabilities (the sum stands outside the log);
-            ``"logsumexp"``: the log of the summed probability (inside).
+        reduction: ``"mean"``: the mean of log-probabilities (the sum is outside the log);
+            ``"logsumexp"``: the log of the summed probability (the sum is inside the log).
         label_smoothing: The share of the target that is spread evenly over the kept columns.
 
     Returns:
         [n]; exactly 0, with zero gradient, for a row without a positive or without a kept column.
     """
-    # An empty row is computed on all its columns and dropped at the end: masking it to -inf
-    # first would leave a NaN in the gradient that no later `where` removes.
+    # An empty row is computed on all its columns and set to 0 at the end. Masking it to -inf first
+    # would leave a NaN in the gradient that no later `where` removes.
     empty = ~positives.any(1, keepdim=True)
     if kept is not None:
         empty = empty | ~kept.any(1, keepdim=True)
@@ -74,7 +73,7 @@ def info_nce(
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of each row's entries under a mask, [n]; 0 for a row without any."""
+    """Return the mean of each row's entries under a mask, [n]; 0 for a row without entries."""
     return values.masked_fill(~mask, 0.0).sum(1) / mask.sum(1).clamp_min(1)
 
 
@@ -90,13 +89,13 @@ def hinge(positive: Tensor, similarity: Tensor, negatives: Tensor, margin: float
         positive: [n], each anchor's similarity to its own pair.
         similarity: [n, m].
         negatives: Bool [n, m].
-        margin: By how much a negative must stay below the positive.
+        margin: How far a negative must stay below the positive.
     """
     return F.relu(margin + similarity - positive[:, None]).masked_fill(~negatives, 0.0)
 
 
 def off_diagonal(matrix: Tensor) -> Tensor:
-    """Return the entries off the diagonal of a square matrix, [n * (n - 1)], row by row."""
+    """Return the off-diagonal entries of a square matrix, [n * (n - 1)], row by row."""
     n = matrix.shape[0]
     return matrix.flatten()[:-1].view(n - 1, n + 1)[:, 1:].flatten()
 
@@ -125,9 +124,9 @@ def contrast(
 ) -> Tensor:
     """Return the InfoNCE losses of all anchors against all candidates, summed, a scalar.
 
-    With l = scale * anchors @ candidates.T, K the candidates but the anchor itself, P the
-    positives: ``outside`` is lse_K(l) - mean_P(l), ``inside`` is lse_K(l) - lse_P(l); ``mask`` is
-    lse_{K - P + own}(l) - l_own, own being the partner: the rest of the group is dropped.
+    Let l = scale * anchors @ candidates.T, K the candidates without the anchor itself, and P the
+    positives. ``outside`` is lse_K(l) - mean_P(l), ``inside`` is lse_K(l) - lse_P(l), and ``mask``
+    is lse_{K - P + own}(l) - l_own, where own is the partner: the rest of the group is dropped.
 
     An anchor without a positive, or without a denominator, adds exactly 0 and has no gradient.
 
@@ -135,15 +134,16 @@ def contrast(
         anchors: [n, D], normalised, float32 or float64.
         candidates: [m, D], likewise.
         scale: 0-dim, 1 / temperature.
-        positives: Which candidates match.
-        kind: What several positives mean: ``"outside"``, ``"inside"`` or ``"mask"``.
+        positives: Matching candidates.
+        kind: How several positives are combined: ``"outside"``, ``"inside"`` or ``"mask"``.
         decoupled: Whether positives are left out of the denominator (arXiv:2110.06848).
         label_smoothing: The share of the target spread evenly over the denominator's columns.
-        symmetric: Whether the candidates are anchors too (n = m, partners and groups alike in both
-            directions); their losses are added, the product is shared.
-        tile: Rows of a tile; None: the whole matrix; ``"auto"``: whichever the memory asks for.
-        normalize: Whether features are still to be normalised; they may be in half precision then.
-        dtype: What the features came in; half precision may go to an accelerator's matrix units.
+        symmetric: Whether the candidates are anchors too (n = m, the same partners and groups in
+            both directions). Their losses are added; the matrix product is shared.
+        tile: Rows of a tile; None: the whole matrix; ``"auto"``: tiles if the matrix is large.
+        normalize: Whether to normalise the features, which may be in half precision then.
+        dtype: The dtype in which the features entered; an accelerator's matrix units may multiply
+            half precision as such.
     """
     rows = resolve_tile(tile, anchors, candidates)
     if rows is not None:
@@ -163,14 +163,17 @@ def contrast(
     logits = _logits(anchors, candidates, scale, dtype, normalize=normalize)
     if positives.partner is None or decoupled or label_smoothing or positives.grouped:
         matches, kept = masks(positives, kind, decoupled=decoupled)
-        reduction = "logsumexp" if kind == "inside" else "mean"
-        objective = partial(info_nce, reduction=reduction, label_smoothing=label_smoothing)
-        losses = objective(logits, matches, kept)
-        return (losses + objective(logits.T, matches, kept) if symmetric else losses).sum()
-    losses = _single(logits, positives)
-    if symmetric:
-        losses = losses + _single(logits.T, positives)
-    return losses.sum()
+        objective = partial(
+            info_nce,
+            positives=matches,
+            kept=kept,
+            reduction="logsumexp" if kind == "inside" else "mean",
+            label_smoothing=label_smoothing,
+        )
+    else:
+        objective = partial(_single, positives=positives)
+    losses = objective(logits)
+    return (losses + objective(logits.T) if symmetric else losses).sum()
 
 
 def sigmoid_contrast(
@@ -191,7 +194,7 @@ def sigmoid_contrast(
         candidates: [m, D], normalised.
         scale: 0-dim, 1 / temperature.
         bias: 0-dim, added to the scaled similarities.
-        positives: Which candidates match.
+        positives: Matching candidates.
         tile: As for `contrast`.
         normalize: As for `contrast`.
         dtype: As for `contrast`.
@@ -213,8 +216,8 @@ def sigmoid_contrast(
 
 
 def masks(positives: Positives, kind: str, *, decoupled: bool) -> tuple[Tensor, Tensor | None]:
-    """Return (numerator, denominator) masks for a kind of positives; None: every column."""
-    check_choice("positives", kind, KINDS)
+    """Return the masks of numerator and denominator (None: all columns) for a kind of positives."""
+    check_choice("positives", kind, POSITIVE_KINDS)
     matches = positives.matches()
     if kind == "mask":
         own = positives.own()
@@ -238,12 +241,12 @@ def _logits(
         logits: Tensor = half_logits(anchors.to(dtype), candidates.to(dtype), scale, normalize)
         return logits
     if normalize:
-        anchors, candidates = normalized(anchors), normalized(candidates)
+        anchors, candidates = normalize_in_float32(anchors), normalize_in_float32(candidates)
     return (scale * anchors) @ candidates.T
 
 
 def _single(logits: Tensor, positives: Positives) -> Tensor:
-    """Return lse - own for anchors with one positive each: no mask but the anchor's own."""
+    """Return lse - own for anchors with one positive each; only the anchor itself is masked."""
     assert positives.partner is not None
     if positives.itself is not None:
         logits = logits.scatter(1, positives.itself[:, None], -math.inf)

@@ -1,4 +1,4 @@
-"""Positives: which pairs match. The one definition for losses, samplers and evaluation."""
+"""Positives: the definition of matching pairs for losses, samplers and evaluation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diptych.losses.base.gather import GlobalBatch
+
 
 def same_group(rows: Tensor, columns: Tensor) -> Tensor:
     """Return which ids are equal, bool [n, m], for integer ids [n] and [m]."""
@@ -14,20 +16,20 @@ def same_group(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 class Positives(NamedTuple):
-    """Which of m candidates match each of n anchors.
+    """The matches among m candidates of each of n anchors.
 
-    Every anchor may have one `partner`, its own pair, which always matches; with group ids,
-    every candidate of the anchor's group matches as well. `itself` is the column that holds the
-    anchor (where anchors stand among the candidates): it is no positive and no negative.
+    Every anchor may have one `partner`, its own pair, which always matches. With group ids, every
+    candidate of the anchor's group matches as well. If anchors are among the candidates, `itself`
+    is the column of the anchor, which is neither positive nor negative.
 
-    It holds vectors only; masks are made from them on demand, whole or for a block of rows, so that
-    a tiled loss never holds n x m.
+    The fields are vectors. Masks are computed from them on demand, so that a tiled loss never holds
+    n x m entries.
 
     Attributes:
         candidates: m.
-        partner: int64 [n], the column of each anchor's own pair; None: groups alone decide.
-        itself: int64 [n], the column that holds the anchor; None: no column does.
-        row_groups: Integer ids [n], or None: only own pairs match.
+        partner: int64 [n], the column of each anchor's own pair; None: only groups decide.
+        itself: int64 [n], the column of the anchor itself; None: it is not a candidate.
+        row_groups: Integer ids [n]; None: only own pairs match.
         column_groups: Integer ids [m], or None.
     """
 
@@ -39,25 +41,25 @@ class Positives(NamedTuple):
 
     @property
     def grouped(self) -> bool:
-        """Whether group ids decide, so that an anchor may have several positives."""
+        """Whether there are group ids, so that an anchor may have several positives."""
         return self.row_groups is not None
 
     def block(self, rows: slice) -> Positives:
-        """Return the same for a slice of the anchors."""
-        return self._replace(
-            partner=None if self.partner is None else self.partner[rows],
-            itself=None if self.itself is None else self.itself[rows],
-            row_groups=None if self.row_groups is None else self.row_groups[rows],
+        """Return the positives of a slice of the anchors."""
+        partner, itself, groups = (
+            None if vector is None else vector[rows]
+            for vector in (self.partner, self.itself, self.row_groups)
         )
+        return self._replace(partner=partner, itself=itself, row_groups=groups)
 
     def own(self) -> Tensor:
         """Return the mask of own pairs, bool [n, m]."""
         if self.partner is None:
-            raise ValueError("these positives come from groups alone: there are no own pairs")
+            raise ValueError("partner must be given for a mask of own pairs, got None")
         return self._columns(self.partner) == self.partner[:, None]
 
     def matches(self) -> Tensor:
-        """Return the mask of positives, bool [n, m]: own pair and group, not the anchor itself."""
+        """Return the mask of positives, bool [n, m]: own pair and group without the anchor."""
         if self.row_groups is None or self.column_groups is None:
             return self.own()
         matches = same_group(self.row_groups, self.column_groups)
@@ -66,13 +68,13 @@ class Positives(NamedTuple):
         return matches
 
     def holds_itself(self) -> Tensor:
-        """Return the mask of the anchors themselves among the candidates, bool [n, m]."""
+        """Return the mask of the anchors among the candidates, bool [n, m]."""
         if self.itself is None:
-            raise ValueError("the anchors are not among the candidates")
+            raise ValueError("itself must be given for a mask of the anchors, got None")
         return self._columns(self.itself) == self.itself[:, None]
 
     def others(self) -> Tensor:
-        """Return the mask of all candidates but the anchor itself, bool [n, m]."""
+        """Return the mask of all candidates except the anchor itself, bool [n, m]."""
         if self.itself is not None:
             return ~self.holds_itself()
         example = self.partner if self.partner is not None else self.row_groups
@@ -82,7 +84,7 @@ class Positives(NamedTuple):
         )
 
     def negatives(self) -> Tensor:
-        """Return the mask of candidates that neither match nor are the anchor itself, [n, m]."""
+        """Return the mask of candidates that do not match and are not the anchor, bool [n, m]."""
         return self.others() & ~self.matches()
 
     def counts(self) -> Tensor:
@@ -97,3 +99,19 @@ class Positives(NamedTuple):
 
     def _columns(self, example: Tensor) -> Tensor:
         return torch.arange(self.candidates, device=example.device)[None, :]
+
+
+def pair_positives(batch: GlobalBatch, groups: Tensor | None, device: torch.device) -> Positives:
+    """Return the matches of this rank's first sides among all ranks' second sides.
+
+    Args:
+        batch: Sizes of all ranks.
+        groups: The group ids of this rank, int [b], or None.
+        device: The device of the features.
+    """
+    return Positives(
+        batch.total,
+        partner=batch.positions(device),
+        row_groups=groups,
+        column_groups=None if groups is None else batch.gather(groups),
+    )

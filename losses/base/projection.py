@@ -6,25 +6,25 @@ from torch import nn
 
 
 class Projection(nn.Sequential):
-    """A multi-layer perceptron, `layers` linear maps with ReLU between.
+    """A multi-layer perceptron: `layers` linear maps with ReLU between them.
 
     SimCLR (arXiv:2002.05709) uses two layers, Barlow Twins (arXiv:2103.03230) and VICReg
     (arXiv:2105.04906) three wide ones with batch normalisation. Batch normalisation couples the
-    samples of a piece: over ranks it needs ``torch.nn.SyncBatchNorm``, in micro-batches it changes
-    the result; ``normalization="layer"`` has neither trouble.
+    samples of a micro-batch: over ranks it needs ``torch.nn.SyncBatchNorm``, and micro-batches
+    change its result. ``normalization="layer"`` avoids both.
 
     Args:
-        input_dim: Features that enter.
-        output_dim: Features that leave.
-        hidden_dim: Features between; None: as `input_dim`.
+        input_dim: Number of input features.
+        output_dim: Number of output features.
+        hidden_dim: Number of features between the layers; None: `input_dim`.
         layers: Number of linear maps, >= 1; 1 is a linear projection.
-        normalization: What stands before each ReLU: ``"none"``, ``"layer"`` or ``"batch"``.
+        normalization: The layer before each ReLU: ``"none"``, ``"layer"`` or ``"batch"``.
 
     Shape:
         [..., input_dim] to [..., output_dim] (``"batch"``: [B, input_dim] only).
 
     Raises:
-        ValueError: If a number is < 1 or `normalization` is none of the three.
+        ValueError: If a number is < 1 or `normalization` is unknown.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Projection(nn.Sequential):
             )
         modules: list[nn.Module] = []
         for _ in range(layers - 1):
-            # A bias before a normalisation is cancelled by it.
+            # A normalisation cancels the bias before it.
             modules.append(nn.Linear(input_dim, hidden, bias=normalization == "none"))
             if normalization != "none":
                 modules.append(kinds[normalization](hidden))

@@ -1,4 +1,4 @@
-"""Queue: the keys of past batches, as negatives for the present one."""
+"""Queue: keys of past batches, as negatives for the current batch."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from torch import Tensor, nn
 from diptych.losses.base.validation import check_at_least
 
 NO_GROUP = torch.iinfo(torch.int64).min
-"""The id of a key that came without a group: it matches nothing."""
+"""The group id of a key without a group; it matches no other id."""
 
 
 class Queue(nn.Module):
-    """A ring of the last K keys with their group ids, first in, first out (arXiv:1911.05722).
+    """A ring buffer of the last K keys with their group ids (arXiv:1911.05722).
 
-    Everything is a persistent buffer, so that a checkpoint resumes with the same negatives. Across
-    ranks, enqueue the *gathered* keys: then every rank holds the same queue. Read before
-    enqueuing, or a batch meets its own keys as negatives. No operation waits for the device.
+    All tensors are persistent buffers, so that a resumed run has the same negatives. Across ranks,
+    enqueue the *gathered* keys, so that every rank holds the same queue. Read before enqueuing,
+    or a batch has its own keys as negatives. No operation waits for the device.
 
     Args:
-        size: K, number of slots.
-        dim: D, features of a key.
+        size: K, the number of slots.
+        dim: D, the number of features of a key.
 
     Attributes:
-        keys: [K, D], zeros where unfilled.
-        ids: int64 [K], the group of each key, NO_GROUP where there is none.
-        pointer: int64 0-dim, the slot that is written next.
+        keys: [K, D]; unfilled slots are zero.
+        ids: int64 [K], the group of each key, or NO_GROUP.
+        pointer: int64 0-dim, the next slot to write.
         fill: int64 0-dim, the number of slots that hold a key.
 
     Raises:
@@ -47,20 +47,20 @@ class Queue(nn.Module):
         self.register_buffer("fill", torch.zeros((), dtype=torch.int64))
 
     def read(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return copies of (keys [K, D], ids [K]) and bool [K], which slots are filled."""
+        """Return copies of (keys [K, D], ids [K]), and which slots are filled, bool [K]."""
         filled = torch.arange(len(self.ids), device=self.ids.device) < self.fill
         return self.keys.clone(), self.ids.clone(), filled
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, ids: Tensor | None = None) -> None:
-        """Write keys over the oldest ones; of more than K keys the last K stay.
+        """Overwrite the oldest keys; of more than K keys, keep the last K.
 
         Args:
             keys: [n, D], any n.
             ids: Integers [n], the keys' groups; None: they match nothing.
 
         Raises:
-            ValueError: If the keys' dimension is not the queue's.
+            ValueError: If the keys' dimension differs from the queue's.
         """
         if keys.dim() != 2 or keys.shape[1] != self.keys.shape[1]:
             raise ValueError(
@@ -68,7 +68,7 @@ class Queue(nn.Module):
             )
         size, count = len(self.ids), len(keys)
         kept = min(size, count)
-        # float64 keys keep their precision in a queue that was made in float32.
+        # float64 keys keep their precision in a queue created in float32.
         self.keys = self.keys.to(torch.promote_types(self.keys.dtype, keys.dtype))
         slots = (self.pointer + torch.arange(count - kept, count, device=keys.device)) % size
         self.keys.index_copy_(0, slots, keys.detach()[count - kept :].to(self.keys.dtype))

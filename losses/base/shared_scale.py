@@ -1,4 +1,4 @@
-"""A model's own logit scale as the temperature of a loss, so that there is one and not two."""
+"""A model's own logit scale as the temperature of a loss, so that there is only one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from diptych.losses.base.temperature import Temperature
 
 
 class SharedTemperature(Temperature):
-    """A learned temperature whose parameter belongs to a model: ln(1 / tau), of one element.
+    """A learned temperature whose parameter, ln(1 / tau) in one element, belongs to a model.
 
     Args:
         logit_scale: The model's parameter, in any shape of one element.
-        min_scale: Lower bound of s = 1 / tau, held by `constrain`; None: unbounded.
+        min_scale: Lower bound of s = 1 / tau, enforced by `constrain`; None: unbounded.
         max_scale: Upper bound of s; None: unbounded.
     """
 
@@ -29,11 +29,11 @@ class SharedTemperature(Temperature):
         self.logit_scale = logit_scale
 
     def scale(self, like: Tensor) -> Tensor:
-        """Return s, 0-dim, in the type and on the device that a temperature of its own has."""
+        """Return s, 0-dim whatever the parameter's shape; otherwise as `Temperature.scale`."""
         return super().scale(like).reshape(())
 
     def extra_repr(self) -> str:
-        """Return what print(loss) shows; no device is read for it."""
+        """Return the text in print(loss), without reading the device."""
         return f"the model's logit_scale, scale in [{self.min_scale}, {self.max_scale}]"
 
 
@@ -44,34 +44,33 @@ def share_logit_scale(
     scale: str = "logit_scale",
     bias: str = "logit_bias",
 ) -> BaseContrastiveLoss:
-    """Make a loss on pairs use, and train, the logit scale that a model brings along.
+    """Make a loss on pairs use, and train, the logit scale of a model.
 
-    Models of `transformers` and `open_clip` hold ln(1 / tau) as `logit_scale`, those for SigLIP a
-    `logit_bias` too. The loss takes these very parameters for its own: one scale is trained, the
-    model's checkpoint has it, and `constrain` holds it within the loss's bounds. Build the
-    optimizer from the model's parameters, which hold it already.
+    Models of `transformers` and `open_clip` hold ln(1 / tau) as `logit_scale`; those trained with
+    SigLIP hold a `logit_bias` too. The loss uses these very parameters: one scale is trained, it is
+    in the model's checkpoint, and `constrain` keeps it within the loss's bounds. Build the
+    optimizer from the model's parameters, which include it.
 
     Args:
         loss: A loss with a temperature, such as `CLIPLoss` or `SigLIPLoss`; changed in place.
         model: The model.
         scale: The path of its logit scale.
-        bias: The path of its logit bias, which a loss with a `bias` takes.
+        bias: The path of its logit bias, for a loss that has a `bias`.
 
     Returns:
         The loss.
 
     Raises:
         TypeError: If the loss has no temperature.
-        ValueError: If the model has no such parameter, or one of several elements.
+        ValueError: If the model has no such parameter, or it has several elements.
     """
-    own = getattr(loss, "temperature", None)
-    if not isinstance(own, Temperature):
+    if not isinstance(loss, BaseContrastiveLoss):
         raise TypeError(f"loss must have a temperature, such as CLIPLoss, got {loss!r}")
-    found = _parameter(model, scale)
-    loss.temperature = SharedTemperature(found, min_scale=own.min_scale, max_scale=own.max_scale)
-    if hasattr(loss, "bias"):
-        loss.bias = _parameter(model, bias)
-        loss._rounding = 0.0  # type: ignore[assignment] # noqa: SLF001 - of a bias of its own
+    own = loss.temperature
+    loss.temperature = SharedTemperature(
+        _parameter(model, scale), min_scale=own.min_scale, max_scale=own.max_scale
+    )
+    loss.share_bias(lambda: _parameter(model, bias))
     return loss
 
 
@@ -81,12 +80,12 @@ def _parameter(model: nn.Module, path: str) -> nn.Parameter:
     if path not in named:
         single = [name for name, parameter in named.items() if parameter.numel() == 1]
         raise ValueError(
-            f"the model must have a parameter {path!r}, got none; of one element are "
-            f"{', '.join(single[:8]) or 'none'}"
+            f"model must have a parameter {path!r}, got none. Its parameters of one element are:"
+            f" {', '.join(single[:8]) or 'none'}."
         )
     if named[path].numel() != 1 or not torch.is_floating_point(named[path]):
         raise ValueError(
-            f"{path} must be one floating-point number, got {named[path].dtype} "
-            f"{tuple(named[path].shape)}"
+            f"{path} must be one floating-point number, got {named[path].dtype}"
+            f" {tuple(named[path].shape)}"
         )
     return named[path]

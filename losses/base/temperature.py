@@ -11,12 +11,12 @@ from diptych.losses.base.validation import check_positive, working_dtype
 
 
 class Temperature(nn.Module):
-    """A temperature tau, of which a loss uses the scale s = 1 / tau.
+    """A temperature tau; a loss multiplies similarities by the scale s = 1 / tau.
 
-    Learned, the parameter `logit_scale` holds ln(s) (CLIP, arXiv:2103.00020): steps are relative
-    and s stays positive. It wants no weight decay, which would pull tau towards 1, and `constrain`
-    after each optimizer step, which keeps s within its bounds. Fixed, it is a plain number,
-    no parameter and no part of the state dict. Either way `value` may be set at any time.
+    If learned, the parameter `logit_scale` holds ln(s) (CLIP, arXiv:2103.00020): updates are
+    relative and s stays positive. Give it no weight decay, which would pull tau towards 1, and call
+    `constrain` after each optimizer step, which keeps s within its bounds. If fixed, it is a plain
+    number, neither a parameter nor in the state dict. `value` may be set at any time.
 
     Args:
         value: tau, > 0.
@@ -49,8 +49,8 @@ class Temperature(nn.Module):
         if learn:
             log_scale = -math.log(value)
             self.logit_scale = nn.Parameter(torch.tensor(log_scale, dtype=torch.float32))
-            # ln(s) as float32 holds it. The scale is taken relative to it, so that a float64 loss
-            # starts from exactly the temperature that was asked for, not from one rounded to 1e-8.
+            # ln(s) rounded to float32. The scale is relative to it, so that a float64 loss starts
+            # from exactly the requested temperature, not from one rounded to 1e-8.
             self._initial_log = float(torch.tensor(log_scale, dtype=torch.float32, device="cpu"))
 
     def _check_bounds(self, value: float, *, learn: bool) -> None:
@@ -58,14 +58,14 @@ class Temperature(nn.Module):
         high = math.inf if self.max_scale is None else self.max_scale
         if not 0 <= low < high:
             raise ValueError(
-                f"the scale's bounds must satisfy 0 < min_scale < max_scale, got {low} and {high}"
+                f"min_scale and max_scale must satisfy 0 < min < max, got {low} and {high}"
             )
         slack = 1e-9  # 1 / 0.01 is not exactly 100
         if learn and not low * (1 - slack) <= 1 / value <= high * (1 + slack):
             raise ValueError(
-                "a learned temperature must lie in"
-                f" [{1 / high:g}, {1 / low if low else math.inf:g}], got {value};"
-                " widen the bounds of the scale, or fix the temperature"
+                "temperature must, if learned, lie in"
+                f" [{1 / high:g}, {1 / low if low else math.inf:g}], got {value}."
+                " Widen the bounds of the scale, or do not learn the temperature."
             )
 
     @property
@@ -75,7 +75,7 @@ class Temperature(nn.Module):
 
     @property
     def value(self) -> float:
-        """Tau as a number. Reading a learned one waits for its device; setting one does not."""
+        """Tau as a number. Reading a learned tau waits for its device; setting it does not."""
         if self.logit_scale is None:
             return self._fixed
         return self._initial * math.exp(self._initial_log - float(self.logit_scale.detach()))
@@ -91,7 +91,7 @@ class Temperature(nn.Module):
                 self.logit_scale.fill_(-math.log(value))
 
     def scale(self, like: Tensor) -> Tensor:
-        """Return s = 1 / tau, 0-dim, on the device of `like`: float64 beside it, else float32."""
+        """Return s = 1 / tau, 0-dim, on the device of `like`, in its working dtype."""
         dtype = working_dtype(like)
         if self.logit_scale is None:
             return torch.full((), 1 / self._fixed, dtype=dtype, device=like.device)
@@ -100,7 +100,7 @@ class Temperature(nn.Module):
 
     @torch.no_grad()
     def constrain(self) -> None:
-        """Put a learned scale back within its bounds, in place, after an optimizer step."""
+        """Clamp a learned scale to its bounds, in place. Call after each optimizer step."""
         if self.logit_scale is not None and (self.min_scale or self.max_scale):
             self.logit_scale.clamp_(
                 min=math.log(self.min_scale) if self.min_scale else None,
@@ -114,7 +114,7 @@ class Temperature(nn.Module):
         return {"temperature": 1 / scale, "logit_scale": scale.log()}
 
     def extra_repr(self) -> str:
-        """Return what print(loss) shows; no device is read for it."""
+        """Return the text in print(loss), without reading the device."""
         if not self.learned:
             return f"{self._fixed:g}"
         return f"learned from {self._initial:g}, scale in [{self.min_scale}, {self.max_scale}]"

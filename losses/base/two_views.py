@@ -1,4 +1,4 @@
-"""Two views of each sample as one set: everyone an anchor, everyone a candidate."""
+"""Two views of each sample as one set of anchors and candidates."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from diptych.losses.base.positives import Positives
 
 
 def two_views(pairs: Pairs) -> tuple[Tensor, Tensor, Positives]:
-    """Return this rank's 2b anchors, all ranks' 2B candidates, and who matches whom.
+    """Return this rank's 2b anchors, all ranks' 2B candidates, and their matches.
 
     Anchors are [first; second] of this rank, candidates [first; second] of all ranks. An anchor's
-    partner is its other view; the anchor itself is among the candidates, and is neither positive
-    nor negative; with groups, both views of every sample of the group match.
+    partner is its other view. The anchor itself is among the candidates and is neither positive nor
+    negative. With groups, both views of every sample of the group match.
 
     Returns:
         Anchors [2b, D], candidates [2B, D] with gradient to every rank, and the positives.

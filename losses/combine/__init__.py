@@ -1,1 +1,1 @@
-"""Losses made of losses."""
+"""Losses built from other losses."""

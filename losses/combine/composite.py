@@ -1,24 +1,27 @@
-"""CompositeLoss: what the losses that are made of losses share."""
+"""CompositeLoss and MultipleLosses: bases of the losses that are built from other losses."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from diptych.losses.base.contrastive import total
+from diptych.losses.base.loss import Loss, contract_of, sample_mean
 from diptych.losses.registry import available_losses, get_loss_class
 
 
-class CompositeLoss(nn.Module):
-    """Base of the losses that add up others, their parts.
+class CompositeLoss(Loss):
+    """Base of the losses that add up other losses, their parts.
 
-    A subclass writes `terms` with calls of `part_terms`. A part's terms go by its name: ``clip``
-    if it has one term, ``vicreg/variance`` and so on if it has several; so do its scalars,
-    ``clip/temperature``. Parts are sub-modules: their parameters and queues are in the state dict
-    and a trainer finds their `constrain`.
+    A subclass defines `terms` with calls of `part_terms`. Terms are named after the part: ``clip``
+    if it has one term, ``vicreg/variance`` and so on if it has several; so are its scalars,
+    ``clip/temperature``. Parts are sub-modules: their parameters and queues are in the state dict,
+    and a trainer calls their `constrain`.
+
+    It couples samples even if its parts do not: means with different weights (samples in one part,
+    unmasked tokens in another) do not add up to one mean over micro-batches.
 
     Across ranks: each part averages over ranks to its global value, and so does their sum.
 
@@ -30,7 +33,7 @@ class CompositeLoss(nn.Module):
 
     Raises:
         ValueError: If there is no part.
-        TypeError: If a part is no ``nn.Module``.
+        TypeError: If a part is not an ``nn.Module``.
     """
 
     def __init__(self, losses: Mapping[str, nn.Module]) -> None:
@@ -45,62 +48,30 @@ class CompositeLoss(nn.Module):
         self.losses = nn.ModuleDict(losses)
 
     @property
-    def couples_samples(self) -> bool:
-        """Whether the loss of a batch is no mean over its samples.
-
-        True if a part says so, and whenever there are several parts: means with weights of their
-        own (samples here, unmasked tokens there) do not add up to one mean over pieces.
-        """
-        first, *others = self.losses.values()
-        return bool(others) or not is_sample_mean(first)
-
-    @property
     def minimum_batch(self) -> int:
-        """The least global batch for which every part is defined."""
-        return max(getattr(loss, "minimum_batch", 1) for loss in self.losses.values())
-
-    def forward(self, *inputs: Any, **named: Any) -> Tensor:
-        """Return the sum of the terms, a scalar which averages over ranks to the global loss.
-
-        Args:
-            *inputs: What `terms` takes.
-            **named: What `terms` takes, by name.
-        """
-        return total(self.terms(*inputs, **named))
-
-    def terms(self, *inputs: Any, **named: Any) -> dict[str, Tensor]:
-        """Return the named, weighted parts whose sum is the loss."""
-        raise NotImplementedError
+        """The smallest global batch for which every part is defined."""
+        return max(contract_of(loss).minimum_batch for loss in self.losses.values())
 
     def part_terms(
         self, name: str, weight: float | Tensor, *inputs: Tensor | None
     ) -> dict[str, Tensor]:
-        """Call a part and return its terms, named after it and times a weight."""
+        """Call a part and return its terms times a weight, named after it."""
         return weighted_terms(name, self.losses[name], weight, *inputs)
 
     def scalars(self) -> dict[str, Tensor]:
-        """Return the parts' scalars, detached, by the part's name, for logs."""
+        """Return the parts' scalars, detached, named after the parts, for logs."""
         return {
             f"{name}/{scalar}": value
             for name, loss in self.losses.items()
-            for scalar, value in getattr(loss, "scalars", dict)().items()
+            for scalar, value in contract_of(loss).scalars().items()
         }
-
-
-def is_sample_mean(loss: nn.Module) -> bool:
-    """Say whether a loss is a mean over samples that tells its sum and its weight apart."""
-    return not getattr(loss, "couples_samples", True) and hasattr(loss, "total_and_weight")
 
 
 def weighted_terms(
     name: str, loss: nn.Module, weight: float | Tensor, *inputs: Tensor | None
 ) -> dict[str, Tensor]:
-    """Call a loss and return its terms times a weight: `name` for one, ``name/term`` for several.
-
-    A loss without `terms` has one term, its value.
-    """
-    named = getattr(loss, "terms", None)
-    terms: Mapping[str, Tensor] = {name: loss(*inputs)} if named is None else named(*inputs)
+    """Return a loss's terms times a weight, named `name`, or ``name/term`` if there are several."""
+    terms = contract_of(loss).terms(*inputs)
     if len(terms) == 1:
         (value,) = terms.values()
         return {name: weight * value}
@@ -108,21 +79,22 @@ def weighted_terms(
 
 
 class MultipleLosses(CompositeLoss):
-    """Base of the sums of losses that are given from outside and called on a task's outputs.
+    """Base of the weighted sums of losses that the user passes in.
+
+    A subclass defines `part_weights`.
 
     Args:
         losses: The parts by name, or in a sequence, named as they are registered.
-        inputs: For a part, the positions of the arguments that it takes; a part that is not named
-            takes all.
+        inputs: For a part, the positions of the arguments that it takes; other parts take all.
 
     Raises:
         ValueError: If there is no part, two parts of a sequence have one name, or `inputs` names
-            what is no part.
-        TypeError: If a part is no ``nn.Module``.
+            an unknown part.
+        TypeError: If a part is not an ``nn.Module``.
     """
 
     exempt: ClassVar[Mapping[str, str]] = {
-        "errors": "the parts check what they are called with, in their own words"
+        "errors": "the parts check their inputs and name their own arguments"
     }
 
     def __init__(
@@ -130,17 +102,54 @@ class MultipleLosses(CompositeLoss):
         losses: Mapping[str, nn.Module] | Sequence[nn.Module],
         inputs: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        super().__init__(losses if isinstance(losses, Mapping) else _named(losses))
+        super().__init__(losses if isinstance(losses, Mapping) else _by_name(losses))
         self.inputs = {name: tuple(positions) for name, positions in (inputs or {}).items()}
         unknown = sorted(self.inputs.keys() - self.losses.keys())
         if unknown:
             raise ValueError(f"inputs must name the losses {sorted(self.losses)}, got {unknown}")
 
-    def inputs_of(self, name: str, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return those of the arguments that a part takes.
+    def part_weights(self) -> Mapping[str, float | Tensor]:
+        """Return the parts to compute, with their weights."""
+        raise NotImplementedError
+
+    @property
+    def couples_samples(self) -> bool:
+        """False if the loss is a single part that is a mean over samples."""
+        first, *others = self.part_weights()
+        return bool(others) or sample_mean(self.losses[first]) is None
+
+    def terms(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Return the weighted terms of the parts, named after them.
+
+        Args:
+            *inputs: The outputs of the task.
+        """
+        terms: dict[str, Tensor] = {}
+        for name, weight in self.part_weights().items():
+            terms |= self.part_terms(name, weight, *self.inputs_of(name, inputs))
+        return terms
+
+    def total_and_weight(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (weighted total, weight) of a single part that is a mean over samples.
 
         Raises:
-            ValueError: If the part takes one that is not there.
+            TypeError: If the loss couples samples.
+        """
+        ((name, factor), *others) = self.part_weights().items()
+        part = sample_mean(self.losses[name])
+        if part is None or others:
+            raise TypeError(
+                "total_and_weight needs a single part that is a mean over samples, got"
+                f" {', '.join(self.part_weights())}. Call forward on the whole batch."
+            )
+        total, weight = part.total_and_weight(*self.inputs_of(name, inputs))
+        return factor * total, weight
+
+    def inputs_of(self, name: str, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the arguments that a part takes.
+
+        Raises:
+            ValueError: If one of them is missing.
         """
         positions = self.inputs.get(name)
         if positions is None:
@@ -155,19 +164,18 @@ class MultipleLosses(CompositeLoss):
     def example_inputs(
         self, batch: int, *, dim: int = 8, generator: torch.Generator | None = None
     ) -> tuple[Tensor, ...]:
-        """Return the arguments of one call, those of the first part, for the contract test."""
-        first: Any = next(iter(self.losses.values()))
-        drawn: tuple[Tensor, ...] = first.example_inputs(batch, dim=dim, generator=generator)
-        return drawn
+        """Return the arguments of a call of the first part, for the contract test."""
+        first = next(iter(self.losses.values()))
+        return contract_of(first).example_inputs(batch, dim=dim, generator=generator)
 
 
-def _named(losses: Sequence[nn.Module]) -> dict[str, nn.Module]:
-    """Return losses by their registered names; a loss without goes by its class's name."""
-    names = {get_loss_class(name): name for name in available_losses()}
-    named = {names.get(type(loss), type(loss).__name__): loss for loss in losses}
+def _by_name(losses: Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """Return losses by their registered names, or by the names of their classes."""
+    registered = {get_loss_class(name): name for name in available_losses()}
+    named = {registered.get(type(loss), type(loss).__name__): loss for loss in losses}
     if len(named) < len(losses):
         raise ValueError(
-            f"losses must have names of their own, got {[type(x).__name__ for x in losses]};"
-            " give a mapping from names to losses"
+            "losses must be of different classes in a sequence, got"
+            f" {[type(loss).__name__ for loss in losses]}. Pass a mapping from names to losses."
         )
     return named

@@ -1,4 +1,4 @@
-"""HybridLoss: from contrast to VICReg, by a number that is driven from outside."""
+"""HybridLoss: a blend of CLIP and VICReg whose weight is set during training."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from diptych.losses.registry import register_loss
 
 @register_loss("hybrid")
 class HybridLoss(CompositeLoss):
-    """Contrast handing over to VICReg: (1 - alpha) CLIP + alpha VICReg.
+    """Blend of contrast and VICReg: (1 - alpha) CLIP + alpha VICReg.
 
-    Contrast aligns pairs quickly and needs negatives; VICReg keeps dimensions apart and needs none.
-    Set the attribute `alpha` while training, by step or by how well pairs are aligned: it is a
-    plain number in [0, 1] and no part of the state dict. Both parts are computed at any alpha. The
+    Contrast aligns pairs quickly and needs negatives; VICReg decorrelates dimensions and needs
+    none. Set the attribute `alpha` during training, by step or by the alignment of pairs. It is a
+    plain number in [0, 1] and not in the state dict. Both parts are computed at any alpha. The
     value is >= 0. Terms: `contrastive`, `vicreg/invariance`, `vicreg/variance`,
-    `vicreg/covariance`, weighted. Scalars: `alpha`, and the parts'.
+    `vicreg/covariance`, weighted. Scalars: `alpha`, and those of the parts.
 
     Across ranks: the parts gather, with gradient. Exact for uneven local batches.
 
     Source: Radford et al. 2021, arXiv:2103.00020; Bardes et al. 2022, arXiv:2105.04906.
 
     Args:
-        alpha: Where to start, in [0, 1].
+        alpha: The initial weight of VICReg, in [0, 1].
         contrastive: The loss at alpha = 0; None: ``CLIPLoss()``.
         vicreg: The loss at alpha = 1; None: ``VICRegLoss()``.
 
@@ -68,7 +68,7 @@ class HybridLoss(CompositeLoss):
         Args:
             first: [b, D], floating point.
             second: [b, D], floating point.
-            groups: Integers [b]; pairs with equal ids match one another in the contrast.
+            groups: Integers [b]; pairs with equal ids match one another in the contrastive part.
 
         Raises:
             ValueError: If shapes do not fit, or the global batch is a single pair.
@@ -87,9 +87,3 @@ class HybridLoss(CompositeLoss):
     def example(cls) -> HybridLoss:
         """Return a small instance for the contract test."""
         return cls(alpha=0.25)
-
-    def example_inputs(
-        self, batch: int, *, dim: int = 8, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, ...]:
-        """Return both sides, [batch, dim] each, for the contract test."""
-        return tuple(torch.randn(batch, dim, generator=generator) for _ in range(2))

@@ -3,45 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from diptych.losses.base.contrastive import total
+from diptych.losses.base.loss import Loss, contract_of, sample_mean
 from diptych.losses.base.validation import check_at_least
-from diptych.losses.combine.composite import is_sample_mean, weighted_terms
+from diptych.losses.combine.composite import weighted_terms
 from diptych.losses.contrastive.clip import CLIPLoss
 from diptych.losses.registry import register_loss
 
 
 @register_loss("matryoshka")
-class MatryoshkaLoss(nn.Module):
+class MatryoshkaLoss(Loss):
     """Sum of one loss over prefixes of the features, so that short embeddings work: sum_m w_m L(m).
 
     L(m) is the loss on the first m features of every floating argument [B, ..., D]; a loss that
-    normalises does so for each prefix again. The loss is one module: its temperature is shared. Its
-    range is the loss's. Terms: `dim_64`, or `dim_64/variance` and so on if the loss has several.
+    normalises does so for each prefix. There is one loss module, so its temperature is shared. The
+    range is that of the loss. Terms: `dim_64`, or `dim_64/variance` and so on if the loss has
+    several. Called with the arguments of the loss.
 
-    Called as the loss is.
+    It couples samples if the loss does, or if there are several prefixes: each has its own term,
+    which a single total cannot express.
 
-    Across ranks: the loss sees to it, once for each prefix.
+    Across ranks: the loss communicates, once for each prefix.
 
     Source: Kusupati et al. 2022, arXiv:2205.13147.
 
     Args:
-        loss: The loss on each prefix. One with a queue, whose keys have one length, does not fit.
-        dims: Lengths of the prefixes, increasing, >= 1; the whole length is not added by itself.
+        loss: The loss on each prefix. It cannot be one with a queue, whose keys have one length.
+        dims: Lengths of the prefixes, increasing, >= 1. Include the full length if it should count.
         weights: A number >= 0 for each prefix; None: 1.
 
     Raises:
-        ValueError: If lengths do not increase, weights are not as many or < 0, or (when called)
+        ValueError: If lengths do not increase, weights are < 0 or not as many, or (when called)
             features are shorter than the longest prefix.
-        TypeError: If `loss` is no ``nn.Module``.
+        TypeError: If `loss` is not an ``nn.Module``.
     """
 
     exempt: ClassVar[Mapping[str, str]] = {
-        "errors": "the loss checks what it is called with, in its own words"
+        "errors": "the loss checks its inputs and names its own arguments"
     }
 
     def __init__(
@@ -63,58 +65,50 @@ class MatryoshkaLoss(nn.Module):
 
     @property
     def couples_samples(self) -> bool:
-        """Whether the loss of a batch is no mean over its samples.
-
-        True if the loss on each prefix says so, and whenever there are several prefixes: each has a
-        term of its own, which the sum of all does not tell.
-        """
-        return len(self.weights) > 1 or not is_sample_mean(self.loss)
+        """False for a single prefix of a loss that is a mean over samples."""
+        return len(self.weights) > 1 or sample_mean(self.loss) is None
 
     @property
     def minimum_batch(self) -> int:
-        """The least global batch for which the loss is defined."""
-        return int(getattr(self.loss, "minimum_batch", 1))
+        """The smallest global batch for which the loss is defined."""
+        return contract_of(self.loss).minimum_batch
 
     @property
     def symmetric(self) -> bool:
-        """Whether swapping the first two arguments leaves the value."""
-        return bool(getattr(self.loss, "symmetric", False))
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Return the sum over prefixes, a scalar which averages over ranks to the global loss.
-
-        Args:
-            *inputs: What the loss takes.
-        """
-        return total(self.terms(*inputs))
+        """Whether swapping the first two inputs leaves the value unchanged."""
+        return contract_of(self.loss).symmetric
 
     def terms(self, *inputs: Tensor) -> dict[str, Tensor]:
-        """Return the loss's terms on each prefix, weighted. Arguments as for `forward`."""
+        """Return the weighted terms of the loss on each prefix.
+
+        Args:
+            *inputs: The arguments of the loss.
+        """
         terms: dict[str, Tensor] = {}
         for dim, weight in self.weights.items():
             terms |= weighted_terms(f"dim_{dim}", self.loss, weight, *self._prefixes(inputs, dim))
         return terms
 
     def total_and_weight(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (weighted total, weight) of a single prefix, if the loss is a mean over samples.
+        """Return (weighted total, weight) for a single prefix of a mean over samples.
 
         Raises:
-            TypeError: If it couples samples: it is no such mean.
+            TypeError: If the loss couples samples.
         """
-        if self.couples_samples:
+        ((dim, factor), *others) = self.weights.items()
+        mean = sample_mean(self.loss)
+        if mean is None or others:
             raise TypeError(
-                "a loss on several prefixes, or one that couples samples, is no mean over samples;"
-                " call forward on the whole batch"
+                "total_and_weight needs a single prefix of a mean over samples, got dims"
+                f" {tuple(self.weights)} of {type(self.loss).__name__}."
+                " Call forward on the whole batch."
             )
-        ((dim, factor),) = self.weights.items()
-        loss: Any = self.loss
-        total, weight = loss.total_and_weight(*self._prefixes(inputs, dim))
+        total, weight = mean.total_and_weight(*self._prefixes(inputs, dim))
         return factor * total, weight
 
     def scalars(self) -> dict[str, Tensor]:
-        """Return the loss's scalars."""
-        scalars: dict[str, Tensor] = getattr(self.loss, "scalars", dict)()
-        return scalars
+        """Return the scalars of the loss."""
+        return contract_of(self.loss).scalars()
 
     def _prefixes(self, inputs: Sequence[Tensor], dim: int) -> list[Tensor]:
         """Return the arguments with the first `dim` features of each floating one."""
@@ -139,7 +133,5 @@ class MatryoshkaLoss(nn.Module):
     def example_inputs(
         self, batch: int, *, dim: int = 8, generator: torch.Generator | None = None
     ) -> tuple[Tensor, ...]:
-        """Return the arguments of one call of the loss, for the contract test."""
-        loss: Any = self.loss
-        drawn: tuple[Tensor, ...] = loss.example_inputs(batch, dim=dim, generator=generator)
-        return drawn
+        """Return the arguments of a call of the loss, for the contract test."""
+        return contract_of(self.loss).example_inputs(batch, dim=dim, generator=generator)

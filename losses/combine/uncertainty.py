@@ -1,4 +1,4 @@
-"""UncertaintyWeighted: several losses, added with weights that are learned."""
+"""UncertaintyWeighted: several losses, added with learned weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from diptych.losses.base.loss import contract_of
 from diptych.losses.combine.composite import MultipleLosses
 from diptych.losses.contrastive.clip import CLIPLoss
 from diptych.losses.contrastive.siglip import SigLIPLoss
@@ -17,14 +18,14 @@ from diptych.losses.registry import register_loss
 class UncertaintyWeighted(MultipleLosses):
     """Losses weighted by learned uncertainty: sum_k [e^{-s_k} L_k + s_k / 2].
 
-    s_k = log sigma_k^2, the logarithm of task k's noise, starts at 0 (weight 1) and settles where
+    s_k = log sigma_k^2, the logarithm of task k's noise, starts at 0 (weight 1) and converges to
     e^{-s_k} = 1 / (2 L_k): losses of any size end up with equal shares. The value can be negative.
-    Terms: each part's, weighted, and `log_variance`, the sum of s_k / 2.
+    Terms: the weighted terms of each part, and `log_variance`, the sum of s_k / 2.
 
-    A loss that can be negative is refused: s would run to minus infinity on it. The package's own
-    are known; a loss of one's own says so by ``can_be_negative = True``.
+    A loss that can be negative is refused: its s would decrease without bound. A loss declares this
+    with ``can_be_negative = True``, as those of this package do.
 
-    Across ranks: the parts see to it; the gradient of s is averaged as that of any parameter.
+    Across ranks: the parts communicate; the gradient of s is averaged like that of any parameter.
 
     Source: Kendall et al. 2018, arXiv:1705.07115.
 
@@ -37,11 +38,12 @@ class UncertaintyWeighted(MultipleLosses):
             pull every weight to 1.
 
     Raises:
-        ValueError: If a part can be negative, or for what `WeightedSum` refuses.
-        TypeError: If a part is no ``nn.Module``.
+        ValueError: If a part can be negative, or for the reasons of `WeightedSum`.
+        TypeError: If a part is not an ``nn.Module``.
     """
 
     can_be_negative = True
+    couples_samples = True
 
     def __init__(
         self,
@@ -51,40 +53,30 @@ class UncertaintyWeighted(MultipleLosses):
     ) -> None:
         super().__init__(losses, inputs)
         for name, loss in self.losses.items():
-            signed = [
-                type(x).__name__ for x in loss.modules() if getattr(x, "can_be_negative", False)
-            ]
+            signed = [type(x).__name__ for x in loss.modules() if contract_of(x).can_be_negative]
             if signed:
                 raise ValueError(
-                    f"losses must not be negative, got {name!r} with {signed[0]}: its weight would"
-                    " grow without bound; give it a fixed weight in a WeightedSum"
+                    f"losses must not be negative, got {name!r} with {signed[0]}. Its weight would"
+                    " grow without bound; give it a fixed weight in a WeightedSum."
                 )
         self.log_variances = nn.Parameter(torch.zeros(len(self.losses)))
 
-    @property
-    def couples_samples(self) -> bool:
-        """True: beside s, the value is no mean over samples."""
-        return True
+    def part_weights(self) -> Mapping[str, Tensor]:
+        """Return all parts with their weights e^{-s}."""
+        return dict(zip(self.losses, (-self.log_variances).exp(), strict=True))
 
     def terms(self, *inputs: Tensor) -> dict[str, Tensor]:
-        """Return every part's terms, weighted, and `log_variance`.
+        """Return the weighted terms of all parts, and `log_variance`.
 
         Args:
-            *inputs: What the task gives.
+            *inputs: The outputs of the task.
         """
-        terms: dict[str, Tensor] = {}
-        weights = (-self.log_variances).exp()
-        for name, weight in zip(self.losses, weights, strict=True):
-            terms |= self.part_terms(name, weight, *self.inputs_of(name, inputs))
-        return {**terms, "log_variance": self.log_variances.sum() / 2}
+        return {**super().terms(*inputs), "log_variance": self.log_variances.sum() / 2}
 
     def scalars(self) -> dict[str, Tensor]:
         """Return the parts' scalars and each part's weight e^{-s}, detached, for logs."""
-        weights = (-self.log_variances.detach()).exp()
-        return {
-            **super().scalars(),
-            **{f"{name}/weight": w for name, w in zip(self.losses, weights, strict=True)},
-        }
+        weights = {f"{name}/weight": w.detach() for name, w in self.part_weights().items()}
+        return {**super().scalars(), **weights}
 
     @classmethod
     def example(cls) -> UncertaintyWeighted:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from diptych.losses.base.validation import check_at_least
 from diptych.losses.combine.composite import MultipleLosses
@@ -16,23 +15,23 @@ from diptych.losses.registry import register_loss
 
 @register_loss("weighted_sum")
 class WeightedSum(MultipleLosses):
-    """Sum of losses with a weight each: sum_k w_k L_k.
+    """Sum of losses with fixed weights: sum_k w_k L_k.
 
-    Called with what the task gives; every part takes all of it, or what `inputs` names. Its range
-    is that of the parts. Terms: each part's, by the part's name, weighted.
+    Called with the task's outputs; a part takes all of them, or those that `inputs` selects. The
+    range is that of the parts. Terms: the weighted terms of each part, named after it.
 
-    Across ranks: the parts see to it; their sum is exact if they are.
+    Across ranks: the parts communicate; their sum is exact if they are.
 
     Args:
         losses: The parts by name, or in a sequence, named as they are registered.
         weights: A number >= 0 for each part, by name or in the same order; None: 1. The attribute
-            `weights` may be changed while training.
+            `weights` may be changed during training.
         inputs: For a part, the positions of the arguments that it takes, such as
-            ``{"clip": (0, 1), "cross_entropy": (2, 3)}``; a part that is not named takes all.
+            ``{"clip": (0, 1), "cross_entropy": (2, 3)}``; other parts take all.
 
     Raises:
         ValueError: If names or numbers of parts and weights differ, or a weight is < 0.
-        TypeError: If a part is no ``nn.Module``.
+        TypeError: If a part is not an ``nn.Module``.
     """
 
     def __init__(
@@ -59,32 +58,9 @@ class WeightedSum(MultipleLosses):
             check_at_least(f"weights[{name!r}]", weight, 0)
         self.weights = {name: float(weights[name]) for name in self.losses}
 
-    def terms(self, *inputs: Tensor) -> dict[str, Tensor]:
-        """Return every part's terms, weighted, by the part's name.
-
-        Args:
-            *inputs: What the task gives.
-        """
-        terms: dict[str, Tensor] = {}
-        for name, weight in self.weights.items():
-            terms |= self.part_terms(name, weight, *self.inputs_of(name, inputs))
-        return terms
-
-    def total_and_weight(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (weighted total, weight) of a single part that is a mean over samples.
-
-        Raises:
-            TypeError: If the sum couples samples: it is no such mean.
-        """
-        if self.couples_samples:
-            raise TypeError(
-                "a sum of several losses, or of one that couples samples, is no mean over samples;"
-                " call forward on the whole batch"
-            )
-        ((name, factor),) = self.weights.items()
-        loss: Any = self.losses[name]
-        total, weight = loss.total_and_weight(*self.inputs_of(name, inputs))
-        return factor * total, weight
+    def part_weights(self) -> Mapping[str, float]:
+        """Return all parts with their weights."""
+        return self.weights
 
     @classmethod
     def example(cls) -> WeightedSum:

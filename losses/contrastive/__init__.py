@@ -1,1 +1,1 @@
-"""Losses on pairs of features, one paper a file."""
+"""Losses on pairs of features, one paper per file."""

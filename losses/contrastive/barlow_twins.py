@@ -1,8 +1,6 @@
-"""BarlowTwinsLoss: the cross-correlation of two views is the identity."""
+"""BarlowTwinsLoss: the distance of two views' cross-correlation from the identity."""
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,13 +13,13 @@ from diptych.losses.registry import register_loss
 
 @register_loss("barlow_twins")
 class BarlowTwinsLoss(BaseContrastiveLoss):
-    """Makes the cross-correlation of two views the identity, without negatives (Barlow Twins).
+    """Distance of the cross-correlation of two views from the identity (Barlow Twins).
 
-    C = norm(a).T norm(b) / B, norm standardising each dimension over the batch (biased variance,
-    eps inside the root, as batch normalisation without affine);
-    sum_i (C_ii - 1)^2 + lambda sum_{i != j} C_ij^2. It is >= 0 and grows with D. Terms:
-    `invariance` (the diagonal) and `redundancy`. `groups` are accepted and change nothing: there
-    are no negatives.
+    sum_i (C_ii - 1)^2 + lambda sum_{i != j} C_ij^2 with C = norm(a).T norm(b) / B, where norm
+    standardises each dimension over the batch (biased variance, eps inside the root, like batch
+    normalisation without affine parameters). It is >= 0 and grows with D. Terms:
+    `invariance` (the diagonal) and `redundancy`. `groups` are accepted and have no effect:
+    there are no negatives.
 
     Across ranks: mean, variance and C come from sums over ranks, with gradient, D x D numbers.
     Exact for uneven local batches.
@@ -37,8 +35,8 @@ class BarlowTwinsLoss(BaseContrastiveLoss):
             has no variance.
     """
 
-    symmetric: ClassVar[bool] = True
-    minimum_batch: ClassVar[int] = 2
+    symmetric = True
+    minimum_batch = 2
 
     def __init__(self, *, redundancy_weight: float = 0.005, epsilon: float = 1e-5) -> None:
         super().__init__(temperature=1.0, normalize=False)

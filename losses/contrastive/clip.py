@@ -2,52 +2,24 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from diptych.losses.base.contrastive import BaseContrastiveLoss, Pairs
-from diptych.losses.base.objectives import (
-    KINDS,
-    Tile,
-    check_tile,
-    contrast,
-)
-from diptych.losses.base.positives import Positives
-from diptych.losses.base.validation import check_choice
+from diptych.losses.base.objectives import POSITIVE_KINDS, Tile, check_tile, contrast
+from diptych.losses.base.positives import pair_positives
+from diptych.losses.base.validation import check_choice, check_fraction
 from diptych.losses.registry import register_loss
-
-
-def check_label_smoothing(value: float) -> None:
-    """Raise ValueError unless 0 <= value < 1."""
-    if not 0 <= value < 1:
-        raise ValueError(f"label_smoothing must lie in [0, 1), got {value}")
-
-
-def pair_positives(pairs: Pairs, columns: Tensor | None) -> Positives:
-    """Return which of all ranks' second sides match this rank's first sides.
-
-    Args:
-        pairs: This rank's pairs.
-        columns: The group ids of all ranks, int [B], or None.
-    """
-    return Positives(
-        pairs.batch.total,
-        partner=pairs.batch.positions(pairs.first.device),
-        row_groups=pairs.groups,
-        column_groups=columns,
-    )
 
 
 @register_loss("clip")
 class CLIPLoss(BaseContrastiveLoss):
     """Symmetric InfoNCE: each side's own pair against all other samples of the batch (CLIP).
 
-    With S = s * I @ T.T, s = 1 / temperature, I and T normalised:
-    1/2 [CE(S, own pair) + CE(S.T, own pair)], each a mean over the B pairs. It is >= 0 and about
-    ln B at chance; a single pair gives 0 and no gradient.
+    1/2 [CE(S, own pair) + CE(S.T, own pair)] with S = s * I @ T.T, s = 1 / temperature, I and T
+    normalised; each cross entropy is a mean over the B pairs. It is >= 0 and about ln B at chance;
+    a single pair gives 0 without gradient.
 
-    With `groups`, pairs of one group match one another (several captions of one image): ``outside``
+    With `groups`, pairs of one group match one another (several captions of one image). ``outside``
     averages the log-probabilities of the group (UniCL, arXiv:2204.03610), ``inside`` takes the log
     of their sum (MIL-NCE, arXiv:1912.06430), ``mask`` keeps the own pair as the positive and drops
     the rest of the group from the denominator.
@@ -60,19 +32,20 @@ class CLIPLoss(BaseContrastiveLoss):
     Args:
         temperature: tau, > 0; the paper starts at 0.07.
         learn_temperature: Whether ln(1 / tau) is a parameter. Give it no weight decay.
-        max_logit_scale: Upper bound of a learned 1 / tau; the lower one is 1. `constrain` holds
-            both after each optimizer step.
+        max_logit_scale: Upper bound of a learned 1 / tau; the lower bound is 1. `constrain`
+            enforces both after each optimizer step.
         label_smoothing: In [0, 1): the share of the target that is spread over all columns.
-        positives: What several positives mean: ``"outside"``, ``"inside"`` or ``"mask"``.
-        normalize: Whether features are normalised here.
-        tile: Rows of a tile, in memory linear in the batch; None: the whole matrix; ``"auto"``.
+        positives: How several positives are combined: ``"outside"``, ``"inside"`` or ``"mask"``.
+        normalize: Whether the loss normalises the features.
+        tile: Rows of a tile; None: the whole matrix; ``"auto"``: tiles, in memory linear in the
+            batch, if the matrix is large.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
-    symmetric: ClassVar[bool] = True
-    normalizes_late: ClassVar[bool] = True
+    symmetric = True
+    normalizes_late = True
 
     def __init__(
         self,
@@ -91,8 +64,8 @@ class CLIPLoss(BaseContrastiveLoss):
             max_logit_scale=max_logit_scale,
             normalize=normalize,
         )
-        check_label_smoothing(label_smoothing)
-        check_choice("positives", positives, KINDS)
+        check_fraction("label_smoothing", label_smoothing)
+        check_choice("positives", positives, POSITIVE_KINDS)
         check_tile(tile)
         self.label_smoothing = label_smoothing
         self.positives = positives
@@ -101,8 +74,7 @@ class CLIPLoss(BaseContrastiveLoss):
     def objective(self, pairs: Pairs) -> dict[str, Tensor]:
         """Return {"contrastive": the loss}."""
         batch = pairs.batch
-        groups = None if pairs.groups is None else batch.gather(pairs.groups)
-        positives = pair_positives(pairs, groups)
+        positives = pair_positives(batch, pairs.groups, pairs.first.device)
         scale = self.temperature.scale(pairs.first)
 
         def direction(own: Tensor, others: Tensor, *, symmetric: bool) -> Tensor:

@@ -1,8 +1,6 @@
-"""DecorrelationLoss: the dimensions of a representation should not repeat one another."""
+"""DecorrelationLoss: a penalty on correlated dimensions of a representation."""
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,12 +14,12 @@ from diptych.losses.registry import register_loss
 
 @register_loss("decorrelation")
 class DecorrelationLoss(BaseContrastiveLoss):
-    """Penalises covariance, or correlation, between the dimensions of each side.
+    """Penalty on the covariance, or correlation, between the dimensions of each side.
 
     sum_v (sum_{i != j} C_ij^2) / D with C the unbiased covariance (B - 1) of a side, or its
-    correlation: C_ij / sqrt((C_ii + eps) (C_jj + eps)). Sides are added. Features enter as they
-    are: normalising rows first would shrink it to nothing. It is >= 0, and 0 for uncorrelated
-    dimensions. `groups` are accepted and change nothing: there are no negatives.
+    correlation: C_ij / sqrt((C_ii + eps) (C_jj + eps)). Both sides are added. Features are
+    not normalised, which would shrink the covariance to almost 0. It is >= 0, and 0 for
+    uncorrelated dimensions. `groups` are accepted and have no effect: there are no negatives.
 
     Called with one side, ``loss(features)``, or with two.
 
@@ -40,8 +38,8 @@ class DecorrelationLoss(BaseContrastiveLoss):
             has no covariance.
     """
 
-    symmetric: ClassVar[bool] = True
-    minimum_batch: ClassVar[int] = 2
+    symmetric = True
+    minimum_batch = 2
 
     def __init__(self, *, kind: str = "covariance", epsilon: float = 1e-5) -> None:
         super().__init__(temperature=1.0, normalize=False)
@@ -58,7 +56,7 @@ class DecorrelationLoss(BaseContrastiveLoss):
         Args:
             first: [b, D].
             second: [b, D], or None.
-            groups: Changes nothing.
+            groups: Has no effect.
 
         Raises:
             ValueError: If shapes do not fit, or the global batch is a single sample.

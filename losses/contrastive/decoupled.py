@@ -1,8 +1,6 @@
-"""DecoupledContrastiveLoss: InfoNCE whose denominator holds negatives alone."""
+"""DecoupledContrastiveLoss: InfoNCE with only negatives in the denominator."""
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,10 +16,10 @@ class DecoupledContrastiveLoss(BaseContrastiveLoss):
     """InfoNCE without the positive in the denominator, for small batches (DCL, DCLW).
 
     The mean over both views' 2B anchors of -w z_i.z_pos / tau + lse over the 2(B - 1) negatives,
-    the anchor itself and its positive left out. w = 1 (DCL), or with `sigma` (DCLW)
-    w_i = 2 - B softmax_i(cos_i / sigma), detached: pairs that agree already pull less. It can be
-    negative. With `groups`, other samples of the group are no negatives; an anchor whose
-    negatives are all gone is left out of the mean.
+    without the anchor itself and its positive. w = 1 (DCL), or with `sigma` (DCLW)
+    w_i = 2 - B softmax_i(cos_i / sigma), detached: similar pairs get less weight. It can be
+    negative. With `groups`, other samples of the group are not negatives; an anchor without
+    negatives is left out of the mean.
 
     Across ranks: both views are gathered, with gradient; a rank computes its 2b rows against all 2B
     columns; the softmax of w runs over the global batch. Exact for uneven local batches.
@@ -30,19 +28,20 @@ class DecoupledContrastiveLoss(BaseContrastiveLoss):
 
     Args:
         temperature: tau, > 0.
-        sigma: Width of the weighting, > 0; the paper takes 0.5. None: no weighting.
+        sigma: Width of the weighting, > 0; the paper uses 0.5. None: no weighting.
         learn_temperature: Whether ln(1 / tau) is a parameter, bounded to [0, ln 100].
-        normalize: Whether features are normalised here.
-        tile: Rows of a tile, in memory linear in the batch; None: the whole matrix; ``"auto"``.
+        normalize: Whether the loss normalises the features.
+        tile: Rows of a tile; None: the whole matrix; ``"auto"``: tiles, in memory linear in the
+            batch, if the matrix is large.
 
     Raises:
         ValueError: If an argument is out of range, or if the global batch is a single sample, which
             has no negative.
     """
 
-    symmetric: ClassVar[bool] = True
-    minimum_batch: ClassVar[int] = 2
-    can_be_negative: ClassVar[bool] = True
+    symmetric = True
+    minimum_batch = 2
+    can_be_negative = True
 
     def __init__(
         self,

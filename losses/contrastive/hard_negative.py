@@ -1,9 +1,8 @@
-"""HardNegativeLoss: InfoNCE that weighs negatives by how hard they are."""
+"""HardNegativeLoss: InfoNCE with larger weights on harder negatives."""
 
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,28 +11,31 @@ from torch import Tensor
 from diptych.losses.base.contrastive import BaseContrastiveLoss, Pairs
 from diptych.losses.base.hard_negatives import HardNegatives
 from diptych.losses.base.objectives import info_nce
+from diptych.losses.base.positives import pair_positives
 from diptych.losses.base.two_views import two_views
-from diptych.losses.base.validation import check_at_least, check_choice
-from diptych.losses.contrastive.clip import pair_positives
+from diptych.losses.base.validation import (
+    check_at_least,
+    check_choice,
+    check_fraction,
+    check_positive,
+)
 from diptych.losses.registry import register_loss
-
-KINDS = ("debiased", "hn_nce")
 
 
 @register_loss("hard_negative")
 class HardNegativeLoss(BaseContrastiveLoss):
-    """InfoNCE with hard negatives weighted up: debiased for views, HN-NCE for modalities.
+    """InfoNCE with larger weights on hard negatives: debiased for views, HN-NCE for modalities.
 
     ``debiased`` (2B anchors, as in SimCLR): the mean of -log(p / (p + Ng)) with p = e^{pos},
     n = e^{neg}, Ng = max((sum w n / mean w - prior N p) / (1 - prior), N e^{-1/tau}), w = n^beta
-    over the N = 2B - 2 negatives. `prior` is the chance that a negative is a hidden positive.
+    over the N = 2B - 2 negatives. `prior` is the probability that a negative is in fact a positive.
 
     ``hn_nce`` (both directions, as in CLIP): the mean of
     -[l_ii - log(alpha e^{l_ii} + sum_{j != i} w_ij e^{l_ij})] with
     w_ij = (B - 1) softmax_{j != i}(beta l_ij). With beta = 0 and alpha = 1 it is CLIP exactly.
 
-    All of it is computed from logarithms, so that no logit is exponentiated. With `groups`, other
-    samples of the group are no negatives; an anchor without any counts as 0. Both kinds are
+    Everything is computed in log space, so that no exponential overflows. With `groups`, other
+    samples of the group are not negatives; an anchor without negatives counts as 0. Both kinds are
     >= 0 for alpha >= 1.
 
     Across ranks: features are gathered, with gradient; a rank computes its rows against all
@@ -45,20 +47,20 @@ class HardNegativeLoss(BaseContrastiveLoss):
     Args:
         kind: ``"debiased"`` or ``"hn_nce"``.
         temperature: tau, > 0.
-        beta: How much harder negatives weigh, >= 0; None: 1 (``debiased``) or 0.25 (``hn_nce``).
+        beta: Exponent of the weights, >= 0; None: 1 (``debiased``) or 0.25 (``hn_nce``).
         prior: In [0, 1), for ``debiased``.
         alpha: Weight of the positive in the denominator, > 0, for ``hn_nce``.
         detach_weights: Whether the weights w are constants for the gradient.
         learn_temperature: Whether ln(1 / tau) is a parameter, bounded to [0, ln 100].
-        normalize: Whether features are normalised here.
+        normalize: Whether the loss normalises the features.
 
     Raises:
         ValueError: If an argument is out of range, or if the global batch is a single sample, which
             has no negative.
     """
 
-    symmetric: ClassVar[bool] = True
-    minimum_batch: ClassVar[int] = 2
+    symmetric = True
+    minimum_batch = 2
 
     def __init__(
         self,
@@ -75,11 +77,9 @@ class HardNegativeLoss(BaseContrastiveLoss):
         super().__init__(
             temperature=temperature, learn_temperature=learn_temperature, normalize=normalize
         )
-        check_choice("kind", kind, KINDS)
-        if not 0 <= prior < 1:
-            raise ValueError(f"prior must lie in [0, 1), got {prior}")
-        if not (math.isfinite(alpha) and alpha > 0):
-            raise ValueError(f"alpha must be > 0, got {alpha}")
+        check_choice("kind", kind, ("debiased", "hn_nce"))
+        check_fraction("prior", prior)
+        check_positive("alpha", alpha)
         if beta is None:
             beta = 1.0 if kind == "debiased" else 0.25
         check_at_least("beta", beta, 0)
@@ -122,8 +122,7 @@ class HardNegativeLoss(BaseContrastiveLoss):
     def _hn_nce(self, pairs: Pairs) -> Tensor:
         """Return the losses of b pairs, both directions added, [b]."""
         batch = pairs.batch
-        groups = None if pairs.groups is None else batch.gather(pairs.groups)
-        positives = pair_positives(pairs, groups)
+        positives = pair_positives(batch, pairs.groups, pairs.first.device)
         scale = self.temperature.scale(pairs.first)
         own, negatives = positives.own(), positives.negatives()
 
@@ -140,11 +139,11 @@ class HardNegativeLoss(BaseContrastiveLoss):
 
 
 def _log_difference(hard: Tensor, own: Tensor, log_count: Tensor, prior: float) -> Tensor:
-    """Return log((e^hard - prior e^{log_count + own}) / (1 - prior)), -inf where it is negative."""
+    """Return log((e^hard - prior e^{log_count + own}) / (1 - prior)), -inf if negative."""
     if prior == 0:
         return hard
     gap = math.log(prior) + log_count + own - hard
-    # Rows whose difference is negative take a harmless gap, lest a NaN enter their gradient.
+    # A row with a negative difference gets an arbitrary gap, to keep NaN out of its gradient.
     share = torch.where(gap < 0, gap, -1.0)
     difference = hard + torch.log(-torch.expm1(share)) - math.log1p(-prior)
     return difference.masked_fill(gap >= 0, -math.inf)

@@ -1,13 +1,12 @@
-"""MoCoLoss: queries against their keys, with a queue of past keys as negatives."""
+"""MoCoLoss: InfoNCE of queries and keys with a queue of past keys as negatives."""
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from diptych.losses.base.contrastive import BaseContrastiveLoss, Pairs, total
+from diptych.losses.base.contrastive import BaseContrastiveLoss, Pairs
+from diptych.losses.base.loss import sum_of_terms
 from diptych.losses.base.objectives import info_nce
 from diptych.losses.base.positives import same_group
 from diptych.losses.base.queue import Queue
@@ -16,34 +15,34 @@ from diptych.losses.registry import register_loss
 
 @register_loss("moco")
 class MoCoLoss(BaseContrastiveLoss):
-    """InfoNCE of queries against their keys, negatives from a queue of past keys (MoCo).
+    """InfoNCE of queries against their keys, with negatives from a queue of past keys (MoCo).
 
-    Called ``loss(query, key, groups=None)``: the mean of CE([q.k+, q.Queue] / tau, 0), keys
-    carrying no gradient: they come from a momentum encoder. It is >= 0, and 0 while the queue is
-    empty. A queued key of the query's group is no negative; an unfilled slot is none either.
+    Called ``loss(query, key, groups=None)``: the mean of CE([q.k+, q.Queue] / tau, 0). Keys come
+    from a momentum encoder and get no gradient. It is >= 0, and 0 while the queue is empty. Queued
+    keys of the query's group and unfilled slots are not negatives.
 
-    In training mode each call enqueues its keys, after the queue was read: call it exactly once for
-    each update. In evaluation mode the queue stays as it is.
+    In training mode each call enqueues its keys after reading the queue: call the loss exactly once
+    per update. In evaluation mode the queue does not change.
 
     Across ranks: keys and groups are gathered before they are enqueued, so that every rank holds
-    the same queue of B new keys for each update; a rank's queries meet their own keys and the
-    queue. Exact for uneven local batches.
+    the same queue, with B new keys per update. A rank's queries are compared with their own keys
+    and the queue. Exact for uneven local batches.
 
     Source: He et al. 2020, arXiv:1911.05722; v2: arXiv:2003.04297.
 
     Args:
         dim: D, the features' dimension.
-        queue_size: K, keys in the queue; K * D floats of memory and of checkpoint.
+        queue_size: K, the number of keys in the queue: K * D floats in memory and in checkpoints.
         temperature: tau, > 0.
         learn_temperature: Whether ln(1 / tau) is a parameter, bounded to [0, ln 100].
-        normalize: Whether features are normalised here.
+        normalize: Whether the loss normalises the features.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
-    sides: ClassVar[tuple[str, str]] = ("query", "key")
-    without_gradient: ClassVar[tuple[str, ...]] = ("key",)
+    sides = ("query", "key")
+    without_gradient = ("key",)
 
     def __init__(
         self,
@@ -60,26 +59,26 @@ class MoCoLoss(BaseContrastiveLoss):
         self.queue = Queue(size=queue_size, dim=dim)
 
     def forward(self, query: Tensor, key: Tensor, groups: Tensor | None = None) -> Tensor:
-        """Return the loss, a scalar which averages over ranks to that of the global batch.
+        """Return the loss, a scalar that averages over ranks to that of the global batch.
 
         Args:
             query: [b, dim].
             key: [b, dim], the same samples through the momentum encoder; gets no gradient.
-            groups: Integers [b]; a queued key of an equal id is no negative.
+            groups: Integers [b]; a queued key with an equal id is not a negative.
 
         Raises:
             ValueError: If shapes do not fit.
             TypeError: If features are not floating point or groups not integers.
         """
-        return total(self.terms(query, key, groups))
+        return sum_of_terms(self.terms(query, key, groups))
 
     def objective(self, pairs: Pairs) -> dict[str, Tensor]:
         """Return {"contrastive": the loss}, and enqueue the keys if training."""
         batch, key = pairs.batch, pairs.second.detach()
         if key.shape[1] != self.queue.keys.shape[1]:
             raise ValueError(
-                f"key must be [batch, {self.queue.keys.shape[1]}], got shape {tuple(key.shape)};"
-                " construct the loss with the features' dim"
+                f"key must be [batch, {self.queue.keys.shape[1]}], got shape {tuple(key.shape)}."
+                " Construct the loss with the dim of the features."
             )
         queued, ids, filled = self.queue.read()
         queued = queued.to(key.dtype)

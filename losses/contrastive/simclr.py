@@ -1,8 +1,6 @@
-"""NTXentLoss: two views of each sample against all other views in the batch."""
+"""NTXentLoss: two views of each sample, contrasted with all other views in the batch."""
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -16,10 +14,10 @@ from diptych.losses.registry import register_loss
 class NTXentLoss(BaseContrastiveLoss):
     """Normalised temperature-scaled cross entropy between two views of each sample (SimCLR).
 
-    The mean over 2B anchors of lse_{k != i}(z_i.z_k / tau) - z_i.z_pos / tau: the anchor itself is
-    left out of the denominator, its other view is not. It is >= 0 and about ln(2B - 1) at chance; a
-    single sample gives 0 and no gradient. With `groups`, all views of the group are positives, the
-    mean of their log-probabilities is taken (SupCon's outer form).
+    The mean over 2B anchors of lse_{k != i}(z_i.z_k / tau) - z_i.z_pos / tau: the denominator
+    leaves out the anchor itself, but not its other view. It is >= 0 and about ln(2B - 1) at chance;
+    a single sample gives 0 without gradient. With `groups`, all views of the group are positives,
+    and their log-probabilities are averaged (SupCon's outer form).
 
     Across ranks: both views are gathered, with gradient; a rank computes its 2b rows against all 2B
     columns. Exact for uneven local batches.
@@ -29,15 +27,16 @@ class NTXentLoss(BaseContrastiveLoss):
     Args:
         temperature: tau, > 0.
         learn_temperature: Whether ln(1 / tau) is a parameter, bounded to [0, ln 100].
-        normalize: Whether features are normalised here.
-        tile: Rows of a tile, in memory linear in the batch; None: the whole matrix; ``"auto"``.
+        normalize: Whether the loss normalises the features.
+        tile: Rows of a tile; None: the whole matrix; ``"auto"``: tiles, in memory linear in the
+            batch, if the matrix is large.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
-    symmetric: ClassVar[bool] = True
-    normalizes_late: ClassVar[bool] = True
+    symmetric = True
+    normalizes_late = True
 
     def __init__(
         self,

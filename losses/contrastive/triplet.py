@@ -1,16 +1,14 @@
-"""TripletLoss: a margin between the matching pair and the others."""
+"""TripletLoss: a hinge on the margin between matching and other pairs."""
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 from torch import Tensor
 
 from diptych.losses.base.contrastive import BaseContrastiveLoss, Pairs
 from diptych.losses.base.hard_negatives import HardNegatives
 from diptych.losses.base.objectives import hinge
+from diptych.losses.base.positives import pair_positives
 from diptych.losses.base.validation import check_at_least, check_choice
-from diptych.losses.contrastive.clip import pair_positives
 from diptych.losses.registry import register_loss
 
 _SELECT = {"sum": "all", "hardest": "hardest", "semi_hard": "semi_hard"}
@@ -18,14 +16,14 @@ _SELECT = {"sum": "all", "hardest": "hardest", "semi_hard": "semi_hard"}
 
 @register_loss("triplet")
 class TripletLoss(BaseContrastiveLoss):
-    """Hinge on the margin between each pair and its negatives, both directions (VSE++).
+    """Hinge on the margin between each pair and its negatives, in both directions (VSE++).
 
     sum_i sum_j relu(m + S_ij - S_ii) + relu(m + S_ji - S_ii) over the negatives j that `negatives`
-    chooses, S the cosine similarity. Like the references it is a *sum* over the batch
+    selects, S the cosine similarity. As in the references, it is a *sum* over the batch
     (``reduction="mean"`` divides by B). It is >= 0; a single pair gives 0. With `groups`, other
-    samples of the group are no negatives.
+    samples of the group are not negatives.
 
-    ``hardest`` collapses easily from a random start: begin with ``sum`` and assign
+    ``hardest`` easily collapses from a random initialisation: start with ``sum`` and set
     ``loss.negatives = "hardest"`` later.
 
     Across ranks: features are gathered, with gradient; a rank computes its b rows and b columns
@@ -38,13 +36,13 @@ class TripletLoss(BaseContrastiveLoss):
         negatives: ``"sum"`` (all), ``"hardest"`` (the most similar one of each anchor) or
             ``"semi_hard"`` (all that are less similar than the positive but violate the margin).
         reduction: ``"sum"`` or ``"mean"`` over the batch.
-        normalize: Whether features are normalised here.
+        normalize: Whether the loss normalises the features.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
-    symmetric: ClassVar[bool] = True
+    symmetric = True
 
     def __init__(
         self,
@@ -63,12 +61,12 @@ class TripletLoss(BaseContrastiveLoss):
 
     @property
     def negatives(self) -> str:
-        """Which negatives count: "sum", "hardest" or "semi_hard"; may be set at any time."""
+        """The negatives that count: "sum", "hardest" or "semi_hard"; may be set at any time."""
         return self._negatives
 
     @negatives.setter
     def negatives(self, negatives: str) -> None:
-        """Set which negatives count."""
+        """Set the negatives that count."""
         check_choice("negatives", negatives, tuple(_SELECT))
         self._negatives = negatives
         self._choice = HardNegatives(select=_SELECT[negatives])
@@ -76,8 +74,7 @@ class TripletLoss(BaseContrastiveLoss):
     def objective(self, pairs: Pairs) -> dict[str, Tensor]:
         """Return {"contrastive": the loss}."""
         batch = pairs.batch
-        groups = None if pairs.groups is None else batch.gather(pairs.groups)
-        negatives = pair_positives(pairs, groups).negatives()
+        negatives = pair_positives(batch, pairs.groups, pairs.first.device).negatives()
         positive = (pairs.first * pairs.second).sum(1)
 
         def direction(similarity: Tensor) -> Tensor:

@@ -1,8 +1,6 @@
-"""VICRegLoss: pairs agree, dimensions vary, dimensions differ."""
+"""VICRegLoss: invariance, variance and covariance of two views."""
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +15,13 @@ from diptych.losses.registry import register_loss
 
 @register_loss("vicreg")
 class VICRegLoss(BaseContrastiveLoss):
-    """Variance, invariance and covariance of two views, with no negatives (VICReg).
+    """Variance, invariance and covariance of two views, without negatives (VICReg).
 
     25 MSE(a, b) + 25 * 1/2 sum_v mean_d relu(1 - sqrt(var_d + eps)) + 1 * sum_v (sum_{i != j}
     C_ij^2) / D, where the MSE is the mean over B x D, var and C are unbiased (B - 1), the variance
-    term is averaged over the two views and the covariance term is added. Features enter as they
-    are, neither normalised nor, for the MSE, centred. It is >= 0. Terms: `invariance`,
-    `variance`, `covariance`. `groups` are accepted and change nothing: there are no negatives.
+    term is averaged over the two views and the covariance term is added up. Features are not
+    normalised and, for the MSE, not centred. It is >= 0. Terms: `invariance`,
+    `variance`, `covariance`. `groups` are accepted and have no effect: there are no negatives.
 
     Across ranks: mean and covariance come from sums over ranks, with gradient, D x D numbers;
     nothing else is communicated. Exact for uneven local batches.
@@ -41,8 +39,8 @@ class VICRegLoss(BaseContrastiveLoss):
             has no variance.
     """
 
-    symmetric: ClassVar[bool] = True
-    minimum_batch: ClassVar[int] = 2
+    symmetric = True
+    minimum_batch = 2
 
     def __init__(
         self,

@@ -1,1 +1,1 @@
-"""Losses between modalities, one paper a file."""
+"""Losses between modalities, one paper per file."""

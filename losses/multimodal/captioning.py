@@ -1,4 +1,4 @@
-"""CaptioningLoss: images and texts contrasted, and texts generated from images."""
+"""CaptioningLoss: contrast of images and texts, and generation of texts from images."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from diptych.losses.supervised.cross_entropy import CrossEntropyLoss, check_clas
 
 @register_loss("captioning")
 class CaptioningLoss(CompositeLoss):
-    """Contrastive captioner: CLIP between image and text, cross entropy of the caption (CoCa).
+    """CLIP between image and text plus the cross entropy of the caption (CoCa).
 
     contrastive_weight * CLIP(image, text) + caption_weight * CE(logits[:, :-1], labels[:, 1:]),
-    the cross entropy a mean over the tokens that are not pads. It is >= 0; without a token to
-    predict the caption term is 0. Terms: `contrastive`, `caption`.
+    where the cross entropy is a mean over the tokens that are not padding. It is >= 0; without a
+    token to predict, the caption term is 0. Terms: `contrastive`, `caption`.
 
-    Called ``loss(image, text, logits, labels)``: the logits at a position predict the next one.
+    Called ``loss(image, text, logits, labels)``: the logits at a position predict the next token.
 
     Across ranks: CLIP gathers image and text features; the caption term gathers nothing and is
-    divided by the tokens of all ranks, so that a rank with short captions counts for less. Exact.
+    divided by the number of tokens on all ranks, so that each rank counts by its tokens. Exact.
 
     Source: Yu et al. 2022, arXiv:2205.01917.
 
     Args:
         contrastive_weight: >= 0.
         caption_weight: >= 0.
-        pad_id: The token that fills up captions and does not count.
+        pad_id: The padding token, which does not count.
         contrastive: The loss on image and text; None: ``CLIPLoss()``.
 
     Raises:
@@ -69,7 +69,7 @@ class CaptioningLoss(CompositeLoss):
         Args:
             image: Features [b, D].
             text: Features [b, D].
-            logits: [b, T, C], for each position of the caption and each token.
+            logits: [b, T, C], for each position of the caption and each token of the vocabulary.
             labels: The caption's tokens, integers [b, T].
             groups: Integers [b]; pairs with equal ids match one another.
 
@@ -90,15 +90,10 @@ class CaptioningLoss(CompositeLoss):
             **self.part_terms("caption", self.caption_weight, *following),
         }
 
-    @classmethod
-    def example(cls) -> CaptioningLoss:
-        """Return a small instance for the contract test."""
-        return cls()
-
     def example_inputs(
         self, batch: int, *, dim: int = 8, generator: torch.Generator | None = None
     ) -> tuple[Tensor, ...]:
-        """Return features [batch, dim], logits [batch, 5, dim] and labels [batch, 5], pads too."""
+        """Return features [batch, dim], logits [batch, 5, dim] and padded labels [batch, 5]."""
         image, text = (torch.randn(batch, dim, generator=generator) for _ in range(2))
         logits = torch.randn(batch, 5, dim, generator=generator)
         labels = torch.randint(1, dim, (batch, 5), generator=generator)

@@ -1,17 +1,17 @@
-"""ConsistencyLoss: features stay near those of a frozen reference."""
+"""ConsistencyLoss: distance of features to those of a frozen reference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diptych.losses.base.contrastive import normalize
-from diptych.losses.base.supervised import BaseSupervisedLoss
-from diptych.losses.base.validation import check_choice, check_groups, check_pair, working_dtype
+from diptych.losses.base.loss import Loss
+from diptych.losses.base.normalization import normalize
+from diptych.losses.base.supervised import BaseSupervisedLoss, detached_target
+from diptych.losses.base.validation import check_choice
 from diptych.losses.registry import register_loss
 
 
@@ -20,7 +20,7 @@ def _cosine(features: Tensor, reference: Tensor) -> Tensor:
 
 
 def _l2(features: Tensor, reference: Tensor) -> Tensor:
-    # The norm has a gradient of 0 at 0, where the root of a sum of squares has none.
+    # vector_norm has a gradient of 0 at 0; the root of a sum of squares has NaN.
     distance: Tensor = torch.linalg.vector_norm(features - reference, dim=1)
     return distance
 
@@ -43,7 +43,7 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @register_loss("consistency")
 class ConsistencyLoss(BaseSupervisedLoss):
-    """Distance of features to a frozen reference's: distillation, or staying near a start.
+    """Distance of features to a frozen reference's: distillation, or staying near initial weights.
 
     The mean over samples of 1 - cos (``cosine``, in [0, 2]), |f - r| (``l2``), sum_d |f_d - r_d|
     (``l1``) or sum_d of d^2 / 2 below 1 and |d| - 1/2 above (``smooth_l1``), d = f_d - r_d. It is
@@ -51,7 +51,7 @@ class ConsistencyLoss(BaseSupervisedLoss):
 
     Called ``loss(features, reference)``, both [B, D].
 
-    Across ranks: it is a mean over samples; nothing is gathered, ranks count by their samples.
+    Across ranks: nothing is gathered; each rank counts by its number of samples.
 
     Source: Hinton et al. 2015, arXiv:1503.02531, for distillation; Girshick 2015,
     arXiv:1504.08083, for smooth L1.
@@ -61,12 +61,13 @@ class ConsistencyLoss(BaseSupervisedLoss):
         normalize: Whether both sides are divided by their L2 norm first; the cosine always does.
 
     Raises:
-        ValueError: If `distance` is none of the four.
+        ValueError: If `distance` is unknown.
     """
 
-    name: ClassVar[str] = "consistency"
-    symmetric: ClassVar[bool] = True
-    without_gradient: ClassVar[tuple[str, ...]] = ("reference",)
+    name = "consistency"
+    symmetric = True
+    without_gradient = ("reference",)
+    example_inputs = Loss.example_inputs
 
     def __init__(self, *, distance: str = "cosine", normalize: bool = True) -> None:
         super().__init__()
@@ -82,24 +83,15 @@ class ConsistencyLoss(BaseSupervisedLoss):
         Args:
             features: [b, D].
             reference: [b, D].
-            groups: Integers [b]; accepted, so that tasks on pairs fit, and without effect.
+            groups: Integers [b]; accepted from tasks on pairs, without effect.
 
         Raises:
             ValueError: If shapes do not fit.
             TypeError: If features are not floating point.
         """
-        check_pair(("features", "reference"), features, reference)
-        if groups is not None:
-            check_groups("groups", groups, features.shape[0])
-        dtype = working_dtype(features, reference)
-        features, reference = features.to(dtype), reference.detach().to(dtype)
+        names = "features", "reference"
+        features, reference = detached_target(names, features, reference, groups)
         if self.normalize:
             features, reference = normalize(features), normalize(reference)
         distances = DISTANCES[self.distance](features, reference)
         return distances.sum(), torch.ones_like(distances).sum()
-
-    def example_inputs(
-        self, batch: int, *, dim: int = 8, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, ...]:
-        """Return features and reference, [batch, dim] each, for the contract test."""
-        return tuple(torch.randn(batch, dim, generator=generator) for _ in range(2))

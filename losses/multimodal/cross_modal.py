@@ -1,4 +1,4 @@
-"""CrossModalLoss: contrast between modalities, within each, and by label."""
+"""CrossModalLoss: contrast between modalities, within each modality, and by label."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.losses.base.gather import global_batch
-from diptych.losses.base.validation import check_at_least, check_floating, check_groups
+from diptych.losses.base.validation import check_at_least, check_groups, check_two_views
 from diptych.losses.combine.composite import CompositeLoss
 from diptych.losses.contrastive.clip import CLIPLoss
 from diptych.losses.registry import register_loss
@@ -22,12 +22,12 @@ class CrossModalLoss(CompositeLoss):
     `intra_modal`, `supervised`.
 
     Called ``loss(first, second, groups=None, labels=None)``. Each side is [B, D], or [B, V, D] with
-    V views of each sample, of which the first stands for the sample between modalities. Within a
-    modality, views of a sample and samples of its group match; samples without a match are left
-    out, so that without views and groups the term is 0. `labels` are for the supervised term; it
-    takes the groups where there are none, and each pair as a class of its own without either.
+    V views of each sample, the first of which is used between modalities. Within a modality, views
+    of a sample and samples of its group match; samples without a match are left out, so that
+    without views and groups the term is 0. The supervised term uses `labels`, or `groups` without
+    labels, or each pair as its own class without either.
 
-    Across ranks: the parts gather, with gradient. Exact for uneven local batches.
+    Across ranks: the parts gather with gradient. Exact for uneven local batches.
 
     Source: a composition of Radford et al. 2021, arXiv:2103.00020; Chen et al. 2020,
     arXiv:2002.05709; Khosla et al. 2020, arXiv:2004.11362. With views it is close to SLIP, Mu et
@@ -91,15 +91,10 @@ class CrossModalLoss(CompositeLoss):
             ValueError: If shapes do not fit.
             TypeError: If features are not floating point or ids not integers.
         """
-        sides = _views("first", first), _views("second", second)
-        if sides[0].shape[::2] != sides[1].shape[::2]:
-            raise ValueError(
-                "first and second must agree in batch and features, got"
-                f" {tuple(first.shape)} and {tuple(second.shape)}"
-            )
-        for name, ids in (("groups", groups), ("labels", labels)):
-            if ids is not None:
-                check_groups(name, ids, first.shape[0])
+        check_two_views(("first", "second"), first, second)
+        sides = [side if side.dim() == 3 else side[:, None] for side in (first, second)]
+        check_groups("groups", groups, first.shape[0])
+        check_groups("labels", labels, first.shape[0])
         own = global_batch(first.shape[0]).positions(first.device)
         matches = own if groups is None else groups
         across = self.part_terms(
@@ -118,25 +113,9 @@ class CrossModalLoss(CompositeLoss):
         added = {name: within[0][name] + within[1][name] for name in within[0]}
         return {**across, **added, **by_label}
 
-    @classmethod
-    def example(cls) -> CrossModalLoss:
-        """Return a small instance for the contract test."""
-        return cls()
-
     def example_inputs(
         self, batch: int, *, dim: int = 8, generator: torch.Generator | None = None
     ) -> tuple[Tensor, ...]:
         """Return both sides, [batch, 2, dim] and [batch, dim], for the contract test."""
         first = torch.randn(batch, 2, dim, generator=generator)
         return first, torch.randn(batch, dim, generator=generator)
-
-
-def _views(name: str, features: Tensor) -> Tensor:
-    """Return validated features as [b, V, D]."""
-    check_floating(name, features)
-    if features.dim() not in (2, 3) or 0 in features.shape[1:]:
-        raise ValueError(
-            f"{name} must be [batch, features] or [batch, views, features], got shape"
-            f" {tuple(features.shape)}"
-        )
-    return features if features.dim() == 3 else features[:, None]

@@ -1,29 +1,30 @@
-"""ImageTextMatchingLoss: does a fusion network tell matching pairs from hard mismatches."""
+"""ImageTextMatchingLoss: binary classification of pairs by a fusion network."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diptych.losses.base.contrastive import normalize, total
 from diptych.losses.base.gather import GlobalBatch, global_batch, sum_over_ranks
-from diptych.losses.base.positives import Positives
+from diptych.losses.base.loss import Loss
+from diptych.losses.base.normalization import normalize
+from diptych.losses.base.positives import pair_positives
 from diptych.losses.base.projection import Projection
 from diptych.losses.base.temperature import Temperature
-from diptych.losses.base.validation import check_floating, check_groups, working_dtype
+from diptych.losses.base.validation import check_groups, check_two_views, working_dtype
 from diptych.losses.registry import register_loss
 
 
 class FusionHead(nn.Module):
-    """The simplest fusion: a two-layer perceptron on (image, text, image * text).
+    """A simple fusion network: a two-layer perceptron on (image, text, image * text).
 
     Args:
         dim: D, features of each side.
-        hidden_dim: Features between the layers; None: D.
+        hidden_dim: Number of features between the layers; None: D.
 
     Shape:
         [n, D] and [n, D] to [n, 2]: logits of "does not match" and "matches".
@@ -40,43 +41,43 @@ class FusionHead(nn.Module):
 
 
 @register_loss("fusion")
-class ImageTextMatchingLoss(nn.Module):
+class ImageTextMatchingLoss(Loss):
     """Two-way cross entropy of fused pairs: matches against hard mismatches (ALBEF, BLIP).
 
-    Each image is fused with its text, with a text drawn from the batch, and each text with a drawn
-    image: -log softmax(fusion(image, text))[matches], a mean over all B + 2B pairs. What is similar
-    is drawn more often: with probability softmax(cos / temperature) over the samples of other
-    groups. It is >= 0, about ln 2 at chance. A sample that has no other group in the batch has
-    no mismatch, and the mean has fewer pairs.
+    The mean of -log softmax(fusion(image, text))[matches] over B + 2B pairs: each image with its
+    text, each image with a text drawn from the batch, and each text with a drawn image. Similar
+    samples are drawn more often: with probability softmax(cos / temperature) over the samples of
+    other groups. It is >= 0 and about ln 2 at chance. If the batch has no sample of another group,
+    a sample has no mismatch and the mean has fewer pairs.
 
-    Called ``loss(image, text, groups=None)`` with features [B, D], or tokens [B, T, D] (as many as
-    each side has, the first standing for the sample where pairs are compared). The fusion gets
-    them as they come, not normalised, in one call on all 3 b pairs of a rank.
+    Called ``loss(image, text, groups=None)`` with features [B, D], or tokens [B, T, D] (T may
+    differ between the sides; the first token is used to compare pairs). The fusion network is
+    called once on all 3 b pairs of a rank, with features that are not normalised.
 
-    The draw belongs to the global batch: B numbers for each direction from one generator, whatever
-    the ranks and pieces. Its state is in the state dict; evaluation leaves it where it was.
+    The draw is made for the global batch: B numbers per direction from one generator, for any
+    number of ranks and micro-batches. The generator's state is in the state dict; evaluation does
+    not change it.
 
     Across ranks: both sides are gathered, with gradient; a rank fuses the pairs of its own images
-    and texts. Exact for uneven local batches. The draw is rank 0's.
+    and texts. Exact for uneven local batches. Rank 0's draw is used on all ranks.
 
     Source: Li et al. 2021, arXiv:2107.07651; Li et al. 2022, arXiv:2201.12086.
 
     Args:
         fusion: Called (image [n, ..., D], text [n, ..., D]), returns logits [n, 2]: of "does not
-            match" and "matches". A module's parameters become the loss's; `FusionHead` is a plain
-            one.
-        temperature: tau of the draw, > 0; small draws the hardest only.
-        generator: Where the draw comes from; None: one of the loss's own, seeded with 0.
+            match" and "matches". The parameters of a module become parameters of the loss; see
+            `FusionHead`.
+        temperature: tau of the draw, > 0; the smaller, the harder the mismatches.
+        generator: Source of the draw; None: a new generator, seeded with 0.
 
     Raises:
-        TypeError: If `fusion` cannot be called.
+        TypeError: If `fusion` is not callable.
         ValueError: If an argument is out of range.
     """
 
-    couples_samples: ClassVar[bool] = True
-    exempt: ClassVar[dict[str, str]] = {
-        "permutation": "which mismatch is drawn for a sample depends on its place in the batch",
-        "compiles": "a generator's draw does not compile",
+    exempt: ClassVar[Mapping[str, str]] = {
+        "permutation": "the mismatch drawn for a sample depends on its position in the batch",
+        "compiles": "torch.compile does not support a draw from a generator",
     }
 
     def __init__(
@@ -93,23 +94,20 @@ class ImageTextMatchingLoss(nn.Module):
         self.temperature = Temperature(temperature)
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
 
-    def forward(self, image: Tensor, text: Tensor, groups: Tensor | None = None) -> Tensor:
-        """Return the loss, a scalar which averages over ranks to that of the global batch.
+    def terms(self, image: Tensor, text: Tensor, groups: Tensor | None = None) -> dict[str, Tensor]:
+        """Return {"matching": the loss}.
 
         Args:
             image: [b, D] or [b, T, D], floating point.
             text: [b, D] or [b, T, D], floating point.
-            groups: Integers [b]; pairs with equal ids are no mismatches of one another.
+            groups: Integers [b]; pairs with equal ids are not mismatches of one another.
 
         Raises:
             ValueError: If shapes do not fit, or the fusion does not return [n, 2].
             TypeError: If features are not floating point or groups not integers.
         """
-        return total(self.terms(image, text, groups))
-
-    def terms(self, image: Tensor, text: Tensor, groups: Tensor | None = None) -> dict[str, Tensor]:
-        """Return {"matching": the loss}. Arguments as for `forward`."""
-        _check_sides(image, text, groups)
+        check_two_views(("image", "text"), image, text, middle="tokens")
+        check_groups("groups", groups, image.shape[0])
         batch = global_batch(image.shape[0], features=image.shape[-1])
         dtype = working_dtype(image, text)
         image, text = image.to(dtype), text.to(dtype)
@@ -139,15 +137,10 @@ class ImageTextMatchingLoss(nn.Module):
 
         Returns:
             Indices in the global batch of a text for each image and of an image for each text,
-            int64 [b], and bool [b], which samples have a mismatch at all.
+            int64 [b], and bool [b], which samples have a mismatch.
         """
         rows = slice(batch.offset, batch.offset + batch.size)
-        mismatches = Positives(
-            batch.total,
-            partner=batch.positions(images.device),
-            row_groups=groups,
-            column_groups=None if groups is None else batch.gather(groups),
-        ).negatives()
+        mismatches = pair_positives(batch, groups, images.device).negatives()
         valid = mismatches.any(1)
         with torch.autocast(images.device.type, enabled=False):
             pooled = [normalize(x if x.dim() == 2 else x[:, 0]) for x in (images, texts)]
@@ -160,7 +153,7 @@ class ImageTextMatchingLoss(nn.Module):
         return drawn[0], drawn[1], valid
 
     def _uniform(self, batch: GlobalBatch, like: Tensor) -> Tensor:
-        """Return numbers in [0, 1) for the global batch, [2, B], those of rank 0 on every rank."""
+        """Return rank 0's random numbers in [0, 1) for the global batch, [2, B], on every rank."""
         before = None if self.training else self.generator.get_state()
         numbers = torch.rand(
             2,
@@ -175,40 +168,17 @@ class ImageTextMatchingLoss(nn.Module):
         return sum_over_ranks(numbers if batch.rank == 0 else torch.zeros_like(numbers))
 
     def get_extra_state(self) -> Tensor:
-        """Return the generator's state, which the state dict holds."""
+        """Return the generator's state for the state dict."""
         return self.generator.get_state()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Put the generator back to a state."""
+        """Restore the generator's state."""
         self.generator.set_state(state.cpu())
 
     @classmethod
     def example(cls) -> ImageTextMatchingLoss:
         """Return a small instance for the contract test."""
         return cls(fusion=FusionHead(dim=8))
-
-    def example_inputs(
-        self, batch: int, *, dim: int = 8, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, ...]:
-        """Return image and text features, [batch, dim] each, for the contract test."""
-        return tuple(torch.randn(batch, dim, generator=generator) for _ in range(2))
-
-
-def _check_sides(image: Tensor, text: Tensor, groups: Tensor | None) -> None:
-    for name, side in (("image", image), ("text", text)):
-        check_floating(name, side)
-        if side.dim() not in (2, 3) or 0 in side.shape[1:]:
-            raise ValueError(
-                f"{name} must be [batch, features] or [batch, tokens, features], got shape"
-                f" {tuple(side.shape)}"
-            )
-    if (image.shape[0], image.shape[-1]) != (text.shape[0], text.shape[-1]):
-        raise ValueError(
-            "image and text must agree in batch and features, got"
-            f" {tuple(image.shape)} and {tuple(text.shape)}"
-        )
-    if groups is not None:
-        check_groups("groups", groups, image.shape[0])
 
 
 def _sample(logits: Tensor, allowed: Tensor, uniform: Tensor) -> Tensor:
@@ -217,14 +187,14 @@ def _sample(logits: Tensor, allowed: Tensor, uniform: Tensor) -> Tensor:
     Args:
         logits: [n, m].
         allowed: Bool [n, m], at least one in each row.
-        uniform: In [0, 1], [n]: where in the cumulative distribution the draw falls.
+        uniform: In [0, 1], [n]: the position of the draw in the cumulative distribution.
 
     Returns:
         int64 [n].
     """
     cumulative = logits.masked_fill(~allowed, -torch.inf).softmax(1).cumsum(1)
-    # Just below the sum at most: rounding must not draw past the last allowed column.
+    # Stay below the sum: rounding must not draw a column after the last allowed one.
     largest = torch.nextafter(cumulative[:, -1], torch.zeros_like(uniform))
     position = torch.minimum(uniform * cumulative[:, -1], largest)
     drawn = torch.searchsorted(cumulative, position[:, None], right=True)[:, 0]
-    return drawn.clamp_max(logits.shape[1] - 1)  # NaN features draw nothing
+    return drawn.clamp_max(logits.shape[1] - 1)  # NaN features give a position past the end

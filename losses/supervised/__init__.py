@@ -1,1 +1,1 @@
-"""Losses with labels, one paper a file."""
+"""Losses with labels, one paper per file."""

@@ -1,15 +1,18 @@
-"""CrossEntropyLoss: classification, or next-token prediction."""
+"""CrossEntropyLoss: classification and next-token prediction."""
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diptych.losses.base.supervised import BaseSupervisedLoss
-from diptych.losses.base.validation import check_floating, working_dtype
+from diptych.losses.base.validation import (
+    check_floating,
+    check_fraction,
+    check_integers,
+    working_dtype,
+)
 from diptych.losses.registry import register_loss
 
 
@@ -18,13 +21,11 @@ def check_classification(logits: Tensor, labels: Tensor) -> None:
     check_floating("logits", logits)
     if logits.dim() < 2:
         raise ValueError(f"logits must be [batch, ..., classes], got shape {tuple(logits.shape)}")
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-        received = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels must be integers, got {received}; convert them with .long()")
+    check_integers("labels", labels)
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
             "labels must have the logits' shape without the classes,"
-            f" {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}; the classes come last"
+            f" {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}. Put the classes last."
         )
 
 
@@ -39,21 +40,21 @@ class CrossEntropyLoss(BaseSupervisedLoss):
     Called ``loss(logits, labels)`` with logits [B, ..., C], classes last, and labels [B, ...]:
     [B, T, C] and [B, T] for tokens.
 
-    Across ranks: nothing is gathered; totals are divided by the weights of all ranks together, so
-    that a rank with few unmasked tokens counts for few.
+    Across ranks: nothing is gathered; totals are divided by the sum of all ranks' weights, so that
+    each rank counts by its number of unmasked tokens.
 
-    Source: Szegedy et al. 2015, arXiv:1512.00567, for the smoothing.
+    Source: Szegedy et al. 2015, arXiv:1512.00567, for label smoothing.
 
     Args:
         label_smoothing: In [0, 1).
         weight: A weight >= 0 for each class, [C]; None: 1.
-        ignore_index: The label that marks what does not count.
+        ignore_index: The label of samples or tokens that do not count.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
-    name: ClassVar[str] = "cross_entropy"
+    name = "cross_entropy"
     weight: Tensor | None
 
     def __init__(
@@ -64,8 +65,7 @@ class CrossEntropyLoss(BaseSupervisedLoss):
         ignore_index: int = -100,
     ) -> None:
         super().__init__()
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+        check_fraction("label_smoothing", label_smoothing)
         if weight is not None and (weight.dim() != 1 or bool((weight < 0).any())):
             raise ValueError("weight must hold a number >= 0 for each class, [C]")
         self.label_smoothing = label_smoothing

@@ -72,7 +72,7 @@ def test_a_users_own_loss_in_ten_lines_keeps_the_contract(ranks: Ranks) -> None:
 
 
 class Broken(InTenLines):
-    """A loss with a fault that the contract must find."""
+    """A loss with a fault that the checks must find."""
 
     def __init__(self, fault: str) -> None:
         super().__init__()
@@ -96,20 +96,20 @@ class Broken(InTenLines):
     [
         ("waits", "no_host_sync", "host waits"),
         ("hides NaN", "nan", "a NaN in argument 0"),
-        ("order", "permutation", "the batch's order matters"),
+        ("order", "permutation", "depends on the batch's order"),
         ("detached", "gradients", "first gets no gradient"),
         ("one side", "symmetry", "swapping the sides"),
         ("mean over dimensions", "call", "scalar"),
     ],
 )
-def test_the_contract_finds_a_planted_fault_and_says_which(
+def test_the_contract_finds_a_planted_fault_and_names_it(
     fault: str, check: str, sentence: str
 ) -> None:
     with pytest.raises(AssertionError, match=sentence):
         CHECKS[check](Case(lambda: Broken(fault)))
 
 
-def test_one_call_puts_a_loss_through_every_check() -> None:
+def test_check_loss_runs_every_check() -> None:
     with pytest.raises(AssertionError, match="host waits"):
         check_loss(lambda: Broken("waits"))
 

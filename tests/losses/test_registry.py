@@ -1,21 +1,29 @@
-"""Losses are found by name, and a wrong name or argument is told with the right ones."""
+"""Losses are built by name; errors for unknown names and arguments list the known ones."""
 
 import pytest
 from torch import Tensor, nn
 
-from diptych.losses import CLIPLoss, available_losses, get_loss, get_loss_class, register_loss
-from diptych.losses import registry as room
+from diptych.losses import (
+    CLIPLoss,
+    available_losses,
+    get_loss,
+    get_loss_class,
+    register_loss,
+    registry,
+)
 from diptych.losses.registry import UnknownLossError
+from tests.losses.processes import printed
 
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give each test a registry of its own."""
-    monkeypatch.setattr(room, "_REGISTERED", dict(room._REGISTERED))
+    """Give each test its own registry."""
+    available_losses()  # imports the families into the shared registry first
+    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
 
 
 class Mine(nn.Module):
-    """A loss of one's own.
+    """A user's loss.
 
     More about it.
     """
@@ -30,25 +38,25 @@ def test_a_loss_is_built_by_name_with_its_arguments() -> None:
     assert loss.temperature.value == 0.1
 
 
-def test_available_losses_tells_each_name_with_one_line() -> None:
+def test_available_losses_returns_each_name_with_one_line() -> None:
     register_loss("mine")(Mine)
     losses = available_losses()
-    assert losses["mine"] == "A loss of one's own."
+    assert losses["mine"] == "A user's loss."
     assert all(line and "\n" not in line for line in losses.values())
     assert list(losses) == sorted(losses)
 
 
-def test_a_misspelt_name_lists_the_close_ones() -> None:
-    with pytest.raises(UnknownLossError, match=r"unknown loss 'clp'; did you mean 'clip'\?"):
+def test_an_error_for_a_misspelt_name_lists_close_names() -> None:
+    with pytest.raises(UnknownLossError, match=r"unknown loss 'clp'. Did you mean 'clip'\?"):
         get_loss("clp")
 
 
-def test_a_name_like_none_lists_all() -> None:
-    with pytest.raises(ValueError, match=r"known: .*'clip'.*'siglip'"):
+def test_an_error_for_a_name_without_close_names_lists_all() -> None:
+    with pytest.raises(ValueError, match=r"Known: .*'clip'.*'siglip'"):
         get_loss("xyzzy")
 
 
-def test_a_misspelt_argument_names_the_accepted_ones() -> None:
+def test_an_error_for_a_misspelt_argument_names_the_accepted_ones() -> None:
     with pytest.raises(TypeError, match=r"no argument 'temprature' \(did you mean 'temperature'"):
         get_loss("clip", temprature=0.1)
 
@@ -59,9 +67,30 @@ def test_a_missing_argument_is_named() -> None:
 
 
 def test_a_second_class_under_one_name_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"'clip' is taken by .*CLIPLoss; register Mine under"):
+    with pytest.raises(ValueError, match=r"'clip' is taken by .*CLIPLoss\. Register Mine under"):
         register_loss("clip")(Mine)
     assert get_loss_class("clip") is CLIPLoss
+
+
+def test_a_name_of_the_library_is_refused_in_a_process_that_has_used_no_loss() -> None:
+    code = """
+from torch import nn
+from diptych.losses.registry import register_loss
+class Mine(nn.Module):
+    'A loss.'
+try:
+    register_loss('vicreg')(Mine)
+except ValueError as error:
+    print(error)
+"""
+    assert "name 'vicreg' is taken by diptych.losses.contrastive.vicreg" in printed(code)
+
+
+def test_losses_are_found_by_name_in_a_process_that_has_imported_none() -> None:
+    code = "from diptych.losses import get_loss; print(type(get_loss('captioning')).__name__)"
+    assert printed(code) == "CaptioningLoss"
+    code = "from diptych.losses import available_losses; print(*available_losses())"
+    assert printed(code).split() == list(available_losses())
 
 
 def test_registering_one_class_twice_under_its_name_is_fine() -> None:
@@ -74,8 +103,8 @@ def test_a_malformed_name_is_refused(name: str) -> None:
         register_loss(name)
 
 
-def test_what_is_no_documented_module_class_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"decorates an nn\.Module class"):
+def test_only_module_classes_with_a_docstring_are_registered() -> None:
+    with pytest.raises(TypeError, match=r"must decorate an nn\.Module class"):
         register_loss("mine")(dict)  # type: ignore[type-var]
-    with pytest.raises(TypeError, match="needs a docstring"):
+    with pytest.raises(TypeError, match="must have a docstring"):
         register_loss("mine")(type("Silent", (nn.Module,), {}))

@@ -1,1 +1,1 @@
-"""Losses in tiles, in memory linear in the batch: PyTorch and Triton kernels."""
+"""Contrastive losses in tiles, in memory linear in the batch."""

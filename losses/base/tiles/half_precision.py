@@ -1,9 +1,9 @@
-"""Half precision: whole matrices of logits from an accelerator's matrix units, for small batches.
+"""Whole matrices of logits from half-precision features, on an accelerator's matrix units.
 
 Features in bfloat16 or float16 are multiplied as such and summed in float32; the logits are
-float32. The gradient of the logits is rounded to bfloat16, which has float32's range. As
-`operators` does for tiles, this shows torch one operator and that of its gradient, which
-`torch.compile` takes as they are, and which differentiate once.
+float32. The gradient of the logits is rounded to bfloat16, which has float32's range. As in
+`operators`, `half_logits` and its gradient are custom operators, which `torch.compile` keeps whole
+and which are differentiable once.
 """
 
 from typing import Any
@@ -24,13 +24,13 @@ def half_logits(
     """Return scale * anchors @ candidates.T, float32 [n, m].
 
     Args:
-        anchors: [n, D], bfloat16 or float16, where `kernels_take` them.
+        anchors: [n, D], bfloat16 or float16, if `kernels_take` returns True for them.
         candidates: [m, D], likewise.
         scale: 0-dim, float32.
-        normalize: Whether features are still to be divided by their norms.
+        normalize: Whether to divide the features by their norms.
     """
     with torch.autocast(anchors.device.type, enabled=False):
-        left, right = _multiplied(anchors, candidates, normalize=normalize)
+        left, right = _prepared(anchors, candidates, normalize=normalize)
         return torch.mm(left, right.T, out_dtype=torch.float32).mul_(scale)
 
 
@@ -52,12 +52,11 @@ def half_logits_gradient(
     normalize: bool,  # noqa: FBT001
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients for anchors, candidates and scale from that of the logits, [n, m]."""
-    from diptych.losses.base.tiles import triton_blocks  # noqa: PLC0415 - Triton is not everywhere
+    from diptych.losses.base.tiles import triton_blocks  # noqa: PLC0415 - needs Triton
 
     with torch.autocast(anchors.device.type, enabled=False):
         left, right = (
-            side.to(torch.bfloat16)
-            for side in _multiplied(anchors, candidates, normalize=normalize)
+            side.to(torch.bfloat16) for side in _prepared(anchors, candidates, normalize=normalize)
         )
         gradient = gradient.to(torch.bfloat16)
         totals = [
@@ -78,8 +77,8 @@ def _(gradient: Tensor, anchors: Tensor, candidates: Tensor, *_: Any) -> tuple[T
     return (*sides, gradient.new_empty((), dtype=torch.float32))
 
 
-def _multiplied(anchors: Tensor, candidates: Tensor, *, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Return what is multiplied, at unit norm if that is to be done."""
+def _prepared(anchors: Tensor, candidates: Tensor, *, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Return contiguous features, divided by their norms if `normalize`."""
     anchors, candidates = anchors.contiguous(), candidates.contiguous()
     if not normalize:
         return anchors, candidates

@@ -1,32 +1,78 @@
-"""Operators: the tiled objectives as torch knows them, each with the operator of its gradient.
+"""Operators: the tiled losses as custom operators of torch, each with an operator of its gradient.
 
-`torch.compile` keeps a custom operator whole. The gradient has no gradient of its own: a second
-derivative raises.
+`torch.compile` keeps a custom operator whole. The gradients are not differentiable: a second
+derivative raises. A schema is a flat list of tensors and numbers; `TiledLoss` is the only code that
+flattens the arguments and restores them.
 """
+
+from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diptych.losses.base.tiles import torch_blocks
-from diptych.losses.base.tiles.torch_blocks import Entries, Gradients, Logits, losses
+from diptych.losses.base.tiles.torch_blocks import (
+    BlockGradients,
+    Entries,
+    LossBlocks,
+    TileSettings,
+    losses_of_sums,
+)
 from diptych.losses.base.validation import HALF, working_dtype
 
-_FEATURES = "Tensor anchors, Tensor candidates, Tensor scale"
-_ENTRIES = "Tensor partner, Tensor? itself, Tensor? row_groups, Tensor? column_groups"
+_ARGUMENTS = (
+    "Tensor anchors, Tensor candidates, Tensor scale, Tensor? bias, bool normalize,"
+    " Tensor partner, Tensor? itself, Tensor? row_groups, Tensor? column_groups,"
+    " bool group_matches, Tensor? valid,"
+    " int rows, bool decoupled, float smoothing, bool symmetric"
+)
+_GRADIENTS = "(Tensor, Tensor, Tensor, Tensor)"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+class TiledLoss(NamedTuple):
+    """The arguments of every tiled operator, in the order of `_ARGUMENTS`."""
+
+    blocks: LossBlocks
+    entries: Entries
+    settings: TileSettings
+
+    def flat(self) -> tuple[Any, ...]:
+        """Return all fields as one flat tuple, as an operator takes them."""
+        return (*self.blocks, *self.entries, *self.settings)
+
+    @classmethod
+    def restored(cls, flat: tuple[Any, ...]) -> TiledLoss:
+        """Return the arguments from a flat tuple."""
+        return cls(LossBlocks(*flat[:5]), Entries(*flat[5:11]), TileSettings(*flat[11:]))
+
+
+def contrast(loss: TiledLoss) -> Tensor:
+    """Return the sum of the InfoNCE losses."""
+    total: Tensor = _contrast(*loss.flat())[0]
+    return total
+
+
+def sigmoid_contrast(loss: TiledLoss) -> Tensor:
+    """Return the sum of the pairwise sigmoid losses."""
+    total: Tensor = _sigmoid_contrast(*loss.flat())
+    return total
+
+
 def triton_runs_on(device: torch.device) -> bool:
-    """Return whether the Triton kernels run there.
+    """Return whether the Triton kernels run on a device.
 
-    They ask for tensor cores of bfloat16 (compute capability 8.0), and for tensor descriptors and
-    float32 results of half products, which came with Triton 3.4 and the torch of that time.
+    They need tensor cores for bfloat16 (compute capability 8.0), and tensor descriptors and
+    float32 results of half-precision products, both from Triton 3.4 and its torch on.
     """
     return device.type == "cuda" and _has_triton(device)
+
+
+# The attribute that torch.compiler.assume_constant_result sets; that function imports the compiler.
+triton_runs_on._dynamo_marked_constant = True  # type: ignore[attr-defined] # noqa: SLF001
 
 
 @functools.cache
@@ -41,213 +87,149 @@ def _has_triton(device: torch.device) -> bool:
 
 
 def kernels_take(features: Tensor, dtype: torch.dtype | None) -> bool:
-    """Return whether the Triton kernels compute with such features [n, D], once in `dtype`."""
+    """Return whether the Triton kernels compute with features [n, D] converted to `dtype`."""
     return dtype in HALF and features.shape[1] % 8 == 0 and triton_runs_on(features.device)
 
 
-def _backend(
-    logits: tuple[Tensor, Tensor, Tensor], bias: Tensor | None = None, *, normalize: bool
-) -> tuple[Any, Logits]:
-    """Return the module whose functions compute the blocks, and what they compute them from."""
-    anchors, candidates, scale = logits
+def _backend(blocks: LossBlocks) -> tuple[Any, LossBlocks]:
+    """Return the module that computes the blocks, and the blocks in the form that it takes."""
+    anchors, candidates, scale, bias, normalize = blocks
     if kernels_take(anchors, anchors.dtype):
-        from diptych.losses.base.tiles import triton_blocks  # noqa: PLC0415 - Triton is not everywhere
+        from diptych.losses.base.tiles import triton_blocks  # noqa: PLC0415 - needs Triton
 
-        sides = _aligned(anchors), _aligned(candidates)
-        return triton_blocks, Logits(*sides, scale, bias, normalize)
+        return triton_blocks, LossBlocks(
+            _aligned(anchors), _aligned(candidates), scale, bias, normalize
+        )
     dtype = working_dtype(anchors)
-    return torch_blocks, Logits(anchors.to(dtype), candidates.to(dtype), scale, bias)
+    return torch_blocks, LossBlocks(anchors.to(dtype), candidates.to(dtype), scale, bias)
 
 
 def _aligned(features: Tensor) -> Tensor:
-    """Return features as a tensor descriptor wants them: contiguous, at a multiple of 16 bytes."""
+    """Return features as a tensor descriptor needs them: contiguous, at a multiple of 16 bytes."""
     features = features.contiguous()
     return features if features.data_ptr() % 16 == 0 else features.clone()
 
 
-def _like(gradients: Gradients, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return gradients with those of the features in the features' dtype."""
+def _as_features(gradients: BlockGradients, features: Tensor) -> tuple[Tensor, ...]:
+    """Return gradients, those of anchors and candidates in the features' dtype."""
     anchors, candidates, scale, bias = gradients
     return anchors.to(features.dtype), candidates.to(features.dtype), scale, bias
 
 
 @torch.library.custom_op(
-    "diptych::contrast",
-    mutates_args=(),
-    schema=f"({_FEATURES}, {_ENTRIES}, bool group_matches, Tensor valid, bool decoupled,"
-    " float smoothing, bool symmetric, bool normalize, int rows) -> (Tensor, Tensor, Tensor)",
+    "diptych::contrast", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
 )
-def contrast(  # noqa: PLR0917 - an operator's arguments are positional
-    anchors: Tensor,
-    candidates: Tensor,
-    scale: Tensor,
-    partner: Tensor,
-    itself: Tensor | None,
-    row_groups: Tensor | None,
-    column_groups: Tensor | None,
-    group_matches: bool,  # noqa: FBT001
-    valid: Tensor,
-    decoupled: bool,  # noqa: FBT001
-    smoothing: float,
-    symmetric: bool,  # noqa: FBT001
-    normalize: bool,  # noqa: FBT001
-    rows: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _contrast(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return the summed loss, and the statistics of rows [3, n] and columns ([3, m] or [3, 0])."""
-    entries = Entries(partner, itself, row_groups, column_groups, group_matches)
-    with torch.autocast(anchors.device.type, enabled=False):
-        backend, logits = _backend((anchors, candidates, scale), normalize=normalize)
-        sums = backend.contrast_sums(logits, entries, symmetric=symmetric, rows=rows)
-        total, statistics = scale.new_zeros(()), []
-        for one in sums[: 1 + symmetric]:
-            loss, kept = losses(one, valid, decoupled=decoupled, smoothing=smoothing)
+    given, entries, settings = TiledLoss.restored(flat)
+    with torch.autocast(given.anchors.device.type, enabled=False):
+        backend, blocks = _backend(given)
+        sums = backend.contrast_sums(
+            blocks, entries, symmetric=settings.symmetric, rows=settings.rows
+        )
+        total, statistics = given.scale.new_zeros(()), []
+        for direction in sums[: 1 + settings.symmetric]:
+            loss, kept = losses_of_sums(direction, entries, settings)
             total += loss
             statistics.append(kept)
-    if not symmetric:
-        statistics.append(scale.new_empty(3, 0))
+    if not settings.symmetric:
+        statistics.append(given.scale.new_empty(3, 0))
     return total, statistics[0], statistics[1]
 
 
-@contrast.register_fake
-def _(
-    anchors: Tensor, candidates: Tensor, scale: Tensor, *settings: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    symmetric = settings[-3]
-    columns = candidates.shape[0] if symmetric else 0
-    return (scale.new_empty(()), scale.new_empty(3, anchors.shape[0]), scale.new_empty(3, columns))
+@_contrast.register_fake
+def _(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+    blocks, _, settings = TiledLoss.restored(flat)
+    new, columns = blocks.scale.new_empty, blocks.candidates.shape[0] if settings.symmetric else 0
+    return new(()), new(3, blocks.anchors.shape[0]), new(3, columns)
 
 
 @torch.library.custom_op(
     "diptych::contrast_gradient",
     mutates_args=(),
-    schema=f"(Tensor weight, {_FEATURES}, {_ENTRIES}, bool group_matches, Tensor row_statistics,"
-    " Tensor column_statistics, bool normalize, int rows) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor weight, Tensor row_statistics, Tensor column_statistics, {_ARGUMENTS})"
+    f" -> {_GRADIENTS}",
 )
-def contrast_gradient(  # noqa: PLR0917
-    weight: Tensor,
-    anchors: Tensor,
-    candidates: Tensor,
-    scale: Tensor,
-    partner: Tensor,
-    itself: Tensor | None,
-    row_groups: Tensor | None,
-    column_groups: Tensor | None,
-    group_matches: bool,  # noqa: FBT001
-    row_statistics: Tensor,
-    column_statistics: Tensor,
-    normalize: bool,  # noqa: FBT001
-    rows: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `weight` times the gradients of the summed loss for anchors, candidates and scale."""
-    entries = Entries(partner, itself, row_groups, column_groups, group_matches)
-    with torch.autocast(anchors.device.type, enabled=False):
-        backend, logits = _backend((anchors, candidates, scale), normalize=normalize)
+def _contrast_gradient(
+    weight: Tensor, row_statistics: Tensor, column_statistics: Tensor, *flat: Any
+) -> tuple[Tensor, ...]:
+    """Return `weight` times the gradients of the summed loss: anchors, candidates, scale, bias."""
+    given, entries, settings = TiledLoss.restored(flat)
+    with torch.autocast(given.anchors.device.type, enabled=False):
+        backend, blocks = _backend(given)
         gradients = backend.contrast_gradients(
-            logits,
+            blocks,
             entries,
             row_statistics,
-            column_statistics if column_statistics.shape[1] else None,
+            column_statistics if settings.symmetric else None,
             weight=weight,
-            rows=rows,
+            rows=settings.rows,
         )
-    return _like(gradients, anchors)[:3]
-
-
-@contrast_gradient.register_fake
-def _(weight: Tensor, anchors: Tensor, candidates: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return torch.empty_like(anchors), torch.empty_like(candidates), torch.empty_like(weight)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *features, partner, itself, row_groups, column_groups, group_matches = inputs[:8]
-    ctx.save_for_backward(*features, partner, itself, row_groups, column_groups, *output[1:])
-    ctx.group_matches, ctx.settings = group_matches, inputs[-2:]
-
-
-def _differentiate(ctx: Any, *weights: Tensor) -> tuple[Tensor | None, ...]:
-    *inputs, row_statistics, column_statistics = ctx.saved_tensors
-    gradients = contrast_gradient(
-        weights[0], *inputs, ctx.group_matches, row_statistics, column_statistics, *ctx.settings
-    )
-    return (*gradients, *[None] * 11)
-
-
-contrast.register_autograd(_differentiate, setup_context=_keep)
+    return _as_features(gradients, given.anchors)
 
 
 @torch.library.custom_op(
-    "diptych::sigmoid_contrast",
-    mutates_args=(),
-    schema=f"({_FEATURES}, Tensor bias, {_ENTRIES}, bool normalize, int rows) -> Tensor",
+    "diptych::sigmoid_contrast", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor"
 )
-def sigmoid_contrast(  # noqa: PLR0917
-    anchors: Tensor,
-    candidates: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    partner: Tensor,
-    itself: Tensor | None,
-    row_groups: Tensor | None,
-    column_groups: Tensor | None,
-    normalize: bool,  # noqa: FBT001
-    rows: int,
-) -> Tensor:
+def _sigmoid_contrast(*flat: Any) -> Tensor:
     """Return the summed loss."""
-    entries = Entries(partner, itself, row_groups, column_groups, group_matches=True)
-    with torch.autocast(anchors.device.type, enabled=False):
-        backend, logits = _backend((anchors, candidates, scale), bias, normalize=normalize)
-        total: Tensor = backend.sigmoid_sum(logits, entries, rows=rows)
+    given, entries, settings = TiledLoss.restored(flat)
+    with torch.autocast(given.anchors.device.type, enabled=False):
+        backend, blocks = _backend(given)
+        total: Tensor = backend.sigmoid_sum(blocks, entries, rows=settings.rows)
     return total
 
 
-@sigmoid_contrast.register_fake
-def _(*inputs: Any) -> Tensor:
-    scale: Tensor = inputs[2]
-    return scale.new_empty(())
+@_sigmoid_contrast.register_fake
+def _(*flat: Any) -> Tensor:
+    return TiledLoss.restored(flat).blocks.scale.new_empty(())
 
 
 @torch.library.custom_op(
     "diptych::sigmoid_contrast_gradient",
     mutates_args=(),
-    schema=f"(Tensor weight, {_FEATURES}, Tensor bias, {_ENTRIES}, bool normalize,"
-    " int rows) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor weight, {_ARGUMENTS}) -> {_GRADIENTS}",
 )
-def sigmoid_contrast_gradient(  # noqa: PLR0917
-    weight: Tensor,
-    anchors: Tensor,
-    candidates: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    partner: Tensor,
-    itself: Tensor | None,
-    row_groups: Tensor | None,
-    column_groups: Tensor | None,
-    normalize: bool,  # noqa: FBT001
-    rows: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return `weight` times the gradients for anchors, candidates, scale and bias."""
-    entries = Entries(partner, itself, row_groups, column_groups, group_matches=True)
-    with torch.autocast(anchors.device.type, enabled=False):
-        backend, logits = _backend((anchors, candidates, scale), bias, normalize=normalize)
-        gradients = backend.sigmoid_gradients(logits, entries, weight=weight, rows=rows)
-    return _like(gradients, anchors)
+def _sigmoid_contrast_gradient(weight: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    """Return `weight` times the gradients of the summed loss: anchors, candidates, scale, bias."""
+    given, entries, settings = TiledLoss.restored(flat)
+    with torch.autocast(given.anchors.device.type, enabled=False):
+        backend, blocks = _backend(given)
+        gradients = backend.sigmoid_gradients(blocks, entries, weight=weight, rows=settings.rows)
+    return _as_features(gradients, given.anchors)
 
 
-@sigmoid_contrast_gradient.register_fake
-def _(weight: Tensor, anchors: Tensor, candidates: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    scalar = torch.empty_like(weight)
-    return torch.empty_like(anchors), torch.empty_like(candidates), scalar, scalar.clone()
+def _fake_gradients(weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Return empty gradients; the flat arguments are the last ones of either operator."""
+    flat = arguments[-len(_ARGUMENTS.split(",")) :]
+    anchors, candidates = TiledLoss.restored(flat).blocks[:2]
+    features = torch.empty_like(anchors), torch.empty_like(candidates)
+    return (*features, torch.empty_like(weight), torch.empty_like(weight))
 
 
-def _keep_sigmoid(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    *tensors, ctx.normalize, ctx.rows = inputs
-    ctx.save_for_backward(*tensors)
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Save an operator's arguments and, for `_contrast`, its statistics."""
+    statistics = output[1:] if isinstance(output, tuple) else ()
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *statistics)
+    ctx.plain = [None if isinstance(x, Tensor) else x for x in inputs]
 
 
-def _differentiate_sigmoid(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
-    settings = ctx.normalize, ctx.rows
-    gradients = sigmoid_contrast_gradient(weight, *ctx.saved_tensors, *settings)
-    return (*gradients, *[None] * 6)
+def _differentiate(operator: Any, ctx: Any, *weights: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients for an operator's arguments, from the operator of its gradient."""
+    count = len(ctx.plain)
+    tensors, statistics = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    flat = tuple(
+        plain if tensor is None else tensor
+        for tensor, plain in zip(tensors, ctx.plain, strict=True)
+    )
+    *gradients, bias = operator(weights[0], *statistics, *flat)
+    has_bias = TiledLoss.restored(flat).blocks.bias is not None
+    return (*gradients, bias if has_bias else None, *[None] * (count - 4))
 
 
-sigmoid_contrast.register_autograd(_differentiate_sigmoid, setup_context=_keep_sigmoid)
+for _operator, _gradient in (
+    (_contrast, _contrast_gradient),
+    (_sigmoid_contrast, _sigmoid_contrast_gradient),
+):
+    _gradient.register_fake(_fake_gradients)
+    _operator.register_autograd(functools.partial(_differentiate, _gradient), setup_context=_keep)

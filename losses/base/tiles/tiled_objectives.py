@@ -1,11 +1,12 @@
 """Tiled objectives: `contrast` and `sigmoid_contrast` in memory linear in the batch.
 
-They equal the plain objectives (`diptych.losses.base.objectives`) in value and gradient and hold,
-instead of the n x m logits, one block of them at a time; the backward computes the blocks again.
-Both are custom operators, which `torch.compile` takes as they are, and which differentiate once.
+They equal the objectives of `diptych.losses.base.objectives` in value and gradient. They hold one
+block of the n x m logits at a time, and the backward computes the blocks again. Both are custom
+operators, which `torch.compile` keeps whole and which are differentiable once.
 
-What a group's positives add to a loss linearly, a mean of logits, is an anchor times a mean of
-candidates: it is added from outside, and the blocks see one positive for each row.
+Two parts of a loss are linear in the logits: the mean over a group's positives, and label
+smoothing. They equal an anchor times a mean of candidates and are added outside the blocks, which
+see one positive for each row.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diptych.losses.base.tiles import operators
-from diptych.losses.base.contrastive import normalized
+from diptych.losses.base.normalization import normalize_in_float32
 from diptych.losses.base.positives import Positives
-from diptych.losses.base.tiles.operators import kernels_take
-from diptych.losses.base.tiles.torch_blocks import Entries
+from diptych.losses.base.tiles import operators
+from diptych.losses.base.tiles.operators import TiledLoss, kernels_take
+from diptych.losses.base.tiles.torch_blocks import Entries, LossBlocks, TileSettings
 from diptych.losses.base.validation import working_dtype
 
 _PLAIN_LOGITS = {"cpu": 2**24, "cuda": 2**26}
@@ -26,14 +27,14 @@ _LEAST_ROWS = {"cpu": 32, "cuda": 512}
 
 
 def resolve_tile(tile: int | str | None, anchors: Tensor, candidates: Tensor) -> int | None:
-    """Return the number of rows of a block, or None for the plain form.
+    """Return the number of rows of a block, or None for the whole matrix.
 
-    ``"auto"`` takes the plain form up to 8192 x 8192 logits on an accelerator and 4096 x 4096
-    on a CPU: there memory is no concern. Beyond, blocks have 32 Mi and 4 Mi logits, and no
-    fewer than 512 and 32 rows.
+    ``"auto"`` means the whole matrix up to 8192 x 8192 logits on an accelerator and 4096 x 4096 on
+    a CPU, where memory is no concern. Above that, blocks have 32 Mi and 4 Mi logits, and at least
+    512 and 32 rows.
 
     Args:
-        tile: ``"auto"``, None (plain) or a number of rows.
+        tile: ``"auto"``, None (whole) or a number of rows.
         anchors: [n, D].
         candidates: [m, D].
     """
@@ -60,34 +61,33 @@ def tiled_contrast(
     normalize: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return what `contrast` returns: the InfoNCE losses of all anchors, summed, a scalar.
+    """Return the InfoNCE losses of all anchors, summed, a scalar: the same as `contrast`.
 
     Args:
         anchors: [n, D].
         candidates: [m, D].
         scale: 0-dim.
-        positives: Which candidates match.
+        positives: Matching candidates.
         rows: Rows of a block, >= 1.
         kind: ``"outside"``, ``"inside"`` or ``"mask"``.
         decoupled: Whether positives are left out of the denominator.
         label_smoothing: The share of the target spread evenly over the denominator's columns.
-        symmetric: Whether the candidates are anchors too; own pairs then stand on the diagonal.
-        normalize: Whether features are still to be divided by their norms.
-        dtype: What the features came in. bfloat16 and float16 on a GPU with Triton are multiplied
-            as such, and summed in float32; everywhere else the blocks are float32 or float64.
+        symmetric: Whether the candidates are anchors too; own pairs are then on the diagonal.
+        normalize: Whether to divide the features by their norms.
+        dtype: The dtype in which the features entered. On a GPU with Triton, bfloat16 and float16
+            are multiplied as such and summed in float32; elsewhere blocks are float32 or float64.
     """
-    averaged = positives.grouped and kind == "outside"
-    adds_linear = averaged or label_smoothing > 0
-    late = normalize and not adds_linear and kernels_take(anchors, dtype)
-    anchors, candidates = _prepare(anchors, candidates, dtype, normalize=normalize and not late)
-    scale = scale.to(working_dtype(anchors))
+    adds_linear = label_smoothing > 0 or (positives.grouped and kind == "outside")
+    blocks = LossBlocks(anchors, candidates, scale, normalize=normalize)
+    blocks = _prepared(blocks, dtype, late=not adds_linear)
     positives = _with_partner(positives)
     valid = _valid(positives, decoupled=decoupled)
-    entries = _entries(positives, kind, decoupled=decoupled)
-    settings = (valid, decoupled, label_smoothing, symmetric, late, rows)
-    loss: Tensor = operators.contrast(anchors, candidates, scale, *entries, *settings)[0]
+    entries = _entries(positives, kind, decoupled=decoupled)._replace(valid=valid)
+    settings = TileSettings(rows, decoupled, label_smoothing, symmetric)
+    loss = operators.contrast(TiledLoss(blocks, entries, settings))
     if not adds_linear:
         return loss
+    anchors, candidates, scale = blocks[:3]
     for first, second in ((anchors, candidates), (candidates, anchors))[: 1 + symmetric]:
         point = _linear_part(
             second, positives, kind, decoupled=decoupled, smoothing=label_smoothing
@@ -108,44 +108,48 @@ def tiled_sigmoid_contrast(
     normalize: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return what `sigmoid_contrast` returns: all pairs' sigmoid losses, summed, a scalar.
+    """Return the sigmoid losses of all pairs, summed, a scalar: the same as `sigmoid_contrast`.
 
     Args:
         anchors: [n, D].
         candidates: [m, D].
         scale: 0-dim.
         bias: 0-dim.
-        positives: Which candidates match.
+        positives: Matching candidates.
         rows: Rows of a block, >= 1.
         normalize: As for `tiled_contrast`.
         dtype: As for `tiled_contrast`.
     """
-    late = normalize and kernels_take(anchors, dtype)
-    anchors, candidates = _prepare(anchors, candidates, dtype, normalize=normalize and not late)
-    scale, bias = (number.to(working_dtype(anchors)) for number in (scale, bias))
-    loss: Tensor = operators.sigmoid_contrast(
-        anchors, candidates, scale, bias, *_entries(positives)[:4], late, rows
-    )
-    return loss
+    blocks = _prepared(LossBlocks(anchors, candidates, scale, bias, normalize), dtype)
+    loss = TiledLoss(blocks, _entries(_with_partner(positives)), TileSettings(rows))
+    return operators.sigmoid_contrast(loss)
 
 
-def _prepare(
-    anchors: Tensor, candidates: Tensor, dtype: torch.dtype | None, *, normalize: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the features as the blocks take them, normalised if that is still to be done."""
-    if normalize:
-        anchors, candidates = normalized(anchors), normalized(candidates)
-    if kernels_take(anchors, dtype):
+def _prepared(blocks: LossBlocks, dtype: torch.dtype | None, *, late: bool = True) -> LossBlocks:
+    """Return the factors of the logits as the blocks take them.
+
+    Args:
+        blocks: The factors as the objective got them.
+        dtype: The dtype in which the features entered.
+        late: Whether the Triton kernels, if they run, may normalise.
+    """
+    anchors, candidates, scale, bias, normalize = blocks
+    half = kernels_take(anchors, dtype)
+    if normalize and not (half and late):
+        anchors, candidates = normalize_in_float32(anchors), normalize_in_float32(candidates)
+    if half:
         anchors, candidates = anchors.to(dtype), candidates.to(dtype)
-    return anchors, candidates
+    working = working_dtype(anchors)
+    bias = None if bias is None else bias.to(working)
+    return LossBlocks(anchors, candidates, scale.to(working), bias, normalize and half and late)
 
 
 def _with_partner(positives: Positives) -> Positives:
     """Return positives in which every anchor has a partner.
 
-    Where groups alone decide, it is any other member of the anchor's group, so that the positive
-    that is subtracted inside the blocks comes from the same product as the negatives; an anchor
-    without one gets any column, and is not valid.
+    If groups alone decide, the partner is any other member of the anchor's group, so that the
+    positive subtracted inside the blocks comes from the same matrix product as the negatives. An
+    anchor without other members gets an arbitrary column; it is not valid.
     """
     if positives.partner is not None:
         return positives
@@ -163,8 +167,7 @@ def _with_partner(positives: Positives) -> Positives:
 
 
 def _entries(positives: Positives, kind: str = "inside", *, decoupled: bool = False) -> Entries:
-    """Return what the entries of the logits are to the blocks."""
-    positives = _with_partner(positives)
+    """Return the kind of each logit, for positives in which every anchor has a partner."""
     assert positives.partner is not None
     entries = Entries(positives.partner, positives.itself)
     if not positives.grouped or (kind == "outside" and not decoupled):
@@ -188,10 +191,10 @@ def _valid(positives: Positives, *, decoupled: bool) -> Tensor:
 def _linear_part(
     candidates: Tensor, positives: Positives, kind: str, *, decoupled: bool, smoothing: float
 ) -> Tensor:
-    """Return the point c [n, D] by which an anchor's loss differs by scale * anchor . c.
+    """Return the point c [n, D]: an anchor's loss is that of the blocks plus scale * anchor . c.
 
-    The blocks subtract (1 - smoothing) times the partner's logit. ``outside`` wants the mean over
-    all positives, and smoothing the mean over the denominator.
+    The blocks subtract (1 - smoothing) times the partner's logit. ``outside`` needs the mean over
+    all positives instead, and smoothing needs the mean over the denominator.
     """
     candidates = candidates.to(working_dtype(candidates))
     partner = candidates[positives.partner]
@@ -216,7 +219,7 @@ def _group_sums(candidates: Tensor, positives: Positives) -> Tensor:
     assert positives.row_groups is not None
     assert positives.column_groups is not None
     ordered = positives.column_groups.sort().values
-    # The first place of an id among the sorted ones numbers its group without a synchronisation.
+    # The first position of an id among the sorted ids numbers its group without a synchronisation.
     columns = torch.searchsorted(ordered, positives.column_groups.contiguous())
     rows = torch.searchsorted(ordered, positives.row_groups.contiguous())
     sums = torch.zeros_like(candidates).index_add(0, columns, candidates)

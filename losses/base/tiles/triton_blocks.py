@@ -1,15 +1,15 @@
-"""Launches of the Triton kernels: the functions of `torch_blocks` for half precision on CUDA.
+"""Blocks in Triton: the functions of `torch_blocks` for half precision on CUDA.
 
-bfloat16 and float16 features go to the tensor cores as they are, and everything is summed in
-float32. The forward writes no logits at all: each tile becomes sums of its rows and columns. The
-backward writes the gradient of a chunk of logits in bfloat16, from which two matrix products make
-the features' gradients. That rounds each entry to 2**-9 of itself, as the features are, and the
-products average it out: the features' gradients come out within 2e-3 (relative, in norm) of
-float64's, which is what their own rounding to bfloat16 costs.
+The tensor cores multiply bfloat16 and float16 features as such; all sums are float32. The forward
+writes no logits: each tile is reduced to sums of its rows and columns. The backward writes the
+gradient of a chunk of logits in bfloat16, and two matrix products turn it into the features'
+gradients. This rounds each entry to 2**-9 of itself, as the features are rounded, and the products
+average the errors out: the features' gradients are within 2e-3 (relative, in norm) of float64's,
+which is the cost of rounding the features to bfloat16.
 
-Exponentials are taken relative to one bound on all logits, so that one of them serves a row and a
-column. Should the bound be so far off that a sum leaves float32's range, sums with a maximum for
-each row take over; kernels read that from the device, and nothing waits for it.
+Exponentials are relative to one bound on all logits, so that each serves a row and a column. If the
+bound is so loose that a sum leaves float32's range, sums with a maximum for each row replace them.
+The kernels read that decision on the device; the host never waits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from diptych.losses.base.tiles import triton_kernels as kernels
-from diptych.losses.base.tiles.torch_blocks import Entries, Gradients, Logits, LogSum, Sums
+from diptych.losses.base.tiles.torch_blocks import (
+    BlockGradients,
+    DirectionSums,
+    Entries,
+    LogSum,
+    LossBlocks,
+)
 
 _TILE = {"ROWS": 128, "COLUMNS": 128, "STEP": 64, "num_warps": 4, "num_stages": 3}
 _BLOCK = [_TILE["ROWS"], _TILE["COLUMNS"]]
@@ -31,7 +37,7 @@ _BAND = 16
 _LOG2_E = 1.4426950408889634
 
 # 2**20 terms of up to 2**_HEADROOM stay in float32's range. A sum below 2**-_DEPTH may have lost
-# terms that matter.
+# significant terms.
 _HEADROOM = 100.0
 _DEPTH = 80.0
 
@@ -65,20 +71,20 @@ _Sides = tuple[TensorDescriptor, TensorDescriptor]
 """A chunk's anchors and candidates, as the kernels load them."""
 
 _Launch = Callable[[_Chunk, _Sides, TensorDescriptor, Tensor], None]
-"""Writes the gradient of a chunk of logits [height, width] to its third argument, and adds each
-tile's gradients of scale and bias to its fourth, [2, tiles]."""
+"""Launches a kernel that writes the gradient of a chunk of logits [height, width] to the third
+argument and adds each tile's gradients of scale and bias to the fourth, [2, tiles]."""
 
 
-class _Problem:
-    """Logits and entries as the kernels take them: of features at their norm."""
+class _KernelProblem:
+    """The arguments of the kernels, for features at unit norm."""
 
-    def __init__(self, logits: Logits, entries: Entries) -> None:
-        anchors, candidates, scale, bias, _ = self.logits = logits
+    def __init__(self, blocks: LossBlocks, entries: Entries) -> None:
+        anchors, candidates, scale, bias, _ = self.blocks = blocks
         self.n, self.m = anchors.shape[0], candidates.shape[0]
         self.scalars = [scale] if bias is None else [scale, bias]
         partner = entries.partner.to(torch.int32)
         itself = partner if entries.itself is None else entries.itself.to(torch.int32)
-        group, groups = kernels.NEGATIVE, [partner, partner]  # stand in for what is not read
+        group, groups = kernels.NEGATIVE, [partner, partner]  # placeholders: not read
         if entries.row_groups is not None and entries.column_groups is not None:
             group = kernels.POSITIVE if entries.group_matches else kernels.NEITHER
             groups = [entries.row_groups.contiguous(), entries.column_groups.contiguous()]
@@ -126,22 +132,22 @@ class _Problem:
 
 
 def contrast_sums(
-    logits: Logits,
+    blocks: LossBlocks,
     entries: Entries,
     *,
     symmetric: bool,
-    rows: int,  # noqa: ARG001 - nothing here grows with it
-) -> tuple[Sums, Sums | None]:
+    rows: int,  # noqa: ARG001 - memory does not depend on it
+) -> tuple[DirectionSums, DirectionSums | None]:
     """Return the sums of the rows and, if symmetric, of the columns, as in `torch_blocks`."""
-    reference, logits = _reference(logits), _at_norm(logits)
-    problem = _Problem(logits, entries)
+    reference, blocks = _reference(blocks), _at_norm(blocks)
+    problem = _KernelProblem(blocks, entries)
     n, m = problem.n, problem.m
-    own, row_total = logits.scale.new_zeros(2, n)
-    column_total = logits.scale.new_zeros(m if symmetric else 0)
+    own, row_total = blocks.scale.new_zeros(2, n)
+    column_total = blocks.scale.new_zeros(m if symmetric else 0)
     for chunk in problem.chunks(_CHUNK_ROWS, _FORWARD_COLUMNS):
         down, across = chunk.tiles
         sums = own.new_empty(across, chunk.height), own.new_empty(down, chunk.width * symmetric)
-        sides = _sides(logits.anchors[chunk.rows], logits.candidates[chunk.columns])
+        sides = _sides(blocks.anchors[chunk.rows], blocks.candidates[chunk.columns])
         problem.tiles(kernels.bounded_sums, chunk, sides, reference, own, *sums, BOTH=symmetric)
         row_total[chunk.rows] += sums[0].sum(0)
         if symmetric:
@@ -153,35 +159,35 @@ def contrast_sums(
     if not symmetric:
         return row_sums, None
     turned = entries._replace(row_groups=entries.column_groups, column_groups=entries.row_groups)
-    problem = _Problem(Logits(logits.candidates, logits.anchors, logits.scale), turned)
+    problem = _KernelProblem(LossBlocks(blocks.candidates, blocks.anchors, blocks.scale), turned)
     negatives = LogSum(bound.repeat(m), column_total)
     return row_sums, _with_positives(problem, entries, negatives, own, exact)
 
 
 def _with_positives(
-    problem: _Problem, entries: Entries, negatives: LogSum, own: Tensor, exact: Tensor
-) -> Sums:
-    """Return the sums of rows; those of negatives are computed again where `exact` says so."""
-    sides = _sides(*problem.logits[:2])
+    problem: _KernelProblem, entries: Entries, negatives: LogSum, own: Tensor, exact: Tensor
+) -> DirectionSums:
+    """Return the sums of rows; recompute those of negatives if `exact` is not 0 on the device."""
+    sides = _sides(*problem.blocks[:2])
     problem.rows(kernels.online_sums, sides, exact, *negatives, POSITIVES=False)
     if not entries.group_matches:
-        return Sums(negatives, LogSum(own, torch.ones_like(own)))
+        return DirectionSums(negatives, LogSum(own, torch.ones_like(own)))
     positives = LogSum.empty(own, problem.n)
     problem.rows(kernels.online_sums, sides, torch.ones_like(exact), *positives, POSITIVES=True)
-    return Sums(negatives, positives)
+    return DirectionSums(negatives, positives)
 
 
 def contrast_gradients(
-    logits: Logits,
+    blocks: LossBlocks,
     entries: Entries,
     row_statistics: Tensor,
     column_statistics: Tensor | None,
     *,
     weight: Tensor,
     rows: int,
-) -> Gradients:
+) -> BlockGradients:
     """Return `weight` times the gradients of the summed losses, as in `torch_blocks`."""
-    problem, reference = _Problem(logits, entries), _reference(logits)
+    problem, reference = _KernelProblem(blocks, entries), _reference(blocks)
     both = column_statistics is not None
     row_terms = column_terms = _terms(row_statistics, reference)
     pull = row_statistics[1]
@@ -199,26 +205,28 @@ def contrast_gradients(
 
 
 def sigmoid_sum(
-    logits: Logits,
+    blocks: LossBlocks,
     entries: Entries,
     *,
-    rows: int,  # noqa: ARG001 - nothing here grows with it
+    rows: int,  # noqa: ARG001 - memory does not depend on it
 ) -> Tensor:
     """Return the sum of softplus(-z * logit), z = +1 for a positive, else -1."""
-    logits = _at_norm(logits)
-    problem, total = _Problem(logits, entries), torch.zeros_like(logits.scale)
+    blocks = _at_norm(blocks)
+    problem, total = _KernelProblem(blocks, entries), torch.zeros_like(blocks.scale)
     for chunk in problem.chunks(_CHUNK_ROWS, _FORWARD_COLUMNS):
         down, across = chunk.tiles
         sums = total.new_zeros(down * across)
-        sides = _sides(logits.anchors[chunk.rows], logits.candidates[chunk.columns])
+        sides = _sides(blocks.anchors[chunk.rows], blocks.candidates[chunk.columns])
         problem.tiles(kernels.sigmoid_losses, chunk, sides, sums)
         total += sums.sum()
     return total
 
 
-def sigmoid_gradients(logits: Logits, entries: Entries, *, weight: Tensor, rows: int) -> Gradients:
+def sigmoid_gradients(
+    blocks: LossBlocks, entries: Entries, *, weight: Tensor, rows: int
+) -> BlockGradients:
     """Return `weight` times the gradients of `sigmoid_sum`."""
-    problem = _Problem(logits, entries)
+    problem = _KernelProblem(blocks, entries)
 
     def launch(chunk: _Chunk, sides: _Sides, gradient: TensorDescriptor, sums: Tensor) -> None:
         problem.tiles(kernels.sigmoid_gradient, chunk, sides, gradient, sums, sums.shape[1])
@@ -226,20 +234,22 @@ def sigmoid_gradients(logits: Logits, entries: Entries, *, weight: Tensor, rows:
     return _gradients(problem, launch, weight, rows)
 
 
-def _gradients(problem: _Problem, launch: _Launch, weight: Tensor, rows: int) -> Gradients:
-    """Return the gradients of features and scalars, from those of the logits, chunk by chunk."""
-    anchors, candidates, scale, _, normalize = problem.logits
+def _gradients(
+    problem: _KernelProblem, launch: _Launch, weight: Tensor, rows: int
+) -> BlockGradients:
+    """Return the gradients of features and scalars from those of the logits, chunk by chunk."""
+    anchors, candidates, scale, _, normalize = problem.blocks
     factor = scale * weight
     row_gradients = torch.empty_like(anchors)
     column_total = factor.new_zeros(candidates.shape)
     sums = _add_chunks(problem, launch, factor, (row_gradients, column_total), rows=rows)
-    # The chunk's memory is free again by now.
+    # The memory of the chunk is free again here.
     column_gradients = feature_gradients(column_total, candidates, factor, normalize=normalize)
-    return Gradients(row_gradients, column_gradients, *(one.sum() * weight for one in sums))
+    return BlockGradients(row_gradients, column_gradients, *(one.sum() * weight for one in sums))
 
 
 def _add_chunks(
-    problem: _Problem,
+    problem: _KernelProblem,
     launch: _Launch,
     factor: Tensor,
     gradients: tuple[Tensor, Tensor],
@@ -248,10 +258,10 @@ def _add_chunks(
 ) -> Tensor:
     """Write the rows' gradients, add to the columns' total, and return the sums of the tiles.
 
-    A chunk holds as many logits as `rows` rows have. Features are normalised chunk by chunk too,
-    those of the rows where their gradients will stand.
+    A chunk holds as many logits as `rows` rows have. Features are normalised chunk by chunk too;
+    normalised rows are kept in the memory of their gradients until those are written.
     """
-    anchors, candidates, _, _, normalize = problem.logits
+    anchors, candidates, _, _, normalize = problem.blocks
     row_gradients, column_total = gradients
     height = min(_CHUNK_ROWS, _rounded_up(problem.n))
     width = min(_rounded_up(rows * problem.m // height + 1), _rounded_up(problem.m))
@@ -281,14 +291,14 @@ def _add_chunks(
 def feature_gradients(
     totals: Tensor, features: Tensor, factor: Tensor, *, normalize: bool, out: Tensor | None = None
 ) -> Tensor:
-    """Return the features' gradients [rows, D] from totals that lack a factor and normalisation.
+    """Return the features' gradients [rows, D] from totals: multiply, then undo the normalisation.
 
     Args:
-        totals: [rows, D], float32: the gradients for features at their norm, but for a factor.
-        features: [rows, D], as they came.
+        totals: [rows, D], float32: the gradients for features at unit norm, without the factor.
+        features: [rows, D], not normalised.
         factor: 0-dim, float32.
-        normalize: Whether the features were normalised on the way.
-        out: Where to write, in the features' dtype.
+        normalize: Whether the totals are for normalised features.
+        out: The tensor to write to, in the features' dtype.
     """
     out = torch.empty_like(features) if out is None else out
     size = features.shape[1]
@@ -305,16 +315,16 @@ def feature_gradients(
     return out
 
 
-def _at_norm(logits: Logits) -> Logits:
-    """Return logits whose features are normalised already."""
-    if not logits.normalize:
-        return logits
-    anchors, candidates = (normalize_features(side) for side in logits[:2])
-    return logits._replace(anchors=anchors, candidates=candidates, normalize=False)
+def _at_norm(blocks: LossBlocks) -> LossBlocks:
+    """Return the blocks with normalised features."""
+    if not blocks.normalize:
+        return blocks
+    anchors, candidates = (normalize_features(side) for side in blocks[:2])
+    return blocks._replace(anchors=anchors, candidates=candidates, normalize=False)
 
 
 def normalize_features(features: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return features [rows, D] divided by their norms; one without a direction becomes 0."""
+    """Return features [rows, D] divided by their norms; a row without a direction becomes 0."""
     out = torch.empty_like(features) if out is None else out
     size = features.shape[1]
     with torch.cuda.device(features.device):
@@ -325,7 +335,7 @@ def normalize_features(features: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _sides(anchors: Tensor, candidates: Tensor) -> _Sides:
-    """Return features as the kernels load them."""
+    """Return the descriptors by which the kernels load features."""
     return (
         TensorDescriptor.from_tensor(anchors, [_TILE["ROWS"], _TILE["STEP"]]),
         TensorDescriptor.from_tensor(candidates, [_TILE["COLUMNS"], _TILE["STEP"]]),
@@ -341,18 +351,18 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool = Fa
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
 
 
-def _reference(logits: Logits) -> Tensor:
-    """Return the exponent of 2 to which all sums are relative, 0-dim: below a bound on logits."""
-    bound = logits.scale.abs() * _LOG2_E
-    if logits.normalize:
+def _reference(blocks: LossBlocks) -> Tensor:
+    """Return the exponent of 2 to which all sums are relative, 0-dim: a bound less a headroom."""
+    bound = blocks.scale.abs() * _LOG2_E
+    if blocks.normalize:
         return bound - _HEADROOM
-    for side in logits[:2]:
+    for side in blocks[:2]:
         bound = bound * torch.linalg.vector_norm(side, dim=1, dtype=torch.float32).amax()
     return bound - _HEADROOM
 
 
 def _terms(statistics: Tensor, reference: Tensor) -> Tensor:
-    """Return statistics as the kernel takes them: as exponents of 2, and the weights, [4, n]."""
+    """Return the statistics as exponents of 2, with the weights of the rows, [4, n]."""
     normalizer, pull, positive = statistics
     normalizer = normalizer * _LOG2_E
     weights = torch.exp2(reference - normalizer)

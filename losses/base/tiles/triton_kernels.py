@@ -1,18 +1,18 @@
-"""Kernels: tiles of logits on the tensor cores, in Triton. `triton_blocks` launches them.
+"""Triton kernels for tiles of logits on the tensor cores. `triton_blocks` launches them.
 
-Exponents are of 2 here, because that is what the hardware computes. Nearly every tile holds
-negatives alone; it skips the branch that looks at each entry.
+Exponents are of base 2, which the hardware computes. Nearly every tile holds only negatives; it
+skips the branch that looks at each entry.
 
 Arguments that all kernels share:
     anchors, candidates: Descriptors of a chunk's features, [height, WIDTH] and [width, WIDTH], for
         tiles of ROWS and COLUMNS in steps of STEP.
-    partner, itself, row_groups, column_groups: As in `torch_blocks.Entries`; ITSELF and GROUP say
-        which of them to read.
-    row, column, height, width: The chunk of logits that a launch computes, a tile a program.
+    partner, itself, row_groups, column_groups: As in `torch_blocks.Entries`; ITSELF and GROUP
+        select those that are read.
+    row, column, height, width: The chunk of logits that a launch computes, one tile per program.
     scale, bias, reference: 0-dim.
 """
 
-# Triton compiles these functions; to Python's checkers their arguments are opaque.
+# Triton compiles these functions; Python's checkers cannot type their arguments.
 # mypy: ignore-errors
 # ruff: noqa: ANN001, ANN201, ANN202, PLR0917
 # fmt: off
@@ -22,7 +22,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-# What the rest of a row's group is, as the kernels' GROUP.
+# The kind of the rest of a row's group: the kernels' argument GROUP.
 NEGATIVE, NEITHER, POSITIVE = 0, 1, 2
 
 
@@ -30,7 +30,7 @@ NEGATIVE, NEITHER, POSITIVE = 0, 1, 2
 def _place(row, column, height, width, BAND, ROWS, COLUMNS):
     """Return this program's tile (down, across) and its rows and columns.
 
-    Tiles run down bands of BAND, so that neighbours in time share what the cache holds.
+    Programs go down bands of BAND tiles, so that consecutive programs share the cache.
     """
     program = tl.program_id(0)
     tiles = tl.cdiv(width, COLUMNS)
@@ -44,7 +44,7 @@ def _place(row, column, height, width, BAND, ROWS, COLUMNS):
 
 @triton.jit
 def _products(anchors, candidates, row, column, WIDTH, ROWS, COLUMNS, STEP):
-    """Return the dot products of ROWS anchors with COLUMNS candidates; beyond the edge, 0."""
+    """Return the dot products of ROWS anchors with COLUMNS candidates; 0 beyond the edge."""
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, WIDTH, STEP):
         left, right = anchors.load([row, start]), candidates.load([column, start])
@@ -54,14 +54,14 @@ def _products(anchors, candidates, row, column, WIDTH, ROWS, COLUMNS, STEP):
 
 @triton.jit
 def _meets(indices, columns):
-    """Return whether the span of the indices (negative ones aside) meets that of the columns."""
+    """Return whether the range of the indices (without negative ones) overlaps the columns'."""
     least = tl.min(tl.where(indices < 0, 2147483647, indices), 0)
     return (least <= tl.max(columns, 0)) & (tl.max(indices, 0) >= tl.min(columns, 0))
 
 
 @triton.jit
 def _special(rows, columns, n, m, partner, itself, ITSELF, GROUP):
-    """Return whether a tile may hold anything but negatives."""
+    """Return whether a tile may hold entries other than negatives."""
     special = (tl.max(rows, 0) >= n) | (tl.max(columns, 0) >= m) | (GROUP != 0)
     special = special | _meets(tl.load(partner + rows, rows < n, -1), columns)
     if ITSELF:
@@ -71,7 +71,7 @@ def _special(rows, columns, n, m, partner, itself, ITSELF, GROUP):
 
 @triton.jit
 def _entries(rows, columns, n, m, partner, itself, row_groups, column_groups, ITSELF, GROUP):
-    """Return the masks of positives and of what is neither positive nor negative."""
+    """Return the masks of positives and of entries that are neither positive nor negative."""
     neither = (rows >= n)[:, None] | (columns >= m)[None, :]
     if ITSELF:
         neither = neither | (columns[None, :] == tl.load(itself + rows, rows < n, -1)[:, None])
@@ -129,7 +129,7 @@ def online_sums(
 ):
     """Write each row's maximum and sum of exp(logit - maximum), over its negatives or positives.
 
-    It is right for any logits, and reads from the device whether it is `needed` at all.
+    Exact for any logits. Does nothing if `needed`, read on the device, is 0.
     """
     if tl.load(needed) == 0:
         return
@@ -161,7 +161,7 @@ def _exact_gradient(
     total, factor, rows, columns, n, m, positive, neither, row_terms, column_terms, pull,
     GROUP, BOTH,
 ):
-    """Return the gradient of a tile of any logits, with two exponentials for each."""
+    """Return the gradient of a tile, exact for any logits, with two exponentials for each."""
     row_terms, column_terms = row_terms + rows, column_terms + columns
     exponents = total * factor
     values = tl.exp2(exponents - tl.load(row_terms, rows < n, 0.0)[:, None])
@@ -190,10 +190,10 @@ def contrast_gradient(
 ):
     """Write the gradient of a chunk of logits, [height, width]; add that of the scale to sums.
 
-    Where the range of the logits allows (not `exact`), one exponential serves both directions:
+    If the range of the logits allows (`exact` is 0), one exponential serves both directions:
     2**(logit - reference) times the sum of a row's weight and a column's. The terms, [4, n] and
     [4, m], are normalizer, pull and positive, as exponents of 2, and that weight; pull, [n], is
-    that of own pairs, both directions together.
+    that of own pairs, added over both directions.
     """
     down, across, rows, columns = _place(row, column, height, width, BAND, ROWS, COLUMNS)
     total = _products(
@@ -229,7 +229,7 @@ def _add(sums, value):
 
 @triton.jit
 def normalize_features(features, normalized, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Write a row [SIZE] a program, divided by its norm; 0 for a row without a direction."""
+    """Write one row [SIZE] per program, divided by its norm; 0 for a row without a direction."""
     row = tl.program_id(0).to(tl.int64)
     places = tl.arange(0, BLOCK)
     values = tl.load(features + row * SIZE + places, places < SIZE, 0.0).to(tl.float32)
@@ -243,9 +243,9 @@ def feature_gradients(
     totals, features, factor, gradients,
     NORMALIZE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Write factor times a row of totals, through the normalisation of its feature if there is one.
+    """Write factor times a row of totals, and undo the normalisation of its feature if NORMALIZE.
 
-    What lies along the feature does not change its direction: it is taken away.
+    The component along the feature does not change its direction and is removed.
     """
     row = tl.program_id(0).to(tl.int64)
     places = tl.arange(0, BLOCK)
@@ -262,17 +262,17 @@ def feature_gradients(
 
 @triton.jit
 def _inverse_norm(values):
-    """Return 1 / norm, or 0 where the norm is too small to have a direction."""
+    """Return 1 / norm, or 0 if the norm is too small to have a direction."""
     norm = tl.sqrt(tl.sum(values * values, 0))
     return tl.where(norm <= 1e-12, 0.0, 1.0 / norm)
 
 
 @triton.jit
 def _softplus(values):
-    """Return log(1 + exp(value)) within 4e-7 of itself: small ones count, there are many."""
+    """Return log(1 + exp(value)) with a relative error of 4e-7: there are many small values."""
     small = tl.exp2(-LOG2_E * tl.abs(values))
-    # log(1 + x) / x on [0, 1], interpolated at Chebyshev's points. A logarithm of 1 + x would lose
-    # a small x, and takes longer.
+    # log(1 + x) / x on [0, 1], interpolated at Chebyshev points. A logarithm of 1 + x would lose a
+    # small x and takes longer.
     ratio = 0.0434938998 - 0.00837115255 * small
     ratio = ratio * small - 0.106850029
     ratio = ratio * small + 0.176874767

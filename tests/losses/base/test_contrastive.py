@@ -1,4 +1,4 @@
-"""What every loss on pairs shares: validation, precision, normalisation, terms."""
+"""The members of every loss on pairs: validation, precision, normalisation, terms."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diptych.losses import BaseContrastiveLoss, CLIPLoss, Pairs, VICRegLoss
-from diptych.losses.base.contrastive import normalize
+from diptych.losses.base.normalization import normalize
 from tests.losses.oracles import draw
 
 
@@ -54,7 +54,7 @@ def test_similarity_under_autocast_is_computed_in_float32(dtype: torch.dtype) ->
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_normalisation_can_be_left_to_the_model() -> None:
+def test_normalisation_can_be_turned_off() -> None:
     features = draw(3, 4)
     assert torch.equal(BaseContrastiveLoss(normalize=False).normalize_features(features), features)
     loss = BaseContrastiveLoss(normalize=False, temperature=0.5)
@@ -78,19 +78,19 @@ def test_forward_is_the_sum_of_the_terms() -> None:
 
 
 class Short(BaseContrastiveLoss):
-    """A loss that writes forward alone."""
+    """A loss that defines only forward."""
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         return self.compute_similarity(first, second).sum()
 
 
-def test_a_loss_that_writes_forward_alone_has_terms_too() -> None:
+def test_a_loss_that_defines_only_forward_has_terms_too() -> None:
     first, second = draw(3, 4), draw(3, 4, seed=1)
     assert Short().terms(first, second) == {"contrastive": Short()(first, second)}
 
 
-def test_a_loss_that_writes_neither_says_so() -> None:
-    with pytest.raises(NotImplementedError, match="defines neither objective nor forward"):
+def test_a_loss_that_defines_neither_objective_nor_forward_is_an_error() -> None:
+    with pytest.raises(NotImplementedError, match=r"Base.* must define objective or forward"):
         BaseContrastiveLoss()(draw(3, 4), draw(3, 4))
 
 
@@ -101,7 +101,7 @@ GOOD = torch.ones(3, 4)
     ("first", "second", "groups", "error", "message"),
     [
         (GOOD[0], GOOD, None, ValueError, r"first must be \[batch, features\], got shape \(4,\)"),
-        (GOOD, GOOD[None], None, ValueError, r"second must be .* pool or flatten"),
+        (GOOD, GOOD[None], None, ValueError, r"second must be .* Pool or flatten"),
         (GOOD, GOOD[:2], None, ValueError, r"equal shapes, .* got \(3, 4\) and \(2, 4\)"),
         (GOOD, GOOD[:, :2], None, ValueError, r"first and second must have equal shapes"),
         (GOOD.long(), GOOD, None, TypeError, "first must be floating point, got torch.int64"),
@@ -113,7 +113,7 @@ GOOD = torch.ones(3, 4)
         (GOOD[:0], GOOD[:0], None, ValueError, "at least one sample"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_a_way_out(
+def test_wrong_inputs_are_refused_with_a_way_out(
     first: Tensor, second: Tensor, groups: Tensor, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -125,6 +125,6 @@ def test_a_batch_too_small_for_the_loss_is_refused() -> None:
         VICRegLoss()(GOOD[:1], GOOD[:1])
 
 
-def test_mixed_precisions_meet_in_the_wider() -> None:
+def test_mixed_precisions_are_computed_in_the_wider_one() -> None:
     assert CLIPLoss()(GOOD.double(), GOOD).dtype == torch.float64
     assert CLIPLoss()(GOOD.half(), GOOD.bfloat16()).dtype == torch.float32

@@ -63,8 +63,8 @@ def test_without_exponent_or_negatives_all_weigh_one() -> None:
     ("arguments", "message"),
     [
         ({"select": "easy"}, "select must be one of"),
-        ({"select": "top_k"}, "k goes with select='top_k'"),
-        ({"k": 3}, "k goes with select='top_k'"),
+        ({"select": "top_k"}, "k must be given if and only if select is 'top_k'"),
+        ({"k": 3}, "k must be given if and only if select is 'top_k'"),
         ({"select": "top_k", "k": 0}, "k must be >= 1"),
         ({"beta": -0.1}, "beta must be >= 0"),
     ],
@@ -75,5 +75,5 @@ def test_wrong_arguments_are_refused(arguments: dict[str, object], message: str)
 
 
 def test_semi_hard_without_the_positive_similarities_is_an_error() -> None:
-    with pytest.raises(ValueError, match="need the positive similarities"):
+    with pytest.raises(ValueError, match="positive must be given if select is 'semi_hard'"):
         HardNegatives(select="semi_hard").choose(SIMILARITY, NEGATIVES)

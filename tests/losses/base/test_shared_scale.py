@@ -1,4 +1,4 @@
-"""A loss that takes a model's own logit scale: one scale, the model's, is used and trained."""
+"""A loss that shares the logit scale of a model: only the model's scale is used and trained."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diptych.losses import CLIPLoss, NegativeCosineLoss, SigLIPLoss, share_logit
 
 
 class Scaled(nn.Module):
-    """A model with a scale and a bias of its own, in shapes as models have them."""
+    """A model with a logit scale and a logit bias, in the shapes that models use."""
 
     def __init__(self, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def test_clip_scales_by_the_models_parameter_and_trains_it(shape, tile):
 
 @pytest.mark.parametrize("shape", [(), (1,)])
 @pytest.mark.parametrize("tile", [None, 2])
-def test_siglip_takes_the_bias_too(shape, tile):
+def test_siglip_shares_the_bias_too(shape, tile):
     model = Scaled(shape)
     loss = share_logit_scale(SigLIPLoss(tile=tile), model)
     image, text = sides()
@@ -65,7 +65,7 @@ def test_siglip_takes_the_bias_too(shape, tile):
     assert {v.shape for v in loss.scalars().values()} == {torch.Size([])}
 
 
-def test_there_is_one_scale_and_it_stays_so_on_another_type():
+def test_there_is_one_scale_even_after_a_change_of_dtype():
     model, loss = Scaled(), CLIPLoss()
     share_logit_scale(loss, model)
     assert {id(p) for p in loss.parameters()} == {id(model.logit_scale)}
@@ -79,7 +79,7 @@ def test_there_is_one_scale_and_it_stays_so_on_another_type():
     assert state.keys() == CLIPLoss().state_dict().keys()
 
 
-def test_the_losss_bounds_hold_for_the_models_scale():
+def test_the_bounds_of_the_loss_apply_to_the_models_scale():
     model = Scaled()
     loss = share_logit_scale(CLIPLoss(temperature=0.5, max_logit_scale=5.0), model)
     loss.temperature.constrain()
@@ -90,10 +90,12 @@ def test_the_losss_bounds_hold_for_the_models_scale():
     assert "the model's logit_scale" in repr(loss)
 
 
-def test_what_does_not_fit_is_refused():
+def test_wrong_arguments_are_refused():
     with pytest.raises(TypeError, match="loss must have a temperature"):
         share_logit_scale(NegativeCosineLoss(), Scaled())
-    with pytest.raises(ValueError, match=r"'scale', got none; of one element are logit_scale"):
+    with pytest.raises(
+        ValueError, match=r"'scale', got none. Its parameters of one element are: logit_scale"
+    ):
         share_logit_scale(CLIPLoss(), Scaled(), scale="scale")
     with pytest.raises(ValueError, match=r"must be one floating-point number, got torch.float32"):
         share_logit_scale(CLIPLoss(), Scaled(), scale="image.weight")

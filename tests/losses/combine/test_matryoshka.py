@@ -50,7 +50,7 @@ def test_weights_are_one_by_default_and_a_temperature_is_shared() -> None:
     assert set(loss.scalars()) == {"temperature", "logit_scale"}
 
 
-def test_features_behind_the_longest_prefix_get_no_gradient() -> None:
+def test_features_after_the_longest_prefix_get_no_gradient() -> None:
     first, second = (side.clone().requires_grad_() for side in SIDES)
 
     MatryoshkaLoss(loss=CLIPLoss(), dims=(2, 5))(first, second).backward()
@@ -86,7 +86,7 @@ def of_one_prefix() -> MatryoshkaLoss:
     return MatryoshkaLoss(loss=ConsistencyLoss(distance="l1"), dims=(3,), weights=(0.5,))
 
 
-def test_one_prefix_of_a_mean_over_samples_is_such_a_mean(ranks: Ranks) -> None:
+def test_one_prefix_of_a_mean_over_samples_is_a_mean_over_samples(ranks: Ranks) -> None:
     loss = of_one_prefix()
 
     total, weight = loss.total_and_weight(*SIDES)
@@ -97,12 +97,12 @@ def test_one_prefix_of_a_mean_over_samples_is_such_a_mean(ranks: Ranks) -> None:
     assert_same_on_ranks(ranks, of_one_prefix, SIDES)
 
 
-def test_several_prefixes_have_terms_that_one_sum_does_not_tell(ranks: Ranks) -> None:
+def test_several_prefixes_couple_samples_since_each_has_its_own_term(ranks: Ranks) -> None:
     loss = of_a_mean()
 
     assert loss.couples_samples
     assert list(loss.terms(*SIDES)) == ["dim_3", "dim_8"]
-    with pytest.raises(TypeError, match="several prefixes"):
+    with pytest.raises(TypeError, match=r"single prefix of a mean over samples, got dims \(3, 8\)"):
         loss.total_and_weight(*SIDES)
     assert_same_on_ranks(ranks, of_a_mean, SIDES)
 
@@ -134,7 +134,7 @@ def test_arguments_out_of_range_are_refused(arguments: Mapping[str, object], sen
         MatryoshkaLoss(loss=CLIPLoss(), **arguments)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_wrong_inputs_are_refused() -> None:
     with pytest.raises(TypeError, match=r"loss must be an nn\.Module, got str"):
         MatryoshkaLoss(loss="clip", dims=(4,))
     with pytest.raises(ValueError, match=r"dims must be at most the number of features, 8, got"):
@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_refused() -> None:
         MatryoshkaLoss(loss=CLIPLoss(), dims=(4,))(SIDES[0], SIDES[1][:5])
 
 
-def test_a_loss_with_a_queue_does_not_fit() -> None:
+def test_a_loss_with_a_queue_is_refused() -> None:
     loss = MatryoshkaLoss(loss=MoCoLoss(dim=8, queue_size=9), dims=(4, 8))
 
     with pytest.raises(ValueError, match="8"):

@@ -1,4 +1,4 @@
-"""OneOf: the active part alone is taken."""
+"""OneOf: only the active part is computed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.losses.oracles import draw
 SIDES = draw(6, 8), draw(6, 8, seed=1)
 
 
-def test_the_value_is_the_active_parts_and_changes_with_it() -> None:
+def test_the_value_is_that_of_the_active_part_and_changes_with_it() -> None:
     loss = OneOf(losses={"contrast": CLIPLoss(), "spread": VICRegLoss()})
 
     assert loss.active == "contrast"
@@ -44,7 +44,7 @@ def test_a_part_that_is_not_active_gets_no_gradient() -> None:
     assert set(gradients.values()) == {False, True}
 
 
-def test_whether_samples_are_coupled_is_said_by_the_active_part() -> None:
+def test_the_active_part_determines_whether_samples_are_coupled() -> None:
     loss = OneOf(
         losses={"classes": CrossEntropyLoss(), "contrast": SupervisedContrastiveLoss()},
         inputs={"classes": (0, 1), "contrast": (2, 1)},
@@ -56,12 +56,12 @@ def test_whether_samples_are_coupled_is_said_by_the_active_part() -> None:
     torch.testing.assert_close(total / weight, CrossEntropyLoss()(logits, labels))
     loss.active = "contrast"
     assert loss.couples_samples
-    with pytest.raises(TypeError, match="active loss, 'contrast', couples samples"):
+    with pytest.raises(TypeError, match="single part that is a mean over samples, got contrast"):
         loss.total_and_weight(logits, labels, draw(6, 8))
 
 
 class PlainMean(nn.Module):
-    """A mean over samples that does not tell its sum and its weight apart."""
+    """A mean over samples without `total_and_weight`."""
 
     couples_samples = False
 
@@ -78,11 +78,11 @@ class PlainMean(nn.Module):
     ],
     ids=lambda composite: type(composite).__name__,
 )
-def test_a_part_that_tells_no_weight_is_taken_of_the_whole_batch(composite: nn.Module) -> None:
+def test_a_part_without_total_and_weight_couples_samples(composite: nn.Module) -> None:
     assert composite.couples_samples
 
 
-def test_a_name_that_is_no_part_is_refused() -> None:
+def test_an_unknown_active_name_is_refused() -> None:
     loss = OneOf(losses={"a": CLIPLoss(), "b": CLIPLoss()})
 
     with pytest.raises(ValueError, match="active must be one of a, b, got 'c'"):

@@ -41,7 +41,7 @@ def test_terms_are_the_parts_terms_weighted_and_named_after_them() -> None:
     torch.testing.assert_close(loss(*SIDES), sum(expected.values()))
 
 
-def test_parts_of_a_sequence_go_by_their_registered_names() -> None:
+def test_parts_of_a_sequence_have_their_registered_names() -> None:
     loss = WeightedSum(losses=[CLIPLoss(), nn.MSELoss()], weights=[1.0, 0.5])
 
     assert loss.weights == {"clip": 1.0, "MSELoss": 0.5}
@@ -60,7 +60,7 @@ def test_weights_are_one_by_default_and_may_change_while_training() -> None:
     assert torch.equal(loss.terms(*SIDES)["clip"], before["clip"])
 
 
-def test_each_part_may_take_inputs_of_its_own() -> None:
+def test_each_part_may_take_other_inputs() -> None:
     logits, labels = draw(6, 4, seed=2), torch.tensor([0, 1, 2, 3, 0, 1])
     loss = WeightedSum(
         losses={"match": CLIPLoss(), "classes": CrossEntropyLoss()},
@@ -88,7 +88,7 @@ def draw_by_inputs(batch: int, *, generator: torch.Generator) -> tuple[Tensor, .
     return (*sides, torch.randn(batch, 3, 8, generator=generator), labels)
 
 
-def test_parts_with_weights_of_their_own_keep_the_contract_on_ranks(ranks: Ranks) -> None:
+def test_parts_with_different_weights_keep_the_contract_on_ranks(ranks: Ranks) -> None:
     check_loss(by_inputs, draw_by_inputs)
     assert_same_on_ranks(ranks, by_inputs, Case(by_inputs, draw_by_inputs).inputs())
 
@@ -124,7 +124,7 @@ def test_a_sum_of_several_couples_samples_and_needs_their_largest_minimum() -> N
     assert WeightedSum(losses={"clip": CLIPLoss()}).couples_samples
     assert WeightedSum(losses=means).couples_samples
     assert WeightedSum(losses=[CLIPLoss(), VICRegLoss()]).minimum_batch == 2
-    with pytest.raises(TypeError, match="no mean over samples"):
+    with pytest.raises(TypeError, match="single part that is a mean over samples, got a, b"):
         WeightedSum(losses=means).total_and_weight(*SIDES)
 
 
@@ -149,7 +149,7 @@ def test_sums_may_hold_sums() -> None:
     ("arguments", "sentence"),
     [
         ({"losses": {}}, "losses must hold at least one loss, got none"),
-        ({"losses": [CLIPLoss(), CLIPLoss()]}, "losses must have names of their own"),
+        ({"losses": [CLIPLoss(), CLIPLoss()]}, "losses must be of different classes"),
         (
             {"losses": [CLIPLoss()], "weights": [1, 2]},
             "weights must be as many as losses, 1, got 2",
@@ -159,14 +159,12 @@ def test_sums_may_hold_sums() -> None:
         ({"losses": [CLIPLoss()], "inputs": {"clp": (0,)}}, "inputs must name the losses"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(
-    arguments: Mapping[str, object], sentence: str
-) -> None:
+def test_wrong_arguments_are_refused(arguments: Mapping[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         WeightedSum(**arguments)
 
 
-def test_what_is_no_loss_and_an_input_that_is_not_there_are_refused() -> None:
+def test_a_part_that_is_not_a_module_and_a_missing_input_are_refused() -> None:
     with pytest.raises(TypeError, match=r"losses\['clip'\] must be a loss, an nn.Module, got type"):
         WeightedSum(losses={"clip": CLIPLoss})
     with pytest.raises(ValueError, match=r"inputs\['tokens'\] must be positions .* 0 to 1, got"):

@@ -125,7 +125,7 @@ def test_a_rank_without_samples_takes_part(ranks: Ranks) -> None:
         ({"label_smoothing": 1.0}, r"label_smoothing must lie in \[0, 1\), got 1.0"),
         ({"positives": "both"}, "positives must be one of 'outside', 'inside', 'mask'"),
         ({"tile": 0}, "tile must be"),
-        ({"max_logit_scale": 0.5}, "0 < min_scale < max_scale"),
+        ({"max_logit_scale": 0.5}, "0 < min < max"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict[str, object], message: str) -> None:

@@ -63,7 +63,7 @@ def test_weights_and_smoothing_keep_the_contract() -> None:
         (LOGITS[:, 0], LABELS, ValueError, r"logits must be \[batch, ..., classes\]"),
         (LOGITS.long(), LABELS, TypeError, "logits must be floating point"),
         (LOGITS, LABELS.float(), TypeError, "labels must be integers, got torch.float32"),
-        (LOGITS, LABELS[:4], ValueError, r"\(6,\), got \(4,\); the classes come last"),
+        (LOGITS, LABELS[:4], ValueError, r"\(6,\), got \(4,\). Put the classes last"),
     ],
 )
 def test_what_does_not_fit_is_refused(

@@ -1,0 +1,67 @@
+"""The custom operators: their flat arguments, and what the compiler makes of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from diptych.losses import CLIPLoss, NTXentLoss, SigLIPLoss
+from diptych.losses.base.tiles import operators
+from diptych.losses.base.tiles.operators import TiledLoss
+from diptych.losses.base.tiles.torch_blocks import Entries, LossBlocks, TileSettings
+from tests.losses.oracles import draw
+
+
+def tiled(bias: torch.Tensor | None = None) -> TiledLoss:
+    """Return the arguments for four pairs."""
+    blocks = LossBlocks(
+        draw(4, 8), draw(4, 8, seed=1), torch.tensor(2.0, dtype=torch.float64), bias
+    )
+    partner = torch.arange(4)
+    entries = Entries(partner, valid=torch.ones(4, dtype=torch.bool))
+    return TiledLoss(blocks, entries, TileSettings(rows=2, symmetric=True))
+
+
+def test_the_flat_arguments_are_those_of_the_schema_and_are_restored() -> None:
+    arguments = tiled()
+
+    names = [argument.name for argument in torch.ops.diptych.contrast.default._schema.arguments]
+    fields = (*LossBlocks._fields, *Entries._fields, *TileSettings._fields)
+
+    assert names == list(fields)
+    assert TiledLoss.restored(arguments.flat()) == arguments
+
+
+@pytest.mark.parametrize("operator", ["contrast", "sigmoid_contrast"])
+def test_torchs_own_checks_pass(operator: str) -> None:
+    bias = torch.tensor(-1.0, dtype=torch.float64) if operator == "sigmoid_contrast" else None
+    flat = [
+        x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for x in tiled(bias).flat()
+    ]
+
+    torch.library.opcheck(getattr(torch.ops.diptych, operator).default, tuple(flat))
+
+
+def test_the_compiler_takes_the_choice_of_kernels_as_a_constant() -> None:
+    def marked(device: torch.device) -> bool:
+        return device.type == "cuda"
+
+    torch.compiler.assume_constant_result(marked)  # type: ignore[no-untyped-call]
+
+    assert vars(operators.triton_runs_on).items() >= vars(marked).items()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("loss", [CLIPLoss(tile=2), SigLIPLoss(tile=2), NTXentLoss(tile=2)])
+def test_a_loss_in_tiles_compiles_whole_with_its_gradient(loss: nn.Module) -> None:
+    found = []
+    for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        sides = [side.float().requires_grad_() for side in (draw(6, 8), draw(6, 8, seed=1))]
+        loss.zero_grad()
+        call(*sides).backward()
+        found.append([x.grad for x in (*sides, *loss.parameters())])
+
+    torch.testing.assert_close(found[1], found[0])
