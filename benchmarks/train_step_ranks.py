@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from diptych.engine import Trainer, of_this_rank, process_group, tasks
-from diptych.engine.distributed.collectives import rank, sum_over_ranks, world_size
+from diptych.engine.distributed.collectives import all_reduce_sum, rank, world_size
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # to find `benchmarks` when run as a file
 from benchmarks.train_step import CUDA, diptych, parts, resident
@@ -54,7 +54,7 @@ def losses(batches: list[dict[str, torch.Tensor]]) -> list[float]:
     found: list[torch.Tensor] = []
     trainer.add_event_handler("ITERATION_COMPLETED", lambda t: found.append(t.state.output.loss))
     trainer.run(batches, max_epochs=1)
-    return (sum_over_ranks(torch.stack(found).double()) / world_size()).tolist()
+    return (all_reduce_sum(torch.stack(found).double()) / world_size()).tolist()
 
 
 def global_batches(samples: int) -> list[dict[str, torch.Tensor]]:

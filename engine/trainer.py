@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 
 from diptych.engine.data.transform import Transform, placed_transform
 from diptych.engine.distributed.collectives import (
+    broadcast_module,
     check_same_on_all_ranks,
     rank,
-    same_on_all_ranks,
     world_size,
 )
 from diptych.engine.distributed.dtensor import has_shards, is_sharded
@@ -141,7 +141,7 @@ class Trainer(EventLoop):
         if has_shards(module):
             return module
         module = module.to(self.device)
-        same_on_all_ranks(module)
+        broadcast_module(module)
         return module
 
     def _make_step(self, step: Step | type[TrainStep] | None) -> Callable[[Any, Any], Any]:

@@ -1,1 +1,1 @@
-"""Process groups, collectives, averaged gradients, sharded models, hang reports."""
+"""Process groups, collectives, averaged gradients, sharded models and hang reports."""

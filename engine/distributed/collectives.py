@@ -1,4 +1,4 @@
-"""What a run needs of a process group: equal modules and buffers, sums, agreement."""
+"""Collectives of a run: broadcasts of modules and buffers, sums, checks of agreement."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-@waits_at("giving every rank the first rank's weights")
-def same_on_all_ranks(module: nn.Module) -> None:
-    """Give every rank rank 0's parameters and buffers of a module."""
+@waits_at("broadcasting the first rank's weights")
+def broadcast_module(module: nn.Module) -> None:
+    """Broadcast the parameters and buffers of a module from rank 0."""
     if world_size() > 1:
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor.detach(), src=0)
 
 
-@waits_at("sharing the model's buffers")
-def share_buffers(model: nn.Module) -> None:
-    """Give every rank rank 0's buffers, with one broadcast for each type that they have.
+@waits_at("broadcasting the model's buffers")
+def broadcast_buffers(model: nn.Module) -> None:
+    """Broadcast the buffers of a model from rank 0, with one collective for each of their types.
 
-    Once at the beginning of an update, not in a forward pass: both passes of a cached gradient must
+    Call it at the start of an update, not in a forward pass: both passes of a cached gradient must
     start from the same values.
     """
     if world_size() == 1:
@@ -53,8 +53,8 @@ def share_buffers(model: nn.Module) -> None:
             buffer.copy_(part.view_as(buffer))
 
 
-def sum_over_ranks(value: Tensor) -> Tensor:
-    """Return the sum of a tensor over all ranks, without a gradient; alone, the tensor itself."""
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """Return the sum of a tensor over all ranks, without a gradient; on one rank, the tensor."""
     if world_size() == 1:
         return value
     result = value.detach().clone()
@@ -63,10 +63,14 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def check_same_on_all_ranks(what: str, words: Sequence[str]) -> None:
-    """Check that all ranks hold the same words in the same order, which what follows relies on.
+    """Check that all ranks hold the same words in the same order.
+
+    Args:
+        what: the name of the words, for the message.
+        words: this rank's.
 
     Raises:
-        RuntimeError: on all ranks, if they do not, naming this rank's.
+        RuntimeError: on all ranks, if they differ; it lists this rank's.
     """
     if world_size() == 1:
         return
@@ -82,16 +86,16 @@ def check_same_on_all_ranks(what: str, words: Sequence[str]) -> None:
 
 
 def exchange_device() -> torch.device:
-    """Return a device whose tensors the process group takes; the CPU without one."""
+    """Return a device whose tensors the process group accepts; the CPU without a group."""
     if world_size() > 1 and "nccl" in str(dist.get_backend()):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def exchange_timeout() -> timedelta | None:
-    """Return how long the ranks wait for one another, None without a process group.
+    """Return the timeout of the default process group; None without one.
 
-    For groups beside the default one: torch gives them 30 minutes, whatever the default group has.
+    For additional groups: torch gives them 30 minutes, whatever the default group has.
     """
     if world_size() == 1:
         return None

@@ -1,7 +1,7 @@
-"""Tensors of which each rank holds a share: the few operations that need to know it.
+"""Operations on sharded tensors (DTensors), of which each rank holds a shard.
 
-A model that `Trainer(shard=...)` has shared out holds `DTensor`s, cut along their first dimension.
-What works element by element looks at `local_parts`; what sums over elements asks `norms`.
+A model that `Trainer(shard=...)` has sharded holds `DTensor`s, cut along their first dimension. For
+elementwise operations use `local_parts`; for sums over elements, `norms`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from diptych.engine.distributed.collectives import rank, world_size
 Value = TypeVar("Value")
 Result = TypeVar("Result")
 ROOT = "_diptych_root"
-"""Under which a sharded model keeps its `ShardedRoot`, beside its parameters and parts."""
+"""The key in `vars(model)` of the `ShardedRoot` of a sharded model."""
 
 
 class ShardedRoot(nn.Module):
-    """Holds a sharded model; what is in none of its units is whole for the length of a call.
+    """The FSDP root of a sharded model; parameters outside of its units are whole during a call.
 
-    A task calls whatever it likes of a model, and the hooks that gather parameters belong to one
-    `forward`: this one.
+    A task may call any method of a model, but the hooks that gather parameters need one `forward`:
+    this one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -35,42 +35,42 @@ class ShardedRoot(nn.Module):
         self.model = model
 
     def forward(self, call: Callable[[], Result]) -> Result:
-        """Return what the call returns, with copies of what is a view of something else.
+        """Return the result of the call, with copies instead of views.
 
-        What is written into a view would take the hooks of the backward pass away.
+        FSDP's hooks for the backward pass would be lost if someone wrote into a view.
         """
         result = call()
-        return map_leaves(result, _no_view) if torch.is_grad_enabled() else result
+        return map_leaves(result, _without_views) if torch.is_grad_enabled() else result
 
 
-def _no_view(leaf: Any) -> Any:
+def _without_views(leaf: Any) -> Any:
     is_view = isinstance(leaf, Tensor) and leaf.requires_grad and leaf._is_view()  # noqa: SLF001
     return leaf.clone() if is_view else leaf
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Say whether this rank holds a share of a tensor only."""
+    """Say whether a tensor is a DTensor, of which this rank holds a shard."""
     return hasattr(tensor, "to_local")
 
 
 def has_shards(model: nn.Module) -> bool:
-    """Say whether a model is shared out over the ranks."""
+    """Say whether a model is sharded over the ranks."""
     return ROOT in vars(model)
 
 
 def call_on(
     function: Callable[[nn.Module, Value], Result], model: nn.Module, value: Value
 ) -> Result:
-    """Return `function(model, value)`, for which a sharded model has what it needs at hand.
+    """Return `function(model, value)`; a sharded model gathers its parameters for the call.
 
-    Over the ranks of a sharded model it is collective: all of them call it, equally often.
+    For a sharded model this is collective: all ranks must call it equally often.
     """
     root = vars(model).get(ROOT)
     return function(model, value) if root is None else root(lambda: function(model, value))
 
 
-def mixed(model: nn.Module) -> AbstractContextManager[None]:
-    """Let torch's operations on lists take sharded and whole tensors together."""
+def mixed_tensors_allowed(model: nn.Module) -> AbstractContextManager[None]:
+    """Allow sharded and whole tensors in one list for torch's operations on lists."""
     if not has_shards(model):
         return nullcontext()
     from torch.distributed.tensor.experimental import implicit_replication  # noqa: PLC0415
@@ -79,64 +79,64 @@ def mixed(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor, in the same memory; of a whole one, itself."""
+    """Return this rank's shard of a tensor, in the same memory; of a whole tensor, itself."""
     return cast(Any, tensor).to_local() if is_sharded(tensor) else tensor
 
 
 def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return `local_part` of each."""
+    """Return the `local_part` of each tensor."""
     return [local_part(tensor) for tensor in tensors]
 
 
 @torch.no_grad()
 def norms(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Return the L2 norms of whole tensors, scalars, with one all-reduce for all that are sharded.
+    """Return the global L2 norms of tensors, scalars, with one all-reduce for all sharded ones.
 
     Args:
         tensors: on one device.
-        dtype: to compute in; None: their own.
+        dtype: the type to compute in; None: that of the tensors.
     """
     parts = local_parts([tensor.detach() for tensor in tensors])
     found = list(torch._foreach_norm(parts, 2, dtype)) if parts else []  # noqa: SLF001
-    places = [index for index, tensor in enumerate(tensors) if is_sharded(tensor)]
-    if places:
-        squares = torch.stack([found[index].double() for index in places]).square()
+    sharded = [index for index, tensor in enumerate(tensors) if is_sharded(tensor)]
+    if sharded:
+        squares = torch.stack([found[index].double() for index in sharded]).square()
         dist.all_reduce(squares)
-        for index, norm in zip(places, squares.sqrt().unbind(), strict=True):
+        for index, norm in zip(sharded, squares.sqrt().unbind(), strict=True):
             found[index] = norm.to(found[index].dtype)
     return found
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor as a whole; of a sharded one all ranks ask together."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return a whole tensor; for a sharded one this is collective."""
     return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
-def whole_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state whose sharded tensors are whole, on rank 0's CPU; nothing on other ranks.
+def full_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict of whole tensors, on rank 0's CPU; an empty one on other ranks.
 
-    One is gathered after another. All ranks call it. A state without shards comes back as it is.
+    Collective: tensors are gathered one at a time. A state without shards is returned as it is.
     """
     if not any(is_sharded(value) for value in state.values()):
         return dict(state)
     found = {}
     for key, value in state.items():
-        gathered = whole(value.detach())
+        gathered = full_tensor(value.detach())
         if rank() == 0:
             found[key] = gathered.cpu()
     return found
 
 
 def shard_of(value: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor in the layout of another one, and on its device where that is sharded.
+    """Return a tensor in the layout of another one, and on its device if that is sharded.
 
     Args:
         value: whole, or sharded over the same ranks, on any device.
         like: a tensor of the same shape, whole or sharded.
     """
     if not is_sharded(like) or value.shape != like.shape:
-        return whole(value)
-    from torch.distributed.tensor import DTensor  # noqa: PLC0415 - only who shards pays for it
+        return full_tensor(value)
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415 - a slow import
 
     layout = cast(Any, like)
     part = local_part(value) if is_sharded(value) else own_rows(value)
@@ -150,6 +150,6 @@ def shard_of(value: Tensor, like: Tensor) -> Tensor:
 
 
 def own_rows(value: Tensor) -> Tensor:
-    """Return the rows of a whole tensor that this rank holds when it is sharded."""
+    """Return the rows of a whole tensor that would be this rank's shard."""
     size = -(-len(value) // world_size())
     return value[rank() * size : (rank() + 1) * size]

@@ -1,4 +1,4 @@
-"""Gradients averaged over ranks, while the backward pass still goes on."""
+"""The average of gradients over ranks, overlapped with the backward pass."""
 
 from __future__ import annotations
 
@@ -18,47 +18,47 @@ from diptych.engine.distributed.dtensor import has_shards, is_sharded
 from diptych.engine.distributed.hang_report import waits_at
 
 BUCKET = 2**23
-"""Elements that travel together: enough to fill a link, few enough to leave early."""
+"""Elements of a bucket: enough to use the bandwidth, few enough to start early."""
 
 
 @attrs.define(eq=False)
 class _Bucket:
-    """Parameters of one type whose gradients travel together.
+    """Parameters of one type whose gradients are averaged with one all-reduce.
 
     Attributes:
-        parameters: what it holds.
-        waiting: indices of those whose gradient the backward pass has not made yet.
-        packed: the gradients one after the other, and for each 1 where this rank has it.
-        work: the exchange that is under way.
-        again: whether a gradient has changed since it was packed.
+        parameters: the parameters.
+        missing: indices of the parameters whose gradient the backward pass has not made yet.
+        packed: the gradients, flattened and concatenated, then for each a 1 if this rank has it.
+        work: the running all-reduce.
+        stale: whether a gradient has changed since it was packed.
     """
 
     parameters: list[nn.Parameter]
-    waiting: set[int] = attrs.field(factory=set)
+    missing: set[int] = attrs.field(factory=set)
     packed: Tensor | None = None
     work: Any = None
-    again: bool = False
+    stale: bool = False
 
     def launch(self) -> None:
-        """Begin the exchange of the gradients that this rank has; a missing one counts as 0."""
+        """Start the all-reduce of this rank's gradients; a missing gradient counts as 0."""
         gradients = [_dense(parameter) for parameter in self.parameters]
         packed = torch.cat([*(g.reshape(-1) for g in gradients), self._present(gradients[0])])
-        # Divided before the sum, which keeps half precision finite.
+        # Divided before the sum, so that half precision does not overflow.
         packed[: -len(gradients)].div_(world_size())
-        self.packed, self.again = packed, False
+        self.packed, self.stale = packed, False
         self.work = dist.all_reduce(packed, async_op=True)
 
     def _present(self, like: Tensor) -> Tensor:
-        """Return for each parameter 1 where this rank has its gradient, else 0."""
-        missing = [parameter.grad is None for parameter in self.parameters]
-        if not any(missing):
-            return like.new_ones(len(missing))
-        return torch.stack([like.new_zeros(()) if m else like.new_ones(()) for m in missing])
+        """Return for each parameter 1 if this rank has its gradient, else 0."""
+        present = [parameter.grad is not None for parameter in self.parameters]
+        if all(present):
+            return like.new_ones(len(present))
+        return torch.stack([like.new_full((), float(one)) for one in present])
 
     def receive(self) -> None:
-        """Put the averages into the parameters; nothing where no rank has a gradient."""
+        """Write the averages into the gradients; skip a parameter if no rank has its gradient."""
         self.work.wait()
-        if self.again:
+        if self.stale:
             self.launch()
             self.work.wait()
         if self.packed is None:
@@ -77,19 +77,19 @@ class _Bucket:
 class GradientAverage:
     """Averages the gradients of modules over all ranks.
 
-    A bucket of gradients leaves as soon as the last backward pass of the update has made all of
-    them, in the same order on all ranks. Unlike torch's data-parallel wrapper this asks nothing of
-    the model: parameters may be frozen and thawed between two updates, and one that the loss does
-    not reach, on some ranks or on all, holds nothing up. Where no rank has a gradient there is
-    none, as in a run of one process. Alone, nothing happens. The gradients of sharded parameters
-    are averaged by the backward pass itself.
+    The all-reduce of a bucket starts as soon as the last backward pass of the update has made all
+    of its gradients, in the same order on all ranks. Unlike torch's DistributedDataParallel it
+    needs no wrapper: parameters may be frozen and unfrozen between two updates, and a parameter
+    that the loss does not reach, on some ranks or on all, delays nothing. If no rank has a
+    gradient, the parameter gets none, as in a run of one process. On one rank, nothing happens. The
+    backward pass itself averages the gradients of sharded parameters.
 
-    Cost: the gradients' memory once more; where a rank lacks the gradient of a trainable
-    parameter, that rank waits for the device once an update.
+    Cost: the memory of the gradients once more. A rank that lacks the gradient of a trainable
+    parameter waits for the device once an update.
 
     Args:
-        modules: returns the model, whose gradients leave during the backward pass, and the loss,
-            whose gradients leave after it.
+        modules: returns the model, whose gradients are sent during the backward pass, and the loss,
+            whose gradients are sent after it.
     """
 
     def __init__(self, modules: Callable[[], tuple[nn.Module, nn.Module]]) -> None:
@@ -102,7 +102,7 @@ class GradientAverage:
 
     @contextmanager
     def last_backward(self) -> Iterator[None]:
-        """Around the update's last backward pass: exchange what it has made ready.
+        """Send gradients during the update's last backward pass, which runs in this context.
 
         Raises:
             ValueError: if a gradient is sparse.
@@ -120,7 +120,7 @@ class GradientAverage:
 
     @waits_at("averaging gradients")
     def receive(self) -> None:
-        """Wait for the averages and put them in place of the gradients."""
+        """Wait for the averages and replace the gradients by them."""
         for bucket in self._buckets[: self._launched]:
             bucket.receive()
         self._launched = 0
@@ -129,7 +129,7 @@ class GradientAverage:
         model, loss = self._modules()
         during, after = _trained(model), list[nn.Parameter]()
         if has_shards(model):
-            # Its backward pass has collectives of its own: what is whole leaves when they are done.
+            # Its backward pass has collectives of its own: send the whole gradients after them.
             during, after = after, [p for p in during if not is_sharded(p)]
         of_model = {id(parameter) for parameter in (*during, *after)}
         after += [p for p in _trained(loss) if id(p) not in of_model]
@@ -139,7 +139,7 @@ class GradientAverage:
             self._rebuild(during, after)
         self._launched = 0
         for bucket in self._buckets:
-            bucket.waiting = set(range(len(bucket.parameters)))
+            bucket.missing = set(range(len(bucket.parameters)))
 
     def _rebuild(self, trained: list[nn.Parameter], rest: list[nn.Parameter]) -> None:
         for hook in self._hooks:
@@ -155,10 +155,10 @@ class GradientAverage:
     def _made(self, bucket: _Bucket, index: int, _: Tensor) -> None:
         if not self._listening:
             return
-        bucket.waiting.discard(index)
-        bucket.again = bucket.work is not None
+        bucket.missing.discard(index)
+        bucket.stale = bucket.work is not None
         ready = self._launched
-        while ready < len(self._buckets) and not self._buckets[ready].waiting:
+        while ready < len(self._buckets) and not self._buckets[ready].missing:
             ready += 1
         self._launch_to(ready)
 
@@ -173,7 +173,7 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> list[_Bucket]:
-    """Cut parameters into runs of one type and at most `BUCKET` elements, or of one parameter."""
+    """Cut parameters into buckets of one type and at most `BUCKET` elements, or one parameter."""
     buckets: list[_Bucket] = []
     size = 0
     for parameter in parameters:
@@ -188,14 +188,18 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> list[_Bucket]:
 
 
 def _dense(parameter: nn.Parameter) -> Tensor:
-    """Return a parameter's gradient, zeros where it has none."""
+    """Return a parameter's gradient; zeros if it has none.
+
+    Raises:
+        ValueError: if the gradient is sparse.
+    """
     gradient = parameter.grad
     if gradient is None:
         return torch.zeros_like(parameter)
     if gradient.is_sparse:
         raise ValueError(
             f"gradients over several ranks must be dense, got a sparse one of "
-            f"{tuple(gradient.shape)}: build the embedding with sparse=False"
+            f"{tuple(gradient.shape)}. Build the embedding with sparse=False."
         )
     return gradient
 

@@ -1,4 +1,4 @@
-"""A watch over a rank that waits on a device, where no exception tells it that it waits in vain."""
+"""A monitor for ranks that hang in a collective on a device, where no exception is raised."""
 
 from __future__ import annotations
 
@@ -12,30 +12,29 @@ from datetime import timedelta
 from time import perf_counter
 
 from diptych.engine.distributed.collectives import rank
-from diptych.engine.distributed.hang_report import Place, current_place
+from diptych.engine.distributed.hang_report import Place, current_place, name_of
 
 logger = logging.getLogger(__name__)
 
 SHARE = 0.8
-"""Of the timeout: after which the watch speaks."""
+"""The fraction of the timeout after which the monitor logs a place."""
 
 
 @contextmanager
-def monitored(timeout: timedelta) -> Iterator[None]:
-    """Say where this thread stands, once it has stood there for most of the timeout.
+def hangs_logged(timeout: timedelta) -> Iterator[None]:
+    """Log the place and the stack of this thread if it stays at one place for most of a timeout.
 
-    For backends whose collectives run on a device (NCCL): when one of them times out, a thread of
-    the backend's ends the process, and no exception reaches the program. The place and the stack
-    are logged before that.
+    For backends whose collectives run on a device (NCCL): if one of them times out, a thread of the
+    backend ends the process, and no exception reaches the program. The monitor logs before that.
 
-    Cost: a thread that looks at the stack twenty times in a timeout.
+    Cost: a thread that reads the current place twenty times in a timeout.
 
     Args:
-        timeout: of the process group, > 0.
+        timeout: the timeout of the process group, > 0.
     """
     seconds, done = timeout.total_seconds(), threading.Event()
     thread = threading.Thread(
-        target=_watch, args=(threading.get_ident(), seconds, done), daemon=True
+        target=_monitor, args=(threading.get_ident(), seconds, done), daemon=True
     )
     thread.start()
     try:
@@ -45,23 +44,24 @@ def monitored(timeout: timedelta) -> Iterator[None]:
         thread.join()
 
 
-def _watch(thread: int, timeout: float, done: threading.Event) -> None:
-    told: Place | None = None
+def _monitor(thread: int, timeout: float, done: threading.Event) -> None:
+    logged: Place | None = None
     while not done.wait(timeout / 20):
         place = current_place(thread)
         frame = sys._current_frames().get(thread)  # noqa: SLF001 - documented, for such uses
-        if frame is None or place is None or place == told:
+        if frame is None or place is None or place == logged:
             continue
         name, since = place
-        stood = perf_counter() - since
-        if stood > SHARE * timeout:
-            told = place
+        seconds = perf_counter() - since
+        if seconds > SHARE * timeout:
+            logged = place
             logger.warning(
-                "rank %d stands since %.1f s at: %s. It waits for another rank, or another rank "
-                "for it; after %.1f s of waiting the backend ends the process. Its stack:\n%s",
+                "Rank %d has been at one place for %.1f s: %s. It waits for another rank, or "
+                "another rank waits for it; after %.1f s of waiting the backend ends the process. "
+                "Its stack:\n%s",
                 rank(),
-                stood,
-                name if isinstance(name, str) else name.name,
+                seconds,
+                name_of(name),
                 timeout,
                 "".join(traceback.format_stack(frame)),
             )

@@ -1,10 +1,10 @@
-"""Where a rank waits for the others, and what it says when it has waited in vain.
+"""The places at which ranks wait for one another, and the error of a rank that waits in vain.
 
-A collective fails with a sentence of its backend's, which knows neither the part of the program nor
-the reason. Every collective of a run happens in a part that has a name: a function with `waits_at`,
-or a handler. That part gives the error its name, and asks the other ranks, through the store at
-which they have met, what became of them. Each thread keeps a stack of the places that it is in, for
-the monitor of backends whose collectives raise nothing.
+A failed collective raises an error of its backend, which names neither the part of the program nor
+the cause. Every collective of a run happens at a named place: a function with `waits_at`, or a
+handler. The error is raised again with the name of the place and with what became of the other
+ranks, which publish that in the store through which they met. Each thread keeps a stack of the
+places it is in, also for the monitor of backends whose collectives raise nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class Named(Protocol):
-    """An object that has a name for people, made when it is asked for."""
+    """An object with a name that is made on demand."""
 
     @property
     def name(self) -> str:
@@ -39,17 +39,17 @@ class Named(Protocol):
 
 
 Place = tuple["Named | str", float]
-"""The name of a part of the program, and when it was entered, by `perf_counter`."""
+"""The name of a part of the program, and the time at which it was entered, by `perf_counter`."""
 
 GRACE = 1.0
-"""Seconds in which the others may say where they wait: they began at about the same time."""
+"""Seconds in which the others may publish where they wait: all began at about the same time."""
 MARKS = (
     "gloo/transport",
     "Application timeout caused pair closure",
     "Connection closed by peer",
     "Wait timeout",
 )
-"""What gloo says in plain runtime errors; other backends have exceptions of their own."""
+"""Parts of gloo's messages in plain runtime errors; other backends raise classes of their own."""
 
 
 class _Places(threading.local):
@@ -70,15 +70,14 @@ def enter_place(name: Named | str) -> None:
     Cost: some 0.1 microseconds for both.
 
     Args:
-        name: for people, as in "rank 0 waited at averaging gradients"; or an object whose `name`
-            says it when it is needed.
+        name: as in "rank 0 waited at averaging gradients"; or an object with that `name`.
     """
     _places.stack.append((name, perf_counter()))
 
 
-def leave_place() -> Place:
-    """Pop the place that was entered last, and return it."""
-    return _places.stack.pop()
+def leave_place() -> None:
+    """Pop the place that was entered last."""
+    _places.stack.pop()
 
 
 def current_place(thread: int) -> Place | None:
@@ -86,7 +85,7 @@ def current_place(thread: int) -> Place | None:
     stack = _stacks.get(thread)
     try:
         return stack[-1] if stack else None
-    except IndexError:  # the thread has left its last place meanwhile
+    except IndexError:  # the thread has just left its last place
         return None
 
 
@@ -94,41 +93,39 @@ def waits_at(place: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Name a function as a place where ranks may wait for one another.
 
     Args:
-        place: for people, as in "rank 0 waited at averaging gradients".
+        place: as in "rank 0 waited at averaging gradients".
     """
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
         def waiting(*args: P.args, **kwargs: P.kwargs) -> T:
-            stack = _places.stack
-            since = perf_counter()
-            stack.append((place, since))
+            enter_place(place)
             try:
                 return function(*args, **kwargs)
             except RuntimeError as error:
-                name_wait(error, place, since)
+                raise_if_lost(error)
                 raise
             finally:
-                stack.pop()
+                leave_place()
 
         return waiting
 
     return decorate
 
 
-def name_wait(error: RuntimeError, place: str, since: float) -> None:
-    """Raise what a rank says that waited in vain; return where the error is another one.
+def raise_if_lost(error: RuntimeError) -> None:
+    """Raise `LostRankError` with the current place if a collective failed; otherwise return.
 
     Args:
-        error: what was caught. One that has its name already, from a part further in, keeps it.
-        place: the part of the program.
-        since: when it was entered, by `perf_counter`.
+        error: the error that was caught. A `LostRankError` from an inner place is left alone.
 
     Raises:
         LostRankError: if the error is that of a collective.
     """
     if isinstance(error, LostRankError) or not _has_others() or not is_of_a_collective(error):
         return
+    name, since = _places.stack[-1]
+    place = name_of(name)
     seconds = perf_counter() - since
     reason = _reason(place, closed="Connection" in str(error) or "pair closure" in str(error))
     raise LostRankError(
@@ -136,33 +133,38 @@ def name_wait(error: RuntimeError, place: str, since: float) -> None:
     ) from error
 
 
+def name_of(name: Named | str) -> str:
+    """Return the name of a place as text."""
+    return name if isinstance(name, str) else name.name
+
+
 def is_of_a_collective(error: BaseException) -> bool:
-    """Say whether an error is what a collective, or the meeting of the ranks, fails with."""
+    """Say whether an error comes from a collective, or from ranks that failed to meet."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in MARKS)
 
 
 @contextmanager
-def failure_told() -> Iterator[None]:
-    """Tell the other ranks, before this one leaves, what it fails with in this context."""
+def failures_published() -> Iterator[None]:
+    """Publish the error with which this rank leaves the context to the other ranks."""
     try:
         yield
-    except LostRankError:  # has been told: where this rank waited
+    except LostRankError:  # this rank has published already where it waited
         raise
     except BaseException as error:
         line = traceback.format_exception_only(error)[-1].strip()
-        _tell(f"failed with {line} (its own traceback says where)")
+        _publish(f"failed with {line} (its own traceback says where)")
         raise
 
 
 def _reason(place: str, *, closed: bool) -> str:
-    """Return what became of the other ranks, as far as they have told."""
-    told = _told_by_others(f"waits at: {place}")
-    failed = {index: text for index, text in told.items() if text.startswith("failed")}
-    elsewhere = {index: text for index, text in told.items() if not text.endswith(f": {place}")}
+    """Return what became of the other ranks, as far as they have published it."""
+    found = _published_by_others(f"waits at: {place}")
+    failed = {index: text for index, text in found.items() if text.startswith("failed")}
+    elsewhere = {index: text for index, text in found.items() if not text.endswith(f": {place}")}
     parts = [f"rank {index} {text}" for index, text in (failed or elsewhere).items()]
-    silent = [index for index in _others() if index not in told]
+    silent = [index for index in _others() if index not in found]
     if silent and not failed:
         ended = "has ended" if closed else "hangs, is slower than the timeout"
         parts.append(
@@ -172,42 +174,36 @@ def _reason(place: str, *, closed: bool) -> str:
     return _listed(parts or ["all ranks have come here, and the connection between them failed"])
 
 
-def _told_by_others(own: str) -> dict[int, str]:
-    """Tell where this rank waits; return what the other ranks have told, by rank."""
+def _published_by_others(own: str) -> dict[int, str]:
+    """Publish where this rank waits; return what the other ranks have published, by rank."""
     found: dict[int, str] = {}
     try:
-        _tell(own)
-        end = time.monotonic() + GRACE
+        _publish(own)
+        end, store = time.monotonic() + GRACE, _store()
         while True:
-            _read(found)
+            for index in _others():
+                if index not in found and store.check([_key(index)]):
+                    found[index] = store.get(_key(index)).decode()
             failed = any(text.startswith("failed") for text in found.values())
             if failed or len(found) == len(_others()) or time.monotonic() > end:
                 return found
             time.sleep(0.05)
-    except RuntimeError as error:  # the store went with the rank that kept it
-        logger.debug("the ranks' store is gone: %s", error)
+    except RuntimeError as error:  # the rank that kept the store has ended
+        logger.debug("The store of the process group is gone: %s", error)
         return found
-
-
-def _read(found: dict[int, str]) -> None:
-    """Add what other ranks have told since."""
-    store = _store()
-    for index in _others():
-        if index not in found and store.check([_key(index)]):
-            found[index] = store.get(_key(index)).decode()
 
 
 def _others() -> list[int]:
     return [index for index in range(dist.get_world_size()) if index != dist.get_rank()]
 
 
-def _tell(text: str) -> None:
+def _publish(text: str) -> None:
     if not _has_others():
         return
     try:
         _store().set(_key(dist.get_rank()), text)
     except RuntimeError as error:
-        logger.debug("the ranks' store is gone: %s", error)
+        logger.debug("The store of the process group is gone: %s", error)
 
 
 def _has_others() -> bool:

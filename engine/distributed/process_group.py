@@ -1,4 +1,4 @@
-"""The ranks of a job that torchrun or Slurm has started."""
+"""The process group of a job that torchrun or Slurm has started."""
 
 from __future__ import annotations
 
@@ -14,46 +14,48 @@ import torch
 import torch.distributed as dist
 from ignite import distributed as idist
 
-from diptych.engine.distributed.hang_monitor import monitored
-from diptych.engine.distributed.hang_report import failure_told, is_of_a_collective
+from diptych.engine.distributed.hang_monitor import hangs_logged
+from diptych.engine.distributed.hang_report import failures_published, is_of_a_collective
 from diptych.engine.errors import LostRankError
 
 TIMEOUT = timedelta(minutes=10)
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
-"""Variables that torchrun sets, all of them."""
+"""The variables that torchrun sets, all of them."""
+VARIABLES = (*TORCHRUN[:-1], "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_NODELIST")
+"""The variables that an error names."""
 
 
 @contextmanager
 def process_group(*, backend: str | None = None, timeout: timedelta = TIMEOUT) -> Iterator[None]:
-    """Join the ranks of this job for as long as the context lasts.
+    """Join the process group of this job for the length of the context.
 
-    torchrun and Slurm say in the environment which rank a process is. Without them, and where a
-    process group stands already (inside `idist.Parallel`), nothing is joined, so that one script
-    serves all of them:
+    torchrun and Slurm set the rank of a process in its environment. Without these variables, or if
+    there is a process group already (inside `idist.Parallel`), this context does nothing, so that
+    one script works in all cases:
 
     ```python
     with process_group():
         main()
     ```
 
-    A rank that fails leaves at once with its own traceback; the launcher ends the others. One that
-    waits in vain says where it waited, for how long, and what became of the others. NCCL ends such
-    a process from another thread: the place and the stack are logged before it does, and
-    the stacks of all threads written when it does.
+    A rank that fails leaves at once with its own traceback; the launcher ends the others. A rank
+    that waits in vain raises an error with the place, the time, and what became of the others. NCCL
+    ends such a process from another thread: the place and the stack are logged before that, and
+    the stacks of all threads are written at that moment.
 
     Args:
-        backend: nccl, gloo, ...; None: nccl where there is CUDA, else gloo.
-        timeout: how long ranks wait for one another before an error, > 0.
+        backend: nccl, gloo, ...; None: nccl if CUDA is available, else gloo.
+        timeout: the time that ranks wait for one another before an error, > 0.
 
     Raises:
         ValueError: if the timeout is not positive.
-        LostRankError: if the ranks of the job do not meet, or this one waits for the others in
+        LostRankError: if the ranks of the job do not meet, or this rank waits for the others in
             vain within the context.
     """
     if timeout <= timedelta(0):
         raise ValueError(f"timeout must be positive, got {timeout}")
     if dist.is_available() and dist.is_initialized():
-        with failure_told():
+        with failures_published():
             yield
         return
     if not dist.is_available() or _ranks_of_the_job() == 1:
@@ -62,11 +64,11 @@ def process_group(*, backend: str | None = None, timeout: timedelta = TIMEOUT) -
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
     with _stacks_written():
         _join(backend, timeout)
-        watch = nullcontext() if backend == "gloo" else monitored(timeout)
-        with failure_told(), watch:
+        watch = nullcontext() if backend == "gloo" else hangs_logged(timeout)
+        with failures_published(), watch:
             yield
     with _torchrun_before_slurm():
-        idist.finalize()  # not after a failure: it would wait for ranks that wait for this one
+        idist.finalize()  # not after a failure: ranks that wait for this one would not come
 
 
 def _ranks_of_the_job() -> int:
@@ -76,15 +78,15 @@ def _ranks_of_the_job() -> int:
 
 
 def _join(backend: str, timeout: timedelta) -> None:
-    """Meet the other ranks.
+    """Initialize the process group with the other ranks.
 
     Raises:
-        LostRankError: if not all come.
+        LostRankError: if some of them do not come.
     """
-    if backend == "nccl" and torch.__version__ < "2.9":  # later versions do so by themselves
-        # Its watchdog then names the call that launched a collective which has timed out.
+    if backend == "nccl" and torch.__version__ < "2.9":  # later versions set it themselves
+        # Its watchdog then names the call of a collective that has timed out.
         os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
-    told = {name: os.environ[name] for name in _SAID if name in os.environ}  # Ignite adds to them
+    given = {name: os.environ[name] for name in VARIABLES if name in os.environ}  # Ignite adds more
     ranks, since = _ranks_of_the_job(), time.monotonic()
     try:
         with _torchrun_before_slurm():
@@ -94,21 +96,18 @@ def _join(backend: str, timeout: timedelta) -> None:
             raise
         raise LostRankError(
             f"a rank waited {time.monotonic() - since:.1f} s for all {ranks} ranks "
-            f"of the job to meet, and they did not come. The environment says "
-            f"{', '.join(f'{name}={value}' for name, value in told.items())}: start every "
+            f"of the job to meet, and they did not come. The environment holds "
+            f"{', '.join(f'{name}={value}' for name, value in given.items())}. Start every "
             "rank (srun, torchrun), or, for a run of one process, unset "
-            f"{'WORLD_SIZE' if 'WORLD_SIZE' in told else 'SLURM_PROCID'}"
+            f"{'WORLD_SIZE' if 'WORLD_SIZE' in given else 'SLURM_PROCID'}."
         ) from error
-
-
-_SAID = (*TORCHRUN[:-1], "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_NODELIST")
 
 
 @contextmanager
 def _torchrun_before_slurm() -> Iterator[None]:
-    """Hide a Slurm job inside which torchrun has started this process.
+    """Hide the Slurm job if torchrun has started this process inside one.
 
-    Ignite would take each node for one rank there.
+    Ignite would count each node as one rank.
     """
     inside = all(name in os.environ for name in TORCHRUN)
     job = os.environ.pop("SLURM_JOB_ID", None) if inside else None
@@ -121,10 +120,10 @@ def _torchrun_before_slurm() -> Iterator[None]:
 
 @contextmanager
 def _stacks_written() -> Iterator[None]:
-    """Have the stacks of all threads written when a signal such as SIGABRT ends the process."""
+    """Write the stacks of all threads if a signal such as SIGABRT ends the process."""
     if faulthandler.is_enabled() or sys.__stderr__ is None:
         yield
         return
     faulthandler.enable(sys.__stderr__)
     yield
-    faulthandler.disable()  # not after a failure: others may end the process still
+    faulthandler.disable()  # not after a failure: NCCL may still end the process

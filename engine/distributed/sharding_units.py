@@ -12,21 +12,21 @@ from diptych.engine.modules import unwrapped
 from diptych.engine.name_patterns import near_matches
 from diptych.engine.settings import Units
 
-Place = tuple[nn.Module, str, nn.Parameter]
-"""A module, a name in it, and the parameter of this name."""
+ParameterSlot = tuple[nn.Module, str, nn.Parameter]
+"""A module, the name of an attribute, and the parameter in it."""
 
 
 def find_units(model: nn.Module, shard: Units) -> list[str]:
     """Return the paths of the modules whose parameters are gathered together, parents first.
 
     Args:
-        model: whose parts; what no unit holds is gathered for the whole of a forward pass.
+        model: its parameters outside of all units are gathered for a whole forward pass.
         shard: True: each element of each `nn.ModuleList`, and of each `nn.Sequential` whose
-            elements are all of one class. Or patterns of paths in whole parts, each of which may
-            hold wildcards: "image.blocks.*".
+            elements are all of one class. Or patterns of paths, with wildcards inside a part of a
+            path: "image.blocks.*".
 
     Raises:
-        ValueError: if a pattern names nothing, or a module that is not called itself.
+        ValueError: if a pattern matches nothing, or a module that is not called itself.
     """
     modules = {path: part for path, part in unwrapped(model).named_modules() if path}
     if isinstance(shard, bool):
@@ -37,7 +37,7 @@ def find_units(model: nn.Module, shard: Units) -> list[str]:
 
 
 def _elements(model: nn.Module) -> Iterator[str]:
-    """Give the paths of the elements of all sequences."""
+    """Yield the paths of the elements of all sequences."""
     for path, part in model.named_modules():
         if _is_sequence(part):
             yield from (f"{path}.{name}".lstrip(".") for name, _ in part.named_children())
@@ -56,10 +56,10 @@ def _is_called(module: nn.Module) -> bool:
 
 
 def _named(modules: Mapping[str, nn.Module], pattern: str) -> list[str]:
-    """Return the paths that a pattern names.
+    """Return the paths that match a pattern.
 
     Raises:
-        ValueError: if there is none, or one of a module that cannot be a unit.
+        ValueError: if there is none, or it is the path of a module that cannot be a unit.
     """
     named = [path for path in modules if _is_path(path, pattern)]
     if not named:
@@ -71,7 +71,7 @@ def _named(modules: Mapping[str, nn.Module], pattern: str) -> list[str]:
         if not _is_called(modules[path]):
             raise ValueError(
                 f"shard must name modules that are called and have parameters, got {path!r}, a "
-                f"{type(modules[path]).__name__}: name its elements, {path + '.*'!r}"
+                f"{type(modules[path]).__name__}. Name its elements: {path + '.*'!r}."
             )
     return named
 
@@ -81,13 +81,13 @@ def _is_path(path: str, pattern: str) -> bool:
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
 
-def places_of_units(model: nn.Module, units: Sequence[str]) -> Mapping[str, list[Place]]:
-    """Return where the parameters of each unit are, and under "" those of no unit.
+def slots_by_unit(model: nn.Module, units: Sequence[str]) -> Mapping[str, list[ParameterSlot]]:
+    """Return the slots of the parameters of each unit, and under "" those outside of all units.
 
     Raises:
-        ValueError: if a parameter belongs to two.
+        ValueError: if a parameter belongs to two units.
     """
-    places: defaultdict[str, list[Place]] = defaultdict(list)
+    slots: defaultdict[str, list[ParameterSlot]] = defaultdict(list)
     first: dict[int, tuple[str, str]] = {}
     for path, module in unwrapped(model).named_modules():
         unit = max((u for u in units if f"{path}.".startswith(f"{u}.")), key=len, default="")
@@ -97,8 +97,8 @@ def places_of_units(model: nn.Module, units: Sequence[str]) -> Mapping[str, list
             if other != unit and parameter.ndim:
                 raise ValueError(
                     f"a parameter must belong to one unit, got {own} of {unit or 'no unit'}, which "
-                    f"is {before} of {other or 'no unit'} too: give shard patterns that leave both "
-                    "in one unit, or in none"
+                    f"is {before} of {other or 'no unit'} too. Choose shard patterns that put both "
+                    "in one unit, or in none."
                 )
-            places[unit].append((module, name, parameter))
-    return places
+            slots[unit].append((module, name, parameter))
+    return slots

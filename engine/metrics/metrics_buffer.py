@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from diptych.engine.distributed.collectives import (
+    all_reduce_sum,
     check_same_on_all_ranks,
     exchange_device,
-    sum_over_ranks,
     world_size,
 )
 from diptych.engine.distributed.hang_report import waits_at
@@ -124,7 +124,7 @@ class Window:
         parts, own = self._column_sums(), totals
         if world_size() > 1:
             parts.append(torch.tensor(totals, dtype=torch.float64, device=exchange_device()))
-            parts, own = [sum_over_ranks(_joined(parts))], []
+            parts, own = [all_reduce_sum(_joined(parts))], []
         if gauges:
             parts.append(_stacked(gauges).double())
         values: list[float] = _joined(parts).tolist() if parts else []

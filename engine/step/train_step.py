@@ -13,8 +13,13 @@ from torch.optim import Optimizer
 from diptych.engine.data.batches import batch_size, cut
 from diptych.engine.data.prefetch import mover
 from diptych.engine.data.transform import Transform, transformed
-from diptych.engine.distributed.collectives import share_buffers, sum_over_ranks, world_size
-from diptych.engine.distributed.dtensor import call_on, has_shards, local_part, mixed
+from diptych.engine.distributed.collectives import all_reduce_sum, broadcast_buffers, world_size
+from diptych.engine.distributed.dtensor import (
+    call_on,
+    has_shards,
+    local_part,
+    mixed_tensors_allowed,
+)
 from diptych.engine.distributed.gradient_average import GradientAverage
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.events import StepEvents
@@ -109,7 +114,7 @@ class TrainStep:
         batch = self.transformed(self.to_device(batch))
         size = batch_size(batch)
         self.clear_gradients()
-        share_buffers(self.model)
+        broadcast_buffers(self.model)
         terms, value = self.gradients(trainer, batch)
         self.finish_gradients()
         trainer.fire_event(StepEvents.GRADIENTS_READY)
@@ -215,7 +220,7 @@ class TrainStep:
         trainer.fire_event(StepEvents.FORWARD_COMPLETED)
         # Weights may be whole numbers.
         dtype = torch.promote_types(next(iter(sums[0].values())).dtype, torch.float32)
-        weight = sum_over_ranks(torch.stack(weights).sum(dtype=dtype))
+        weight = all_reduce_sum(torch.stack(weights).sum(dtype=dtype))
         inverse = torch.where(weight > 0, world_size() / weight, 0)
         trainer.terms = terms = {
             name: torch.stack([each[name] for each in sums]).sum(dtype=dtype) * inverse
@@ -246,7 +251,7 @@ class TrainStep:
     def update(self) -> None:
         """Step the optimizer, then put the loss's parameters back into their bounds."""
         if self.scaler is None or not self._unscaled:  # a scaler asks for at least one gradient
-            with mixed(self.model):
+            with mixed_tensors_allowed(self.model):
                 self.optimizer.step()
         else:
             before = _loss_scale(self.scaler)

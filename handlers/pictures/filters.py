@@ -10,7 +10,7 @@ from ignite.engine import Events
 from torch import Tensor, nn
 
 from diptych.engine.distributed.collectives import rank
-from diptych.engine.distributed.dtensor import whole
+from diptych.engine.distributed.dtensor import full_tensor
 from diptych.engine.trainer import Trainer
 from diptych.handlers.cadence import call_every, check_every
 from diptych.handlers.extras import check_extra
@@ -85,7 +85,7 @@ def first_layer(model: nn.Module) -> nn.Conv2d:
 @torch.no_grad()
 def filter_picture(layer: nn.Conv2d) -> Tensor:
     """Return at most 64 of a layer's filters, each scaled to its own range, as uint8 [3, H, W]."""
-    weight = whole(layer.weight.detach())[:MOST_FILTERS].float().cpu()
+    weight = full_tensor(layer.weight.detach())[:MOST_FILTERS].float().cpu()
     low = weight.amin(dim=(1, 2, 3), keepdim=True)
     high = weight.amax(dim=(1, 2, 3), keepdim=True)
     shown = (weight - low) / (high - low).clamp(min=1e-12)

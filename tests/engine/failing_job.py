@@ -1,4 +1,4 @@
-"""A small job of several ranks in which something goes wrong, as a script.
+"""A small job of two ranks in which one fails, as a script.
 
 Usage: python -m tests.engine.failing_job FOLDER WHAT, with RANK and the like in the environment.
 """
@@ -23,13 +23,13 @@ FAILS_AT = 3
 
 
 def goes_wrong(trainer: Trainer, what: str) -> None:
-    """Let the second rank fail in the middle of the run, in one of several ways."""
+    """Fail on the second rank in the middle of the run, in one of several ways."""
     if rank() == 0 or trainer.state.iteration != FAILS_AT:
         return
     if what == "raises":
         raise ValueError("planted")
     if what == "leaves":
-        os._exit(3)  # as a process that the machine has killed
+        os._exit(3)  # like a process that the operating system has killed
 
 
 def main(folder: Path, what: str) -> None:

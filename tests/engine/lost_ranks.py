@@ -1,4 +1,4 @@
-"""What a rank meets that waits for another in vain, as one of two processes, for the tests."""
+"""Cases in which one of two processes waits for the other in vain, for the tests."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from diptych.engine import Evaluator, LostRankError, MetricsCollector, Trainer, process_group, tasks
 from diptych.engine import trainer as trainer_module
-from diptych.engine.distributed import hang_report as waiting
+from diptych.engine.distributed import hang_report
 from diptych.engine.distributed.agreement import LaggedMaximum, on_all_ranks, on_rank_zero
 from diptych.engine.distributed.collectives import (
+    broadcast_buffers,
+    broadcast_module,
     check_same_on_all_ranks,
-    same_on_all_ranks,
-    share_buffers,
 )
 from diptych.engine.state.run_state import run_state
 from diptych.handlers import CheckpointManager, Evaluation, RetrievalRecall
@@ -31,7 +31,7 @@ from diptych.losses import CLIPLoss
 from tests.engine.models import CoupledLoss, TwoTower, paired, trainer_of
 
 TIMEOUT, GRACE = 0.3, 0.1
-"""Seconds that the ranks wait for one another, and then for what the others say."""
+"""Seconds that the ranks wait for one another, and then for what the others publish."""
 
 
 class Meeting(nn.Module):
@@ -56,14 +56,14 @@ class MeetingBackward(torch.autograd.Function):
 
 
 class LocalLoss(CoupledLoss):
-    """A loss that waits for nobody, until its gradient is asked for."""
+    """A loss that waits for other ranks in its backward pass only."""
 
     def terms(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
         return super().terms(MeetingBackward.apply(image), text)
 
 
 def alone(**parts: Any) -> Trainer:
-    """Return a trainer that has been built without waiting for the others."""
+    """Return a trainer that was built without waiting for the others."""
     world, dist.get_world_size = dist.get_world_size, lambda *_: 1
     try:
         return trainer_of(**parts)
@@ -120,8 +120,12 @@ def agree_when_to_stop() -> None:
 
 Case = tuple[int, Callable[[Path], object], str]
 CASES: dict[str, Case] = {
-    "weights": (1, lambda _: same_on_all_ranks(nn.Linear(1, 1)), "giving every rank the first"),
-    "buffers": (1, lambda _: share_buffers(nn.BatchNorm1d(2)), "sharing the model's buffers"),
+    "weights": (1, lambda _: broadcast_module(nn.Linear(1, 1)), "broadcasting the first"),
+    "buffers": (
+        1,
+        lambda _: broadcast_buffers(nn.BatchNorm1d(2)),
+        "broadcasting the model's buffers",
+    ),
     "start": (0, lambda _: start(), "the start of a run"),
     "forward": (0, lambda _: update(alone(model=TwoTower(Meeting).double())), "the forward pass"),
     "loss": (0, lambda _: update(alone(loss=CLIPLoss())), "the loss, which gathers features"),
@@ -148,61 +152,61 @@ CASES: dict[str, Case] = {
         "opening the group",
     ),
 }
-"""Name: the rank that comes, where it waits, and what it says of the place."""
+"""Name: the rank that comes, the function in which it waits, and the place in its error."""
 
 
-def told(case: Callable[[Path], object], folder: Path) -> dict[str, Any]:
-    """Return what a rank says that waits in vain."""
+def error_of(case: Callable[[Path], object], folder: Path) -> dict[str, Any]:
+    """Return the error of a rank that waits in vain."""
     start = time.monotonic()
     try:
         case(folder)
     except LostRankError as error:
         lines = traceback.format_exception(error)
         return {"text": str(error), "seconds": time.monotonic() - start, "trace": "".join(lines)}
-    return {"text": "nothing was said"}
+    return {"text": "no error"}
 
 
 def both_wait(rank: int, folder: Path) -> dict[str, Any]:
     """Let the ranks wait in different places."""
     beside = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
     if rank == 0:
-        return told(lambda _: log(), folder)
-    elsewhere = waiting.waits_at("a place beside")(dist.all_reduce)
-    return told(lambda _: elsewhere(torch.zeros(1), group=beside), folder)
+        return error_of(lambda _: log(), folder)
+    elsewhere = hang_report.waits_at("a place beside")(dist.all_reduce)
+    return error_of(lambda _: elsewhere(torch.zeros(1), group=beside), folder)
 
 
 def one_fails(rank: int, folder: Path) -> dict[str, Any]:
     """Let one rank fail while the other waits."""
     if rank == 0:
-        return told(lambda _: log(), folder)
-    with contextlib.suppress(ValueError), process_group():  # joins nothing: a group stands already
+        return error_of(lambda _: log(), folder)
+    with contextlib.suppress(ValueError), process_group():  # does nothing: there is a group already
         raise ValueError("planted")
     return {}
 
 
 def work(rank: int, folder: str) -> None:
-    """Be one of the two ranks in every case, each in a group of its own; leave what was said."""
+    """Run every case as one of the two ranks, each in a group of its own; save the errors."""
     torch.set_num_threads(1)
-    waiting.GRACE = GRACE
+    hang_report.GRACE = GRACE
     with patch.object(trainer_module, "check_same_on_all_ranks"):  # so that a run gets further
         torch.save(results(rank, Path(folder)), Path(folder) / f"{rank}.pt")
 
 
 def results(rank: int, place: Path) -> dict[str, Any]:
-    """Return what this rank says in every case."""
+    """Return the errors of this rank in every case."""
     found: dict[str, Any] = {}
     for name, (comes, case, _) in CASES.items():
         found[name] = in_a_group(
-            name, rank, place, lambda c=comes, f=case: told(f, place) if rank == c else None
+            name, rank, place, lambda c=comes, f=case: error_of(f, place) if rank == c else None
         )
-    with patch.object(waiting, "GRACE", 20.0):  # both speak, on a busy machine a little later
+    with patch.object(hang_report, "GRACE", 20.0):  # seconds; on a busy machine both need longer
         found["both"] = in_a_group("both", rank, place, lambda: both_wait(rank, place))
         found["fails"] = in_a_group("fails", rank, place, lambda: one_fails(rank, place))
     return found
 
 
 def in_a_group(name: str, rank: int, folder: Path, act: Callable[[], Any]) -> Any:
-    """Return what an act of this rank's gives; none leaves before all have acted."""
+    """Return the result of a function on this rank; wait until all ranks have called theirs."""
     store = dist.FileStore(str(folder / f"meeting-{name}"), 2)
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(minutes=1)

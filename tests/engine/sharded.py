@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from diptych.engine import MetricsEvents, SeededLoader, Trainer, tasks
-from diptych.engine.distributed.dtensor import local_part, whole
+from diptych.engine.distributed.dtensor import full_tensor, local_part
 from diptych.losses import CLIPLoss
 from diptych.losses.base.shared_scale import share_logit_scale
 
@@ -95,7 +95,7 @@ def make_trainer(
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """Return a module's whole parameters and buffers, copied."""
-    return {name: whole(value).detach().clone() for name, value in module.state_dict().items()}
+    return {name: full_tensor(value).detach().clone() for name, value in module.state_dict().items()}
 
 
 def train(

@@ -1,4 +1,4 @@
-"""A rank that waits in vain says where, for how long, and what became of the others."""
+"""A rank that waits in vain raises the place, the time, and what became of the others."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ import pytest
 import torch
 
 from diptych.engine import LostRankError
-from diptych.engine.distributed import hang_report as waiting
-from diptych.engine.distributed.hang_monitor import monitored
-from diptych.engine.distributed.hang_report import name_wait, waits_at
+from diptych.engine.distributed.hang_monitor import hangs_logged
+from diptych.engine.distributed.hang_report import (
+    current_place,
+    enter_place,
+    leave_place,
+    raise_if_lost,
+    waits_at,
+)
 from tests.engine import lost_ranks
 from tests.engine.models import paired, trainer_of
 
@@ -28,17 +33,17 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Return what each of two processes says in each case."""
+def errors(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Return the errors of two processes in each case."""
     folder = tmp_path_factory.mktemp("lost")
     torch.multiprocessing.spawn(lost_ranks.work, args=(str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize("name", lost_ranks.CASES)
-def test_a_rank_that_waits_in_vain_names_itself_the_place_the_time_and_the_other(said, name: str):
+def test_a_rank_that_waits_in_vain_names_itself_the_place_the_time_and_the_other(errors, name: str):
     comes, _, place = lost_ranks.CASES[name]
-    found = said[comes][name]
+    found = errors[comes][name]
     assert f"rank {comes} waited" in found["text"]
     assert f"for the other ranks, at: {place}" in found["text"]
     assert f"Rank {1 - comes} did not come here: it hangs" in found["text"]
@@ -46,17 +51,17 @@ def test_a_rank_that_waits_in_vain_names_itself_the_place_the_time_and_the_other
     # Gradients are sent before they are waited for: on a slow machine most of the timeout is over.
     least = 0.0 if name == "gradients" else lost_ranks.TIMEOUT
     assert least <= seconds <= found["seconds"] + 0.1
-    assert "The above exception was the direct cause" in found["trace"]  # what the backend said
+    assert "The above exception was the direct cause" in found["trace"]  # the error of the backend
 
 
-def test_ranks_that_wait_in_two_places_name_each_other(said):
-    first, second = (rank["both"]["text"] for rank in said)
+def test_ranks_that_wait_in_two_places_name_each_other(errors):
+    first, second = (rank["both"]["text"] for rank in errors)
     assert first.endswith("at: a log point. Rank 1 waits at: a place beside")
     assert second.endswith("at: a place beside. Rank 0 waits at: a log point")
 
 
-def test_a_rank_that_has_failed_is_named_with_its_error_by_the_one_that_waits(said):
-    assert said[0]["fails"]["text"].endswith(
+def test_a_rank_that_has_failed_is_named_with_its_error_by_the_one_that_waits(errors):
+    assert errors[0]["fails"]["text"].endswith(
         "at: a log point. Rank 1 failed with ValueError: planted (its own traceback says where)"
     )
 
@@ -112,7 +117,7 @@ def test_a_process_that_its_backend_ends_leaves_the_stack_of_the_thread_that_wai
 
 def test_an_error_that_is_no_collectives_is_left_alone():
     error = RuntimeError("shapes do not fit")
-    name_wait(error, "the loss", 0.0)
+    raise_if_lost(error)
 
     @waits_at("the loss")
     def failing() -> None:
@@ -142,34 +147,105 @@ def test_a_function_that_is_a_place_keeps_its_name_and_its_result():
     assert (double(4), double.__name__, double.__doc__) == (8, "double", "Twice.")
 
 
-def watched(caplog: pytest.LogCaptureFixture, act: Any, timeout: float = 0.2) -> list[str]:
-    """Return what the watch over this thread says while it acts."""
+def logged(caplog: pytest.LogCaptureFixture, act: Any, timeout: float = 0.2) -> list[str]:
+    """Return what the monitor logs about this thread while it acts."""
     level = caplog.at_level(logging.WARNING, "diptych.engine.distributed.hang_monitor")
-    with level, monitored(timedelta(seconds=timeout)):
+    with level, hangs_logged(timedelta(seconds=timeout)):
         act()
     return [record.getMessage() for record in caplog.records]
 
 
-def test_a_thread_that_stands_for_most_of_a_timeout_is_named_with_its_place_and_its_stack(caplog):
+def test_a_thread_that_waits_for_most_of_a_timeout_is_logged_with_its_place_and_its_stack(caplog):
     @waits_at("averaging gradients")
-    def standing() -> None:
+    def waiting() -> None:
         time.sleep(0.5)
 
-    (message,) = watched(caplog, standing)
-    assert re.match(r"rank 0 stands since 0\.\d s at: averaging gradients\.", message)
-    assert "in standing" in message
+    (message,) = logged(caplog, waiting)
+    assert re.match(r"Rank 0 has been at one place for 0\.\d s: averaging gradients\.", message)
+    assert "in waiting" in message
 
 
-def test_a_handler_in_which_a_thread_stands_is_named(caplog):
+def test_a_handler_in_which_a_thread_waits_is_named(caplog):
     trainer = trainer_of()
     trainer.add_event_handler("EPOCH_STARTED", lambda: time.sleep(0.5))
-    (message,) = watched(caplog, lambda: trainer.run([paired(4)]))
-    assert "at: <lambda>." in message
+    (message,) = logged(caplog, lambda: trainer.run([paired(4)]))
+    assert " s: <lambda>." in message
 
 
-def test_a_thread_that_goes_on_is_not_named(caplog):
+def test_a_thread_that_makes_progress_is_not_logged(caplog):
     trainer = trainer_of(log_every=1)
     trainer.add_event_handler("ITERATION_STARTED", lambda: time.sleep(0.02))
-    assert watched(caplog, lambda: trainer.run([paired(4)] * 20), timeout=0.3) == []
+    assert logged(caplog, lambda: trainer.run([paired(4)] * 20), timeout=0.3) == []
     assert threading.active_count() == len(threading.enumerate())
-    assert waiting.current_place(None) is None
+
+
+def names() -> Any:
+    """Return the innermost place of this thread."""
+    place = current_place(threading.get_ident())
+    return None if place is None else place[0]
+
+
+def test_places_nest_and_a_failing_one_is_left_too():
+    seen = []
+
+    @waits_at("inner")
+    def inner(*, fails: bool) -> None:
+        seen.append(names())
+        if fails:
+            raise ValueError("planted")
+
+    @waits_at("outer")
+    def outer(*, fails: bool) -> None:
+        inner(fails=fails)
+        seen.append(names())
+
+    outer(fails=False)
+    with pytest.raises(ValueError, match="planted"):
+        outer(fails=True)
+    assert seen == ["inner", "outer", "inner"]
+    assert names() is None
+
+
+def test_a_handler_that_fails_leaves_its_place():
+    trainer = trainer_of()
+
+    def fail() -> None:
+        raise ValueError("planted")
+
+    trainer.add_event_handler("ITERATION_STARTED", fail)
+    with pytest.raises(ValueError, match="planted"):
+        trainer.run([paired(4)])
+    assert names() is None
+
+
+def test_the_monitor_names_the_innermost_place(caplog):
+    @waits_at("a log point")
+    def inner() -> None:
+        time.sleep(0.5)
+
+    @waits_at("an iteration")
+    def outer() -> None:
+        inner()
+
+    (message,) = logged(caplog, outer)
+    assert ": a log point." in message
+
+
+def test_every_thread_has_places_of_its_own():
+    found, entered, done = [], threading.Event(), threading.Event()
+
+    def work() -> None:
+        enter_place("elsewhere")
+        entered.set()
+        done.wait(10)
+        leave_place()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    entered.wait(10)
+    found.append(current_place(thread.ident)[0])
+    assert names() is None
+    done.set()
+    thread.join()
+    assert found == ["elsewhere"]
+    assert current_place(thread.ident) is None
