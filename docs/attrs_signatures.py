@@ -1,7 +1,6 @@
-"""Shows the constructors of attrs classes in the reference, and what a docstring says of events.
+"""A griffe extension that shows constructors of attrs classes, and events and costs, in the docs.
 
-An extension of griffe, which reads the code without importing it and so finds no `__init__` where
-attrs makes one.
+Griffe reads the code without importing it, so it does not find an `__init__` that attrs generates.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ REMARK = re.compile(r"^(Event|Cost): (.*(?:\n[ ]+\S.*)*)", re.MULTILINE)
 
 
 class AttrsSignatures(griffe.Extension):
-    """Gives attrs classes their constructor, and sets remarks on events and costs apart."""
+    """Adds the constructors of attrs classes, and formats the remarks on events and costs."""
 
     def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
-        """Add the constructor that attrs makes, and mend the docstring."""
+        """Add the constructor that attrs generates, and format the docstring."""
         if cls.docstring is not None:
             cls.docstring.value = REMARK.sub(_paragraph, cls.docstring.value)
         if is_attrs(cls) and "__init__" not in cls.members:
@@ -42,12 +41,12 @@ def _is_keyword_only(parameter: griffe.Parameter) -> bool:
 
 
 def is_attrs(cls: griffe.Class) -> bool:
-    """Say whether attrs makes this class."""
+    """Return whether a class is decorated with attrs."""
     return any(decorator.callable_path in DECORATORS for decorator in cls.decorators)
 
 
 def parameters(cls: griffe.Class) -> Iterator[griffe.Parameter]:
-    """Yield what the constructor of an attrs class takes, its bases' first."""
+    """Yield the parameters of an attrs class's constructor, those of its bases first."""
     for base in reversed([base for base in cls.mro() if is_attrs(base)]):
         yield from _own_parameters(base)
     yield from _own_parameters(cls)
