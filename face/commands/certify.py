@@ -34,7 +34,12 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         TypeError: if the factory does not return a trainer and its loader.
+        ValueError: if a number is too small.
     """
+    for name, least in (("microbatch_size", 1), ("interruption", 2)):
+        given = getattr(options, name)
+        if given is not None and given < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be >= {least}, got {given}")
     build = find_factory(options.factory)
     built = build()
     if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], Trainer)):

@@ -83,7 +83,8 @@ def test_an_interruption_is_checked_on_request(capsys):
     ("factory", "options", "message"),
     [
         ("build", ["--interruption", "5"], "SeededLoader"),
-        ("build_with_seeded_loader", ["--interruption", "0"], "inside 0 steps"),
+        ("build", ["--interruption", "1"], "--interruption must be >= 2, got 1"),
+        ("build", ["--microbatch-size", "0"], "--microbatch-size must be >= 1, got 0"),
         ("trainer_of", [], "factory must return a Trainer and its loader, got Trainer"),
         ("missing", [], "factory must be a function of module"),
     ],
