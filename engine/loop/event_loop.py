@@ -219,6 +219,7 @@ class EventLoop(Dispatcher):
         if self.should_interrupt and not self.should_terminate:
             self._position = self._position._replace(paused=True)
             self.fire_event(Events.INTERRUPT)
+            self.should_interrupt = False
             self.outcome = Outcome.INTERRUPTED
             return
         if self.should_terminate:
@@ -285,22 +286,22 @@ class EventLoop(Dispatcher):
         else:
             self.fire_event(RunEvents.SAFE_POINT)
 
-    def terminate(self, *, skip_completed: bool = False) -> None:  # type: ignore[override]
+    def terminate(self, skip_completed: bool | Engine = False) -> None:  # noqa: FBT001, FBT002 - Ignite's
         """End the run at the end of the running iteration.
 
         Args:
-            skip_completed: whether to skip `COMPLETED`. By keyword only, since an event calls its
-                handlers with the engine as the first argument.
+            skip_completed: whether to skip `COMPLETED`. An engine, which an event passes to its
+                handlers, does not count as True.
         """
-        super().terminate(skip_completed)
+        super().terminate(skip_completed is True)
 
-    def terminate_epoch(self, *, skip_epoch_completed: bool = False) -> None:  # type: ignore[override]
+    def terminate_epoch(self, skip_epoch_completed: bool | Engine = False) -> None:  # noqa: FBT001, FBT002
         """End the epoch at the end of the running iteration; see `terminate`.
 
         Args:
             skip_epoch_completed: whether to skip `EPOCH_COMPLETED`.
         """
-        super().terminate_epoch(skip_epoch_completed)
+        super().terminate_epoch(skip_epoch_completed is True)
 
     def make_update(self, batch: Any) -> Any:
         """Call the step with a batch outside of any run, and return its output."""
@@ -367,37 +368,43 @@ class EventLoop(Dispatcher):
         Raises:
             ResumeError: if a key is missing.
         """
-        keys = ("iteration", "epoch_length", *self.state_dict_user_keys)
-        missing = [key for key in keys if key not in state_dict]
+        missing = [k for k in ("epoch_length", *self.state_dict_user_keys) if k not in state_dict]
         if missing:
             raise ResumeError(f"state_dict must have {missing}, got only {sorted(state_dict)}")
-        iteration, length = state_dict["iteration"], state_dict["epoch_length"]
-        if not {"max_epochs", "max_iters"} & set(state_dict):
-            raise ResumeError(
-                f"state_dict must have max_epochs or max_iters, got only {sorted(state_dict)}"
-            )
-        if iteration and not length and "epoch_iteration" not in state_dict:
-            raise ResumeError(
-                f"epoch_length must be >= 1 to place iteration {iteration}, got {length}"
-            )
-        epochs, rest = divmod(iteration, length) if length else (0, 0)
+        for either in (("iteration", "epoch"), ("max_epochs", "max_iters")):
+            if not set(either) & set(state_dict):
+                raise ResumeError(
+                    f"state_dict must have {' or '.join(either)}, got only {sorted(state_dict)}"
+                )
+        position = _position_of(state_dict)
         self._start_over()
-        self.state.epoch_length = length
-        inside = state_dict.get("epoch_iteration", rest)
-        self._move_to(
-            Position(
-                state_dict.get("epoch", epochs + bool(rest)),
-                iteration,
-                inside,
-                Phase.BEFORE_BATCH if inside else Phase.BETWEEN_EPOCHS,
-            )
-        )
+        self.state.epoch_length = state_dict["epoch_length"]
+        self._move_to(position)
         self.state.max_epochs, self.state.max_iters = (
             state_dict.get("max_epochs"),
             state_dict.get("max_iters"),
         )
         for key in self.state_dict_user_keys:
             setattr(self.state, key, state_dict[key])
+
+
+def _position_of(state_dict: Mapping[str, Any]) -> Position:
+    """Return the position in a state dict of this library or of an Ignite engine.
+
+    Raises:
+        ResumeError: if the position needs the length of an epoch, and the state has none.
+    """
+    length, iteration = state_dict["epoch_length"], state_dict.get("iteration")
+    if not length and "epoch_iteration" not in state_dict and (iteration or iteration is None):
+        raise ResumeError(
+            f"epoch_length must be >= 1 to place iteration {iteration} of a run, got {length}"
+        )
+    if iteration is None:  # Ignite's state of an engine that counts epochs
+        iteration = state_dict["epoch"] * length
+    epochs, rest = divmod(iteration, length) if length else (0, 0)
+    inside = state_dict.get("epoch_iteration", rest)
+    phase = Phase.BEFORE_BATCH if inside else Phase.BETWEEN_EPOCHS
+    return Position(state_dict.get("epoch", epochs + bool(rest)), iteration, inside, phase)
 
 
 def _check_limits(

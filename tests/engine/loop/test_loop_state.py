@@ -229,3 +229,37 @@ def test_restore_handlers_see_the_new_loader_before_the_start_is_decided():
     loop.add_event_handler(RunEvents.RESTORE, lambda e: seen.append(e.state.dataloader))
     loop.run(data)
     assert seen == [data]
+
+
+@pytest.mark.parametrize(
+    ("state", "position"),
+    [
+        ({"iteration": 7, "epoch_length": 3, "max_epochs": 4}, (3, 7, 1)),
+        ({"iteration": 6, "epoch_length": 3, "max_epochs": 4}, (2, 6, 0)),
+        ({"epoch": 2, "epoch_length": 3, "max_epochs": 4}, (2, 6, 0)),
+        ({"iteration": 0, "epoch_length": None, "max_iters": 5}, (0, 0, 0)),
+    ],
+)
+def test_a_state_of_an_ignite_engine_places_the_run(state, position):
+    loop = Tape()
+    loop.load_state_dict(state)
+
+    assert loop.position[:3] == position
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"epoch_length": 3, "max_epochs": 4}, "iteration or epoch"),
+        ({"iteration": 3, "epoch_length": 3}, "max_epochs or max_iters"),
+        ({"epoch": 3, "epoch_length": None, "max_epochs": 4}, "epoch_length must be >= 1"),
+    ],
+)
+def test_an_incomplete_state_changes_nothing(state, message):
+    loop = Tape()
+    loop.run([0, 1], max_epochs=1)
+    before = loop.state_dict()
+    with pytest.raises(ResumeError, match=message):
+        loop.load_state_dict(state)
+
+    assert loop.state_dict() == before

@@ -330,3 +330,40 @@ def test_a_run_that_starts_over_has_its_safe_points_again():
         loop.state.max_epochs = None
         loop.run(Unsized(range(1)), max_epochs=1)
     assert calls == [1, 1]
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_terminate_takes_its_flag_by_position_as_ignite_does(skip):
+    loop, completed = Tape(), []
+    loop.add_event_handler(Events.COMPLETED, lambda: completed.append(1))
+    loop.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda e: e.terminate(skip))
+    loop.run([0, 1, 2], max_epochs=2)
+
+    assert (loop.state.iteration, len(completed)) == (2, not skip)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_terminate_epoch_takes_its_flag_by_position_as_ignite_does(skip):
+    loop, completed = Tape(), []
+    loop.add_event_handler(Events.EPOCH_COMPLETED, lambda: completed.append(1))
+    loop.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda e: e.terminate_epoch(skip))
+    loop.run([0, 1, 2], max_epochs=2)
+
+    assert (loop.state.iteration, len(completed)) == (5, 1 + (not skip))
+
+
+def test_the_engine_that_an_event_passes_is_no_flag():
+    loop, completed = Tape(), []
+    loop.add_event_handler(Events.COMPLETED, lambda: completed.append(1))
+    loop.add_event_handler(Events.ITERATION_COMPLETED(once=2), loop.terminate)
+    loop.run([0, 1, 2], max_epochs=2)
+
+    assert (loop.state.iteration, completed) == (2, [1])
+
+
+def test_an_interrupted_run_is_no_longer_asked_to_interrupt():
+    loop = Tape()
+    loop.add_event_handler(Events.ITERATION_COMPLETED(once=2), loop.interrupt)
+    loop.run([0, 1, 2], max_epochs=1)
+
+    assert not loop.should_interrupt
