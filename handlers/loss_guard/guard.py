@@ -30,7 +30,7 @@ from diptych.engine.random_state import (
     set_forward_random_state,
 )
 from diptych.engine.trainer import Trainer
-from diptych.handlers.argument_checks import number, one_of
+from diptych.handlers.argument_checks import Validator, one_of, positive
 from diptych.handlers.loss_guard.fault_records import (
     record_path,
     sample_ids,
@@ -48,6 +48,7 @@ from diptych.handlers.optimization.gradient_norms import (
 logger = logging.getLogger(__name__)
 
 Policy = Literal["skip", "stop", "raise"]
+_positive_or_none: Validator = attrs.validators.optional(positive)
 
 
 class FaultError(RuntimeError):
@@ -132,13 +133,7 @@ class LossGuard(Handler):
     directory: Path | None = attrs.field(default=None, converter=attrs.converters.optional(Path))
     policy: Policy = attrs.field(default="skip", validator=one_of(Policy), kw_only=True)
     budget: int = attrs.field(default=10, validator=whole_number(0), kw_only=True)
-    spike: float | None = attrs.field(
-        default=20.0,
-        validator=attrs.validators.optional(
-            number("be > 0 and finite, or None", lambda value: 0 < value < math.inf)
-        ),
-        kw_only=True,
-    )
+    spike: float | None = attrs.field(default=20.0, validator=_positive_or_none, kw_only=True)
     window: int = attrs.field(default=100, validator=whole_number(), kw_only=True)
     records: int = attrs.field(default=3, validator=whole_number(0), kw_only=True)
     ids: str = attrs.field(default="id", kw_only=True)
@@ -210,15 +205,12 @@ class LossGuard(Handler):
         bad = spiked | ~judged.all()
         self._median.add(values, ~bad & finite.all())
         self._counts = self._counts + torch.stack([bad, spiked])
-        if self._decides_on_device(trainer.optimizer):
+        if self.policy == "skip" and self.directory is None and _skips_on_device(trainer.optimizer):
             self._skip = bad.float()
             self._restore_buffers(bad)
         elif bool(bad):
             self._catch(trainer, measured, values)
         self._before, self._random = [], None
-
-    def _decides_on_device(self, optimizer: Optimizer) -> bool:
-        return self.policy == "skip" and self.directory is None and _skips_on_device(optimizer)
 
     def _before_step(self, trainer: Trainer, optimizer: Any, *_: Any) -> None:
         """Set the optimizer's `found_inf`, as torch's scaler does, so that it skips the update."""
@@ -316,18 +308,12 @@ class LossGuard(Handler):
 
 def _skips_on_device(optimizer: Optimizer) -> bool:
     """Return whether an optimizer can skip its next update on the device."""
-    fused = all(group.get("fused") for group in optimizer.param_groups)
-    if not fused or type(optimizer) not in {Adam, AdamW, SGD}:
+    groups = optimizer.param_groups
+    if type(optimizer) not in {Adam, AdamW, SGD} or not all(g.get("fused") for g in groups):
         return False
-    return not isinstance(optimizer, SGD) or all(
-        _has_momentum(optimizer, group) for group in optimizer.param_groups
-    )
-
-
-def _has_momentum(optimizer: SGD, group: Mapping[str, Any]) -> bool:
     # If a fused SGD skips its very first update, its momentum buffers stay uninitialised.
-    used = (p for p in group["params"] if p.grad is not None)
-    return not group["momentum"] or all("momentum_buffer" in optimizer.state[p] for p in used)
+    with_momentum = [p for g in groups if g.get("momentum") for p in g["params"]]
+    return all("momentum_buffer" in optimizer.state[p] for p in with_momentum if p.grad is not None)
 
 
 def _loss_of(trainer: Trainer, device: torch.device) -> Tensor:

@@ -20,6 +20,7 @@ from diptych.handlers.optimization.moving_average import (
     ModuleTensor,
     UpdateObserver,
     can_be_averaged,
+    differing_keys,
     module_tensors,
     move_towards,
 )
@@ -201,17 +202,16 @@ def _paired(online: nn.Module, target: nn.Module) -> list[Pair]:
     Raises:
         ValueError: if the parts share a tensor, or differ in structure.
     """
-    ours, theirs = module_tensors(online), module_tensors(target)
-    if {id(p.tensor) for p in ours.values()} & {id(p.tensor) for p in theirs.values()}:
+    pairs = [module_tensors(online), module_tensors(target)]
+    ours, theirs = ({key: entry.tensor for key, entry in part.items()} for part in pairs)
+    if {id(tensor) for tensor in ours.values()} & {id(tensor) for tensor in theirs.values()}:
         raise ValueError(
             "target must share no tensor with online, got a module that does. Make it with "
             "copy.deepcopy"
         )
-    other = [k for k in ours if k in theirs and ours[k].tensor.shape != theirs[k].tensor.shape]
-    other += [*(ours.keys() ^ theirs.keys())]
-    if other:
+    if other := differing_keys(ours, theirs):
         raise ValueError(
-            "target must have the structure of online, got a difference in "
-            f"{', '.join(sorted(other)[:8])}. Make it with copy.deepcopy"
+            f"target must have the structure of online, got a difference in {other}. Make it with "
+            "copy.deepcopy"
         )
-    return [(ours[key], theirs[key]) for key in ours]
+    return [(entry, pairs[1][key]) for key, entry in pairs[0].items()]

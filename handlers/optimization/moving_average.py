@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import attrs
@@ -52,6 +53,12 @@ def module_tensors(module: nn.Module) -> dict[str, ModuleTensor]:
                 seen.add(id(entry.tensor))
                 found[key] = entry
     return found
+
+
+def differing_keys(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> str:
+    """Return the keys that only one mapping has or whose shapes differ, eight at most, as text."""
+    shapes = [{key: value.shape for key, value in part.items()} for part in (first, second)]
+    return ", ".join(sorted({key for key, _ in shapes[0].items() ^ shapes[1].items()})[:8])
 
 
 def can_be_averaged(tensor: Tensor) -> bool:

@@ -25,6 +25,7 @@ from diptych.handlers.optimization.moving_average import (
     ModuleTensor,
     UpdateObserver,
     can_be_averaged,
+    differing_keys,
     module_tensors,
     move_towards,
 )
@@ -181,12 +182,10 @@ class WeightAverage(Handler):
         """
         trainer = self._begun()
         saved, here = state_dict["average"], self._average
-        other = [k for k in here if k in saved and saved[k].shape != here[k].shape]
-        other += [*(saved.keys() ^ here.keys())]
-        if other:
+        if other := differing_keys(here, saved):
             raise CheckpointError(
                 "the saved averages must be of this model's weights, with buffers="
-                f"{self.buffers!r}, got a difference in {', '.join(sorted(other)[:8])}"
+                f"{self.buffers!r}, got a difference in {other}"
             )
         for key, average in here.items():
             average.copy_(shard_of(saved[key], average))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import attrs
@@ -48,11 +49,8 @@ class StageGroups:
 
     def __init__(self, trainer: Trainer, stages: Sequence[Stage]) -> None:
         self.named = named_parameters(trainer.model, trainer.loss)
-        self.trained = [_trained(stage, self.named) for stage in stages]
-        found = [
-            _memberships(trainer, stage, names)
-            for stage, names in zip(stages, self.trained, strict=True)
-        ]
+        found = [_members_of(stage, trainer, self.named) for stage in stages]
+        self.trained = [list(members) for members in found]
         self.groups = _refined(list(self.named), found)
         first = trainer.optimizer.param_groups[0]
         self.defaults = {key: first[key] for key in trainer.optimizer.defaults}
@@ -116,23 +114,20 @@ class StageGroups:
             set_rate(group, 0.0 if options is None else factor * options["lr"])
 
 
-def _trained(stage: Stage, named: dict[str, nn.Parameter]) -> list[str]:
+def _members_of(
+    stage: Stage, trainer: Trainer, named: dict[str, nn.Parameter]
+) -> dict[str, Membership]:
+    """Return the group of each parameter that a stage trains, by name."""
     try:
         for pattern in stage.trains:
             check_pattern(pattern, named)
+        trained = [name for name in named if any(matches(name, p) for p in stage.trains)]
+        members = memberships(trainer.model, trainer.loss, stage.rules, trained)
     except ValueError as error:
         raise ValueError(f"stage {stage.name!r}: {error}") from error
-    trained = [name for name in named if any(matches(name, p) for p in stage.trains)]
-    if not trained:
-        raise ValueError(f"stage {stage.name!r} must train something, got {stage.trains!r}")
-    return trained
-
-
-def _memberships(trainer: Trainer, stage: Stage, names: Sequence[str]) -> dict[str, Membership]:
-    try:
-        return memberships(trainer.model, trainer.loss, stage.rules, names)
-    except ValueError as error:
-        raise ValueError(f"stage {stage.name!r}: {error}") from error
+    if not members:
+        raise ValueError(f"stage {stage.name!r} must train a parameter, got {stage.trains!r}")
+    return members
 
 
 def _refined(names: Sequence[str], found: Sequence[dict[str, Membership]]) -> list[StageGroup]:
@@ -154,18 +149,11 @@ def _refined(names: Sequence[str], found: Sequence[dict[str, Membership]]) -> li
 
 
 def _title(names: Sequence[str], members: Sequence[Membership | None]) -> str:
-    spared = any(member is not None and member.name.endswith("/no_decay") for member in members)
-    return _common_path(names) + ("/no_decay" if spared else "")
-
-
-def _common_path(names: Sequence[str]) -> str:
     paths = [name.split(".")[:-1] for name in names]
-    common: list[str] = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common) or "model"
+    levels = zip(*paths, strict=False)  # the first parts of all paths, the second parts, ...
+    common = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, levels)]
+    spared = any(member is not None and member.name.endswith("/no_decay") for member in members)
+    return (".".join(common) or "model") + ("/no_decay" if spared else "")
 
 
 def _check_options(group: StageGroup, options: dict[str, Any] | None, optimizer: Optimizer) -> None:

@@ -126,18 +126,7 @@ class StagePlan(Handler):
         CheckpointError: on resume, if the checkpoint belongs to another plan.
     """
 
-    changes: ClassVar[frozenset[Change]] = frozenset(
-        {
-            Change.TRAINABLE,
-            Change.RATES,
-            Change.LOSS,
-            Change.BATCH,
-            Change.MODE,
-            Change.WEIGHTS,
-            Change.BUFFERS,
-            Change.RUN_LENGTH,
-        }
-    )
+    changes: ClassVar[frozenset[Change]] = frozenset(Change) - {Change.RANDOM_STATE}
 
     stages: Sequence[Stage] = attrs.field(converter=_as_stages, validator=_check_stages)
     progress: StageProgress = attrs.field(factory=StageProgress, init=False)
@@ -308,7 +297,7 @@ class StagePlan(Handler):
             index,
             first_epoch=trainer.state.epoch,
             first_iteration=trainer.state.iteration,
-            judged=len(self._values(trainer, stage)),
+            judged=len(published_values(trainer, stage.metric or "")),
         )
         self._change_loader(trainer)
         self.progress.total = stage.length(trainer.state.epoch_length)
@@ -375,15 +364,11 @@ class StagePlan(Handler):
 
     # -- the metric ------------------------------------------------------------------------------
 
-    @staticmethod
-    def _values(trainer: Trainer, stage: Stage) -> list[float]:
-        return [] if stage.metric is None else published_values(trainer, stage.metric)
-
     def _judge_metric(self, trainer: Trainer) -> None:
         stage, progress = self.stage, self.progress
         if stage.metric is None or progress.index < 0:
             return
-        values = self._values(trainer, stage)
+        values = published_values(trainer, stage.metric)
         for value in values[progress.judged :]:
             progress.counted += 1
             progress.waited += 1

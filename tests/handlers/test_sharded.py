@@ -1,4 +1,4 @@
-"""Handlers beside a model that two ranks share: weights and values are those of one process."""
+"""Handlers with a model sharded over two ranks: weights and values equal those of one process."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def held_out() -> list[dict[str, Tensor]]:
 
 
 def chosen(name: str) -> list[Any]:
-    """Return the handlers of a case."""
+    """Return the handlers of a test case."""
     cases: dict[str, Any] = {
         "clipped": lambda: [GradientClipping(max_norm=0.1, max_value=0.02)],
         "guarded": lambda: [LossGuard()],
@@ -78,7 +78,7 @@ CASES = ["clipped", "guarded", "balanced", "diagnosed", "averaged", "followed", 
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_handler_does_and_publishes_what_it_does_in_one_process(ranks, name):
+def test_a_handler_has_the_same_effect_and_values_as_in_one_process(ranks, name):
     settings = {"fused": name == "guarded", "microbatch_size": 3 if name == "clipped" else None}
     expected = train(False, settings, chosen, name)
     for found in ranks.run(train, [(True, settings, chosen, name)] * 2):
@@ -86,7 +86,7 @@ def test_a_handler_does_and_publishes_what_it_does_in_one_process(ranks, name):
 
 
 def guarded(shard: bool, directory: Path | None, fused: bool) -> dict[str, Any]:
-    """Return the weights of a run with one batch that is not finite; fused, the device skips it."""
+    """Train with one batch that is not finite, which the device skips if fused; return weights."""
     trainer = make_trainer(shard, fused=fused)
     guard = LossGuard(directory)
     trainer.attach(guard)
@@ -97,13 +97,13 @@ def guarded(shard: bool, directory: Path | None, fused: bool) -> dict[str, Any]:
 
 
 def replayed(directory: Path, shard: bool) -> list[str]:
-    """Return what differs when the recorded update is made again."""
+    """Replay the recorded update; return the names of the values that differ."""
     (path,) = directory.glob(f"*_rank_{rank()}.pt")
     return replay(path, lambda: make_trainer(shard)).differing()
 
 
 @pytest.mark.parametrize(("records", "fused"), [(False, False), (False, True), (True, False)])
-def test_a_batch_that_is_not_finite_is_left_out_and_recorded_whole(ranks, tmp_path, records, fused):
+def test_a_batch_that_is_not_finite_is_skipped_and_recorded(ranks, tmp_path, records, fused):
     expected = guarded(False, None, fused)
     for found in ranks.run(guarded, [(True, tmp_path if records else None, fused)] * 2):
         assert_equal_runs(found, expected)
@@ -114,7 +114,7 @@ def test_a_batch_that_is_not_finite_is_left_out_and_recorded_whole(ranks, tmp_pa
 
 
 def exported(folder: Path) -> dict[str, Tensor]:
-    """Return the average at the end of a run, which the first rank writes as a file too."""
+    """Train and export the average; return it."""
     trainer, average = make_trainer(True), WeightAverage(decay=0.5)
     trainer.attach(average)
     trainer.run(sharded.loader(), max_epochs=1)
@@ -123,7 +123,7 @@ def exported(folder: Path) -> dict[str, Tensor]:
         return weights_of(trainer.model)
 
 
-def test_the_average_of_a_sharded_model_is_exported_whole(ranks, tmp_path):
+def test_the_average_of_a_sharded_model_is_gathered_for_the_export(ranks, tmp_path):
     from safetensors.torch import load_file
 
     weights = ranks.run(exported, [(tmp_path,)] * 2)[1]
@@ -134,7 +134,7 @@ def test_the_average_of_a_sharded_model_is_exported_whole(ranks, tmp_path):
 
 
 class Convolved(nn.Module):
-    """An image tower that begins with a convolution."""
+    """An image tower whose first layer is a convolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class Convolved(nn.Module):
 
 
 def pictured(folder: Path) -> str:
-    """Return the run's card, and leave histograms, a gallery and metrics in a folder."""
+    """Train with handlers that write histograms, a gallery and metrics; return the run's card."""
     card = io.StringIO()
     trainer = make_trainer(True)
     samples = PairSamples(
@@ -173,7 +173,7 @@ def pictured(folder: Path) -> str:
     return card.getvalue()
 
 
-def test_pictures_and_counts_are_of_the_whole_model(ranks, tmp_path):
+def test_pictures_and_counts_describe_the_whole_model(ranks, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     first, second = ranks.run(pictured, [(tmp_path,)] * 2)
@@ -188,7 +188,7 @@ def test_pictures_and_counts_are_of_the_whole_model(ranks, tmp_path):
 
 
 def searched(shard: bool) -> dict[str, Any]:
-    """Return what a search for a rate finds, and the weights after it."""
+    """Return the result of a learning-rate search, and the weights after it."""
     trainer = make_trainer(shard, microbatch_size=3)
     trainer.run(sharded.loader(), max_epochs=1)
     curve = find_learning_rate(trainer, held_out(), steps=12, end=0.1)
@@ -196,7 +196,7 @@ def searched(shard: bool) -> dict[str, Any]:
     return {"weights": weights_of(trainer.model), "records": [], "losses": curve.losses}
 
 
-def test_a_search_for_a_rate_leaves_the_shares_as_they_were(ranks):
+def test_a_learning_rate_search_restores_the_shards(ranks):
     expected = searched(False)
     for found in ranks.run(searched, [(True,)] * 2):
         assert_equal_runs(found, expected)
@@ -204,7 +204,7 @@ def test_a_search_for_a_rate_leaves_the_shares_as_they_were(ranks):
 
 
 def grouped(shard: bool) -> dict[str, Any]:
-    """Return the weights after a run whose parameters have rates by layer."""
+    """Train with layer-wise rates; return the weights."""
     torch.manual_seed(0)
     model, loss = sharded.TwoTowers().double(), CLIPLoss().double()
     layers = {"image.blocks": 0.5, "text.blocks": 0.5}
@@ -217,7 +217,7 @@ def grouped(shard: bool) -> dict[str, Any]:
     return {"weights": weights_of(model), "records": []}
 
 
-def test_groups_that_were_made_before_keep_their_rates(ranks):
+def test_parameter_groups_made_before_sharding_keep_their_rates(ranks):
     expected = grouped(False)
     for found in ranks.run(grouped, [(True,)] * 2):
         assert_equal_runs(found, expected)

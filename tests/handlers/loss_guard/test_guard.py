@@ -340,7 +340,7 @@ def test_ranks_agree_before_any_of_them_steps(ranks: Ranks, optimizer):
     [
         ({"policy": "ignore"}, "policy must be one of skip, stop, raise, got 'ignore'"),
         ({"budget": -1}, "budget must be a whole number >= 0, got -1"),
-        ({"spike": 0.0}, "spike must be > 0 and finite, or None, got 0.0"),
+        ({"spike": 0.0}, "spike must be > 0 and finite, got 0.0"),
         ({"window": 0}, "window must be a whole number >= 1, got 0"),
         ({"records": 1.5}, "records must be a whole number >= 0, got 1.5"),
     ],

@@ -1,4 +1,4 @@
-"""Learning rates: the plan, iteration by iteration, however the run came there."""
+"""LearningRate: the rate of each iteration, also in a resumed run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make_trainer(*groups: dict[str, Any], lr: float | torch.Tensor = 0.1) -> Tra
 
 
 def note_rates(trainer: Trainer) -> list[list[float]]:
-    """Note what each update is made with."""
+    """Return a list of the rates of each update, filled during the run."""
     rates: list[list[float]] = []
     trainer.add_event_handler(
         StepEvents.GRADIENTS_READY,
@@ -52,13 +52,13 @@ def test_rates_rise_linearly_then_follow_the_decay(decay, expected):
     assert [rate for (rate,) in rates] == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_floor_holds_after_the_end():
+def test_the_rate_stays_at_the_floor_after_the_end():
     rate = LearningRate(warmup=0, floor=0.1, total=5)
     assert rate.factor(1, 5) == 1
     assert [rate.factor(iteration, 5) for iteration in (6, 7, 1000)] == pytest.approx([0.1] * 3)
 
 
-def test_every_group_keeps_its_share():
+def test_rates_of_groups_keep_their_ratio():
     trainer = make_trainer({"lr": 1.0}, {"lr": 0.01})
     rates = note_rates(trainer)
     trainer.attach(LearningRate(warmup=2, decay="constant"))
@@ -94,7 +94,7 @@ def test_a_resumed_run_has_the_rates_of_an_uninterrupted_one():
     assert rates + resumed == expected
 
 
-def test_the_rate_in_use_is_published():
+def test_the_current_rate_is_published():
     trainer = make_trainer()
     trainer.attach(LearningRate(warmup=4))
     trainer.run(make_loader(2), max_epochs=10)

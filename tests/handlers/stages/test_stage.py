@@ -33,7 +33,7 @@ from tests.handlers.staged import (
             Stage("s", epochs=1, lr=0.1, by_component={"head": {"lr": 1.0, "beta": 0.9}}),
             "options of 'head.*' must be options of AdamW, got 'beta'. Similar names: betas",
         ),
-        (Stage("s", trains=(), epochs=1, lr=0.1), r"'s' must train something, got \(\)"),
+        (Stage("s", trains=(), epochs=1, lr=0.1), r"'s' must train a parameter, got \(\)"),
         (Stage("s", epochs=1, lr=0.1, loss="clip"), "CrossEntropyLoss has no 'active'"),
         (Stage("s", epochs=1, lr=0.1, settings={"model.drop.q": 1}), "Dropout has no 'q'"),
     ],
