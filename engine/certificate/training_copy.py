@@ -15,14 +15,14 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from diptych.engine.containers import map_leaves
 from diptych.engine.data.batches import split, to_device
-from diptych.engine.data.transform import Transform, placed_transform, transformed
+from diptych.engine.data.transform import Transform, apply_transform, placed_transform
 from diptych.engine.distributed.collectives import rank
 from diptych.engine.distributed.dtensor import has_shards
 from diptych.engine.events import StepEvents
 from diptych.engine.modules import unwrapped
 from diptych.engine.random_state import preserved_random_state
 from diptych.engine.step.loss_contract import loss_terms, sum_of_terms
-from diptych.engine.step.microbatch import joined
+from diptych.engine.step.microbatch import join_outputs
 from diptych.engine.trainer import Trainer
 
 Gradients = dict[str, Tensor]
@@ -111,7 +111,7 @@ class TrainingCopy:
         """Return the batch on the device, as the transform leaves it in the first update."""
         transform = placed_transform(self._transform(), None, self.device)
         batch = to_device(batch, self.device)
-        return transformed(transform, batch, self.device, seed=0, epoch=1, iteration=1)
+        return apply_transform(transform, batch, self.device, seed=0, epoch=1, iteration=1)
 
     def plain_gradients(self, batch: Any, size: int, *, seed: int = 0) -> Gradients:
         """Return the gradients of one graph over all pieces, without the trainer's step.
@@ -125,7 +125,7 @@ class TrainingCopy:
         parts = split(self.transformed(batch), size)
         with preserved_random_state():
             torch.manual_seed(seed)
-            outputs = joined([self.arguments["task"](model, part) for part in parts], parts)
+            outputs = join_outputs([self.arguments["task"](model, part) for part in parts], parts)
             sum_of_terms(loss_terms(loss, outputs)).backward()
         return _gradients(model, loss)
 

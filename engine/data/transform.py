@@ -16,7 +16,7 @@ Transform = Callable[[Any], Any]
 """A function from a batch to a new batch; it must not modify its argument."""
 
 
-def transformed(
+def apply_transform(
     transform: Transform | None,
     batch: Any,
     device: torch.device,
@@ -43,7 +43,10 @@ def transformed(
     """
     if transform is None:
         return batch
-    with torch.no_grad(), seeded_random_state(mixed_seed(seed or 0, epoch, iteration, rank()), device):
+    with (
+        torch.no_grad(),
+        seeded_random_state(mixed_seed(seed or 0, epoch, iteration, rank()), device),
+    ):
         result = transform(batch)
     if result is None:
         raise BatchError("transform must return a batch, got None. End it with a return statement.")

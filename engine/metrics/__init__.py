@@ -1,1 +1,1 @@
-"""Published scalars: buffered on the device, averaged at log points."""
+"""Published scalars, buffered on the device and averaged at log points."""

@@ -1,4 +1,4 @@
-"""The scalars that were published since the last log point."""
+"""A buffer of the scalars that were published since the last log point."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from diptych.engine.distributed.collectives import (
 from diptych.engine.distributed.hang_report import waits_at
 
 Scalar = Tensor | float | int
-FLOAT = torch.float32  # what a step publishes, nearly always
+FLOAT = torch.float32  # nearly all scalars of a step
 
 
-class Window:
-    """Keeps scalars, tensors by reference, until all of them are fetched with one transfer.
+class ScalarBuffer:
+    """Collects scalars, tensors by reference, and fetches all of them with one transfer.
 
-    What was published together stands in one list, row by row: a step that publishes its five
-    scalars costs one look into a dictionary, and one `stack` brings all rows together.
+    Scalars that are published together are appended to one list, row by row: a step with five
+    scalars costs one lookup in a dictionary, and one `stack` combines all rows.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Window:
         return bool(self._rows or self._numbers)
 
     def add(self, scalars: Mapping[str, Scalar]) -> None:
-        """Take values of one iteration.
+        """Add the values of one iteration.
 
         Raises:
             TypeError: if a value is neither a number nor a tensor.
@@ -63,16 +63,16 @@ class Window:
     def drain(
         self, gauges: Mapping[str, Scalar]
     ) -> tuple[dict[str, tuple[float, int]], dict[str, float]]:
-        """Empty the window.
+        """Fetch all values and empty the buffer.
 
         Args:
-            gauges: values that are no sums: each rank keeps its own.
+            gauges: values that are not summed: each rank keeps its own.
 
         Returns:
-            Of each tag the sum and the number of its values, over all ranks, and the gauges.
+            For each tag the sum and the number of its values, over all ranks; and the gauges.
 
         Raises:
-            RuntimeError: if the ranks have published different tags, on all of them.
+            RuntimeError: on all ranks, if they have published different tags.
         """
         check_same_on_all_ranks("the tags that are published", self._tags())
         on_device = {tag: value for tag, value in gauges.items() if isinstance(value, Tensor)}
@@ -90,19 +90,19 @@ class Window:
         )
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop all values."""
         self._rows.clear()
         self._numbers.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all values, those of a row's tags as one tensor [rows * tags]."""
+        """Return all values; those of one kind of row as a tensor [rows * tags]."""
         rows = [
             {"tags": list(tags), "values": _stacked(values)} for tags, values in self._rows.items()
         ]
         return {"rows": rows, "numbers": {tag: list(v) for tag, v in self._numbers.items()}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a state that `state_dict` returned."""
+        """Restore a state that `state_dict` returned."""
         self.clear()
         self._rows.update(
             {tuple(row["tags"]): list(row["values"].unbind()) for row in state_dict["rows"]}
@@ -113,14 +113,14 @@ class Window:
         return [*("+".join(tags) for tags in self._rows), *self._numbers]
 
     def _counts(self) -> list[tuple[str, int]]:
-        """Return tag and number of values of each sum, in the order in which they are fetched."""
+        """Return the tag and the number of values of each sum, in the order of `_fetch`."""
         rows = [
             (tag, len(values) // len(tags)) for tags, values in self._rows.items() for tag in tags
         ]
         return [*rows, *((tag, len(values)) for tag, values in self._numbers.items())]
 
     def _fetch(self, gauges: list[Tensor], totals: list[float]) -> list[float]:
-        """Return the sums of the rows, `totals`, both over all ranks, and the gauges."""
+        """Return the sums of the rows and `totals`, both over all ranks, and the gauges."""
         parts, own = self._column_sums(), totals
         if world_size() > 1:
             parts.append(torch.tensor(totals, dtype=torch.float64, device=exchange_device()))
@@ -132,7 +132,7 @@ class Window:
         return [*values[:sums], *own, *values[sums:]]
 
     def _column_sums(self) -> list[Tensor]:
-        """Return the sums of each kind of row, in float64: windows hardly show in them."""
+        """Return the sums of each kind of row, in float64 to make rounding negligible."""
         tensors = [tensor for values in self._rows.values() for tensor in values]
         if not tensors:
             return []
@@ -143,8 +143,8 @@ class Window:
         ]
 
 
-def mean_of_windows(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the state of a window that holds the means of several ranks' windows."""
+def mean_of_buffers(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the state of a buffer with the means of several ranks' buffers."""
     rows = [
         {"tags": alike[0]["tags"], "values": torch.stack([row["values"] for row in alike]).mean(0)}
         for alike in zip(*(state["rows"] for state in states), strict=True)
@@ -160,7 +160,7 @@ def mean_of_windows(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _are_plain(values: list[Any]) -> bool:
-    """Say whether all are what a step publishes: scalars of one type, without a graph."""
+    """Say whether all values are scalars of float32 without a graph, as those of a step are."""
     try:
         for value in values:
             if value.ndim or value.requires_grad or value.dtype is not FLOAT:
@@ -171,11 +171,11 @@ def _are_plain(values: list[Any]) -> bool:
 
 
 def as_scalar(tag: str, value: Any) -> Scalar:
-    """Return a published value as it is kept: without graph or dimensions, of floating point.
+    """Return a published value as a floating-point number, without graph and dimensions.
 
     Raises:
-        TypeError: if it is neither a number nor a tensor.
-        ValueError: if it is a tensor of more than one element.
+        TypeError: if the value is neither a number nor a tensor.
+        ValueError: if the value is a tensor of more than one element.
     """
     if isinstance(value, Tensor):
         return _detached(tag, value)
@@ -202,7 +202,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
     try:
-        return torch.stack(tensors)  # all are of floating point: the widest type holds each
-    except RuntimeError:  # from several devices: a restored window and a new value, for one
+        return torch.stack(tensors)  # to the widest floating-point type
+    except RuntimeError:  # several devices, such as a restored buffer and a new value
         device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
         return torch.stack([tensor.to(device) for tensor in tensors])

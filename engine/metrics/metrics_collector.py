@@ -1,4 +1,4 @@
-"""Every scalar that anybody publishes, kept on the device until a log point."""
+"""The collector of all published scalars, which keeps them on the device until a log point."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import attrs
 
-from diptych.engine.metrics.metrics_buffer import Scalar, Window, as_scalar
+from diptych.engine.metrics.metrics_buffer import Scalar, ScalarBuffer, as_scalar
 
 
 @attrs.frozen
 class Record:
-    """What one log point gives to every sink.
+    """The values of one log point, for every sink.
 
     Attributes:
         step: the iteration.
@@ -43,19 +43,22 @@ class _Mean:
 
 
 class MetricsCollector:
-    """Gathers scalars and gives their means: for each log point, and for each epoch.
+    """Collects scalars and computes their means for each log point and each epoch.
 
-    Tensors stay where they are, as references, until `log` or `end_epoch` fetches all of them with
-    one transfer. Over several ranks the means are those of all ranks.
+    Tensors stay on their device until `log` or `end_epoch` fetches all of them with one transfer.
+    Means are over all ranks.
 
     Args:
-        on_record: called when `record` is new.
+        on_record: called after `record` has changed.
+
+    Attributes:
+        record: the values of the last log point or report.
     """
 
     def __init__(self, on_record: Callable[[], object] | None = None) -> None:
         self.record = Record()
         self._on_record = on_record
-        self._window = Window()
+        self._buffer = ScalarBuffer()
         self._epoch: defaultdict[str, _Mean] = defaultdict(_Mean)
         self._gauges: dict[str, Callable[[], Scalar]] = {}
         self._history: defaultdict[str, list[float]] = defaultdict(list)
@@ -73,16 +76,16 @@ class MetricsCollector:
             ValueError: if a tensor has more than one element.
         """
         if scalars:
-            self._window.add(scalars)
+            self._buffer.add(scalars)
         if named:
-            self._window.add(named)
+            self._buffer.add(named)
 
     def gauge(self, tag: str, function: Callable[[], Scalar]) -> None:
-        """Publish what `function()` returns at each log point: a rate, memory in use."""
+        """Publish the result of `function()` at each log point: a rate, memory in use."""
         self._gauges[tag] = function
 
     def remove_gauge(self, tag: str) -> None:
-        """Publish it no more."""
+        """Stop publishing a gauge."""
         del self._gauges[tag]
 
     @contextmanager
@@ -96,17 +99,17 @@ class MetricsCollector:
             raise
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
-        """Give final values (an evaluation's) to the sinks, as a record of their own."""
+        """Publish final values, such as an evaluation's, as a record of their own."""
         for tag, value in values.items():
             self._history[tag].append(float(value))
         self._emit(Record(step, {tag: float(value) for tag, value in values.items()}))
 
     def log(self, step: int) -> None:
-        """Give the means since the last log point, and the gauges, to the sinks.
+        """Publish the means since the last log point, and the gauges, as a record.
 
-        Nothing happens where nothing was published since.
+        Nothing happens if nothing was published since then.
         """
-        if self._window:
+        if self._buffer:
             gauges = {tag: as_scalar(tag, function()) for tag, function in self._gauges.items()}
             means, read = self._drain(gauges)
             self._emit(Record(step, {**means, **read}))
@@ -124,34 +127,33 @@ class MetricsCollector:
         """Return the values of a tag: one for each epoch, or for each report.
 
         Raises:
-            KeyError: if nothing was published under the name; the message names the tags that are
-                there.
+            KeyError: if there is no such tag; the message lists all tags.
         """
         if name not in self._history:
             raise KeyError(
-                f"no history of {name!r}; there is one of "
-                f"{', '.join(sorted(self._history)) or 'nothing'}"
+                f"name must be a tag with a history, got {name!r}. There are: "
+                f"{', '.join(sorted(self._history)) or 'none'}."
             )
         return list(self._history[name])
 
     def reset(self) -> None:
-        """Forget every value that was published; the gauges stay."""
-        self._window.clear()
+        """Drop every published value; the gauges stay."""
+        self._buffer.clear()
         self._epoch.clear()
         self._history.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the next log point and the end of the epoch need."""
+        """Return all values that the next log point and the end of the epoch need."""
         return {
-            "window": self._window.state_dict(),
+            "window": self._buffer.state_dict(),
             "epoch": {tag: [mean.total, mean.count] for tag, mean in self._epoch.items()},
             "history": {tag: list(values) for tag, values in self._history.items()},
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a state that `state_dict` returned."""
+        """Restore a state that `state_dict` returned."""
         self.reset()
-        self._window.load_state_dict(state_dict["window"])
+        self._buffer.load_state_dict(state_dict["window"])
         self._epoch.update({tag: _Mean(*mean) for tag, mean in state_dict["epoch"].items()})
         self._history.update({tag: list(values) for tag, values in state_dict["history"].items()})
 
@@ -161,8 +163,8 @@ class MetricsCollector:
             self._on_record()
 
     def _drain(self, gauges: Mapping[str, Scalar]) -> tuple[dict[str, float], dict[str, float]]:
-        """Empty the window into the epoch's means; return the window's, and the gauges."""
-        sums, read = self._window.drain(gauges)
+        """Add the buffer to the epoch's means and empty it; return its means, and the gauges."""
+        sums, read = self._buffer.drain(gauges)
         for tag, (total, count) in sums.items():
             self._epoch[tag].add(total, count)
         return {tag: total / count for tag, (total, count) in sums.items()}, read

@@ -17,7 +17,7 @@ from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.distributed.dtensor import shard_of
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import CheckpointError
-from diptych.engine.metrics.metrics_buffer import mean_of_windows
+from diptych.engine.metrics.metrics_buffer import mean_of_buffers
 from diptych.engine.modules import named_parameters
 from diptych.engine.random_state import (
     preserved_random_state,
@@ -254,7 +254,7 @@ def _metrics_of_this_rank(states: list[dict[str, Any]]) -> dict[str, Any]:
     """
     if len(states) == world_size():
         return states[rank()]
-    return {**states[0], "window": mean_of_windows([state["window"] for state in states])}
+    return {**states[0], "window": mean_of_buffers([state["window"] for state in states])}
 
 
 def _is_number(value: Any) -> bool:

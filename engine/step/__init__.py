@@ -1,1 +1,1 @@
-"""The step: one batch becomes one update."""
+"""The training step: one update for each batch."""

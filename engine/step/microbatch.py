@@ -1,10 +1,10 @@
-"""One update in pieces: the gradient of the whole batch in the memory of a piece.
+"""Updates in pieces: the gradient of the whole batch in the memory of one piece.
 
 A loss that couples the samples of a batch needs all features at once, so its gradient is cached
-(Gao et al. 2021, arXiv:2101.06983): every piece goes through the model without a graph; the loss
-on all features gives each feature's gradient; every piece goes through the model again, with the
-same random draws, and its features' gradients go backward. A loss that is a mean over samples
-needs no second pass: the pieces' sums and weights add up.
+(Gao et al. 2021, arXiv:2101.06983). The first pass runs every piece through the model without a
+graph; the loss of all features gives the gradient of each feature; the second pass runs every piece
+again, with the same random draws, and sends the gradients of its features backward. A loss that is
+a mean over samples needs no second pass: the step adds up the sums and weights of the pieces.
 """
 
 from __future__ import annotations
@@ -32,49 +32,50 @@ Forward = Callable[[Any], Outputs]
 """The task on one piece, under the step's autocast."""
 
 
-class Buffers:
-    """A model's buffers as they are now, for a second pass over the pieces to start from.
+class SavedBuffers:
+    """Copies of a model's buffers, to restore them between the two passes over the pieces.
 
-    The second pass makes the changes of the first anew (a batch norm's statistics, the vectors of
-    a spectral norm), so that they are made once, and every piece sees what it saw. All are kept:
-    torch does not tell which ones a forward pass changes (batch norm's leave no trace).
+    The second pass repeats the changes of the first (a batch norm's statistics, the vectors of a
+    spectral norm). With the buffers restored, they count once, and every piece sees the same
+    values in both passes. All buffers are copied: torch does not show which ones a forward pass
+    changes (batch norm's changes do not raise a version counter).
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._kept = [
+        self._saved = [
             (module, name, buffer, buffer.detach().clone())
             for module in model.modules()
             for name, buffer in module.named_buffers(recurse=False)
         ]
 
     def restore(self) -> None:
-        """Put the buffers back, those too that a module has replaced."""
+        """Restore the buffers, also those that a module has replaced."""
         with torch.no_grad():
-            for module, name, buffer, value in self._kept:
+            for module, name, buffer, value in self._saved:
                 setattr(module, name, buffer.copy_(value))
 
 
 @attrs.define(eq=False)
-class Pieces:
-    """Says into how many pieces a batch is cut.
+class PieceCounter:
+    """Computes the number of pieces of a batch.
 
-    The ranks of a sharded model cut theirs into as many as the one with the largest batch, since
-    they meet in each forward and backward pass. They tell each other over the host, where no
-    device is waited for: a rank waits for the last one to begin its update.
+    The ranks of a sharded model have collectives in each forward and backward pass, so all of them
+    use the number of pieces of the largest batch. They exchange it between hosts, without waiting
+    for a device; a rank waits until the last one starts its update.
 
     Args:
-        agreed: whether the ranks cut into equally many.
+        agreed: whether all ranks use the same number.
     """
 
     agreed: bool = attrs.field(kw_only=True)
     _group: Any = attrs.field(default=None, init=False)
 
     def count(self, samples: int, size: int) -> int:
-        """Return the number of pieces of at most `size` samples, or of more where others need it.
+        """Return the number of pieces of at most `size` samples; more if another rank needs more.
 
         Args:
-            samples: of this rank's batch.
-            size: of a piece, at most.
+            samples: the samples of this rank's batch.
+            size: the most samples of a piece.
 
         Raises:
             BatchError: on all ranks, if one has fewer samples than there are pieces.
@@ -84,27 +85,27 @@ class Pieces:
             return own
         if self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=exchange_timeout())
-        told = torch.tensor([own, -samples])
-        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
-        pieces, fewest = told.tolist()
+        largest = torch.tensor([own, -samples])
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group)
+        pieces, fewest = largest.tolist()
         if -fewest < pieces:
             raise BatchError(
                 f"each rank of a sharded model must have a sample for each of {pieces} pieces of "
-                f"at most {size}, got {-fewest} on one: share the batch equally, or give a larger "
-                "microbatch_size"
+                f"at most {size}, got {-fewest} on one. Split the batch equally, or set a larger "
+                "microbatch_size."
             )
         return int(pieces)
 
 
 @attrs.define(eq=False)
 class GradientCache:
-    """Both passes of one update whose loss couples its samples.
+    """The two passes of one update whose loss couples its samples.
 
     Args:
-        model: whose buffers and random draws the second pass repeats.
-        device: where it draws.
+        model: its buffers are restored before the second pass.
+        device: its random generator is restored before each piece of the second pass.
         last_backward: a context for the last backward pass of the update.
-        between_pieces: is called after each of the other backward passes.
+        between_pieces: called after each of the other backward passes.
     """
 
     model: nn.Module
@@ -112,22 +113,22 @@ class GradientCache:
     last_backward: Callable[[], AbstractContextManager[Any]] = nullcontext
     between_pieces: Callable[[], object] = nullcontext
     _random: list[ForwardRandomState] = attrs.field(factory=list, init=False)
-    _buffers: Buffers = attrs.field(init=False)
+    _buffers: SavedBuffers = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._buffers = Buffers(self.model)
+        self._buffers = SavedBuffers(self.model)
 
     def outputs(self, forward: Forward, pieces: Sequence[Any]) -> Outputs:
-        """Run the first pass; return the whole batch's outputs, as leaves for gradients."""
+        """Run the first pass; return the outputs of the whole batch, as leaves for gradients."""
         parts: list[Outputs] = []
         with torch.no_grad():
             for piece in pieces:
                 self._random.append(forward_random_state(self.device))
                 parts.append(forward(piece))
-        return _as_leaves(joined(parts, pieces))
+        return _as_leaves(join_outputs(parts, pieces))
 
     def backward(self, forward: Forward, pieces: Sequence[Any], outputs: Outputs) -> None:
-        """Run the second pass: send the gradients in `outputs` through the model."""
+        """Run the second pass: send the gradients of `outputs` backward through the model."""
         after_loss = forward_random_state(self.device)
         self._buffers.restore()
         start = 0
@@ -142,24 +143,25 @@ class GradientCache:
         set_forward_random_state(after_loss, self.device)
 
 
-def joined(parts: Sequence[Outputs], pieces: Sequence[Any]) -> Outputs:
-    """Return the outputs of all pieces as those of the whole batch.
+def join_outputs(parts: Sequence[Outputs], pieces: Sequence[Any]) -> Outputs:
+    """Return the outputs of the whole batch from those of its pieces.
 
     Raises:
-        BatchError: if the pieces name different outputs, or one has not a piece's samples first.
+        BatchError: if the pieces have different names, or the first dimension of an output is not
+            the number of samples of its piece.
     """
     names = list(parts[0])
     for part, piece in zip(parts, pieces, strict=True):
         if list(part) != names:
             raise BatchError(
-                f"a task must name the same outputs for every piece, got {names} and {list(part)}"
+                f"task must return the same names for every piece, got {names} and {list(part)}"
             )
         size = batch_size(piece)
         wrong = {n: tuple(v.shape) for n, v in part.items() if v.ndim and v.shape[0] != size}
         if wrong:
             raise BatchError(
-                f"an output must have the piece's {size} samples as its first dimension, or no "
-                f"dimension where all samples share it, got {wrong}"
+                f"an output of the task must have the {size} samples of the piece as its first "
+                f"dimension, or no dimension if all samples share it, got {wrong}"
             )
     return {name: _join([part[name] for part in parts]) for name in names}
 
@@ -173,7 +175,7 @@ def _as_leaves(outputs: Outputs) -> Outputs:
 
 
 def _send_back(cached: Outputs, again: Outputs, start: int, *, last: bool) -> int:
-    """Send one piece's share of the gradients backward; return where the next piece starts."""
+    """Send the gradients of one piece backward; return the first sample of the next piece."""
     tensors, gradients, stop = [], [], start
     for name, value in again.items():
         if value.ndim:
@@ -183,7 +185,7 @@ def _send_back(cached: Outputs, again: Outputs, start: int, *, last: bool) -> in
             continue
         if value.ndim:
             gradient = gradient[start:stop]
-        elif not last:  # one value for all samples: its gradient goes back once
+        elif not last:  # one value for all samples: send its gradient once
             continue
         tensors.append(value)
         gradients.append(gradient)

@@ -1,4 +1,4 @@
-"""The one step: a batch becomes an update, in phases that each fire an event."""
+"""The training step: one update for one batch, in phases that each fire an event."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from diptych.engine.data.batches import batch_size, cut
 from diptych.engine.data.prefetch import mover
-from diptych.engine.data.transform import Transform, transformed
+from diptych.engine.data.transform import Transform, apply_transform
 from diptych.engine.distributed.collectives import all_reduce_sum, broadcast_buffers, world_size
 from diptych.engine.distributed.dtensor import (
     call_on,
@@ -33,7 +33,7 @@ from diptych.engine.step.loss_contract import (
     loss_terms,
     sum_of_terms,
 )
-from diptych.engine.step.microbatch import GradientCache, Pieces, joined
+from diptych.engine.step.microbatch import GradientCache, PieceCounter, join_outputs
 from diptych.engine.tasks import Outputs, Task
 
 
@@ -57,11 +57,11 @@ class TrainerParts(Protocol):
 
 
 class StepOutput(NamedTuple):
-    """What an update leaves in `trainer.state.output`: detached, on the device, never waited for.
+    """The result of an update in `trainer.state.output`: detached, on the device, not waited for.
 
     Attributes:
         loss: the loss, a scalar.
-        terms: its named terms, scalars that add up to it.
+        terms: its named terms, scalars whose sum it is.
         batch_size: samples of the batch on this rank.
     """
 
@@ -71,9 +71,9 @@ class StepOutput(NamedTuple):
 
 
 class TrainStep:
-    """Forward, loss, backward and update of one batch; the process function of a `Trainer`.
+    """Forward pass, loss, backward pass and update of one batch: a `Trainer`'s process function.
 
-    The phases are methods, to be overridden one at a time by a step of one's own.
+    Each phase is a method that a subclass can override.
     """
 
     def __init__(self, trainer: TrainerParts) -> None:
@@ -87,7 +87,7 @@ class TrainStep:
         self.to_device = mover(self.device, prefetch=settings.prefetch)
         self.average = GradientAverage(lambda: (self.model, self.loss))
         self._unscaled = False
-        self._pieces = Pieces(agreed=has_shards(trainer.model))
+        self._piece_counter = PieceCounter(agreed=has_shards(trainer.model))
 
     @property
     def model(self) -> nn.Module:
@@ -110,7 +110,7 @@ class TrainStep:
         return self._trainer.task
 
     def __call__(self, trainer: Any, batch: Any) -> StepOutput:
-        """Make one update of `batch`."""
+        """Make one update with `batch`."""
         batch = self.transformed(self.to_device(batch))
         size = batch_size(batch)
         self.clear_gradients()
@@ -121,13 +121,13 @@ class TrainStep:
         self.update()
         trainer.fire_event(StepEvents.OPTIMIZER_STEPPED)
         output = StepOutput(value, terms, size)
-        trainer.metrics.update(published(output))
+        trainer.metrics.update(tagged_scalars(output))
         return output
 
     def transformed(self, batch: Any) -> Any:
-        """Return what the trainer's transform makes of a batch on the device."""
+        """Apply the trainer's transform to a batch on the device."""
         state, seed = self._trainer.state, self._trainer.settings.seed
-        return transformed(
+        return apply_transform(
             self._trainer.transform,
             batch,
             self.device,
@@ -137,43 +137,43 @@ class TrainStep:
         )
 
     def clear_gradients(self) -> None:
-        """Forget all gradients: also of what no optimizer holds, where they would add up."""
+        """Clear all gradients, also those outside of the optimizer, which would add up."""
         self.optimizer.zero_grad(set_to_none=True)
         for parameter in self.parameters():
             parameter.grad = None
 
     def parameters(self) -> dict[nn.Parameter, None]:
-        """Return the parameters of model and loss, each once: a loss may hold one of the model."""
+        """Return the parameters of model and loss, each once: they may share some."""
         return dict.fromkeys((*self.model.parameters(), *self.loss.parameters()))
 
     def between_pieces(self) -> None:
-        """Do what the gradients of a piece need before the next one runs."""
+        """Copy gradients that the next piece would overwrite (with CUDA graphs)."""
         if self.cuda_graphs:
             keep_gradients(self.parameters())
 
     def gradients(self, trainer: Any, batch: Any) -> tuple[Terms, Tensor]:
-        """Put the gradient of the loss into the parameters; return detached terms and loss."""
+        """Compute the gradients of the parameters; return the detached terms and loss."""
         if self.microbatch_size is None:
             return self.coupled(trainer, batch, [batch])
-        # The loss decides, not the size: with a batch that fits on one rank and not on another,
-        # the ranks would meet in different collectives.
-        pieces = cut(batch, self._pieces.count(batch_size(batch), self.microbatch_size))
+        # The loss decides, not the size of the batch: if it fit on one rank and not on another,
+        # the ranks would run different collectives.
+        pieces = cut(batch, self._piece_counter.count(batch_size(batch), self.microbatch_size))
         if couples_samples(self.loss):
             return self.coupled(trainer, batch, pieces)
         return self.accumulated(trainer, pieces, self.microbatch_size)
 
     @waits_at("the forward pass")
     def forward(self, batch: Any) -> Outputs:
-        """Return the task's outputs for a batch or a piece of one."""
+        """Return the task's outputs for a batch or a piece of it."""
         with self.autocast():
             return call_on(self.task, self.model, batch)
 
     @waits_at("the backward pass")
     def coupled(self, trainer: Any, batch: Any, pieces: list[Any]) -> tuple[Terms, Tensor]:
-        """Take the loss of all samples at once; cache gradients where there are pieces."""
+        """Compute the loss of all samples at once, with cached gradients if there are pieces."""
         cache = None
-        # Over ranks a single piece is cached too: others may have several, and the exchange of
-        # gradients must come after the loss's collectives on all.
+        # Over several ranks, cache a single piece too: others may have more pieces, and gradients
+        # must be averaged after the loss's collectives on all ranks.
         if len(pieces) == 1 and (self.microbatch_size is None or world_size() == 1):
             outputs = self.forward(batch)
         else:
@@ -196,9 +196,9 @@ class TrainStep:
 
     @waits_at("the loss and the backward pass")
     def accumulated(self, trainer: Any, pieces: list[Any], divisor: int) -> tuple[Terms, Tensor]:
-        """Add up the gradients of a mean over samples, each piece weighted by what it holds.
+        """Accumulate the gradients of a mean over samples, each piece with its weight.
 
-        The divisor is the same on all ranks and taken out at the end; it keeps fp16 in range.
+        The divisor is the same on all ranks and removed at the end; it keeps fp16 in range.
         """
         parts: list[Outputs] = []
         sums: list[Terms] = []
@@ -216,9 +216,9 @@ class TrainStep:
             parts.append({name: tensor.detach() for name, tensor in outputs.items()})
             sums.append({name: term.detach() for name, term in terms.items()})
             weights.append(weight.detach())
-        trainer.outputs = joined(parts, pieces)
+        trainer.outputs = join_outputs(parts, pieces)
         trainer.fire_event(StepEvents.FORWARD_COMPLETED)
-        # Weights may be whole numbers.
+        # Weights may be integers.
         dtype = torch.promote_types(next(iter(sums[0].values())).dtype, torch.float32)
         weight = all_reduce_sum(torch.stack(weights).sum(dtype=dtype))
         inverse = torch.where(weight > 0, world_size() / weight, 0)
@@ -232,7 +232,7 @@ class TrainStep:
         return terms, sum_of_terms(terms)
 
     def totals_and_weight(self, outputs: Outputs, size: int) -> tuple[Terms, Tensor]:
-        """Return the sums of a piece's terms over its samples, and the weight they stand for."""
+        """Return the sums of a piece's terms over its samples, and the weight of the piece."""
         if isinstance(self.loss, SampleMeanLoss):
             value, weight = self.loss.total_and_weight(*outputs.values())
             return {"loss": value}, weight
@@ -241,7 +241,7 @@ class TrainStep:
         return terms, torch.full_like(value.detach(), size, dtype=torch.float32)
 
     def finish_gradients(self) -> None:
-        """Take the averages over ranks, and the loss scale out."""
+        """Receive the averages over ranks, and divide them by the loss scale."""
         self.average.receive()
         held = (p for group in self.optimizer.param_groups for p in group["params"])
         self._unscaled = self.scaler is not None and any(p.grad is not None for p in held)
@@ -249,8 +249,8 @@ class TrainStep:
             self.scaler.unscale_(self.optimizer)
 
     def update(self) -> None:
-        """Step the optimizer, then put the loss's parameters back into their bounds."""
-        if self.scaler is None or not self._unscaled:  # a scaler asks for at least one gradient
+        """Step the optimizer, then clamp the loss's parameters to their bounds."""
+        if self.scaler is None or not self._unscaled:  # a scaler needs at least one gradient
             with mixed_tensors_allowed(self.model):
                 self.optimizer.step()
         else:
@@ -261,11 +261,11 @@ class TrainStep:
         constrain_parameters(self.loss)
 
     def scaled(self, value: Tensor) -> Tensor:
-        """Return the value that goes backward: times the loss scale in fp16."""
+        """Return the value for the backward pass: multiplied by the loss scale in fp16."""
         return value if self.scaler is None else self.scaler.scale(value)
 
     def autocast(self) -> Any:
-        """Return a fresh autocast context: casts cached without a graph must not be reused."""
+        """Return a new autocast context, so that casts cached without a graph are not reused."""
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
@@ -275,12 +275,12 @@ class TrainStep:
             local_part(gradient).mul_(factor)
 
 
-def published(output: StepOutput) -> dict[str, Tensor]:
-    """Return the scalars of an update by their tags; a single term is the loss itself."""
+def tagged_scalars(output: StepOutput) -> dict[str, Tensor]:
+    """Return the scalars of an update by tag; a single term is the loss itself."""
     loss = {"train/loss": output.loss}
     if len(output.terms) == 1:
         return loss
-    # The loss last, so that a term of the same name does not hide it.
+    # The loss comes last, so that a term of the same name does not hide it.
     return {**{f"train/{name}": term for name, term in output.terms.items()}, **loss}
 
 
@@ -291,7 +291,7 @@ def _loss_scale(scaler: torch.amp.GradScaler) -> Tensor:
 
 
 def check_fp16(device: torch.device) -> None:
-    """Run a small convolution forward and backward in fp16, which some CPUs cannot.
+    """Check that a device can run a convolution forward and backward in fp16; some CPUs cannot.
 
     Raises:
         ValueError: if the device cannot.

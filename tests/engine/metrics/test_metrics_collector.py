@@ -251,11 +251,11 @@ def test_values_of_several_types_are_added_up_in_float64():
 
 def test_a_history_of_nothing_names_what_there_is():
     collector = MetricsCollector()
-    with pytest.raises(KeyError, match="no history of 'loss'; there is one of nothing"):
+    with pytest.raises(KeyError, match=r"got 'loss'\. There are: none"):
         collector.get_history("loss")
     collector.update(accuracy=1.0)
     collector.end_epoch()
-    with pytest.raises(KeyError, match="there is one of accuracy"):
+    with pytest.raises(KeyError, match="There are: accuracy"):
         collector.get_history("loss")
     collector.get_history("accuracy").append(3.0)
     assert collector.get_history("accuracy") == [1.0]

@@ -242,7 +242,7 @@ def test_pieces_that_name_different_outputs_are_a_clear_error():
         image, text = model(batch["image"], batch["text"])
         return {next(names): image, "text": text}
 
-    with pytest.raises(BatchError, match="same outputs for every piece"):
+    with pytest.raises(BatchError, match="same names for every piece"):
         trainer_of(task=fickle, microbatch_size=4).run([paired(8)], max_epochs=1)
 
 

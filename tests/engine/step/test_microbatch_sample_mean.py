@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diptych.engine import StepEvents, tasks
-from tests.engine.loops import events_of
+from tests.engine.loop.loops import events_of
 from tests.engine.models import (
     CoupledLoss,
     SquareLoss,

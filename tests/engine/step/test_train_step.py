@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diptych.engine import MetricsEvents, StepEvents, StepOutput, tasks
-from tests.engine.loops import events_of
+from tests.engine.loop.loops import events_of
 from tests.engine.models import (
     CoupledLoss,
     TokenLoss,
