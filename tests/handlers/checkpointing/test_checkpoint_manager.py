@@ -310,7 +310,7 @@ class Holds:
 def test_a_state_that_cannot_be_loaded_safely_is_refused_at_the_first_save(tmp_path, background):
     trainer = make_trainer()
     trainer.attach(Holds(len), CheckpointManager(tmp_path, background=background))
-    with pytest.raises(CheckpointError, match=r"handlers.Holds.value must be made of tensors"):
+    with pytest.raises(CheckpointError, match=r"handlers.Holds.value must consist of tensors"):
         trainer.run(make_loader(), max_epochs=2)
     assert trainer.state.epoch == 1
 
@@ -358,7 +358,7 @@ def test_a_newer_format_asks_for_an_update(tmp_path):
     state = torch.load(path, weights_only=True)
     newer = Path(tmp_path / "newer.pt")
     torch.save({**state, "format": 99}, newer)
-    with pytest.raises(CheckpointError, match="format 99"):
+    with pytest.raises(CheckpointError, match=r"format must be at most .*, got 99"):
         manager.load_checkpoint(newer)
 
 
