@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from diptych.commands.factory import find_factory
@@ -30,24 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the reports; return 1 if a check fails, else 0.
-
-    Raises:
-        TypeError: if the factory does not return a trainer and its loader.
-        ValueError: if a number is too small.
-    """
-    for name, least in (("microbatch_size", 1), ("interruption", 2)):
-        given = getattr(options, name)
-        if given is not None and given < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be >= {least}, got {given}")
+    """Print the reports; return 1 if a check fails, else 0."""
+    _check_numbers(options)
     build = find_factory(options.factory)
-    built = build()
-    if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], Trainer)):
-        raise TypeError(
-            f"factory must return a Trainer and its loader, got {type(built).__name__}. End "
-            f"{options.factory} with: return trainer, loader."
-        )
-    trainer, loader = built
+    trainer, loader = _built(build(), options.factory)
     reports: list[Any] = [
         certify(trainer, next(iter(loader)), microbatch_size=options.microbatch_size)
     ]
@@ -56,3 +43,21 @@ def run(options: argparse.Namespace) -> int:
         reports.append(certify.interruption(build, steps=steps, at=max(1, steps // 3)))
     sys.stdout.write("".join(f"{report}\n" for report in reports))
     return 0 if all(report.passed for report in reports) else 1
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    """Raise ValueError if a number is too small."""
+    for name, least in (("microbatch_size", 1), ("interruption", 2)):
+        given = getattr(options, name)
+        if given is not None and given < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be >= {least}, got {given}")
+
+
+def _built(built: Any, factory: str) -> tuple[Trainer, Iterable[Any]]:
+    """Return the trainer and the loader; raise TypeError if the factory returned something else."""
+    if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], Trainer)):
+        raise TypeError(
+            f"factory must return a Trainer and its loader, got {type(built).__name__}. End "
+            f"{factory} with: return trainer, loader."
+        )
+    return built
