@@ -291,7 +291,7 @@ def _check_shards(evaluator: Engine) -> None:
     first = next((i for i, digest in enumerate(seen) if digest in seen[:i]), None)
     if first is not None:
         raise BatchError(
-            "loader must give each rank samples of its own, got the same first batch on ranks "
+            "loader must give each rank different samples, got the same first batch on ranks "
             f"{seen.index(seen[first])} and {first}. Use a sampler that shards, or wrap the "
             "batches in of_this_rank"
         )

@@ -1,1 +1,1 @@
-"""Statistics of representations, and rules that name what is wrong with a run."""
+"""Statistics of features, and rules that name the problems of a run."""

@@ -79,11 +79,11 @@ class Unsent:
     def _open(self, run: str) -> tuple[Any, str]:
         return self, run or "new"
 
-    def _describe(self, *told: Any) -> None:
-        self.sent.append(told)
+    def _describe(self, *values: Any) -> None:
+        self.sent.append(values)
 
-    def _send(self, *told: Any) -> None:
-        self.sent.append(told)
+    def _send(self, *values: Any) -> None:
+        self.sent.append(values)
 
     def _close_run(self, *, failed: bool) -> None:
         self.sent.append((failed,))
