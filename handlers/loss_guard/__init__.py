@@ -1,1 +1,1 @@
-"""Skips or stops at bad updates, records them, and replays a record."""
+"""LossGuard, its records of bad updates, and their replay."""

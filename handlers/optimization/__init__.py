@@ -1,1 +1,1 @@
-"""Schedules, clipping, diagnostics, averages of weights, parameter groups."""
+"""Schedules, gradient clipping and diagnostics, weight averages, parameter groups."""

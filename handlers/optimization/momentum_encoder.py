@@ -148,8 +148,8 @@ class MomentumEncoder(Handler):
     def _start(self, trainer: Trainer) -> None:
         if self.schedule == "cosine" and (self.total or iterations_of_run(trainer)) is None:
             raise ValueError(
-                "a cosine schedule needs the run's length, got a loader without one: give "
-                "MomentumEncoder a total, or run an epoch_length"
+                "a cosine schedule needs the length of the run, got a loader without one. Pass "
+                "total to MomentumEncoder, or run with an epoch_length"
             )
         if trainer.state.iteration == 0:
             for online, target in self._pairs:

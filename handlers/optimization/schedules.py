@@ -98,19 +98,33 @@ class LearningRate(Handler):
             set_rate(group, factor * group.setdefault("initial_lr", group["lr"]))
 
     def _check_length(self, trainer: Trainer) -> None:
-        if self.decay == "constant":
-            return
-        total = self.total or iterations_of_run(trainer)
-        if total is None:
-            raise ValueError(
-                f"a {self.decay} decay needs the run's length, got a loader without one: give "
-                "LearningRate a total, or run an epoch_length"
-            )
-        if self.warmup >= total:
-            raise ValueError(
-                f"warmup must be shorter than the {total} iterations until the decay ends, got "
-                f"{self.warmup}: shorten it, or give a larger total"
-            )
+        check_length(self, iterations_of_run(trainer), "the run")
+
+
+def check_length(schedule: LearningRate, length: int | None, of: str) -> None:
+    """Check that a schedule fits into a run or a stage.
+
+    Args:
+        schedule: the schedule.
+        length: iterations of the run or stage; None if unknown.
+        of: the run or stage, for the message.
+
+    Raises:
+        ValueError: if the end of a decay is unknown, or the warm-up is not shorter than it.
+    """
+    total = schedule.total or length
+    if schedule.decay == "constant":
+        return
+    if total is None:
+        raise ValueError(
+            f"a {schedule.decay} decay needs the length of {of}, got a loader without one. Pass "
+            "total to LearningRate, or run with an epoch_length"
+        )
+    if schedule.warmup >= total:
+        raise ValueError(
+            f"the warmup of {of} must be shorter than the {total} iterations until the decay ends, "
+            f"got {schedule.warmup}. Shorten it, or pass a larger total"
+        )
 
 
 def iterations_of_run(trainer: Trainer) -> int | None:

@@ -1,1 +1,1 @@
-"""Stages and curricula: settings that change while a run goes on."""
+"""Training stages and curricula: settings that change during a run."""

@@ -11,7 +11,7 @@ import attrs
 from diptych.engine.checks import whole_number
 from diptych.engine.tasks import Task
 from diptych.handlers.optimization.parameter_groups import GroupRules, LayerDecay
-from diptych.handlers.optimization.schedules import LearningRate
+from diptych.handlers.optimization.schedules import LearningRate, check_length
 
 
 def _constant() -> LearningRate:
@@ -154,18 +154,4 @@ class Stage:
             ValueError: if the end of a decay is unknown, or the warm-up is not shorter than the
                 stage.
         """
-        if self.schedule.decay == "constant":
-            return
-        total = self.schedule.total or self.length(epoch_length)
-        if total is None:
-            raise ValueError(
-                f"the {self.schedule.decay} decay of stage {self.name!r} needs the stage's length, "
-                "got a loader without one. Give the stage steps, give its schedule a total, or run "
-                "with an epoch_length"
-            )
-        if self.schedule.warmup >= total:
-            raise ValueError(
-                f"the warm-up of stage {self.name!r} must be shorter than the {total} iterations "
-                f"until its decay ends, got {self.schedule.warmup}. Shorten it, or make the stage "
-                "longer"
-            )
+        check_length(self.schedule, self.length(epoch_length), f"stage {self.name!r}")

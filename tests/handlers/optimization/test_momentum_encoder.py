@@ -215,7 +215,7 @@ def test_an_argument_out_of_range_is_refused(arguments, message):
 
 def test_a_cosine_without_a_length_is_refused():
     trainer = make_trainer().attach(MomentumEncoder(schedule="cosine"))
-    with pytest.raises(ValueError, match="a cosine schedule needs the run's length"):
+    with pytest.raises(ValueError, match="a cosine schedule needs the length of the run"):
         trainer.run((batch for batch in make_loader()), max_epochs=1)
 
 

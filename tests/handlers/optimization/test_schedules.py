@@ -122,7 +122,7 @@ def test_different_rates_are_published_by_the_names_of_their_groups():
 def test_a_decay_over_an_unknown_length_is_refused():
     trainer = make_trainer().attach(LearningRate(warmup=0))
     endless = type("Endless", (), {"__iter__": lambda _: iter(make_loader())})()
-    with pytest.raises(ValueError, match="cosine decay needs the run's length, got a loader"):
+    with pytest.raises(ValueError, match="cosine decay needs the length of the run, got a loader"):
         trainer.run(endless, max_epochs=2)
     make_trainer().attach(LearningRate(warmup=0, total=9)).run(endless, max_epochs=1)
     make_trainer().attach(LearningRate(decay="constant")).run(endless, max_epochs=1)
@@ -138,7 +138,7 @@ def test_the_length_may_be_given_in_iterations():
 
 def test_a_warm_up_that_does_not_end_is_refused():
     trainer = make_trainer().attach(LearningRate(warmup=10))
-    with pytest.raises(ValueError, match=r"shorter than the 10 iterations .* got 10: shorten it"):
+    with pytest.raises(ValueError, match=r"shorter than the 10 iterations .* got 10\. Shorten it"):
         trainer.run(make_loader(), max_epochs=2)
 
 

@@ -61,7 +61,7 @@ def test_the_plan_determines_the_length_of_the_run():
 def test_a_decay_over_a_loader_without_a_length_needs_an_epoch_length():
     schedule = LearningRate(warmup=0, decay="cosine")
     stage = Stage("head", trains="head", epochs=2, lr=0.1, schedule=schedule)
-    with pytest.raises(ValueError, match="cosine decay of stage 'head' needs the stage's length"):
+    with pytest.raises(ValueError, match="cosine decay needs the length of stage 'head'"):
         make_trainer(stage).run(Unsized(list(loader())))
     make_trainer(stage).run(Unsized(list(loader())), epoch_length=5)
 
