@@ -16,12 +16,7 @@ from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.engine.handler import Finding, Handler
 from diptych.handlers.argument_checks import number
-from diptych.handlers.performance.data_wait import (
-    DataWaitRule,
-    DeviceWait,
-    HostWait,
-    data_wait,
-)
+from diptych.handlers.performance.data_wait import DataWaitRule, DeviceWait, HostWait, data_wait
 
 if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer

@@ -28,8 +28,7 @@ def save_charts(charts: Mapping[str, Sequence[ChartDrawing]], path: Path) -> Non
     placed, headings, height = _placed(charts)
     width = MARGIN + COLUMNS * (WIDTH + MARGIN)
     figure = Figure(
-        figsize=(width / PIXELS_PER_INCH, height / PIXELS_PER_INCH),
-        dpi=PIXELS_PER_INCH * SHARPNESS,
+        figsize=(width / PIXELS_PER_INCH, height / PIXELS_PER_INCH), dpi=PIXELS_PER_INCH * SHARPNESS
     )
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0), xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()

@@ -79,9 +79,7 @@ class HistoryPlots(Handler):
 
     directory: RunDirectory = attrs.field(converter=RunDirectory)
     every: int | None = attrs.field(
-        default=None,
-        validator=attrs.validators.optional(whole_number(of="epochs")),
-        kw_only=True,
+        default=None, validator=attrs.validators.optional(whole_number(of="epochs")), kw_only=True
     )
     png: bool = attrs.field(default=False, kw_only=True)
 

@@ -46,11 +46,8 @@ def hyperparameters(
         **{f"trainer/{key}": settings["trainer"].get(key) for key in TRAINER_SETTINGS},
         **dict(_handler_hyperparameters(settings["handlers"], handlers)),
     }
-    return {
-        name: value if isinstance(value, (bool, int, float, str)) else str(value)
-        for name, value in found.items()
-        if value is not None
-    }
+    plain = (bool, int, float, str)
+    return {k: v if isinstance(v, plain) else str(v) for k, v in found.items() if v is not None}
 
 
 def _handler_hyperparameters(

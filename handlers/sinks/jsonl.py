@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from diptych.engine.errors import ResumeError
 from diptych.engine.metrics.metrics_collector import Record
 from diptych.handlers.files import make_folder
 from diptych.handlers.run_directory import METRICS, measured_file, metrics_file
+from diptych.handlers.sinks.json_values import json_number
 from diptych.handlers.sinks.sink import Sink
 
 if TYPE_CHECKING:
@@ -128,13 +128,6 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
             step = values.pop("step")
             records.append(Record(step, {tag: float(value) for tag, value in values.items()}))
     return records
-
-
-def json_number(value: float) -> float | str:
-    """Return a number as JSON: a string instead of NaN or an infinity."""
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def _line(step: int, values: Mapping[str, float]) -> bytes:

@@ -4,29 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from diptych.engine.handler import Finding
-from diptych.engine.modules import named_parameters
-from diptych.engine.trainer import Trainer
-from diptych.handlers.components import find_components
+from diptych.handlers.sinks.component_sizes import component_sizes, total_size
 
 
-def model_table(trainer: Trainer) -> str:
+def model_table(model: nn.Module, loss: nn.Module) -> str:
     """Return the number of parameters of each component and of the loss: all, and trainable."""
-    named = {
-        id(parameter): parameter
-        for parameter in named_parameters(trainer.model, trainer.loss).values()
-    }
-    components = find_components(trainer, None) if named else {}
-    counts = [
-        (
-            component,
-            sum(named[member].numel() for member in members),
-            sum(named[member].numel() for member in members if named[member].requires_grad),
-        )
-        for component, members in components.items()
+    sizes = component_sizes(model, loss)
+    rows = [
+        (name, f"{size.parameters:,}", f"{size.trainable:,}")
+        for name, size in {**sizes, "all": total_size(sizes)}.items()
     ]
-    counts.append(("all", sum(c[1] for c in counts), sum(c[2] for c in counts)))
-    rows = [(name, f"{size:,}", f"{trainable:,}") for name, size, trainable in counts]
     return markdown_table(("component", "parameters", "trainable"), rows)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import os
 import sys
 from collections.abc import Iterator
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import attrs
 from ignite.engine import Events
@@ -225,12 +224,8 @@ def is_terminal(stream: TextIO) -> bool:
 def _terminal_handlers() -> list[logging.Handler]:
     """Return the root logger's handlers, and Python's last resort, that write to a terminal."""
     handlers = [*logging.getLogger().handlers, logging.lastResort]
-    return [handler for handler in handlers if handler and _stream_of(handler).isatty()]
-
-
-def _stream_of(handler: logging.Handler) -> Any:
-    stream = getattr(handler, "stream", None)
-    return stream if hasattr(stream, "isatty") else io.StringIO()
+    streams = [handler for handler in handlers if isinstance(handler, logging.StreamHandler)]
+    return [handler for handler in streams if getattr(handler.stream, "isatty", bool)()]
 
 
 def _iterations_left(trainer: Trainer) -> int | None:

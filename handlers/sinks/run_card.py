@@ -17,7 +17,8 @@ from diptych.engine.data.seeded_loader import SeededLoader
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.events import MetricsEvents, Outcome, RunEvents
 from diptych.engine.handler import Handler
-from diptych.engine.modules import named_parameters, unwrapped
+from diptych.engine.modules import unwrapped
+from diptych.handlers.sinks.component_sizes import component_sizes, total_size
 from diptych.handlers.sinks.progress_bar import PLAIN, duration, is_terminal
 
 if TYPE_CHECKING:
@@ -137,28 +138,27 @@ class RunCard(Handler):
         return value > self._best["value"] if self.mode == "max" else value < self._best["value"]
 
     def _end(self, trainer: Trainer) -> None:
-        if self._start_time is None or trainer.outcome is None:
-            return  # nothing was left to run, or it could not start
-        outcome, seconds = OUTCOMES[trainer.outcome], perf_counter() - self._start_time
-        if trainer.outcome is Outcome.FAILED and isinstance(
-            sys.exc_info()[1], (KeyboardInterrupt, SystemExit)
-        ):
-            outcome = "stopped"  # by a signal
+        if self._start_time is None:
+            return  # nothing was left to run, or the run could not start
+        state, seconds = trainer.state, perf_counter() - self._start_time
         if trainer.outcome is not Outcome.INTERRUPTED:  # a paused run continues without STARTED
             self._start_time = None
-        state = trainer.state
         ending = f"epoch {state.epoch}, step {state.iteration}, in {duration(seconds)}"
         if self._seconds:
             ending += f", {self._samples / self._seconds:,.0f} samples/s"
-        lines: dict[str, str | None] = {outcome: ending}
+        directory = None if self.directory is None else str(self.directory)
+        self._write({_ending_word(trainer): ending, **self._result(), "run": directory})
+
+    def _result(self) -> dict[str, str]:
+        """Return the best value of the metric, or without a metric the last loss."""
         if self.best is None:
-            lines["loss"] = (
-                None if self._loss is None else f"{self._loss:#.4g}, at the last log point"
+            return (
+                {} if self._loss is None else {"loss": f"{self._loss:#.4g}, at the last log point"}
             )
-        elif self._best:
-            place = f"epoch {self._best['epoch']:.0f}, step {self._best['step']:.0f}"
-            lines["best"] = f"{self.best} {self._best['value']:.4g}, {place}"
-        self._write({**lines, "run": None if self.directory is None else str(self.directory)})
+        if not self._best:
+            return {}
+        place = f"epoch {self._best['epoch']:.0f}, step {self._best['step']:.0f}"
+        return {"best": f"{self.best} {self._best['value']:.4g}, {place}"}
 
     def _write(self, lines: Mapping[str, str | None]) -> None:
         stream = sys.stderr if self.stream is None else self.stream
@@ -170,21 +170,23 @@ class RunCard(Handler):
         stream.flush()
 
 
+def _ending_word(trainer: Trainer) -> str:
+    signalled = isinstance(sys.exc_info()[1], (KeyboardInterrupt, SystemExit))
+    if trainer.outcome is Outcome.FAILED and signalled:
+        return "stopped"
+    return OUTCOMES[trainer.outcome or Outcome.FAILED]
+
+
 def _model(trainer: Trainer) -> str:
     """Return the number of parameters: all, the trainable share, and by component."""
-    named = named_parameters(trainer.model, trainer.loss)
-    sizes: dict[str, int] = {}
-    for name, parameter in named.items():
-        component = name.partition(".")[0]
-        sizes[component] = sizes.get(component, 0) + parameter.numel()
-    total = sum(sizes.values())
-    trained = sum(p.numel() for p in named.values() if p.requires_grad)
-    largest = sorted(sizes.items(), key=lambda item: -item[1])
-    parts = [f"{name} {size:,}" for name, size in largest[:COMPONENTS]]
+    sizes = component_sizes(trainer.model, trainer.loss)
+    total, trainable = total_size(sizes)
+    largest = sorted(((size.parameters, name) for name, size in sizes.items()), key=lambda s: -s[0])
+    parts = [f"{name} {size:,}" for size, name in largest[:COMPONENTS]]
     rest = largest[COMPONENTS:]
     if rest:
-        parts.append(f"{len(rest)} more {sum(size for _, size in rest):,}")
-    share = "all train" if trained == total else f"{trained:,} ({trained / total:.1%}) train"
+        parts.append(f"{len(rest)} more {sum(size for size, _ in rest):,}")
+    share = "all train" if trainable == total else f"{trainable:,} ({trainable / total:.1%}) train"
     head = f"{type(unwrapped(trainer.model)).__name__}, {total:,} parameters, {share}"
     return f"{head}: {', '.join(parts)}" if parts else head
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import sys
-from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +13,14 @@ import attrs
 import ignite
 import torch
 from ignite.engine import Events
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.handler import Handler
 from diptych.handlers.files import make_folder, write_atomically
 from diptych.handlers.run_directory import RunDirectory
-from diptych.handlers.sinks.jsonl import json_number
+from diptych.handlers.sinks.json_values import as_json, class_name
 
 if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer
@@ -67,7 +65,7 @@ def run_settings(trainer: Trainer) -> dict[str, Any]:
         "iteration": state.iteration,
         "command": list(sys.argv),
         "trainer": {
-            **_as_json(attrs.asdict(trainer.settings)),
+            **as_json(attrs.asdict(trainer.settings)),
             "device": str(trainer.device),
             "ranks": world_size(),
             "max_epochs": state.max_epochs,
@@ -102,7 +100,7 @@ def parameter_counts(module: nn.Module) -> dict[str, Any]:
     """Return the number of parameters of a module: all, the trainable ones, and by child."""
     parameters = list(module.parameters())
     return {
-        "class": _class_name(module),
+        "class": class_name(module),
         "parameters": sum(p.numel() for p in parameters),
         "trainable": sum(p.numel() for p in parameters if p.requires_grad),
         "components": {
@@ -120,35 +118,14 @@ def _optimizer_settings(optimizer: Optimizer) -> dict[str, Any]:
         }
         for group in optimizer.param_groups
     ]
-    return {"class": _class_name(optimizer), "groups": _as_json(groups)}
+    return {"class": class_name(optimizer), "groups": as_json(groups)}
 
 
 def _handler_settings(handler: object) -> dict[str, Any]:
     kind: type[Any] = type(handler)
     settings = {
-        field.name: _as_json(getattr(handler, field.name))
+        field.name: as_json(getattr(handler, field.name))
         for field in (attrs.fields(kind) if attrs.has(kind) else ())
         if field.init and not field.name.startswith("_")
     }
-    return {"class": _class_name(handler), **settings}
-
-
-def _as_json(value: Any) -> Any:
-    """Return a value as JSON; an object that JSON cannot hold becomes the name of its class."""
-    if isinstance(value, Mapping):
-        return {str(key): _as_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_as_json(item) for item in value]
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return _as_json(value.item())
-    if isinstance(value, float):
-        return json_number(value)
-    if isinstance(value, (os.PathLike, torch.device, torch.dtype)):
-        return str(value)
-    plain = value is None or isinstance(value, (str, int))
-    return value if plain else getattr(value, "__qualname__", None) or _class_name(value)
-
-
-def _class_name(instance: object) -> str:
-    kind = type(instance)
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return {"class": class_name(handler), **settings}

@@ -83,7 +83,7 @@ class TensorBoard(Sink):
         self._discard_from(iteration + 1 if iteration or self._writer else 0)
         text = json.dumps(settings, indent=2)
         self.writer.add_text("settings", f"```json\n{text}\n```", iteration)
-        self.writer.add_text("model", model_table(trainer), iteration)
+        self.writer.add_text("model", model_table(trainer.model, trainer.loss), iteration)
         self._add(session_start(hyperparameters(settings, trainer.handlers)), iteration)
         # A resumed run keeps the charts of the evaluations that it will repeat.
         self._tags, self._charts, self._findings = set(trainer.state.metrics), (), 0

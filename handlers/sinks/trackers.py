@@ -13,7 +13,7 @@ from ignite.engine import Events
 
 from diptych.engine.events import Outcome
 from diptych.handlers.extras import check_extra
-from diptych.handlers.sinks.hyperparameters import HyperparameterValue, hyperparameters
+from diptych.handlers.sinks.hyperparameters import hyperparameters
 from diptych.handlers.sinks.run_record import run_settings
 from diptych.handlers.sinks.sink import Sink
 
@@ -89,9 +89,7 @@ class Tracker(Sink):
         """Open the run with an id, or a new run if the id is ""; return a logger and the id."""
 
     @abstractmethod
-    def _describe(
-        self, parameters: Mapping[str, HyperparameterValue], settings: Mapping[str, Any]
-    ) -> None:
+    def _describe(self, parameters: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         """Send the values by which runs are compared, and all settings."""
 
     @abstractmethod
@@ -138,9 +136,7 @@ class WandB(Tracker):
         logger = WandBLogger(project=self.project, name=self.name, **resumed, **self.options)
         return logger, logger.run.id
 
-    def _describe(
-        self, parameters: Mapping[str, HyperparameterValue], settings: Mapping[str, Any]
-    ) -> None:
+    def _describe(self, parameters: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         config = {**parameters, "settings": settings}
         self._logger.config.update(config, allow_val_change=True)
 
@@ -192,9 +188,7 @@ class MLflow(Tracker):
         logger = MLflowLogger()
         return logger, logger.active_run.info.run_id
 
-    def _describe(
-        self, parameters: Mapping[str, HyperparameterValue], settings: Mapping[str, Any]
-    ) -> None:
+    def _describe(self, parameters: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         known = self._logger.MlflowClient().get_run(self._run).data.params
         texts = {_mlflow_name(name): str(v)[:PARAMETER_LENGTH] for name, v in parameters.items()}
         new = [item for item in texts.items() if item[0] not in known]
@@ -257,9 +251,7 @@ class ClearML(Tracker):
         task.set_initial_iteration(0)  # a continued task would add its last step to every step
         return logger, task.id
 
-    def _describe(
-        self, parameters: Mapping[str, HyperparameterValue], settings: Mapping[str, Any]
-    ) -> None:
+    def _describe(self, parameters: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         task = self._logger.get_task()
         task.connect(dict(parameters), name="settings")
         task.connect_configuration(dict(settings), name="settings")

@@ -12,7 +12,7 @@ def test_the_model_is_counted_by_component():
     for parameter in trainer.model[0].parameters():
         parameter.requires_grad_(False)
 
-    assert model_table(trainer).splitlines() == [
+    assert model_table(trainer.model, trainer.loss).splitlines() == [
         "| component | parameters | trainable |",
         "| --- | --- | --- |",
         "| 0 | 16 | 0 |",
