@@ -1,4 +1,4 @@
-"""The page "Writing a loss", followed to the letter in a copy of the repository."""
+"""The instructions of the page "Writing a loss", carried out in a copy of the repository."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def copy(tmp_path: Path) -> Path:
 
 
 def apply(diff: str, text: str) -> str:
-    """Return a text with a block's added lines behind the block's other lines.
+    """Return a text with a block's added lines after the block's other lines.
 
     Raises:
-        ValueError: If the other lines do not stand in the text, together, exactly once.
+        ValueError: If the text does not contain the other lines, together, exactly once.
     """
     lines = diff.splitlines()
     before = "\n".join(line[1:] for line in lines if not line.startswith("+"))
@@ -95,12 +95,12 @@ def test_a_loss_is_added_by_following_the_page(copy: Path) -> None:
         "test_every_loss_is_the_same_on_one_two_and_three_ranks[hinge_pairs]",
         "test_value_is_the_mean_over_images_of_the_summed_violations",
         "test_a_public_name_is_in_the_reference_once[diptych.losses.HingePairsLoss]",
-        "test_the_tables_hold_every_loss_and_no_other",
+        "test_the_tables_list_every_loss_and_no_other",
     ):
         assert f"{sentence} PASSED" in verdicts
 
 
-def test_the_checks_of_the_repository_take_the_pages_code(copy: Path) -> None:
+def test_the_code_of_the_page_passes_the_repositorys_checks(copy: Path) -> None:
     follow(copy)
     new = ["losses/contrastive/hinge_pairs.py", "losses/__init__.pyi"]
     new += ["tests/losses/contrastive/test_hinge_pairs.py"]
@@ -116,7 +116,7 @@ def test_the_checks_of_the_repository_take_the_pages_code(copy: Path) -> None:
         assert done.returncode == 0, done.stdout
 
 
-def test_a_change_to_lines_that_are_gone_is_an_error() -> None:
+def test_a_change_to_missing_lines_is_an_error() -> None:
     assert apply(" a\n+b\n", "x\na\n") == "x\na\nb\n"
     for text in ("x\n", "a\na\n", "xa\n"):
         with pytest.raises(ValueError, match="not found exactly once"):

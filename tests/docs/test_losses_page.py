@@ -1,4 +1,4 @@
-"""The guide's tables of losses hold every loss, with its class and its paper."""
+"""The guide's tables of losses list every loss, with its class and its paper."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROW = re.compile(
     r"^\| `(?P<name>\w+)` \| `(?P<loss>\w+)`(?P<papers>[^|]*)\|(?P<rest>.*)\|$", re.MULTILINE
 )
 ROWS = {row["name"]: row for row in ROW.finditer(PAGE.read_text("utf-8"))}
-# Pages and tests register losses of their own.
+# Pages and tests register other losses too.
 NAMES = [
     name
     for name in available_losses()
@@ -24,7 +24,7 @@ NAMES = [
 ]
 
 
-def test_the_tables_hold_every_loss_and_no_other() -> None:
+def test_the_tables_list_every_loss_and_no_other() -> None:
     assert sorted(ROWS) == NAMES
 
 
