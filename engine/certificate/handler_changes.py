@@ -8,11 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import attrs
-import numpy as np
-import torch
 from ignite.engine import Events
 from torch import Tensor, nn
 
+from diptych.engine.certificate.differences import find_differences
 from diptych.engine.certificate.report import Check
 from diptych.engine.certificate.training_copy import relative_error
 from diptych.engine.containers import leaves, map_leaves
@@ -72,7 +71,11 @@ class ChangeObserver:
             before = snapshot(self.trainer)
             listener.call(self.trainer, (), {})
             after = snapshot(self.trainer)
-            changed = [change for change in Change if not _same(before[change], after[change])]
+            changed = [
+                change
+                for change in Change
+                if any(find_differences("", before[change], after[change]))
+            ]
             if changed:
                 self._record(listener, changed)
 
@@ -186,15 +189,3 @@ def _preserved(trainer: Trainer) -> Iterator[None]:
             for name, value in stops.items():
                 setattr(trainer, name, value)
             trainer.optimizer.zero_grad(set_to_none=True)
-
-
-def _same(first: Any, second: Any) -> bool:
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return first.shape == second.shape and torch.allclose(
-            first, second.to(first), rtol=0, atol=0, equal_nan=True
-        )
-    if isinstance(first, dict) and isinstance(second, dict):
-        return first.keys() == second.keys() and all(_same(first[k], second[k]) for k in first)
-    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
-        return len(first) == len(second) and all(map(_same, first, second))
-    return bool(np.all(first == second))

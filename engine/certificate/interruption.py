@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import io
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
 import torch
 from ignite.engine import Engine, Events
-from torch import Tensor, nn
+from torch import nn
 
+from diptych.engine.certificate.differences import Difference, find_differences
 from diptych.engine.certificate.training_copy import check_not_sharded
 from diptych.engine.errors import ResumeError
 from diptych.engine.random_state import (
@@ -25,24 +25,6 @@ from diptych.engine.trainer import Trainer
 
 Build = Callable[[], tuple[Trainer, Iterable[Any]]]
 """Returns a new trainer with its handlers attached, and its loader."""
-
-
-@attrs.frozen
-class Difference:
-    """A value that an interruption changes, or that a checkpoint lacks.
-
-    Attributes:
-        name: the part of the run's state, or the object and its attribute.
-        expected: the value without an interruption, as text.
-        received: the value with one, as text.
-    """
-
-    name: str
-    expected: str
-    received: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.expected} without, {self.received} with an interruption"
 
 
 @attrs.frozen
@@ -97,7 +79,7 @@ def check_interruption(build: Build, steps: int, at: int) -> InterruptionReport:
         forgotten = tuple(_forgotten(cut, resumed))
         resumed.run(loader, max_iters=steps)
         differences = (
-            *_differences("", run_state(whole), run_state(resumed)),
+            *find_differences("", run_state(whole), run_state(resumed)),
             *_differences_of_modules(whole, resumed),
         )
     return InterruptionReport(steps, at, differences, forgotten)
@@ -138,7 +120,7 @@ def _forgotten(cut: Trainer, resumed: Trainer) -> Iterator[Difference]:
     for name, before, after in _parts(cut, resumed):
         mine, other = _attributes(before), _attributes(after)
         for key in sorted(mine.keys() & other.keys()):
-            yield from _differences(f"{name}.{key}", mine[key], other[key])
+            yield from find_differences(f"{name}.{key}", mine[key], other[key])
 
 
 def _differences_of_modules(whole: Trainer, resumed: Trainer) -> Iterator[Difference]:
@@ -147,7 +129,7 @@ def _differences_of_modules(whole: Trainer, resumed: Trainer) -> Iterator[Differ
         others = _attributes(after)
         for key, module in _attributes(before).items():
             if isinstance(module, nn.Module) and isinstance(others.get(key), nn.Module):
-                yield from _differences(f"{name}.{key}", module, others[key])
+                yield from find_differences(f"{name}.{key}", module, others[key])
 
 
 def _handlers(cut: Trainer, resumed: Trainer) -> Iterator[tuple[str, Any, Any]]:
@@ -174,52 +156,3 @@ def _attributes(owner: Any) -> dict[str, Any]:
     buffers = values.pop("_buffers", {})
     values.pop("_modules", None)
     return {**values, **buffers}
-
-
-def _differences(name: str, expected: Any, received: Any) -> Iterator[Difference]:
-    """Yield the leaves in which two nested states differ; skip leaves that are not plain values."""
-    expected, received = _as_values(expected), _as_values(received)
-    if isinstance(expected, Mapping) and isinstance(received, Mapping):
-        for key in expected.keys() | received.keys():
-            path = f"{name}.{key}" if name else str(key)
-            yield from _differences(path, expected.get(key), received.get(key))
-    elif isinstance(expected, (list, tuple)) and isinstance(received, (list, tuple)):
-        yield from _differences_of_items(name, expected, received)
-    elif _is_value(expected) and _is_value(received) and not _equal(expected, received):
-        yield Difference(name, _shown(expected), _shown(received))
-
-
-def _as_values(value: Any) -> Any:
-    return value.state_dict() if isinstance(value, nn.Module) else value
-
-
-def _differences_of_items(
-    name: str, expected: Sequence[Any], received: Sequence[Any]
-) -> Iterator[Difference]:
-    if len(expected) != len(received):
-        yield Difference(name, f"{len(expected)} values", f"{len(received)} values")
-    for index, pair in enumerate(zip(expected, received, strict=False)):
-        yield from _differences(f"{name}[{index}]", *pair)
-
-
-def _is_value(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str, Tensor))
-
-
-def _equal(expected: Any, received: Any) -> bool:
-    if isinstance(expected, Tensor) and isinstance(received, Tensor):
-        same = expected.shape == received.shape and expected.dtype == received.dtype
-        return same and _bytes_of(expected) == _bytes_of(received)
-    if isinstance(expected, float) and isinstance(received, float) and math.isnan(expected):
-        return math.isnan(received)
-    return type(expected) is type(received) and bool(expected == received)
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, Tensor) and value.numel() > 1:
-        return f"a tensor {tuple(value.shape)} of norm {value.detach().double().norm().item():.8g}"
-    return str(value.item() if isinstance(value, Tensor) and value.numel() == 1 else value)

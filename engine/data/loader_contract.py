@@ -30,14 +30,6 @@ class PositionedLoader(Protocol):
         ...
 
 
-class EpochAware(Protocol):
-    """A loader or a sampler whose order of samples depends on the epoch."""
-
-    def set_epoch(self, epoch: int, /) -> object:
-        """Take the epoch of the next pass, counted from 0."""
-        ...
-
-
 class Pass:
     """One pass over a loader with a position of its own, whoever else reads that loader.
 
@@ -89,7 +81,8 @@ def takes_epoch(loader: object) -> bool:
     return _epoch_aware(loader) is not None
 
 
-def _epoch_aware(loader: object) -> EpochAware | None:
+def _epoch_aware(loader: object) -> Any:
+    """Return the object with `set_epoch`: the loader, its sampler, or None."""
     owners = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
     return next((owner for owner in owners if hasattr(owner, "set_epoch")), None)
 

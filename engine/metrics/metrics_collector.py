@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,22 +25,6 @@ class Record:
     values: dict[str, float] = attrs.field(factory=dict)
 
 
-@attrs.define
-class _Mean:
-    """A running mean on the host."""
-
-    total: float = 0.0
-    count: int = 0
-
-    def add(self, total: float, count: int) -> None:
-        self.total += total
-        self.count += count
-
-    @property
-    def value(self) -> float:
-        return self.total / self.count if self.count else math.nan
-
-
 class MetricsCollector:
     """Collects scalars and computes their means for each log point and each epoch.
 
@@ -59,7 +42,8 @@ class MetricsCollector:
         self.record = Record()
         self._on_record = on_record
         self._buffer = ScalarBuffer()
-        self._epoch: defaultdict[str, _Mean] = defaultdict(_Mean)
+        # The sum and the number of the values of this epoch.
+        self._epoch: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0])
         self._gauges: dict[str, Callable[[], Scalar]] = {}
         self._history: defaultdict[str, list[float]] = defaultdict(list)
 
@@ -117,7 +101,7 @@ class MetricsCollector:
     def end_epoch(self) -> dict[str, float]:
         """Return the mean of every tag over the epoch, and add it to the tag's history."""
         self._drain({})
-        means = {tag: mean.value for tag, mean in self._epoch.items()}
+        means = {tag: total / count for tag, (total, count) in self._epoch.items()}
         for tag, value in means.items():
             self._history[tag].append(value)
         self._epoch.clear()
@@ -146,7 +130,7 @@ class MetricsCollector:
         """Return all values that the next log point and the end of the epoch need."""
         return {
             "window": self._buffer.state_dict(),
-            "epoch": {tag: [mean.total, mean.count] for tag, mean in self._epoch.items()},
+            "epoch": {tag: list(mean) for tag, mean in self._epoch.items()},
             "history": {tag: list(values) for tag, values in self._history.items()},
         }
 
@@ -154,7 +138,7 @@ class MetricsCollector:
         """Restore a state that `state_dict` returned."""
         self.reset()
         self._buffer.load_state_dict(state_dict["window"])
-        self._epoch.update({tag: _Mean(*mean) for tag, mean in state_dict["epoch"].items()})
+        self._epoch.update({tag: list(mean) for tag, mean in state_dict["epoch"].items()})
         self._history.update({tag: list(values) for tag, values in state_dict["history"].items()})
 
     def _emit(self, record: Record) -> None:
@@ -166,5 +150,6 @@ class MetricsCollector:
         """Add the buffer to the epoch's means and empty it; return its means, and the gauges."""
         sums, read = self._buffer.drain(gauges)
         for tag, (total, count) in sums.items():
-            self._epoch[tag].add(total, count)
+            mean = self._epoch[tag]
+            mean[0], mean[1] = mean[0] + total, mean[1] + count
         return {tag: total / count for tag, (total, count) in sums.items()}, read
