@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,27 +91,15 @@ class ChangeObserver:
 
 def snapshot(trainer: Trainer) -> dict[Change, Any]:
     """Return copies of everything in a run that a handler may change."""
-    modules = (trainer.model, trainer.loss)
-    parameters = [p for module in modules for p in module.parameters()]
-    parts = [part for module in modules for part in module.modules()]
-    return {
-        Change.WEIGHTS: [_copied(p) for p in parameters],
-        Change.GRADIENTS: [_copied(p.grad) for p in parameters],
-        Change.BUFFERS: [_copied(b) for module in modules for b in module.buffers()],
-        Change.TRAINABLE: [p.requires_grad for p in parameters],
-        Change.MODE: [part.training for part in parts],
-        Change.RATES: [
-            {name: _copied(value) for name, value in group.items() if name != "params"}
-            for group in trainer.optimizer.param_groups
-        ],
-        Change.BATCH: [_copied(leaf) for leaf in leaves(trainer.state.batch)],
-        Change.LOSS: [id(trainer.loss), *map(_settings, trainer.loss.modules())],
-        Change.RUN_LENGTH: [
-            *(getattr(trainer.state, name) for name in RUN_LENGTH),
-            *(getattr(trainer, name) for name in STOPS),
-        ],
-        Change.RANDOM_STATE: random_state(),
-    }
+    return {change: read(trainer) for change, read in READERS.items()}
+
+
+def _modules(trainer: Trainer) -> list[nn.Module]:
+    return [part for module in (trainer.model, trainer.loss) for part in module.modules()]
+
+
+def _parameters(trainer: Trainer) -> list[nn.Parameter]:
+    return [p for part in _modules(trainer) for p in part.parameters(recurse=False)]
 
 
 def _copied(value: Any) -> Any:
@@ -129,6 +117,28 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 
 _PLAIN = nn.Module()
+
+READERS: dict[Change, Callable[[Trainer], Any]] = {
+    Change.WEIGHTS: lambda trainer: [_copied(p) for p in _parameters(trainer)],
+    Change.GRADIENTS: lambda trainer: [_copied(p.grad) for p in _parameters(trainer)],
+    Change.BUFFERS: lambda trainer: [
+        _copied(buffer) for part in _modules(trainer) for buffer in part.buffers(recurse=False)
+    ],
+    Change.TRAINABLE: lambda trainer: [p.requires_grad for p in _parameters(trainer)],
+    Change.MODE: lambda trainer: [part.training for part in _modules(trainer)],
+    Change.RATES: lambda trainer: [
+        {name: _copied(value) for name, value in group.items() if name != "params"}
+        for group in trainer.optimizer.param_groups
+    ],
+    Change.BATCH: lambda trainer: [_copied(leaf) for leaf in leaves(trainer.state.batch)],
+    Change.LOSS: lambda trainer: [id(trainer.loss), *map(_settings, trainer.loss.modules())],
+    Change.RUN_LENGTH: lambda trainer: [
+        *(getattr(trainer.state, name) for name in RUN_LENGTH),
+        *(getattr(trainer, name) for name in STOPS),
+    ],
+    Change.RANDOM_STATE: lambda _: random_state(),
+}
+"""The part of a run that belongs to each change, as a copy."""
 
 
 def _owner(listener: Listener) -> object:
@@ -156,36 +166,33 @@ def _weights_after(trainer: Trainer, batch: Any) -> dict[str, Tensor]:
 @contextmanager
 def _preserved(trainer: Trainer) -> Iterator[None]:
     """Restore on exit everything that an update or a handler changes."""
-    holders: dict[str, Any] = {
-        "model": trainer.model,
-        "loss": trainer.loss,
-        "optimizer": trainer.optimizer,
-        "metrics": trainer.metrics,
-        **{f"handler {name}": h for name, h in stateful_handlers(trainer).items()},
-    }
-    if trainer.scaler is not None:
-        holders["scaler"] = trainer.scaler
-    before = {name: copy.deepcopy(holder.state_dict()) for name, holder in holders.items()}
-    state, metrics = dict(vars(trainer.state)), dict(trainer.state.metrics)
     loss, stops = trainer.loss, {name: getattr(trainer, name) for name in STOPS}
-    modules = [part for module in (trainer.model, loss) for part in module.modules()]
-    modes = [(part, part.training, _settings(part)) for part in modules]
-    trainable = [(p, p.requires_grad) for part in modules for p in part.parameters(recurse=False)]
-    with preserved_random_state():
+    state, metrics = dict(vars(trainer.state)), dict(trainer.state.metrics)
+    modules = [(part, part.training, _settings(part)) for part in _modules(trainer)]
+    trainable = [(p, p.requires_grad) for p in _parameters(trainer)]
+    with _preserved_states(trainer), preserved_random_state():
         try:
             yield
         finally:
             if trainer.loss is not loss:
                 trainer.loss = loss
-            for part, training, settings in modes:
-                part.training = training
-                vars(part).update(settings)
+            for part, training, settings in modules:
+                vars(part).update(settings, training=training)
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
-            for name, holder in holders.items():
-                holder.load_state_dict(before[name])
-            vars(trainer.state).update(state)
-            trainer.state.metrics = metrics
-            for name, value in stops.items():
-                setattr(trainer, name, value)
+            vars(trainer.state).update(state, metrics=metrics)
+            vars(trainer).update(stops)
             trainer.optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _preserved_states(trainer: Trainer) -> Iterator[None]:
+    """Restore on exit the states of the trainer's parts and handlers."""
+    parts = [trainer.model, trainer.loss, trainer.optimizer, trainer.metrics, trainer.scaler]
+    holders: list[Any] = [*parts, *stateful_handlers(trainer).values()]
+    states = [(one, copy.deepcopy(one.state_dict())) for one in holders if one is not None]
+    try:
+        yield
+    finally:
+        for holder, state in states:
+            holder.load_state_dict(state)

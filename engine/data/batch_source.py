@@ -176,10 +176,14 @@ class BatchSource:
             self._given, self._counted = place.get("given", 0), place.get("counted")
         if inside or (self._inside_pass and self.has_positions):
             self.restore(place["position"] or {})
-        elif same and self._inside_pass:
+        elif same:
+            self._restore_between_epochs(place["position"])
+
+    def _restore_between_epochs(self, position: Mapping[str, Any] | None) -> None:
+        if self._inside_pass:
             self.lost_its_place = True
-        elif same and place["position"] is not None and not takes_epoch(self.data):
-            self.restore(place["position"])
+        elif position is not None and not takes_epoch(self.data):
+            self.restore(position)
             self._at_end = True
 
     def restore(self, position: Mapping[str, Any]) -> None:

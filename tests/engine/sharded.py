@@ -95,7 +95,9 @@ def make_trainer(
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """Return a module's whole parameters and buffers, copied."""
-    return {name: full_tensor(value).detach().clone() for name, value in module.state_dict().items()}
+    return {
+        name: full_tensor(value).detach().clone() for name, value in module.state_dict().items()
+    }
 
 
 def train(
