@@ -1,0 +1,69 @@
+"""The optional members of a loss, and their defaults."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from diptych.engine import BatchError
+from diptych.engine.step.loss_contract import (
+    SampleMeanLoss,
+    constrain_parameters,
+    couples_samples,
+    loss_terms,
+    scalars_of,
+    set_tile,
+    sum_of_terms,
+    tiled_parts,
+)
+from diptych.losses import CLIPLoss, CrossEntropyLoss, WeightedSum
+
+FEATURES = {"first": torch.randn(4, 3), "second": torch.randn(4, 3)}
+
+
+def test_a_loss_that_declares_nothing_couples_samples_unless_the_default_is_another():
+    assert couples_samples(nn.MSELoss())
+    assert not couples_samples(nn.MSELoss(), default=False)
+    assert couples_samples(CLIPLoss(), default=False)
+    assert not couples_samples(CrossEntropyLoss())
+
+
+def test_a_loss_without_terms_has_one_term():
+    terms = loss_terms(nn.MSELoss(), FEATURES)
+    assert list(terms) == ["loss"]
+    assert sum_of_terms(terms) is terms["loss"]
+
+
+def test_terms_must_be_scalars_and_there_must_be_one():
+    with pytest.raises(BatchError, match=r"loss must return scalars, got \{'a': \(2,\)\}"):
+        sum_of_terms({"a": torch.zeros(2)})
+    with pytest.raises(BatchError, match="got no term"):
+        sum_of_terms({})
+
+
+def test_a_loss_without_scalars_publishes_none():
+    assert scalars_of(nn.MSELoss()) == {}
+    assert set(scalars_of(CLIPLoss())) == {"temperature", "logit_scale"}
+
+
+def test_the_parts_of_a_loss_are_clamped_too():
+    loss = WeightedSum(losses={"clip": CLIPLoss()})
+    parameter = next(loss.parameters())
+    with torch.no_grad():
+        parameter.fill_(100.0)
+    constrain_parameters(loss)
+    assert float(parameter.detach()) < 100.0
+
+
+def test_tiles_are_set_in_all_parts_that_have_them():
+    loss = WeightedSum(losses={"clip": CLIPLoss(), "mse": nn.MSELoss()})
+    assert len(tiled_parts(loss)) == 1
+    set_tile(loss, 2)
+    assert tiled_parts(loss)[0].tile == 2
+    assert tiled_parts(nn.MSELoss()) == []
+
+
+def test_only_a_loss_with_sum_and_weight_is_a_mean_over_samples():
+    assert isinstance(CrossEntropyLoss(), SampleMeanLoss)
+    assert not isinstance(CLIPLoss(), SampleMeanLoss)
