@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 
 
-@attrs.define(kw_only=True, eq=False)
+# Its attributes change in every iteration, so setting them runs no validator.
+@attrs.define(kw_only=True, eq=False, on_setattr=attrs.setters.NO_OP)
 class Throughput(Handler):
     """Publishes speed and memory at every log point, as means since the previous one.
 

@@ -26,7 +26,8 @@ GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 BAR_WIDTH = 20
 
 
-@attrs.define(kw_only=True, eq=False)
+# Its attributes change in every iteration, so setting them runs no validator.
+@attrs.define(kw_only=True, eq=False, on_setattr=attrs.setters.NO_OP)
 class ProgressBar(Handler):
     """Shows progress, loss, learning rate and speed, and the results of each evaluation.
 

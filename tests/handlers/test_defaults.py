@@ -1,4 +1,4 @@
-"""The default handlers together: what a folder holds, that they change nothing, what they cost."""
+"""The default handlers together: the files of a run, unchanged values, and the cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.handlers.runs import kept_records, loader, make_trainer, report_each_
 
 ITERATIONS = 2_000
 LIMIT = 5.0
-"""Times a bare Ignite engine; the benchmark says how much it is on a machine at rest."""
+"""Times the cost of a bare Ignite engine; the benchmark measures it on an idle machine."""
 
 
 def run(folder: Path | None, epochs: int = 2, **options: object) -> Trainer:
@@ -28,7 +28,7 @@ def run(folder: Path | None, epochs: int = 2, **options: object) -> Trainer:
     return trainer
 
 
-def test_a_run_folder_holds_everything_about_the_run(tmp_path):
+def test_a_run_directory_holds_all_files_of_the_run(tmp_path):
     run(tmp_path, best="val/recall@1")
 
     names = {path.name for path in tmp_path.iterdir()}
@@ -50,7 +50,7 @@ def test_the_same_command_continues_the_run(tmp_path):
     assert [r.step for r in read_records(tmp_path)] == [4, 6, 6, 8, 12, 12]
 
 
-def test_attaching_them_changes_no_number(tmp_path):
+def test_attaching_them_changes_no_value(tmp_path):
     bare, watched = make_trainer(), make_trainer()
     watched.attach(*default_handlers(tmp_path))
     values = [kept_records(bare), kept_records(watched)]
@@ -67,7 +67,7 @@ def test_attaching_them_changes_no_number(tmp_path):
         assert all(t in expected.values or t.startswith("time/") for t in record.values)
 
 
-def test_the_checkpoints_keep_what_was_asked_for(tmp_path):
+def test_the_options_of_checkpoints_are_passed_on(tmp_path):
     run(tmp_path, epochs=3, best="val/recall@1", keep=1)
 
     (manager,) = [h for h in default_handlers(tmp_path) if isinstance(h, CheckpointManager)]

@@ -1,4 +1,4 @@
-"""What the services record in their offline modes, read back: needs their packages."""
+"""The records of the tracking services in their offline modes; needs their packages."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ import pytest
 
 from diptych.handlers import read_records
 
-# The packages that read the stores warn of each other; the runs are in processes of their own.
+# The packages that read the stores warn of each other; each run has its own process.
 pytestmark = pytest.mark.filterwarnings("default")
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Told(NamedTuple):
-    """What a service knows of a run: (step, tag) to value, settings, and how it ended."""
+class TrackedRun(NamedTuple):
+    """A run at a service: (step, tag) to value, its settings, and whether it failed."""
 
     run: str
     points: dict[tuple[int, str], float]
     settings: dict[str, Any]
-    everything: str
+    all_settings: str
     failed: bool
 
 
-def of_wandb(folder: Path) -> list[Told]:
+def of_wandb(folder: Path) -> list[TrackedRun]:
     return [_wandb_run(path) for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"))]
 
 
-def _wandb_run(path: Path) -> Told:
+def _wandb_run(path: Path) -> TrackedRun:
     from wandb.proto import wandb_internal_pb2
 
     points, settings, failed = {}, {}, False
@@ -49,11 +49,11 @@ def _wandb_run(path: Path) -> Told:
         settings |= {item.key: json.loads(item.value_json) for item in record.config.update}
         failed |= bool(record.exit.exit_code)
     name = path.stem.removeprefix("run-")
-    return Told(name, points, settings, json.dumps(settings["settings"]), failed)
+    return TrackedRun(name, points, settings, json.dumps(settings["settings"]), failed)
 
 
 def _wandb_records(data: bytes) -> Iterator[bytes]:
-    """Yield the records of a log in LevelDB's format, behind a head of seven bytes."""
+    """Yield the records of a log in LevelDB's format, after a header of seven bytes."""
     place, whole = 7, b""
     while place + 7 <= len(data):
         left = 32768 - place % 32768
@@ -68,12 +68,12 @@ def _wandb_records(data: bytes) -> Iterator[bytes]:
             whole = b""
 
 
-def of_mlflow(folder: Path) -> list[Told]:
+def of_mlflow(folder: Path) -> list[TrackedRun]:
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
     experiment = client.get_experiment_by_name("pairs")
-    told = []
+    tracked = []
     for run in client.search_runs([experiment.experiment_id], order_by=["start_time"]):
         points = {
             (point.step, tag.replace("_1", "@1")): point.value
@@ -82,16 +82,16 @@ def of_mlflow(folder: Path) -> list[Told]:
         }
         artifact = next(folder.rglob(f"{run.info.run_id}/artifacts/settings.json")).read_text()
         failed = run.info.status == "FAILED"
-        told.append(Told(run.info.run_id, points, run.data.params, artifact, failed))
-    return told
+        tracked.append(TrackedRun(run.info.run_id, points, run.data.params, artifact, failed))
+    return tracked
 
 
-def of_clearml(folder: Path) -> list[Told]:
+def of_clearml(folder: Path) -> list[TrackedRun]:
     sessions = sorted(folder.rglob("offline-*.zip"), key=lambda path: path.stat().st_mtime)
     return [_clearml_session(path) for path in sessions]
 
 
-def _clearml_session(path: Path) -> Told:
+def _clearml_session(path: Path) -> TrackedRun:
     with zipfile.ZipFile(path) as archive:
         lines = archive.read("metrics.jsonl").decode().splitlines()
         task = json.loads(archive.read("task.json"))
@@ -102,7 +102,7 @@ def _clearml_session(path: Path) -> Told:
     }
     settings = {name: p["value"] for name, p in task["hyperparams"]["settings"].items()}
     whole = task["configuration"]["settings"]["value"]
-    return Told(path.stem, points, settings, whole, task.get("status") == "failed")
+    return TrackedRun(path.stem, points, settings, whole, task.get("status") == "failed")
 
 
 SERVICES = {"wandb": of_wandb, "mlflow": of_mlflow, "clearml": of_clearml}
@@ -131,21 +131,21 @@ def logged(folder: Path) -> dict[tuple[int, str], float]:
 
 
 @pytest.mark.slow
-def test_every_value_and_the_settings_arrive_and_the_run_is_closed_as_done(service, tmp_path):
+def test_a_completed_run_has_every_value_and_its_settings(service, tmp_path):
     done = track(service, tmp_path)
 
     assert done.returncode == 0, done.stderr
-    (told,) = SERVICES[service](tmp_path)
-    assert told.points == pytest.approx(logged(tmp_path))
-    assert (18, "val/recall@1") in told.points
-    assert told.settings["trainer/precision"] == "fp32"
-    assert float(told.settings["optimizer/lr"]) == 0.1
-    assert "CrossEntropyLoss" in told.everything
-    assert not told.failed
+    (tracked,) = SERVICES[service](tmp_path)
+    assert tracked.points == pytest.approx(logged(tmp_path))
+    assert (18, "val/recall@1") in tracked.points
+    assert tracked.settings["trainer/precision"] == "fp32"
+    assert float(tracked.settings["optimizer/lr"]) == 0.1
+    assert "CrossEntropyLoss" in tracked.all_settings
+    assert not tracked.failed
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_closed_as_failed_and_its_successor_completes_it(service, tmp_path):
+def test_a_failed_run_is_closed_as_failed_and_completed_when_it_is_resumed(service, tmp_path):
     failed = track(service, tmp_path, "--stop")
     assert "out of luck" in failed.stderr
     (first,) = SERVICES[service](tmp_path)
@@ -153,8 +153,8 @@ def test_a_run_that_fails_is_closed_as_failed_and_its_successor_completes_it(ser
     done = track(service, tmp_path)
 
     assert done.returncode == 0, done.stderr
-    told = SERVICES[service](tmp_path)
-    points = {key: value for part in told for key, value in part.points.items()}
+    tracked = SERVICES[service](tmp_path)
+    points = {key: value for part in tracked for key, value in part.points.items()}
     assert points == pytest.approx(logged(tmp_path))
-    assert len({part.run for part in told}) == (2 if service == "clearml" else 1)
-    assert not told[-1].failed
+    assert len({part.run for part in tracked}) == (2 if service == "clearml" else 1)
+    assert not tracked[-1].failed

@@ -1,8 +1,8 @@
-"""A run whose values go to a service in its offline mode, in a process of its own.
+"""A script that trains and logs to a tracking service in its offline mode.
 
     python -m tests.handlers.tracked wandb FOLDER [--stop]
 
-It resumes from the folder's checkpoints where there are some.
+It resumes from the checkpoints in the folder, if there are any.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.handlers.runs import loader, make_trainer, report_each_epoch
 
 
 def tracker(service: str, folder: Path) -> Tracker:
-    """Return the handler of a service that writes into the folder."""
+    """Return the sink of a service, set up to write into the folder."""
     if service == "wandb":
         return WandB("pairs", name="one", options={"mode": "offline", "dir": str(folder)})
     if service == "mlflow":
@@ -48,7 +48,7 @@ def main(service: str, folder: Path, *, stop: bool) -> None:
 
 
 def fail() -> None:
-    """Stand for whatever goes wrong."""
+    """Raise an error, as a faulty training would."""
     raise RuntimeError("out of luck")
 
 

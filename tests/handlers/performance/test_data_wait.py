@@ -1,4 +1,4 @@
-"""What counts as waiting for data, on a host and on a device that a test moves."""
+"""The time spent waiting for data, on a host and on a simulated device."""
 
 from __future__ import annotations
 

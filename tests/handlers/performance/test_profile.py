@@ -1,4 +1,4 @@
-"""The trace: which iterations are in it, where it is, and that it opens."""
+"""The trace: its iterations, its file, and its format."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def updates(path: Path) -> int:
 
 
 @pytest.mark.parametrize(("skip", "steps"), [(1, 2), (3, 1), (4, 4)])
-def test_a_trace_holds_the_iterations_that_were_asked_for(tmp_path, skip, steps):
+def test_a_trace_holds_the_requested_iterations(tmp_path, skip, steps):
     profiled(tmp_path / "profile", skip=skip, steps=steps)
 
     (path,) = (tmp_path / "profile").glob("*.json")
@@ -33,7 +33,7 @@ def test_a_trace_holds_the_iterations_that_were_asked_for(tmp_path, skip, steps)
     assert updates(path) == steps
 
 
-def test_a_table_tells_what_took_longest(tmp_path):
+def test_a_table_lists_the_slowest_operators(tmp_path):
     profiled(tmp_path, skip=2, steps=2)
 
     text = (tmp_path / "rank0.4.operators.txt").read_text("utf-8")
@@ -41,7 +41,7 @@ def test_a_table_tells_what_took_longest(tmp_path):
     assert "Self CPU" in text
 
 
-def test_a_run_that_ends_inside_the_window_keeps_what_there_is(tmp_path):
+def test_a_run_that_ends_inside_the_window_writes_its_iterations(tmp_path):
     trainer = make_trainer().attach(Profile(tmp_path, skip=2, steps=99))
     stop_at(trainer, 5)
 
@@ -57,7 +57,7 @@ def test_a_run_shorter_than_what_is_skipped_leaves_no_trace(tmp_path):
     assert not (tmp_path / "profile").exists()
 
 
-def test_a_run_that_goes_on_is_traced_from_where_it_goes_on(tmp_path):
+def test_a_continued_run_is_traced_from_its_first_iteration(tmp_path):
     trainer = make_trainer()
     trainer.run(loader(), max_epochs=1)
     trainer.attach(Profile(tmp_path, skip=2, steps=1))

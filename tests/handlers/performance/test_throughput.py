@@ -1,4 +1,4 @@
-"""What `Throughput` publishes, on a clock that the test moves."""
+"""The values that `Throughput` publishes, on a simulated clock."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_smaller_last_batch_counts_with_its_own_size(clock):
     assert speeds[8] == SIZE / (WAIT + STEP)
 
 
-def test_what_happens_between_two_epochs_does_not_count(clock):
+def test_time_between_two_epochs_does_not_count(clock):
     trainer = make_trainer(clock)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: clock.advance(1000))
     records = kept_records(trainer)
@@ -109,7 +109,7 @@ def test_what_happens_between_two_epochs_does_not_count(clock):
     assert {record.values["time/step"] for record in records} == {WAIT + STEP}
 
 
-def test_a_result_in_the_middle_does_not_start_the_count_anew(clock):
+def test_an_evaluation_does_not_reset_the_count(clock):
     trainer = make_trainer(clock)
     trainer.every(3, lambda t: t.metrics.report(t.state.iteration, {"val/loss": 0.1}))
     records = kept_records(trainer)
@@ -134,7 +134,7 @@ def test_a_pause_between_two_runs_does_not_count(clock):
     assert records[0].values["time/step"] < 2 * (WAIT + STEP)
 
 
-def test_a_run_that_waits_for_its_loader_is_told_so_once(clock, caplog):
+def test_a_run_that_waits_for_its_loader_causes_one_warning(clock, caplog):
     trainer = make_trainer(clock)
 
     trainer.run(SlowLoader(clock), max_epochs=8)
@@ -155,7 +155,7 @@ def test_a_loader_that_takes_a_fifth_of_the_time_is_tolerated(clock, caplog):
     assert (trainer.handlers[0].findings, caplog.messages) == ([], [])
 
 
-def test_another_run_of_the_trainer_is_judged_anew(clock):
+def test_another_run_of_the_trainer_is_judged_separately(clock):
     trainer = make_trainer(clock)
     for _ in range(2):
         trainer.state.max_epochs = None
@@ -166,7 +166,7 @@ def test_another_run_of_the_trainer_is_judged_anew(clock):
 
 
 @pytest.mark.parametrize("argument", [{"tolerated_wait": 0.0}, {"patience": 0}])
-def test_a_rule_that_cannot_be_kept_is_refused(argument):
+def test_an_argument_out_of_range_is_refused(argument):
     with pytest.raises(ValueError, match=f"{next(iter(argument))} must be"):
         Throughput(**argument)
 

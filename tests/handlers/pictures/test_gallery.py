@@ -1,4 +1,4 @@
-"""What the gallery shows of a few samples."""
+"""The gallery of retrieval results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the projector is given."""
+"""The files of the projector."""
 
 from __future__ import annotations
 

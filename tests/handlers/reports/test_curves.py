@@ -1,4 +1,4 @@
-"""Charts: what stands where, and the same places in SVG and in the PNG."""
+"""Charts: their layout, and the same layout in SVG and in the PNG."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a run, and runs side by side: what is in them, and that they open."""
+"""Reports of one run and of several: their content and format."""
 
 from __future__ import annotations
 

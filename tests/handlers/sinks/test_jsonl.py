@@ -1,4 +1,4 @@
-"""metrics.jsonl: what a line holds, and that an interruption leaves no trace in it."""
+"""metrics.jsonl: the content of its lines, also after interruptions."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_numbers_that_json_lacks_are_strings_that_float_reads(tmp_path):
     assert (values["b"], values["c"]) == (math.inf, -math.inf)
 
 
-def test_measured_values_stand_in_a_file_of_their_own(tmp_path):
+def test_measured_values_have_a_file_of_their_own(tmp_path):
     trainer = make_trainer().attach(Throughput(), JsonLines(tmp_path / "log.jsonl"))
 
     trainer.run(loader(), max_epochs=1)
@@ -65,12 +65,12 @@ def test_measured_values_stand_in_a_file_of_their_own(tmp_path):
     assert set(measured[0].values) == {"time/samples_per_second", "time/step", "time/data"}
 
 
-def test_a_tag_must_not_take_the_name_of_the_step(tmp_path):
+def test_the_tag_step_is_refused(tmp_path):
     with pytest.raises(ValueError, match="a tag must not be 'step'"):
         logged(tmp_path, {"step": 1.0})
 
 
-def test_what_is_logged_before_the_handlers_own_start_comes_first(tmp_path):
+def test_a_record_logged_before_the_handler_starts_comes_first(tmp_path):
     trainer = make_trainer()
     trainer.add_event_handler(Events.STARTED, lambda: trainer.metrics.report(0, {"val/loss": 0.5}))
     trainer.attach(JsonLines(tmp_path))
@@ -137,7 +137,7 @@ def test_loading_an_old_checkpoint_to_look_at_it_cuts_nothing(tmp_path):
     assert after == before + b'{"step": 18, "test/recall@1": 0.5}\n'
 
 
-def test_a_run_from_its_beginning_starts_the_file_anew(tmp_path):
+def test_a_run_that_starts_over_empties_the_file(tmp_path):
     make_trainer().attach(JsonLines(tmp_path)).run(loader(), max_epochs=2)
 
     make_trainer().attach(JsonLines(tmp_path)).run(loader(), max_epochs=1)
@@ -145,7 +145,7 @@ def test_a_run_from_its_beginning_starts_the_file_anew(tmp_path):
     assert [r.step for r in read_records(tmp_path)] == [4, 6]
 
 
-def test_a_run_that_goes_on_in_its_process_appends(tmp_path):
+def test_a_run_continued_in_the_same_process_appends(tmp_path):
     trainer = make_trainer().attach(JsonLines(tmp_path))
 
     trainer.run(loader(), max_epochs=1)
@@ -162,7 +162,7 @@ def test_a_file_that_lost_lines_since_the_checkpoint_is_an_error(tmp_path):
         saving_trainer(tmp_path).run(loader(), max_epochs=3)
 
 
-def test_a_file_that_was_moved_away_is_begun_anew(tmp_path):
+def test_a_file_that_was_moved_away_is_started_again(tmp_path):
     saving_trainer(tmp_path).run(loader(), max_epochs=2)
     (tmp_path / "metrics.jsonl").unlink()
 

@@ -1,4 +1,4 @@
-"""What the progress bar shows, on a terminal and in a file."""
+"""The progress bar, on a terminal and in a file."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def drawings(text: str) -> list[str]:
     return re.split(r"[\r\n]+(?:\x1b\[K)?", text.strip())
 
 
-def test_a_line_says_how_far_how_good_how_fast_and_how_long(clock):
+def test_a_line_shows_progress_loss_rate_speed_and_time_left(clock):
     lines = drawings(shown(io.StringIO(), LearningRate(warmup=1), clock=clock))
 
     assert lines[2] == "epoch 1/2   25%  2 samples/s  0:09 left"
@@ -144,7 +144,7 @@ def test_the_best_loss_is_the_lowest():
     assert ["best" in line for line in lines] == [False, False, True]
 
 
-def test_what_is_no_number_is_never_the_best():
+def test_nan_is_never_the_best():
     lines = results(io.StringIO(), math.nan, 0.5, math.nan, 0.75)
 
     assert ["best" in line for line in lines] == [False, True, False, True]
@@ -209,7 +209,7 @@ def test_a_run_of_unknown_length_shows_its_steps():
     assert re.match(r"epoch 1/1  step 1  [\d,]+ samples/s\n", stream.getvalue())
 
 
-def test_a_step_that_tells_no_batch_size_shows_iterations():
+def test_a_step_without_a_batch_size_shows_iterations():
     trainer, stream = make_trainer(step=lambda *_: None), io.StringIO()
     trainer.attach(ProgressBar(stream=stream, interval=0))
 
@@ -245,7 +245,7 @@ def test_a_warning_on_the_terminal_takes_the_place_of_the_moving_line(monkeypatc
     assert logging.lastResort.filters == filters
 
 
-def test_an_exception_finds_the_line_ended():
+def test_the_line_ends_before_an_exception():
     trainer, stream = make_trainer(), Terminal()
     trainer.attach(ProgressBar(stream=stream))
     stop_at(trainer, 3)

@@ -36,7 +36,7 @@ def run(trainer: Trainer, epochs: int = 2, **options: object) -> io.StringIO:
     return stream
 
 
-def test_the_start_tells_model_batch_length_and_folder(tmp_path):
+def test_the_start_shows_model_batch_length_and_directory(tmp_path):
     told = cards(run(make_trainer(microbatch_size=1), directory=tmp_path))
 
     assert told["model"] == "Sequential, 26 parameters, all train: 0 16, 2 10"
@@ -45,7 +45,7 @@ def test_the_start_tells_model_batch_length_and_folder(tmp_path):
     assert told["run"] == str(tmp_path)
 
 
-def test_the_share_that_trains_is_told_and_small_components_are_counted_together():
+def test_the_trainable_share_is_shown_and_small_components_are_counted_together():
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(7)), nn.Linear(3, 2))
     model[7].requires_grad_(False)
@@ -60,7 +60,7 @@ def test_the_share_that_trains_is_told_and_small_components_are_counted_together
     assert told["model"].endswith("5 9, 2 more 17")
 
 
-def test_a_loader_that_does_not_tell_its_batch_leaves_it_out_and_a_torch_one_tells():
+def test_the_batch_size_is_shown_if_the_loader_has_one():
     batches = list(loader())
     for data, expected in ((batches, "fp32 on cpu"), (DataLoader(Squares(), 4), "4, fp32 on cpu")):
         stream = io.StringIO()
@@ -73,7 +73,7 @@ def test_a_loader_that_does_not_tell_its_batch_leaves_it_out_and_a_torch_one_tel
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("max", "0.75, epoch 2"), ("min", "0.25, epoch 1")])
-def test_the_end_tells_the_best_value_and_when_it_was(mode, expected):
+def test_the_end_shows_the_best_value_and_its_step(mode, expected):
     trainer = make_trainer().attach(Throughput())
     report_each_epoch(trainer, 0.25, 0.75, 0.5)
 
@@ -85,14 +85,14 @@ def test_the_end_tells_the_best_value_and_when_it_was(mode, expected):
     assert told["done"].endswith(" samples/s")
 
 
-def test_a_value_that_is_no_number_is_never_the_best():
+def test_nan_is_never_the_best():
     trainer = make_trainer()
     report_each_epoch(trainer, float("nan"), 0.25, float("nan"))
 
     assert "0.25, epoch 2" in cards(run(trainer, epochs=3, best="val/recall@1"))["best"]
 
 
-def test_without_a_best_metric_the_last_loss_stands_there():
+def test_without_a_metric_the_end_shows_the_last_loss():
     trainer = make_trainer()
 
     told = cards(run(trainer))
@@ -116,7 +116,7 @@ def test_the_speed_is_that_of_all_iterations():
     assert told["done"].endswith(", 160 samples/s")
 
 
-def test_a_resumed_run_tells_where_it_goes_on_and_keeps_its_best(tmp_path):
+def test_a_resumed_run_shows_its_position_and_keeps_its_best_value(tmp_path):
     def trained(epochs: int) -> io.StringIO:
         trainer = make_trainer().attach(CheckpointManager(tmp_path))
         report_each_epoch(trainer, 0.75, 0.5)
@@ -203,7 +203,7 @@ def test_another_rank_writes_nothing(monkeypatch):
     assert run(make_trainer()).getvalue() == ""
 
 
-def test_the_batch_of_all_ranks_is_told(monkeypatch):
+def test_the_batch_size_of_all_ranks_is_shown(monkeypatch):
     from diptych.handlers.sinks import run_card as module
 
     monkeypatch.setattr(module, "world_size", lambda: 2)

@@ -6,6 +6,7 @@ import json
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,17 @@ def test_a_point_is_in_the_file_when_the_iteration_ends(tmp_path):
     assert seen == [4]
 
 
+def test_writing_starts_no_thread(tmp_path):
+    before = threading.active_count()
+    running: list[int] = []
+    trainer = make_trainer().attach(TensorBoard(tmp_path))
+    trainer.add_event_handler(Events.COMPLETED, lambda: running.append(threading.active_count()))
+
+    trainer.run(loader(), max_epochs=1)
+
+    assert running == [before]
+
+
 @pytest.mark.slow
 def test_importing_the_handlers_does_not_import_tensorboard():
     code = "import sys, diptych.handlers; print('tensorboard' in sys.modules)"
@@ -256,3 +268,15 @@ def test_a_board_that_two_handlers_share_is_attached_once(tmp_path):
     board = TensorBoard(tmp_path)
     trainer = make_trainer().attach(Histograms(board=board), Histograms(every=7, board=board))
     assert [handler for handler in trainer.handlers if handler is board] == [board]
+
+
+def test_files_of_one_second_are_read_in_the_order_in_which_they_were_opened(tmp_path, monkeypatch):
+    from diptych.handlers.sinks.event_file import EventFile
+
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    opened = []
+    for _ in range(12):  # numbers of one digit and of two
+        EventFile(str(tmp_path)).close()
+        opened.append(next(path.name for path in tmp_path.iterdir() if path.name not in opened))
+
+    assert opened == sorted(opened)

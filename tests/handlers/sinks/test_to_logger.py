@@ -1,4 +1,4 @@
-"""A logger gets every record, and is closed once the run has ended or failed."""
+"""`ToLogger` passes every record to a function, and closes the logger at the end of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.handlers.runs import Stop, kept_records, loader, make_trainer, report
 
 
 class Logger:
-    """Stands for a logger of Ignite's."""
+    """Imitates an Ignite logger."""
 
     def __init__(self) -> None:
         self.written: list[tuple[int, dict[str, float]]] = []
@@ -47,7 +47,7 @@ def test_a_run_that_fails_closes_the_logger():
     assert logger.closed == 1
 
 
-def test_what_a_logger_does_to_its_values_stays_with_it():
+def test_a_logger_gets_a_copy_of_the_values():
     trainer = make_trainer().attach(ToLogger(lambda values, _: values.clear()))
 
     trainer.run(loader(), max_epochs=1)
@@ -56,6 +56,6 @@ def test_what_a_logger_does_to_its_values_stays_with_it():
 
 
 @pytest.mark.parametrize("wrong", [{"write": "log"}, {"write": print, "close": 1}])
-def test_what_cannot_be_called_is_refused(wrong):
+def test_an_argument_that_is_not_callable_is_refused(wrong):
     with pytest.raises(TypeError, match="callable"):
         ToLogger(**wrong)

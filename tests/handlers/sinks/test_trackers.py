@@ -1,4 +1,4 @@
-"""When a run at a service is opened, fed and closed; the services themselves are tried offline."""
+"""When a tracker opens, feeds and closes its run; another file tests the services, offline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.handlers.runs import Stop, kept_records, loader, make_trainer, report
 
 @attrs.define(eq=False)
 class Noted(Tracker):
-    """Notes what a service would get."""
+    """Records the calls that a service would get."""
 
     package = "torch"
     calls: list[tuple[Any, ...]] = attrs.field(factory=list, kw_only=True)
@@ -40,7 +40,7 @@ def written(tracker: Noted) -> list[tuple[int, dict[str, float]]]:
     return [call[1:] for call in tracker.calls if call[0] == "write"]
 
 
-def test_a_run_is_opened_described_fed_with_every_record_and_closed():
+def test_a_run_is_opened_gets_its_settings_and_every_record_and_is_closed():
     trainer, tracker = make_trainer(), Noted("pairs")
     records = kept_records(trainer)
     report_each_epoch(trainer, 0.5, 0.75)
@@ -66,7 +66,7 @@ def test_a_run_that_fails_is_closed_as_failed():
     assert tracker.calls[-1] == ("close", True)
 
 
-def test_a_resumed_run_goes_on_in_the_run_of_its_checkpoint(tmp_path: Path):
+def test_a_resumed_training_continues_the_run_of_its_checkpoint(tmp_path: Path):
     first = make_trainer().attach(Noted("pairs"), CheckpointManager(tmp_path, every=4))
     stop_at(first, 9)
     with pytest.raises(Stop):
@@ -79,7 +79,7 @@ def test_a_resumed_run_goes_on_in_the_run_of_its_checkpoint(tmp_path: Path):
     assert [step for step, _ in written(tracker)] == [12]
 
 
-def test_a_run_that_starts_anew_is_a_new_one():
+def test_a_training_that_starts_over_opens_a_new_run():
     tracker = Noted("pairs")
     for _ in range(2):
         make_trainer().attach(tracker).run(loader(), max_epochs=1)
@@ -105,7 +105,7 @@ def test_without_the_services_package_the_extra_is_named(service, monkeypatch):
         service("pairs")
 
 
-def test_mlflow_gets_names_that_it_takes_and_many_parameters_in_portions(monkeypatch):
+def test_mlflow_gets_valid_names_and_parameters_in_small_requests(monkeypatch):
     sent: list[Any] = []
     mlflow = MLflow.__new__(MLflow)
     mlflow._run, mlflow._logger = "a", ModuleType("mlflow")
@@ -126,7 +126,7 @@ def test_mlflow_gets_names_that_it_takes_and_many_parameters_in_portions(monkeyp
     assert sent[2:] == ["settings.json", (4, {"val/recall_1": 0.5})]
 
 
-def test_clearml_gets_no_value_that_it_would_show_as_zero():
+def test_clearml_gets_finite_values_only():
     sent: list[Any] = []
     clearml = ClearML.__new__(ClearML)
     clearml._logger = ModuleType("clearml")
