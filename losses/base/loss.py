@@ -66,9 +66,6 @@ class Loss(nn.Module):
         """Return detached values to publish at log points, by name: a temperature, a weight."""
         return {}
 
-    def constrain(self) -> None:
-        """Clamp the loss's own parameters, after each optimizer step. Parts do so themselves."""
-
     @classmethod
     def example(cls) -> Loss:
         """Return a small instance for the contract test. Override it if arguments are required."""

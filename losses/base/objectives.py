@@ -7,6 +7,7 @@ take features and a `tile`: starting from features, a loss need not hold the mat
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -161,19 +162,9 @@ def contrast(
             dtype=dtype,
         )
     logits = _logits(anchors, candidates, scale, dtype, normalize=normalize)
-    if positives.partner is None or decoupled or label_smoothing or positives.grouped:
-        matches, kept = masks(positives, kind, decoupled=decoupled)
-        objective = partial(
-            info_nce,
-            positives=matches,
-            kept=kept,
-            reduction="logsumexp" if kind == "inside" else "mean",
-            label_smoothing=label_smoothing,
-        )
-    else:
-        objective = partial(_single, positives=positives)
-    losses = objective(logits)
-    return (losses + objective(logits.T) if symmetric else losses).sum()
+    row_losses = _row_losses(positives, kind, decoupled=decoupled, label_smoothing=label_smoothing)
+    losses = row_losses(logits)
+    return (losses + row_losses(logits.T) if symmetric else losses).sum()
 
 
 def sigmoid_contrast(
@@ -243,6 +234,23 @@ def _logits(
     if normalize:
         anchors, candidates = normalize_in_float32(anchors), normalize_in_float32(candidates)
     return (scale * anchors) @ candidates.T
+
+
+def _row_losses(
+    positives: Positives, kind: str, *, decoupled: bool, label_smoothing: float
+) -> Callable[[Tensor], Tensor]:
+    """Return the function from logits [n, m] to the losses of their rows [n]."""
+    one_each = positives.partner is not None and not positives.grouped
+    if one_each and not (decoupled or label_smoothing):
+        return partial(_single, positives=positives)
+    matches, kept = masks(positives, kind, decoupled=decoupled)
+    return partial(
+        info_nce,
+        positives=matches,
+        kept=kept,
+        reduction="logsumexp" if kind == "inside" else "mean",
+        label_smoothing=label_smoothing,
+    )
 
 
 def _single(logits: Tensor, positives: Positives) -> Tensor:

@@ -29,7 +29,7 @@ class SharedTemperature(Temperature):
         self.logit_scale = logit_scale
 
     def scale(self, like: Tensor) -> Tensor:
-        """Return s, 0-dim whatever the parameter's shape; otherwise as `Temperature.scale`."""
+        """Return s, 0-dim for any shape of the parameter; otherwise as `Temperature.scale`."""
         return super().scale(like).reshape(())
 
     def extra_repr(self) -> str:

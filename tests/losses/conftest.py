@@ -1,4 +1,4 @@
-"""Ranks to run losses on, started once for all tests of the room."""
+"""Processes that act as ranks, started once for all tests of losses."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Plain arithmetic on lists of floats, for values that a loss must have."""
+"""Plain arithmetic on lists of floats, for the expected values of losses."""
 
 from __future__ import annotations
 

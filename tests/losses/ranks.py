@@ -1,4 +1,4 @@
-"""Processes that act as ranks of a gloo group, and what a loss gives on them."""
+"""Processes that act as ranks of a gloo group, and the results of a loss on them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPLITS = ((3, 3), (5, 1), (2, 2, 2), (1, 3, 2))
 
 
 class Ranks:
-    """Three processes, started once, that run functions as ranks of a group made for each run."""
+    """Three processes, started once, that run functions as ranks of a new group for each run."""
 
     def __init__(self, folder: Path, largest: int = 3) -> None:
         context = multiprocessing.get_context("spawn")
@@ -42,7 +42,7 @@ class Ranks:
         """Call an importable function on as many ranks as there are argument tuples.
 
         Returns:
-            What each rank returned, in order.
+            The return values of the ranks, in order.
 
         Raises:
             AssertionError: With the traceback of a rank that failed.
@@ -66,7 +66,7 @@ class Ranks:
 
 
 def _serve(rank: int, pipe: Any) -> None:
-    """Run what comes through the pipe until it closes."""
+    """Run the functions that arrive through the pipe until it closes."""
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     while True:
@@ -107,9 +107,9 @@ def make_encoders(inputs: Sequence[Tensor]) -> nn.ModuleDict:
 
 
 def measure(build: Callable[[], nn.Module], calls: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
-    """Return what a data-parallel trainer would see after some calls, averaged over ranks.
+    """Return the results that a data-parallel trainer gets after some calls, averaged over ranks.
 
-    Every floating input goes through an encoder of its own, a linear map.
+    Every floating input goes through its own encoder, a linear map.
 
     Returns:
         Value and gradients of the last call, and the loss's state after it.

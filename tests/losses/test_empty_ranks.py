@@ -1,4 +1,4 @@
-"""A rank that has no sample takes part, and changes nothing."""
+"""A rank without samples takes part in the collective calls and does not change the result."""
 
 import pytest
 

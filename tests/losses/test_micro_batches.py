@@ -1,4 +1,4 @@
-"""Every registered loss gives the same update from a batch in pieces as from the whole."""
+"""Every registered loss gives the same update from micro-batches as from the whole batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = list(available_losses())
 
 
 def gradients(name: str, microbatch_size: int | None) -> dict[str, Tensor]:
-    """Return an update's loss and gradients, each floating input having an encoder of its own."""
+    """Return an update's loss and gradients, with one encoder for each floating input."""
     case = Case(get_loss_class(name).example)
     loss, inputs = case.loss(), case.inputs()
     batch = {f"input_{i}": x for i, x in enumerate(inputs)}
@@ -45,7 +45,7 @@ def gradients(name: str, microbatch_size: int | None) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_loss_is_the_same_in_pieces_of_any_size(name: str) -> None:
+def test_every_loss_is_the_same_in_micro_batches_of_any_size(name: str) -> None:
     torch.manual_seed(0)
     whole = gradients(name, None)
 

@@ -31,7 +31,7 @@ def test_the_losses_of_similarity_matrices_take_a_tile() -> None:
 @pytest.mark.parametrize("name", TILED)
 @pytest.mark.parametrize("tile", [1, 4, 100])
 @pytest.mark.parametrize("grouped", [False, True])
-def test_value_and_gradients_in_tiles_are_those_of_the_whole(
+def test_value_and_gradients_in_tiles_are_those_of_the_whole_matrix(
     name: str, tile: int, grouped: bool
 ) -> None:
     build = get_loss_class(name)

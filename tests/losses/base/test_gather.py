@@ -13,7 +13,7 @@ from diptych.losses.contrastive.clip import CLIPLoss
 from tests.losses.ranks import Ranks
 
 
-def test_alone_nothing_is_gathered() -> None:
+def test_nothing_is_gathered_without_a_process_group() -> None:
     batch = global_batch(3)
     features = torch.randn(3, 2)
     assert world_size() == 1
@@ -28,7 +28,7 @@ def test_an_empty_batch_is_an_error() -> None:
         global_batch(0)
 
 
-def test_a_mean_over_valid_samples_alone_is_zero_with_its_graph_if_none_is() -> None:
+def test_a_mean_without_valid_samples_is_zero_with_a_graph() -> None:
     batch = global_batch(3)
     values = torch.tensor([1.0, 0.0, 4.0], requires_grad=True)
     assert batch.mean(values, torch.tensor([True, False, True])) == 2.5
@@ -39,7 +39,7 @@ def test_a_mean_over_valid_samples_alone_is_zero_with_its_graph_if_none_is() -> 
 
 
 def gather_on_rank(sizes: tuple[int, ...]) -> dict[str, object]:
-    """Gather what stands for rank and row; weigh it by position for the gradient."""
+    """Gather values that encode rank and row; weight them by position for the gradient."""
     rank = dist.get_rank()
     batch = global_batch(sizes[rank], dimension=2)
     start = 10.0 * rank
@@ -116,7 +116,7 @@ def disagree_on_rank(dimension: int) -> str:
     return str(error.value)
 
 
-def test_ranks_that_disagree_get_an_error_each_instead_of_a_hang(ranks: Ranks) -> None:
+def test_ranks_that_disagree_all_raise_instead_of_hanging(ranks: Ranks) -> None:
     expected = "feature_dimension must be equal on all ranks, got [8, 4] by rank"
     assert ranks.run(disagree_on_rank, [(8,), (4,)]) == [expected] * 2
 
@@ -140,7 +140,7 @@ def penalize(sizes: tuple[int, ...]) -> Tensor:
     x = images.split(sizes)[rank].clone().requires_grad_()
     y = texts.split(sizes)[rank]
     loss = CLIPLoss(temperature=0.5, learn_temperature=False, tile=None)(x @ weight, y)
-    # Values average over ranks, so what they give to the features is their sum divided by these.
+    # Values average over ranks, so the features get their sum divided by the number of ranks.
     (gradient,) = torch.autograd.grad(loss / len(sizes), x, create_graph=True)
     gradient.square().sum().backward()
     assert weight.grad is not None

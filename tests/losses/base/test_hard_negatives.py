@@ -1,4 +1,4 @@
-"""Which negatives count, and how much."""
+"""Selection and weights of hard negatives."""
 
 import math
 
@@ -48,7 +48,7 @@ def test_weights_are_a_softmax_times_the_number_of_negatives() -> None:
     )
 
 
-def test_without_exponent_or_negatives_all_weigh_one() -> None:
+def test_without_exponent_or_negatives_all_weights_are_one() -> None:
     assert not HardNegatives().log_weights(SIMILARITY, NEGATIVES).any()
     none = torch.zeros(2, 4, dtype=torch.bool)
     logits = SIMILARITY.clone().requires_grad_()

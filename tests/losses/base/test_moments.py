@@ -1,4 +1,4 @@
-"""Moments over ranks are those of the whole batch."""
+"""Moments over ranks equal those of the whole batch."""
 
 import torch
 

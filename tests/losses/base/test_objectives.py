@@ -97,7 +97,7 @@ def test_hinge_is_the_loop() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
-def test_off_diagonal_leaves_out_the_diagonal_alone(n: int) -> None:
+def test_off_diagonal_leaves_out_only_the_diagonal(n: int) -> None:
     matrix = torch.arange(n * n).view(n, n)
     expected = [i * n + j for i in range(n) for j in range(n) if i != j]
     assert off_diagonal(matrix).tolist() == expected

@@ -1,4 +1,4 @@
-"""Which pairs match, against a loop over all of them."""
+"""Matching pairs, against a loop over all pairs."""
 
 import torch
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""A projection is the perceptron that it says it is."""
+"""A projection is a perceptron with the requested layers."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from diptych.losses import Projection
 
 @pytest.mark.parametrize("normalization", ["none", "layer", "batch"])
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_it_maps_features_through_so_many_layers(layers: int, normalization: str) -> None:
+def test_it_has_the_requested_layers_and_sizes(layers: int, normalization: str) -> None:
     projection = Projection(
         input_dim=6, output_dim=3, hidden_dim=5, layers=layers, normalization=normalization
     )

@@ -1,4 +1,4 @@
-"""A queue keeps the last K keys, in any batch size, and says which slots hold one."""
+"""A queue keeps the last K keys for any batch sizes, and reports which slots are filled."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_a_queue_holds_the_last_keys_of_any_batches(
     assert int(queue.pointer) == count % size
 
 
-def test_what_was_read_stays_when_more_is_enqueued() -> None:
+def test_keys_that_were_read_do_not_change_when_more_are_enqueued() -> None:
     queue = Queue(size=4, dim=3)
     queue.enqueue(torch.ones(4, 3))
     keys, _, _ = queue.read()
@@ -40,7 +40,7 @@ def test_what_was_read_stays_when_more_is_enqueued() -> None:
     assert bool((keys == 1).all())
 
 
-def test_a_queue_goes_through_its_state_dict_in_mid_lap() -> None:
+def test_a_state_dict_restores_a_partly_overwritten_queue() -> None:
     queue, other = Queue(size=5, dim=2), Queue(size=5, dim=2)
     queue.enqueue(torch.rand(8, 2), torch.arange(8))
     other.load_state_dict(queue.state_dict())

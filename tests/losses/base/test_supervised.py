@@ -1,4 +1,4 @@
-"""A weighted mean over samples is the same in pieces and over ranks, and zero without weight."""
+"""A weighted mean over samples is the same over ranks, and zero if all weights are zero."""
 
 import pytest
 import torch
@@ -16,13 +16,13 @@ class Weighted(BaseSupervisedLoss):
         return (values[:, 0] * weights).sum(), weights.sum()
 
 
-def test_the_loss_is_the_total_by_the_weight() -> None:
+def test_the_loss_is_the_total_divided_by_the_weight() -> None:
     values, weights = torch.tensor([[1.0], [5.0]]), torch.tensor([1, 3])
     assert Weighted()(values, weights) == 4
     assert Weighted().terms(values, weights) == {"supervised": 4}
 
 
-def test_nothing_that_weighs_gives_zero_with_its_graph() -> None:
+def test_weights_of_zero_give_zero_with_a_graph() -> None:
     values = torch.ones(2, 1, requires_grad=True)
     loss = Weighted()(values, torch.zeros(2, dtype=torch.int64))
     loss.backward()

@@ -1,4 +1,4 @@
-"""A temperature is fixed, set, or learned in log space within its bounds."""
+"""A temperature: fixed, set, or learned in log space within its bounds."""
 
 import math
 
@@ -19,7 +19,7 @@ def test_the_scale_is_the_inverse_to_float64_precision(value: float, learn: bool
     assert math.isclose(float(scale.detach()), 1 / value, rel_tol=1e-15)
 
 
-def test_the_scale_takes_dtype_of_what_it_multiplies() -> None:
+def test_the_scale_has_the_dtype_of_its_features() -> None:
     assert Temperature(0.5).scale(torch.empty(0)).dtype == torch.float32
     assert Temperature(0.5, learn=True).scale(torch.empty(0)).dtype == torch.float32
 
@@ -54,9 +54,7 @@ def test_the_gradient_is_that_of_the_exponential() -> None:
 
 
 @pytest.mark.parametrize(("log_scale", "kept"), [(9.0, 100.0), (-3.0, 1.0), (2.0, math.exp(2))])
-def test_constrain_puts_a_learned_scale_back_within_both_bounds(
-    log_scale: float, kept: float
-) -> None:
+def test_constrain_clamps_a_learned_scale_to_both_bounds(log_scale: float, kept: float) -> None:
     temperature = Temperature(0.07, learn=True, min_scale=1.0, max_scale=100.0)
     assert temperature.logit_scale is not None
     parameter = temperature.logit_scale
@@ -66,7 +64,7 @@ def test_constrain_puts_a_learned_scale_back_within_both_bounds(
     assert math.isclose(float(temperature.scale(FLOAT64).detach()), kept, rel_tol=1e-6)
 
 
-def test_constrain_leaves_an_unbounded_or_fixed_temperature_alone() -> None:
+def test_constrain_does_not_change_an_unbounded_or_fixed_temperature() -> None:
     temperature = Temperature(0.07, learn=True)
     temperature.value = 1e-4
     temperature.constrain()

@@ -1,4 +1,4 @@
-"""Two views as one set: who meets whom."""
+"""Two views as one set: anchors, candidates and matches."""
 
 import torch
 
@@ -7,7 +7,7 @@ from diptych.losses.base.two_views import two_views
 from tests.losses.oracles import draw
 
 
-def test_every_view_meets_all_others_and_matches_its_partner() -> None:
+def test_every_view_has_all_others_as_candidates_and_matches_its_partner() -> None:
     first, second = draw(3, 2), draw(3, 2, seed=1)
     pairs = CLIPLoss().prepare(first, second, torch.tensor([5, 6, 5]))
     anchors, candidates, positives = two_views(pairs)

@@ -1,4 +1,4 @@
-"""HybridLoss between its two ends."""
+"""HybridLoss between alpha = 0 and alpha = 1."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_value_is_the_mixture_of_clip_and_vicreg(alpha: float) -> None:
     torch.testing.assert_close(value, expected, rtol=1e-13, atol=0)
 
 
-def test_alpha_is_driven_from_outside_published_and_no_state() -> None:
+def test_alpha_can_be_set_is_published_and_is_not_in_the_state_dict() -> None:
     loss = HybridLoss()
     before = loss.state_dict().keys()
 
@@ -43,7 +43,7 @@ def test_terms_keep_their_names_at_both_ends() -> None:
     assert all(list(HybridLoss(alpha=a).terms(*SIDES)) == names for a in (0.0, 1.0))
 
 
-def test_the_parts_may_be_others() -> None:
+def test_the_parts_can_be_replaced() -> None:
     loss = HybridLoss(alpha=0.5, contrastive=SigLIPLoss(), vicreg=BarlowTwinsLoss())
 
     torch.testing.assert_close(loss(*SIDES), (SigLIPLoss()(*SIDES) + BarlowTwinsLoss()(*SIDES)) / 2)

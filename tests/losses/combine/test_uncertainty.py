@@ -1,4 +1,4 @@
-"""UncertaintyWeighted: its formula, where it settles, and what it refuses."""
+"""UncertaintyWeighted: its formula, its fixed point, and the losses that it refuses."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_value_and_gradient_of_s_are_the_papers(s: tuple[float, float]) -> None:
     assert loss.log_variances.grad.tolist() == pytest.approx(slopes, rel=1e-10)
 
 
-def test_it_settles_where_every_loss_has_an_equal_share() -> None:
+def test_it_converges_to_equal_shares_of_all_losses() -> None:
     loss = weighted((0.0, 0.0))
     optimizer = torch.optim.LBFGS([loss.log_variances], max_iter=100, tolerance_grad=1e-12)
 
@@ -67,7 +67,7 @@ def test_it_settles_where_every_loss_has_an_equal_share() -> None:
     assert vicreg == pytest.approx(0.5, rel=1e-4)
 
 
-def test_terms_and_scalars_tell_each_parts_weight() -> None:
+def test_terms_and_scalars_include_each_parts_weight() -> None:
     loss = weighted((math.log(2), 0.0))
 
     terms, scalars = loss.terms(*SIDES), loss.scalars()
@@ -86,7 +86,7 @@ def test_groups_are_the_same_on_ranks(ranks: Ranks) -> None:
 
 
 class SignedLoss(BaseContrastiveLoss):
-    """A user's loss that says that it can be negative."""
+    """A user's loss that declares that it can be negative."""
 
     can_be_negative = True
 
@@ -114,7 +114,7 @@ def test_a_loss_that_can_be_negative_is_refused(part: nn.Module) -> None:
     [NegativeCosineLoss(kind="byol"), HardNegativeLoss(kind="hn_nce"), nn.MSELoss()],
     ids=lambda loss: type(loss).__name__,
 )
-def test_forms_that_cannot_be_negative_are_taken(part: nn.Module) -> None:
+def test_forms_that_cannot_be_negative_are_accepted(part: nn.Module) -> None:
     loss = UncertaintyWeighted(losses={"clip": CLIPLoss(), "part": part})
 
     assert bool(loss(*SIDES).isfinite())

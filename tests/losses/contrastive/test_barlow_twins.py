@@ -53,7 +53,7 @@ def test_value_and_gradient_are_those_with_batch_normalisation() -> None:
     )
 
 
-def test_identical_white_views_cost_next_to_nothing() -> None:
+def test_identical_white_views_have_almost_zero_loss() -> None:
     white = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
     assert float(BarlowTwinsLoss()(white, 5 * white)) < 1e-9
 

@@ -35,7 +35,7 @@ def test_value_is_that_of_the_loop_for_one_side_and_for_two(kind: str) -> None:
     assert float(loss.terms(FIRST, SECOND)["decorrelation"]) == float(loss(FIRST, SECOND))
 
 
-def test_a_repeated_dimension_is_what_it_sees() -> None:
+def test_a_repeated_dimension_is_penalised() -> None:
     column = draw(50, 1)
     repeated = torch.cat((column, column), dim=1)
     assert math.isclose(float(DecorrelationLoss(kind="correlation")(repeated)), 1, rel_tol=1e-4)

@@ -25,7 +25,7 @@ def calls(sizes: list[int]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize(("queue_size", "sizes"), [(8, [3, 3, 3, 3, 3]), (5, [2, 7, 1, 6, 5])])
-def test_every_call_is_that_of_a_list_of_the_last_keys(
+def test_every_call_equals_that_with_a_list_of_the_last_keys(
     queue_size: int, sizes: list[int], grouped: bool
 ) -> None:
     loss = MoCoLoss(dim=DIM, queue_size=queue_size, temperature=0.2)
@@ -42,7 +42,7 @@ def test_every_call_is_that_of_a_list_of_the_last_keys(
         past = [*past, *zip(key.tolist(), groups, strict=True)][-queue_size:]
 
 
-def test_the_first_call_meets_no_negative_and_the_key_gets_no_gradient() -> None:
+def test_the_first_call_has_no_negatives_and_the_key_gets_no_gradient() -> None:
     query, key, _ = calls([3])[0]
     query.requires_grad_()
     key.requires_grad_()
@@ -57,7 +57,7 @@ def test_the_first_call_meets_no_negative_and_the_key_gets_no_gradient() -> None
     assert bool(query.grad.any())
 
 
-def test_keys_are_enqueued_once_for_each_call_in_training_alone() -> None:
+def test_keys_are_enqueued_once_per_call_only_in_training() -> None:
     loss = MoCoLoss(dim=DIM, queue_size=8)
     query, key, _ = calls([3])[0]
     loss.eval()(query, key)
@@ -103,7 +103,7 @@ def test_features_of_another_dimension_are_refused() -> None:
         MoCoLoss(dim=DIM, queue_size=8)(draw(3, 6), draw(3, 6))
 
 
-def test_inputs_can_be_named() -> None:
+def test_inputs_can_be_passed_by_name() -> None:
     query, key, ids = calls([3])[0]
     loss = MoCoLoss(dim=DIM, queue_size=8)
     assert float(loss(query=query, key=key, groups=ids)) == 0

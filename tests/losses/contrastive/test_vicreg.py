@@ -40,19 +40,19 @@ def test_terms_are_those_of_the_loop(epsilon: float, weights: tuple[float, ...])
     assert math.isclose(float(loss(FIRST, SECOND)), total, rel_tol=1e-11)
 
 
-def test_identical_white_views_cost_nothing() -> None:
+def test_identical_white_views_have_zero_loss() -> None:
     white = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]) * 2
     assert float(VICRegLoss()(white, white)) == 0
 
 
-def test_collapsed_views_cost_the_variance_term_alone() -> None:
+def test_collapsed_views_have_only_the_variance_term() -> None:
     same = torch.ones(4, 3, dtype=torch.float64)
     terms = VICRegLoss().terms(same, same)
     assert math.isclose(float(terms["variance"]), 25 * (1 - math.sqrt(1e-4)), rel_tol=1e-12)
     assert float(terms["invariance"]) == float(terms["covariance"]) == 0
 
 
-def test_groups_change_nothing() -> None:
+def test_groups_have_no_effect() -> None:
     loss = VICRegLoss()
     assert loss(FIRST, SECOND, torch.zeros(6).long()) == loss(FIRST, SECOND)
 

@@ -63,7 +63,7 @@ def test_weights_scale_their_terms() -> None:
     assert thrice["caption"] == 0
 
 
-def test_a_batch_of_only_pads_has_no_caption_term() -> None:
+def test_a_batch_of_only_padding_has_no_caption_term() -> None:
     image, text, scores, labels = example()
     scores.requires_grad_()
 
@@ -93,7 +93,7 @@ def test_the_last_position_and_the_first_token_do_not_count() -> None:
     assert torch.equal(loss(image, text, scores, labels), value)
 
 
-def test_ranks_with_few_tokens_count_for_few(ranks: Ranks) -> None:
+def test_each_rank_counts_by_its_tokens(ranks: Ranks) -> None:
     *features, labels = example()
     labels[:3, 2:] = PAD  # of the first rank's three captions one token each is left
     assert (labels[:3, 1:] != PAD).sum() < (labels[3:, 1:] != PAD).sum()
@@ -101,14 +101,14 @@ def test_ranks_with_few_tokens_count_for_few(ranks: Ranks) -> None:
     assert_same_on_ranks(ranks, partial(CaptioningLoss, pad_id=PAD), (*features, labels))
 
 
-def test_a_rank_with_only_pads_adds_nothing(ranks: Ranks) -> None:
+def test_a_rank_with_only_padding_has_no_weight(ranks: Ranks) -> None:
     *features, labels = example()
     labels[:3] = PAD
 
     assert_same_on_ranks(ranks, partial(CaptioningLoss, pad_id=PAD), (*features, labels))
 
 
-def test_groups_reach_the_contrast() -> None:
+def test_groups_reach_the_contrastive_part() -> None:
     inputs, groups = example(), torch.tensor([0, 1, 0, 2, 1, 0])
 
     terms = CaptioningLoss().terms(*inputs, groups)
@@ -116,7 +116,7 @@ def test_groups_reach_the_contrast() -> None:
     torch.testing.assert_close(terms["contrastive"], CLIPLoss()(*inputs[:2], groups))
 
 
-def test_the_contrast_may_be_another() -> None:
+def test_the_contrastive_part_can_be_replaced() -> None:
     inputs = example()
 
     terms = CaptioningLoss(contrastive=SigLIPLoss()).terms(*inputs)
@@ -125,7 +125,7 @@ def test_the_contrast_may_be_another() -> None:
     check_loss(lambda: CaptioningLoss(contrastive=SigLIPLoss()))
 
 
-def test_the_temperature_is_learned_published_and_kept_in_its_bounds() -> None:
+def test_the_temperature_is_learned_published_and_kept_within_its_bounds() -> None:
     loss = CaptioningLoss()
     (scale,) = loss.parameters()
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_the_temperature_is_learned_published_and_kept_in_its_bounds() -> None:
         (draw(6, 5, 8).long(), "logits must be floating point"),
     ],
 )
-def test_logits_that_do_not_fit_are_refused(scores: Tensor, sentence: str) -> None:
+def test_wrong_logits_are_refused(scores: Tensor, sentence: str) -> None:
     image, text, _, labels = example()
     with pytest.raises((ValueError, TypeError), match=sentence):
         CaptioningLoss()(image, text, scores, labels)

@@ -72,7 +72,7 @@ def test_every_form_keeps_the_contract(kind: str, normalize: bool) -> None:
     check_loss(lambda: ConsistencyLoss(distance=kind, normalize=normalize))
 
 
-def test_groups_change_nothing() -> None:
+def test_groups_have_no_effect() -> None:
     features, reference, loss = draw(6, 5), draw(6, 5, seed=1), ConsistencyLoss()
 
     grouped = loss(features, reference, torch.tensor([0, 0, 1, 1, 2, 2]))

@@ -79,7 +79,7 @@ def test_without_views_and_groups_nothing_matches_within_a_modality() -> None:
     assert terms["supervised"] > 0
 
 
-def test_labels_are_for_the_supervised_term_alone() -> None:
+def test_labels_affect_only_the_supervised_term() -> None:
     sides = draw(6, 5), draw(6, 5, seed=1)
     labels = torch.tensor([0, 0, 0, 1, 1, 1])
 
@@ -91,7 +91,7 @@ def test_labels_are_for_the_supervised_term_alone() -> None:
     assert torch.equal(both["supervised"], labels_only["supervised"])
 
 
-def test_parts_may_be_others_and_have_terms_of_their_own_name() -> None:
+def test_parts_can_be_replaced_and_their_terms_keep_the_names() -> None:
     loss = CrossModalLoss(cross_modal=SigLIPLoss(), cross_modal_weight=1)
     sides = draw(6, 5), draw(6, 5, seed=1)
 
@@ -112,7 +112,7 @@ def test_with_views_groups_and_labels_it_is_the_same_on_ranks(ranks: Ranks) -> N
     assert_same_on_ranks(ranks, CrossModalLoss, Case(CrossModalLoss, draw_everything).inputs())
 
 
-def test_sides_that_do_not_fit_are_refused() -> None:
+def test_wrong_sides_are_refused() -> None:
     with pytest.raises(ValueError, match="first and second must agree in batch and features"):
         CrossModalLoss()(draw(6, 5), draw(6, 2, 4))
     with pytest.raises(ValueError, match=r"second must be \[batch, features\]"):

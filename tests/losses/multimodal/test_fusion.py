@@ -1,4 +1,4 @@
-"""ImageTextMatchingLoss: what is drawn, what it costs, and that ranks draw the same."""
+"""ImageTextMatchingLoss: its draw of mismatches, its value, and equality across ranks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Recorder(nn.Module):
 
 def drawn(loss: ImageTextMatchingLoss, groups: Tensor | None = None, size: int = 6) -> list[int]:
     """Return the indices that a call draws: texts for images, then images for texts."""
-    features = torch.eye(size, dtype=torch.float64)  # equally dissimilar, told apart by their one
+    features = torch.eye(size, dtype=torch.float64)  # equally dissimilar, identified by their one
     loss(features, features, groups)
     images, texts = loss.fusion.pairs
     return [*texts[size : 2 * size].argmax(1).tolist(), *images[2 * size :].argmax(1).tolist()]
@@ -97,7 +97,7 @@ def test_draws_follow_the_softmax_of_similarity() -> None:
     dtype=st.sampled_from([torch.float32, torch.float64]),
     spread=st.sampled_from([0.0, 1.0, 1e4]),
 )
-def test_a_draw_is_always_among_the_allowed(
+def test_a_draw_is_always_an_allowed_column(
     seed: int, number: float, dtype: torch.dtype, spread: float
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -142,7 +142,7 @@ def test_equal_generators_draw_the_same_and_calls_differ() -> None:
     assert len({tuple(found) for found in draws}) > 1
 
 
-def test_the_state_dict_takes_the_draws_along() -> None:
+def test_the_state_dict_restores_the_draws() -> None:
     loss = ImageTextMatchingLoss(fusion=Recorder())
     drawn(loss)
     state = copy.deepcopy(loss.state_dict())
@@ -154,7 +154,7 @@ def test_the_state_dict_takes_the_draws_along() -> None:
     assert [drawn(resumed) for _ in range(3)] == following
 
 
-def test_evaluation_leaves_the_draws_of_training_as_they_were() -> None:
+def test_evaluation_does_not_change_the_draws_of_training() -> None:
     loss, undisturbed = (ImageTextMatchingLoss(fusion=Recorder()) for _ in range(2))
     loss.eval()
     evaluated = [drawn(loss) for _ in range(2)]
@@ -164,7 +164,7 @@ def test_evaluation_leaves_the_draws_of_training_as_they_were() -> None:
     assert [drawn(loss) for _ in range(3)] == [drawn(undisturbed) for _ in range(3)]
 
 
-def test_torchs_own_generator_is_left_alone() -> None:
+def test_torchs_global_generator_is_not_used() -> None:
     before = torch.get_rng_state()
 
     drawn(ImageTextMatchingLoss(fusion=Recorder()))
@@ -177,7 +177,7 @@ def test_the_draw_has_no_gradient_but_the_drawn_have() -> None:
 
     ImageTextMatchingLoss(fusion=inner_product)(image, text).backward()
 
-    # Of two pairs each is the other's only mismatch: six fused pairs, whatever was drawn.
+    # Of two pairs each is the other's only mismatch: six fused pairs for every draw.
     scores = image.detach() @ text.detach().T
     chance = scores.sigmoid()
     weight = torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64) / 6
@@ -208,7 +208,7 @@ def draw_tokens(batch: int, *, generator: torch.Generator) -> tuple[Tensor, ...]
     return image, text, torch.arange(batch) // 2
 
 
-def test_tokens_are_fused_and_the_first_of_them_compared(ranks: Ranks) -> None:
+def test_tokens_are_fused_and_the_first_token_is_compared(ranks: Ranks) -> None:
     check_loss(match_tokens, draw_tokens_alone)
     assert_same_on_ranks(ranks, match_tokens, Case(match_tokens, draw_tokens).inputs())
 
@@ -237,7 +237,7 @@ def test_the_draw_is_rank_0s_even_if_generators_differ(ranks: Ranks) -> None:
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
 
 
-def test_a_fusion_that_returns_something_else_is_refused() -> None:
+def test_a_fusion_with_a_wrong_output_is_refused() -> None:
     loss = ImageTextMatchingLoss(fusion=lambda image, text: (image * text).sum(-1))
     with pytest.raises(ValueError, match=r"fusion must return logits \[n, 2\].*\(18,\) for n = 18"):
         loss(draw(6, 5), draw(6, 5))
@@ -245,7 +245,7 @@ def test_a_fusion_that_returns_something_else_is_refused() -> None:
         ImageTextMatchingLoss(fusion="concat")
 
 
-def test_sides_that_do_not_fit_are_refused() -> None:
+def test_wrong_sides_are_refused() -> None:
     loss = ImageTextMatchingLoss(fusion=inner_product)
     with pytest.raises(ValueError, match="image and text must agree in batch and features"):
         loss(draw(6, 5), draw(6, 4))
@@ -258,7 +258,7 @@ def test_a_temperature_out_of_range_is_refused() -> None:
         ImageTextMatchingLoss(fusion=inner_product, temperature=0)
 
 
-def test_the_plain_head_gives_two_logits_for_each_pair() -> None:
+def test_the_fusion_head_returns_two_logits_for_each_pair() -> None:
     head = FusionHead(dim=5, hidden_dim=7).double()
 
     assert head(draw(4, 5), draw(4, 5, seed=1)).shape == (4, 2)

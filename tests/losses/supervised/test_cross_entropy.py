@@ -1,4 +1,4 @@
-"""Cross entropy: torch's values, over labels that count, on any ranks."""
+"""Cross entropy: torch's values over the labels that count, on any number of ranks."""
 
 from functools import partial
 
@@ -38,7 +38,7 @@ def test_tokens_are_flattened_with_the_classes_last() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
-def test_labels_that_are_all_ignored_give_zero_not_nan() -> None:
+def test_a_batch_with_only_ignored_labels_gives_zero_not_nan() -> None:
     logits = LOGITS.clone().requires_grad_()
     loss = CrossEntropyLoss(weight=WEIGHT)(logits, torch.full((6,), -100))
     loss.backward()
@@ -48,7 +48,7 @@ def test_labels_that_are_all_ignored_give_zero_not_nan() -> None:
 
 
 @pytest.mark.parametrize("weight", [None, WEIGHT])
-def test_ranks_count_by_the_labels_that_count(weight: torch.Tensor | None, ranks: Ranks) -> None:
+def test_each_rank_counts_by_its_labels(weight: torch.Tensor | None, ranks: Ranks) -> None:
     build = partial(CrossEntropyLoss, weight=weight, label_smoothing=0.1)
     assert_same_on_ranks(ranks, build, (LOGITS, LABELS))
 
@@ -66,7 +66,7 @@ def test_weights_and_smoothing_keep_the_contract() -> None:
         (LOGITS, LABELS[:4], ValueError, r"\(6,\), got \(4,\). Put the classes last"),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_wrong_inputs_are_refused(
     logits: torch.Tensor, labels: torch.Tensor, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):

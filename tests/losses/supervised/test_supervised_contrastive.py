@@ -91,7 +91,7 @@ def test_value_and_gradient_are_those_of_the_papers_sum(
     ],
 )
 @pytest.mark.parametrize("zero", [False, True])
-def test_candidates_are_all_views_the_others_or_the_own(
+def test_candidates_are_all_views_other_views_or_the_own_view(
     candidates: str, see: See, zero: bool
 ) -> None:
     features = draw(6, 3, 5).requires_grad_()
@@ -137,7 +137,7 @@ def test_labels_may_be_given_by_name() -> None:
     assert torch.equal(loss(features, labels=LABELS), loss(features, LABELS))
 
 
-def test_each_sample_a_class_of_its_own_is_simclr() -> None:
+def test_one_class_per_sample_is_simclr() -> None:
     views = draw(6, 2, 5)
 
     value = SupervisedContrastiveLoss(temperature=0.5)(views, torch.arange(6))
@@ -172,7 +172,7 @@ def test_multi_hot_labels_with_one_entry_each_are_plain_labels() -> None:
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.4, 0.5])
-def test_multi_hot_labels_match_by_the_share_they_have_in_common(overlap: float) -> None:
+def test_multi_hot_labels_match_by_the_share_of_common_labels(overlap: float) -> None:
     sets = [{0, 1}, {1}, {0, 1, 2}, {3}, {2, 3}, set[int]()]
     features = draw(6, 2, 5).requires_grad_()
     labels = torch.tensor([[int(c in members) for c in range(4)] for members in sets])
@@ -188,7 +188,7 @@ def test_multi_hot_labels_match_by_the_share_they_have_in_common(overlap: float)
 
 @pytest.mark.parametrize("tile", [1, 2, 5, None])
 @pytest.mark.parametrize("candidates", ["all", "cross", "intra"])
-def test_tiles_change_nothing(candidates: str, tile: int | None) -> None:
+def test_tiles_do_not_change_the_result(candidates: str, tile: int | None) -> None:
     features = draw(6, 2, 5).requires_grad_()
     whole = SupervisedContrastiveLoss(candidates=candidates, tile=None)(features, LABELS)
 
@@ -269,12 +269,12 @@ def test_a_constructor_argument_out_of_range_is_refused(
         SupervisedContrastiveLoss(**arguments)
 
 
-def test_one_view_has_nothing_across() -> None:
+def test_cross_candidates_need_two_views() -> None:
     with pytest.raises(ValueError, match="'cross' needs two views or modalities"):
         SupervisedContrastiveLoss(candidates="cross")(draw(6, 5), LABELS)
 
 
-def test_a_call_without_labels_says_so() -> None:
+def test_a_call_without_labels_is_refused() -> None:
     with pytest.raises(TypeError, match="labels must be a tensor of integers, got NoneType"):
         SupervisedContrastiveLoss()(draw(6, 5))
     with pytest.raises(TypeError, match="labels must be integers"):

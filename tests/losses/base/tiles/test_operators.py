@@ -1,4 +1,4 @@
-"""The custom operators: their flat arguments, and what the compiler makes of them."""
+"""The custom operators: their flat arguments, and their behaviour under torch.compile."""
 
 from __future__ import annotations
 

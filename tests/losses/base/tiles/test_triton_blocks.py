@@ -1,4 +1,4 @@
-"""The Triton kernels give the numbers of float64 within half precision, and wait for nothing."""
+"""The Triton kernels agree with float64 within half precision and never wait for the device."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def drawn(pairs: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def value_and_gradients(loss: nn.Module, *inputs: Tensor) -> list[Tensor]:
-    """Return them in float64, those of the loss's own parameters too."""
+    """Return value and gradients in float64, including those of the loss's own parameters."""
     sides = [side.detach().clone().requires_grad_() for side in inputs[:2]]
     value = loss.cuda()(*sides, *inputs[2:])
     value.backward()
