@@ -23,6 +23,7 @@ from diptych.losses.base.tiles.tiled_objectives import (
     tiled_contrast,
     tiled_sigmoid_contrast,
 )
+from diptych.losses.base.tiles.torch_blocks import LossBlocks, TileSettings
 from diptych.losses.base.validation import check_choice
 
 Tile = int | str | None
@@ -146,22 +147,12 @@ def contrast(
         dtype: The dtype in which the features entered; an accelerator's matrix units may multiply
             half precision as such.
     """
+    blocks = LossBlocks(anchors, candidates, scale, normalize=normalize)
     rows = resolve_tile(tile, anchors, candidates)
     if rows is not None:
-        return tiled_contrast(
-            anchors,
-            candidates,
-            scale,
-            positives,
-            rows=rows,
-            kind=kind,
-            decoupled=decoupled,
-            label_smoothing=label_smoothing,
-            symmetric=symmetric,
-            normalize=normalize,
-            dtype=dtype,
-        )
-    logits = _logits(anchors, candidates, scale, dtype, normalize=normalize)
+        settings = TileSettings(rows, decoupled, label_smoothing, symmetric)
+        return tiled_contrast(blocks, positives, kind, settings, dtype)
+    logits = _logits(blocks, dtype)
     row_losses = _row_losses(positives, kind, decoupled=decoupled, label_smoothing=label_smoothing)
     losses = row_losses(logits)
     return (losses + row_losses(logits.T) if symmetric else losses).sum()
@@ -190,20 +181,11 @@ def sigmoid_contrast(
         normalize: As for `contrast`.
         dtype: As for `contrast`.
     """
+    blocks = LossBlocks(anchors, candidates, scale, bias, normalize)
     rows = resolve_tile(tile, anchors, candidates)
     if rows is not None:
-        return tiled_sigmoid_contrast(
-            anchors,
-            candidates,
-            scale,
-            bias,
-            positives,
-            rows=rows,
-            normalize=normalize,
-            dtype=dtype,
-        )
-    logits = _logits(anchors, candidates, scale, dtype, normalize=normalize)
-    return sigmoid(logits + bias, positives.matches()).sum()
+        return tiled_sigmoid_contrast(blocks, positives, rows, dtype)
+    return sigmoid(_logits(blocks, dtype), positives.matches()).sum()
 
 
 def masks(positives: Positives, kind: str, *, decoupled: bool) -> tuple[Tensor, Tensor | None]:
@@ -219,21 +201,17 @@ def masks(positives: Positives, kind: str, *, decoupled: bool) -> tuple[Tensor, 
     return matches, positives.others() if positives.itself is not None else None
 
 
-def _logits(
-    anchors: Tensor,
-    candidates: Tensor,
-    scale: Tensor,
-    dtype: torch.dtype | None,
-    *,
-    normalize: bool,
-) -> Tensor:
-    """Return scale * anchors @ candidates.T, float32 or float64."""
+def _logits(blocks: LossBlocks, dtype: torch.dtype | None) -> Tensor:
+    """Return scale * anchors @ candidates.T + bias, float32 or float64."""
+    anchors, candidates, scale, bias, normalize = blocks
+    logits: Tensor
     if dtype is not None and kernels_take(anchors, dtype):
-        logits: Tensor = half_logits(anchors.to(dtype), candidates.to(dtype), scale, normalize)
-        return logits
-    if normalize:
-        anchors, candidates = normalize_in_float32(anchors), normalize_in_float32(candidates)
-    return (scale * anchors) @ candidates.T
+        logits = half_logits(anchors.to(dtype), candidates.to(dtype), scale, normalize)
+    else:
+        if normalize:
+            anchors, candidates = normalize_in_float32(anchors), normalize_in_float32(candidates)
+        logits = (scale * anchors) @ candidates.T
+    return logits if bias is None else logits + bias
 
 
 def _row_losses(

@@ -48,80 +48,53 @@ def resolve_tile(tile: int | str | None, anchors: Tensor, candidates: Tensor) ->
 
 
 def tiled_contrast(
-    anchors: Tensor,
-    candidates: Tensor,
-    scale: Tensor,
+    blocks: LossBlocks,
     positives: Positives,
-    *,
-    rows: int,
-    kind: str = "outside",
-    decoupled: bool = False,
-    label_smoothing: float = 0.0,
-    symmetric: bool = False,
-    normalize: bool = False,
+    kind: str,
+    settings: TileSettings,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the InfoNCE losses of all anchors, summed, a scalar: the same as `contrast`.
 
     Args:
-        anchors: [n, D].
-        candidates: [m, D].
-        scale: 0-dim.
+        blocks: The factors of the logits [n, m].
         positives: Matching candidates.
-        rows: Rows of a block, >= 1.
         kind: ``"outside"``, ``"inside"`` or ``"mask"``.
-        decoupled: Whether positives are left out of the denominator.
-        label_smoothing: The share of the target spread evenly over the denominator's columns.
-        symmetric: Whether the candidates are anchors too; own pairs are then on the diagonal.
-        normalize: Whether to divide the features by their norms.
+        settings: Rows of a block, and the options of `contrast`.
         dtype: The dtype in which the features entered. On a GPU with Triton, bfloat16 and float16
             are multiplied as such and summed in float32; elsewhere blocks are float32 or float64.
     """
-    adds_linear = label_smoothing > 0 or (positives.grouped and kind == "outside")
-    blocks = LossBlocks(anchors, candidates, scale, normalize=normalize)
+    decoupled, smoothing = settings.decoupled, settings.smoothing
+    adds_linear = smoothing > 0 or (positives.grouped and kind == "outside")
     blocks = _prepared(blocks, dtype, late=not adds_linear)
     positives = _with_partner(positives)
     valid = _valid(positives, decoupled=decoupled)
     entries = _entries(positives, kind, decoupled=decoupled)._replace(valid=valid)
-    settings = TileSettings(rows, decoupled, label_smoothing, symmetric)
     loss = operators.contrast(TiledLoss(blocks, entries, settings))
     if not adds_linear:
         return loss
     anchors, candidates, scale = blocks[:3]
-    for first, second in ((anchors, candidates), (candidates, anchors))[: 1 + symmetric]:
-        point = _linear_part(
-            second, positives, kind, decoupled=decoupled, smoothing=label_smoothing
-        )
+    directions = (anchors, candidates), (candidates, anchors)
+    for first, second in directions[: 1 + settings.symmetric]:
+        point = _linear_part(second, positives, kind, decoupled=decoupled, smoothing=smoothing)
         linear = (first.to(scale.dtype) * point).sum(1).masked_fill(~valid, 0.0)
         loss = loss + scale * linear.sum()
     return loss
 
 
 def tiled_sigmoid_contrast(
-    anchors: Tensor,
-    candidates: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    positives: Positives,
-    *,
-    rows: int,
-    normalize: bool = False,
-    dtype: torch.dtype | None = None,
+    blocks: LossBlocks, positives: Positives, rows: int, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Return the sigmoid losses of all pairs, summed, a scalar: the same as `sigmoid_contrast`.
 
     Args:
-        anchors: [n, D].
-        candidates: [m, D].
-        scale: 0-dim.
-        bias: 0-dim.
+        blocks: The factors of the logits [n, m].
         positives: Matching candidates.
         rows: Rows of a block, >= 1.
-        normalize: As for `tiled_contrast`.
         dtype: As for `tiled_contrast`.
     """
-    blocks = _prepared(LossBlocks(anchors, candidates, scale, bias, normalize), dtype)
-    loss = TiledLoss(blocks, _entries(_with_partner(positives)), TileSettings(rows))
+    entries = _entries(_with_partner(positives))
+    loss = TiledLoss(_prepared(blocks, dtype), entries, TileSettings(rows))
     return operators.sigmoid_contrast(loss)
 
 

@@ -219,6 +219,7 @@ def test_every_form_of_the_call_keeps_the_contract(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # by torch's own compiler
 def test_modalities_and_multi_hot_labels_compile_into_one_graph() -> None:
     for drawn in (draw_modalities, draw_multi_hot):
         check_compiles(Case(SupervisedContrastiveLoss, drawn))
