@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, TypeVar
@@ -33,6 +33,7 @@ from diptych.engine.loop.listener import cost_table
 from diptych.engine.metrics.metrics_collector import MetricsCollector
 from diptych.engine.settings import Precision, TrainerSettings, Units
 from diptych.engine.step.compilation import CompileMode, compile_in_place
+from diptych.engine.step.loss_contract import scalars_of
 from diptych.engine.step.train_step import TrainStep, check_fp16
 from diptych.engine.tasks import Outputs, Task
 
@@ -272,6 +273,18 @@ class Trainer(EventLoop):
         """
         return cost_table(self.listeners)
 
+    def fire_and_report(self, event: Any) -> None:
+        """Fire an event, and report what its handlers publish as a record of this iteration.
+
+        `EPOCH_COMPLETED`, `EVALUATED` and `COMPLETED` fire in this way: a value that a handler
+        publishes there belongs to the epoch, the evaluation or the run that has ended.
+        """
+        with self.metrics.collected_apart() as values:
+            self.fire_event(event)
+        if values:
+            self.state.metrics.update(values)
+            self.metrics.report(self.state.iteration, values)
+
     def _gradient_scaler(self) -> torch.amp.GradScaler | None:
         if self.settings.precision != "fp16":
             return None
@@ -281,12 +294,9 @@ class Trainer(EventLoop):
     def _publish_gauges(self) -> None:
         for tag in self._gauges_of_loss:
             self.metrics.remove_gauge(tag)
-        scalars: Callable[[], Mapping[str, Tensor]] | None = getattr(self.loss, "scalars", None)
-        self._gauges_of_loss = []
-        if scalars is not None:
-            for name in scalars():
-                self._gauges_of_loss.append(f"train/{name}")
-                self.metrics.gauge(f"train/{name}", partial(_named_scalar, scalars, name))
+        self._gauges_of_loss = [f"train/{name}" for name in scalars_of(self.loss)]
+        for tag in self._gauges_of_loss:
+            self.metrics.gauge(tag, partial(_scalar_of, self.loss, tag.removeprefix("train/")))
         if self.scaler is not None:
             self.metrics.gauge("train/skipped_steps", lambda: self.skipped_steps)
 
@@ -299,8 +309,6 @@ class Trainer(EventLoop):
         self.metrics = MetricsCollector(on_record=lambda: self.fire_event(MetricsEvents.LOGGED))
         self._publish_gauges()
         self.add_event_handler(Events.STARTED, self._prepare)
-        self.add_event_handler(Events.EPOCH_COMPLETED, self._end_epoch)
-        self.add_event_handler(Events.COMPLETED, self._log_rest)
         self.every(self.settings.log_every, self._log, RunEvents.SAFE_POINT)
 
     @waits_at("the start of a run")
@@ -316,19 +324,19 @@ class Trainer(EventLoop):
     def _log(self, _: Engine) -> None:
         self.metrics.log(self.state.iteration)
 
-    def _end_epoch(self, _: Engine) -> None:
-        self.metrics.log(self.state.iteration)
-        self.state.metrics.update(self.metrics.end_epoch())
-
-    def _log_rest(self, _: Engine) -> None:
-        # A stopped run keeps its buffered values, so that the run which continues it logs what
-        # an uninterrupted one would.
-        if not self.should_terminate or self.is_finished:
+    def _fire_completed(self, event: Events) -> None:
+        if event is Events.EPOCH_COMPLETED:
             self.metrics.log(self.state.iteration)
+            self.state.metrics.update(self.metrics.end_epoch())
+        elif not self.should_terminate or self.is_finished:
+            # A stopped run keeps its buffered values, so that the run which continues it logs what
+            # an uninterrupted one would.
+            self.metrics.log(self.state.iteration)
+        self.fire_and_report(event)
 
 
-def _named_scalar(scalars: Callable[[], Mapping[str, Tensor]], name: str) -> Tensor:
-    return scalars()[name]
+def _scalar_of(loss: nn.Module, name: str) -> Tensor:
+    return scalars_of(loss)[name]
 
 
 def check_parts(model: nn.Module, loss: nn.Module, optimizer: Optimizer, task: Task) -> None:

@@ -80,7 +80,7 @@ class ChangeObserver:
                 self._record(listener, changed)
 
     def _record(self, listener: Listener, changed: list[Change]) -> None:
-        declared = contract_of(_owner(listener)).changes
+        declared = contract_of(listener.owner).changes
         undeclared = [change for change in changed if change not in declared]
         words = " and ".join(change.value for change in undeclared or changed)
         if undeclared:
@@ -139,13 +139,6 @@ READERS: dict[Change, Callable[[Trainer], Any]] = {
     Change.RANDOM_STATE: lambda _: random_state(),
 }
 """The part of a run that belongs to each change, as a copy."""
-
-
-def _owner(listener: Listener) -> object:
-    """Return the object whose method a listener calls."""
-    parent = getattr(listener.function, "_parent", None)  # Ignite's wrapper of a filtered handler
-    function = listener.function if parent is None else parent()
-    return getattr(function, "__self__", function)
 
 
 def _weights_after(trainer: Trainer, batch: Any) -> dict[str, Tensor]:

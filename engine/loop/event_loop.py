@@ -225,8 +225,12 @@ class EventLoop(Dispatcher):
         if self.should_terminate:
             self.fire_event(Events.TERMINATE)
         if self.should_terminate != "skip_completed":
-            self.fire_event(Events.COMPLETED)
+            self._fire_completed(Events.COMPLETED)
         self.outcome = Outcome.TERMINATED if self.should_terminate else Outcome.COMPLETED
+
+    def _fire_completed(self, event: Events) -> None:
+        """Fire `EPOCH_COMPLETED` or `COMPLETED`."""
+        self.fire_event(event)
 
     def _run_epoch(self) -> None:
         started = time.perf_counter()
@@ -238,7 +242,7 @@ class EventLoop(Dispatcher):
             return
         self.state.times[Events.EPOCH_COMPLETED.name] = time.perf_counter() - started
         if self.should_terminate_single_epoch != "skip_epoch_completed":
-            self.fire_event(Events.EPOCH_COMPLETED)
+            self._fire_completed(Events.EPOCH_COMPLETED)
             self.fire_event(MetricsEvents.EPOCH_PUBLISHED)
         safe_point_is_new = self._position.phase is Phase.EPOCH_ENDED
         self._move_to(self.position.epoch_completed())

@@ -47,10 +47,20 @@ class Listener:
         self.function(*first, *arguments, *self.arguments, **self.keywords, **keywords)
 
     @property
+    def added(self) -> Any:
+        """The function as it was added, without Ignite's wrapper for a filter."""
+        parent = getattr(self.function, "_parent", None)
+        return self.function if parent is None else parent()
+
+    @property
+    def owner(self) -> Any:
+        """The object that the function is a method of, else the function itself."""
+        return getattr(self.added, "__self__", self.added)
+
+    @property
     def name(self) -> str:
         """The function's name, with the class that it belongs to: `EarlyStopping._judge`."""
-        parent = getattr(self.function, "_parent", None)  # Ignite's wrapper of a filtered handler
-        function = self.function if parent is None else parent()
+        function = self.added
         owner = getattr(function, "__self__", None)
         name = getattr(function, "__name__", None)
         if owner is not None and name is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 
+from diptych.engine.distributed.collectives import world_size
 from diptych.engine.metrics.metrics_buffer import Scalar, ScalarBuffer, as_scalar
 
 
@@ -81,6 +82,23 @@ class MetricsCollector:
         except BaseException:
             self._gauges = before
             raise
+
+    @contextmanager
+    def collected_apart(self) -> Iterator[dict[str, float]]:
+        """Keep the values that are published within this context apart from all others.
+
+        The context yields a dictionary; at its end, it holds the mean of each tag. Over several
+        ranks the end of the context is collective.
+        """
+        means: dict[str, float] = {}
+        outer, self._buffer = self._buffer, ScalarBuffer()
+        try:
+            yield means
+            if self._buffer or world_size() > 1:
+                sums, _ = self._buffer.drain({})
+                means.update({tag: total / count for tag, (total, count) in sums.items()})
+        finally:
+            self._buffer = outer
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
         """Publish final values, such as an evaluation's, as a record of their own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -19,16 +19,9 @@ if TYPE_CHECKING:
 def attached(trainer: Trainer) -> list[Any]:
     """Return every object whose functions the trainer's events call, each once, in order."""
     own = (trainer, trainer.model, trainer.loss, trainer.optimizer, trainer.metrics)
-    found = {id(item): item for item in (*trainer.handlers, *_owners_of_functions(trainer))}
+    owners = (listener.owner for listener in trainer.listeners)
+    found = {id(item): item for item in (*trainer.handlers, *owners)}
     return [item for key, item in found.items() if key not in {id(part) for part in own}]
-
-
-def _owners_of_functions(trainer: Trainer) -> Iterator[Any]:
-    """Yield the object behind each function that was added to an event."""
-    for listener in trainer.listeners:
-        parent = getattr(listener.function, "_parent", None)  # Ignite's wrapper of a filtered one
-        added = parent() if parent else listener.function
-        yield getattr(added, "__self__", added)
 
 
 def stateful_handlers(trainer: Trainer) -> dict[str, Stateful]:

@@ -176,7 +176,7 @@ class Evaluation(Handler):
         self.values = {f"{self.prefix}/{name}": value for name, value in values.items()}
         trainer.state.metrics.update(self.values)
         trainer.metrics.report(trainer.state.iteration, self.values)
-        trainer.fire_event(EvaluationEvents.EVALUATED)
+        trainer.fire_and_report(EvaluationEvents.EVALUATED)
         return self.values
 
     def _weights(self, trainer: Trainer) -> AbstractContextManager[object]:

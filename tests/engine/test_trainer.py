@@ -21,8 +21,16 @@ from ignite.handlers import (
 from ignite.metrics import RunningAverage
 from torch import Tensor, nn
 
-from diptych.engine import RunEvents, StepEvents, Trainer, TrainStep, tasks
-from tests.engine.loops import call_at
+from diptych.engine import (
+    EvaluationEvents,
+    MetricsEvents,
+    RunEvents,
+    StepEvents,
+    Trainer,
+    TrainStep,
+    tasks,
+)
+from tests.engine.loop.loops import call_at
 from tests.engine.models import CoupledLoss, TwoTower, paired, sgd, trainer_of, twins
 
 
@@ -349,3 +357,76 @@ def test_a_phase_of_the_step_can_be_replaced_by_a_subclass():
         torch.manual_seed(1)
         trainer.run(batches(1), max_epochs=1)
     torch.testing.assert_close(seen[1], 2 * seen[0])
+
+
+def published_at(event: Any, *, epochs: int = 2) -> tuple[Trainer, list[tuple[int, float]]]:
+    """Return a run with a value that a handler of `event` publishes, and its records."""
+    trainer = trainer_of(log_every=2)
+    records: list[tuple[int, float]] = []
+    trainer.add_event_handler(
+        MetricsEvents.LOGGED,
+        lambda: records.extend(
+            (trainer.metrics.record.step, value)
+            for tag, value in trainer.metrics.record.values.items()
+            if tag == "own/score"
+        ),
+    )
+    trainer.add_event_handler(
+        event, lambda: trainer.metrics.update({"own/score": float(trainer.state.epoch)})
+    )
+    if event is EvaluationEvents.EVALUATED:
+        trainer.add_event_handler(
+            Events.EPOCH_COMPLETED, lambda: trainer.fire_and_report(EvaluationEvents.EVALUATED)
+        )
+    trainer.run([paired(3)] * 3, max_epochs=epochs)
+    return trainer, records
+
+
+@pytest.mark.parametrize("event", [Events.EPOCH_COMPLETED, EvaluationEvents.EVALUATED])
+def test_a_value_that_is_published_at_the_end_of_an_epoch_belongs_to_that_epoch(event):
+    trainer, records = published_at(event)
+
+    assert records == [(3, 1.0), (6, 2.0)]
+    assert trainer.metrics.get_history("own/score") == [1.0, 2.0]
+    assert trainer.state.metrics["own/score"] == 2.0
+
+
+def test_a_value_that_is_published_at_the_end_of_a_run_is_reported():
+    trainer, records = published_at(Events.COMPLETED)
+
+    assert records == [(6, 2.0)]
+    assert trainer.state.metrics["own/score"] == 2.0
+
+
+def test_a_value_of_an_epoch_is_known_when_the_epoch_is_published():
+    trainer = trainer_of()
+    seen: list[float] = []
+    trainer.add_event_handler(
+        MetricsEvents.EPOCH_PUBLISHED, lambda: seen.append(trainer.state.metrics["own/score"])
+    )
+    trainer.add_event_handler(
+        Events.EPOCH_COMPLETED,
+        lambda: trainer.metrics.update({"own/score": float(trainer.state.epoch)}),
+    )
+    trainer.run([paired(3)] * 3, max_epochs=2)
+
+    assert seen == [1.0, 2.0]
+
+
+def test_a_value_at_the_end_of_an_epoch_does_not_split_a_window_of_the_next_one():
+    plain, watched = trainer_of(log_every=2), trainer_of(log_every=2)
+    watched.add_event_handler(
+        Events.EPOCH_COMPLETED, lambda: watched.metrics.update({"own/score": 1.0})
+    )
+    found: dict[str, list[Any]] = {}
+    for name, trainer in (("plain", plain), ("watched", watched)):
+        records = found.setdefault(name, [])
+        trainer.add_event_handler(
+            MetricsEvents.LOGGED,
+            lambda t, records=records: records.append(
+                (t.metrics.record.step, t.metrics.record.values.get("train/loss"))
+            ),
+        )
+        trainer.run([paired(3)] * 3, max_epochs=2)
+
+    assert [record for record in found["watched"] if record[1] is not None] == found["plain"]

@@ -256,7 +256,7 @@ def test_what_cannot_be_shared_out_is_refused_on_all_ranks(ranks):
         assert "head.weight of no unit, which is blocks.0.weight of blocks.0 too" in tied
         assert "must be new if shard is set, got one with a state" in used
         assert "a sample for each of 5 pieces of at most 2, got 2 on one" in few
-        assert "must hold whole parameters, got weight of a" in late
+        assert "must hold whole parameters, got the sharded weight" in late
         assert certificate == interruption
         assert "in a single process" in certificate
 
