@@ -11,7 +11,7 @@ STARTED
       StepEvents.GRADIENTS_READY        unscaled and averaged over ranks: inspect, clip, balance
       StepEvents.OPTIMIZER_STEPPED      schedules, weight averages, momentum encoders
     ITERATION_COMPLETED
-    MetricsEvents.LOGGED                every log point: one transfer, a plain dict of floats
+    MetricsEvents.LOGGED                at a log point, as the first listener of SAFE_POINT
     RunEvents.SAFE_POINT                nothing is pending: save here
   EPOCH_COMPLETED
     EvaluationEvents.EVALUATED          val/... are in trainer.state.metrics
@@ -23,8 +23,9 @@ COMPLETED | TERMINATE | INTERRUPT | EXCEPTION_RAISED
 RunEvents.ENDED                         once per run() call, however it ended: see trainer.outcome
 ```
 
-`RunEvents.SAVED` fires when a handler has saved the run, usually at a safe point. Every event takes
-Ignite's filters; `every=n` counts iterations for all events of this module.
+A log point is every iteration that is a multiple of `log_every`, and the end of an epoch and of a
+run. `RunEvents.SAVED` fires when a handler has saved the run, usually at a safe point. Every event
+takes Ignite's filters; `every=n` counts iterations for all events of this module.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Attachable(Protocol):
 
 @runtime_checkable
 class Stateful(Protocol):
-    """An object whose memory a checkpoint takes along."""
+    """An object whose state is part of a checkpoint."""
 
     def state_dict(self) -> Any:
         """Return what the rest of the run needs."""
@@ -102,7 +102,7 @@ class Handler(ABC):
 
     @property
     def key(self) -> str:
-        """The name of the handler's state in a checkpoint; the same wherever the run lies."""
+        """The key of the handler's state in a checkpoint; independent of the run directory."""
         return key_of(type(self), self.role)
 
     @property
@@ -113,7 +113,10 @@ class Handler(ABC):
 
 @attrs.frozen
 class Contract:
-    """What a trainer, a checkpoint and the certificate need to know of an attached object.
+    """The declared properties of an attached object.
+
+    Checkpoints read the key, the certificate and TensorBoard's HParams the changes, and sinks the
+    findings.
 
     Attributes:
         key: the name of its state in a checkpoint.

@@ -202,7 +202,7 @@ class Trainer(EventLoop):
         with ExitStack() as stack:
             for engine in (self, *(h.evaluator for h in self.handlers_of(EvaluatesModel))):
                 stack.enter_context(engine.all_or_nothing())
-            stack.enter_context(self.metrics.gauges_kept_on_error())
+            stack.enter_context(self.metrics.gauges_restored_on_error())
             try:
                 for handler in handlers:
                     handler.attach(self)

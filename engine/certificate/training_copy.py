@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from diptych.engine.containers import map_leaves
-from diptych.engine.data.batches import split, to_device
+from diptych.engine.data.batches import split_batch, to_device
 from diptych.engine.data.transform import Transform, apply_transform, placed_transform
 from diptych.engine.distributed.collectives import rank
 from diptych.engine.distributed.dtensor import has_shards
@@ -122,7 +122,7 @@ class TrainingCopy:
             seed: the seed of the random draws.
         """
         model, loss = copy.deepcopy(self.model), copy.deepcopy(self.loss)
-        parts = split(self.transformed(batch), size)
+        parts = split_batch(self.transformed(batch), size)
         with preserved_random_state():
             torch.manual_seed(seed)
             outputs = join_outputs([self.arguments["task"](model, part) for part in parts], parts)

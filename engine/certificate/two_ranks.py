@@ -23,7 +23,7 @@ from diptych.engine.certificate.training_copy import (
     names_in_training,
     relative_error,
 )
-from diptych.engine.data.batches import batch_size, join, part, to_device
+from diptych.engine.data.batches import batch_size, batch_slice, join_batches, to_device
 
 RANKS = 2
 TIMEOUT = timedelta(seconds=60)
@@ -64,8 +64,8 @@ def _forms(training: TrainingCopy, shares: Shares) -> Jobs:
     without_norms = training.changed(in_evaluation_mode(BATCH_NORM))
     forms = {AS_IS: (training, shares), NO_NORMS: (without_norms, shares)}
     if training.arguments["transform"] is not None:
-        batch, first = training.transformed(join(shares)), batch_size(shares[0])
-        parts = [part(batch, 0, first), part(batch, first, batch_size(batch))]
+        batch, first = training.transformed(join_batches(shares)), batch_size(shares[0])
+        parts = [batch_slice(batch, 0, first), batch_slice(batch, first, batch_size(batch))]
         forms[TRANSFORMED] = (without_norms.with_arguments(transform=None), parts)
     return forms
 
@@ -89,7 +89,7 @@ def _shares(batch: Any) -> dict[str, Shares]:
         f"{half + 1} + {size - half - 1}": (half + 1, size),
     }
     return {
-        f"two ranks, {name}": [part(batch, 0, first), part(batch, first, stop)]
+        f"two ranks, {name}": [batch_slice(batch, 0, first), batch_slice(batch, first, stop)]
         for name, (first, stop) in bounds.items()
     }
 
@@ -97,7 +97,7 @@ def _shares(batch: Any) -> dict[str, Shares]:
 def _check(name: str, forms: Jobs, found: dict[str, Gradients], tolerance: float) -> Check:
     def error(form: str) -> float:
         training, shares = forms[form]
-        return relative_error(found[f"{name}, {form}"], training.gradients(join(shares)))
+        return relative_error(found[f"{name}, {form}"], training.gradients(join_batches(shares)))
 
     training, shares = forms[AS_IS]
     difference = error(AS_IS)
@@ -114,7 +114,7 @@ def _check(name: str, forms: Jobs, found: dict[str, Gradients], tolerance: float
 
 
 def _cause(training: TrainingCopy, shares: Shares, found: Gradients, tolerance: float) -> str:
-    expected = training.gradients(join(shares))
+    expected = training.gradients(join_batches(shares))
     factor = factor_of(found, expected) if found.keys() == expected.keys() else 0.0
     scaled = {name: value * factor for name, value in expected.items()}
     if factor and relative_error(found, scaled) <= tolerance:

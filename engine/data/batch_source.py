@@ -41,7 +41,7 @@ class BatchSource:
 
     @property
     def keeps_its_place(self) -> bool:
-        """Whether the next batch follows the last one, read here or before a checkpoint."""
+        """Whether the loader is positioned after the last batch, also of a resumed run."""
         return self._iterator is not None or self._restored is not None
 
     @property

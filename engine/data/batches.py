@@ -45,7 +45,7 @@ def batch_size(batch: Any) -> int:
     )
 
 
-def split(batch: Any, size: int) -> list[Any]:
+def split_batch(batch: Any, size: int) -> list[Any]:
     """Cut `batch` into as few pieces of at most `size` samples as possible, in order.
 
     The pieces differ by at most one sample, so that none is too small for a batch norm. Tensors,
@@ -56,11 +56,11 @@ def split(batch: Any, size: int) -> list[Any]:
         batch: tensors [B, ...] in any nesting.
         size: samples of a piece, >= 1.
     """
-    return cut(batch, -(-batch_size(batch) // size))
+    return cut_batch(batch, -(-batch_size(batch) // size))
 
 
-def cut(batch: Any, pieces: int) -> list[Any]:
-    """Cut `batch` into a number of pieces, by the rules of `split`.
+def cut_batch(batch: Any, pieces: int) -> list[Any]:
+    """Cut `batch` into a number of pieces, by the rules of `split_batch`.
 
     Args:
         batch: tensors [B, ...] in any nesting.
@@ -68,11 +68,11 @@ def cut(batch: Any, pieces: int) -> list[Any]:
     """
     samples = batch_size(batch)
     bounds = [samples * index // pieces for index in range(pieces + 1)]
-    return [part(batch, start, stop) for start, stop in pairwise(bounds)]
+    return [batch_slice(batch, start, stop) for start, stop in pairwise(bounds)]
 
 
-def part(batch: Any, start: int, stop: int) -> Any:
-    """Return the samples from `start` to `stop` of a batch, by the rules of `split`."""
+def batch_slice(batch: Any, start: int, stop: int) -> Any:
+    """Return the samples from `start` to `stop` of a batch, by the rules of `split_batch`."""
     samples = batch_size(batch)
 
     def take(leaf: Any) -> Any:
@@ -103,12 +103,12 @@ def of_this_rank(batches: Sequence[Any]) -> list[Any]:
             f"a batch must have a sample for each of {ranks} ranks, got one of {min(sizes)}"
         )
     return [
-        part(batch, size * rank() // ranks, size * (rank() + 1) // ranks)
+        batch_slice(batch, size * rank() // ranks, size * (rank() + 1) // ranks)
         for batch, size in zip(batches, sizes, strict=True)
     ]
 
 
-def join(batches: Sequence[Any]) -> Any:
+def join_batches(batches: Sequence[Any]) -> Any:
     """Concatenate batches of one structure along their first dimension: the opposite of `split`.
 
     Raises:

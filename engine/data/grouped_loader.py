@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from diptych.engine.checks import is_whole
-from diptych.engine.data.batches import join
+from diptych.engine.data.batches import join_batches
 from diptych.engine.data.loader_contract import Pass, has_position, length_of, position_getter
 
 _OF_THE_LOADER = ("set_epoch", "generator", "sampler", "batch_sampler")
@@ -50,7 +50,7 @@ class _Groups:  # checkpoints hold this name
             starts.clear()
             if not group:
                 return
-            yield join(group)
+            yield join_batches(group)
 
     def __getattr__(self, name: str) -> Any:
         # Groups have a position, an epoch and generators if the loader has them.

@@ -1,4 +1,4 @@
-"""The places at which ranks wait for one another, and the error of a rank that waits in vain.
+"""Names for the parts of a program that use collectives, and the error if a collective fails.
 
 A failed collective raises an error of its backend, which names neither the part of the program nor
 the cause. Every collective of a run happens at a named place: a function with `waits_at`, or a
@@ -42,7 +42,7 @@ Place = tuple["Named | str", float]
 """The name of a part of the program, and the time at which it was entered, by `perf_counter`."""
 
 GRACE = 1.0
-"""Seconds in which the others may publish where they wait: all began at about the same time."""
+"""Seconds to wait for the reports of other ranks, whose timeouts expire at about the same time."""
 MARKS = (
     "gloo/transport",
     "Application timeout caused pair closure",
@@ -168,10 +168,12 @@ def _reason(place: str, *, closed: bool) -> str:
     if silent and not failed:
         ended = "has ended" if closed else "hangs, is slower than the timeout"
         parts.append(
-            f"{_numbered(silent)} did not come here: it {ended}, or took another way through the "
-            "program"
+            f"{_numbered(silent)} did not reach this collective: it {ended}, or ran another code "
+            "path"
         )
-    return _listed(parts or ["all ranks have come here, and the connection between them failed"])
+    return _listed(
+        parts or ["all ranks have reached this collective, and the connection between them failed"]
+    )
 
 
 def _published_by_others(own: str) -> dict[int, str]:

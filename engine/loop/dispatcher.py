@@ -13,7 +13,7 @@ from ignite.engine import Engine, Events
 from ignite.engine.events import RemovableEventHandle
 
 from diptych.engine.distributed.hang_report import enter_place, leave_place, raise_if_lost
-from diptych.engine.loop.listener import Listener
+from diptych.engine.loop.listener import Listener, filter_of
 from diptych.engine.loop.periodic import Periodic
 
 
@@ -60,7 +60,7 @@ class Dispatcher(Engine):
         Raises:
             ValueError: if the period is not an integer >= 1, or the event has a filter.
         """
-        if getattr(event, "filter", None) is not None:
+        if filter_of(event) is not None:
             raise ValueError(f"event must not have a filter, got {event!r}. Pass the period alone")
         if event not in self._periodic:
             self._periodic[event] = Periodic(event, self.call)
@@ -80,7 +80,7 @@ class Dispatcher(Engine):
         """Add a handler to an event, as in Ignite."""
         handle = super().add_event_handler(event_name, handler, *args, **kwargs)
         self._find_listeners()
-        if getattr(event_name, "filter", None) is not None:
+        if filter_of(event_name) is not None:
             self._listeners[event_name][-1].event = event_name
         return handle
 
@@ -141,7 +141,7 @@ class Dispatcher(Engine):
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
-        """Take back every listener that was added within this context if it raises."""
+        """If the context raises, remove the listeners that were added in it."""
         entries = {event: list(found) for event, found in self._event_handlers.items()}
         listeners = {event: list(found) for event, found in self._listeners.items()}
         periodic = {event: (one, one.entries) for event, one in self._periodic.items()}
@@ -176,7 +176,7 @@ class Dispatcher(Engine):
     def _find(self, event: Any) -> list[Listener]:
         self._assert_allowed_event(event)
         listeners = self._listeners.setdefault(event, [])
-        if id(event) in self._by_identity:  # another object of the same name may be short-lived
+        if id(event) in self._by_identity:  # not a temporary object, whose id may be reused
             self._found[id(event)] = listeners
         return listeners
 
@@ -206,5 +206,5 @@ def _listener(event: Any, entry: tuple[Any, ...], known: list[Listener]) -> List
 
 
 def _selects_iterations(listener: Listener) -> bool:
-    filtered = getattr(listener.event, "filter", None) is not None
+    filtered = filter_of(listener.event) is not None
     return filtered or isinstance(listener.function, Periodic)

@@ -157,10 +157,10 @@ class EventLoop(Dispatcher):
         rest = self.state.epoch_length is None or self.epoch_iteration < self.state.epoch_length
         if self.batches.lost_its_place and self.batches.data is data:
             raise ResumeError(
-                f"the run was saved inside a pass over the data, where its epochs of "
-                f"{self.state.epoch_length} iterations end, and a {type(data).__name__} cannot be "
-                "restored to that position. Use a loader with state_dict() and load_state_dict(), "
-                "or epochs of whole passes"
+                f"data must have state_dict() and load_state_dict() to resume here, got a "
+                f"{type(data).__name__}: the run was saved inside a pass over the data, where its "
+                f"epochs of {self.state.epoch_length} iterations end. Use such a loader, or epochs "
+                "of whole passes"
             )
         if self.epoch_iteration and rest and not same:
             raise ResumeError(
@@ -193,7 +193,7 @@ class EventLoop(Dispatcher):
 
     def _internal_run(self) -> State:
         self.should_terminate = self.should_interrupt = False
-        if not self._position.in_epoch:  # an epoch that was about to end still is
+        if not self._position.in_epoch:  # inside of an epoch, a pending terminate_epoch() stays
             self.should_terminate_single_epoch = False
         started = time.perf_counter()
         self._find_listeners()
@@ -248,7 +248,7 @@ class EventLoop(Dispatcher):
         self._move_to(self.position.epoch_completed())
         if safe_point_is_new:
             self.fire_event(RunEvents.SAFE_POINT)
-        else:  # it fired before anything could tell that the epoch had ended
+        else:  # it has fired: the end of the epoch was not known yet
             self.fire_again(RunEvents.SAFE_POINT)
 
     def _run_iterations(self) -> bool:
@@ -274,7 +274,7 @@ class EventLoop(Dispatcher):
 
     @waits_at("an iteration")
     def _run_iteration(self, state: State) -> None:
-        state.batch = self._batch  # as the loader returned it, whatever a failed try made of it
+        state.batch = self._batch  # a failed attempt may have replaced it
         self.fire_event(Events.GET_BATCH_COMPLETED)
         self._move_to(self.position.step_started())
         try:

@@ -72,13 +72,18 @@ class Listener:
         """The iterations that it selects, such as `every=10`; empty for all."""
         if self.period is not None:
             return f"every={self.period}"
-        chosen = getattr(self.event, "filter", None)
+        chosen = filter_of(self.event)
         if chosen is None:
             return ""
         arguments = inspect.getclosurevars(chosen).nonlocals
         if not arguments:
             return str(getattr(chosen, "__name__", chosen))
         return ", ".join(f"{key}={value}" for key, value in sorted(arguments.items()))
+
+
+def filter_of(event: Any) -> Callable[..., bool] | None:
+    """Return the filter of an event (`every=`, `once=`, `event_filter=`), or None."""
+    return getattr(event, "filter", None)
 
 
 def cost_table(listeners: list[Listener]) -> str:

@@ -41,7 +41,7 @@ class Position(NamedTuple):
 
     @property
     def in_epoch(self) -> bool:
-        """Whether an epoch has started and `EPOCH_COMPLETED` has not fired to its end."""
+        """Whether an epoch runs: from `EPOCH_STARTED` to the end of the last epoch handler."""
         return self.phase is not Phase.BETWEEN_EPOCHS
 
     def epoch_started(self) -> Position:

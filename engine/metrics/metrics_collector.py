@@ -74,8 +74,8 @@ class MetricsCollector:
         del self._gauges[tag]
 
     @contextmanager
-    def gauges_kept_on_error(self) -> Iterator[None]:
-        """Take back every gauge that was added within this context if it raises."""
+    def gauges_restored_on_error(self) -> Iterator[None]:
+        """If the context raises, remove the gauges that were added in it."""
         before = dict(self._gauges)
         try:
             yield

@@ -162,9 +162,12 @@ def _log_handlers(
     taken = {id(state) for state in matched.values()}
     missing = sorted(name for name, state in saved.items() if id(state) not in taken)
     if fresh:
-        logger.warning("Not in the checkpoint, so they start fresh: %s.", ", ".join(fresh))
+        logger.warning("The checkpoint has no state of %s; they start fresh.", ", ".join(fresh))
     if missing:
-        logger.warning("In the checkpoint, but no longer attached: %s.", ", ".join(missing))
+        logger.warning(
+            "The checkpoint has states of handlers that are not attached, which are ignored: %s.",
+            ", ".join(missing),
+        )
 
 
 def _log_differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -200,23 +203,23 @@ def _check_optimizer(trainer: Trainer, state: Mapping[str, Any]) -> None:
     optimizer = trainer.optimizer
     here, saved = type(optimizer).__name__, state["fingerprint"].get("optimizer")
     if saved not in {None, here}:
-        raise CheckpointError(f"the checkpoint is of another optimizer: {saved} instead of {here}")
+        raise CheckpointError(f"optimizer must be the checkpoint's {saved}, got {here}")
     groups = [
         [len(group["params"]) for group in held["param_groups"]]
         for held in (state["optimizer"], optimizer.state_dict())
     ]
     if groups[0] != groups[1]:
         raise CheckpointError(
-            f"the checkpoint is of another optimizer: its groups have {groups[0]} parameters "
-            f"instead of {groups[1]}"
+            f"optimizer must have the checkpoint's groups, of {groups[0]} parameters, got "
+            f"{groups[1]}"
         )
     held = parameter_names(trainer)
     for number, (there, own) in enumerate(zip(state.get("parameters", held), held, strict=True)):
         other = next((pair for pair in zip(there, own, strict=True) if pair[0] != pair[1]), None)
         if other is not None:
             raise CheckpointError(
-                "the checkpoint's optimizer has its parameters in another order: in group "
-                f"{number} it has {other[0]} in the place of {other[1]}. Build the optimizer with "
+                "optimizer must hold its parameters in the checkpoint's order: in group "
+                f"{number} the checkpoint has {other[0]}, got {other[1]}. Build the optimizer with "
                 "its parameters in the order of the saved run"
             )
 
@@ -235,7 +238,7 @@ def _check_keys(part: str, saved: Mapping[str, Tensor], here: Mapping[str, Tenso
         if keys
     ]
     if told:
-        raise CheckpointError(f"the checkpoint is of another {part}: it {'; it '.join(told)}")
+        raise CheckpointError(f"{part} must match the checkpoint, which {'; which '.join(told)}")
 
 
 @waits_at("collecting the ranks' metrics for a checkpoint")

@@ -49,7 +49,7 @@ class TiledLoss(Protocol):
 
 
 def couples_samples(loss: nn.Module, *, default: bool = True) -> bool:
-    """Say whether the loss of a batch is more than a mean over its samples.
+    """Return whether the loss of a sample depends on other samples of the batch.
 
     Args:
         loss: may declare it in an attribute `couples_samples`.

@@ -10,7 +10,7 @@ from ignite.engine import State
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diptych.engine.data.batches import batch_size, cut
+from diptych.engine.data.batches import batch_size, cut_batch
 from diptych.engine.data.prefetch import mover
 from diptych.engine.data.transform import Transform, apply_transform
 from diptych.engine.distributed.collectives import all_reduce_sum, broadcast_buffers, world_size
@@ -155,9 +155,11 @@ class TrainStep:
         """Compute the gradients of the parameters; return the detached terms and loss."""
         if self.microbatch_size is None:
             return self.coupled(trainer, batch, [batch])
-        # The loss decides, not the size of the batch: if it fit on one rank and not on another,
-        # the ranks would run different collectives.
-        pieces = cut(batch, self._piece_counter.count(batch_size(batch), self.microbatch_size))
+        # Choose by the loss alone: if a batch fits in one micro-batch on some ranks only, choosing
+        # by size would make the ranks run different collectives.
+        pieces = cut_batch(
+            batch, self._piece_counter.count(batch_size(batch), self.microbatch_size)
+        )
         if couples_samples(self.loss):
             return self.coupled(trainer, batch, pieces)
         return self.accumulated(trainer, pieces, self.microbatch_size)

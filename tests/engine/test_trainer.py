@@ -414,11 +414,14 @@ def test_a_value_of_an_epoch_is_known_when_the_epoch_is_published():
 
 
 def test_a_value_at_the_end_of_an_epoch_does_not_split_a_window_of_the_next_one():
-    plain, watched = trainer_of(log_every=2), trainer_of(log_every=2)
+    plain = trainer_of(log_every=2)
+    torch.manual_seed(0)
+    watched = trainer_of(log_every=2)
     watched.add_event_handler(
         Events.EPOCH_COMPLETED, lambda: watched.metrics.update({"own/score": 1.0})
     )
     found: dict[str, list[Any]] = {}
+    batches = [paired(3)] * 3
     for name, trainer in (("plain", plain), ("watched", watched)):
         records = found.setdefault(name, [])
         trainer.add_event_handler(
@@ -427,6 +430,6 @@ def test_a_value_at_the_end_of_an_epoch_does_not_split_a_window_of_the_next_one(
                 (t.metrics.record.step, t.metrics.record.values.get("train/loss"))
             ),
         )
-        trainer.run([paired(3)] * 3, max_epochs=2)
+        trainer.run(batches, max_epochs=2)
 
     assert [record for record in found["watched"] if record[1] is not None] == found["plain"]

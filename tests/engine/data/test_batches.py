@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diptych.engine import BatchError
 from diptych.engine.containers import map_leaves
-from diptych.engine.data.batches import batch_size, join, split, to_device
+from diptych.engine.data.batches import batch_size, join_batches, split_batch, to_device
 
 
 @attrs.frozen
@@ -113,12 +113,12 @@ def plain(batch: Any) -> list[Any]:
 )
 def test_join_undoes_split(samples: int, size: int, inner: str, outer: str):
     batch = nested(samples, inner, outer)
-    pieces = split(batch, size)
+    pieces = split_batch(batch, size)
     sizes = [batch_size(piece) for piece in pieces]
     assert len(pieces) == -(-samples // size)
     assert max(sizes) <= size
     assert max(sizes) - min(sizes) <= 1
-    whole = join(pieces)
+    whole = join_batches(pieces)
     assert type(whole) is type(batch)
     assert plain(whole) == plain(batch)
 
@@ -127,7 +127,7 @@ def test_join_undoes_split(samples: int, size: int, inner: str, outer: str):
 def test_split_undoes_join_where_the_pieces_are_even(sizes: list[int]):
     size = sizes[0]
     pieces = [{"x": torch.randn(size, 2), "names": ["n"] * size} for _ in sizes]
-    again = split(join(pieces), size)
+    again = split_batch(join_batches(pieces), size)
     assert [plain(piece) for piece in again] == [plain(piece) for piece in pieces]
 
 
@@ -138,7 +138,7 @@ def test_what_is_not_per_sample_goes_into_every_piece():
         "rate": 0.5,
         "table": torch.ones(9, 2),
     }
-    for piece in split(batch, 2):
+    for piece in split_batch(batch, 2):
         assert piece["scale"] == 2.0
         assert piece["rate"] == 0.5
         assert piece["table"].shape == (9, 2)
@@ -146,9 +146,9 @@ def test_what_is_not_per_sample_goes_into_every_piece():
 
 def test_arrays_are_cut_and_joined_like_tensors():
     batch = {"x": torch.arange(5), "ids": np.arange(5) * 10}
-    pieces = split(batch, 2)
+    pieces = split_batch(batch, 2)
     assert [piece["ids"].tolist() for piece in pieces] == [[0], [10, 20], [30, 40]]
-    assert join(pieces)["ids"].tolist() == [0, 10, 20, 30, 40]
+    assert join_batches(pieces)["ids"].tolist() == [0, 10, 20, 30, 40]
 
 
 @pytest.mark.parametrize("batch", [{"x": torch.ones(())}, [], {"names": "abc"}, None, [1, 2]])
@@ -163,4 +163,4 @@ def test_the_batch_size_is_that_of_the_first_tensor_with_a_dimension():
 
 def test_batches_of_different_structure_do_not_join():
     with pytest.raises(BatchError, match="must have one structure"):
-        join([{"x": torch.ones(1)}, {"x": torch.ones(1), "y": torch.ones(1)}])
+        join_batches([{"x": torch.ones(1)}, {"x": torch.ones(1), "y": torch.ones(1)}])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diptych.engine import tasks
-from diptych.engine.data.batches import split
+from diptych.engine.data.batches import split_batch
 from tests.engine import ranks
 from tests.engine.models import (
     CoupledLoss,
@@ -107,7 +107,7 @@ def test_ranks_that_publish_different_tags_are_told_so_on_all_of_them(found):
 def test_every_rank_begins_an_update_with_the_first_ranks_buffers_in_both_passes(found, size):
     model, loss = ranks.made(ranks.running_scale), ranks.made(CoupledLoss)
     first, second = ranks.shares(ranks.pairs())
-    pieces = [split(share, size or len(share["image"])) for share in (first, second)]
+    pieces = [split_batch(share, size or len(share["image"])) for share in (first, second)]
     with torch.no_grad():  # the first update, on the first rank
         for piece in pieces[0]:
             tasks.image_text(model, piece)

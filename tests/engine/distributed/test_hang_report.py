@@ -46,7 +46,7 @@ def test_a_rank_that_waits_in_vain_names_itself_the_place_the_time_and_the_other
     found = errors[comes][name]
     assert f"rank {comes} waited" in found["text"]
     assert f"for the other ranks, at: {place}" in found["text"]
-    assert f"Rank {1 - comes} did not come here: it hangs" in found["text"]
+    assert f"Rank {1 - comes} did not reach this collective: it hangs" in found["text"]
     seconds = float(re.search(r"waited (\S+) s", found["text"])[1])
     # Gradients are sent before they are waited for: on a slow machine most of the timeout is over.
     least = 0.0 if name == "gradients" else lost_ranks.TIMEOUT
@@ -104,7 +104,7 @@ def test_a_rank_that_vanishes_is_missed_at_once(tmp_path):
     (code, text), (gone, _) = job(tmp_path, "leaves")
     assert (code, gone) == (1, 3)
     assert float(re.search(r"waited (\S+) s", text)[1]) < 30  # of a timeout of 60
-    assert "Rank 1 did not come here: it has ended, or took another way" in text
+    assert "Rank 1 did not reach this collective: it has ended, or ran another code path" in text
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process is not ended by signals there")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from diptych.engine import BatchError, tasks
-from diptych.engine.data.batches import split
+from diptych.engine.data.batches import split_batch
 from tests.engine.models import (
     CoupledLoss,
     RunningScale,
@@ -92,7 +92,7 @@ def test_draws_and_buffers_are_those_of_one_graph_over_the_pieces(between, make_
     seed_all()
     for batch in batches:
         optimizer.zero_grad()
-        expected = plain_gradients(other, other_loss, split(batch, 4))
+        expected = plain_gradients(other, other_loss, split_batch(batch, 4))
         optimizer.step()
     after = next_draws()
 

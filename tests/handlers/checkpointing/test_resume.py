@@ -135,8 +135,8 @@ def test_a_new_handler_starts_from_its_initial_state_and_a_missing_one_is_logged
     run(tmp_path, EarlyStopping(metric="train/loss", patience=9), epochs=1)
     log = JsonLines(tmp_path / "log")
     resumed, _ = run(tmp_path, log, epochs=2)
-    assert caplog.text.count("Not in the checkpoint, so they start fresh: JsonLines") == 1
-    assert caplog.text.count("no longer attached: EarlyStopping[train/loss]") == 1
+    assert caplog.text.count("The checkpoint has no state of JsonLines; they start fresh") == 1
+    assert caplog.text.count("which are ignored: EarlyStopping[train/loss]") == 1
     steps = [json.loads(line)["step"] for line in log.path.read_text().splitlines()]
     assert steps == [8, 12]
     assert digest(resumed) == whole(2)
