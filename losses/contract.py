@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diptych.losses.base.loss import Loss, contract_of, sample_mean
+from diptych.losses.base.loss import Loss, sample_mean, with_defaults
 from diptych.losses.base.temperature import Temperature
 
 Draw = Callable[..., tuple[Tensor, ...]]
@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
     def contract(self) -> Loss:
         """Return a new loss with the defaults of the members that it does not define."""
-        return contract_of(self.loss())
+        return with_defaults(self.loss())
 
     def inputs(self, batch: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
         """Return the arguments of one call, the same each time."""

@@ -19,7 +19,7 @@ class Loss(nn.Module):
 
     A trainer, a composite loss and `diptych.losses.contract` read these members. A subclass
     overrides those whose default does not hold, with a plain class attribute or a property. A mean
-    over samples defines `total_and_weight` as well, see `SampleMean`.
+    over samples defines `total_and_weight` as well, see `SampleMeanTerms`.
 
     Attributes:
         without_gradient: Names of the inputs that get no gradient by design.
@@ -102,13 +102,13 @@ class _PlainLoss:
 _DEFAULTS = Loss()
 
 
-def contract_of(loss: nn.Module) -> Loss:
+def with_defaults(loss: nn.Module) -> Loss:
     """Return a loss itself; for any other module, a view that adds the defaults of `Loss`."""
     return loss if isinstance(loss, Loss) else cast(Loss, _PlainLoss(loss))
 
 
 @runtime_checkable
-class SampleMean(Protocol):
+class SampleMeanTerms(Protocol):
     """A loss that is a weighted mean over samples and can return its sum and its weight."""
 
     def total_and_weight(self, *inputs: Any) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,7 @@ class SampleMean(Protocol):
         ...
 
 
-def sample_mean(loss: nn.Module) -> SampleMean | None:
+def sample_mean(loss: nn.Module) -> SampleMeanTerms | None:
     """Return the loss if it is a mean over samples with a `total_and_weight`, else None."""
-    is_mean = isinstance(loss, SampleMean) and not contract_of(loss).couples_samples
-    return cast(SampleMean, loss) if is_mean else None
+    is_mean = isinstance(loss, SampleMeanTerms) and not with_defaults(loss).couples_samples
+    return cast(SampleMeanTerms, loss) if is_mean else None

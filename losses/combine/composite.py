@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from diptych.losses.base.loss import Loss, contract_of, sample_mean
+from diptych.losses.base.loss import Loss, sample_mean, with_defaults
 from diptych.losses.registry import available_losses, get_loss_class
 
 
@@ -50,7 +50,7 @@ class CompositeLoss(Loss):
     @property
     def minimum_batch(self) -> int:
         """The smallest global batch for which every part is defined."""
-        return max(contract_of(loss).minimum_batch for loss in self.losses.values())
+        return max(with_defaults(loss).minimum_batch for loss in self.losses.values())
 
     def part_terms(
         self, name: str, weight: float | Tensor, *inputs: Tensor | None
@@ -63,7 +63,7 @@ class CompositeLoss(Loss):
         return {
             f"{name}/{scalar}": value
             for name, loss in self.losses.items()
-            for scalar, value in contract_of(loss).scalars().items()
+            for scalar, value in with_defaults(loss).scalars().items()
         }
 
 
@@ -71,7 +71,7 @@ def weighted_terms(
     name: str, loss: nn.Module, weight: float | Tensor, *inputs: Tensor | None
 ) -> dict[str, Tensor]:
     """Return a loss's terms times a weight, named `name`, or ``name/term`` if there are several."""
-    terms = contract_of(loss).terms(*inputs)
+    terms = with_defaults(loss).terms(*inputs)
     if len(terms) == 1:
         (value,) = terms.values()
         return {name: weight * value}
@@ -166,7 +166,7 @@ class MultipleLosses(CompositeLoss):
     ) -> tuple[Tensor, ...]:
         """Return the arguments of a call of the first part, for the contract test."""
         first = next(iter(self.losses.values()))
-        return contract_of(first).example_inputs(batch, dim=dim, generator=generator)
+        return with_defaults(first).example_inputs(batch, dim=dim, generator=generator)
 
 
 def _by_name(losses: Sequence[nn.Module]) -> dict[str, nn.Module]:

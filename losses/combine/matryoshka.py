@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from diptych.losses.base.loss import Loss, contract_of, sample_mean
+from diptych.losses.base.loss import Loss, sample_mean, with_defaults
 from diptych.losses.base.validation import check_at_least
 from diptych.losses.combine.composite import weighted_terms
 from diptych.losses.contrastive.clip import CLIPLoss
@@ -71,12 +71,12 @@ class MatryoshkaLoss(Loss):
     @property
     def minimum_batch(self) -> int:
         """The smallest global batch for which the loss is defined."""
-        return contract_of(self.loss).minimum_batch
+        return with_defaults(self.loss).minimum_batch
 
     @property
     def symmetric(self) -> bool:
         """Whether swapping the first two inputs leaves the value unchanged."""
-        return contract_of(self.loss).symmetric
+        return with_defaults(self.loss).symmetric
 
     def terms(self, *inputs: Tensor) -> dict[str, Tensor]:
         """Return the weighted terms of the loss on each prefix.
@@ -108,7 +108,7 @@ class MatryoshkaLoss(Loss):
 
     def scalars(self) -> dict[str, Tensor]:
         """Return the scalars of the loss."""
-        return contract_of(self.loss).scalars()
+        return with_defaults(self.loss).scalars()
 
     def _prefixes(self, inputs: Sequence[Tensor], dim: int) -> list[Tensor]:
         """Return the arguments with the first `dim` features of each floating one."""
@@ -134,4 +134,4 @@ class MatryoshkaLoss(Loss):
         self, batch: int, *, dim: int = 8, generator: torch.Generator | None = None
     ) -> tuple[Tensor, ...]:
         """Return the arguments of a call of the loss, for the contract test."""
-        return contract_of(self.loss).example_inputs(batch, dim=dim, generator=generator)
+        return with_defaults(self.loss).example_inputs(batch, dim=dim, generator=generator)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from diptych.losses.base.loss import contract_of
+from diptych.losses.base.loss import with_defaults
 from diptych.losses.combine.composite import MultipleLosses
 from diptych.losses.contrastive.clip import CLIPLoss
 from diptych.losses.contrastive.siglip import SigLIPLoss
@@ -53,7 +53,7 @@ class UncertaintyWeighted(MultipleLosses):
     ) -> None:
         super().__init__(losses, inputs)
         for name, loss in self.losses.items():
-            signed = [type(x).__name__ for x in loss.modules() if contract_of(x).can_be_negative]
+            signed = [type(x).__name__ for x in loss.modules() if with_defaults(x).can_be_negative]
             if signed:
                 raise ValueError(
                     f"losses must not be negative, got {name!r} with {signed[0]}. Its weight would"

@@ -33,7 +33,7 @@ _ARGUMENTS = (
 _GRADIENTS = "(Tensor, Tensor, Tensor, Tensor)"
 
 
-class TiledLoss(NamedTuple):
+class TiledLossArguments(NamedTuple):
     """The arguments of every tiled operator, in the order of `_ARGUMENTS`."""
 
     blocks: LossBlocks
@@ -45,18 +45,18 @@ class TiledLoss(NamedTuple):
         return (*self.blocks, *self.entries, *self.settings)
 
     @classmethod
-    def restored(cls, flat: tuple[Any, ...]) -> TiledLoss:
+    def restored(cls, flat: tuple[Any, ...]) -> TiledLossArguments:
         """Return the arguments from a flat tuple."""
         return cls(LossBlocks(*flat[:5]), Entries(*flat[5:11]), TileSettings(*flat[11:]))
 
 
-def contrast(loss: TiledLoss) -> Tensor:
+def contrast(loss: TiledLossArguments) -> Tensor:
     """Return the sum of the InfoNCE losses."""
     total: Tensor = _contrast(*loss.flat())[0]
     return total
 
 
-def sigmoid_contrast(loss: TiledLoss) -> Tensor:
+def sigmoid_contrast(loss: TiledLossArguments) -> Tensor:
     """Return the sum of the pairwise sigmoid losses."""
     total: Tensor = _sigmoid_contrast(*loss.flat())
     return total
@@ -121,7 +121,7 @@ def _as_features(gradients: BlockGradients, features: Tensor) -> tuple[Tensor, .
 )
 def _contrast(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return the summed loss, and the statistics of rows [3, n] and columns ([3, m] or [3, 0])."""
-    given, entries, settings = TiledLoss.restored(flat)
+    given, entries, settings = TiledLossArguments.restored(flat)
     with torch.autocast(given.anchors.device.type, enabled=False):
         backend, blocks = _backend(given)
         sums = backend.contrast_sums(
@@ -139,7 +139,7 @@ def _contrast(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @_contrast.register_fake
 def _(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
-    blocks, _, settings = TiledLoss.restored(flat)
+    blocks, _, settings = TiledLossArguments.restored(flat)
     new, columns = blocks.scale.new_empty, blocks.candidates.shape[0] if settings.symmetric else 0
     return new(()), new(3, blocks.anchors.shape[0]), new(3, columns)
 
@@ -154,7 +154,7 @@ def _contrast_gradient(
     weight: Tensor, row_statistics: Tensor, column_statistics: Tensor, *flat: Any
 ) -> tuple[Tensor, ...]:
     """Return `weight` times the gradients of the summed loss: anchors, candidates, scale, bias."""
-    given, entries, settings = TiledLoss.restored(flat)
+    given, entries, settings = TiledLossArguments.restored(flat)
     with torch.autocast(given.anchors.device.type, enabled=False):
         backend, blocks = _backend(given)
         gradients = backend.contrast_gradients(
@@ -173,7 +173,7 @@ def _contrast_gradient(
 )
 def _sigmoid_contrast(*flat: Any) -> Tensor:
     """Return the summed loss."""
-    given, entries, settings = TiledLoss.restored(flat)
+    given, entries, settings = TiledLossArguments.restored(flat)
     with torch.autocast(given.anchors.device.type, enabled=False):
         backend, blocks = _backend(given)
         total: Tensor = backend.sigmoid_sum(blocks, entries, rows=settings.rows)
@@ -182,7 +182,7 @@ def _sigmoid_contrast(*flat: Any) -> Tensor:
 
 @_sigmoid_contrast.register_fake
 def _(*flat: Any) -> Tensor:
-    return TiledLoss.restored(flat).blocks.scale.new_empty(())
+    return TiledLossArguments.restored(flat).blocks.scale.new_empty(())
 
 
 @torch.library.custom_op(
@@ -192,7 +192,7 @@ def _(*flat: Any) -> Tensor:
 )
 def _sigmoid_contrast_gradient(weight: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     """Return `weight` times the gradients of the summed loss: anchors, candidates, scale, bias."""
-    given, entries, settings = TiledLoss.restored(flat)
+    given, entries, settings = TiledLossArguments.restored(flat)
     with torch.autocast(given.anchors.device.type, enabled=False):
         backend, blocks = _backend(given)
         gradients = backend.sigmoid_gradients(blocks, entries, weight=weight, rows=settings.rows)
@@ -202,7 +202,7 @@ def _sigmoid_contrast_gradient(weight: Tensor, *flat: Any) -> tuple[Tensor, ...]
 def _fake_gradients(weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Return empty gradients; the flat arguments are the last ones of either operator."""
     flat = arguments[-len(_ARGUMENTS.split(",")) :]
-    anchors, candidates = TiledLoss.restored(flat).blocks[:2]
+    anchors, candidates = TiledLossArguments.restored(flat).blocks[:2]
     features = torch.empty_like(anchors), torch.empty_like(candidates)
     return (*features, torch.empty_like(weight), torch.empty_like(weight))
 
@@ -223,7 +223,7 @@ def _differentiate(operator: Any, ctx: Any, *weights: Tensor) -> tuple[Tensor | 
         for tensor, plain in zip(tensors, ctx.plain, strict=True)
     )
     *gradients, bias = operator(weights[0], *statistics, *flat)
-    has_bias = TiledLoss.restored(flat).blocks.bias is not None
+    has_bias = TiledLossArguments.restored(flat).blocks.bias is not None
     return (*gradients, bias if has_bias else None, *[None] * (count - 4))
 
 

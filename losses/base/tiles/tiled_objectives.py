@@ -17,7 +17,7 @@ from torch import Tensor
 from diptych.losses.base.normalization import normalize_in_float32
 from diptych.losses.base.positives import Positives
 from diptych.losses.base.tiles import operators
-from diptych.losses.base.tiles.operators import TiledLoss, kernels_take
+from diptych.losses.base.tiles.operators import TiledLossArguments, kernels_take
 from diptych.losses.base.tiles.torch_blocks import Entries, LossBlocks, TileSettings
 from diptych.losses.base.validation import working_dtype
 
@@ -70,7 +70,7 @@ def tiled_contrast(
     positives = _with_partner(positives)
     valid = _valid(positives, decoupled=decoupled)
     entries = _entries(positives, kind, decoupled=decoupled)._replace(valid=valid)
-    loss = operators.contrast(TiledLoss(blocks, entries, settings))
+    loss = operators.contrast(TiledLossArguments(blocks, entries, settings))
     if not adds_linear:
         return loss
     anchors, candidates, scale = blocks[:3]
@@ -94,7 +94,7 @@ def tiled_sigmoid_contrast(
         dtype: As for `tiled_contrast`.
     """
     entries = _entries(_with_partner(positives))
-    loss = TiledLoss(_prepared(blocks, dtype), entries, TileSettings(rows))
+    loss = TiledLossArguments(_prepared(blocks, dtype), entries, TileSettings(rows))
     return operators.sigmoid_contrast(loss)
 
 

@@ -19,6 +19,7 @@ from diptych.engine.certificate.report import Check
 from diptych.engine.certificate.training_copy import TrainingCopy
 from diptych.engine.step import microbatch
 from diptych.handlers import GradientClipping, default_handlers
+from diptych.losses import CLIPLoss
 from tests.engine.certificate.trainings import (
     DenyingLoss,
     add_noise,
@@ -100,8 +101,17 @@ def test_a_transform_that_is_no_function_of_its_batch_is_found():
     assert not checks_of(trainer_of(transform=Counting()))["the whole batch"].passed
 
 
-def test_a_loss_that_denies_to_couple_its_samples_is_found():
-    check = checks_of(trainer_of(loss=DenyingLoss()))["micro-batches of 3"]
+class DenyingByProperty(CLIPLoss):
+    """A loss that computes what it declares, as a weighted sum of losses does."""
+
+    @property
+    def couples_samples(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("kind", [DenyingLoss, DenyingByProperty])
+def test_a_loss_that_denies_to_couple_its_samples_is_found(kind):
+    check = checks_of(trainer_of(loss=kind()))["micro-batches of 3"]
     assert not check.passed
     assert "couples_samples=False" in check.remark
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.losses import CLIPLoss, CrossEntropyLoss, WeightedSum, available_losses, get_loss_class
-from diptych.losses.base.loss import Loss, contract_of, sample_mean
+from diptych.losses.base.loss import Loss, with_defaults, sample_mean
 from tests.losses.oracles import draw
 
 
@@ -35,12 +35,12 @@ def test_every_loss_of_the_package_derives_from_loss(name: str) -> None:
     loss = get_loss_class(name).example()
 
     assert isinstance(loss, Loss)
-    assert contract_of(loss) is loss
+    assert with_defaults(loss) is loss
 
 
 def test_a_plain_module_has_the_defaults_of_loss() -> None:
     sides = draw(4, 5), draw(4, 5, seed=1)
-    plain, loss = contract_of(nn.MSELoss()), Loss()
+    plain, loss = with_defaults(nn.MSELoss()), Loss()
 
     for member in ("couples_samples", "minimum_batch", "symmetric", "can_be_negative", "exempt"):
         assert getattr(plain, member) == getattr(loss, member)
@@ -53,7 +53,7 @@ def test_a_plain_module_has_the_defaults_of_loss() -> None:
 def test_members_that_a_plain_module_declares_are_used() -> None:
     sides = draw(4, 5), draw(4, 5, seed=1)
     part = Declared()
-    declared = contract_of(part)
+    declared = with_defaults(part)
 
     assert (declared.couples_samples, declared.minimum_batch) == (False, 3)
     assert (declared.symmetric, declared.can_be_negative) == (True, True)

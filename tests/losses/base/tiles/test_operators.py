@@ -8,19 +8,19 @@ from torch import nn
 
 from diptych.losses import CLIPLoss, NTXentLoss, SigLIPLoss
 from diptych.losses.base.tiles import operators
-from diptych.losses.base.tiles.operators import TiledLoss
+from diptych.losses.base.tiles.operators import TiledLossArguments
 from diptych.losses.base.tiles.torch_blocks import Entries, LossBlocks, TileSettings
 from tests.losses.oracles import draw
 
 
-def tiled(bias: torch.Tensor | None = None) -> TiledLoss:
+def tiled(bias: torch.Tensor | None = None) -> TiledLossArguments:
     """Return the arguments for four pairs."""
     blocks = LossBlocks(
         draw(4, 8), draw(4, 8, seed=1), torch.tensor(2.0, dtype=torch.float64), bias
     )
     partner = torch.arange(4)
     entries = Entries(partner, valid=torch.ones(4, dtype=torch.bool))
-    return TiledLoss(blocks, entries, TileSettings(rows=2, symmetric=True))
+    return TiledLossArguments(blocks, entries, TileSettings(rows=2, symmetric=True))
 
 
 def test_the_flat_arguments_are_those_of_the_schema_and_are_restored() -> None:
@@ -30,7 +30,7 @@ def test_the_flat_arguments_are_those_of_the_schema_and_are_restored() -> None:
     fields = (*LossBlocks._fields, *Entries._fields, *TileSettings._fields)
 
     assert names == list(fields)
-    assert TiledLoss.restored(arguments.flat()) == arguments
+    assert TiledLossArguments.restored(arguments.flat()) == arguments
 
 
 @pytest.mark.parametrize("operator", ["contrast", "sigmoid_contrast"])
