@@ -14,13 +14,18 @@ if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer
 
 
+def is_cadence(every: object) -> bool:
+    """Return whether a value is "epoch" or a number of iterations >= 1."""
+    return every == "epoch" or is_whole(every)
+
+
 def check_every(_: Any, __: attrs.Attribute[Any], every: object) -> None:
     """Check that `every` is "epoch" or a number of iterations; an attrs validator.
 
     Raises:
         ValueError: if it is neither.
     """
-    if every != "epoch" and not is_whole(every):
+    if not is_cadence(every):
         raise ValueError(f"every must be 'epoch' or a number of iterations >= 1, got {every!r}")
 
 

@@ -25,9 +25,9 @@ def make_folder(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
-    """Write a file so that a reader, or a process killed at any instant, sees the old one or the new.
+    """Write a file so that a reader sees the old or the new one, even if the process is killed.
 
-    The content goes to `unfinished(path)`, is flushed to the disk, and replaces the file.
+    The content goes to `unfinished_path(path)`, is flushed to the disk, and replaces the file.
 
     Args:
         path: of the file; its folder exists.
@@ -36,7 +36,7 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]
     Raises:
         OSError: if the file cannot be written; an earlier file stays.
     """
-    temporary = unfinished(path)
+    temporary = unfinished_path(path)
     try:
         if callable(content):
             content(temporary)
@@ -50,6 +50,6 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]
         raise
 
 
-def unfinished(path: Path) -> Path:
+def unfinished_path(path: Path) -> Path:
     """Return the path at which the new content of a file is written."""
     return path.with_name(path.name + UNFINISHED)

@@ -69,7 +69,7 @@ ALLOWED: dict[str, set[str]] = {
         "engine.step",
         "handlers",
     },
-    "handlers.health": {"engine", "engine.distributed", "engine.metrics"},
+    "handlers.health": {"engine", "engine.distributed", "engine.metrics", "handlers"},
     "handlers.loss_guard": {
         "engine",
         "engine.data",
@@ -80,6 +80,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "handlers.optimization": {
         "engine",
+        "engine.data",
         "engine.distributed",
         "engine.state",
         "handlers",

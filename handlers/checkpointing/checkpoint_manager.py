@@ -15,7 +15,7 @@ import attrs
 import torch.distributed as dist
 from ignite.engine import Events
 
-from diptych.engine.checks import is_whole, whole_number
+from diptych.engine.checks import whole_number
 from diptych.engine.distributed.agreement import LaggedMaximum, on_all_ranks, on_rank_zero
 from diptych.engine.distributed.collectives import exchange_timeout, rank, world_size
 from diptych.engine.distributed.dtensor import has_shards
@@ -24,10 +24,10 @@ from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.engine.handler import Handler
 from diptych.engine.state.run_state import load_run_state, run_state
 from diptych.engine.trainer import Trainer
+from diptych.handlers.cadence import is_cadence
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
 from diptych.handlers.checkpointing.checkpoint_writer import CheckpointWriter
-from diptych.handlers.checkpointing.entries import SUFFIX, Entry, Ranking, resumable
-from diptych.handlers.checkpointing.export import check_can_export
+from diptych.handlers.checkpointing.entries import SUFFIX, Entry, Ranking, resumable_entries
 from diptych.handlers.checkpointing.resume import (
     check_is_empty,
     position_is_lost,
@@ -36,22 +36,26 @@ from diptych.handlers.checkpointing.resume import (
 )
 from diptych.handlers.checkpointing.run_lock import RunLock
 from diptych.handlers.checkpointing.save_policy import (
-    Decision,
-    Known,
-    Memory,
+    RunStatus,
+    SaveDecision,
+    SaveState,
     decide_at_end,
     decide_at_safe_point,
 )
 from diptych.handlers.checkpointing.stop_signals import StopSignals
-from diptych.handlers.evaluation.averaged_weights import average_behind
-from diptych.handlers.evaluation.watched_metric import missing_metric, published_values
+from diptych.handlers.evaluation.watched_metric import (
+    average_behind,
+    missing_metric,
+    published_values,
+)
+from diptych.handlers.extras import check_extra
 
 logger = logging.getLogger(__name__)
 
 
 def _check_every(_: Any, __: attrs.Attribute[Any], value: object) -> None:
     is_positive = isinstance(value, timedelta) and value > timedelta()
-    if value != "epoch" and not is_whole(value) and not is_positive:
+    if not (is_positive or is_cadence(value)):
         raise ValueError(
             f"every must be 'epoch', a number of iterations >= 1 or a timedelta > 0, got {value!r}"
         )
@@ -139,13 +143,13 @@ class CheckpointManager(Handler):
     _signals: StopSignals = attrs.field(factory=StopSignals, init=False, repr=False)
     _ranks: LaggedMaximum = attrs.field(factory=LaggedMaximum, init=False, repr=False)
     _group: Any = attrs.field(default=None, init=False, repr=False)
-    _memory: Memory = attrs.field(default=Memory(), init=False, repr=False)
+    _save_state: SaveState = attrs.field(default=SaveState(), init=False, repr=False)
     _deadline: float = attrs.field(default=math.inf, init=False, repr=False)
     _asleep: bool = attrs.field(default=False, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         if self.export:
-            check_can_export()
+            check_extra("safetensors", "safetensors", needed_by="export=True")
         if self.resume not in {None, "auto"} and Path(str(self.resume)).parent != Path():
             self.resume = _absolute(str(self.resume))
         self._store = CheckpointStore(self.directory)
@@ -244,7 +248,7 @@ class CheckpointManager(Handler):
 
     def get_latest_checkpoint(self) -> Path | None:
         """Return the complete checkpoint from which a run would resume, or None."""
-        entries = resumable(self._store.entries())
+        entries = resumable_entries(self._store.entries())
         return self.directory / entries[0].file if entries else None
 
     def get_best_checkpoint(self) -> Path | None:
@@ -273,14 +277,14 @@ class CheckpointManager(Handler):
         on_rank_zero(self._acquire_directory)
         if trainer.state.iteration:  # another `run` of this process continues
             return
-        self._memory = self._memory._replace(saved=None)
+        self._save_state = self._save_state._replace(saved=None)
         entries = on_rank_zero(self._store.entries)
         if self.resume is None:
             check_is_empty(self.directory, entries)
-        elif self.resume != "auto" and (self._goes_back() or not resumable(entries)):
+        elif self.resume != "auto" and (self._goes_back() or not resumable_entries(entries)):
             self.load_checkpoint(self.resume)
         else:
-            self._resume_latest(resumable(entries))
+            self._resume_latest(resumable_entries(entries))
 
     def _acquire_directory(self) -> None:
         self._lock.acquire()
@@ -295,7 +299,7 @@ class CheckpointManager(Handler):
         found = read_latest(self._store, entries, self._shard_group())
         if found is not None:
             self._load(*found)
-            self._memory = self._memory._replace(saved=_position(self._attached()))
+            self._save_state = self._save_state._replace(saved=_position(self._attached()))
 
     def _start(self, trainer: Trainer) -> None:
         if self.export and self.best and average_behind(trainer, self.best) is not None:
@@ -305,9 +309,9 @@ class CheckpointManager(Handler):
                 "trained weights with Evaluation(weights='model')."
             )
         if trainer.state.iteration == 0:
-            self._memory = self._memory._replace(saved=None)
-        if self._memory.values is None:
-            self._memory = self._memory._replace(values=len(self._scores(trainer)))
+            self._save_state = self._save_state._replace(saved=None)
+        if self._save_state.values is None:
+            self._save_state = self._save_state._replace(values=len(self._scores(trainer)))
         limits = resume_limits(trainer, epochs_only=self.every == "epoch")
         if limits is not None and rank() == 0:
             logger.warning("%s", limits)
@@ -321,43 +325,45 @@ class CheckpointManager(Handler):
     # -- the decision to save --------------------------------------------------------------------
 
     def _make_due(self, _: Trainer) -> None:
-        self._memory = self._memory._replace(due=True)
+        self._save_state = self._save_state._replace(due=True)
         self._asleep = False
 
     def _at_safe_point(self, trainer: Trainer) -> None:
         if self._asleep and not self._signals.number:
             return
         self._writer.log_failure()
-        timeouts = self._memory.timeouts + (time.monotonic() >= self._deadline)
+        timeouts = self._save_state.timeouts + (time.monotonic() >= self._deadline)
         signal, timeouts = self._ranks.exchange(self._signals.number, timeouts)
-        known = self._known(trainer, signal, timeouts)
-        self._carry_out(trainer, decide_at_safe_point(self._memory, known))
+        status = self._run_status(trainer, signal, timeouts)
+        self._carry_out(trainer, decide_at_safe_point(self._save_state, status))
         # Until something wakes it, only a signal can cause a save: skip the decision.
         self._asleep = (
             self.best is None
             and not isinstance(self.every, timedelta)
-            and not self._memory.due
+            and not self._save_state.due
             and self._writer.idle
             and world_size() == 1
         )
 
     def _save_end(self, trainer: Trainer) -> None:
-        known = self._known(trainer, save_failed=on_rank_zero(self._last_save_failed))
-        self._carry_out(trainer, decide_at_end(self._memory, known))
+        status = self._run_status(trainer, save_failed=on_rank_zero(self._last_save_failed))
+        self._carry_out(trainer, decide_at_end(self._save_state, status))
         on_rank_zero(self._writer.finish)
-        self._ranks.exchange(self._signals.number, 0)  # the next call returns this one's maximum
+        # The exchange lags by one call: the second call returns the maximum of the first.
+        self._ranks.exchange(self._signals.number, 0)
         signal, _ = self._ranks.exchange(self._signals.number, 0)
-        self._carry_out(trainer, Decision(self._memory, signal=signal))
+        self._carry_out(trainer, SaveDecision(self._save_state, signal=signal))
 
-    def _known(
+    def _run_status(
         self, trainer: Trainer, signal: int = 0, timeouts: int = 0, *, save_failed: bool = False
-    ) -> Known:
+    ) -> RunStatus:
         values, missing = self._scores(trainer), None
         if self.best is not None and not values:
             missing = missing_metric(trainer, "best", self.best)
         at = _position(trainer)
         lost = position_is_lost(trainer)
-        return Known(at, trainer.is_finished, lost, signal, timeouts, values, missing, save_failed)
+        finished = trainer.is_finished
+        return RunStatus(at, finished, lost, signal, timeouts, values, missing, save_failed)
 
     def _scores(self, trainer: Trainer) -> list[float]:
         return [] if self.best is None else published_values(trainer, self.best)
@@ -366,8 +372,8 @@ class CheckpointManager(Handler):
         self._writer.wait()
         return self._writer.log_failure()
 
-    def _carry_out(self, trainer: Trainer, decision: Decision) -> None:
-        self._memory = decision.memory
+    def _carry_out(self, trainer: Trainer, decision: SaveDecision) -> None:
+        self._save_state = decision.state
         if decision.save:
             self._save(trainer, decision.score)
         if decision.missing is not None:
@@ -402,12 +408,12 @@ class CheckpointManager(Handler):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the ranking metric, and how many of its values have been judged."""
-        return {"scored": self._memory.values, "best": self.best}
+        return {"scored": self._save_state.values, "best": self.best}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a state that `state_dict` returned; ignore another metric's count."""
         same = state_dict.get("best") == self.best
-        self._memory = self._memory._replace(values=state_dict["scored"] if same else None)
+        self._save_state = self._save_state._replace(values=state_dict["scored"] if same else None)
 
 
 def _position(trainer: Trainer) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""A folder of checkpoints that a killed process never leaves with an incomplete one listed."""
+"""Crash-safe storage of checkpoints: the manifest lists complete files only."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from diptych.engine.errors import CheckpointError
-from diptych.handlers.checkpointing.entries import SUFFIX, Entry, added, entry_from
+from diptych.handlers.checkpointing.entries import SUFFIX, Entry, entry_from, with_entry
 from diptych.handlers.checkpointing.sharded_tensors import (
     check_shard_files,
     insert_tensors,
     read_shards,
 )
 from diptych.handlers.checkpointing.verified_files import (
-    delete,
+    delete_path,
     flush_folder,
     size_and_crc32,
     write_verified,
@@ -102,7 +102,10 @@ class CheckpointStore:
             write_atomically(path, write_and_mark)
             size, crc32 = digests[0]
             entry = attrs.evolve(entry, size=size, crc32=crc32)
-            self._write_manifest(added(before, entry))
+            # The file's rename must be durable before a manifest that lists it: after a power cut,
+            # the disk may hold the later of two renames without the earlier one.
+            flush_folder(self.directory)
+            self._write_manifest(with_entry(before, entry))
             self._remove_unlisted()
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             self._remove_unlisted()
@@ -220,7 +223,7 @@ class CheckpointStore:
             CheckpointError: if the manifest cannot be read.
         """
         for path in self.directory.glob("*" + UNFINISHED):
-            delete(path)
+            delete_path(path)
         self._remove_unlisted()
 
     def unlisted(self) -> list[Path]:
@@ -239,7 +242,7 @@ class CheckpointStore:
         for mark in marks:
             path = mark.with_name(mark.name.removesuffix(UNLISTED))
             if path.name not in listed:
-                delete(path)
+                delete_path(path)
             mark.unlink(missing_ok=True)
 
     def _write_manifest(self, entries: list[Entry]) -> None:

@@ -50,13 +50,13 @@ class CheckpointWriter:
         self._written = ""
 
     def submit(self, entry: Entry, state: Mapping[str, Any], group: Any = None) -> None:
-        """Write a checkpoint after the one before it.
+        """Write a checkpoint; wait first until the previous one is written.
 
         Args:
             entry: the entry for the manifest.
             state: the state of the run.
-            group: if parts of the state are sharded, a process group of all ranks that nothing else
-                uses; then all ranks call this. None: only rank 0 calls it.
+            group: a process group of all ranks, used for nothing else, if the state is sharded;
+                every rank must then call this method. None: only rank 0 calls it.
 
         Raises:
             CheckpointError: if the state cannot be saved at all, or the folder of the shards cannot
@@ -71,7 +71,7 @@ class CheckpointWriter:
             entry = attrs.evolve(entry, shards=folder)
         kept = (state if rank() == 0 else {}, shards)
         if self._pool is not None:
-            kept = self._snapshot = snapshot(kept, self._snapshot)
+            kept = self._snapshot = copy_to_host(kept, self._snapshot)
         job = partial(self._write, entry, *kept, group)
         self._job = self._pool.submit(job) if self._pool is not None else _run_now(job)
 
@@ -172,12 +172,12 @@ def _source(entry: Entry) -> dict[str, str]:
     return {"checkpoint": entry.file, "crc32": str(entry.crc32)}
 
 
-def snapshot(state: Any, previous: Any = None) -> Any:
+def copy_to_host(state: Any, previous: Any = None) -> Any:
     """Return a copy of nested containers whose tensors are copies on the host.
 
     Args:
         state: mappings, lists and tuples of tensors and plain values.
-        previous: an earlier snapshot that is no longer needed. Its tensors are overwritten if they
+        previous: an earlier copy that is no longer needed. Its tensors are overwritten if they
             fit, since allocating memory costs more than the copy.
     """
     if isinstance(state, Tensor):
@@ -186,11 +186,11 @@ def snapshot(state: Any, previous: Any = None) -> Any:
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
         before = previous if isinstance(previous, dict) else {}
-        return {key: snapshot(value, before.get(key)) for key, value in state.items()}
+        return {key: copy_to_host(value, before.get(key)) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
         earlier = previous if isinstance(previous, type(state)) else ()
         pairs = itertools.zip_longest(state, earlier[: len(state)])
-        return type(state)(snapshot(value, before) for value, before in pairs)
+        return type(state)(copy_to_host(value, before) for value, before in pairs)
     return state
 
 

@@ -10,7 +10,8 @@ import attrs
 
 SUFFIX = ".pt"
 AGAIN = "_again.pt"
-"""The end of a file's name if an intact checkpoint had the plain name when it was written."""
+"""The suffix of a checkpoint's second name. A checkpoint that is saved again gets the name that its
+earlier file does not have, so that the earlier file stays intact until the new one is listed."""
 
 
 @attrs.frozen(kw_only=True)
@@ -64,7 +65,7 @@ def entry_from(listed: Mapping[str, Any]) -> Entry:
     return Entry(**{key: value for key, value in listed.items() if key in known})
 
 
-def added(entries: Iterable[Entry], entry: Entry) -> list[Entry]:
+def with_entry(entries: Iterable[Entry], entry: Entry) -> list[Entry]:
     """Return the entries with a new one, which replaces an entry of its name.
 
     A run that saves an earlier iteration than the folder holds has gone back: no run continues from
@@ -81,7 +82,7 @@ def added(entries: Iterable[Entry], entry: Entry) -> list[Entry]:
     return [*kept, entry]
 
 
-def resumable(entries: Iterable[Entry]) -> list[Entry]:
+def resumable_entries(entries: Iterable[Entry]) -> list[Entry]:
     """Return the entries from which a run can continue, the latest first."""
     able = [entry for entry in entries if entry.resumable]
     return sorted(able, key=lambda entry: entry.iteration)[::-1]
@@ -123,7 +124,7 @@ class Ranking:
         continue from, and one that another metric has ranked.
         """
         own = [entry for entry in entries if not entry.by_hand]
-        by_time = resumable(own)
+        by_time = resumable_entries(own)
         best = self.ranked(own) if self.metric is not None else by_time
         kept = {entry.file for entry in (*best[: self.keep], *by_time[:1], *own[-1:])}
         removable = [entry for entry in own if entry.scored_by in {None, self.metric}]

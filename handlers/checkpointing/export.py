@@ -12,20 +12,6 @@ from diptych.engine.errors import CheckpointError
 from diptych.handlers.files import write_atomically
 
 
-def check_can_export() -> None:
-    """Check that the package safetensors is installed.
-
-    Raises:
-        ImportError: naming the extra to install.
-    """
-    try:
-        import safetensors.torch  # noqa: F401, PLC0415 - an extra
-    except ImportError as error:
-        raise ImportError(
-            "exporting weights needs the package safetensors: pip install 'diptych[safetensors]'"
-        ) from error
-
-
 def export_weights(
     weights: Mapping[str, Tensor], path: Path, *, source: Mapping[str, str] | None = None
 ) -> None:

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 SavedAt = tuple[int, int]
-"""Iteration, and iteration of the epoch: the last iteration ends before its epoch does."""
+"""The iteration of the run and that of its epoch, which is 0 between two epochs. So the end of an
+epoch is another position than the last safe point inside it, though the iteration is the same."""
 
 
-class Memory(NamedTuple):
-    """The values that a decision leaves for the next one.
+class SaveState(NamedTuple):
+    """The state of the policy between two decisions.
 
     Attributes:
         due: whether the cadence has asked for a save that is still to be made.
         timeouts: how often the interval between two saves has ended, on any rank.
         values: how many values of the ranking metric have been judged; None: not known.
-        saved: the place of the last save; None before the first.
+        saved: the position of the last save; None before the first.
     """
 
     due: bool = False
@@ -25,11 +26,11 @@ class Memory(NamedTuple):
     saved: SavedAt | None = None
 
 
-class Known(NamedTuple):
-    """What is known of a run at a safe point or at its end, the same on all ranks.
+class RunStatus(NamedTuple):
+    """The status of a run at a safe point or at its end, the same on all ranks.
 
     Attributes:
-        at: the place of the run.
+        at: the position of the run.
         is_finished: whether the run has done all that it was asked for.
         position_is_lost: whether a run cannot resume here.
         signal: the number of a signal that asks the run to end, or 0.
@@ -49,60 +50,60 @@ class Known(NamedTuple):
     save_failed: bool = False
 
 
-class Decision(NamedTuple):
-    """What to do, in this order.
+class SaveDecision(NamedTuple):
+    """A decision, whose parts are carried out in this order.
 
     Attributes:
-        memory: the memory for the next decision.
+        state: the state for the next decision.
         save: whether to save the run.
         score: the score of the checkpoint, or None.
         missing: the message of an error to raise, or None.
         signal: the number of the signal on which to end the process, or 0.
     """
 
-    memory: Memory
+    state: SaveState
     save: bool = False
     score: float | None = None
     missing: str | None = None
     signal: int = 0
 
 
-def decide_at_safe_point(memory: Memory, known: Known) -> Decision:
+def decide_at_safe_point(state: SaveState, status: RunStatus) -> SaveDecision:
     """Decide whether to save at a safe point.
 
     A new score is always saved, since nothing else holds the weights that have it. Whatever else
     asks for a save waits for a position from which a run can resume. The end of a finished run is
     left to `decide_at_end`: its last log point is still to come.
     """
-    if known.timeouts > memory.timeouts:
-        memory = memory._replace(due=True, timeouts=known.timeouts)
-    if known.is_finished:
-        return Decision(memory)
-    memory, score = _judge(memory, known)
-    asked = memory.due or known.signal > 0 or known.missing is not None
-    save = score is not None or (asked and not known.position_is_lost)
+    if status.timeouts > state.timeouts:
+        state = state._replace(due=True, timeouts=status.timeouts)
+    if status.is_finished:
+        return SaveDecision(state)
+    state, score = _judge(state, status)
+    asked = state.due or status.signal > 0 or status.missing is not None
+    save = score is not None or (asked and not status.position_is_lost)
     if save:
-        memory = _saved(memory, known)
-    return Decision(memory, save, score, known.missing, known.signal)
+        state = _saved(state, status)
+    return SaveDecision(state, save, score, status.missing, status.signal)
 
 
-def decide_at_end(memory: Memory, known: Known) -> Decision:
+def decide_at_end(state: SaveState, status: RunStatus) -> SaveDecision:
     """Decide whether to save at the end of a run: always, unless the last save holds this state."""
-    missing = known.missing if known.is_finished else None
-    if memory.saved == known.at and not known.save_failed:
-        return Decision(memory, missing=missing)
-    memory, score = _judge(memory, known)
-    return Decision(_saved(memory, known), True, score, missing)
+    missing = status.missing if status.is_finished else None
+    if state.saved == status.at and not status.save_failed:
+        return SaveDecision(state, missing=missing)
+    state, score = _judge(state, status)
+    return SaveDecision(_saved(state, status), True, score, missing)
 
 
-def _judge(memory: Memory, known: Known) -> tuple[Memory, float | None]:
-    """Return the memory with all values judged, and the last value if there are new ones."""
-    values = known.values
-    if len(values) == memory.values:
-        return memory, None
+def _judge(state: SaveState, status: RunStatus) -> tuple[SaveState, float | None]:
+    """Return the state with all values judged, and the last value if there are new ones."""
+    values = status.values
+    if len(values) == state.values:
+        return state, None
     # With fewer values the run has started over.
-    return memory._replace(values=len(values)), values[-1] if values else None
+    return state._replace(values=len(values)), values[-1] if values else None
 
 
-def _saved(memory: Memory, known: Known) -> Memory:
-    return memory._replace(due=memory.due and known.position_is_lost, saved=known.at)
+def _saved(state: SaveState, status: RunStatus) -> SaveState:
+    return state._replace(due=state.due and status.position_is_lost, saved=status.at)

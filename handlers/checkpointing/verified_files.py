@@ -77,7 +77,7 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def delete(path: Path) -> None:
+def delete_path(path: Path) -> None:
     """Remove a file or a folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path)

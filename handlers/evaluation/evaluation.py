@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import attrs
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diptych.engine.containers import leaves
 from diptych.engine.data.batches import batch_size
+from diptych.engine.data.loader_contract import length_of
 from diptych.engine.distributed.collectives import all_reduce_sum, world_size
 from diptych.engine.distributed.dtensor import has_shards
 from diptych.engine.distributed.gathering import gather_values
@@ -28,10 +29,18 @@ from diptych.engine.tasks import Task
 from diptych.engine.trainer import Trainer
 from diptych.handlers.argument_checks import one_of
 from diptych.handlers.cadence import call_every, check_every
-from diptych.handlers.evaluation.averaged_weights import AveragesWeights
 from diptych.handlers.evaluation.outputs_metric import Outputs, OutputsMetric
 
 Weights = Literal["average", "model"]
+
+
+@runtime_checkable
+class AveragesWeights(Protocol):
+    """A handler that keeps an average of the model's weights, such as `WeightAverage`."""
+
+    def averaged(self) -> AbstractContextManager[object]:
+        """Return a context in which the model holds the average; it restores the weights."""
+        ...
 
 
 def _check_loader(_: Any, __: attrs.Attribute[Any], loader: object) -> None:
@@ -275,7 +284,7 @@ def _check_same_length(loader: Iterable[Any]) -> None:
     """Raise if ranks have different numbers of batches and would wait for each other forever."""
     if world_size() == 1:
         return
-    lengths = gather_values(len(loader) if isinstance(loader, Sized) else None)
+    lengths = gather_values(length_of(loader))
     if len(set(lengths)) > 1:
         raise BatchError(
             "loader must have as many batches on every rank if the model is sharded or the loss "

@@ -217,7 +217,8 @@ class _Side:
         self._groups.append(groups.detach().to(features.device, torch.int64))
         self._small += 1
         small = self._features[-self._small :]
-        # Malloc returns large tensors to the system one by one while `items` copies them.
+        # `items` frees the pieces one by one while it copies them. The allocator returns only
+        # large blocks to the system, so small pieces are joined here.
         if sum(map(len, small)) >= PIECE:
             self._features[-self._small :] = [torch.cat(small)]
             self._small = 0

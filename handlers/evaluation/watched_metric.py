@@ -1,24 +1,9 @@
-"""The values of a metric that a handler watches, and the error if nothing publishes it."""
+"""Metrics that a handler watches: their values, the weights they score, the error if missing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
-
 from diptych.engine.trainer import Trainer
-
-
-@runtime_checkable
-class PublishesValues(Protocol):
-    """A handler that publishes metrics under a prefix, such as `Evaluation`.
-
-    Attributes:
-        prefix: the first part of its metrics' names.
-        values: the values that it published last, by name; empty before the first.
-    """
-
-    prefix: str
-    values: Mapping[str, float]
+from diptych.handlers.evaluation.evaluation import AveragesWeights, Evaluation
 
 
 def published_values(trainer: Trainer, metric: str) -> list[float]:
@@ -27,6 +12,12 @@ def published_values(trainer: Trainer, metric: str) -> list[float]:
         return trainer.metrics.get_history(metric)
     except KeyError:
         return []
+
+
+def average_behind(trainer: Trainer, metric: str) -> AveragesWeights | None:
+    """Return the handler whose average a metric scores; None: it scores the model's own weights."""
+    scored = any(evaluation.scores_averages for evaluation in _publishers(trainer, metric))
+    return next(iter(trainer.handlers_of(AveragesWeights)), None) if scored else None
 
 
 def missing_metric(trainer: Trainer, argument: str, metric: str) -> str | None:
@@ -42,11 +33,7 @@ def missing_metric(trainer: Trainer, argument: str, metric: str) -> str | None:
     """
     if published_values(trainer, metric):
         return None
-    evaluations = [
-        handler
-        for handler in trainer.handlers_of(PublishesValues)
-        if metric.startswith(f"{handler.prefix}/")
-    ]
+    evaluations = _publishers(trainer, metric)
     if evaluations:
         is_due = all(evaluation.values for evaluation in evaluations)
     else:
@@ -58,3 +45,9 @@ def missing_metric(trainer: Trainer, argument: str, metric: str) -> str | None:
         f"{argument} must be a metric that the run publishes by the end of its first epoch or with "
         f"its first evaluation, got {metric!r}; there are {there}"
     )
+
+
+def _publishers(trainer: Trainer, metric: str) -> list[Evaluation]:
+    """Return the evaluations that publish values under a metric's prefix."""
+    evaluations = trainer.handlers_of(Evaluation)
+    return [evaluation for evaluation in evaluations if metric.startswith(f"{evaluation.prefix}/")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import attrs
@@ -77,19 +76,6 @@ class SharedNorms:
     def invalidate(self) -> None:
         """Invalidate the cached norms. Call after modifying gradients."""
         self._cached = None
-
-
-@runtime_checkable
-class InvalidatesNorms(Protocol):
-    """A handler that modifies gradients and invalidates the cached norms.
-
-    A handler that needs the gradients of the loss itself, such as `LossGuard`, must come before it.
-
-    Attributes:
-        invalidates_norms: a marker; its value is not read.
-    """
-
-    invalidates_norms: ClassVar[bool]
 
 
 _SHARED: WeakKeyDictionary[Trainer, SharedNorms] = WeakKeyDictionary()

@@ -11,8 +11,8 @@ import attrs
 from ignite.engine import Events
 from torch import Tensor
 
+from diptych.engine.data.loader_contract import has_position
 from diptych.engine.distributed.collectives import all_reduce_sum, world_size
-from diptych.engine.handler import Stateful
 from diptych.engine.random_state import preserved_random_state
 from diptych.engine.trainer import Trainer
 
@@ -77,7 +77,7 @@ def find_learning_rate(
         raise ValueError(f"steps must be >= 3, got {steps}")
     parts: list[Any] = [trainer.model, trainer.loss, trainer.optimizer]
     states = [copy.deepcopy(part.state_dict()) for part in parts]
-    if isinstance(loader, Stateful):
+    if has_position(loader):
         parts.append(loader)
         states.append(loader.state_dict())
     search = _RisingRate(start, (end / start) ** (1 / (steps - 1)))

@@ -66,7 +66,6 @@ class ModalityBalancing(Handler):
     """
 
     changes: ClassVar[frozenset[Change]] = frozenset({Change.GRADIENTS})
-    invalidates_norms: ClassVar[bool] = True
 
     components: Components = attrs.field(default=("image", "text"), validator=_check_components)
     ratio: float = attrs.field(default=1.0, validator=positive)

@@ -62,7 +62,7 @@ def differing_keys(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) ->
 
 
 def can_be_averaged(tensor: Tensor) -> bool:
-    """Return whether a mean of such tensors has a meaning; a mean of counts has none."""
+    """Return whether a tensor can be averaged; integers are counts, whose mean is no count."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 

@@ -20,7 +20,8 @@ from diptych.engine.handler import Handler
 from diptych.engine.modules import unwrapped
 from diptych.engine.trainer import Trainer
 from diptych.handlers.argument_checks import share_below_one
-from diptych.handlers.checkpointing.export import check_can_export, export_weights
+from diptych.handlers.checkpointing.export import export_weights
+from diptych.handlers.extras import check_extra
 from diptych.handlers.optimization.moving_average import (
     ModuleTensor,
     UpdateObserver,
@@ -151,7 +152,7 @@ class WeightAverage(Handler):
             ImportError: if the extra `safetensors` is not installed.
             CheckpointError: if the file cannot be written; an earlier file is kept.
         """
-        check_can_export()
+        check_extra("safetensors", "safetensors", needed_by="WeightAverage.export")
         weights = full_state(self.average_state_dict())
         if weights or rank() == 0:
             export_weights(weights, Path(path))

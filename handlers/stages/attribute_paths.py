@@ -41,7 +41,7 @@ def write_attribute(trainer: Trainer, path: str, value: Any) -> None:
 
 
 def try_attribute(trainer: Trainer, path: str, *values: Any) -> None:
-    """Set the value at a path to each of some values and back, to raise a setter's error early.
+    """Set a path to each of `values` and restore it, so that a setter's error is raised early.
 
     Raises:
         ValueError: see `read_attribute`, or raised by the setter.

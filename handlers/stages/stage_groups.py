@@ -131,7 +131,7 @@ def _members_of(
 
 
 def _refined(names: Sequence[str], found: Sequence[dict[str, Membership]]) -> list[StageGroup]:
-    """Return the coarsest groups that lie within one group, or are frozen, in every stage."""
+    """Group the parameters of each top-level part that every stage trains alike, or freezes."""
     parts: dict[str, list[str]] = {}
     for name in names:
         members = [members.get(name) for members in found]

@@ -19,8 +19,7 @@ from diptych.engine.events import EvaluationEvents, MetricsEvents, RunEvents
 from diptych.engine.handler import Change, Handler
 from diptych.engine.state.module_state import clean_state_dict, load_clean_state_dict
 from diptych.engine.trainer import Trainer
-from diptych.handlers.evaluation.averaged_weights import average_behind
-from diptych.handlers.evaluation.watched_metric import published_values
+from diptych.handlers.evaluation.watched_metric import average_behind, published_values
 from diptych.handlers.optimization.schedules import LearningRate, rate_of
 from diptych.handlers.stages.attribute_paths import try_attribute, write_attribute
 from diptych.handlers.stages.stage import Stage

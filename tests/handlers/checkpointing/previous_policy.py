@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diptych.handlers.checkpointing.save_policy import Known
+from diptych.handlers.checkpointing.save_policy import RunStatus
 
 Action = tuple[str, object]
 
@@ -34,50 +34,50 @@ class PreviousPolicy:
     def load(self, scored: int | None) -> None:
         self._scored = scored
 
-    def start(self, known: Known) -> None:
+    def start(self, status: RunStatus) -> None:
         if self._scored is None:
-            self._scored = len(known.values)
+            self._scored = len(status.values)
 
-    def at_safe_point(self, known: Known) -> None:
+    def at_safe_point(self, status: RunStatus) -> None:
         self.actions = []
-        if self._asleep and not known.signal:
+        if self._asleep and not status.signal:
             return
-        self._look(known)
+        self._look(status)
         self._asleep = self._waits and not self.actions and not self._due
 
-    def _look(self, known: Known) -> None:
-        number, timed = known.signal, known.timeouts
+    def _look(self, status: RunStatus) -> None:
+        number, timed = status.signal, status.timeouts
         self._due |= timed > self._timed
         self._timed = max(timed, self._timed)
-        if known.is_finished:
+        if status.is_finished:
             return
-        score = self._new_score(known)
-        missing = known.missing
+        score = self._new_score(status)
+        missing = status.missing
         asked = self._due or number > 0 or missing is not None
-        if score is not None or (asked and not known.position_is_lost):
-            self._save(known, score)
+        if score is not None or (asked and not status.position_is_lost):
+            self._save(status, score)
         if missing is not None:
             self.actions.append(("raise", missing))
             return
         if number:
             self.actions.append(("leave", number))
 
-    def _save(self, known: Known, score: float | None) -> None:
-        self._saved = known.at
-        self._due = self._due and known.position_is_lost
+    def _save(self, status: RunStatus, score: float | None) -> None:
+        self._saved = status.at
+        self._due = self._due and status.position_is_lost
         self.actions.append(("save", score))
 
-    def at_end(self, known: Known) -> None:
+    def at_end(self, status: RunStatus) -> None:
         self.actions = []
-        if known.save_failed or self._saved != known.at:
-            self._save(known, self._new_score(known))
-        if known.missing is not None and known.is_finished:
-            self.actions.append(("raise", known.missing))
+        if status.save_failed or self._saved != status.at:
+            self._save(status, self._new_score(status))
+        if status.missing is not None and status.is_finished:
+            self.actions.append(("raise", status.missing))
 
-    def _new_score(self, known: Known) -> float | None:
+    def _new_score(self, status: RunStatus) -> float | None:
         if not self.best:
             return None
-        values = known.values
+        values = status.values
         is_new = bool(values) and len(values) != self._scored
         self._scored = len(values)
         return values[-1] if is_new else None

@@ -224,7 +224,7 @@ def test_a_checkpoint_of_another_model_names_what_differs(tmp_path):
     trainer.run(make_loader(), max_epochs=1)
     other = make_trainer(width=8)
     other.attach(CheckpointManager(tmp_path))
-    with pytest.raises(CheckpointError, match=r"another model.*body.0.weight \(4, 6\) instead"):
+    with pytest.raises(CheckpointError, match=r"model must match.*body.0.weight \(4, 6\) instead"):
         other.run(make_loader(), max_epochs=2)
 
 

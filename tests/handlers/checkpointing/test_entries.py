@@ -6,7 +6,13 @@ import math
 
 import pytest
 
-from diptych.handlers.checkpointing.entries import Entry, Ranking, added, entry_from, resumable
+from diptych.handlers.checkpointing.entries import (
+    Entry,
+    Ranking,
+    entry_from,
+    resumable_entries,
+    with_entry,
+)
 
 
 def entry(iteration: int, score: float | None = None, **settings) -> Entry:
@@ -52,25 +58,25 @@ def test_a_checkpoint_saved_by_hand_or_ranked_by_another_metric_is_never_superfl
 def test_an_end_from_which_no_run_can_continue_is_kept_beside_the_latest_resumable_checkpoint():
     entries = [entry(1), entry(2), entry(3, resumable=False)]
     assert Ranking(None, "max", 1).superfluous(entries) == {"1.pt"}
-    assert iterations(resumable(entries)) == [2, 1]
+    assert iterations(resumable_entries(entries)) == [2, 1]
 
 
 def test_a_run_that_went_back_does_not_continue_from_later_checkpoints():
-    entries = added([entry(5), entry(10), entry(15, by_hand=True)], entry(7))
-    assert iterations(resumable(entries)) == [7, 5]
+    entries = with_entry([entry(5), entry(10), entry(15, by_hand=True)], entry(7))
+    assert iterations(resumable_entries(entries)) == [7, 5]
     assert [e.resumable for e in entries] == [True, False, False, True]
-    by_hand = added([entry(5), entry(10)], entry(7, by_hand=True))
-    assert iterations(resumable(by_hand)) == [10, 7, 5]
+    by_hand = with_entry([entry(5), entry(10)], entry(7, by_hand=True))
+    assert iterations(resumable_entries(by_hand)) == [10, 7, 5]
 
 
 def test_of_two_checkpoints_of_one_iteration_the_last_written_one_counts():
     first = Entry(file="a.pt", epoch=1, iteration=5, metrics={})
     second = Entry(file="b.pt", epoch=1, iteration=5, metrics={})
-    assert [e.file for e in resumable([first, second])] == ["b.pt", "a.pt"]
+    assert [e.file for e in resumable_entries([first, second])] == ["b.pt", "a.pt"]
 
 
 def test_a_checkpoint_that_is_written_again_stays_saved_by_hand():
-    entries = added([entry(5, by_hand=True), entry(6)], entry(5))
+    entries = with_entry([entry(5, by_hand=True), entry(6)], entry(5))
     assert [(e.iteration, e.by_hand) for e in entries] == [(6, False), (5, True)]
 
 

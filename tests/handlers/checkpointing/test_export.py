@@ -61,7 +61,7 @@ def test_weights_that_were_not_scored_are_not_exported_as_the_best(tmp_path):
 
 
 def test_without_the_package_the_error_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ImportError, match=r"diptych\[safetensors\]"):
         CheckpointManager(tmp_path, export=True)
 

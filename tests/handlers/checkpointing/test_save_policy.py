@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.handlers.checkpointing.save_policy import (
-    Decision,
-    Known,
-    Memory,
+    RunStatus,
+    SaveDecision,
+    SaveState,
     decide_at_end,
     decide_at_safe_point,
 )
 from tests.handlers.checkpointing.previous_policy import Action, PreviousPolicy
 
-known = st.builds(
-    Known,
+statuses = st.builds(
+    RunStatus,
     at=st.tuples(st.integers(0, 3), st.integers(0, 1)),
     is_finished=st.booleans(),
     position_is_lost=st.booleans(),
@@ -28,34 +28,34 @@ known = st.builds(
     save_failed=st.booleans(),
 )
 KINDS = ["safe point", "safe point", "safe point", "end", "due", "restore", "load", "start"]
-moments = st.lists(st.tuples(st.sampled_from(KINDS), known), max_size=30)
+moments = st.lists(st.tuples(st.sampled_from(KINDS), statuses), max_size=30)
 
 
 class Policy:
     """The functions under test, called as `CheckpointManager` calls them."""
 
     def __init__(self) -> None:
-        self.memory = Memory()
+        self.state = SaveState()
 
-    def at(self, kind: str, known: Known) -> list[Action]:
+    def at(self, kind: str, status: RunStatus) -> list[Action]:
         if kind == "due":
-            self.memory = self.memory._replace(due=True)
+            self.state = self.state._replace(due=True)
         elif kind == "restore":
-            self.memory = self.memory._replace(saved=None)
+            self.state = self.state._replace(saved=None)
         elif kind == "load":
-            self.memory = self.memory._replace(values=None)
+            self.state = self.state._replace(values=None)
         elif kind == "start":
-            if self.memory.values is None:
-                self.memory = self.memory._replace(values=len(known.values))
+            if self.state.values is None:
+                self.state = self.state._replace(values=len(status.values))
         else:
             decide = decide_at_safe_point if kind == "safe point" else decide_at_end
-            decision = decide(self.memory, known)
-            self.memory = decision.memory
+            decision = decide(self.state, status)
+            self.state = decision.state
             return actions(decision)
         return []
 
 
-def actions(decision: Decision) -> list[Action]:
+def actions(decision: SaveDecision) -> list[Action]:
     """Return what the manager does on a decision, in order."""
     taken: list[Action] = [("save", decision.score)] if decision.save else []
     if decision.missing is not None:
@@ -63,15 +63,15 @@ def actions(decision: Decision) -> list[Action]:
     return [*taken, ("leave", decision.signal)] if decision.signal else taken
 
 
-def previously(policy: PreviousPolicy, kind: str, known: Known) -> list[Action]:
+def previously(policy: PreviousPolicy, kind: str, status: RunStatus) -> list[Action]:
     policy.actions = []
     calls: dict[str, Any] = {
-        "safe point": lambda: policy.at_safe_point(known),
-        "end": lambda: policy.at_end(known),
+        "safe point": lambda: policy.at_safe_point(status),
+        "end": lambda: policy.at_end(status),
         "due": policy.fall_due,
         "restore": policy.restore,
         "load": lambda: policy.load(None),
-        "start": lambda: policy.start(known),
+        "start": lambda: policy.start(status),
     }
     calls[kind]()
     return policy.actions
@@ -79,50 +79,50 @@ def previously(policy: PreviousPolicy, kind: str, known: Known) -> list[Action]:
 
 @settings(max_examples=500)
 @given(moments=moments, best=st.booleans(), timed=st.booleans())
-def test_any_sequence_of_facts_gives_the_actions_and_the_memory_of_the_previous_code(
+def test_any_sequence_of_facts_gives_the_actions_and_the_state_of_the_previous_code(
     moments, best, timed
 ):
     policy, previous = Policy(), PreviousPolicy(best=best, timed=timed)
     for kind, drawn in moments:
-        known = drawn if best else drawn._replace(values=(), missing=None)
-        known = known if timed else known._replace(timeouts=0)
-        assert policy.at(kind, known) == previously(previous, kind, known)
-        memory = policy.memory
-        assert (memory.due, memory.timeouts) == (previous._due, previous._timed)
-        assert memory.saved == previous._saved
+        status = drawn if best else drawn._replace(values=(), missing=None)
+        status = status if timed else status._replace(timeouts=0)
+        assert policy.at(kind, status) == previously(previous, kind, status)
+        state = policy.state
+        assert (state.due, state.timeouts) == (previous._due, previous._timed)
+        assert state.saved == previous._saved
         if best:
-            assert memory.values == previous._scored
+            assert state.values == previous._scored
 
 
 def test_an_idle_safe_point_leaves_the_memory_as_it_is():
-    memory = Memory(values=2, timeouts=1, saved=(3, 3))
-    decision = decide_at_safe_point(memory, Known(at=(4, 4), values=[0.1, 0.2], timeouts=1))
-    assert decision == Decision(memory)
-    assert decision.memory is memory
+    state = SaveState(values=2, timeouts=1, saved=(3, 3))
+    decision = decide_at_safe_point(state, RunStatus(at=(4, 4), values=[0.1, 0.2], timeouts=1))
+    assert decision == SaveDecision(state)
+    assert decision.state is state
 
 
 def test_a_due_save_waits_for_a_position_from_which_a_run_can_resume():
-    lost = decide_at_safe_point(Memory(due=True), Known(at=(2, 2), position_is_lost=True))
+    lost = decide_at_safe_point(SaveState(due=True), RunStatus(at=(2, 2), position_is_lost=True))
     assert not lost.save
-    at_epoch_end = decide_at_safe_point(lost.memory, Known(at=(3, 0)))
+    at_epoch_end = decide_at_safe_point(lost.state, RunStatus(at=(3, 0)))
     assert at_epoch_end.save
-    assert not at_epoch_end.memory.due
+    assert not at_epoch_end.state.due
 
 
 def test_a_new_score_is_saved_even_where_a_run_cannot_resume():
     decision = decide_at_safe_point(
-        Memory(due=True), Known(at=(2, 2), position_is_lost=True, values=[0.5])
+        SaveState(due=True), RunStatus(at=(2, 2), position_is_lost=True, values=[0.5])
     )
     assert (decision.save, decision.score) == (True, 0.5)
-    assert decision.memory.due  # the save that was due is still to come
+    assert decision.state.due  # the save that was due is still to come
 
 
 def test_a_signal_saves_and_ends_the_run():
-    decision = decide_at_safe_point(Memory(), Known(at=(2, 2), signal=15))
+    decision = decide_at_safe_point(SaveState(), RunStatus(at=(2, 2), signal=15))
     assert (decision.save, decision.signal) == (True, 15)
 
 
 def test_the_end_is_saved_unless_the_last_save_holds_it():
-    assert decide_at_end(Memory(saved=(5, 5)), Known(at=(6, 0))).save
-    assert not decide_at_end(Memory(saved=(6, 0)), Known(at=(6, 0))).save
-    assert decide_at_end(Memory(saved=(6, 0)), Known(at=(6, 0), save_failed=True)).save
+    assert decide_at_end(SaveState(saved=(5, 5)), RunStatus(at=(6, 0))).save
+    assert not decide_at_end(SaveState(saved=(6, 0)), RunStatus(at=(6, 0))).save
+    assert decide_at_end(SaveState(saved=(6, 0)), RunStatus(at=(6, 0), save_failed=True)).save

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from diptych.engine import CheckpointError
-from diptych.handlers.checkpointing import verified_files
+from diptych.handlers.checkpointing import checkpoint_store, verified_files
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
 from diptych.handlers.checkpointing.entries import Entry
 from diptych.handlers.checkpointing.verified_files import size_and_crc32
@@ -78,6 +78,25 @@ def kill_at(monkeypatch, operation: int, *, after: bool) -> list[int]:
     for owner, name in FILE_OPERATIONS:
         monkeypatch.setattr(owner, name, wrapped(getattr(owner, name)))
     return count
+
+
+def test_a_file_is_durable_before_a_manifest_lists_it(tmp_path, monkeypatch):
+    done: list[str] = []
+
+    def record(owner, name, label):
+        function = getattr(owner, name)
+
+        def call(path, *rest):
+            done.append(label(path))
+            return function(path, *rest)
+
+        monkeypatch.setattr(owner, name, call)
+
+    record(Path, "replace", lambda path: f"rename {path.name.removesuffix('.unfinished')}")
+    record(checkpoint_store, "flush_folder", lambda path: f"flush {path.name}")
+    save(CheckpointStore(tmp_path / "run"), 1)
+
+    assert done == ["rename checkpoint_1.pt", "flush run", "rename manifest.json", "flush run"]
 
 
 @pytest.mark.parametrize("save", [save, save_with_shards])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diptych.engine import BatchError, EvaluationEvents, MetricsEvents, Trainer, tasks
+from diptych.handlers.evaluation import evaluation
 from diptych.handlers.evaluation.evaluation import Evaluation, ValidationLoss
 
 Batch = dict[str, Tensor]
@@ -362,3 +363,17 @@ def test_ranks_that_evaluate_the_same_samples_raise(ranks):
         assert "got the same first batch on ranks 0 and 1" in message
         assert "of_this_rank" in message
     assert ranks.run(evaluate_shards, [(0,), (1,)]) == ["", ""]
+
+
+def test_a_loader_of_unknown_length_may_be_shared_by_ranks(monkeypatch):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(range(4))
+
+    gathered = []
+    monkeypatch.setattr(evaluation, "world_size", lambda: 2)
+    monkeypatch.setattr(evaluation, "gather_values", lambda own: gathered.append(own) or [own, own])
+
+    evaluation._check_same_length(torch.utils.data.DataLoader(Stream(), batch_size=2))
+
+    assert gathered == [None]

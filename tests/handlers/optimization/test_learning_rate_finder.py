@@ -183,3 +183,22 @@ def test_all_groups_of_an_optimizer_take_the_rate():
 def test_an_argument_out_of_range_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         find_learning_rate(make_trainer(), loader(), **wrong)
+
+
+def test_a_loader_behind_a_wrapper_is_restored_too():
+    class Wrapper:
+        def __init__(self, inner: SeededLoader) -> None:
+            self.inner = inner
+
+        def __iter__(self):
+            return iter(self.inner)
+
+        def __getattr__(self, name: str):
+            return getattr(self.inner, name)
+
+    inner = SeededLoader(Squares(), 4)
+    before = inner.state_dict()
+
+    find_learning_rate(make_trainer(), Wrapper(inner), steps=3)
+
+    assert inner.state_dict() == before
