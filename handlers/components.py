@@ -1,12 +1,17 @@
-"""Components: named parts of a model and its loss, and their parameters."""
+"""Components: named parts of a model and its loss, their parameters and sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import nn
 
 from diptych.engine.modules import named_parameters
 from diptych.engine.name_patterns import matches
-from diptych.engine.trainer import Trainer
+
+if TYPE_CHECKING:
+    from diptych.engine.trainer import Trainer
 
 Components = Mapping[str, str | Sequence[str]] | Sequence[str]
 """Names of components with the paths of their parameters; a path alone is its own name.
@@ -17,20 +22,76 @@ A path is the beginning of a parameter's name, in whole parts: "image.blocks" ma
 """
 
 
+class ComponentSize(NamedTuple):
+    """Numbers of parameters: all, and the trainable ones."""
+
+    parameters: int
+    trainable: int
+
+
+def default_components(
+    model: nn.Module, loss: nn.Module | None = None
+) -> dict[str, list[nn.Parameter]]:
+    """Return the parameters of the default components, by name; a shared one is in the first only.
+
+    They are each child of the model, each parameter of the model itself, and the loss. If the model
+    is only a wrapper (one child with children, and no parameters), those of its child are taken
+    instead, with the child's name in front: "model.image".
+    """
+    named = named_parameters(model, None)
+    prefix = _wrapper_prefix(list(named))
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        child = name.removeprefix(prefix).partition(".")[0]
+        found.setdefault(prefix + child, []).append(parameter)
+    of_loss = [p for name, p in named_parameters(model, loss).items() if name not in named]
+    return {**found, "loss": of_loss} if of_loss else found
+
+
+def _wrapper_prefix(names: Sequence[str]) -> str:
+    """Return the longest prefix "a.b." of all names behind which there is still a module."""
+    prefix = ""
+    while names:
+        first, dot, _ = names[0].partition(".")
+        inside = [name.removeprefix(first + dot) for name in names]
+        shared = dot and all(name.startswith(first + dot) for name in names)
+        if not shared or not any("." in name for name in inside):
+            break
+        prefix, names = prefix + first + dot, inside
+    return prefix
+
+
+def component_sizes(model: nn.Module, loss: nn.Module | None = None) -> dict[str, ComponentSize]:
+    """Return the number of parameters of each default component; a shared one counts once."""
+    return {
+        name: ComponentSize(
+            sum(p.numel() for p in parameters),
+            sum(p.numel() for p in parameters if p.requires_grad),
+        )
+        for name, parameters in default_components(model, loss).items()
+    }
+
+
+def total_size(sizes: Mapping[str, ComponentSize]) -> ComponentSize:
+    """Return the sum of sizes."""
+    columns = zip(*sizes.values(), strict=True) if sizes else [(), ()]
+    return ComponentSize(*(sum(column) for column in columns))
+
+
 def find_components(trainer: Trainer, components: Components | None) -> dict[str, set[int]]:
     """Return the ids of each component's parameters, by the component's name.
 
     Args:
         trainer: the trainer of model and loss.
-        components: the components; None: each top-level child of the model, each parameter of the
-            model itself, and the loss.
+        components: the components; None: see `default_components`.
 
     Raises:
         ValueError: if a component has no parameter; the message lists the first parts of names.
     """
-    named = named_parameters(trainer.model, trainer.loss)
     if components is None:
-        components = list(dict.fromkeys(name.partition(".")[0] for name in named))
+        found_by_default = default_components(trainer.model, trainer.loss)
+        return {name: set(map(id, members)) for name, members in found_by_default.items()}
+    named = named_parameters(trainer.model, trainer.loss)
     found: dict[str, set[int]] = {}
     for component, patterns in _with_patterns(components):
         found[component] = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,58 +12,37 @@ from torch import Tensor, nn
 from diptych.engine.distributed.dtensor import norms
 
 
-@runtime_checkable
-class BoundedScale(Protocol):
-    """A learned temperature: the parameter ln(1 / tau), and the bounds of 1 / tau."""
-
-    logit_scale: Tensor | None
-    min_scale: float | None
-    max_scale: float | None
-
-
 def temperature_positions(loss: nn.Module) -> dict[str, Callable[[], Tensor]]:
     """Return gauges of the temperatures of a loss that are learned between two bounds, by name.
 
     A single one is called `temperature_position`; of several, each has its module's path in front.
-    A gauge is the position of ln(1 / tau) between its bounds, from 0 to 1.
+    A gauge is the position of ln(1 / tau), the parameter `logit_scale` of a module, between the
+    logarithms of the module's `min_scale` and `max_scale`, from 0 to 1.
     """
     found = {}
     for path, module in loss.named_modules():
-        if not isinstance(module, BoundedScale) or module.logit_scale is None:
-            continue
-        if module.min_scale and module.max_scale:
-            bounds = math.log(module.min_scale), math.log(module.max_scale)
-            found[path] = partial(_position, module, *bounds)
+        # Not a runtime protocol: from Python 3.12 on, isinstance does not see parameters.
+        low, high = getattr(module, "min_scale", None), getattr(module, "max_scale", None)
+        if getattr(module, "logit_scale", None) is not None and low and high:
+            found[path] = partial(_position, module, math.log(low), math.log(high))
     if len(found) == 1:
         return {"temperature_position": next(iter(found.values()))}
     return {f"{path}/temperature_position": gauge for path, gauge in found.items()}
 
 
-def _position(scale: BoundedScale, low: float, high: float) -> Tensor:
-    assert scale.logit_scale is not None
-    return (scale.logit_scale.detach().float() - low) / (high - low)
-
-
-def components(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the children of a model that have parameters; for a mere wrapper, those of its child.
-
-    A wrapper has one child and no parameters of its own.
-    """
-    children = {n: c for n, c in model.named_children() if any(True for _ in c.parameters())}
-    if len(children) == 1 and not any(True for _ in model.parameters(recurse=False)):
-        ((name, child),) = children.items()
-        return components(child) or {name: child}
-    return children
+def _position(module: nn.Module, low: float, high: float) -> Tensor:
+    scale: Tensor = module.logit_scale  # type: ignore[assignment]
+    return (scale.detach().float() - low) / (high - low)
 
 
 class MovingShare:
-    """The share of a module's parameters that have changed since the last call.
+    """The share of some parameters that have changed since the last call.
 
     A parameter has changed if its norm has: only one number per parameter is kept.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._parameters: list[Tensor] = list(module.parameters())
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = list(parameters)
         self._norms: Tensor | None = None
 
     @property

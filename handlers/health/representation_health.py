@@ -20,15 +20,13 @@ from diptych.engine.evaluator import EvaluatesModel, Evaluator
 from diptych.engine.events import MetricsEvents, StepEvents
 from diptych.engine.handler import Finding, Handler
 from diptych.engine.metrics.metrics_collector import MetricsCollector, Record
+from diptych.engine.modules import named_parameters
 from diptych.engine.tasks import ImageText, Outputs
 from diptych.engine.trainer import Trainer
+from diptych.handlers.components import default_components
 from diptych.handlers.health import feature_statistics
 from diptych.handlers.health.feature_statistics import name_count
-from diptych.handlers.health.parameter_gauges import (
-    MovingShare,
-    components,
-    temperature_positions,
-)
+from diptych.handlers.health.parameter_gauges import MovingShare, temperature_positions
 from diptych.handlers.health.rules import RULES, History, Rule, names_between
 
 logger = logging.getLogger(__name__)
@@ -128,7 +126,9 @@ class RepresentationHealth(Handler):
         trainer.add_event_handler(MetricsEvents.LOGGED, self._judge)
         for name, position in temperature_positions(trainer.loss).items():
             trainer.metrics.gauge(f"health/{name}", position)
-        self._moving = {name: MovingShare(part) for name, part in components(trainer.model).items()}
+        components = default_components(trainer.model)
+        single = named_parameters(trainer.model, None)  # a parameter alone may rest at a bound
+        self._moving = {n: MovingShare(p) for n, p in components.items() if n not in single}
         for name, moving in self._moving.items():
             trainer.metrics.gauge(f"health/{name}/moving", moving)
 

@@ -27,13 +27,15 @@ WELL_LEARNED = 0.8
 """An AUROC on training pairs at which held-out pairs should be above chance."""
 
 DUPLICATES = 0.2
-"""The share of samples with a false negative that is too high; each adds up to ln 2 to the loss."""
+"""A share of samples with a false negative above this is reported. Each false negative raises the
+loss of its sample by up to ln 2."""
 
 AT_BOUND = 0.01
 """Distance from a bound, as a fraction of the range, that counts as saturated."""
 
 RESTING = 0.01
-"""Below this share of its peak, a learning rate moves no weight by an amount float32 can hold."""
+"""A learning rate below this share of its peak counts as zero: an update may be smaller than the
+resolution of float32, so weights that do not change are not reported."""
 
 
 @attrs.frozen(kw_only=True)

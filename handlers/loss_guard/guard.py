@@ -40,10 +40,10 @@ from diptych.handlers.loss_guard.fault_records import (
 from diptych.handlers.loss_guard.running_median import RunningMedian
 from diptych.handlers.optimization.gradient_norms import (
     GradientNorms,
-    InvalidatesNorms,
     held_parameters,
     shared_norms,
 )
+from diptych.handlers.optimization.modality_balancing import ModalityBalancing
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class LossGuard(Handler):
 
     Raises:
         ValueError: if an argument is out of range; when attached, if the trainer has a guard
-            already, or a handler that invalidates the gradients' norms.
+            already, or a `ModalityBalancing`, which scales the gradients.
         FaultError: while running: under "raise", or if the budget is exceeded.
     """
 
@@ -151,10 +151,10 @@ class LossGuard(Handler):
         """Judge each of the trainer's updates before the optimizer steps."""
         if trainer.handlers_of(LossGuard):
             raise ValueError("a trainer must have one LossGuard, got a second one")
-        for handler in trainer.handlers_of(InvalidatesNorms):
+        if trainer.handlers_of(ModalityBalancing):
             raise ValueError(
-                f"LossGuard must be attached before {type(handler).__name__}, got it after: it "
-                "judges and records the gradients of the loss. Attach it first"
+                "LossGuard must be attached before ModalityBalancing, got it after: it judges and "
+                "records the gradients of the loss. Attach it first"
             )
         shared_norms(trainer).attach(trainer)
         self._counts = self._counts.to(trainer.device)
@@ -301,7 +301,8 @@ class LossGuard(Handler):
         try:
             write_record(path, record)
         except CheckpointError as error:
-            logger.error("The run continues: %s", error)  # noqa: TRY400 - a traceback adds nothing
+            message = "LossGuard could not record the batch of iteration %d; the run continues: %s"
+            logger.error(message, trainer.state.iteration, error)  # noqa: TRY400 - no traceback
             return None
         return path
 

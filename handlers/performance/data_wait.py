@@ -96,11 +96,6 @@ class DeviceWait:
             self._seconds += began.elapsed_time(ended) / 1e3
 
 
-def data_wait(device: torch.device) -> HostWait | DeviceWait:
-    """Return a timer of the waits for data on a device."""
-    return DeviceWait(device) if device.type == "cuda" else HostWait()
-
-
 @attrs.define(eq=False)
 class DataWaitRule:
     """Warns once if a run waits for its data for too large a share of its time.

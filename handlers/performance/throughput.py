@@ -16,7 +16,7 @@ from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.engine.handler import Finding, Handler
 from diptych.handlers.argument_checks import number
-from diptych.handlers.performance.data_wait import DataWaitRule, DeviceWait, HostWait, data_wait
+from diptych.handlers.performance.data_wait import DataWaitRule, DeviceWait, HostWait
 
 if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer
@@ -80,7 +80,8 @@ class Throughput(Handler):
 
     def attach(self, trainer: Trainer) -> None:
         """Measure the trainer's iterations."""
-        self._device, self._wait = trainer.device, data_wait(trainer.device)
+        self._device = device = trainer.device
+        self._wait = DeviceWait(device) if device.type == "cuda" else HostWait()
         trainer.add_event_handler(Events.STARTED, self._reset_rule)
         trainer.add_event_handler(RunEvents.RESTORE, self._start_window)
         trainer.add_event_handler(Events.GET_BATCH_STARTED, self._start_wait)
@@ -89,8 +90,7 @@ class Throughput(Handler):
         trainer.metrics.gauge("time/samples_per_second", lambda: self._samples_per_second(trainer))
         trainer.metrics.gauge("time/step", self._seconds_per_iteration)
         trainer.metrics.gauge("time/data", self._seconds_for_data)
-        if trainer.device.type == "cuda":
-            device = trainer.device
+        if device.type == "cuda":
             trainer.metrics.gauge(
                 "memory/allocated", lambda: torch.cuda.max_memory_allocated(device) / GIB
             )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from diptych.engine.handler import Finding
-from diptych.handlers.sinks.component_sizes import component_sizes, total_size
+from diptych.handlers.components import component_sizes, total_size
 
 
 def model_table(model: nn.Module, loss: nn.Module) -> str:

@@ -13,11 +13,11 @@ import attrs
 import ignite
 import torch
 from ignite.engine import Events
-from torch import nn
 from torch.optim import Optimizer
 
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.handler import Handler
+from diptych.handlers.components import ComponentSize, component_sizes, total_size
 from diptych.handlers.files import make_folder, write_atomically
 from diptych.handlers.run_directory import RunDirectory
 from diptych.handlers.sinks.json_values import as_json, class_name
@@ -72,8 +72,7 @@ def run_settings(trainer: Trainer) -> dict[str, Any]:
             "max_iters": state.max_iters,
             "epoch_length": state.epoch_length,
         },
-        "model": parameter_counts(trainer.model),
-        "loss": {**parameter_counts(trainer.loss), "settings": repr(trainer.loss)},
+        **_parameter_counts(trainer),
         "optimizer": _optimizer_settings(trainer.optimizer),
         "handlers": [_handler_settings(handler) for handler in trainer.handlers],
         "versions": versions(),
@@ -96,16 +95,21 @@ def versions() -> dict[str, str | None]:
     }
 
 
-def parameter_counts(module: nn.Module) -> dict[str, Any]:
-    """Return the number of parameters of a module: all, the trainable ones, and by child."""
-    parameters = list(module.parameters())
+def _parameter_counts(trainer: Trainer) -> dict[str, Any]:
+    """Return class and numbers of parameters of model and loss; a shared one is the model's."""
+    sizes = component_sizes(trainer.model, trainer.loss)
+    loss = sizes.pop("loss", ComponentSize(0, 0))
+    components = {name: size.parameters for name, size in sizes.items()}
     return {
-        "class": class_name(module),
-        "parameters": sum(p.numel() for p in parameters),
-        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
-        "components": {
-            name: sum(p.numel() for p in child.parameters())
-            for name, child in module.named_children()
+        "model": {
+            "class": class_name(trainer.model),
+            **total_size(sizes)._asdict(),
+            "components": components,
+        },
+        "loss": {
+            "class": class_name(trainer.loss),
+            **loss._asdict(),
+            "settings": repr(trainer.loss),
         },
     }
 

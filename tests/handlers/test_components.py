@@ -1,4 +1,4 @@
-"""find_components: the parameters of each path, and the error if there are none."""
+"""Components: their parameters and sizes, and the error if a path has none."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from torch import nn
 
 from diptych.engine import Trainer, tasks
 from diptych.engine.modules import named_parameters
-from diptych.handlers.components import find_components
+from diptych.handlers.components import (
+    component_sizes,
+    default_components,
+    find_components,
+    total_size,
+)
+from diptych.handlers.sinks.run_record import run_settings
 
 
 class Scaled(nn.Module):
@@ -47,6 +53,33 @@ def test_the_default_components_are_children_own_parameters_and_the_loss():
         "gain": {"gain"},
         "loss": {"loss.scale"},
     }
+
+
+def test_the_default_components_of_a_wrapper_are_those_of_its_child():
+    model = TwoTowers()
+    assert list(default_components(nn.Sequential(model))) == [
+        "0.gain",
+        "0.image",
+        "0.image_2",
+        "0.text",
+    ]
+    wrapped = nn.Sequential(nn.Sequential(model))
+    assert list(default_components(wrapped, Scaled()))[-2:] == ["0.0.text", "loss"]
+    assert list(default_components(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))) == ["0"]
+    assert list(default_components(nn.Linear(2, 2))) == ["weight", "bias"]
+    assert default_components(nn.ReLU()) == {}
+
+
+def test_every_count_of_tied_weights_is_the_same():
+    trainer = make_trainer()
+    sizes = component_sizes(trainer.model, trainer.loss)
+    settings = run_settings(trainer)
+    every = {id(p): p.numel() for p in [*trainer.model.parameters(), *trainer.loss.parameters()]}
+    assert total_size(sizes).parameters == sum(every.values())
+    assert sizes["text"].parameters == 2  # its weight is the image tower's
+    model, loss = settings["model"], settings["loss"]
+    assert model["components"] == {n: s.parameters for n, s in sizes.items() if n != "loss"}
+    assert model["parameters"] + loss["parameters"] == total_size(sizes).parameters
 
 
 def test_a_path_matches_whole_parts_of_names():

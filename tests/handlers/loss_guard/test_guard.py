@@ -14,7 +14,6 @@ from ignite.engine import Events
 from torch import Tensor
 
 from diptych.engine import StepEvents, Trainer, certify
-from diptych.engine.handler import Handler
 from diptych.handlers import CheckpointManager, GradientClipping, ModalityBalancing
 from diptych.handlers.loss_guard.fault_records import read_record
 from diptych.handlers.loss_guard.guard import FaultError, LossGuard
@@ -355,17 +354,6 @@ def test_a_second_guard_and_a_guard_after_balancing_are_refused():
         make_trainer().attach(LossGuard(), LossGuard())
     with pytest.raises(ValueError, match="attached before ModalityBalancing"):
         make_trainer().attach(ModalityBalancing(), LossGuard())
-
-
-def test_a_guard_after_any_handler_that_invalidates_norms_is_refused():
-    class Noise(Handler):
-        invalidates_norms = True
-
-        def attach(self, _: Trainer) -> None:
-            pass
-
-    with pytest.raises(ValueError, match="must be attached before Noise, got it after"):
-        make_trainer().attach(Noise(), LossGuard())
 
 
 def test_a_record_names_the_checkpoint_of_any_handler_that_saves_some(tmp_path):

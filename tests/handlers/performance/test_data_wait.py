@@ -117,11 +117,6 @@ def test_on_the_host_every_wait_counts(monkeypatch):
     assert wait.read() == 2.5
 
 
-def test_a_device_is_asked_where_there_is_one_that_can_tell():
-    assert isinstance(data_wait.data_wait(torch.device("cpu")), HostWait)
-    assert isinstance(data_wait.data_wait(torch.device("cuda")), DeviceWait)
-
-
 def test_a_rule_fires_once_when_enough_log_points_in_a_row_say_so():
     rule = DataWaitRule(share=0.25, patience=2)
     fired = [rule.judge(step, waited, 20.0) for step, waited in enumerate([6, 5, 6, 6, 6])]

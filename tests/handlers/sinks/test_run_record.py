@@ -70,7 +70,7 @@ def test_the_record_counts_parameters_by_component(tmp_path):
         "class": "torch.nn.modules.container.Sequential",
         "parameters": 26,
         "trainable": 10,
-        "components": {"0": 16, "1": 0, "2": 10},
+        "components": {"0": 16, "2": 10},
     }
 
 
