@@ -81,6 +81,7 @@ from diptych.handlers.sinks.jsonl import (
 from diptych.handlers.sinks.progress_bar import ProgressBar as ProgressBar
 from diptych.handlers.sinks.run_card import RunCard as RunCard
 from diptych.handlers.sinks.run_record import RunRecord as RunRecord
+from diptych.handlers.sinks.sink import Sink as Sink
 from diptych.handlers.sinks.tensorboard import TensorBoard as TensorBoard
 from diptych.handlers.sinks.to_logger import ToLogger as ToLogger
 from diptych.handlers.sinks.trackers import (

@@ -28,7 +28,7 @@ COLOR_SCALE = (
 
 
 @attrs.frozen(eq=False)
-class Result:
+class RetrievedItem:
     """One of a query's results.
 
     Attributes:
@@ -41,7 +41,7 @@ class Result:
 
 
 @attrs.frozen(eq=False)
-class Row:
+class QueryResults:
     """A query and its results, the best first.
 
     Attributes:
@@ -52,7 +52,7 @@ class Row:
 
     query: Tensor | str
     rank: int | None
-    results: Sequence[Result]
+    results: Sequence[RetrievedItem]
 
 
 def as_bytes(images: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def thumbnails(images: Tensor, side: int) -> Tensor:
     return canvas.round().clamp(0, 255).to(torch.uint8)
 
 
-def sheet(rows: Sequence[Row]) -> Tensor:
+def draw_results(rows: Sequence[QueryResults]) -> Tensor:
     """Return a picture, uint8 [3, H, W], with a row for each query.
 
     A row shows the query, the rank of its best match, and the results, with matches in green.
@@ -117,7 +117,7 @@ def heat_map(values: Tensor, low: float, high: float, *, side: int = 384) -> Ten
     return picture.repeat_interleave(enlarged, 1).repeat_interleave(enlarged, 2)
 
 
-def tiles(images: Tensor, columns: int, *, gap: int = 2, rows: int | None = None) -> Tensor:
+def image_grid(images: Tensor, columns: int, *, gap: int = 2, rows: int | None = None) -> Tensor:
     """Return images, uint8 [N, 3, H, W], as one picture, in rows.
 
     Args:
@@ -155,7 +155,7 @@ def _put(picture: Any, content: Tensor | str, place: tuple[int, int], width: int
     picture.paste(Image.frombytes("RGB", (SIDE, SIDE), pixels.numpy().tobytes()), place)
 
 
-def _put_results(picture: Any, results: Sequence[Result], place: tuple[int, int]) -> None:
+def _put_results(picture: Any, results: Sequence[RetrievedItem], place: tuple[int, int]) -> None:
     from PIL import ImageDraw  # noqa: PLC0415
 
     draw, (left, top) = ImageDraw.Draw(picture), place

@@ -15,7 +15,7 @@ from diptych.engine.trainer import Trainer
 from diptych.handlers.cadence import call_every, check_every
 from diptych.handlers.extras import check_extra
 from diptych.handlers.pictures.board_handler import BoardHandler
-from diptych.handlers.pictures.drawing import thumbnails, tiles
+from diptych.handlers.pictures.drawing import image_grid, thumbnails
 
 SIDE, MOST_FILTERS, COLUMNS = 32, 64, 8
 
@@ -58,7 +58,8 @@ class FirstLayerFilters(BoardHandler):
         """Draw the current filters."""
         picture = filter_picture(first_layer(trainer.model))
         if rank() == 0:
-            self._board_of(trainer).writer.add_image("filters", picture, trainer.state.iteration)
+            with self._board_of(trainer).open_writer() as writer:
+                writer.add_image("filters", picture, trainer.state.iteration)
 
     def _start(self, trainer: Trainer) -> None:
         self._board_of(trainer)
@@ -89,4 +90,4 @@ def filter_picture(layer: nn.Conv2d) -> Tensor:
     low = weight.amin(dim=(1, 2, 3), keepdim=True)
     high = weight.amax(dim=(1, 2, 3), keepdim=True)
     shown = (weight - low) / (high - low).clamp(min=1e-12)
-    return tiles(thumbnails(shown, SIDE), COLUMNS)
+    return image_grid(thumbnails(shown, SIDE), COLUMNS)

@@ -17,7 +17,7 @@ from diptych.handlers.cadence import call_every, check_every
 from diptych.handlers.evaluation.retrieval_ranks import TIE
 from diptych.handlers.extras import check_extra
 from diptych.handlers.pictures.board_handler import BoardHandler
-from diptych.handlers.pictures.drawing import Result, Row, heat_map, sheet
+from diptych.handlers.pictures.drawing import QueryResults, RetrievedItem, draw_results, heat_map
 from diptych.handlers.pictures.pair_samples import PairFeatures, PairSamples
 from diptych.handlers.sinks.markdown_tables import markdown_table
 
@@ -48,7 +48,7 @@ class RetrievalGallery(BoardHandler):
         samples: the samples to show.
         every: "epoch", or iterations between two drawings.
         k: results of a query.
-        queries: the number of queries in each direction, spread evenly over the samples.
+        queries: the number of queries in each direction, evenly_spaced evenly over the samples.
         prefix: of the tags.
         board: where to draw; None: the attached `TensorBoard`. A board that is not attached is
             attached with this handler.
@@ -84,17 +84,17 @@ class RetrievalGallery(BoardHandler):
         features, step = self.samples.features(trainer), trainer.state.iteration
         if rank() != 0:
             return
-        writer = self._board_of(trainer).writer
         images, captions = list(self.samples.images), list(self.samples.captions)
         matches = features.image_groups[:, None] == features.text_groups
         similarity = features.images @ features.texts.T
         to_text = self._rows(similarity, matches, images, captions)
         to_image = self._rows(similarity.T, matches.T, captions, images)
-        writer.add_image(f"{self.prefix}/image_to_text", sheet(to_text), step)
-        writer.add_image(f"{self.prefix}/text_to_image", sheet(to_image), step)
         matrix = heat_map(similarity_of_groups(features), 0.0, 1.0)
-        writer.add_image(f"{self.prefix}/similarity", matrix, step)
-        writer.add_text(f"{self.prefix}/image_to_text", self._table(to_text), step)
+        with self._board_of(trainer).open_writer() as writer:
+            writer.add_image(f"{self.prefix}/image_to_text", draw_results(to_text), step)
+            writer.add_image(f"{self.prefix}/text_to_image", draw_results(to_image), step)
+            writer.add_image(f"{self.prefix}/similarity", matrix, step)
+            writer.add_text(f"{self.prefix}/image_to_text", self._table(to_text), step)
 
     def _start(self, trainer: Trainer) -> None:
         self._board_of(trainer)
@@ -107,20 +107,20 @@ class RetrievalGallery(BoardHandler):
         matches: Tensor,
         queries: Sequence[Tensor | str],
         results: Sequence[Tensor | str],
-    ) -> list[Row]:
-        chosen = spread(len(queries), self.queries)
+    ) -> list[QueryResults]:
+        chosen = evenly_spaced(len(queries), self.queries)
         ranks = ranks_of_best(similarity[chosen], matches[chosen])
         best = similarity[chosen].topk(min(self.k, len(results))).indices
         return [
-            Row(
+            QueryResults(
                 queries[query],
                 place,
-                [Result(results[i], bool(matches[query, i])) for i in indices],
+                [RetrievedItem(results[i], bool(matches[query, i])) for i in indices],
             )
             for query, place, indices in zip(chosen, ranks, best.tolist(), strict=True)
         ]
 
-    def _table(self, rows: Sequence[Row]) -> str:
+    def _table(self, rows: Sequence[QueryResults]) -> str:
         head = ["query", *(str(place + 1) for place in range(len(rows[0].results)))]
         lines = []
         for number, row in enumerate(rows):
@@ -131,7 +131,7 @@ class RetrievalGallery(BoardHandler):
         return markdown_table(head, lines)
 
 
-def spread(count: int, wanted: int) -> list[int]:
+def evenly_spaced(count: int, wanted: int) -> list[int]:
     """Return at most `wanted` evenly spaced indices below `count`."""
     wanted = min(count, wanted)
     return [index * count // wanted for index in range(wanted)]
@@ -161,7 +161,7 @@ def similarity_of_groups(features: PairFeatures) -> Tensor:
     first_image = _first_indices(features.image_groups)
     first_text = _first_indices(features.text_groups)
     groups = sorted(first_image.keys() & first_text.keys())
-    groups = [groups[index] for index in spread(len(groups), MOST_GROUPS)]
+    groups = [groups[index] for index in evenly_spaced(len(groups), MOST_GROUPS)]
     images = features.images[[first_image[group] for group in groups]]
     return images @ features.texts[[first_text[group] for group in groups]].T
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import attrs
@@ -49,12 +50,12 @@ class Histograms(BoardHandler):
 
     def draw(self, trainer: Trainer) -> None:
         """Draw the current weights and gradients."""
-        writer = self._board_of(trainer).writer if rank() == 0 else None
         step = trainer.state.iteration
-        for name, parameter in named_parameters(trainer.model, trainer.loss).items():
-            self._add(writer, f"weights/{name}", parameter, step)
-            if self.gradients and parameter.grad is not None:
-                self._add(writer, f"weight_gradients/{name}", parameter.grad, step)
+        with self._board_of(trainer).open_writer() if rank() == 0 else nullcontext() as writer:
+            for name, parameter in named_parameters(trainer.model, trainer.loss).items():
+                self._add(writer, f"weights/{name}", parameter, step)
+                if self.gradients and parameter.grad is not None:
+                    self._add(writer, f"weight_gradients/{name}", parameter.grad, step)
 
     def _add(self, writer: Any, tag: str, values: Tensor, step: int) -> None:
         values = full_tensor(values.detach())

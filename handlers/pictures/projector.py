@@ -15,7 +15,7 @@ from diptych.engine.trainer import Trainer
 from diptych.handlers.extras import check_extra
 from diptych.handlers.files import make_folder
 from diptych.handlers.pictures.board_handler import BoardHandler
-from diptych.handlers.pictures.drawing import save_png, thumbnails, tiles
+from diptych.handlers.pictures.drawing import image_grid, save_png, thumbnails
 from diptych.handlers.pictures.pair_samples import PairSamples
 
 THUMBNAIL = 32
@@ -96,7 +96,7 @@ class EmbeddingProjector(BoardHandler):
         texts = torch.tensor(TEXT_COLOR, dtype=torch.uint8)[None, :, None, None]
         texts = texts.expand(len(self.samples.captions), -1, THUMBNAIL, THUMBNAIL)
         images = thumbnails(self.samples.images, THUMBNAIL)
-        return tiles(torch.cat([images, texts]), columns, gap=0, rows=columns)
+        return image_grid(torch.cat([images, texts]), columns, gap=0, rows=columns)
 
 
 def _config() -> str:

@@ -77,12 +77,13 @@ class JsonLines(Sink):
     def _files(self) -> dict[str, Path]:
         return {"values": self.path, "measured": self.measured_path}
 
-    def _listen(self, trainer: Trainer) -> None:
-        super()._listen(trainer)
+    def listen(self, trainer: Trainer) -> None:
+        """Write each record; truncate the files when a run starts."""
+        super().listen(trainer)
         trainer.add_event_handler(Events.STARTED, self._start)
 
     def _start(self, trainer: Trainer) -> None:
-        self._close(trainer)
+        self.close_destination(trainer)
         make_folder(self.path.parent)
         sizes = self._resumed_sizes
         if sizes is not None:
@@ -94,10 +95,11 @@ class JsonLines(Sink):
         self._resumed_sizes = None
         self._has_started = True
         for record in self._early_records:
-            self._write(trainer, record)
+            self.write_record(trainer, record)
         self._early_records.clear()
 
-    def _write(self, _: Trainer, record: Record) -> None:
+    def write_record(self, _: Trainer, record: Record) -> None:
+        """Append a line to each file that gets one of the values."""
         if not self._has_started:  # until STARTED, how much of the files to keep is unknown
             self._early_records.append(record)
             return
@@ -109,7 +111,8 @@ class JsonLines(Sink):
                     self._open[path] = path.open("ab", buffering=0)
                 self._open[path].write(_line(record.step, part))
 
-    def _close(self, _: Trainer) -> None:
+    def close_destination(self, _: Trainer) -> None:
+        """Close the files."""
         for file in self._open.values():
             file.close()
         self._open.clear()

@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 
 @attrs.define(eq=False)
 class Sink(Handler):
-    """A destination of published scalars, such as a file or a tracking service; on rank 0 only.
+    """The base class of sinks: writes every record of published scalars to a destination.
 
-    A subclass writes in `_write`, which opens the destination if it is closed, and closes it in
-    `_close`. `_close` is called when a run has completed, was terminated or failed, and after each
-    record that arrives later. An interrupted run may continue, so its sinks stay open: a record
-    must be complete when `_write` returns.
+    A subclass implements `write_record`, which opens the destination if it is closed, and
+    `close_destination`. A sink is closed when a run has completed, was terminated or failed, and
+    after each record that arrives later. An interrupted run may continue, so its sinks stay open: a
+    record must be complete when `write_record` returns. To use more events, extend `listen`.
+
+    Event: `MetricsEvents.LOGGED`, `RunEvents.ENDED`. Runs on rank 0 only.
+    Cost: that of `write_record`, at log points only.
     """
 
     _run_is_over: bool = attrs.field(default=False, init=False, repr=False)
@@ -31,9 +34,10 @@ class Sink(Handler):
     def attach(self, trainer: Trainer) -> None:
         """Write each record of the trainer."""
         if rank() == 0:
-            self._listen(trainer)
+            self.listen(trainer)
 
-    def _listen(self, trainer: Trainer) -> None:
+    def listen(self, trainer: Trainer) -> None:
+        """Add the sink's functions to the trainer's events; called on rank 0 only."""
         trainer.add_event_handler(RunEvents.RESTORE, self._begin)
         trainer.add_event_handler(MetricsEvents.LOGGED, self._log)
         trainer.add_event_handler(RunEvents.ENDED, self._end)
@@ -44,19 +48,24 @@ class Sink(Handler):
     def _log(self, trainer: Trainer) -> None:
         record = trainer.metrics.record
         if record.values:
-            self._write(trainer, record)
+            self.write_record(trainer, record)
             if self._run_is_over:
-                self._close(trainer)
+                self.close_destination(trainer)
 
     def _end(self, trainer: Trainer) -> None:
         if trainer.outcome is not Outcome.INTERRUPTED:
-            self._close(trainer)
+            self.close_destination(trainer)
             self._run_is_over = True
 
     @abstractmethod
-    def _write(self, trainer: Trainer, record: Record) -> None:
-        """Write a record, which has at least one value."""
+    def write_record(self, trainer: Trainer, record: Record) -> None:
+        """Write a record.
+
+        Args:
+            trainer: the trainer that published it.
+            record: its `step` is the iteration; its `values`, at least one, are floats by tag.
+        """
 
     @abstractmethod
-    def _close(self, trainer: Trainer) -> None:
+    def close_destination(self, trainer: Trainer) -> None:
         """Close the destination if it is open."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,14 +68,22 @@ class TensorBoard(Sink):
             self._writer = DirectSummaryWriter(str(self.directory))
         return self._writer
 
+    @contextmanager
+    def open_writer(self) -> Iterator[SummaryWriter]:
+        """Provide the writer; close the file afterwards if the run is over."""
+        yield self.writer
+        if self._run_is_over:
+            self.close()
+
     def close(self) -> None:
         """Close the file; the next use of `writer` opens another one."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
-    def _listen(self, trainer: Trainer) -> None:
-        super()._listen(trainer)
+    def listen(self, trainer: Trainer) -> None:
+        """Write each record; describe the run when it starts."""
+        super().listen(trainer)
         trainer.add_event_handler(Events.STARTED, self._start)
 
     def _start(self, trainer: Trainer) -> None:
@@ -88,7 +97,8 @@ class TensorBoard(Sink):
         # A resumed run keeps the charts of the evaluations that it will repeat.
         self._tags, self._charts, self._findings = set(trainer.state.metrics), (), 0
 
-    def _write(self, trainer: Trainer, record: Record) -> None:
+    def write_record(self, trainer: Trainer, record: Record) -> None:
+        """Write the scalars, and new charts and findings."""
         from tensorboard.compat.proto.summary_pb2 import Summary  # noqa: PLC0415
 
         # One event for all values takes a tenth of the time of calls of add_scalar.
@@ -97,7 +107,8 @@ class TensorBoard(Sink):
         self._show_charts(record.values, record.step)
         self._show_findings(trainer)
 
-    def _close(self, trainer: Trainer) -> None:
+    def close_destination(self, trainer: Trainer) -> None:
+        """Write the listeners and the end of the session, and close the file."""
         if self._writer is not None and not self._run_is_over:
             self._show_findings(trainer)
             self._writer.add_text("listeners", trainer.describe(), trainer.state.iteration)

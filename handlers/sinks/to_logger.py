@@ -45,9 +45,11 @@ class ToLogger(Sink):
         default=None, validator=attrs.validators.optional(attrs.validators.is_callable())
     )
 
-    def _write(self, _: Trainer, record: Record) -> None:
+    def write_record(self, _: Trainer, record: Record) -> None:
+        """Call `write`."""
         self.write(dict(record.values), record.step)
 
-    def _close(self, _: Trainer) -> None:
+    def close_destination(self, _: Trainer) -> None:
+        """Call `close`, if there is one."""
         if self.close is not None:
             self.close()

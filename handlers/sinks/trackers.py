@@ -62,8 +62,9 @@ class Tracker(Sink):
     def _check_package(self) -> None:
         check_extra(self.package, self.package, needed_by=type(self).__name__)
 
-    def _listen(self, trainer: Trainer) -> None:
-        super()._listen(trainer)
+    def listen(self, trainer: Trainer) -> None:
+        """Send each record; open the run when training starts."""
+        super().listen(trainer)
         trainer.add_event_handler(Events.STARTED, self._open_run)
 
     def _open_run(self, trainer: Trainer) -> None:
@@ -75,11 +76,13 @@ class Tracker(Sink):
         settings = run_settings(trainer)
         self._describe(hyperparameters(settings, trainer.handlers), settings)
 
-    def _write(self, trainer: Trainer, record: Record) -> None:
+    def write_record(self, trainer: Trainer, record: Record) -> None:
+        """Send the record; open the run first if it is closed."""
         self._open_run(trainer)
         self._send(dict(record.values), record.step)
 
-    def _close(self, trainer: Trainer) -> None:
+    def close_destination(self, trainer: Trainer) -> None:
+        """Close the run, as failed if the training failed."""
         if self._logger is not None:
             self._close_run(failed=trainer.outcome is Outcome.FAILED)
             self._logger = None

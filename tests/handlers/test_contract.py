@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from diptych import handlers
 from diptych.engine import Change, Handler, SeededLoader, Trainer, certify, tasks
+from diptych.engine.evaluator import EvaluatesModel
 from diptych.engine.handler import contract_of
+from diptych.handlers.evaluation.evaluation import AveragesWeights
+from diptych.handlers.loss_guard.guard import SavesCheckpoints
 from tests.handlers import guarded
 from tests.handlers.observed_changes import ChangeObserver
 
@@ -342,7 +345,8 @@ def assert_same_state(found: Any, expected: Any) -> None:
 
 def test_every_exported_handler_has_an_example():
     metrics = {name for name, member in EXPORTED.items() if hasattr(member, "compute")}
-    assert set(EXPORTED) - metrics == set(EXAMPLES)
+    bases = {name for name, member in EXPORTED.items() if inspect.isabstract(member)}
+    assert set(EXPORTED) - metrics - bases == set(EXAMPLES)
 
 
 @every_handler
@@ -372,6 +376,23 @@ def words(changes: Iterable[Change]) -> str:
     return ", ".join(sorted(change.name for change in changes)) or "nothing"
 
 
+@pytest.mark.parametrize(
+    ("protocol", "name", "members"),
+    [
+        (EvaluatesModel, "Evaluation", ("prefix", "evaluator")),
+        (AveragesWeights, "WeightAverage", ("averaged",)),
+        (SavesCheckpoints, "CheckpointManager", ("get_latest_checkpoint",)),
+    ],
+)
+def test_a_protocol_finds_its_handler_in_every_python(protocol, name, members, tmp_path):
+    handler = EXAMPLES[name].build(tmp_path)
+    trainer = make_trainer().attach(handler)
+    assert trainer.handlers_of(protocol) == [handler]
+    for member in members:  # from Python 3.12 on, isinstance looks members up like this
+        inspect.getattr_static(handler, member)
+        assert hasattr(handler, member)
+
+
 @every_observer
 def test_a_handler_that_only_reports_changes_no_number(name, tmp_path):
     assert_same_run(trained(EXAMPLES[name].build(tmp_path)), trained())
@@ -394,6 +415,8 @@ def test_certify_passes_with_the_handler_attached(name, tmp_path):
     trainer.run(make_loader(), max_epochs=1)
     report = certify(trainer, make_loader(seed=5)[0], ranks=False)
     assert report.passed, f"with {name}:\n{report}"
+    boards = trainer.handlers_of(handlers.TensorBoard)
+    assert not any(board._writer for board in boards), "a file that the certificate opened is open"
 
 
 @every_handler

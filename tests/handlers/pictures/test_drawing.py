@@ -7,15 +7,15 @@ import torch
 
 from diptych.handlers.pictures.drawing import (
     COLOR_SCALE,
-    Result,
-    Row,
+    QueryResults,
+    RetrievedItem,
     _font,
     _shortened,
     as_bytes,
+    draw_results,
     heat_map,
-    sheet,
+    image_grid,
     thumbnails,
-    tiles,
 )
 
 GREEN = torch.tensor([26, 152, 80], dtype=torch.uint8)
@@ -51,7 +51,7 @@ def test_a_thumbnail_shows_the_whole_image_on_white(size):
 @pytest.mark.parametrize("content", [torch.rand(3, 8, 8), "a caption that is rather long " * 9])
 def test_a_right_result_is_green_and_a_wrong_one_is_not(content):
     def row(*, right: bool) -> torch.Tensor:
-        return sheet([Row("query", 3, [Result(content, right)])])
+        return draw_results([QueryResults("query", 3, [RetrievedItem(content, right)])])
 
     assert has_green(row(right=True))
     assert not has_green(row(right=False))
@@ -74,9 +74,11 @@ def test_a_text_that_fits_is_left_whole():
 
 
 def test_queries_are_lines_of_one_height():
-    row = Row(torch.rand(3, 8, 8), None, [Result("a", False), Result("b", True)])
+    row = QueryResults(
+        torch.rand(3, 8, 8), None, [RetrievedItem("a", False), RetrievedItem("b", True)]
+    )
 
-    assert sheet([row] * 3).shape[1] == 3 * sheet([row]).shape[1]
+    assert draw_results([row] * 3).shape[1] == 3 * draw_results([row]).shape[1]
 
 
 def test_a_heat_map_goes_from_dark_to_light():
@@ -90,4 +92,4 @@ def test_a_heat_map_goes_from_dark_to_light():
 def test_tiles_fill_lines_from_the_left():
     images = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 1, 1)
 
-    assert tiles(images, 2, gap=0)[0].tolist() == [[0, 1], [2, 255]]
+    assert image_grid(images, 2, gap=0)[0].tolist() == [[0, 1], [2, 255]]

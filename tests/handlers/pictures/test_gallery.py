@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diptych.engine import Trainer
 from diptych.engine.errors import BatchError
 from diptych.handlers import PairSamples, RetrievalGallery, TensorBoard
-from diptych.handlers.pictures.gallery import ranks_of_best, similarity_of_groups, spread
+from diptych.handlers.pictures.gallery import evenly_spaced, ranks_of_best, similarity_of_groups
 from diptych.handlers.pictures.pair_samples import PairFeatures
 from tests.handlers.runs import loader, make_trainer
 
@@ -122,7 +122,7 @@ def test_the_matrix_is_in_the_order_of_the_groups():
 
 @pytest.mark.parametrize(("count", "wanted"), [(3, 8), (8, 3), (1, 1), (100, 8)])
 def test_queries_are_spread_over_the_samples_and_differ(count, wanted):
-    chosen = spread(count, wanted)
+    chosen = evenly_spaced(count, wanted)
 
     assert len(set(chosen)) == min(count, wanted)
     assert all(0 <= index < count for index in chosen)
