@@ -1,4 +1,4 @@
-"""Check whether how a training runs changes its result.
+"""Check that micro-batches, ranks, tiles, handlers and interruptions do not change the result.
 
 The factory is a function without arguments that returns a trainer, with its handlers attached, and
 its loader. The exit code is 1 if a check fails.

@@ -1,4 +1,4 @@
-"""The function of the user's that builds a trainer, given as `module:function`."""
+"""Import of the user's factory, a function that builds a trainer, from `module:function`."""
 
 from __future__ import annotations
 
