@@ -56,8 +56,8 @@ class RepresentationHealth(Handler):
     - `health/temperature_position`: the position of ln(1 / temperature) between its bounds, from 0,
       the largest temperature, to 1, the smallest.
 
-    And `health/<component>/moving`: for each child of the model, the share of its weight tensors
-    that have changed since the last log point.
+    And `health/<component>/moving`: for each child of the model (of the wrapped model, if the model
+    is only a wrapper), the share of its weight tensors that have changed since the last log point.
 
     Rules judge these values at the log points: see `diptych.handlers.health.rules`. A rule that
     fires logs a warning on rank 0 and adds a `Finding` to `findings`, once in a run. No rule fires
