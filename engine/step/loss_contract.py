@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -22,7 +22,6 @@ Terms = dict[str, Tensor]
 """The named, weighted parts of a loss, whose sum it is."""
 
 
-@runtime_checkable
 class SampleMeanLoss(Protocol):
     """A loss that is a weighted mean over samples, and can return its sum and weight apart.
 
@@ -30,14 +29,11 @@ class SampleMeanLoss(Protocol):
     all ranks.
     """
 
-    couples_samples: bool
-
     def total_and_weight(self, *outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weighted sum over the samples and the sum of their weights, scalars."""
         ...
 
 
-@runtime_checkable
 class TiledLoss(Protocol):
     """A loss, or a part of one, that computes its matrix in tiles.
 
@@ -57,6 +53,15 @@ def couples_samples(loss: nn.Module, *, default: bool = True) -> bool:
             averages such a loss over batches, as PyTorch's own losses expect, and takes False.
     """
     return bool(getattr(loss, "couples_samples", default))
+
+
+def sample_mean_of(loss: nn.Module) -> SampleMeanLoss | None:
+    """Return a loss that can return its sum and weight apart, else None.
+
+    From Python 3.12 on, `isinstance` with a runtime protocol misses members that a wrapper forwards
+    through `__getattr__`, as a compiled module does.
+    """
+    return cast(SampleMeanLoss, loss) if hasattr(loss, "total_and_weight") else None
 
 
 @waits_at("the loss, which gathers features")
@@ -99,7 +104,7 @@ def constrain_parameters(loss: nn.Module) -> None:
 def tiled_parts(loss: nn.Module) -> list[TiledLoss]:
     """Return the loss and its parts that compute in tiles."""
     modules: list[Any] = list(loss.modules())
-    return [module for module in modules if isinstance(module, TiledLoss)]
+    return [module for module in modules if hasattr(module, "tile")]
 
 
 def set_tile(loss: nn.Module, tile: int | str | None) -> None:

@@ -26,11 +26,11 @@ from diptych.engine.events import StepEvents
 from diptych.engine.settings import AUTOCAST, TrainerSettings
 from diptych.engine.step.compilation import keep_gradients, uses_cuda_graphs
 from diptych.engine.step.loss_contract import (
-    SampleMeanLoss,
     Terms,
     constrain_parameters,
     couples_samples,
     loss_terms,
+    sample_mean_of,
     sum_of_terms,
 )
 from diptych.engine.step.microbatch import GradientCache, PieceCounter, join_outputs
@@ -235,8 +235,9 @@ class TrainStep:
 
     def totals_and_weight(self, outputs: Outputs, size: int) -> tuple[Terms, Tensor]:
         """Return the sums of a piece's terms over its samples, and the weight of the piece."""
-        if isinstance(self.loss, SampleMeanLoss):
-            value, weight = self.loss.total_and_weight(*outputs.values())
+        loss = sample_mean_of(self.loss)
+        if loss is not None:
+            value, weight = loss.total_and_weight(*outputs.values())
             return {"loss": value}, weight
         terms = {name: term * size for name, term in loss_terms(self.loss, outputs).items()}
         value = next(iter(terms.values()))

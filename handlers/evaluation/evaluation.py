@@ -24,7 +24,7 @@ from diptych.engine.events import EvaluationEvents
 from diptych.engine.handler import Handler
 from diptych.engine.settings import AUTOCAST, Precision
 from diptych.engine.step import loss_contract
-from diptych.engine.step.loss_contract import SampleMeanLoss
+from diptych.engine.step.loss_contract import sample_mean_of
 from diptych.engine.tasks import Task
 from diptych.engine.trainer import Trainer
 from diptych.handlers.argument_checks import one_of
@@ -261,8 +261,9 @@ class ValidationLoss(OutputsMetric):
         self._weights.append(weight.detach().double())
 
     def _total_and_weight(self, output: Outputs) -> tuple[Tensor, Tensor]:
-        if isinstance(self.loss, SampleMeanLoss) and not self.couples_samples:
-            return self.loss.total_and_weight(*output.values())
+        mean = None if self.couples_samples else sample_mean_of(self.loss)
+        if mean is not None:
+            return mean.total_and_weight(*output.values())
         value = self.loss(*output.values())
         size = torch.full_like(value, batch_size(output), dtype=torch.float64)
         return (value if self.couples_samples else value * size), size

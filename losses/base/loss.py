@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,6 @@ def with_defaults(loss: nn.Module) -> Loss:
     return loss if isinstance(loss, Loss) else cast(Loss, _PlainLoss(loss))
 
 
-@runtime_checkable
 class SampleMeanTerms(Protocol):
     """A loss that is a weighted mean over samples and can return its sum and its weight."""
 
@@ -118,5 +117,5 @@ class SampleMeanTerms(Protocol):
 
 def sample_mean(loss: nn.Module) -> SampleMeanTerms | None:
     """Return the loss if it is a mean over samples with a `total_and_weight`, else None."""
-    is_mean = isinstance(loss, SampleMeanTerms) and not with_defaults(loss).couples_samples
+    is_mean = hasattr(loss, "total_and_weight") and not with_defaults(loss).couples_samples
     return cast(SampleMeanTerms, loss) if is_mean else None

@@ -107,4 +107,4 @@ def test_a_lone_process_of_an_interactive_slurm_job_says_whom_it_waited_for(rank
     assert "LostRankError" in last
     assert "for all 2 ranks of the job to meet" in last
     assert f"SLURM_NTASKS=2, SLURM_PROCID={rank}" in last
-    assert last.endswith("unset SLURM_PROCID")
+    assert last.endswith("unset SLURM_PROCID.")
