@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.losses import CLIPLoss, CrossEntropyLoss, WeightedSum, available_losses, get_loss_class
-from diptych.losses.base.loss import Loss, with_defaults, sample_mean
+from diptych.losses.base.loss import Loss, sample_mean, with_defaults
 from tests.losses.oracles import draw
 
 
