@@ -25,6 +25,7 @@ from diptych.engine.distributed.collectives import (
 from diptych.engine.distributed.dtensor import has_shards, is_sharded
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.distributed.sharding import shard_model
+from diptych.engine.errors import BatchError
 from diptych.engine.evaluator import EvaluatesModel
 from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.engine.handler import Attachable, Finding, contract_of
@@ -309,17 +310,40 @@ class Trainer(EventLoop):
         self.metrics = MetricsCollector(on_record=lambda: self.fire_event(MetricsEvents.LOGGED))
         self._publish_gauges()
         self.add_event_handler(Events.STARTED, self._prepare)
+        self.add_event_handler(Events.EPOCH_STARTED, self._check_length_over_ranks)
         self.every(self.settings.log_every, self._log, RunEvents.SAFE_POINT)
 
     @waits_at("the start of a run")
     def _prepare(self, _: Engine) -> None:
         if self.settings.seed is not None and self.state.iteration == 0:
             manual_seed(self.settings.seed + rank())
-        # Ranks with more iterations would wait for a rank with fewer.
-        check_same_on_all_ranks("the length of an epoch", [str(self.state.epoch_length)])
+        self._check_length_over_ranks(self)
         for module in (self.model, self.loss):
             if not module.training:
                 module.train()
+
+    @waits_at("the start of an epoch")
+    def _check_length_over_ranks(self, _: Engine) -> None:
+        """Check that all ranks run the same number of iterations: they wait for one another."""
+        if world_size() == 1:
+            return
+        length = self.state.epoch_length
+        if length is None:
+            raise ValueError(
+                "data must have a length over several ranks, got a "
+                f"{type(self.state.dataloader).__name__} without one, whose ranks may run out of "
+                "batches at different times. Pass epoch_length= to run"
+            )
+        check_same_on_all_ranks("the length of an epoch", [str(length)])
+
+    def _report_length(self, found: str) -> None:
+        if world_size() > 1:
+            raise BatchError(
+                f"data must have as many batches as its length over several ranks, got "
+                f"{self.state.epoch_length} as the length and {found} batches in epoch "
+                f"{self.state.epoch}. Correct __len__ of the loader, or pass epoch_length= to run"
+            )
+        super()._report_length(found)
 
     def _log(self, _: Engine) -> None:
         self.metrics.log(self.state.iteration)

@@ -18,7 +18,11 @@ from diptych.engine.data.loader_contract import (
     takes_epoch,
 )
 from diptych.engine.errors import ResumeError
-from diptych.engine.random_state import random_state, set_random_state
+from diptych.engine.random_state import (
+    preserved_random_state,
+    random_state,
+    set_random_state,
+)
 
 
 class BatchSource:
@@ -38,6 +42,9 @@ class BatchSource:
         self._at_end = False  # whether that position is the end of a pass
         self._given = 0  # batches of this pass so far
         self._counted: int | None = None  # batches of a whole pass that has ended
+        self._epoch_set: int | None = None  # the epoch that the loader was told for its next pass
+        self._ahead: list[Any] = []  # the batch that `has_more` has read
+        self._place_before: dict[str, Any] = {}  # without that batch
 
     @property
     def keeps_its_place(self) -> bool:
@@ -59,6 +66,18 @@ class BatchSource:
         if data is not self.data or data is None:
             self.data, self._iterator, self._restored = data, None, None
             self._given, self._counted, self.lost_its_place = 0, None, False
+            self._ahead, self._epoch_set = [], None
+
+    def start_epoch(self, epoch: int) -> int | None:
+        """Return the number of batches of the pass that starts with an epoch, if it is known.
+
+        Args:
+            epoch: counted from 0; the length of some loaders depends on it.
+        """
+        if self._iterator is None and self._restored is None:
+            set_epoch(self.data, epoch)
+            self._epoch_set = epoch
+        return length_of(self.data)
 
     def rewind(self) -> None:
         """Start a new pass with the next batch."""
@@ -68,6 +87,21 @@ class BatchSource:
             self._restored = None
         self._at_end = self._restored is not None
         self._iterator, self._given, self.lost_its_place = None, 0, False
+        self._ahead = []
+
+    def has_more(self, epoch: int) -> bool:
+        """Return whether the pass goes on; reads a batch ahead, which `next` then returns.
+
+        The position stays that of the batch before.
+        """
+        with preserved_random_state():  # the state_dict() of some loaders draws random numbers
+            place = self.place()
+        try:
+            self._ahead = [self.next(epoch)]
+        except StopIteration:
+            return False
+        self._place_before = place
+        return True
 
     def next(self, epoch: int, done: int = 0, epoch_length: int | None = None) -> Any:
         """Return the next batch.
@@ -80,6 +114,8 @@ class BatchSource:
         Raises:
             StopIteration: if the pass over the loader has ended; the next call starts another.
         """
+        if self._ahead:
+            return self._ahead.pop()
         if self._iterator is None:
             self._iterator = self._open(epoch, done, epoch_length)
         try:
@@ -112,7 +148,9 @@ class BatchSource:
         length = length_of(self.data)
         if length and epoch_length:  # two passes of one epoch must not repeat one order
             epoch = epoch * -(-epoch_length // length) + done // length
-        set_epoch(self.data, epoch)
+        if epoch != self._epoch_set:
+            set_epoch(self.data, epoch)
+        self._epoch_set = None
         return iter(self.data)
 
     def _reopen(self, data: PositionedLoader, position: dict[str, Any]) -> Iterator[Any]:
@@ -132,12 +170,16 @@ class BatchSource:
         """Return the loader's own state after the last batch; None if the loader has none."""
         if not has_position(self.data):
             return None
+        if self._ahead:
+            return dict(self._place_before["position"])
         if self._restored is not None:
             return dict(self._restored)
         return dict(position_getter(self._iterator, self.data)())
 
     def place(self) -> dict[str, Any]:
         """Return the state with which `restore_place` continues the batches in another process."""
+        if self._ahead:
+            return self._place_before
         return {
             "loader": type(self.data).__name__,
             "position": self.position(),
@@ -198,5 +240,5 @@ class BatchSource:
                 f"got {type(self.data).__name__}"
             )
         self.data.load_state_dict(position)
-        self._iterator, self._restored = None, dict(position)
+        self._iterator, self._restored, self._ahead = None, dict(position), []
         self._at_end = self.lost_its_place = False

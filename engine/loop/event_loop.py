@@ -36,6 +36,8 @@ class EventLoop(Dispatcher):
       `GET_BATCH_COMPLETED`.
     - Another loader inside an epoch, or a loader of another length, is an error.
     - `EPOCH_STARTED` fires once per epoch, also if the epoch is continued in a later `run`.
+    - An epoch is one pass over the loader, however long; `epoch_length=` makes it a number of
+      iterations. `state.epoch_length` is the length of the running epoch, None until it is known.
     - The loop calls `set_epoch` of a loader, or of its sampler, with the epoch counted from 0. If
       an epoch holds several passes over the loader, each pass has its own number.
 
@@ -53,6 +55,9 @@ class EventLoop(Dispatcher):
         self._batch: Any = None
         self.batches = BatchSource()
         self.outcome: Outcome | None = None
+        self._count: int | None = None  # iterations of an epoch, if `run` was given a number
+        self._misjudged: Any = None  # the loader whose wrong length was logged
+        self._epoch_counts = False  # whether the running epoch ends at a number of iterations
 
     @property
     def position(self) -> Position:
@@ -83,8 +88,8 @@ class EventLoop(Dispatcher):
             data: batches, iterated once per epoch. None: every batch is `None`.
             max_epochs: total number of epochs. Default: that of the earlier `run`, else 1.
             max_iters: total number of iterations, instead of `max_epochs`.
-            epoch_length: iterations per epoch. Default: `len(data)` if it has a length, else the
-                number of batches of the first epoch.
+            epoch_length: iterations per epoch. Default: that of the earlier `run`, else an epoch is
+                one pass over `data`.
 
         Returns:
             The engine's state, as in Ignite.
@@ -92,8 +97,8 @@ class EventLoop(Dispatcher):
         Raises:
             TypeError: if `data` is not iterable.
             ValueError: if a limit is below 1, both limits are given, or `data` is empty.
-            ResumeError: if the run stopped inside an epoch of another loader, or the length of
-                `data` differs from that of the earlier run.
+            ResumeError: if the run stopped inside an epoch of another loader, or of a loader of
+                another length.
         """
         _check_limits(data, max_epochs, max_iters, epoch_length)
         self.state.dataloader = data
@@ -132,25 +137,29 @@ class EventLoop(Dispatcher):
 
     def _start_over(self) -> None:
         self._move_to(Position())
-        self.state.epoch_length = None
+        self.state.epoch_length = self._count = None
         self.batches.rewind()
 
     def _set_epoch_length(self, data: Iterable[Any] | None, given: int | None) -> None:
-        stored = self.state.epoch_length
-        length = length_of(data) if given is None else given
-        if length is None:
-            if data is None and stored is None:
-                raise ValueError("epoch_length must be given if data is None, got neither")
-            return
-        if length < 1:
-            raise ValueError("data must have at least one batch, got an empty loader")
-        if stored not in {None, length} and (given is None or self._position.in_epoch):
-            raise ResumeError(
-                f"data must have {stored} batches, the length of this run's epochs, got {length}. "
-                f"Continue with data of the same length; or pass epoch_length={stored} to keep the "
-                f"length or, between two epochs, epoch_length={length} to change it"
-            )
-        self.state.epoch_length = length
+        stored, count = self.state.epoch_length, self._count if given is None else given
+        if data is None and count is None:
+            count = stored
+        length = _length(data, count)
+        differs = None not in {stored, length} and stored != length
+        if self._position.in_epoch:
+            if differs:
+                raise ResumeError(
+                    f"data must have {stored} batches, the length of the running epoch, got "
+                    f"{length}. Continue inside an epoch with the same data, or pass "
+                    f"epoch_length={stored} to keep the length"
+                )
+            self._epoch_counts |= given is not None
+            self.state.epoch_length = stored if given is None else given
+        else:
+            if differs and count is None:
+                logger.warning("Epochs have %d batches from here on; before, %d.", length, stored)
+            self.state.epoch_length = length  # the next epoch's, as far as it is known
+        self._count = count
 
     def _check_continues(self, data: Iterable[Any] | None) -> None:
         same = self.batches.keeps_its_place and self.batches.data is data
@@ -179,15 +188,32 @@ class EventLoop(Dispatcher):
         state = self.state
         if state.max_iters is not None:
             # An epoch whose iterations are all done must be completed first.
-            return bool(state.iteration >= state.max_iters) and not self._is_to_end
+            return self._reached_max_iters and not self._is_to_end
         return not self._position.in_epoch and state.epoch >= (state.max_epochs or 0)
 
     @property
-    def _is_to_end(self) -> bool:
-        """Whether the running epoch has no iteration left."""
+    def _is_long_enough(self) -> bool:
+        """Whether the running epoch has as many iterations as its length, if that is known."""
         length = self.state.epoch_length
-        whole = length is not None and self.epoch_iteration >= length
-        return self._position.in_epoch and (whole or bool(self.should_terminate_single_epoch))
+        return self._position.in_epoch and length is not None and self.epoch_iteration >= length
+
+    @property
+    def _is_to_end(self) -> bool:
+        """Whether the running epoch has no iteration left, as far as its length tells."""
+        asked = self._position.in_epoch and bool(self.should_terminate_single_epoch)
+        return asked or self._is_long_enough
+
+    @property
+    def _has_ended(self) -> bool:
+        """Whether the running epoch is known to have no iteration left."""
+        if self._position.phase in {Phase.EPOCH_ENDED, Phase.PASS_ENDED}:
+            return True
+        return self._epoch_counts and self._is_long_enough
+
+    @property
+    def _reached_max_iters(self) -> bool:
+        limit = self.state.max_iters
+        return limit is not None and bool(self.state.iteration >= limit)
 
     # -- the loop --------------------------------------------------------------------------------
 
@@ -237,6 +263,10 @@ class EventLoop(Dispatcher):
         if not self._position.in_epoch:
             self._move_to(self.position.epoch_started())
             self.should_terminate_single_epoch = False
+            self._epoch_counts = self._count is not None
+            self._take_assigned_data()
+            if not self._epoch_counts:
+                self.state.epoch_length = self.batches.start_epoch(self.state.epoch - 1)
             self.fire_event(Events.EPOCH_STARTED)
         if not self._run_iterations():
             return
@@ -259,18 +289,23 @@ class EventLoop(Dispatcher):
                 self._fire_event(Events.TERMINATE_SINGLE_EPOCH, iter_counter=self.epoch_iteration)
                 self.batches.rewind()
                 return True
-            if state.epoch_length is not None and self.epoch_iteration >= state.epoch_length:
-                # If an epoch is one pass over the data, the next epoch starts a new pass.
-                if length_of(self.batches.data) == state.epoch_length:
-                    self.batches.rewind()
+            if self._has_ended:
+                self._rewind_whole_pass()
                 return True
-            if state.max_iters is not None and state.iteration >= state.max_iters:
+            if not self._is_long_enough and self._reached_max_iters:
                 return False
             if self._position.phase is not Phase.BEFORE_STEP and not self._fetch():
-                state.epoch_length = self.epoch_iteration
+                self._end_pass()
                 continue
+            if self._is_long_enough:
+                self._extend_epoch()
             self._run_iteration(state)
         return False
+
+    def _rewind_whole_pass(self) -> None:
+        """Start a new pass with the next epoch if this one, by its count, was a whole pass."""
+        if self._epoch_counts and length_of(self.batches.data) == self.state.epoch_length:
+            self.batches.rewind()
 
     @waits_at("an iteration")
     def _run_iteration(self, state: State) -> None:
@@ -285,10 +320,43 @@ class EventLoop(Dispatcher):
             raise
         self._move_to(self.position.step_completed())
         self.fire_event(Events.ITERATION_COMPLETED)
-        if self._is_to_end and not self._stopped():
+        if self._is_to_end and not self._stopped() and self._ends_here():
             self._position = self._position.epoch_ended()
         else:
             self.fire_event(RunEvents.SAFE_POINT)
+
+    def _ends_here(self) -> bool:
+        """Return whether an epoch that has reached its length has ended."""
+        if self._epoch_counts or self.should_terminate_single_epoch:
+            return True
+        if self.batches.has_more(self.state.epoch - 1):
+            self._extend_epoch()
+            return False
+        return True
+
+    def _extend_epoch(self) -> None:
+        """Continue an epoch whose loader yields more batches than its length."""
+        self._report_length(f"more than {self.state.epoch_length}")
+        self.state.epoch_length = None
+
+    def _end_pass(self) -> None:
+        """Set the length of an epoch to the number of batches that the loader has yielded."""
+        if self.state.epoch_length not in {None, self.epoch_iteration}:
+            self._report_length(f"{self.epoch_iteration}")
+        self.state.epoch_length = self.epoch_iteration
+        self._position = self._position.pass_ended()
+
+    def _report_length(self, found: str) -> None:
+        """Log, once per loader, that its length is wrong."""
+        if self._misjudged is not self.batches.data:
+            self._misjudged = self.batches.data
+            logger.warning(
+                "The loader has the length %d, but yields %s batches in epoch %d. An epoch is one "
+                "pass over it, however long; pass epoch_length= to count iterations instead.",
+                self.state.epoch_length,
+                found,
+                self.state.epoch,
+            )
 
     def terminate(self, skip_completed: bool | Engine = False) -> None:  # noqa: FBT001, FBT002 - Ignite's
         """End the run at the end of the running iteration.
@@ -314,7 +382,10 @@ class EventLoop(Dispatcher):
     # -- batches ---------------------------------------------------------------------------------
 
     def set_data(self, data: Iterable[Any] | None) -> None:
-        """Take the next batches from `data`; the length of the epoch stays.
+        """Take the next batches from `data`.
+
+        An epoch that has begun keeps its length, if that is known. A loader that a handler assigns
+        to `state.dataloader` is used from the next pass on.
 
         Args:
             data: batches, iterated once per epoch.
@@ -322,33 +393,48 @@ class EventLoop(Dispatcher):
         self.state.dataloader = data
         self.batches.switch(data)
         self._position = self._position.batch_dropped()
+        if self._position.in_epoch and not self._epoch_counts:
+            if self.epoch_iteration:
+                self._epoch_counts = self.state.epoch_length is not None
+            else:
+                self.state.epoch_length = self.batches.start_epoch(self.state.epoch - 1)
 
     def _fetch(self) -> bool:
-        """Fetch the next batch; return False if an epoch of unknown length has ended."""
+        """Fetch the next batch; return False if the pass, and with it the epoch, has ended."""
         state = self.state
         self._batch = state.batch = None  # free the last batch before the next one is made
-        self.fire_event(Events.GET_BATCH_STARTED)
+        if not self.epoch_iteration:
+            self._take_assigned_data()
+        if not self._is_long_enough:
+            self.fire_event(Events.GET_BATCH_STARTED)
         try:
-            self._batch = self.batches.next(
-                state.epoch - 1, self.epoch_iteration, state.epoch_length
-            )
+            self._batch = self._next_batch()
         except StopIteration:
-            if state.epoch_length is None and self.epoch_iteration:
+            if self.epoch_iteration and not self._epoch_counts:
                 return False
             self.fire_event(Events.DATALOADER_STOP_ITERATION)
+            self._take_assigned_data()
             self._batch = self._first_batch()
         self._position = self._position.batch_fetched()
         return True
 
+    def _take_assigned_data(self) -> None:
+        """Use the loader that a handler has assigned to `state.dataloader`."""
+        if self.state.dataloader is not self.batches.data:
+            self.set_data(self.state.dataloader)
+
+    def _next_batch(self) -> Any:
+        length = self.state.epoch_length if self._epoch_counts else None
+        return self.batches.next(self.state.epoch - 1, self.epoch_iteration, length)
+
     def _first_batch(self) -> Any:
-        state = self.state
         try:
-            return self.batches.next(state.epoch - 1, self.epoch_iteration, state.epoch_length)
+            return self._next_batch()
         except StopIteration:
             raise ResumeError(
                 "data must yield batches each time it is iterated, got none after iteration "
-                f"{self.epoch_iteration} of epoch {state.epoch}. Pass a list or a DataLoader, not "
-                "a generator"
+                f"{self.epoch_iteration} of epoch {self.state.epoch}. Pass a list or a DataLoader, "
+                "not a generator"
             ) from None
 
     # -- state -----------------------------------------------------------------------------------
@@ -358,6 +444,7 @@ class EventLoop(Dispatcher):
         keys = ("epoch_length", "iteration", "epoch", "max_epochs", "max_iters")
         position = OrderedDict((key, getattr(self.state, key)) for key in keys)
         position["epoch_iteration"] = self.epoch_iteration
+        position["counted"] = self._count is not None
         if self._position.in_epoch and not self.epoch_iteration:  # nothing of the epoch is done
             position["epoch"] -= 1
         position.update((key, getattr(self.state, key)) for key in self.state_dict_user_keys)
@@ -383,6 +470,8 @@ class EventLoop(Dispatcher):
         position = _position_of(state_dict)
         self._start_over()
         self.state.epoch_length = state_dict["epoch_length"]
+        self._count = state_dict["epoch_length"] if state_dict.get("counted") else None
+        self._epoch_counts = self._count is not None
         self._move_to(position)
         self.state.max_epochs, self.state.max_iters = (
             state_dict.get("max_epochs"),
@@ -390,6 +479,20 @@ class EventLoop(Dispatcher):
         )
         for key in self.state_dict_user_keys:
             setattr(self.state, key, state_dict[key])
+
+
+def _length(data: Iterable[Any] | None, count: int | None) -> int | None:
+    """Return the length of an epoch: a number of iterations, else that of `data` if it is known.
+
+    Raises:
+        ValueError: if there is neither data nor a number, or data has no batch.
+    """
+    if data is None and count is None:
+        raise ValueError("epoch_length must be given if data is None, got neither")
+    length = length_of(data) if count is None else count
+    if length is not None and length < 1:
+        raise ValueError("data must have at least one batch, got an empty loader")
+    return length
 
 
 def _position_of(state_dict: Mapping[str, Any]) -> Position:

@@ -14,12 +14,14 @@ class Phase(enum.Enum):
         BEFORE_BATCH: fetches a batch, or ends the epoch if it has no iteration left.
         BEFORE_STEP: runs the step with the batch that it has fetched.
         EPOCH_ENDED: fires `EPOCH_COMPLETED`; the last iteration's safe point is still to come.
+        PASS_ENDED: fires `EPOCH_COMPLETED`; the last iteration's safe point has fired.
     """
 
     BETWEEN_EPOCHS = "between_epochs"
     BEFORE_BATCH = "before_batch"
     BEFORE_STEP = "before_step"
     EPOCH_ENDED = "epoch_ended"
+    PASS_ENDED = "pass_ended"  # noqa: S105 - no password
 
 
 class Position(NamedTuple):
@@ -72,6 +74,10 @@ class Position(NamedTuple):
     def epoch_ended(self) -> Position:
         """Return the position after the last step of an epoch, before its handlers."""
         return self._replace(phase=Phase.EPOCH_ENDED)
+
+    def pass_ended(self) -> Position:
+        """Return the position after a pass whose end showed when the next batch was asked for."""
+        return self._replace(phase=Phase.PASS_ENDED)
 
     def epoch_completed(self) -> Position:
         """Return the position between this epoch and the next."""

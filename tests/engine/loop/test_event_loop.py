@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given
@@ -17,7 +18,15 @@ from diptych.engine import (
     StepEvents,
     events,
 )
-from tests.engine.loop.loops import EpochAware, Tape, Unsized, call_at, events_of, plain_rows
+from tests.engine.loop.loops import (
+    EpochAware,
+    Positioned,
+    Tape,
+    Unsized,
+    call_at,
+    events_of,
+    plain_rows,
+)
 from tests.engine.models import paired, trainer_of
 
 
@@ -36,11 +45,98 @@ def test_a_bare_run_is_one_epoch():
     assert loop.rows == plain_rows(range(3), 1)
 
 
-def test_an_iterable_without_a_length_is_measured_in_its_first_epoch():
-    loop = Tape()
-    state = loop.run(Unsized("abc"), max_epochs=3)
+def test_an_iterable_without_a_length_is_measured_in_each_epoch():
+    loop, known = Tape(), []
+    for event in (Events.EPOCH_STARTED, Events.EPOCH_COMPLETED):
+        loop.add_event_handler(event, lambda e: known.append(e.state.epoch_length))
+    loop.run(Unsized("abc"), max_epochs=3)
     assert loop.rows == plain_rows("abc", 3)
-    assert state.epoch_length == 3
+    assert known == [None, 3] * 3
+
+
+class Passes:
+    """A loader whose passes differ in length; it has a length, and it may be a wrong one."""
+
+    def __init__(self, *passes: int, says: Callable[[int], int | None]) -> None:
+        self.passes, self.says, self.epoch = passes, says, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        length = self.says(self.epoch)
+        if length is None:
+            raise TypeError
+        return length
+
+    def __iter__(self) -> Iterator[int]:
+        yield from range(1, self.passes[self.epoch % len(self.passes)] + 1)
+
+
+lengths = st.lists(st.integers(1, 5), min_size=1, max_size=4)
+
+
+@given(lengths=lengths, kind=st.sampled_from(["right", "none", "too small", "too large"]))
+def test_an_epoch_is_one_pass_however_long_and_whatever_the_loader_says(lengths, kind):
+    says = {
+        "right": lambda epoch: lengths[epoch % len(lengths)],
+        "none": lambda epoch: None,
+        "too small": lambda epoch: max(1, lengths[epoch % len(lengths)] - 1),
+        "too large": lambda epoch: lengths[epoch % len(lengths)] + 2,
+    }[kind]
+    loop, data, ends = Tape(), Passes(*lengths, says=says), []
+    loop.add_event_handler(
+        Events.EPOCH_COMPLETED, lambda e: ends.append((e.epoch_iteration, e.state.epoch_length))
+    )
+    loop.run(data, max_epochs=len(lengths))
+
+    assert ends == [(length, length) for length in lengths]
+    assert [batch for *_, batch in loop.rows] == [n for x in lengths for n in range(1, x + 1)]
+
+
+@pytest.mark.parametrize(("length", "found"), [(2, "more than 2"), (9, "4")])
+def test_a_wrong_length_is_logged_once_with_the_way_out(length, found, caplog):
+    Tape().run(Passes(4, says=lambda _: length), max_epochs=3)
+
+    assert caplog.text.count(f"has the length {length}, but yields {found} batches") == 1
+    assert "pass epoch_length=" in caplog.text
+
+
+def test_a_right_length_that_varies_is_not_logged(caplog):
+    Tape().run(Passes(4, 2, 3, says=lambda epoch: (4, 2, 3)[epoch]), max_epochs=3)
+
+    assert caplog.text == ""
+
+
+def test_a_safe_point_at_a_length_that_is_too_small_has_the_position_of_its_iteration():
+    loop, data, places = Tape(), Positioned(4), {}
+    data.__class__ = type("Understated", (Positioned,), {"__len__": lambda self: 2})
+    loop.add_event_handler(
+        RunEvents.SAFE_POINT,
+        lambda: places.setdefault(loop.state.iteration, loop.batches.position()),
+    )
+    loop.run(data, max_epochs=1)
+
+    assert [places[n]["position"] for n in (1, 2, 3)] == [1, 2, 3]
+
+
+def test_a_loader_that_is_assigned_to_the_state_is_read_from_the_next_pass_on():
+    loop = Tape()
+    call_at(loop, 2, lambda: setattr(loop.state, "dataloader", "xyz"))
+    loop.run("abc", max_epochs=2)
+
+    assert [batch for *_, batch in loop.rows] == ["a", "b", "c", "x", "y", "z"]
+
+
+def test_an_exhausted_iterator_can_be_replaced_when_it_stops():
+    loop = Tape()
+    loop.add_event_handler(
+        Events.DATALOADER_STOP_ITERATION,
+        lambda: setattr(loop.state, "dataloader", iter([4, 5, 6])),
+    )
+    loop.run(iter([1, 2, 3]), max_epochs=2)
+
+    assert [batch for *_, batch in loop.rows] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_generator_serves_one_epoch_and_a_second_is_a_clear_error():

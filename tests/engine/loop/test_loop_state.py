@@ -69,19 +69,26 @@ def test_max_epochs_none_starts_over(stop: int):
     assert loop.rows == plain_rows(range(3), 2)
 
 
-def test_a_loader_of_another_length_is_a_clear_error():
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_loader_of_another_length_continues_between_two_epochs_and_is_logged(resumed, caplog):
     loop = Tape()
     loop.run(range(LENGTH), max_epochs=1)
-    with pytest.raises(
-        ResumeError, match=f"must have {LENGTH} batches, the length of this run's epochs, got 3"
-    ):
+    if resumed:
+        state, loop = loop.state_dict(), Tape()
+        loop.load_state_dict(state)
+    loop.rows.clear()
+    loop.run(range(3), max_epochs=2)
+
+    assert loop.rows == [(2, LENGTH + 1 + n, n) for n in range(3)]
+    assert f"Epochs have 3 batches from here on; before, {LENGTH}." in caplog.text
+
+
+def test_a_loader_of_another_length_is_refused_inside_an_epoch():
+    loop = Tape()
+    call_at(loop, 2, loop.terminate)
+    loop.run(range(LENGTH), max_epochs=1)
+    with pytest.raises(ResumeError, match=f"data must have {LENGTH} batches.* got 3"):
         loop.run(range(3), max_epochs=2)
-    other = Tape()
-    other.load_state_dict(loop.state_dict())
-    with pytest.raises(
-        ResumeError, match=f"must have {LENGTH} batches, the length of this run's epochs, got 3"
-    ):
-        other.run(range(3), max_epochs=2)
 
 
 def test_a_new_length_that_is_said_is_taken_between_two_epochs_and_refused_inside_one():
@@ -96,13 +103,22 @@ def test_a_new_length_that_is_said_is_taken_between_two_epochs_and_refused_insid
         loop.run(data, max_epochs=4, epoch_length=2)
 
 
-def test_an_epoch_length_of_ones_own_is_repeated_to_continue():
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_number_of_iterations_stays_the_length_of_an_epoch(resumed):
     loop, data = Tape(), range(LENGTH)
     loop.run(data, max_epochs=1, epoch_length=3)
-    with pytest.raises(ResumeError, match="epoch_length=3 to keep the length"):
-        loop.run(data, max_epochs=2)
-    loop.run(data, max_epochs=2, epoch_length=3)
+    if resumed:
+        state, place, data = loop.state_dict(), loop.batches.place(), Positioned(LENGTH)
+        loop = Tape()
+        loop.load_state_dict(state)
+        loop.set_data(data)
+        data.load_state_dict({"position": place["given"]})
+        loop.batches.restore({"position": place["given"]})
+        loop.rows.extend((1, n + 1, n) for n in range(3))
+    loop.run(data, max_epochs=2)
+
     assert [batch for *_, batch in loop.rows] == [0, 1, 2, 3, 0, 1]
+    assert loop.state.epoch_length == 3
 
 
 @given(stop=st.integers(0, 3 * LENGTH))

@@ -1,0 +1,1 @@
+from diptych.engine.loop.event_loop import EventLoop as EventLoop
