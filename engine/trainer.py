@@ -322,7 +322,6 @@ class Trainer(EventLoop):
             if not module.training:
                 module.train()
 
-    @waits_at("the start of an epoch")
     def _check_length_over_ranks(self, _: Engine) -> None:
         """Check that all ranks run the same number of iterations: they wait for one another."""
         if world_size() == 1:

@@ -108,7 +108,7 @@ def load_run_state(trainer: Trainer, state: Mapping[str, Any]) -> None:
 def _restore_data(trainer: Trainer, state: Mapping[str, Any]) -> None:
     inside, places = bool(trainer.epoch_iteration), state["data"]
     if inside or trainer.state.dataloader is not None:
-        trainer.set_data(trainer.state.dataloader)
+        trainer.batches.switch(trainer.state.dataloader)
         place = places[rank()] if len(places) == world_size() else places[0]
         trainer.batches.restore_place(place, inside=inside)
 

@@ -68,11 +68,16 @@ def build(folder: Path) -> tuple[Trainer, SeededLoader]:
     return trainer, SeededLoader(pairs, batch_size=4)
 
 
-def store(folder: Path) -> None:
-    """Write the directory of a run that stops inside its second epoch, and the whole run's end."""
+def run_to_the_stop(folder: Path) -> None:
+    """Write the directory of a run that stops inside its second epoch."""
     trainer, loader = build(folder)
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=STOP), lambda t: t.terminate())
     trainer.run(loader, max_epochs=EPOCHS)
+
+
+def store(folder: Path) -> None:
+    """Write the directory of a run that stops inside its second epoch, and the whole run's end."""
+    run_to_the_stop(folder)
     with TemporaryDirectory() as elsewhere:
         whole, loader = build(Path(elsewhere))
         whole.run(loader, max_epochs=EPOCHS)

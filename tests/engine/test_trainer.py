@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
@@ -22,6 +23,7 @@ from ignite.metrics import RunningAverage
 from torch import Tensor, nn
 
 from diptych.engine import (
+    BatchError,
     EvaluationEvents,
     MetricsEvents,
     RunEvents,
@@ -433,3 +435,42 @@ def test_a_value_at_the_end_of_an_epoch_does_not_split_a_window_of_the_next_one(
         trainer.run(batches, max_epochs=2)
 
     assert [record for record in found["watched"] if record[1] is not None] == found["plain"]
+
+
+class WithoutLength:
+    """A loader of three batches that has no length, or a wrong one."""
+
+    def __init__(self, length: int | None = None) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        if self.length is None:
+            raise TypeError
+        return self.length
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([paired(3)] * 3)
+
+
+@pytest.fixture
+def as_if_of_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diptych.engine.trainer.world_size", lambda: 2)
+    monkeypatch.setattr("diptych.engine.trainer.check_same_on_all_ranks", lambda *_: None)
+
+
+def test_over_ranks_a_loader_without_a_length_is_refused_with_the_way_out(as_if_of_two_ranks):
+    with pytest.raises(ValueError, match="got a WithoutLength without one.* epoch_length= to run"):
+        trainer_of().run(WithoutLength(), max_epochs=1)
+
+
+@pytest.mark.parametrize(("length", "found"), [(2, "more than 2 batches"), (5, "3 batches")])
+def test_over_ranks_a_wrong_length_is_refused(as_if_of_two_ranks, length, found):
+    with pytest.raises(BatchError, match=f"got {length} as the length and {found} in epoch 1"):
+        trainer_of().run(WithoutLength(length), max_epochs=1)
+
+
+def test_over_ranks_a_number_of_iterations_serves_a_loader_without_a_length(as_if_of_two_ranks):
+    trainer = trainer_of()
+    trainer.run(WithoutLength(), max_epochs=2, epoch_length=2)
+
+    assert trainer.state.iteration == 4

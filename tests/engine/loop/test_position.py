@@ -116,7 +116,7 @@ class Player:
     def load(loop: Any, data: Any, state: dict[str, Any], position: dict[str, Any]) -> None:
         """Restore a loop as a checkpoint does."""
         loop.load_state_dict(state)
-        loop.set_data(data)
+        loop.batches.switch(data)
         loop.batches.restore_place(position, inside=bool(loop.epoch_iteration))
 
     def attempt(self, function: Callable[[], object]) -> None:

@@ -265,6 +265,7 @@ def test_keys_are_those_of_the_bare_module_whatever_wraps_it():
     wrapped = nn.DataParallel(torch.compile(model))
     assert unwrapped(wrapped) is model
     assert list(clean_state_dict(wrapped)) == list(model.state_dict())
+    model.cpu()  # where the wrapper found a GPU
     other = TwoTower()
     other.image = torch.compile(other.image)
     assert list(clean_state_dict(other)) == list(model.state_dict())

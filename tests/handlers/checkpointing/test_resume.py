@@ -162,17 +162,25 @@ def test_other_versions_and_settings_are_logged(tmp_path, caplog):
     assert "microbatch_size" not in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("stop", "error", "message"),
-    [(8, ResumeError, "samples must be 22"), (None, ResumeError, "data must have 6 batches")],
-)
-def test_a_loader_of_another_length_is_an_error(tmp_path, stop, error, message):
-    run(tmp_path, epochs=2, stop=stop, every=1)
+def longer_loader() -> SeededLoader:
+    return SeededLoader([*make_loader().dataset] * 2, 4)
+
+
+def test_a_loader_of_another_length_is_an_error_inside_an_epoch(tmp_path):
+    run(tmp_path, epochs=2, stop=8, every=1)
     other = make_trainer()
     other.attach(CheckpointManager(tmp_path))
-    longer = SeededLoader([*make_loader().dataset] * 2, 4)
-    with pytest.raises(error, match=message):
-        other.run(longer, max_epochs=3)
+    with pytest.raises(ResumeError, match="samples must be 22"):
+        other.run(longer_loader(), max_epochs=3)
+
+
+def test_a_loader_of_another_length_continues_between_two_epochs_and_is_logged(tmp_path, caplog):
+    run(tmp_path, epochs=2, every=1)
+    other = make_trainer()
+    other.attach(CheckpointManager(tmp_path))
+    other.run(longer_loader(), max_epochs=3)
+    assert other.state.epoch_length == 11
+    assert "Epochs have 11 batches from here on; before, 6." in caplog.text
 
 
 def test_another_micro_batch_continues_with_the_same_samples(tmp_path):

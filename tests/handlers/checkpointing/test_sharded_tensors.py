@@ -31,7 +31,8 @@ def test_shards_are_read_back_whole_and_without_the_memory_they_were_a_view_of(
 def test_files_that_torch_wrote_for_an_earlier_version_are_read(tmp_path):
     tensors = {"model.weight": torch.randn(5, 3), "average": torch.arange(7)}
     writer = torch_checkpoint.FileSystemWriter(tmp_path)
-    metadata = torch_checkpoint.save(tensors, storage_writer=writer, no_dist=True)
+    torch_checkpoint.save(tensors, storage_writer=writer, no_dist=True)
+    metadata = torch_checkpoint.FileSystemReader(tmp_path).read_metadata()
     index = {
         place.fqn: {
             "shape": list(tensors[place.fqn].shape),

@@ -346,7 +346,9 @@ def test_an_evaluation_takes_the_averages_and_leaves_the_trained_weights():
     trainer.attach(average, Evaluation(make_loader(2)))
     trainer.run(make_loader(), max_epochs=1)
     trained = copied(trainer.model.state_dict())
-    evaluator = Evaluator(trainer.model, task=tasks.classification, metrics={"loss": mean_loss()})
+    evaluator = Evaluator(
+        trainer.model, task=tasks.classification, metrics={"loss": mean_loss()}, device="cpu"
+    )
     with average.averaged():
         expected = evaluator.evaluate(make_loader(2))["loss"]
     assert trainer.state.metrics["val/loss"] == pytest.approx(expected, rel=1e-6)
