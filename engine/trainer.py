@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -117,6 +118,8 @@ class Trainer(EventLoop):
             shard=shard,
         )
         check_parts(model, loss, optimizer, task)
+        if step is None:
+            _check_needs_no_closure(optimizer)
         self.device = self.settings.device or idist.device()
         self.optimizer, self.task = optimizer, task
         self.transform = placed_transform(transform, step, self.device)
@@ -394,6 +397,16 @@ def check_parts(model: nn.Module, loss: nn.Module, optimizer: Optimizer, task: T
 def _check_kind(name: str, part: object, kind: type) -> None:
     if not isinstance(part, kind):
         raise TypeError(f"{name} must be a torch {kind.__name__}, got {part!r}")
+
+
+def _check_needs_no_closure(optimizer: Optimizer) -> None:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"optimizer must make an update without a closure, got {type(optimizer).__name__}, "
+            "which evaluates the loss several times per update. Pass a step of your own; the page "
+            "on a custom training step (docs/how_to/custom_step.md) shows one"
+        )
 
 
 def _check_whole(loss: nn.Module) -> None:

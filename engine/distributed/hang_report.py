@@ -80,6 +80,11 @@ def leave_place() -> None:
     _places.stack.pop()
 
 
+def entered_places() -> list[Place]:
+    """Return the places that this thread is in, the innermost last."""
+    return list(_places.stack)
+
+
 def current_place(thread: int) -> Place | None:
     """Return the innermost place of a thread, given by its identifier; None outside of any."""
     stack = _stacks.get(thread)

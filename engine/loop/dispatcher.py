@@ -11,10 +11,35 @@ from typing import Any
 
 from ignite.engine import Engine, Events
 from ignite.engine.events import RemovableEventHandle
+from torch.optim.lr_scheduler import LRScheduler
 
 from diptych.engine.distributed.hang_report import enter_place, leave_place, raise_if_lost
 from diptych.engine.loop.listener import Listener, filter_of
 from diptych.engine.loop.periodic import Periodic
+
+
+class SchedulerStep:
+    """The `step` method of a torch scheduler, as a handler that takes no engine.
+
+    Args:
+        method: the bound method.
+    """
+
+    def __init__(self, method: Any) -> None:
+        self.__self__, self.__name__, self._method = method.__self__, method.__name__, method
+
+    def __call__(self) -> None:
+        """Step the scheduler."""
+        self._method()
+
+    def __eq__(self, other: object) -> bool:
+        return (self.__self__, self.__name__) == (
+            getattr(other, "__self__", None),
+            getattr(other, "__name__", None),
+        )
+
+    def __hash__(self) -> int:
+        return hash((id(self.__self__), self.__name__))
 
 
 class Dispatcher(Engine):
@@ -77,7 +102,13 @@ class Dispatcher(Engine):
     def add_event_handler(
         self, event_name: Any, handler: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> RemovableEventHandle:
-        """Add a handler to an event, as in Ignite."""
+        """Add a handler to an event, as in Ignite.
+
+        The `step` method of a torch scheduler is called without the engine, which it would take for
+        an epoch.
+        """
+        if isinstance(getattr(handler, "__self__", None), LRScheduler):
+            handler = SchedulerStep(handler)
         handle = super().add_event_handler(event_name, handler, *args, **kwargs)
         self._find_listeners()
         if filter_of(event_name) is not None:

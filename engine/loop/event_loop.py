@@ -13,7 +13,7 @@ from ignite.engine import Engine, Events, State
 
 from diptych.engine.data.batch_source import BatchSource
 from diptych.engine.data.loader_contract import length_of
-from diptych.engine.distributed.hang_report import waits_at
+from diptych.engine.distributed.hang_report import entered_places, waits_at
 from diptych.engine.errors import ResumeError
 from diptych.engine.events import ITERATION_EVENTS, MetricsEvents, Outcome, RunEvents
 from diptych.engine.loop.dispatcher import Dispatcher
@@ -56,6 +56,8 @@ class EventLoop(Dispatcher):
         self.batches = BatchSource()
         self.outcome: Outcome | None = None
         self._count: int | None = None  # iterations of an epoch, if `run` was given a number
+        self._warned = False  # whether a state inside EPOCH_COMPLETED was reported
+        self._completing = False  # whether the handlers of an epoch's end are running
         self._misjudged: Any = None  # the loader whose wrong length was logged
         self._epoch_counts = False  # whether the running epoch ends at a number of iterations
 
@@ -272,8 +274,12 @@ class EventLoop(Dispatcher):
             return
         self.state.times[Events.EPOCH_COMPLETED.name] = time.perf_counter() - started
         if self.should_terminate_single_epoch != "skip_epoch_completed":
-            self._fire_completed(Events.EPOCH_COMPLETED)
-            self.fire_event(MetricsEvents.EPOCH_PUBLISHED)
+            self._completing = True
+            try:
+                self._fire_completed(Events.EPOCH_COMPLETED)
+                self.fire_event(MetricsEvents.EPOCH_PUBLISHED)
+            finally:
+                self._completing = False
         safe_point_is_new = self._position.phase is Phase.EPOCH_ENDED
         self._move_to(self.position.epoch_completed())
         if safe_point_is_new:
@@ -440,15 +446,38 @@ class EventLoop(Dispatcher):
     # -- state -----------------------------------------------------------------------------------
 
     def state_dict(self) -> OrderedDict[str, Any]:
-        """Return the position of the run: Ignite's keys plus `epoch` and `epoch_iteration`."""
+        """Return the position of the run: Ignite's keys plus `epoch` and `epoch_iteration`.
+
+        Inside a handler of `EPOCH_COMPLETED` the epoch counts as done, as in Ignite: a run that
+        loads the state starts the next epoch. Handlers of the event that have not run yet do not
+        run for this epoch then; they are logged once.
+        """
         keys = ("epoch_length", "iteration", "epoch", "max_epochs", "max_iters")
-        position = OrderedDict((key, getattr(self.state, key)) for key in keys)
-        position["epoch_iteration"] = self.epoch_iteration
-        position["counted"] = self._count is not None
-        if self._position.in_epoch and not self.epoch_iteration:  # nothing of the epoch is done
-            position["epoch"] -= 1
-        position.update((key, getattr(self.state, key)) for key in self.state_dict_user_keys)
-        return position
+        state = OrderedDict((key, getattr(self.state, key)) for key in keys)
+        state["epoch_iteration"] = self.epoch_iteration
+        state["counted"] = self._count is not None
+        if self._completing:
+            state["epoch_iteration"] = 0
+            self._log_handlers_to_come()
+        elif self._position.in_epoch and not self.epoch_iteration:  # nothing of the epoch is done
+            state["epoch"] -= 1
+        state.update((key, getattr(self.state, key)) for key in self.state_dict_user_keys)
+        return state
+
+    def _log_handlers_to_come(self) -> None:
+        """Log, once, the handlers of `EPOCH_COMPLETED` that a resumed run leaves out."""
+        listeners = self._listeners.get(Events.EPOCH_COMPLETED, [])
+        running = {id(name) for name, _ in entered_places()}
+        begun = [n for n, listener in enumerate(listeners) if id(listener) in running]
+        later = [listener.name for listener in listeners[begun[0] + 1 :]] if begun else []
+        if later and not self._warned:
+            self._warned = True
+            logger.warning(
+                "A state was taken inside EPOCH_COMPLETED, before its handlers %s. A run that "
+                "resumes from it does not call them for this epoch. Attach what takes the state "
+                "last, or take it at RunEvents.SAFE_POINT.",
+                ", ".join(later),
+            )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore a position.

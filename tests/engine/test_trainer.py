@@ -459,7 +459,7 @@ def as_if_of_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_over_ranks_a_loader_without_a_length_is_refused_with_the_way_out(as_if_of_two_ranks):
-    with pytest.raises(ValueError, match="got a WithoutLength without one.* epoch_length= to run"):
+    with pytest.raises(ValueError, match=r"got a WithoutLength without one.* epoch_length= to run"):
         trainer_of().run(WithoutLength(), max_epochs=1)
 
 
@@ -474,3 +474,28 @@ def test_over_ranks_a_number_of_iterations_serves_a_loader_without_a_length(as_i
     trainer.run(WithoutLength(), max_epochs=2, epoch_length=2)
 
     assert trainer.state.iteration == 4
+
+
+def lbfgs_step(trainer: Trainer, batch: Any) -> Tensor:
+    def closure() -> Tensor:
+        trainer.optimizer.zero_grad()
+        loss = trainer.loss(*trainer.task(trainer.model, batch).values())
+        loss.backward()
+        return loss
+
+    return trainer.optimizer.step(closure)
+
+
+def test_an_optimizer_that_needs_a_closure_needs_a_step_of_its_own():
+    model, loss = TwoTower().double(), CoupledLoss().double()
+    optimizer = torch.optim.LBFGS([*model.parameters(), *loss.parameters()])
+    with pytest.raises(ValueError, match=r"got LBFGS.*custom_step"):
+        Trainer(model, loss, optimizer, task=tasks.image_text)
+    trainer = Trainer(model, loss, optimizer, task=tasks.image_text, step=lbfgs_step)
+    losses: list[float] = []
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda: losses.append(float(trainer.state.output))
+    )
+    trainer.run([paired(6)] * 3, max_epochs=1)
+
+    assert losses == sorted(losses, reverse=True)

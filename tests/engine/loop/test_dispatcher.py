@@ -153,3 +153,27 @@ def test_one_function_added_twice_keeps_the_arguments_of_each_time():
     engine.add_event_handler(Events.STARTED, note, torch.zeros(2), torch.ones(2))
     engine.fire_event(Events.STARTED)
     assert seen == [(0, "first"), (0, "second"), (1, ""), (2, "")]
+
+
+@pytest.mark.parametrize("event", [Events.EPOCH_COMPLETED, Events.ITERATION_COMPLETED(every=3)])
+def test_the_step_of_a_torch_scheduler_is_a_handler(event):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    loop = EventLoop(lambda *_: optimizer.step())
+    loop.add_event_handler(event, scheduler.step)
+    loop.run(range(3), max_epochs=2)
+
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    assert loop.listeners[-1].owner is scheduler
+
+
+def test_the_step_of_a_torch_scheduler_can_be_removed():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    loop = EventLoop(lambda *_: optimizer.step())
+    loop.add_event_handler(Events.EPOCH_COMPLETED, scheduler.step)
+    assert loop.has_event_handler(scheduler.step, Events.EPOCH_COMPLETED)
+    loop.remove_event_handler(scheduler.step, Events.EPOCH_COMPLETED)
+    loop.run(range(3), max_epochs=1)
+
+    assert optimizer.param_groups[0]["lr"] == 1.0

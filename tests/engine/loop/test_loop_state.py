@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ignite.engine import Engine, Events
 
-from diptych.engine import ResumeError, RunEvents
+from diptych.engine import MetricsEvents, ResumeError, RunEvents
 from tests.engine.loop.loops import Positioned, Tape, Unsized, call_at, events_of, plain_rows
 
 LENGTH = 4
@@ -279,3 +279,46 @@ def test_an_incomplete_state_changes_nothing(state, message):
         loop.load_state_dict(state)
 
     assert loop.state_dict() == before
+
+
+@pytest.mark.parametrize("event", [Events.EPOCH_COMPLETED, MetricsEvents.EPOCH_PUBLISHED])
+def test_a_state_that_is_taken_at_the_end_of_an_epoch_resumes_with_the_next_one(event):
+    loop, states = Tape(), []
+    loop.add_event_handler(event, lambda e: states.append(e.state_dict()))
+    loop.run(range(3), max_epochs=2)
+    other = Tape()
+    completed = events_of(other, Events.EPOCH_STARTED, Events.EPOCH_COMPLETED)
+    other.load_state_dict(states[0])
+    other.run(range(3), max_epochs=2)
+
+    assert other.rows == loop.rows[3:]
+    assert completed == ["EPOCH_STARTED", "EPOCH_COMPLETED"]
+
+
+def test_a_state_inside_epoch_completed_names_the_handlers_to_come_once(caplog):
+    def later() -> None:
+        """Come after the state."""
+
+    loop = Tape()
+    loop.add_event_handler(Events.EPOCH_COMPLETED, lambda e: e.state_dict())
+    loop.add_event_handler(Events.EPOCH_COMPLETED, later)
+    loop.run(range(3), max_epochs=2)
+
+    assert caplog.text.count("before its handlers later.") == 1
+
+
+def test_a_state_after_a_failed_end_of_an_epoch_completes_it_again():
+    loop, completed = Tape(), []
+
+    def fail_once() -> None:
+        completed.append(loop.state.epoch)
+        if len(completed) == 1:
+            raise ValueError("planted")
+
+    loop.add_event_handler(Events.EPOCH_COMPLETED, fail_once)
+    with pytest.raises(ValueError, match="planted"):
+        loop.run(range(3), max_epochs=1)
+    assert loop.state_dict()["epoch_iteration"] == 3
+    loop.run(range(3), max_epochs=1)
+
+    assert completed == [1, 1]
