@@ -494,7 +494,7 @@ def test_an_optimizer_that_needs_a_closure_needs_a_step_of_its_own():
     trainer = Trainer(model, loss, optimizer, task=tasks.image_text, step=lbfgs_step)
     losses: list[float] = []
     trainer.add_event_handler(
-        Events.ITERATION_COMPLETED, lambda: losses.append(float(trainer.state.output))
+        Events.ITERATION_COMPLETED, lambda: losses.append(float(trainer.state.output.detach()))
     )
     trainer.run([paired(6)] * 3, max_epochs=1)
 
