@@ -118,8 +118,6 @@ class Trainer(EventLoop):
             shard=shard,
         )
         check_parts(model, loss, optimizer, task)
-        if step is None:
-            _check_needs_no_closure(optimizer)
         self.device = self.settings.device or idist.device()
         self.optimizer, self.task = optimizer, task
         self.transform = placed_transform(transform, step, self.device)
@@ -151,6 +149,7 @@ class Trainer(EventLoop):
 
     def _make_step(self, step: Step | type[TrainStep] | None) -> Callable[[Any, Any], Any]:
         if step is None:
+            _check_needs_no_closure(self.optimizer)
             return TrainStep(self)
         return step(self) if isinstance(step, type) else step
 

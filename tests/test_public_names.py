@@ -1,4 +1,4 @@
-"""The public names of the three rooms: written down, importable, documented, in the reference.
+"""The public names of the three packages: listed, importable, documented, in the reference.
 
 `make public-names` writes tests/public_names.txt anew after a deliberate change.
 """
@@ -14,19 +14,19 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("engine", "handlers", "losses")
+PACKAGES = ("engine", "handlers", "losses")
 WRITTEN_DOWN = ROOT / "tests" / "public_names.txt"
 
 
-def room_of(name: str) -> ModuleType:
-    """Return the package that a room installs as."""
+def package_of(name: str) -> ModuleType:
+    """Return the package that a package installs as."""
     return importlib.import_module(f"diptych.{name}")
 
 
 def public_names() -> list[str]:
-    """Return every name that a room exports, with the room's own before it."""
-    exports = {room: sorted(getattr(room_of(room), "__all__", ())) for room in ROOMS}
-    return [f"diptych.{room}.{name}" for room, names in exports.items() for name in names]
+    """Return every name that a package exports, with the package's own before it."""
+    exports = {package: sorted(getattr(package_of(package), "__all__", ())) for package in PACKAGES}
+    return [f"diptych.{package}.{name}" for package, names in exports.items() for name in names]
 
 
 NAMES = public_names()
@@ -34,8 +34,8 @@ NAMES = public_names()
 
 def exported(name: str) -> object:
     """Return what a full name stands for."""
-    room, _, last = name.rpartition(".")
-    return getattr(importlib.import_module(room), last)
+    package, _, last = name.rpartition(".")
+    return getattr(importlib.import_module(package), last)
 
 
 def test_a_change_of_the_public_names_is_deliberate() -> None:
@@ -45,9 +45,9 @@ def test_a_change_of_the_public_names_is_deliberate() -> None:
     assert (added, removed) == ([], []), "if this is meant: make public-names"
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_exports_each_name_once(room: str) -> None:
-    names = room_of(room).__all__
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_room_exports_each_name_once(package: str) -> None:
+    names = package_of(package).__all__
 
     assert names
     assert len(names) == len(set(names))
@@ -69,9 +69,9 @@ def test_a_public_name_is_in_the_reference_once(name: str) -> None:
     assert listed.count(name) == 1
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_the_reference_lists_nothing_that_is_not_public(room: str) -> None:
-    page = (ROOT / "docs" / "api" / f"{room}.md").read_text("utf-8")
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_reference_lists_nothing_that_is_not_public(package: str) -> None:
+    page = (ROOT / "docs" / "api" / f"{package}.md").read_text("utf-8")
     listed = re.findall(r"^::: (\S+)$", page, re.MULTILINE)
 
     assert [name for name in listed if name not in NAMES] == []

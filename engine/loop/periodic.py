@@ -56,6 +56,7 @@ class Periodic:
 
     @entries.setter
     def entries(self, entries: tuple[_Entry, ...]) -> None:
+        """Put handlers back that were added before."""
         self._entries, self._due = list(entries), 0
 
     @property
