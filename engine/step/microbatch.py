@@ -5,6 +5,7 @@ A loss that couples the samples of a batch needs all features at once, so its gr
 graph; the loss of all features gives the gradient of each feature; the second pass runs every piece
 again, with the same random draws, and sends the gradients of its features backward. A loss that is
 a mean over samples needs no second pass: the step adds up the sums and weights of the pieces.
+`diptych.engine.data.batches.cut_batch` cuts the batch into its pieces, the micro-batches.
 """
 
 from __future__ import annotations
