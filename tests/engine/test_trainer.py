@@ -490,8 +490,8 @@ def test_an_optimizer_that_needs_a_closure_needs_a_step_of_its_own():
     model, loss = TwoTower().double(), CoupledLoss().double()
     optimizer = torch.optim.LBFGS([*model.parameters(), *loss.parameters()])
     with pytest.raises(ValueError, match=r"got LBFGS.*custom_step"):
-        Trainer(model, loss, optimizer, task=tasks.image_text)
-    trainer = Trainer(model, loss, optimizer, task=tasks.image_text, step=lbfgs_step)
+        Trainer(model, loss, optimizer, task=tasks.image_text, device="cpu")
+    trainer = Trainer(model, loss, optimizer, task=tasks.image_text, step=lbfgs_step, device="cpu")
     losses: list[float] = []
     trainer.add_event_handler(
         Events.ITERATION_COMPLETED, lambda: losses.append(float(trainer.state.output.detach()))
