@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
@@ -95,7 +96,7 @@ class BatchSource:
         The position stays that of the batch before.
         """
         with preserved_random_state():  # the state_dict() of some loaders draws random numbers
-            place = self.place()
+            place = copy.deepcopy(self.place())  # a loader may return its own, living state
         try:
             self._ahead = [self.next(epoch)]
         except StopIteration:
@@ -241,4 +242,5 @@ class BatchSource:
             )
         self.data.load_state_dict(position)
         self._iterator, self._restored, self._ahead = None, dict(position), []
+        self._epoch_set = None
         self._at_end = self.lost_its_place = False

@@ -302,10 +302,10 @@ class EventLoop(Dispatcher):
                 return False
             if self._position.phase is not Phase.BEFORE_STEP and not self._fetch():
                 self._end_pass()
-                continue
-            if self._is_long_enough:
+            elif self._is_long_enough:
                 self._extend_epoch()
-            self._run_iteration(state)
+            else:
+                self._run_iteration(state)
         return False
 
     def _rewind_whole_pass(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator
 
@@ -102,22 +103,48 @@ def test_a_wrong_length_is_logged_once_with_the_way_out(length, found, caplog):
     assert "pass epoch_length=" in caplog.text
 
 
+def test_a_length_that_is_too_small_does_not_carry_a_run_past_its_limit():
+    loop, data = Tape(), Passes(4, says=lambda _: 2)
+    call_at(loop, 2, loop.terminate)
+    for _ in range(2):
+        loop.run(data, max_iters=2)
+
+    assert loop.state.iteration == 2
+    loop.run(data, max_iters=5)
+    assert [batch for *_, batch in loop.rows] == [1, 2, 3, 4, 1]
+
+
 def test_a_right_length_that_varies_is_not_logged(caplog):
     Tape().run(Passes(4, 2, 3, says=lambda epoch: (4, 2, 3)[epoch]), max_epochs=3)
 
     assert caplog.text == ""
 
 
+class LivingState(Positioned):
+    """A loader with a length that is too small, whose state changes while it is read."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Iterator[int]:
+        self.state: dict[str, list[int]] = {"read": []}
+        for number in super().__iter__():
+            self.state["read"].append(number)
+            yield number
+
+    def state_dict(self) -> dict[str, list[int]]:
+        return self.state
+
+
 def test_a_safe_point_at_a_length_that_is_too_small_has_the_position_of_its_iteration():
-    loop, data, places = Tape(), Positioned(4), {}
-    data.__class__ = type("Understated", (Positioned,), {"__len__": lambda self: 2})
+    loop, data, places = Tape(), LivingState(4), {}
     loop.add_event_handler(
         RunEvents.SAFE_POINT,
-        lambda: places.setdefault(loop.state.iteration, loop.batches.position()),
+        lambda: places.setdefault(loop.state.iteration, copy.deepcopy(loop.batches.position())),
     )
     loop.run(data, max_epochs=1)
 
-    assert [places[n]["position"] for n in (1, 2, 3)] == [1, 2, 3]
+    assert [places[n]["read"] for n in (1, 2, 3)] == [[0], [0, 1], [0, 1, 2]]
 
 
 def test_a_loader_that_is_assigned_to_the_state_is_read_from_the_next_pass_on():
