@@ -19,6 +19,8 @@ STARTED
   RunEvents.SAFE_POINT                  of the last iteration, after the epoch's handlers; a second
                                         time, without the handlers that select iterations (every=n),
                                         if nothing could tell before that the epoch had ended
+RunEvents.EPOCH_CUT                     max_iters ends the run inside an epoch: evaluate here
+MetricsEvents.CUT_PUBLISHED             every value of that end is known
 COMPLETED | TERMINATE | INTERRUPT | EXCEPTION_RAISED
 RunEvents.ENDED                         once per run() call, however it ended: see trainer.outcome
 ```
@@ -51,11 +53,13 @@ class MetricsEvents(EventEnum):
     """`LOGGED` fires when `trainer.metrics.record` holds new values for the sinks.
 
     `EPOCH_PUBLISHED` follows every handler of `EPOCH_COMPLETED`: the values of the epoch are
-    complete, those of its evaluations included.
+    complete, those of its evaluations included. `CUT_PUBLISHED` follows those of
+    `RunEvents.EPOCH_CUT` in the same way.
     """
 
     LOGGED = "metrics_logged"
     EPOCH_PUBLISHED = "epoch_published"
+    CUT_PUBLISHED = "cut_published"
 
 
 class EvaluationEvents(EventEnum):
@@ -68,13 +72,16 @@ class RunEvents(EventEnum):
     """When a whole run may be loaded (`RESTORE`) and saved (`SAFE_POINT`), and when it has ended.
 
     `SAVED` follows each checkpoint on every rank: at a safe point, at the end, or by hand; a thread
-    may still be writing it. `ENDED` fires once for each `RESTORE`, however the run ended;
+    may still be writing it. `EPOCH_CUT` fires once before `COMPLETED` if `max_iters` ends the run
+    inside an epoch, for which `EPOCH_COMPLETED` does not fire: what is due at an epoch's end is due
+    for the last weights. `ENDED` fires once for each `RESTORE`, however the run ended;
     `trainer.outcome` says how. `RELEASE` is its earlier name.
     """
 
     RESTORE = "restore"
     SAFE_POINT = "safe_point"
     SAVED = "saved"
+    EPOCH_CUT = "epoch_cut"
     ENDED = "ended"
     RELEASE = "ended"
 

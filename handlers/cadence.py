@@ -9,6 +9,7 @@ import attrs
 from ignite.engine import Events
 
 from diptych.engine.checks import is_whole
+from diptych.engine.events import RunEvents
 
 if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer
@@ -32,8 +33,12 @@ def check_every(_: Any, __: attrs.Attribute[Any], every: object) -> None:
 def call_every(
     trainer: Trainer, every: int | Literal["epoch"], function: Callable[[Any], object]
 ) -> None:
-    """Call a function with the trainer at the end of each epoch, or every n iterations."""
+    """Call a function with the trainer at the end of each epoch, or every n iterations.
+
+    A run that `max_iters` ends inside an epoch calls it at its end too.
+    """
     if every == "epoch":
         trainer.add_event_handler(Events.EPOCH_COMPLETED, function)
+        trainer.add_event_handler(RunEvents.EPOCH_CUT, function)
     else:
         trainer.every(every, function)

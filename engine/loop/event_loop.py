@@ -36,6 +36,9 @@ class EventLoop(Dispatcher):
       `GET_BATCH_COMPLETED`.
     - Another loader inside an epoch, or a loader of another length, is an error.
     - `EPOCH_STARTED` fires once per epoch, also if the epoch is continued in a later `run`.
+    - If `max_iters` ends a run inside an epoch, `RunEvents.EPOCH_CUT` fires before `COMPLETED`.
+    - A finished run whose `COMPLETED` has not fired, or whose process was killed there, fires it
+      alone in the next `run`.
     - An epoch is one pass over the loader, however long; `epoch_length=` makes it a number of
       iterations. `state.epoch_length` is the length of the running epoch, None until it is known.
     - The loop calls `set_epoch` of a loader, or of its sampler, with the epoch counted from 0. If
@@ -43,7 +46,8 @@ class EventLoop(Dispatcher):
 
     Attributes:
         batches: the loader in use and the position in it.
-        outcome: how the last `run` ended; None before the first one has.
+        outcome: how the last `run` ended, from the events of its end on (`COMPLETED`, `TERMINATE`,
+            `INTERRUPT`, `EXCEPTION_RAISED`); None while it goes on, and before the first one.
     """
 
     def __init__(self, process_function: Callable[[Engine, Any], Any]) -> None:
@@ -57,7 +61,7 @@ class EventLoop(Dispatcher):
         self.outcome: Outcome | None = None
         self._count: int | None = None  # iterations of an epoch, if `run` was given a number
         self._warned = False  # whether a state inside EPOCH_COMPLETED was reported
-        self._completing = False  # whether the handlers of an epoch's end are running
+        self._completing: Position | None = None  # that of a state taken inside *COMPLETED
         self._misjudged: Any = None  # the loader whose wrong length was logged
         self._epoch_counts = False  # whether the running epoch ends at a number of iterations
 
@@ -70,6 +74,18 @@ class EventLoop(Dispatcher):
     def epoch_iteration(self) -> int:
         """Iterations of the running epoch that are done; 0 between two epochs."""
         return self._position.epoch_iteration
+
+    @property
+    def completed(self) -> bool:
+        """Whether `COMPLETED` has fired at this position; a finished run without it fires it alone.
+
+        Set it to False after loading a state of a process that ended inside `COMPLETED`.
+        """
+        return self._position.completed
+
+    @completed.setter
+    def completed(self, completed: bool) -> None:
+        self._position = self._position._replace(completed=completed)
 
     def _move_to(self, position: Position) -> None:
         self._position = position
@@ -104,11 +120,14 @@ class EventLoop(Dispatcher):
         """
         _check_limits(data, max_epochs, max_iters, epoch_length)
         self.state.dataloader = data
-        self.outcome = Outcome.FAILED  # until the run has ended in another way
+        self.outcome = None
         try:
             self.fire_event(RunEvents.RESTORE)
             # A handler may have replaced the loader: a stage brings its own.
             return self._start(self.state.dataloader, max_epochs, max_iters, epoch_length)
+        except BaseException:
+            self.outcome = Outcome.FAILED
+            raise
         finally:
             self.fire_event(RunEvents.ENDED)
 
@@ -125,16 +144,17 @@ class EventLoop(Dispatcher):
         if max_epochs is not None or max_iters is not None:
             self.state.max_epochs, self.state.max_iters = max_epochs, max_iters
         self._set_epoch_length(data, epoch_length)
-        if self.is_finished:
+        if self.is_finished and self._position.completed:
             logger.warning(
                 "Nothing to do: the run finished at epoch %d, iteration %d. "
                 "Raise max_epochs or max_iters to continue it.",
                 self.state.epoch,
                 self.state.iteration,
             )
-            self.outcome = Outcome.INTERRUPTED if self._position.paused else Outcome.COMPLETED
+            self.outcome = Outcome.COMPLETED
             return self.state
-        self._check_continues(data)
+        if not self.is_finished:
+            self._check_continues(data)
         return self._internal_run()
 
     def _start_over(self) -> None:
@@ -226,7 +246,8 @@ class EventLoop(Dispatcher):
         started = time.perf_counter()
         self._find_listeners()
         try:
-            if not self._position.paused:
+            # A run that is finished, but not completed, continues with its end.
+            if not self._position.paused and not self.is_finished:
                 self._init_timers(self.state)
                 self.fire_event(Events.STARTED)
                 self._find_listeners()  # Ignite's profilers add listeners to the table itself
@@ -235,6 +256,7 @@ class EventLoop(Dispatcher):
                 self._run_epoch()
             self._finish(started)
         except BaseException as error:
+            self.outcome = Outcome.FAILED
             self._fire_event(Events.EXCEPTION_RAISED, error)
             raise
         return self.state
@@ -243,18 +265,32 @@ class EventLoop(Dispatcher):
         return bool(self.should_terminate or self.should_interrupt)
 
     def _finish(self, started: float) -> None:
+        if self._position.in_epoch and not self._position.cut and not self._stopped():
+            self._end_cut_epoch()
         self.state.times[Events.COMPLETED.name] = time.perf_counter() - started
         if self.should_interrupt and not self.should_terminate:
             self._position = self._position._replace(paused=True)
+            self.outcome = Outcome.INTERRUPTED
             self.fire_event(Events.INTERRUPT)
             self.should_interrupt = False
-            self.outcome = Outcome.INTERRUPTED
             return
         if self.should_terminate:
+            self.outcome = Outcome.TERMINATED
             self.fire_event(Events.TERMINATE)
-        if self.should_terminate != "skip_completed":
-            self._fire_completed(Events.COMPLETED)
         self.outcome = Outcome.TERMINATED if self.should_terminate else Outcome.COMPLETED
+        if self.should_terminate != "skip_completed":
+            self._completing = self._position._replace(completed=True)
+            try:
+                self._fire_completed(Events.COMPLETED)
+            finally:
+                self._completing = None
+        self._position = self._position._replace(completed=True)
+
+    def _end_cut_epoch(self) -> None:
+        """Do for the last weights what is due at the end of an epoch, which the run cuts."""
+        self._fire_completed(RunEvents.EPOCH_CUT)
+        self.fire_event(MetricsEvents.CUT_PUBLISHED)
+        self._position = self._position._replace(cut=True)
 
     def _fire_completed(self, event: Events) -> None:
         """Fire `EPOCH_COMPLETED` or `COMPLETED`."""
@@ -274,12 +310,12 @@ class EventLoop(Dispatcher):
             return
         self.state.times[Events.EPOCH_COMPLETED.name] = time.perf_counter() - started
         if self.should_terminate_single_epoch != "skip_epoch_completed":
-            self._completing = True
+            self._completing = self.position.epoch_completed()
             try:
                 self._fire_completed(Events.EPOCH_COMPLETED)
                 self.fire_event(MetricsEvents.EPOCH_PUBLISHED)
             finally:
-                self._completing = False
+                self._completing = None
         safe_point_is_new = self._position.phase is Phase.EPOCH_ENDED
         self._move_to(self.position.epoch_completed())
         if safe_point_is_new:
@@ -450,16 +486,18 @@ class EventLoop(Dispatcher):
 
         Inside a handler of `EPOCH_COMPLETED` the epoch counts as done, as in Ignite: a run that
         loads the state starts the next epoch. Handlers of the event that have not run yet do not
-        run for this epoch then; they are logged once.
+        run for this epoch then; they are logged once. Inside `COMPLETED` the run counts as
+        completed.
         """
         keys = ("epoch_length", "iteration", "epoch", "max_epochs", "max_iters")
         state = OrderedDict((key, getattr(self.state, key)) for key in keys)
-        state["epoch_iteration"] = self.epoch_iteration
+        position = self._completing or self._position
+        state["epoch_iteration"] = position.epoch_iteration
         state["counted"] = self._count is not None
-        if self._completing:
-            state["epoch_iteration"] = 0
+        state["cut"], state["completed"] = position.cut, position.completed
+        if self._completing is not None and not position.completed:
             self._log_handlers_to_come()
-        elif self._position.in_epoch and not self.epoch_iteration:  # nothing of the epoch is done
+        elif position.in_epoch and not position.epoch_iteration:  # nothing of the epoch is done
             state["epoch"] -= 1
         state.update((key, getattr(self.state, key)) for key in self.state_dict_user_keys)
         return state
@@ -539,8 +577,14 @@ def _position_of(state_dict: Mapping[str, Any]) -> Position:
         iteration = state_dict["epoch"] * length
     epochs, rest = divmod(iteration, length) if length else (0, 0)
     inside = state_dict.get("epoch_iteration", rest)
-    phase = Phase.BEFORE_BATCH if inside else Phase.BETWEEN_EPOCHS
-    return Position(state_dict.get("epoch", epochs + bool(rest)), iteration, inside, phase)
+    return Position(
+        state_dict.get("epoch", epochs + bool(rest)),
+        iteration,
+        inside,
+        Phase.BEFORE_BATCH if inside else Phase.BETWEEN_EPOCHS,
+        cut=state_dict.get("cut", False),
+        completed=state_dict.get("completed", True),
+    )
 
 
 def _check_limits(

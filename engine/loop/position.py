@@ -33,6 +33,8 @@ class Position(NamedTuple):
         epoch_iteration: iterations of the running epoch that are done; 0 between two epochs.
         phase: what comes next.
         paused: whether the run was interrupted, so that `run` continues it without `STARTED`.
+        cut: whether `EPOCH_CUT` has fired here.
+        completed: whether `COMPLETED` has fired here, and its handlers have ended.
     """
 
     epoch: int = 0
@@ -40,6 +42,8 @@ class Position(NamedTuple):
     epoch_iteration: int = 0
     phase: Phase = Phase.BETWEEN_EPOCHS
     paused: bool = False
+    cut: bool = False
+    completed: bool = False
 
     @property
     def in_epoch(self) -> bool:

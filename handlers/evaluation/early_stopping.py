@@ -37,8 +37,9 @@ class EarlyStopping(Handler):
     iteration and logs a warning, unless `reset()` was called. A run that starts over starts with an
     empty memory.
 
-    Event: `EvaluationEvents.EVALUATED` and `MetricsEvents.EPOCH_PUBLISHED`; `Events.STARTED` to
-        stay stopped; `RunEvents.SAFE_POINT` to report a metric that is never published.
+    Event: `EvaluationEvents.EVALUATED`, `MetricsEvents.EPOCH_PUBLISHED` and `CUT_PUBLISHED`;
+        `Events.STARTED` to stay stopped; `RunEvents.SAFE_POINT` to report a metric that is never
+        published.
     Cost: none that can be measured; it reads values that are on the host already.
 
     Args:
@@ -81,6 +82,7 @@ class EarlyStopping(Handler):
         trainer.add_event_handler(Events.STARTED, self._start)
         trainer.add_event_handler(EvaluationEvents.EVALUATED, self._judge_new_values)
         trainer.add_event_handler(MetricsEvents.EPOCH_PUBLISHED, self._judge_new_values)
+        trainer.add_event_handler(MetricsEvents.CUT_PUBLISHED, self._judge_new_values)
         trainer.add_event_handler(RunEvents.SAFE_POINT, self._check_published)
 
     def reset(self) -> None:

@@ -38,7 +38,9 @@ def missing_metric(trainer: Trainer, argument: str, metric: str) -> str | None:
         is_due = all(evaluation.values for evaluation in evaluations)
     else:
         is_due = not trainer.epoch_iteration
-    if not is_due and not trainer.is_finished:
+    # What is due at a run's end inside an epoch follows its last safe point.
+    has_ended = trainer.is_finished and (trainer.position.cut or not trainer.epoch_iteration)
+    if not is_due and not has_ended:
         return None
     there = ", ".join(sorted(trainer.state.metrics)) or "none"
     return (

@@ -158,6 +158,7 @@ class StagePlan(Handler):
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self._count_steps)
         trainer.add_event_handler(EvaluationEvents.EVALUATED, self._judge_metric)
         trainer.add_event_handler(MetricsEvents.EPOCH_PUBLISHED, self._end_epoch)
+        trainer.add_event_handler(MetricsEvents.CUT_PUBLISHED, self._judge_metric)
 
     def describe(self) -> str:
         """Return the plan as text: trained parameters, groups, rates and schedules of each stage.

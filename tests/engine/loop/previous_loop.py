@@ -1,6 +1,7 @@
 """The run loop with flags, as it was before `Position`: the oracle of `test_position`.
 
-One line differs: an epoch that is longer than a new epoch_length ends, and does not run for ever.
+What came later was added, with flags too: an epoch that is longer than a new epoch_length ends, and
+does not run for ever; `EPOCH_CUT`; a finished run whose `COMPLETED` is still to fire.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class PreviousLoop(Dispatcher):
         self.epoch_iteration = 0
         self._in_epoch = False
         self._interrupted = False
+        self._cut = self._completed = False
         self._batch: Any = None
         self._batch_pending = False
         self._safe_point_fired = False
@@ -108,7 +110,7 @@ class PreviousLoop(Dispatcher):
         if max_epochs is not None or max_iters is not None:
             self.state.max_epochs, self.state.max_iters = max_epochs, max_iters
         self._set_epoch_length(data, epoch_length)
-        if self.is_finished:
+        if self.is_finished and self._completed:
             logger.warning(
                 "nothing to do: the run is finished at epoch %d, iteration %d; "
                 "raise max_epochs or max_iters to continue it",
@@ -116,13 +118,15 @@ class PreviousLoop(Dispatcher):
                 self.state.iteration,
             )
             return self.state
-        self._check_continues(data)
+        if not self.is_finished:
+            self._check_continues(data)
         return self._internal_run()
 
     def _start_over(self) -> None:
         self.state.iteration = self.state.epoch = self.epoch_iteration = 0
         self.state.epoch_length = None
         self._in_epoch = self._interrupted = self._batch_pending = self._safe_point_fired = False
+        self._cut = self._completed = False
         self.batches.rewind()
 
     def _set_epoch_length(self, data: Iterable[Any] | None, given: int | None) -> None:
@@ -187,7 +191,7 @@ class PreviousLoop(Dispatcher):
         started = time.perf_counter()
         self._find_listeners()
         try:
-            if not self._interrupted:
+            if not self._interrupted and not self.is_finished:
                 self._init_timers(self.state)
                 self.fire_event(Events.STARTED)
                 self._find_listeners()  # Ignite's profilers put theirs into the table
@@ -204,6 +208,9 @@ class PreviousLoop(Dispatcher):
         return bool(self.should_terminate or self.should_interrupt)
 
     def _finish(self, started: float) -> None:
+        if self._in_epoch and not self._cut and not self._stopped():
+            self.fire_event(RunEvents.EPOCH_CUT)
+            self._cut = True
         self.state.times[Events.COMPLETED.name] = time.perf_counter() - started
         if self.should_interrupt and not self.should_terminate:
             self._interrupted = True
@@ -213,12 +220,14 @@ class PreviousLoop(Dispatcher):
             self.fire_event(Events.TERMINATE)
         if self.should_terminate != "skip_completed":
             self.fire_event(Events.COMPLETED)
+        self._completed = True
 
     def _run_epoch(self) -> None:
         started = time.perf_counter()
         if not self._in_epoch:
             self.state.epoch += 1
             self._in_epoch = True
+            self._cut = self._completed = False
             self.should_terminate_single_epoch = False
             self.fire_event(Events.EPOCH_STARTED)
         if not self._run_iterations():
@@ -227,6 +236,7 @@ class PreviousLoop(Dispatcher):
         if self.should_terminate_single_epoch != "skip_epoch_completed":
             self.fire_event(Events.EPOCH_COMPLETED)
         self._in_epoch, self.epoch_iteration = False, 0
+        self._cut = self._completed = False
         if self._safe_point_fired:  # nobody could know then that the epoch was to end
             self.fire_again(RunEvents.SAFE_POINT)
         else:
@@ -321,6 +331,7 @@ class PreviousLoop(Dispatcher):
             self.fire_event(Events.DATALOADER_STOP_ITERATION)
             self._batch = self._first_batch()
         self._batch_pending = True
+        self._cut = self._completed = False
         return True
 
     def _first_batch(self) -> Any:
@@ -340,6 +351,7 @@ class PreviousLoop(Dispatcher):
         keys = ("epoch_length", "iteration", "epoch", "max_epochs", "max_iters")
         position = OrderedDict((key, getattr(self.state, key)) for key in keys)
         position["epoch_iteration"] = self.epoch_iteration
+        position["cut"], position["completed"] = self._cut, self._completed
         if self._in_epoch and not self.epoch_iteration:  # nothing of the epoch is done
             position["epoch"] -= 1
         position.update((key, getattr(self.state, key)) for key in self.state_dict_user_keys)
@@ -373,6 +385,7 @@ class PreviousLoop(Dispatcher):
         self.state.epoch = state_dict.get("epoch", epochs + bool(rest))
         self.epoch_iteration = state_dict.get("epoch_iteration", rest)
         self._in_epoch = self._safe_point_fired = self.epoch_iteration > 0
+        self._cut, self._completed = state_dict["cut"], state_dict["completed"]
         self.state.max_epochs, self.state.max_iters = (
             state_dict.get("max_epochs"),
             state_dict.get("max_iters"),

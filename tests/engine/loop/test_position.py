@@ -195,7 +195,7 @@ def test_a_position_names_what_comes_next():
         "ITERATION_STARTED": Position(1, 1, 0, Phase.BEFORE_STEP),
         "EPOCH_COMPLETED": Position(1, 2, 2, Phase.EPOCH_ENDED),
     }
-    assert loop.position == Position(1, 2, 0, Phase.BETWEEN_EPOCHS)
+    assert loop.position == Position(1, 2, 0, Phase.BETWEEN_EPOCHS, completed=True)
 
 
 @pytest.mark.parametrize(
