@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, TypeVar
@@ -34,10 +35,13 @@ from diptych.engine.loop.event_loop import EventLoop
 from diptych.engine.loop.listener import cost_table
 from diptych.engine.metrics.metrics_collector import MetricsCollector
 from diptych.engine.settings import Precision, TrainerSettings, Units
+from diptych.engine.state.run_identity import RunIdentity
 from diptych.engine.step.compilation import CompileMode, compile_in_place
 from diptych.engine.step.loss_contract import scalars_of
 from diptych.engine.step.train_step import TrainStep, check_fp16
 from diptych.engine.tasks import Outputs, Task
+
+logger = logging.getLogger(__name__)
 
 Step = Callable[["Trainer", Any], Any]
 Kind = TypeVar("Kind")
@@ -73,6 +77,7 @@ class Trainer(EventLoop):
         step: a subclass of `TrainStep`, or a function of trainer and batch; None: `TrainStep`.
 
     Attributes:
+        identity: what decides the run's result, apart from its progress: a `RunIdentity`.
         metrics: the `MetricsCollector` to publish to.
         scaler: the gradient scaler of fp16, else None.
         skipped_steps: number of updates that fp16 has skipped, on the device.
@@ -80,6 +85,8 @@ class Trainer(EventLoop):
         terms: the terms of the last loss, detached.
         step: the argument `step`.
         transform: the argument `transform`. It can be replaced between two updates.
+        loaded_length: iterations that the run of the loaded state was to have; None if no state was
+            loaded, or it is unknown.
         state: Ignite's state; `state.metrics` holds the means of the last epoch and the values of
             the last evaluation.
 
@@ -126,6 +133,7 @@ class Trainer(EventLoop):
         self.terms: dict[str, Tensor] = {}
         self.handlers: list[Attachable] = []
         self._gauges_of_loss: list[str] = []
+        self.loaded_length: int | None = None
         self.step = step
         super().__init__(self._make_step(step))
         self._listen_to_itself()
@@ -215,6 +223,23 @@ class Trainer(EventLoop):
                 raise
         return self
 
+    @property
+    def identity(self) -> RunIdentity:
+        """The script's side of the run: what decides its result, as declared when it first ran."""
+        if self._identity is None:
+            self._identity = RunIdentity.of(self)
+        return self._identity
+
+    def _declare(self, _: Engine) -> None:
+        """Describe the run before a checkpoint, or a handler, changes anything."""
+        earlier, now = self._identity, RunIdentity.of(self)
+        self._identity = now if earlier is None else now.continued(earlier)
+        if earlier is None and now.not_compared:
+            logger.info(
+                "Not compared when this run resumes, since it has no description: %s.",
+                ", ".join(f"{name} ({kind})" for name, kind in now.not_compared.items()),
+            )
+
     def handlers_of(self, kind: type[Kind]) -> list[Kind]:
         """Return the attached handlers of a class, or of a protocol, in order."""
         return [handler for handler in self.handlers if isinstance(handler, kind)]
@@ -276,6 +301,11 @@ class Trainer(EventLoop):
         """
         return cost_table(self.listeners)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore a position; see `EventLoop.load_state_dict`."""
+        super().load_state_dict(state_dict)
+        self.loaded_length = iterations_of_run(self)
+
     def fire_and_report(self, event: Any) -> None:
         """Fire an event, and report what its handlers publish as a record of this iteration.
 
@@ -311,6 +341,8 @@ class Trainer(EventLoop):
     def _listen_to_itself(self) -> None:
         self.metrics = MetricsCollector(on_record=lambda: self.fire_event(MetricsEvents.LOGGED))
         self._publish_gauges()
+        self._identity: RunIdentity | None = None
+        self.add_event_handler(RunEvents.RESTORE, self._declare)
         self.add_event_handler(Events.STARTED, self._prepare)
         self.add_event_handler(Events.EPOCH_STARTED, self._check_length_over_ranks)
         self.every(self.settings.log_every, self._log, RunEvents.SAFE_POINT)
@@ -358,6 +390,16 @@ class Trainer(EventLoop):
             # an uninterrupted one would.
             self.metrics.log(self.state.iteration)
         self.fire_and_report(event)
+
+
+def iterations_of_run(trainer: Trainer) -> int | None:
+    """Return the iterations that the current run is to have; None if its length is unknown."""
+    state = trainer.state
+    if state.max_iters is not None:
+        return int(state.max_iters)
+    if state.max_epochs is None or state.epoch_length is None:
+        return None
+    return int(state.max_epochs * state.epoch_length)
 
 
 def _scalar_of(loss: nn.Module, name: str) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 import attrs
 import torch
@@ -16,6 +16,7 @@ from diptych.engine.handler import Change, Handler
 from diptych.engine.modules import unwrapped
 from diptych.engine.trainer import Trainer
 from diptych.handlers.argument_checks import share_below_one
+from diptych.handlers.optimization.horizon import Horizon
 from diptych.handlers.optimization.moving_average import (
     ModuleTensor,
     UpdateObserver,
@@ -24,7 +25,6 @@ from diptych.handlers.optimization.moving_average import (
     module_tensors,
     move_towards,
 )
-from diptych.handlers.optimization.schedules import iterations_of_run
 
 LARGEST_EPSILON = torch.finfo(torch.float32).eps
 
@@ -80,7 +80,8 @@ class MomentumEncoder(Handler):
         target: the part that follows, with the same structure.
         momentum: m, in [0, 1): 0.999 in MoCo, 0.996 in BYOL; smaller for short runs.
         schedule: "constant", or "cosine" from `momentum` to 1.
-        total: K, updates until the cosine ends. Default: those of the run.
+        total: K, updates until the cosine ends. Default: those of the run when it first starts,
+            which checkpoints keep.
 
     Raises:
         ValueError: if an argument is out of range; when attached, if the model lacks a part, the
@@ -103,6 +104,8 @@ class MomentumEncoder(Handler):
     )
     _pairs: list[Pair] = attrs.field(factory=list, init=False, repr=False)
     _updates: UpdateObserver = attrs.field(factory=UpdateObserver, init=False, repr=False)
+
+    _horizon: Horizon = attrs.field(factory=Horizon, init=False, repr=False)
 
     def attach(self, trainer: Trainer) -> None:
         """Move the target in the trainer's model after each update."""
@@ -128,6 +131,14 @@ class MomentumEncoder(Handler):
         """The target's path."""
         return self.target if isinstance(self.target, str) else ""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the length of the schedule."""
+        return {"total": self._horizon.iterations}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a state that `state_dict` returned."""
+        self._horizon.iterations = state_dict["total"]
+
     def factor(self, update: int, total: int | None) -> float:
         """Return m after an update.
 
@@ -141,12 +152,13 @@ class MomentumEncoder(Handler):
         return 1 - (1 - self.momentum) * (1 + math.cos(math.pi * done)) / 2
 
     def _momentum(self, trainer: Trainer) -> float:
-        total = self.total or iterations_of_run(trainer)
-        return self.factor(max(0, trainer.state.iteration - 1), total)
+        return self.factor(max(0, trainer.state.iteration - 1), self._horizon.iterations)
 
     @torch.no_grad()
     def _start(self, trainer: Trainer) -> None:
-        if self.schedule == "cosine" and (self.total or iterations_of_run(trainer)) is None:
+        if self.schedule == "cosine":
+            self._horizon.start(trainer, self.total, "MomentumEncoder", "momentum")
+        if self.schedule == "cosine" and self._horizon.iterations is None:
             raise ValueError(
                 "a cosine schedule needs the length of the run, got a loader without one. Pass "
                 "total to MomentumEncoder, or run with an epoch_length"

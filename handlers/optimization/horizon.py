@@ -1,0 +1,77 @@
+"""The length of a schedule: fixed when the run first starts, and saved."""
+
+from __future__ import annotations
+
+import logging
+
+import attrs
+
+from diptych.engine.distributed.collectives import rank
+from diptych.engine.trainer import Trainer, iterations_of_run
+
+logger = logging.getLogger(__name__)
+
+
+@attrs.define(eq=False)
+class Horizon:
+    """The iterations over which a schedule extends.
+
+    It is `total` or, without one, the length that the run has when it first starts: `max_epochs`
+    times the length of an epoch then, or `max_iters`. A later `run` or a resumed run keeps it,
+    whatever its own length and that of its epochs; only another `total` changes it.
+
+    Attributes:
+        iterations: the length; None before the first run, or if it is unknown.
+    """
+
+    iterations: int | None = None
+    _said: tuple[int | None, int | None] | None = attrs.field(default=None, init=False)
+
+    def start(
+        self, trainer: Trainer, total: int | None, name: str, sets: str, *, is_new: bool = False
+    ) -> None:
+        """Fix the length when a run starts, and log a run that is longer or shorter.
+
+        Args:
+            trainer: whose run starts.
+            total: the length that the script gives, or None.
+            name: the handler's name, for the log.
+            sets: what the schedule sets, for the log: "learning rate".
+            is_new: whether the saved run that this one continues had no such schedule.
+        """
+        length = iterations_of_run(trainer)
+        if trainer.state.iteration == 0:
+            self.iterations = None
+        if total is not None:
+            self.iterations = total
+        elif self.iterations is None:
+            before = None if is_new or trainer.state.iteration == 0 else trainer.loaded_length
+            self.iterations = before or length
+            if before is not None and rank() == 0:
+                logger.info(
+                    "The checkpoint has no length of the schedule of %s; it is %d iterations, the "
+                    "length that the saved run was to have.",
+                    name,
+                    before,
+                )
+        elif length is not None and length != self.iterations:
+            self._log_other_length(name, sets, length)
+
+    def _log_other_length(self, name: str, sets: str, length: int) -> None:
+        if rank() != 0 or self._said == (self.iterations, length):
+            return
+        self._said = (self.iterations, length)
+        assert self.iterations is not None
+        effect = "the run ends before the schedule does"
+        if length > self.iterations:
+            effect = f"after iteration {self.iterations} the {sets} keeps its final value"
+        logger.warning(
+            "The schedule of the %s has %d iterations, fixed when the run first started, and the "
+            "run now has %d: %s. Pass total=%d to %s to change the schedule.",
+            sets,
+            self.iterations,
+            length,
+            effect,
+            length,
+            name,
+        )
