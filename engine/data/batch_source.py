@@ -194,6 +194,23 @@ class BatchSource:
         """Whether a pass has begun and not ended, as after an epoch of another length."""
         return self.data is not None and self._given > 0 and self._given != self.pass_length
 
+    def try_place(
+        self, data: Iterable[Any] | None, place: Mapping[str, Any], *, inside: bool
+    ) -> None:
+        """Check that a loader can go to a place that `place` returned, and leave it where it is.
+
+        Raises:
+            ResumeError: as `restore_place`.
+        """
+        check_place(data, place, inside=inside)
+        if not inside or not has_position(data):
+            return
+        before = data.state_dict()
+        try:
+            data.load_state_dict(dict(place["position"] or {}))
+        finally:
+            data.load_state_dict(before)
+
     def restore_place(self, place: Mapping[str, Any], *, inside: bool) -> None:
         """Go to a place that `place` returned.
 
@@ -208,12 +225,8 @@ class BatchSource:
         Raises:
             ResumeError: if the place is inside an epoch and the loader cannot go there.
         """
+        check_place(self.data, place, inside=inside)
         same = place["loader"] == type(self.data).__name__
-        if inside and self.has_positions and not same:
-            raise ResumeError(
-                f"inside an epoch the loader must be a {place['loader']}, as when the run was "
-                f"saved, got {type(self.data).__name__}"
-            )
         if same:
             set_generator_states(self.data, place["generators"])
             self._given, self._counted = place.get("given", 0), place.get("counted")
@@ -244,3 +257,23 @@ class BatchSource:
         self._iterator, self._restored, self._ahead = None, dict(position), []
         self._epoch_set = None
         self._at_end = self.lost_its_place = False
+
+
+def check_place(data: object, place: Mapping[str, Any], *, inside: bool) -> None:
+    """Check that a loader has positions, and is of the class whose position a place is.
+
+    Raises:
+        ResumeError: if the place is inside an epoch, and the loader does not fit.
+    """
+    here = type(data).__name__
+    if not inside:
+        return
+    if not has_position(data):
+        raise ResumeError(
+            f"a run that stopped inside an epoch needs a loader with load_state_dict(), got {here}"
+        )
+    if place["loader"] != here:
+        raise ResumeError(
+            f"inside an epoch the loader must be a {place['loader']}, as when the run was saved, "
+            f"got {here}"
+        )

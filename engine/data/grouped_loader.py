@@ -18,21 +18,21 @@ class _Groups:  # checkpoints hold this name
     """Iterates a loader and joins `count` of its batches into one."""
 
     def __init__(self, loader: Any, count: int) -> None:
-        self._loader, self._count = loader, count
+        self.loader, self.count = loader, count
         self._position: Callable[[], dict[str, Any]] | None = None
 
     def __len__(self) -> int:
-        length = length_of(self._loader)
+        length = length_of(self.loader)
         if length is None:
-            raise TypeError(f"{type(self._loader).__name__} has no length")
-        return math.ceil(length / self._count)
+            raise TypeError(f"{type(self.loader).__name__} has no length")
+        return math.ceil(length / self.count)
 
     def __iter__(self) -> Iterator[Any]:
-        batches = iter(self._loader)
-        if not has_position(self._loader):
+        batches = iter(self.loader)
+        if not has_position(self.loader):
             return self._read(batches, dict, [])
         # If a batch of a group fails, the group is read again: its position is that of its start.
-        of_loader = position_getter(batches, self._loader)
+        of_loader = position_getter(batches, self.loader)
         starts: list[dict[str, Any]] = []
         self._position = lambda: dict(starts[0] if starts else of_loader())
         return Pass(self._read(batches, of_loader, starts), self._position)
@@ -46,7 +46,7 @@ class _Groups:  # checkpoints hold this name
         """Yield the groups; `starts` holds the position before a group while it is being read."""
         while True:
             starts.append(position())
-            group = list(itertools.islice(batches, self._count))
+            group = list(itertools.islice(batches, self.count))
             starts.clear()
             if not group:
                 return
@@ -54,17 +54,17 @@ class _Groups:  # checkpoints hold this name
 
     def __getattr__(self, name: str) -> Any:
         # Groups have a position, an epoch and generators if the loader has them.
-        if name == "state_dict" and has_position(self._loader):
-            return self._position or self._loader.state_dict
-        if name == "load_state_dict" and has_position(self._loader):
+        if name == "state_dict" and has_position(self.loader):
+            return self._position or self.loader.state_dict
+        if name == "load_state_dict" and has_position(self.loader):
             return self._go_to
         if name in _OF_THE_LOADER:
-            return getattr(self._loader, name)
+            return getattr(self.loader, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def _go_to(self, position: Mapping[str, Any]) -> None:
         self._position = None
-        self._loader.load_state_dict(position)
+        self.loader.load_state_dict(position)
 
 
 def in_groups(loader: Iterable[Any], count: int) -> _Groups:

@@ -118,6 +118,16 @@ class SeededLoader:
         self._batch_size = batch_size
 
     @property
+    def shuffle(self) -> bool:
+        """Whether each epoch has an order of its own."""
+        return self._shuffle
+
+    @property
+    def drop_last(self) -> bool:
+        """Whether a smaller last batch is omitted."""
+        return self._drop_last
+
+    @property
     def _samples(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from diptych.engine.errors import CheckpointError
 from diptych.engine.handler import Stateful, contract_of
-
-if TYPE_CHECKING:
-    from diptych.engine.trainer import Trainer
+from diptych.engine.state.run_parts import RunParts
 
 
-def attached(trainer: Trainer) -> list[Any]:
+def attached(trainer: RunParts) -> list[Any]:
     """Return every object whose functions the trainer's events call, each once, in order."""
     own = (trainer, trainer.model, trainer.loss, trainer.optimizer, trainer.metrics)
     owners = (listener.owner for listener in trainer.listeners)
@@ -24,22 +22,31 @@ def attached(trainer: Trainer) -> list[Any]:
     return [item for key, item in found.items() if key not in {id(part) for part in own}]
 
 
-def stateful_handlers(trainer: Trainer) -> dict[str, Stateful]:
+def stateful_handlers(trainer: RunParts) -> dict[str, Stateful]:
     """Return every object with a state that is attached or added to an event, by key, in order.
 
     The second object of a key is called "key#2", the third "key#3".
     """
-    counts: Counter[str] = Counter()
-    named: dict[str, Stateful] = {}
+    keys: list[str] = []
+    holders: list[Stateful] = []
     for candidate in attached(trainer):
         holder = candidate
         if not _has_state(candidate):
             holder = getattr(candidate, "ema_model", None)  # Ignite's EMAHandler has no state_dict
         if isinstance(holder, nn.Module) or _has_state(holder):
-            key = contract_of(candidate).key
-            counts[key] += 1
-            named[key if counts[key] == 1 else f"{key}#{counts[key]}"] = holder
-    return named
+            keys.append(contract_of(candidate).key)
+            holders.append(holder)
+    return dict(zip(numbered(keys), holders, strict=True))
+
+
+def numbered(keys: Iterable[str]) -> list[str]:
+    """Return keys that are all different: the second "key" becomes "key#2", the third "key#3"."""
+    counts: Counter[str] = Counter()
+    different: list[str] = []
+    for key in keys:
+        counts[key] += 1
+        different.append(key if counts[key] == 1 else f"{key}#{counts[key]}")
+    return different
 
 
 def _has_state(candidate: object) -> bool:

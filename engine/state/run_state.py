@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import attrs
-import ignite
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Optimizer
 
 from diptych.engine.distributed.collectives import rank, world_size
-from diptych.engine.distributed.dtensor import shard_of
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import CheckpointError
 from diptych.engine.metrics.metrics_buffer import mean_of_buffers
-from diptych.engine.modules import named_parameters
 from diptych.engine.random_state import (
     preserved_random_state,
     random_state,
@@ -26,17 +22,27 @@ from diptych.engine.random_state import (
 )
 from diptych.engine.state.handler_states import match_states, stateful_handlers
 from diptych.engine.state.module_state import clean_state_dict, load_clean_state_dict
+from diptych.engine.state.optimizer_state import (
+    add_later_groups,
+    check_class,
+    check_optimizer,
+    parameter_names,
+    sharded_as,
+)
 from diptych.engine.state.plain_state import plain_state
+from diptych.engine.state.resume_changes import ResumeChanges, WhenChanged
+from diptych.engine.state.script_changes import current_values
 
 if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """The layout of a checkpoint; it rises when an older version could not read a new one.
 
-1 named the handlers' states by class alone, 2 names them by `Handler.key`."""
+1 named the handlers' states by class alone, 2 names them by `Handler.key`; 3 holds the identity of
+the run instead of a few of its settings."""
 
 
 def run_state(trainer: Trainer) -> dict[str, Any]:
@@ -65,82 +71,107 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
         "handlers": {name: h.state_dict() for name, h in stateful_handlers(trainer).items()},
         "random": _of_all_ranks(random_state()),
         "data": _of_all_ranks(place),
-        "fingerprint": fingerprint(trainer),
+        "identity": dict(trainer.identity.values),
+        "current": current_values(trainer, trainer.identity),
     }
     return dict(plain_state(state))
 
 
-def load_run_state(trainer: Trainer, state: Mapping[str, Any]) -> None:
+def load_run_state(
+    trainer: Trainer, state: Mapping[str, Any], changes: WhenChanged = "apply"
+) -> None:
     """Restore a trainer, and everything attached to it, from a state that `run_state` returned.
 
-    Tensors may be whole or sharded, in the state and in the trainer.
+    Tensors may be whole or sharded, in the state and in the trainer. The trainer's loader is the
+    one in `trainer.state.dataloader`. A handler's state goes to the handler with the same key; it
+    is loaded before the model, so that it may add parameter groups. A handler that the saved run
+    did not have starts fresh, and a saved state whose handler is gone is dropped; both are logged.
 
-    The trainer's loader is the one in `trainer.state.dataloader`. A handler's state goes to the
-    handler with the same key. A handler that the saved run did not have starts fresh, and a saved
-    state whose handler is gone is dropped: both are logged as a warning.
+    What the script declares otherwise than the saved run did applies from here on, with a log line
+    for each change: see `ResumeChanges`.
+
+    Args:
+        trainer: the trainer to restore.
+        state: the state.
+        changes: "apply" or, to raise an error instead, "refuse".
 
     Raises:
-        CheckpointError: if the state belongs to another model, loss or optimizer, or several
-            handlers share a key and their number has changed. Nothing has been modified then.
-        ResumeError: if the loader cannot go to the position.
+        CheckpointError: if the state belongs to another model, loss or optimizer; several handlers
+            share a key and their number has changed; or the script has changed and `changes` is
+            "refuse". Nothing has been modified then.
+        ResumeError: if the loader cannot go to the position, or orders its samples otherwise inside
+            an epoch. Nothing has been modified then.
     """
-    handlers = stateful_handlers(trainer)
     _check(trainer, state)
+    place, inside = _place_of(state), bool(state["trainer"].get("epoch_iteration"))
+    found = ResumeChanges.between(state.get("identity"), trainer.identity)
+    found.check(changes, inside_epoch=inside)
+    handlers = stateful_handlers(trainer)
     states = match_states(state["handlers"], handlers, by_class=state.get("format", 0) < 2)
+    with _undone_on_error(trainer):
+        for key, handler_state in states.items():
+            handlers[key].load_state_dict(handler_state)
+        found.reapply_settings(handlers)
+        add_later_groups(trainer, state, found.groups_declared)
+        check_optimizer(trainer, state)
+        trainer.batches.try_place(trainer.state.dataloader, place, inside=inside)
     load_clean_state_dict(trainer.model, state["model"])
     load_clean_state_dict(trainer.loss, state["loss"])
-    trainer.optimizer.load_state_dict(_optimizer_state(trainer.optimizer, state["optimizer"]))
-    if trainer.scaler is not None and state["scaler"] is not None:
-        trainer.scaler.load_state_dict(state["scaler"])
-        trainer.skipped_steps.copy_(state["skipped_steps"])
-    for key, handler_state in states.items():
-        handlers[key].load_state_dict(handler_state)
+    _load_optimizer(trainer, state, found)
+    found.restore_current(trainer, state.get("current"))
     trainer.load_state_dict(state["trainer"])
     trainer.metrics.load_state_dict(_metrics_of_this_rank(state["metrics"]))
     trainer.state.metrics.update(state["last_metrics"])
-    _restore_data(trainer, state)
-    set_random_state(state["random"][min(rank(), len(state["random"]) - 1)])
-    if rank() == 0:
-        _log_handlers(states, handlers, state["handlers"])
-        _log_differences(state["fingerprint"], fingerprint(trainer))
-
-
-def _restore_data(trainer: Trainer, state: Mapping[str, Any]) -> None:
-    inside, places = bool(trainer.epoch_iteration), state["data"]
     if inside or trainer.state.dataloader is not None:
         trainer.batches.switch(trainer.state.dataloader)
-        place = places[rank()] if len(places) == world_size() else places[0]
         trainer.batches.restore_place(place, inside=inside)
+    set_random_state(state["random"][min(rank(), len(state["random"]) - 1)])
+    if rank() == 0:
+        found.log(fresh=set(handlers) - set(states), missing=_missing(state["handlers"], states))
 
 
-def _optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an optimizer's saved state with tensors sharded as its parameters are."""
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    own = {
-        index: {
-            key: shard_of(value, held[index])
-            if isinstance(value, Tensor) and value.shape == held[index].shape
-            else value
-            for key, value in values.items()
-        }
-        for index, values in state["state"].items()
-    }
-    return {**state, "state": own}
+def _place_of(state: Mapping[str, Any]) -> Any:
+    places = state["data"]
+    return places[rank()] if len(places) == world_size() else places[0]
 
 
-def fingerprint(trainer: Trainer) -> dict[str, Any]:
-    """Return settings, versions and the optimizer's class, as strings and numbers."""
-    settings = {
-        k: v if isinstance(v, (int, float, bool, str)) or v is None else str(v)
-        for k, v in attrs.asdict(trainer.settings).items()
-    }
-    versions = {"torch": str(torch.__version__), "ignite": str(ignite.__version__)}
-    return {
-        "settings": settings,
-        "versions": versions,
-        "optimizer": type(trainer.optimizer).__name__,
-        "ranks": world_size(),
-    }
+@contextmanager
+def _undone_on_error(trainer: Trainer) -> Iterator[None]:
+    """If the context raises, undo what handlers' states have changed."""
+    handlers = stateful_handlers(trainer)
+    before = {key: copy.deepcopy(handler.state_dict()) for key, handler in handlers.items()}
+    parameters = [*trainer.model.parameters(), *trainer.loss.parameters()]
+    trainable = [parameter.requires_grad for parameter in parameters]
+    groups, loader, task = [*trainer.optimizer.param_groups], trainer.state.dataloader, trainer.task
+    options = [dict(group) for group in groups]
+    try:
+        yield
+    except BaseException:
+        for key, handler_state in before.items():
+            handlers[key].load_state_dict(handler_state)
+        trainer.optimizer.param_groups[:] = groups
+        for group, own in zip(groups, options, strict=True):
+            group.clear()
+            group.update(own)
+        for parameter, flag in zip(parameters, trainable, strict=True):
+            parameter.requires_grad_(flag)
+        trainer.state.dataloader, trainer.task = loader, task
+        raise
+
+
+def _load_optimizer(trainer: Trainer, state: Mapping[str, Any], found: ResumeChanges) -> None:
+    saved = sharded_as(trainer.optimizer, state["optimizer"])
+    groups = found.groups_with_changes(trainer.optimizer, saved["param_groups"])
+    trainer.optimizer.load_state_dict({**saved, "param_groups": groups})
+    if trainer.scaler is not None and state["scaler"] is not None:
+        trainer.scaler.load_state_dict(state["scaler"])
+        trainer.skipped_steps.copy_(state["skipped_steps"])
+
+
+def _missing(saved: Mapping[str, Any], matched: Mapping[str, Any]) -> set[str]:
+    """Return the names of saved states that no handler takes."""
+    taken = {id(state) for state in matched.values()}
+    return {name for name, state in saved.items() if id(state) not in taken}
 
 
 def _check(trainer: Trainer, state: Mapping[str, Any]) -> None:
@@ -151,77 +182,7 @@ def _check(trainer: Trainer, state: Mapping[str, Any]) -> None:
         )
     for part, module in (("model", trainer.model), ("loss", trainer.loss)):
         _check_keys(part, state[part], clean_state_dict(module))
-    _check_optimizer(trainer, state)
-
-
-def _log_handlers(
-    matched: Mapping[str, Any], here: Collection[str], saved: Mapping[str, Any]
-) -> None:
-    """Log which handlers start without a saved state, and which saved states nobody takes."""
-    fresh = sorted(set(here) - set(matched))
-    taken = {id(state) for state in matched.values()}
-    missing = sorted(name for name, state in saved.items() if id(state) not in taken)
-    if fresh:
-        logger.warning("The checkpoint has no state of %s; they start fresh.", ", ".join(fresh))
-    if missing:
-        logger.warning(
-            "The checkpoint has states of handlers that are not attached, which are ignored: %s.",
-            ", ".join(missing),
-        )
-
-
-def _log_differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Log each setting and version that differs from the saved run's."""
-    before, now = _flat(saved), _flat(here)
-    for key in sorted(before.keys() & now.keys()):
-        if before[key] != now[key]:
-            logger.warning(
-                "%s was %s when the run was saved, and is %s.", key, before[key], now[key]
-            )
-
-
-def _flat(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    return {**fingerprint, **fingerprint["settings"], **fingerprint["versions"]} | {
-        "settings": None,
-        "versions": None,
-    }
-
-
-def parameter_names(trainer: Trainer) -> list[list[str]]:
-    """Return the names of the optimizer's parameters by group; "" if in neither module."""
-    named = named_parameters(trainer.model, trainer.loss)
-    names = {id(parameter): name for name, parameter in named.items()}
-    groups = trainer.optimizer.param_groups
-    return [[names.get(id(p), "") for p in group["params"]] for group in groups]
-
-
-def _check_optimizer(trainer: Trainer, state: Mapping[str, Any]) -> None:
-    """Check that a saved optimizer state fits: class, group sizes, order of parameters.
-
-    The optimizer itself would notice a misfit too late, or not at all.
-    """
-    optimizer = trainer.optimizer
-    here, saved = type(optimizer).__name__, state["fingerprint"].get("optimizer")
-    if saved not in {None, here}:
-        raise CheckpointError(f"optimizer must be the checkpoint's {saved}, got {here}")
-    groups = [
-        [len(group["params"]) for group in held["param_groups"]]
-        for held in (state["optimizer"], optimizer.state_dict())
-    ]
-    if groups[0] != groups[1]:
-        raise CheckpointError(
-            f"optimizer must have the checkpoint's groups, of {groups[0]} parameters, got "
-            f"{groups[1]}"
-        )
-    held = parameter_names(trainer)
-    for number, (there, own) in enumerate(zip(state.get("parameters", held), held, strict=True)):
-        other = next((pair for pair in zip(there, own, strict=True) if pair[0] != pair[1]), None)
-        if other is not None:
-            raise CheckpointError(
-                "optimizer must hold its parameters in the checkpoint's order: in group "
-                f"{number} the checkpoint has {other[0]}, got {other[1]}. Build the optimizer with "
-                "its parameters in the order of the saved run"
-            )
+    check_class(trainer.optimizer, state)
 
 
 def _check_keys(part: str, saved: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> None:
@@ -238,7 +199,10 @@ def _check_keys(part: str, saved: Mapping[str, Tensor], here: Mapping[str, Tenso
         if keys
     ]
     if told:
-        raise CheckpointError(f"{part} must match the checkpoint, which {'; which '.join(told)}")
+        raise CheckpointError(
+            f"{part} must match the checkpoint, which {'; which '.join(told)}. To start a new run "
+            "from the weights that fit, use load_weights"
+        )
 
 
 @waits_at("collecting the ranks' metrics for a checkpoint")

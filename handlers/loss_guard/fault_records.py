@@ -20,7 +20,6 @@ from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.distributed.dtensor import full_state
 from diptych.engine.errors import CheckpointError
 from diptych.engine.state.module_state import clean_state_dict, load_clean_state_dict
-from diptych.engine.state.run_state import fingerprint
 from diptych.engine.trainer import Trainer
 from diptych.handlers.files import make_folder, write_atomically
 
@@ -47,7 +46,7 @@ def update_state(trainer: Trainer) -> dict[str, Any]:
         "epoch": trainer.state.epoch,
         "rank": rank(),
         "ranks": world_size(),
-        "fingerprint": fingerprint(trainer),
+        "settings": dict(trainer.identity.values["trainer"]),
         "trained": {
             part: [n for n, p in module.named_parameters() if p.requires_grad]
             for part, module in _parts(trainer).items()

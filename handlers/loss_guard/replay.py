@@ -18,7 +18,6 @@ from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.errors import CheckpointError
 from diptych.engine.events import StepEvents
 from diptych.engine.random_state import preserved_random_state, set_random_state
-from diptych.engine.state.run_state import fingerprint
 from diptych.engine.trainer import Trainer
 from diptych.handlers.loss_guard.fault_records import load_update_state, read_record, record_path
 from diptych.handlers.optimization.gradient_norms import shared_norms
@@ -82,8 +81,8 @@ def replay(path: Path | str, factory: Callable[[], Any]) -> Replay:
         trainer = _built(factory)
         load_update_state(trainer, of_first)
         reproduced = _update(trainer, own)
-    then, now = own["fingerprint"]["settings"], fingerprint(trainer)["settings"]
-    settings = {k: (then.get(k), now[k]) for k in now if then.get(k) != now[k]}
+    then, now = own.get("settings", {}), trainer.identity.values["trainer"]
+    settings = {k: (then.get(k), now[k]) for k in now if then.get(k, now[k]) != now[k]}
     return Replay(
         {k: v for k, v in own.items() if k not in {"model", "loss"}}, reproduced, settings
     )

@@ -89,6 +89,13 @@ def identical(first: Any, second: Any) -> bool:
     return first.equal(second) if isinstance(first, Tensor) else first == second
 
 
+def progress(trainer: Trainer) -> dict[str, Any]:
+    """Return the state of a run without its script, whose functions at events differ here."""
+    state = run_state(trainer)
+    del state["identity"]["functions"]
+    return state
+
+
 @pytest.mark.parametrize("at", [1, 3, 4, 7])
 def test_a_run_goes_on_from_any_safe_point_as_if_nothing_had_happened(at: int):
     whole, loader, records = made()
@@ -103,7 +110,7 @@ def test_a_run_goes_on_from_any_safe_point_as_if_nothing_had_happened(at: int):
     resumed.add_event_handler(RunEvents.RESTORE, lambda: load_run_state(resumed, state))
     torch.rand(7)  # another process has drawn other numbers
     resumed.run(again, max_epochs=3)
-    assert identical(run_state(resumed), run_state(whole))
+    assert identical(progress(resumed), progress(whole))
     assert [*before, *later] == records
     assert resumed.handlers[0].steps == 12
 
@@ -240,7 +247,7 @@ def test_an_optimizer_with_its_parameters_in_another_order_is_refused():
 
 def test_a_state_of_a_newer_format_is_refused():
     trainer = trainer_of()
-    with pytest.raises(CheckpointError, match=r"format must be at most 2 .*got 999"):
+    with pytest.raises(CheckpointError, match=r"format must be at most 3 .*got 999"):
         load_run_state(trainer, {**run_state(trainer), "format": 999})
 
 

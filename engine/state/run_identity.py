@@ -1,0 +1,249 @@
+"""The identity of a run: everything in the script that decides its result, as plain data."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+import ignite
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import BatchSampler
+
+from diptych.engine.data.loader_contract import length_of
+from diptych.engine.distributed.collectives import world_size
+from diptych.engine.distributed.dtensor import is_sharded
+from diptych.engine.handler import Handler, contract_of
+from diptych.engine.modules import named_parameters, unwrapped
+from diptych.engine.state.description import (
+    Describer,
+    class_name,
+    finite,
+    plain_attributes,
+    settings_of,
+)
+from diptych.engine.state.handler_states import attached, numbered
+from diptych.engine.state.run_parts import RunParts
+
+ORDER = ("class", "batch_size", "seed", "shuffle", "drop_last", "samples", "sampler", "count")
+"""The settings of a loader that determine the order of its samples."""
+
+BY_RANK = ("rank", "num_replicas", "num_samples", "total_size", "epoch")
+"""Attributes of a distributed sampler that another number of ranks, or another epoch, changes."""
+
+
+@attrs.frozen
+class RunIdentity:
+    """The script's side of a run: what decides its result, apart from the progress.
+
+    Two runs with equal identities on equal machines, from equal data, have equal results. Handlers
+    that only report are left out.
+
+    Attributes:
+        values: nested dictionaries of plain values: `trainer` (settings), `task`, `transform`,
+            `step`, `modules` (class and plain attributes of each module), `initial` (initial values
+            of the loss's scalar parameters), `requires_grad`, `training`, `optimizer`, `handlers`
+            (settings by key) and their `order`, `functions` at events, `loader`, `versions`,
+            `ranks`.
+        not_compared: the values that have no description, with their types.
+    """
+
+    values: Mapping[str, Any]
+    not_compared: Mapping[str, str] = attrs.field(factory=dict)
+
+    @classmethod
+    def of(cls, trainer: RunParts) -> RunIdentity:
+        """Describe a trainer as it is now."""
+        describer = Describer()
+        parts = {
+            "trainer": {**attrs.asdict(trainer.settings), "device": trainer.device.type},
+            "task": trainer.task,
+            "transform": trainer.transform,
+            "step": trainer.step,
+        }
+        values = {
+            **{name: describer.describe(part, name) for name, part in parts.items()},
+            "modules": {path: module_settings(part) for path, part in modules_of(trainer).items()},
+            "initial": dict(_initial_scalars(trainer.loss)),
+            "requires_grad": requires_grad_of(trainer),
+            "training": training_of(trainer),
+            "optimizer": optimizer_settings(trainer.optimizer),
+            **_handlers(trainer, describer),
+            "loader": loader_settings(trainer.state.dataloader, describer),
+            "versions": {
+                "torch": str(torch.__version__),
+                "ignite": str(ignite.__version__),
+                "python": platform.python_version(),
+            },
+            "ranks": world_size(),
+        }
+        return cls(values, describer.not_compared)
+
+    def continued(self, earlier: RunIdentity) -> RunIdentity:
+        """Return this identity with what was declared when the trainer first ran.
+
+        While a run goes on, handlers and functions change rates, modes, attributes and their own:
+        of these, only parts that are new are taken from this identity.
+        """
+        values = dict(self.values)
+        for name in ("modules", "initial", "requires_grad", "training", "optimizer"):
+            values[name] = earlier.values[name]
+        for name in ("handlers", "functions"):
+            values[name] = {
+                key: earlier.values[name].get(key, own) for key, own in values[name].items()
+            }
+        for name in ("task", "transform", "step"):
+            values[name] = earlier.values[name]
+        return RunIdentity(values, self.not_compared)
+
+    def flat(self) -> dict[str, Any]:
+        """Return the values by dotted name."""
+        return dict(_flat(self.values))
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _flat(item, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, list(value) if isinstance(value, tuple) else value
+
+
+# -- the parts -----------------------------------------------------------------------------------
+
+
+def modules_of(trainer: RunParts) -> dict[str, nn.Module]:
+    """Return the modules of model and loss by path, without wrappers: "model.0", "loss"."""
+    found: dict[str, nn.Module] = {}
+    for root, module in (("model", trainer.model), ("loss", trainer.loss)):
+        for path, part in unwrapped(module).named_modules(remove_duplicate=False):
+            names = [name for name in path.split(".") if name and name != "_orig_mod"]
+            found[".".join([root, *names])] = part
+    return found
+
+
+def module_settings(module: nn.Module) -> dict[str, Any]:
+    """Return class and public plain attributes of a module, without its parts."""
+    plain = {name: _listed(value) for name, value in plain_attributes(module).items()}
+    return {"class": class_name(type(module)), **plain}
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(item) for item in value] if isinstance(value, tuple) else finite(value)
+
+
+def requires_grad_of(trainer: RunParts) -> dict[str, bool]:
+    """Return whether each parameter of model and loss is trainable, by name."""
+    named = named_parameters(trainer.model, trainer.loss)
+    return {name: parameter.requires_grad for name, parameter in named.items()}
+
+
+def training_of(trainer: RunParts) -> dict[str, bool]:
+    """Return whether each module of model and loss is in training mode, by path.
+
+    The trainer itself puts the two roots into training mode.
+    """
+    roots = ("model", "loss")
+    return {p: part.training for p, part in modules_of(trainer).items() if p not in roots}
+
+
+def _initial_scalars(loss: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, parameter in unwrapped(loss).named_parameters():
+        if parameter.numel() == 1 and not is_sharded(parameter):
+            yield name, finite(parameter.detach().item())
+
+
+def optimizer_settings(optimizer: Optimizer) -> dict[str, Any]:
+    """Return class and groups of an optimizer: the options of each, and its number of parameters.
+
+    The groups are named by their "name", else by their numbers.
+    """
+    groups = {}
+    for number, group in enumerate(optimizer.param_groups):
+        options = {key: value for key, value in group.items() if key not in {"params", "name"}}
+        groups[str(group.get("name", number))] = {
+            **{key: option_value(value) for key, value in options.items()},
+            "parameters": len(group["params"]),
+        }
+    return {"class": class_name(type(optimizer)), "groups": groups}
+
+
+def option_value(value: Any) -> Any:
+    """Return an option of a parameter group as a plain value."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, (list, tuple)):
+        return [option_value(item) for item in value]
+    return finite(value) if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+
+
+def _handlers(trainer: RunParts, describer: Describer) -> dict[str, Any]:
+    """Return the settings of handlers that may change the run, their order, and the functions.
+
+    A handler of another library declares nothing; it counts as one that may change the run.
+    """
+    functions: dict[str, Any] = {}
+    owners: list[Any] = []
+    listeners = {id(listener.owner): listener for listener in trainer.listeners}
+    for owner in attached(trainer):
+        reports_only = isinstance(owner, Handler) and not owner.changes
+        if callable(owner) and not hasattr(owner, "attach") and id(owner) in listeners:
+            listener = listeners[id(owner)]
+            name = f"{listener.event} {listener.name}"
+            functions[name] = describer.describe(owner, f"functions.{name}")
+        elif not reports_only:
+            owners.append(owner)
+    keyed = numbered(contract_of(owner).key for owner in owners)
+    settings = {
+        key: {
+            "class": class_name(type(owner)),
+            **{
+                name: describer.describe(value, f"handlers.{key}.{name}")
+                for name, value in (settings_of(owner)[0] or {}).items()
+            },
+        }
+        for key, owner in zip(keyed, owners, strict=True)
+    }
+    return {"handlers": settings, "order": list(settings), "functions": functions}
+
+
+def loader_settings(loader: Any, describer: Describer) -> dict[str, Any]:
+    """Return class, length and settings of a loader; those in `ORDER` determine its order."""
+    if loader is None:
+        return {}
+    found: dict[str, Any] = {"class": class_name(type(loader)), "length": length_of(loader)}
+    for name in ("batch_size", "seed", "shuffle", "drop_last", "count"):
+        value = getattr(loader, name, None)
+        if isinstance(value, (bool, int)):
+            found[name] = value
+    data_set, inner = getattr(loader, "dataset", None), getattr(loader, "loader", None)
+    if data_set is not None:
+        found["samples"] = length_of(data_set)
+        found["dataset"] = describer.describe(data_set, "loader.dataset")
+    if inner is not None:
+        found["loader"] = loader_settings(inner, describer)
+    sampler = _sampler_of(loader)
+    if sampler is not None:
+        found["sampler"] = {
+            "class": class_name(type(sampler)),
+            **{k: _listed(v) for k, v in plain_attributes(sampler).items() if k not in BY_RANK},
+        }
+    collate = getattr(loader, "collate_fn", None)
+    if collate is not None:
+        found["collate"] = describer.describe(collate, "loader.collate")
+    return found
+
+
+def _sampler_of(loader: Any) -> Any:
+    """Return the object that orders the samples of a torch loader; None for other loaders."""
+    batches = getattr(loader, "batch_sampler", None)
+    own = batches is not None and type(batches) is not BatchSampler
+    return batches if own else getattr(loader, "sampler", None)
+
+
+def order_settings(loader: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a loader's settings that determine the order of its samples."""
+    return {name: loader[name] for name in ORDER if name in loader}

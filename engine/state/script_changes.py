@@ -1,0 +1,131 @@
+"""The values that script and progress both own: rates, modes and attributes, then and now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from diptych.engine.modules import named_parameters
+from diptych.engine.state.run_identity import (
+    RunIdentity,
+    module_settings,
+    modules_of,
+    requires_grad_of,
+    training_of,
+)
+from diptych.engine.state.run_parts import RunParts
+
+RATES = ("lr", "initial_lr")
+
+
+def current_values(trainer: RunParts, declared: RunIdentity) -> dict[str, Any]:
+    """Return the modes and module attributes that are no longer as declared.
+
+    Returns:
+        `requires_grad` by parameter, `training` by module, and `attributes` by module and name.
+    """
+    values = declared.values
+    there = values["modules"]
+    attributes = {
+        path: {k: v for k, v in module_settings(part).items() if there[path].get(k, v) != v}
+        for path, part in modules_of(trainer).items()
+        if path in there
+    }
+    return {
+        "requires_grad": _changed(requires_grad_of(trainer), values["requires_grad"]),
+        "training": _changed(training_of(trainer), values["training"]),
+        "attributes": {path: found for path, found in attributes.items() if found},
+    }
+
+
+def _changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in now.items() if before.get(name, value) != value}
+
+
+def restore_current(
+    trainer: RunParts, current: Mapping[str, Any], saved: RunIdentity, here: RunIdentity
+) -> None:
+    """Give modes and attributes their saved values where the script declares the same as then."""
+    named = named_parameters(trainer.model, trainer.loss)
+    for name in _unchanged("requires_grad", saved, here):
+        wanted = current["requires_grad"].get(name, saved.values["requires_grad"][name])
+        if name in named and named[name].requires_grad != wanted:
+            named[name].requires_grad_(wanted)
+    modules = modules_of(trainer)
+    for path in _unchanged("training", saved, here):
+        if path in modules:
+            wanted = current["training"].get(path, saved.values["training"][path])
+            modules[path].training = wanted
+    for path, found in current["attributes"].items():
+        there, own = (one.values["modules"].get(path, {}) for one in (saved, here))
+        for name, value in found.items():
+            if name != "class" and path in modules and there.get(name) == own.get(name):
+                setattr(modules[path], name, _as_tuple(value))
+
+
+def _unchanged(section: str, saved: RunIdentity, here: RunIdentity) -> list[str]:
+    there, own = saved.values[section], here.values[section]
+    return [name for name in there if name in own and there[name] == own[name]]
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
+
+
+# -- the optimizer's groups -----------------------------------------------------------------------
+
+
+def apply_script(
+    optimizer: Optimizer,
+    groups: Sequence[Mapping[str, Any]],
+    saved: RunIdentity,
+    here: RunIdentity,
+) -> list[dict[str, Any]]:
+    """Return saved groups with the options that the script has changed.
+
+    An option that the script declares as it did keeps its saved value. A rate that it declares
+    otherwise is scaled by new / old, so that a schedule without a formula continues. If the script
+    has no schedule any more, its rate applies.
+
+    Args:
+        optimizer: of this run; its groups correspond to the saved ones.
+        groups: of the saved optimizer state.
+        saved: the identity of the saved run.
+        here: that of this run.
+    """
+    there, own = ([*one.values["optimizer"]["groups"].values()] for one in (saved, here))
+    merged = [dict(group) for group in groups]
+    for new, live, before, now in zip(merged, optimizer.param_groups, there, own, strict=False):
+        for name in live.keys() - {"params", *RATES}:
+            if name not in new or before.get(name) != now.get(name):
+                new[name] = live[name]
+        _set_rates(new, live, before, now)
+    return merged
+
+
+def _set_rates(
+    new: dict[str, Any], live: Mapping[str, Any], before: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
+    """Set the rate of a group, and `initial_lr`, the rate that a schedule multiplies."""
+    scheduled_then, scheduled_now = "initial_lr" in before, "initial_lr" in now
+    if scheduled_now:
+        name = "initial_lr" if scheduled_then else "lr"
+        if before.get(name) != now["initial_lr"]:
+            new["lr"] = _scaled(new["lr"], before.get(name), now["initial_lr"])
+        if not scheduled_then or before["initial_lr"] != now["initial_lr"]:
+            new["initial_lr"] = live["initial_lr"]
+    elif scheduled_then:
+        new.pop("initial_lr", None)
+        new["lr"] = live["lr"]
+    elif before.get("lr") != now.get("lr"):
+        new["lr"] = _scaled(new["lr"], before.get("lr"), now.get("lr"))
+
+
+def _scaled(rate: Any, before: Any, now: Any) -> Any:
+    value = float(rate)
+    scaled = now if not before or value == before else value * (now / before)
+    return torch.full_like(rate, scaled) if isinstance(rate, Tensor) else scaled
