@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ignite.engine import Events
 from torch import nn
 
 from diptych.engine import StepEvents, Trainer, tasks
+from diptych.engine.state.run_state import load_run_state
+from diptych.handlers.checkpointing.checkpoint_manager import CheckpointManager
 from diptych.handlers.optimization.schedules import LearningRate
 
 
@@ -161,3 +165,151 @@ def test_a_second_schedule_is_refused():
 def test_an_argument_out_of_range_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         LearningRate(**arguments)
+
+
+def messages(caplog: pytest.LogCaptureFixture, word: str) -> list[str]:
+    return [record.getMessage() for record in caplog.records if word in record.getMessage()]
+
+
+def cosine(iteration: int, total: int, warmup: int = 0) -> float:
+    if iteration <= warmup:
+        return iteration / warmup
+    done = min(1.0, (iteration - 1 - warmup) / (total - warmup))
+    return (1 + math.cos(math.pi * done)) / 2
+
+
+def managed(folder: Path, schedule: LearningRate | None, lr: float = 0.1) -> Trainer:
+    trainer = make_trainer(lr=lr)
+    return trainer.attach(*([] if schedule is None else [schedule]), CheckpointManager(folder))
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_finished_schedule_stays_at_its_final_rate_when_the_run_is_extended(
+    resumed, tmp_path, caplog
+):
+    trainer = managed(tmp_path, LearningRate(warmup=2, floor=0.2))
+    rates = note_rates(trainer)
+    trainer.run(make_loader(), max_epochs=2)
+    if resumed:
+        trainer = managed(tmp_path, LearningRate(warmup=2, floor=0.2))
+        rates += (later := note_rates(trainer))
+    trainer.run(make_loader(), max_epochs=3)
+    rates += later if resumed else []
+    expected = [
+        0.1 * (0.2 + 0.8 * cosine(t, 10, 2)) if t > 2 else 0.1 * t / 2 for t in range(1, 16)
+    ]
+    assert [rate for (rate,) in rates] == pytest.approx(expected, abs=1e-12)
+    (said,) = messages(caplog, "fixed when the run first started")
+    assert "has 10 iterations" in said
+    assert "now has 15" in said
+    assert "total=15" in said
+
+
+def test_an_explicit_total_extends_a_schedule_on_resume(tmp_path, caplog):
+    managed(tmp_path, LearningRate(warmup=0)).run(make_loader(), max_epochs=2)
+    trainer = managed(tmp_path, LearningRate(warmup=0, total=20))
+    rates = note_rates(trainer)
+    trainer.run(make_loader(), max_epochs=4)
+    expected = [0.1 * cosine(t, 20) for t in range(11, 21)]
+    assert [rate for (rate,) in rates] == pytest.approx(expected, abs=1e-12)
+    assert not messages(caplog, "fixed when the run first started")
+
+
+def test_a_schedule_interrupted_inside_keeps_its_length_whatever_the_new_limit(tmp_path):
+    first = managed(tmp_path, LearningRate(warmup=0))
+    first.add_event_handler(Events.EPOCH_COMPLETED(once=1), lambda t: t.terminate())
+    first.run(make_loader(), max_epochs=2)
+    second = managed(tmp_path, LearningRate(warmup=0))
+    rates = note_rates(second)
+    second.run(make_loader(), max_epochs=4)
+    expected = [0.1 * cosine(t, 10) for t in range(6, 21)]
+    assert [rate for (rate,) in rates] == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_checkpoint_without_a_length_takes_that_of_the_saved_run(tmp_path, caplog):
+    caplog.set_level("INFO")
+    managed(tmp_path, LearningRate(warmup=0)).run(make_loader(), max_epochs=2)
+    (path,) = tmp_path.glob("checkpoint_epoch_2*")
+    state = torch.load(path, weights_only=True)
+    del state["handlers"]["LearningRate"]
+    trainer = make_trainer().attach(LearningRate(warmup=0))
+    load_run_state(trainer, state)
+    rates = note_rates(trainer)
+    trainer.run(make_loader(), max_epochs=3)
+    assert [rate for (rate,) in rates] == pytest.approx([0.0] * 5, abs=1e-12)
+    (said,) = messages(caplog, "no length of the schedule")
+    assert "10 iterations" in said
+
+
+def test_a_schedule_that_the_saved_run_did_not_have_extends_over_the_resumed_run(tmp_path):
+    managed(tmp_path, None).run(make_loader(), max_epochs=2)
+    trainer = managed(tmp_path, LearningRate(warmup=0))
+    rates = note_rates(trainer)
+    trainer.run(make_loader(), max_epochs=4)
+    expected = [0.1 * cosine(t, 20) for t in range(11, 21)]
+    assert [rate for (rate,) in rates] == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_run_that_starts_over_has_a_new_length():
+    trainer = make_trainer().attach(LearningRate(warmup=0))
+    trainer.run(make_loader(), max_epochs=1)
+    rates = note_rates(trainer)
+    trainer.state.max_epochs = None
+    trainer.run(make_loader(), max_epochs=2)
+    expected = [0.1 * cosine(t, 10) for t in range(1, 11)]
+    assert [rate for (rate,) in rates] == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_length_that_changes_during_the_run_does_not_change_the_schedule():
+    loader = make_loader(4)
+    trainer = make_trainer().attach(LearningRate(warmup=0, decay="linear"))
+    rates = note_rates(trainer)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED(once=1), lambda: loader.extend(make_loader(2)))
+    trainer.run(loader, max_epochs=2)
+    expected = [0.1 * max(0, 1 - t / 8) for t in range(10)]
+    assert [rate for (rate,) in rates] == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_second_trainer_on_a_used_optimizer_starts_from_its_rate(caplog):
+    first = make_trainer().attach(LearningRate(warmup=0, floor=0.5))
+    first.run(make_loader(), max_epochs=1)
+    (group,) = first.optimizer.param_groups
+    group["lr"] = 0.02
+    second = first.replica([LearningRate(warmup=0, decay="constant")])
+    rates = note_rates(second)
+    second.run(make_loader(), max_epochs=1)
+    assert rates == [[0.02]] * 5
+    (said,) = messages(caplog, "starts from its current rate")
+    assert "0.02" in said
+    assert "0.1" in said
+
+
+def test_a_state_loaded_by_hand_before_attaching_continues_the_schedule():
+    first = make_trainer().attach(LearningRate(warmup=0, total=10))
+    first.run(make_loader(), max_epochs=1)
+    second = make_trainer(lr=77.0)
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.attach(LearningRate(warmup=0, total=10))
+    second.load_state_dict(first.state_dict())
+    rates = note_rates(second)
+    second.run(make_loader(), max_epochs=2)
+    expected = [0.1 * cosine(t, 10) for t in range(6, 11)]
+    assert [rate for (rate,) in rates] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("rate", [0.4, torch.tensor(0.4)])
+def test_a_group_added_during_the_run_follows_the_schedule_from_its_own_rate(rate):
+    trainer = make_trainer({"lr": 0.1})
+    extra = nn.Parameter(torch.zeros(1))
+    trainer.model.register_parameter("extra", extra)
+    rates = note_rates(trainer)
+    trainer.attach(LearningRate(warmup=0, decay="linear"))
+    trainer.add_event_handler(
+        Events.EPOCH_STARTED(once=2),
+        lambda t: t.optimizer.add_param_group({"params": [extra], "lr": rate, "name": "late"}),
+    )
+    trainer.run(make_loader(2), max_epochs=2)
+    shares = [1, 0.75, 0.5, 0.25]
+    assert rates[:2] == [pytest.approx([0.1 * share]) for share in shares[:2]]
+    assert rates[2:] == [pytest.approx([0.1 * share, 0.4 * share]) for share in shares[2:]]
+    assert trainer.metrics.record.values["train/learning_rate/late"] == pytest.approx(0.1)
