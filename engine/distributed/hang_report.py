@@ -163,6 +163,11 @@ def failures_published() -> Iterator[None]:
         raise
 
 
+def numbered(ranks: list[int]) -> str:
+    """Return ranks as the subject of a sentence: "rank 1", "each of ranks 1, 2"."""
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"each of ranks {', '.join(map(str, ranks))}"
+
+
 def _reason(place: str, *, closed: bool) -> str:
     """Return what became of the other ranks, as far as they have published it."""
     found = _published_by_others(f"waits at: {place}")
@@ -173,7 +178,7 @@ def _reason(place: str, *, closed: bool) -> str:
     if silent and not failed:
         ended = "has ended" if closed else "hangs, is slower than the timeout"
         parts.append(
-            f"{_numbered(silent)} did not reach this collective: it {ended}, or ran another code "
+            f"{numbered(silent)} did not reach this collective: it {ended}, or ran another code "
             "path"
         )
     return _listed(
@@ -223,10 +228,6 @@ def _store() -> Any:
 
 def _key(index: int) -> str:
     return f"diptych/waiting/{index}"
-
-
-def _numbered(ranks: list[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"each of ranks {', '.join(map(str, ranks))}"
 
 
 def _listed(parts: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import sys
 import time
@@ -16,13 +17,34 @@ from ignite import distributed as idist
 
 from diptych.engine.distributed.hang_monitor import hangs_logged
 from diptych.engine.distributed.hang_report import failures_published, is_of_a_collective
+from diptych.engine.distributed.meeting import METHOD, register_meeting
 from diptych.engine.errors import LostRankError
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(minutes=10)
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
 """The variables that torchrun sets, all of them."""
 VARIABLES = (*TORCHRUN[:-1], "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_NODELIST")
 """The variables that an error names."""
+NUMBERS = {
+    "WORLD_SIZE": 1,
+    "RANK": 0,
+    "LOCAL_RANK": 0,
+    "MASTER_PORT": 0,
+    "SLURM_NTASKS": 1,
+    "SLURM_PROCID": 0,
+    "SLURM_LOCALID": 0,
+}
+"""The variables that must be numbers, and the least value of each."""
+UNCONNECTED = (
+    "connectFullMesh",
+    "Connect timeout",
+    "Connection refused",
+    "Connection reset",
+    "Connection closed by peer",
+)
+"""Parts of the messages of backends whose ranks could not connect."""
 
 
 @contextmanager
@@ -72,6 +94,18 @@ def process_group(*, backend: str | None = None, timeout: timedelta = TIMEOUT) -
 
 
 def _ranks_of_the_job() -> int:
+    """Return the number of ranks that the launcher has set; 1 without a launcher.
+
+    Raises:
+        ValueError: if a variable of the launcher has a value that it cannot have.
+    """
+    for name, least in NUMBERS.items():
+        value = os.environ.get(name)
+        if value is not None and not (value.strip().isdecimal() and int(value) >= least):
+            raise ValueError(
+                f"{name} must be a whole number >= {least}, got {value!r}. The launcher (torchrun, "
+                f"srun) sets it; for a run of one process, unset it"
+            )
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     return int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_PROCID" in os.environ else 1
@@ -80,27 +114,73 @@ def _ranks_of_the_job() -> int:
 def _join(backend: str, timeout: timedelta) -> None:
     """Initialize the process group with the other ranks.
 
+    If the ranks meet and cannot connect, they meet again as long as the timeout allows.
+
     Raises:
-        LostRankError: if some of them do not come.
+        LostRankError: if some of them do not come, or the connection fails.
     """
     if backend == "nccl" and torch.__version__ < "2.9":  # later versions set it themselves
         # Its watchdog then names the call of a collective that has timed out.
         os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
-    given = {name: os.environ[name] for name in VARIABLES if name in os.environ}  # Ignite adds more
-    ranks, since = _ranks_of_the_job(), time.monotonic()
+    since, seconds = time.monotonic(), 0.0
+    register_meeting()
+    error = _attempt(backend, timeout)
+    while error is not None:
+        seconds = time.monotonic() - since
+        if not _could_connect_later(error) or seconds >= timeout.total_seconds():
+            raise LostRankError(_unmet(error, seconds)) from error
+        logger.warning("The ranks met and could not connect; they meet again. %s", error)
+        error = _attempt(backend, timeout)
+
+
+def _attempt(backend: str, timeout: timedelta) -> RuntimeError | None:
+    """Initialize the process group; return the error if the other ranks are its cause."""
+    environment = dict(os.environ)
     try:
         with _torchrun_before_slurm():
-            idist.initialize(backend, timeout=timeout)
+            idist.initialize(backend, timeout=timeout, init_method=METHOD)
     except RuntimeError as error:
-        if not is_of_a_collective(error):
+        if not isinstance(error, LostRankError) and not is_of_a_collective(error):
             raise
-        raise LostRankError(
-            f"a rank waited {time.monotonic() - since:.1f} s for all {ranks} ranks "
-            f"of the job to meet, and they did not come. The environment holds "
-            f"{', '.join(f'{name}={value}' for name, value in given.items())}. Start every "
-            "rank (srun, torchrun), or, for a run of one process, unset "
-            f"{'WORLD_SIZE' if 'WORLD_SIZE' in given else 'SLURM_PROCID'}."
-        ) from error
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        os.environ.clear()  # Ignite has added variables
+        os.environ.update(environment)
+        return error
+    return None
+
+
+def _could_connect_later(error: RuntimeError) -> bool:
+    """Say whether the ranks had met before this error, and may connect in another attempt."""
+    return _had_met(error) and any(mark in str(error) for mark in UNCONNECTED)
+
+
+def _had_met(error: RuntimeError) -> bool:
+    return not isinstance(error, (LostRankError, dist.DistNetworkError, dist.DistStoreError))
+
+
+def _unmet(error: RuntimeError, seconds: float) -> str:
+    """Return the message of a rank whose process group could not be initialized.
+
+    Args:
+        error: the error of the last attempt.
+        seconds: the time that the rank has waited.
+    """
+    given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    own = given.get("RANK", given.get("SLURM_PROCID"))
+    cause = str(error).strip().splitlines()[0].rstrip(".")
+    text = f"rank {own} waited {seconds:.1f} s for all {_ranks_of_the_job()} ranks of the job to"
+    if _had_met(error):
+        return (
+            f"{text} connect. They had met, and the connection between them failed: {cause}. Look "
+            "for the error of a rank that has ended, and check that the nodes reach each other."
+        )
+    return (
+        f"{text} meet: {cause}. The environment holds "
+        f"{', '.join(f'{name}={value}' for name, value in given.items())}. Start every "
+        "rank (srun, torchrun), or, for a run of one process, unset "
+        f"{'WORLD_SIZE' if 'WORLD_SIZE' in given else 'SLURM_PROCID'}."
+    )
 
 
 @contextmanager

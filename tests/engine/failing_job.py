@@ -6,6 +6,7 @@ Usage: python -m tests.engine.failing_job FOLDER WHAT, with RANK and the like in
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -20,6 +21,13 @@ from diptych.handlers import default_handlers
 from tests.engine.models import paired, trainer_of
 
 FAILS_AT = 3
+
+
+def free_port() -> int:
+    """Return a port for the store of a job."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return int(place.getsockname()[1])
 
 
 def goes_wrong(trainer: Trainer, what: str) -> None:

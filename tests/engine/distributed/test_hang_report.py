@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +26,7 @@ from diptych.engine.distributed.hang_report import (
     waits_at,
 )
 from tests.engine import lost_ranks
+from tests.engine.failing_job import free_port
 from tests.engine.models import paired, trainer_of
 
 ROOT = Path(__file__).parents[3]
@@ -64,12 +64,6 @@ def test_a_rank_that_has_failed_is_named_with_its_error_by_the_one_that_waits(er
     assert errors[0]["fails"]["text"].endswith(
         "at: a log point. Rank 1 failed with ValueError: planted (its own traceback says where)"
     )
-
-
-def free_port() -> int:
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return int(place.getsockname()[1])
 
 
 def job(folder: Path, what: str) -> list[tuple[int, str]]:
