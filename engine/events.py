@@ -63,9 +63,14 @@ class MetricsEvents(EventEnum):
 
 
 class EvaluationEvents(EventEnum):
-    """`EVALUATED` fires when an evaluation has put its values into `trainer.state.metrics`."""
+    """`EVALUATED` fires when an evaluation has put its values into `trainer.state.metrics`.
+
+    `BATCH_EVALUATED` fires after each of its batches, in one process; over ranks, equally often on
+    all of them. A handler may raise to leave the evaluation: nothing of it is published then.
+    """
 
     EVALUATED = "evaluated"
+    BATCH_EVALUATED = "batch_evaluated"
 
 
 class RunEvents(EventEnum):

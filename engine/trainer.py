@@ -135,6 +135,7 @@ class Trainer(EventLoop):
         self._gauges_of_loss: list[str] = []
         self.loaded_length: int | None = None
         self.step = step
+        self._identity: RunIdentity | None = None
         super().__init__(self._make_step(step))
         self._listen_to_itself()
 
@@ -306,13 +307,18 @@ class Trainer(EventLoop):
         super().load_state_dict(state_dict)
         self.loaded_length = iterations_of_run(self)
 
-    def fire_and_report(self, event: Any) -> None:
+    def fire_and_report(self, event: Any, *, continued: bool = False) -> None:
         """Fire an event, and report what its handlers publish as a record of this iteration.
 
         `EPOCH_COMPLETED`, `EVALUATED` and `COMPLETED` fire in this way: a value that a handler
         publishes there belongs to the epoch, the evaluation or the run that has ended.
+
+        Args:
+            event: a registered event.
+            continued: whether, after an exception, the next call continues the event: it then
+                reports what was published before the exception too.
         """
-        with self.metrics.collected_apart() as values:
+        with self.metrics.collected_apart(continued=continued) as values:
             self.fire_event(event)
         if values:
             self.state.metrics.update(values)
@@ -341,7 +347,6 @@ class Trainer(EventLoop):
     def _listen_to_itself(self) -> None:
         self.metrics = MetricsCollector(on_record=lambda: self.fire_event(MetricsEvents.LOGGED))
         self._publish_gauges()
-        self._identity: RunIdentity | None = None
         self.add_event_handler(RunEvents.RESTORE, self._declare)
         self.add_event_handler(Events.STARTED, self._prepare)
         self.add_event_handler(Events.EPOCH_STARTED, self._check_length_over_ranks)
@@ -389,7 +394,7 @@ class Trainer(EventLoop):
             # A stopped run keeps its buffered values, so that the run which continues it logs what
             # an uninterrupted one would.
             self.metrics.log(self.state.iteration)
-        self.fire_and_report(event)
+        self.fire_and_report(event, continued=event is not Events.COMPLETED)
 
 
 def iterations_of_run(trainer: Trainer) -> int | None:

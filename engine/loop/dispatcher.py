@@ -57,6 +57,10 @@ class Dispatcher(Engine):
         self._in_others = 0.0
         self._instead: Callable[[Listener], object] | None = None
         self._periodic: dict[Any, Periodic] = {}
+        self._raised: list[Listener] = []  # those that the last exception has passed through
+        self._skipped: frozenset[int] = (
+            frozenset()
+        )  # ids of those that a continued event leaves out
         super().__init__(process_function)
 
     @property
@@ -149,6 +153,8 @@ class Dispatcher(Engine):
             for listener in listeners:
                 self._instead(listener)
             return
+        if self._skipped:
+            listeners = [one for one in listeners if id(one) not in self._skipped]
         start = before = perf_counter()
         outer = self._in_others
         for listener in listeners:
@@ -159,8 +165,10 @@ class Dispatcher(Engine):
                     listener.function(self)
                 else:
                     listener.call(self, (), {})
-            except RuntimeError as error:
-                raise_if_lost(error)
+            except BaseException as error:
+                self._raised.append(listener)
+                if isinstance(error, RuntimeError):
+                    raise_if_lost(error)
                 raise
             finally:
                 leave_place()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ignite.engine import Engine, Events, State
@@ -17,7 +17,9 @@ from diptych.engine.distributed.hang_report import entered_places, waits_at
 from diptych.engine.errors import ResumeError
 from diptych.engine.events import ITERATION_EVENTS, MetricsEvents, Outcome, RunEvents
 from diptych.engine.loop.dispatcher import Dispatcher
-from diptych.engine.loop.position import Phase, Position
+from diptych.engine.loop.left_event import LeftEvent, left_event, named, returned
+from diptych.engine.loop.limits import check_limits, epoch_length_of
+from diptych.engine.loop.position import Phase, Position, position_from
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ class EventLoop(Dispatcher):
     - An exception always reaches the caller. `EXCEPTION_RAISED` fires once before. An iteration
       whose step raised does not count: the next `run` repeats it with the same batch, starting at
       `GET_BATCH_COMPLETED`.
+    - After an exception in a handler at the end of an epoch, the next `run` continues with that
+      handler: those of the event that had returned are not called again.
     - Another loader inside an epoch, or a loader of another length, is an error.
     - `EPOCH_STARTED` fires once per epoch, also if the epoch is continued in a later `run`.
     - If `max_iters` ends a run inside an epoch, `RunEvents.EPOCH_CUT` fires before `COMPLETED`.
@@ -62,6 +66,7 @@ class EventLoop(Dispatcher):
         self._count: int | None = None  # iterations of an epoch, if `run` was given a number
         self._warned = False  # whether a state inside EPOCH_COMPLETED was reported
         self._completing: Position | None = None  # that of a state taken inside *COMPLETED
+        self._left: LeftEvent | None = None
         self._misjudged: Any = None  # the loader whose wrong length was logged
         self._epoch_counts = False  # whether the running epoch ends at a number of iterations
 
@@ -86,6 +91,16 @@ class EventLoop(Dispatcher):
     @completed.setter
     def completed(self, completed: bool) -> None:
         self._position = self._position._replace(completed=completed)
+
+    @property
+    def inside_epoch(self) -> bool:
+        """Whether the running epoch has begun and its end has not: the loader is to go on."""
+        return self._position.inside_epoch
+
+    @property
+    def left_event(self) -> LeftEvent | None:
+        """The event of an epoch's end that an exception has left; the next `run` continues it."""
+        return self._left
 
     def _move_to(self, position: Position) -> None:
         self._position = position
@@ -118,7 +133,7 @@ class EventLoop(Dispatcher):
             ResumeError: if the run stopped inside an epoch of another loader, or of a loader of
                 another length.
         """
-        _check_limits(data, max_epochs, max_iters, epoch_length)
+        check_limits(data, max_epochs, max_iters, epoch_length)
         self.state.dataloader = data
         self.outcome = None
         try:
@@ -159,6 +174,7 @@ class EventLoop(Dispatcher):
 
     def _start_over(self) -> None:
         self._move_to(Position())
+        self._left = None
         self.state.epoch_length = self._count = None
         self.batches.rewind()
 
@@ -166,7 +182,7 @@ class EventLoop(Dispatcher):
         stored, count = self.state.epoch_length, self._count if given is None else given
         if data is None and count is None:
             count = stored
-        length = _length(data, count)
+        length = epoch_length_of(data, count)
         differs = None not in {stored, length} and stored != length
         if self._position.in_epoch:
             if differs:
@@ -288,13 +304,37 @@ class EventLoop(Dispatcher):
 
     def _end_cut_epoch(self) -> None:
         """Do for the last weights what is due at the end of an epoch, which the run cuts."""
-        self._fire_completed(RunEvents.EPOCH_CUT)
-        self.fire_event(MetricsEvents.CUT_PUBLISHED)
+        self._fire_published(RunEvents.EPOCH_CUT, MetricsEvents.CUT_PUBLISHED)
         self._position = self._position._replace(cut=True)
 
-    def _fire_completed(self, event: Events) -> None:
-        """Fire `EPOCH_COMPLETED` or `COMPLETED`."""
+    def _fire_completed(self, event: Any) -> None:
+        """Fire `EPOCH_COMPLETED`, `EPOCH_CUT` or `COMPLETED`."""
         self.fire_event(event)
+
+    def _fire_published(self, event: Any, published: Any) -> None:
+        """Fire the two events of an epoch's end; if one of them was left, continue with it."""
+        if self._left is None or self._left.event != published.name:
+            with self._continued(event):
+                self._fire_completed(event)
+        with self._continued(published):
+            self.fire_event(published)
+
+    @contextmanager
+    def _continued(self, event: Any) -> Iterator[None]:
+        """Leave out handlers that returned before the event was left; note where it is left now."""
+        before, self._left = self._left, None
+        done = before.done if before is not None and before.event == event.name else ()
+        listeners = self._listeners.get(event, [])
+        self._skipped = named(listeners, done)
+        self._raised.clear()
+        try:
+            yield
+        except BaseException:
+            left = returned(listeners, self._raised)
+            self._left = LeftEvent(event.name, done if left is None else left)
+            raise
+        finally:
+            self._skipped = frozenset()
 
     def _run_epoch(self) -> None:
         started = time.perf_counter()
@@ -306,14 +346,13 @@ class EventLoop(Dispatcher):
             if not self._epoch_counts:
                 self.state.epoch_length = self.batches.start_epoch(self.state.epoch - 1)
             self.fire_event(Events.EPOCH_STARTED)
-        if not self._run_iterations():
+        if self._left is None and not self._run_iterations():
             return
         self.state.times[Events.EPOCH_COMPLETED.name] = time.perf_counter() - started
         if self.should_terminate_single_epoch != "skip_epoch_completed":
             self._completing = self.position.epoch_completed()
             try:
-                self._fire_completed(Events.EPOCH_COMPLETED)
-                self.fire_event(MetricsEvents.EPOCH_PUBLISHED)
+                self._fire_published(Events.EPOCH_COMPLETED, MetricsEvents.EPOCH_PUBLISHED)
             finally:
                 self._completing = None
         safe_point_is_new = self._position.phase is Phase.EPOCH_ENDED
@@ -495,6 +534,8 @@ class EventLoop(Dispatcher):
         state["epoch_iteration"] = position.epoch_iteration
         state["counted"] = self._count is not None
         state["cut"], state["completed"] = position.cut, position.completed
+        if self._left is not None:
+            state["left"] = {**self._left.state_dict(), "phase": position.phase.value}
         if self._completing is not None and not position.completed:
             self._log_handlers_to_come()
         elif position.in_epoch and not position.epoch_iteration:  # nothing of the epoch is done
@@ -534,11 +575,12 @@ class EventLoop(Dispatcher):
                 raise ResumeError(
                     f"state_dict must have {' or '.join(either)}, got only {sorted(state_dict)}"
                 )
-        position = _position_of(state_dict)
+        position = position_from(state_dict)
         self._start_over()
         self.state.epoch_length = state_dict["epoch_length"]
         self._count = state_dict["epoch_length"] if state_dict.get("counted") else None
         self._epoch_counts = self._count is not None
+        self._left = left_event(state_dict.get("left"))
         self._move_to(position)
         self.state.max_epochs, self.state.max_iters = (
             state_dict.get("max_epochs"),
@@ -546,62 +588,3 @@ class EventLoop(Dispatcher):
         )
         for key in self.state_dict_user_keys:
             setattr(self.state, key, state_dict[key])
-
-
-def _length(data: Iterable[Any] | None, count: int | None) -> int | None:
-    """Return the length of an epoch: a number of iterations, else that of `data` if it is known.
-
-    Raises:
-        ValueError: if there is neither data nor a number, or data has no batch.
-    """
-    if data is None and count is None:
-        raise ValueError("epoch_length must be given if data is None, got neither")
-    length = length_of(data) if count is None else count
-    if length is not None and length < 1:
-        raise ValueError("data must have at least one batch, got an empty loader")
-    return length
-
-
-def _position_of(state_dict: Mapping[str, Any]) -> Position:
-    """Return the position in a state dict of this library or of an Ignite engine.
-
-    Raises:
-        ResumeError: if the position needs the length of an epoch, and the state has none.
-    """
-    length, iteration = state_dict["epoch_length"], state_dict.get("iteration")
-    if not length and "epoch_iteration" not in state_dict and (iteration or iteration is None):
-        raise ResumeError(
-            f"epoch_length must be >= 1 to place iteration {iteration} of a run, got {length}"
-        )
-    if iteration is None:  # Ignite's state of an engine that counts epochs
-        iteration = state_dict["epoch"] * length
-    epochs, rest = divmod(iteration, length) if length else (0, 0)
-    inside = state_dict.get("epoch_iteration", rest)
-    return Position(
-        state_dict.get("epoch", epochs + bool(rest)),
-        iteration,
-        inside,
-        Phase.BEFORE_BATCH if inside else Phase.BETWEEN_EPOCHS,
-        cut=state_dict.get("cut", False),
-        completed=state_dict.get("completed", True),
-    )
-
-
-def _check_limits(
-    data: Iterable[Any] | None,
-    max_epochs: int | None,
-    max_iters: int | None,
-    epoch_length: int | None,
-) -> None:
-    if data is not None and not isinstance(data, Iterable):
-        raise TypeError(f"data must be iterable, got {type(data).__name__}")
-    if max_epochs is not None and max_iters is not None:
-        raise ValueError(
-            f"max_epochs and max_iters must not both be given, got {max_epochs} and {max_iters}"
-        )
-    limits = {"max_epochs": max_epochs, "max_iters": max_iters, "epoch_length": epoch_length}
-    for name, value in limits.items():
-        if value is not None and not isinstance(value, Integral):
-            raise TypeError(f"{name} must be a whole number, got {value!r}")
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")

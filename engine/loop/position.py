@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from diptych.engine.errors import ResumeError
 
 
 class Phase(enum.Enum):
@@ -50,6 +53,12 @@ class Position(NamedTuple):
         """Whether an epoch runs: from `EPOCH_STARTED` to the end of the last epoch handler."""
         return self.phase is not Phase.BETWEEN_EPOCHS
 
+    @property
+    def inside_epoch(self) -> bool:
+        """Whether the running epoch has begun and not ended, so that its loader is to go on."""
+        ended = self.phase in {Phase.EPOCH_ENDED, Phase.PASS_ENDED}
+        return bool(self.epoch_iteration) and not ended
+
     def epoch_started(self) -> Position:
         """Return the position at the start of the next epoch."""
         return Position(self.epoch + 1, self.iteration, 0, Phase.BEFORE_BATCH)
@@ -86,3 +95,29 @@ class Position(NamedTuple):
     def epoch_completed(self) -> Position:
         """Return the position between this epoch and the next."""
         return Position(self.epoch, self.iteration)
+
+
+def position_from(state_dict: Mapping[str, Any]) -> Position:
+    """Return the position in a state dict of this library or of an Ignite engine.
+
+    Raises:
+        ResumeError: if the position needs the length of an epoch, and the state has none.
+    """
+    length, iteration = state_dict["epoch_length"], state_dict.get("iteration")
+    if not length and "epoch_iteration" not in state_dict and (iteration or iteration is None):
+        raise ResumeError(
+            f"epoch_length must be >= 1 to place iteration {iteration} of a run, got {length}"
+        )
+    if iteration is None:  # Ignite's state of an engine that counts epochs
+        iteration = state_dict["epoch"] * length
+    epochs, rest = divmod(iteration, length) if length else (0, 0)
+    inside = state_dict.get("epoch_iteration", rest)
+    phase = Phase.BEFORE_BATCH if inside else Phase.BETWEEN_EPOCHS
+    return Position(
+        state_dict.get("epoch", epochs + bool(rest)),
+        iteration,
+        inside,
+        Phase(state_dict["left"]["phase"]) if "left" in state_dict else phase,
+        cut=state_dict.get("cut", False),
+        completed=state_dict.get("completed", True),
+    )

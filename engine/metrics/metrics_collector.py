@@ -10,7 +10,12 @@ from typing import Any
 import attrs
 
 from diptych.engine.distributed.collectives import world_size
-from diptych.engine.metrics.metrics_buffer import Scalar, ScalarBuffer, as_scalar
+from diptych.engine.metrics.metrics_buffer import (
+    BufferMark,
+    Scalar,
+    ScalarBuffer,
+    as_scalar,
+)
 
 
 @attrs.frozen
@@ -43,10 +48,13 @@ class MetricsCollector:
         self.record = Record()
         self._on_record = on_record
         self._buffer = ScalarBuffer()
+        self._left = ScalarBuffer()  # values of an event that an exception has left
         # The sum and the number of the values of this epoch.
         self._epoch: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0])
         self._gauges: dict[str, Callable[[], Scalar]] = {}
         self._history: defaultdict[str, list[float]] = defaultdict(list)
+        self._apart: dict[object, ScalarBuffer] = {}  # values of occasions that raised
+        self._is_out = True  # whether everything that waits for records has got the last one
 
     def update(self, scalars: Mapping[str, Scalar] | None = None, /, **named: Scalar) -> None:
         """Publish values of this iteration.
@@ -84,24 +92,40 @@ class MetricsCollector:
             raise
 
     @contextmanager
-    def collected_apart(self) -> Iterator[dict[str, float]]:
+    def collected_apart(self, *, continued: bool = False) -> Iterator[dict[str, float]]:
         """Keep the values that are published within this context apart from all others.
 
         The context yields a dictionary; at its end, it holds the mean of each tag. Over several
         ranks the end of the context is collective.
+
+        Args:
+            continued: whether a context that ends with an exception leaves its values to the next
+                one.
         """
         means: dict[str, float] = {}
         outer, self._buffer = self._buffer, ScalarBuffer()
+        if continued:
+            self._buffer, self._left = self._left, ScalarBuffer()
         try:
             yield means
             if self._buffer or world_size() > 1:
                 sums, _ = self._buffer.drain({})
                 means.update({tag: total / count for tag, (total, count) in sums.items()})
+        except BaseException:
+            if continued:
+                self._left = self._buffer
+            raise
         finally:
             self._buffer = outer
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
-        """Publish final values, such as an evaluation's, as a record of their own."""
+        """Publish final values, such as an evaluation's, as a record of their own.
+
+        If a sink has raised while it took a record, the next call publishes that record again
+        instead: the handler that published it is called again too.
+        """
+        if self._emit_again():
+            return
         for tag, value in values.items():
             self._history[tag].append(float(value))
         self._emit(Record(step, {tag: float(value) for tag, value in values.items()}))
@@ -109,8 +133,11 @@ class MetricsCollector:
     def log(self, step: int) -> None:
         """Publish the means since the last log point, and the gauges, as a record.
 
-        Nothing happens if nothing was published since then.
+        Nothing happens if nothing was published since then. If a sink has raised while it took a
+        record, the next call publishes that record again instead.
         """
+        if self._emit_again():
+            return
         if self._buffer:
             gauges = {tag: as_scalar(tag, function()) for tag, function in self._gauges.items()}
             means, read = self._drain(gauges)
@@ -141,8 +168,11 @@ class MetricsCollector:
     def reset(self) -> None:
         """Drop every published value; the gauges stay."""
         self._buffer.clear()
+        self._left.clear()
         self._epoch.clear()
         self._history.clear()
+        self._apart.clear()
+        self._is_out = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return all values that the next log point and the end of the epoch need."""
@@ -150,19 +180,31 @@ class MetricsCollector:
             "window": self._buffer.state_dict(),
             "epoch": {tag: list(mean) for tag, mean in self._epoch.items()},
             "history": {tag: list(values) for tag, values in self._history.items()},
+            **({"left": self._left.state_dict()} if self._left else {}),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore a state that `state_dict` returned."""
         self.reset()
         self._buffer.load_state_dict(state_dict["window"])
+        if "left" in state_dict:
+            self._left.load_state_dict(state_dict["left"])
         self._epoch.update({tag: list(mean) for tag, mean in state_dict["epoch"].items()})
         self._history.update({tag: list(values) for tag, values in state_dict["history"].items()})
 
     def _emit(self, record: Record) -> None:
         self.record = record
+        self._is_out = False
         if self._on_record is not None:
             self._on_record()
+        self._is_out = True
+
+    def _emit_again(self) -> bool:
+        """Publish the last record again if an exception kept it from some of its listeners."""
+        if self._is_out:
+            return False
+        self._emit(self.record)
+        return True
 
     def _drain(self, gauges: Mapping[str, Scalar]) -> tuple[dict[str, float], dict[str, float]]:
         """Add the buffer to the epoch's means and empty it; return its means, and the gauges."""

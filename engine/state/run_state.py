@@ -14,6 +14,7 @@ from torch import Tensor
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import CheckpointError
+from diptych.engine.loop.position import position_from
 from diptych.engine.metrics.metrics_buffer import mean_of_buffers
 from diptych.engine.random_state import (
     preserved_random_state,
@@ -103,7 +104,7 @@ def load_run_state(
             an epoch. Nothing has been modified then.
     """
     _check(trainer, state)
-    place, inside = _place_of(state), bool(state["trainer"].get("epoch_iteration"))
+    place, inside = _place_of(state), position_from(state["trainer"]).inside_epoch
     found = ResumeChanges.between(state.get("identity"), trainer.identity)
     found.check(changes, inside_epoch=inside)
     handlers = stateful_handlers(trainer)

@@ -75,7 +75,7 @@ def _check_manifest_lists_files(store: CheckpointStore) -> None:
 
 def position_is_lost(trainer: Trainer) -> bool:
     """Return whether no run can resume here: inside an epoch, with a loader without positions."""
-    return bool(trainer.epoch_iteration) and not trainer.batches.has_positions
+    return trainer.inside_epoch and not trainer.batches.has_positions
 
 
 def resume_limits(trainer: Trainer, *, epochs_only: bool) -> str | None:

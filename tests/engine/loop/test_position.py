@@ -93,7 +93,8 @@ class Player:
                 if state["max_epochs"] or state["max_iters"]:
                     self.attempt(partial(self.load, loop, data, state, position))
             self.attempt(partial(loop.run, data, **call.limits))
-            self.log.append({k: v for k, v in loop.state_dict().items() if k != "counted"})
+            state = loop.state_dict().items()
+            self.log.append({k: v for k, v in state if k not in {"counted", "left"}})
         return self.log
 
     def made(self) -> Any:
@@ -117,7 +118,8 @@ class Player:
         """Restore a loop as a checkpoint does."""
         loop.load_state_dict(state)
         loop.batches.switch(data)
-        loop.batches.restore_place(position, inside=bool(loop.epoch_iteration))
+        inside = getattr(loop, "inside_epoch", bool(loop.epoch_iteration))
+        loop.batches.restore_place(position, inside=inside)
 
     def attempt(self, function: Callable[[], object]) -> None:
         """Call a function, and log the exception that it raises."""

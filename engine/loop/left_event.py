@@ -1,0 +1,72 @@
+"""An event that an exception left before all of its handlers had run, and its continuation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+from typing import Any, NamedTuple
+
+from diptych.engine.loop.listener import Listener
+from diptych.engine.loop.periodic import Periodic
+
+
+class LeftEvent(NamedTuple):
+    """An event that was left, and its handlers that had returned by then.
+
+    The next run continues with the handler that raised: one that had returned must not act twice.
+
+    Attributes:
+        event: the name of the event.
+        done: the names of the handlers that had returned, in order.
+    """
+
+    event: str
+    done: tuple[str, ...] = ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the event as strings, for a checkpoint."""
+        return {"event": self.event, "done": list(self.done)}
+
+
+def left_event(state: dict[str, Any] | None) -> LeftEvent | None:
+    """Return the event of a state that `LeftEvent.state_dict` returned; None of None."""
+    return None if state is None else LeftEvent(state["event"], tuple(state["done"]))
+
+
+def returned(listeners: Iterable[Listener], raised: Collection[Listener]) -> tuple[str, ...] | None:
+    """Return the names of the listeners before the one that raised; None if none of them did.
+
+    Args:
+        listeners: all listeners of the event.
+        raised: the listeners that an exception has passed through.
+    """
+    passed = {id(listener) for listener in raised}
+    names: list[str] = []
+    for listener in _flat(listeners):
+        if id(listener) in passed:
+            return tuple(names)
+        names.append(_name(listener))
+    return None
+
+
+def named(listeners: Iterable[Listener], names: Iterable[str]) -> frozenset[int]:
+    """Return the identities of the listeners with the names; of several, the first as many."""
+    wanted = Counter(names)
+    found: set[int] = set()
+    for listener in _flat(listeners):
+        if wanted[_name(listener)] > 0:
+            wanted[_name(listener)] -= 1
+            found.add(id(listener))
+    return frozenset(found)
+
+
+def _flat(listeners: Iterable[Listener]) -> list[Listener]:
+    flat: list[Listener] = []
+    for listener in listeners:
+        periodic = listener.function
+        flat += periodic.listeners if isinstance(periodic, Periodic) else [listener]
+    return flat
+
+
+def _name(listener: Listener) -> str:
+    return f"{listener.name} {listener.cadence}".rstrip()

@@ -1,0 +1,49 @@
+"""The limits of a run, as `run` is given them: epochs, iterations, the length of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from numbers import Integral
+from typing import Any
+
+from diptych.engine.data.loader_contract import length_of
+
+
+def epoch_length_of(data: Iterable[Any] | None, count: int | None) -> int | None:
+    """Return the length of an epoch: a number of iterations, else that of `data` if it is known.
+
+    Raises:
+        ValueError: if there is neither data nor a number, or data has no batch.
+    """
+    if data is None and count is None:
+        raise ValueError("epoch_length must be given if data is None, got neither")
+    length = length_of(data) if count is None else count
+    if length is not None and length < 1:
+        raise ValueError("data must have at least one batch, got an empty loader")
+    return length
+
+
+def check_limits(
+    data: Iterable[Any] | None,
+    max_epochs: int | None,
+    max_iters: int | None,
+    epoch_length: int | None,
+) -> None:
+    """Check the arguments of `run`.
+
+    Raises:
+        TypeError: if `data` is not iterable, or a limit is not a whole number.
+        ValueError: if a limit is below 1, or `max_epochs` and `max_iters` are both given.
+    """
+    if data is not None and not isinstance(data, Iterable):
+        raise TypeError(f"data must be iterable, got {type(data).__name__}")
+    if max_epochs is not None and max_iters is not None:
+        raise ValueError(
+            f"max_epochs and max_iters must not both be given, got {max_epochs} and {max_iters}"
+        )
+    limits = {"max_epochs": max_epochs, "max_iters": max_iters, "epoch_length": epoch_length}
+    for name, value in limits.items():
+        if value is not None and not isinstance(value, Integral):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
