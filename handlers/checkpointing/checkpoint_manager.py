@@ -287,7 +287,7 @@ class CheckpointManager(Handler):
             self._resume_latest(resumable_entries(entries))
 
     def _acquire_directory(self) -> None:
-        self._lock.acquire()
+        self._lock.acquire(self._attached())
         self._store.sweep()
         self._writer.export_if_outdated()
 
@@ -300,6 +300,8 @@ class CheckpointManager(Handler):
         if found is not None:
             self._load(*found)
             self._save_state = self._save_state._replace(saved=_position(self._attached()))
+            if found[0].name == entries[0].file:  # after a damaged one, older ones are needed
+                on_rank_zero(self._writer.remove_superfluous)
 
     def _start(self, trainer: Trainer) -> None:
         if self.export and self.best and average_behind(trainer, self.best) is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Mapping
+import logging
+import os
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,25 +15,50 @@ import torch
 from torch import Tensor
 
 from diptych.engine.errors import CheckpointError
-from diptych.handlers.checkpointing.entries import SUFFIX, Entry, entry_from, with_entry
+from diptych.handlers.checkpointing.checkpoint_structure import (
+    check_archive,
+    check_parts,
+    check_unpacked,
+)
+from diptych.handlers.checkpointing.entries import (
+    FILE,
+    FOLDER,
+    SHARDS,
+    SUFFIX,
+    Entry,
+    with_entry,
+)
+from diptych.handlers.checkpointing.manifest import (
+    MANIFEST,
+    Manifest,
+    read_manifest,
+    restore_manifest,
+    write_manifest,
+)
 from diptych.handlers.checkpointing.sharded_tensors import (
+    RANK_FILE,
+    check_index,
     check_shard_files,
     insert_tensors,
     read_shards,
 )
 from diptych.handlers.checkpointing.verified_files import (
-    delete_path,
-    flush_folder,
-    size_and_crc32,
+    is_intact,
+    remove_file,
+    remove_folder,
     write_verified,
 )
-from diptych.handlers.files import UNFINISHED, write_atomically
+from diptych.handlers.contained_paths import contained_path, is_link
+from diptych.handlers.files import UNFINISHED, flush_folder, write_atomically
+from diptych.handlers.run_directory import WEIGHTS
 
-MANIFEST = "manifest.json"
-SHARDS = ".shards"
+logger = logging.getLogger(__name__)
+
 UNLISTED = ".unlisted"
 """The suffix of an empty file, the mark, beside a file or folder that is about to enter the
 manifest or has just left it. After a kill, a marked one that is not in the manifest is removed."""
+DESCRIPTION = ("epoch", "iteration", "metrics", "score", "scored_by")
+"""The fields of an entry that its file holds too, to tell whether a changed manifest is right."""
 
 
 class CheckpointStore:
@@ -53,6 +79,7 @@ class CheckpointStore:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._has_warned = False
 
     def entries(self) -> list[Entry]:
         """Return the complete checkpoints in the order in which they were saved.
@@ -60,16 +87,19 @@ class CheckpointStore:
         Raises:
             CheckpointError: if the manifest cannot be read.
         """
-        path = self.directory / MANIFEST
-        try:
-            return [entry_from(listed) for listed in json.loads(path.read_text())["checkpoints"]]
-        except FileNotFoundError:
-            return []
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{path} is not a manifest of checkpoints: {error}. Move it away, and resume from "
-                "the path of a checkpoint."
-            ) from error
+        return self._manifest().entries
+
+    def _manifest(self) -> Manifest:
+        manifest = read_manifest(self.directory)
+        if not self._has_warned and manifest.path.name != MANIFEST:
+            self._warn("%s is lost or damaged. %s replaces it.", MANIFEST, manifest.path.name)
+        elif not self._has_warned and not manifest.as_written:
+            self._warn("%s has been changed since it was written.", MANIFEST)
+        return manifest
+
+    def _warn(self, message: str, name: str, *others: str) -> None:
+        logger.warning(message, self.directory / name, *others)
+        self._has_warned = True
 
     def write(self, entry: Entry, state: Mapping[str, Any]) -> Entry:
         """Write a checkpoint and list it in the manifest; replace one of the same name.
@@ -88,15 +118,18 @@ class CheckpointStore:
             entry = entry.renamed()
         path = self.directory / entry.file
         try:
+            contained_path(self.directory, entry.file, FILE)
             self.directory.mkdir(parents=True, exist_ok=True)
             for name in replaced.names if replaced is not None else ():
                 self._mark(name)
             if entry.shards:
-                flush_folder(self.directory / entry.shards)
+                flush_folder(self.directory / entry.shards, of=self.directory)
+            described = {name: getattr(entry, name) for name in DESCRIPTION}
+            state = {**state, "entry": described}
             digests: list[tuple[int, int]] = []
 
             def write_and_mark(temporary: Path) -> None:
-                digests.append(write_verified(temporary, partial(torch.save, dict(state))))
+                digests.append(write_verified(temporary, partial(torch.save, state)))
                 self._mark(entry.file)
 
             write_atomically(path, write_and_mark)
@@ -124,7 +157,7 @@ class CheckpointStore:
         names = itertools.chain([first], (f"{first}_{number}" for number in itertools.count(2)))
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            name = next(name for name in names if not (self.directory / name).exists())
+            name = next(name for name in names if not os.path.lexists(self.directory / name))
             self._mark(name)
         except OSError as error:
             raise CheckpointError(f"{self.directory} could not be written: {error}") from error
@@ -162,11 +195,12 @@ class CheckpointStore:
     ) -> dict[str, Any]:
         """Return a state with the sharded tensors of an index instead of their placeholders."""
         stored = state.pop("shards", None)
-        if stored is None:
-            return state
-        folder = self.directory / stored["folder"]
-        check_shard_files(folder, stored["files"], group)
         try:
+            check_index(state, stored)
+            if stored is None:
+                return state
+            folder = contained_path(self.directory, stored["folder"], FOLDER)
+            check_shard_files(folder, stored["files"], group)
             whole: dict[str, Any] = insert_tensors(state, read_shards(folder, index, group))
         except Exception as error:  # torch and the file system each have errors of their own
             raise CheckpointError(
@@ -178,13 +212,15 @@ class CheckpointStore:
         # The file has another name if the checkpoint was written again.
         entries = self.entries()
         name = next((entry.file for entry in entries if entry.name == name), name)
+        listed = next((entry for entry in entries if entry.file == name), None)
         path = self.directory / name
         if not path.is_file():
             raise CheckpointError(f"checkpoint {path} does not exist")
-        listed = {entry.file: (entry.size, entry.crc32) for entry in entries}
         try:
-            damaged = name in listed and size_and_crc32(path) != listed[name]
-            state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+            if listed is not None:
+                contained_path(self.directory, name, FILE)
+            damaged = listed is not None and not is_intact(path, listed.size, listed.crc32)
+            state = None if damaged else _loaded(path)
         except Exception as error:  # torch, zipfile and pickle each have errors of their own
             raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
         if damaged:
@@ -193,6 +229,10 @@ class CheckpointStore:
             )
         if not isinstance(state, dict) or "format" not in state:
             raise CheckpointError(f"{path} is not a checkpoint of a run")
+        try:
+            check_parts(state)
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from error
         return state
 
     def remove(self, files: set[str]) -> None:
@@ -215,16 +255,35 @@ class CheckpointStore:
             ) from error
 
     def sweep(self) -> None:
-        """Remove the incomplete files of a killed process.
+        """Remove the incomplete files of a killed process, and restore a lost manifest.
 
         Other files in the directory, such as a copy that a user made, stay.
 
         Raises:
             CheckpointError: if the manifest cannot be read.
         """
+        manifest = self._manifest()
+        restore_manifest(self.directory)
+        if not manifest.as_written:
+            self._write_manifest(list(self._confirmed(manifest.entries)))
         for path in self.directory.glob("*" + UNFINISHED):
-            delete_path(path)
+            name = path.name.removesuffix(UNFINISHED)
+            if FILE.fullmatch(name) or name in {MANIFEST, WEIGHTS}:
+                remove_file(path)
         self._remove_unlisted()
+        for path in self.unlisted():
+            if FILE.fullmatch(path.name) and manifest.entries:
+                logger.warning("%s is not in %s, and is ignored.", path, MANIFEST)
+
+    def _confirmed(self, entries: list[Entry]) -> Iterator[Entry]:
+        """Yield the entries whose files can be read, as the files describe themselves."""
+        for entry in entries:
+            try:
+                described = self._read_file(entry.file).get("entry", {})
+            except CheckpointError as error:
+                logger.warning("%s. It is taken out of %s.", error, MANIFEST)
+                continue
+            yield attrs.evolve(entry, **{k: v for k, v in described.items() if k in DESCRIPTION})
 
     def unlisted(self) -> list[Path]:
         """Return the files that are named like a checkpoint and missing from the manifest."""
@@ -233,19 +292,35 @@ class CheckpointStore:
         return sorted(path for path in files if path.name not in listed)
 
     def _mark(self, name: str) -> None:
-        (self.directory / (name + UNLISTED)).touch()
+        mark = self.directory / (name + UNLISTED)
+        if is_link(mark):
+            raise OSError(f"{mark} is a symbolic link")
+        mark.touch()
 
     def _remove_unlisted(self) -> None:
-        """Remove marked files and folders that the manifest does not list, and all marks."""
+        """Remove marked files and folders that the manifest does not list, and their marks.
+
+        The mark must be an empty file, and the name one that a checkpoint or its folder gets.
+        """
         marks = list(self.directory.glob("*" + UNLISTED))
         listed = set[str]().union(*(e.names for e in self.entries())) if marks else set()
         for mark in marks:
-            path = mark.with_name(mark.name.removesuffix(UNLISTED))
-            if path.name not in listed:
-                delete_path(path)
-            mark.unlink(missing_ok=True)
+            name = mark.name.removesuffix(UNLISTED)
+            path = self.directory / name
+            if not (FILE.fullmatch(name) or FOLDER.fullmatch(name)) or is_link(mark):
+                continue
+            if name not in listed:
+                remove_file(path) if FILE.fullmatch(name) else remove_folder(path, RANK_FILE)
+            remove_file(mark)
 
     def _write_manifest(self, entries: list[Entry]) -> None:
-        listed = {"checkpoints": [attrs.asdict(entry) for entry in entries]}
-        write_atomically(self.directory / MANIFEST, json.dumps(listed, indent=1))
+        write_manifest(self.directory, entries)
         flush_folder(self.directory)
+
+
+def _loaded(path: Path) -> Any:
+    size = path.stat().st_size
+    check_archive(path, size)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    check_unpacked(state, size)
+    return state

@@ -23,10 +23,9 @@ from diptych.handlers.checkpointing.sharded_tensors import (
     extract_shards,
     write_shards,
 )
+from diptych.handlers.run_directory import WEIGHTS
 
 logger = logging.getLogger(__name__)
-
-EXPORT = "model.safetensors"
 
 
 class CheckpointWriter:
@@ -116,12 +115,19 @@ class CheckpointWriter:
     def export_if_outdated(self) -> None:
         """Export the best checkpoint's weights if a killed process has not done so."""
         entry = self._to_export(self._store.entries()) if self._export else None
-        if entry is None or exported_from(self._store.directory / EXPORT) == _source(entry):
+        if entry is None or exported_from(self._store.directory / WEIGHTS) == _source(entry):
             return
         try:
             self._export_weights(entry)
         except CheckpointError as error:
             logger.warning("The weights of %s are not exported: %s", entry.file, error)
+
+    def remove_superfluous(self) -> None:
+        """Remove the checkpoints beyond those to keep, if a killed process has not done so."""
+        try:
+            self._store.remove(self._ranking.superfluous(self._store.entries()))
+        except CheckpointError as error:
+            logger.warning("%s", error)
 
     def _write(
         self, entry: Entry, state: Mapping[str, Any], shards: LocalShards, group: Any
@@ -154,7 +160,7 @@ class CheckpointWriter:
         """Write the weights of a checkpoint; read them from it unless they are given."""
         if weights is None:
             weights = self._store.read_weights(entry.file)
-        export_weights(weights, self._store.directory / EXPORT, source=_source(entry))
+        export_weights(weights, self._store.directory / WEIGHTS, source=_source(entry))
 
 
 def _run_now(job: Callable[[], None]) -> Future[None]:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import attrs
 
+from diptych.handlers.contained_paths import check_name
+
 SUFFIX = ".pt"
+SHARDS = ".shards"
 AGAIN = "_again.pt"
 """The suffix of a checkpoint's second name. A checkpoint that is saved again gets the name that its
 earlier file does not have, so that the earlier file stays intact until the new one is listed."""
+_STEM = r"checkpoint_epoch_-?[0-9]{1,20}(_iteration_[0-9]{1,20})?"
+FILE = re.compile(rf"{_STEM}(_again)?\.pt")
+"""The names of checkpoints."""
+FOLDER = re.compile(rf"{_STEM}\.shards(_[0-9]{{1,20}})?")
+"""The names of the folders of sharded tensors."""
 
 
 @attrs.frozen(kw_only=True)
@@ -60,9 +70,69 @@ class Entry:
 
 
 def entry_from(listed: Mapping[str, Any]) -> Entry:
-    """Return an entry as a manifest lists it; ignore the fields of a newer version."""
+    """Return an entry as a manifest lists it; ignore the fields of a newer version.
+
+    Raises:
+        TypeError, ValueError: if a field is missing, or has a value that no checkpoint has.
+    """
     known = attrs.fields_dict(Entry)
-    return Entry(**{key: value for key, value in listed.items() if key in known})
+    given = {key: value for key, value in listed.items() if key in known}
+    for key, value in given.items():
+        if not _IS_VALID[key](value):
+            raise ValueError(f"{key} has a value that it cannot have: {value!r:.100}")
+    entry = Entry(**given)
+    check_name(entry.file, FILE)
+    if entry.shards:
+        check_name(entry.shards, FOLDER)
+    return entry
+
+
+def check_distinct(entries: Iterable[Entry]) -> None:
+    """Check that no two checkpoints share a file or folder: removing one would damage the other.
+
+    Raises:
+        ValueError: naming the file or folder.
+    """
+    counts = Counter(name for entry in entries for name in (entry.file, entry.shards) if name)
+    name, count = max(counts.items(), key=lambda pair: pair[1], default=("", 0))
+    if count > 1:
+        raise ValueError(f"{name} is listed {count} times")
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in {int, float}
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+_IS_VALID = {
+    "file": _is_text,
+    "epoch": _is_whole,
+    "iteration": _is_whole,
+    "metrics": _are_numbers,
+    "score": lambda value: value is None or _is_number(value),
+    "scored_by": lambda value: value is None or isinstance(value, str),
+    "resumable": _is_flag,
+    "by_hand": _is_flag,
+    "size": _is_whole,
+    "crc32": _is_whole,
+    "shards": _is_text,
+}
+"""The check of each field of an entry that was read from a file."""
 
 
 def with_entry(entries: Iterable[Entry], entry: Entry) -> list[Entry]:

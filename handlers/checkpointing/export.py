@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import zlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from diptych.engine.errors import CheckpointError
+from diptych.handlers.contained_paths import is_plain_file
 from diptych.handlers.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+DIGEST = "diptych.digest"
+"""The key of the checksum of all tensors in a file's metadata."""
 
 
 def export_weights(
@@ -30,18 +39,37 @@ def export_weights(
     from safetensors.torch import save_file  # noqa: PLC0415
 
     copies = {key: value.detach().cpu().clone().contiguous() for key, value in weights.items()}
+    metadata = {**source, DIGEST: _digest(copies)} if source else None
     try:
-        write_atomically(path, partial(save_file, copies, metadata=dict(source or {}) or None))
+        write_atomically(path, partial(save_file, copies, metadata=metadata))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"weights {path} could not be written: {error}") from error
 
 
 def exported_from(path: Path) -> dict[str, str]:
-    """Return the source that an exported file describes; {} if there is none."""
+    """Return the source that an exported file describes; {} if there is none or it is damaged."""
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - an extra
 
+    if not is_plain_file(path):
+        return {}
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (OSError, SafetensorError):
+            source = dict(file.metadata() or {})
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+        is_intact = source.pop(DIGEST, None) == _digest(weights)
+    except (OSError, SafetensorError, RuntimeError):
+        is_intact = False
+    if not is_intact:
+        logger.warning("The weights in %s are not those that were exported.", path)
         return {}
+    return source
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    """Return a checksum of names, types, shapes and values."""
+    checksum = 0
+    for key in sorted(weights):
+        value = weights[key]
+        checksum = zlib.crc32(f"{key} {value.dtype} {tuple(value.shape)}".encode(), checksum)
+        checksum = zlib.crc32(value.reshape(-1).view(torch.uint8).numpy(), checksum)
+    return str(checksum)

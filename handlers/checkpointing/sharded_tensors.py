@@ -7,7 +7,9 @@ as `torch.save` writes it; an index of plain values holds their positions.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,15 @@ from torch import Tensor
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.distributed.dtensor import is_sharded, local_part, own_rows
 from diptych.engine.errors import CheckpointError
-from diptych.handlers.checkpointing.verified_files import size_and_crc32, write_verified
+from diptych.handlers.checkpointing.checkpoint_structure import check_archive
+from diptych.handlers.checkpointing.verified_files import is_intact, write_verified
+from diptych.handlers.contained_paths import check_name, contained_path
 
 PLACEHOLDER = "diptych.shard"
 """The key of the mapping that replaces a sharded tensor in a state; its value is the path."""
+
+RANK_FILE = re.compile(r"rank_[0-9]{1,9}\.tensors|__[0-9]{1,9}_[0-9]{1,9}\.distcp")
+"""The names of the files in a folder of shards; earlier versions wrote the second kind."""
 
 LocalShards = dict[str, tuple[Tensor, tuple[int, ...]]]
 """The shard of this rank and the shape of the whole tensor, by the tensor's path in the state."""
@@ -134,6 +141,61 @@ def _rows_of_this_rank(shape: Any) -> range:
     return range(first, first + len(own))
 
 
+def check_index(state: Any, stored: Mapping[str, Any] | None) -> None:
+    """Check the index of sharded tensors that a checkpoint holds, before a file is opened.
+
+    Args:
+        state: the rest of the checkpoint.
+        stored: the index and the files; None: no tensor is sharded.
+
+    Raises:
+        CheckpointError: if it lacks a tensor or rows of one, or names another file.
+    """
+    index, files = (stored["tensors"], stored["files"]) if stored is not None else ({}, {})
+    lacking = sorted(set(_placeholders(state)) - set(index))
+    if lacking:
+        raise CheckpointError(f"it lacks the shards of {', '.join(lacking[:8])}")
+    for name in files:
+        check_name(name, RANK_FILE)
+    for path, tensor in index.items():
+        _check_tensor(path, tensor, files)
+
+
+def _placeholders(state: Any) -> Iterator[str]:
+    if isinstance(state, Mapping) and state.keys() == {PLACEHOLDER}:
+        yield state[PLACEHOLDER]
+    elif isinstance(state, (Mapping, list, tuple)):
+        for item in state.values() if isinstance(state, Mapping) else state:
+            yield from _placeholders(item)
+
+
+def _check_tensor(path: str, tensor: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+    """Check that the chunks of a tensor are in the files and cover its rows once."""
+    row = 0
+    try:
+        length, *rest = tensor["shape"]
+        for chunk in sorted(tensor["chunks"]):
+            row += _checked_rows(chunk, row, rest, tensor["dtype"].itemsize, files)
+        if row != length:
+            raise ValueError(f"{row} of {length} rows are there")  # noqa: TRY301
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"the shards of {path} are not all there: {error!r}") from error
+
+
+def _checked_rows(
+    chunk: Any, row: int, rest: list[int], itemsize: int, files: Mapping[str, Any]
+) -> int:
+    """Return the number of rows in a chunk that must begin at a row, once it is checked."""
+    offsets, counts, file, start, size = chunk
+    if offsets != [row, *[0] * len(rest)] or counts[1:] != rest or min(counts) < 0 or not counts[0]:
+        raise ValueError(f"its rows {offsets}, {counts} of them, must begin at row {row}")
+    if not 0 <= start <= start + size <= files[file][0]:
+        raise ValueError(f"{file} has no bytes {start} to {start + size}")
+    if math.prod(counts) * itemsize > size:
+        raise ValueError(f"{math.prod(counts)} values do not fit into {size} bytes")
+    return int(counts[0])
+
+
 def check_shard_files(folder: Path, files: Mapping[str, list[int]], group: Any) -> None:
     """Check the files of a folder against their sizes and checksums.
 
@@ -147,9 +209,9 @@ def check_shard_files(folder: Path, files: Mapping[str, list[int]], group: Any) 
     """
     own = sorted(files)[rank() :: world_size()] if group is not None else sorted(files)
     for name in own:
-        path = folder / name
+        path = contained_path(folder, name, RANK_FILE)
         try:
-            intact = size_and_crc32(path) == tuple(files[name])
+            intact = is_intact(path, *files[name])
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         if not intact:
@@ -188,7 +250,12 @@ def _read_rows(folder: Path, chunk: Any, rows: range, part: Tensor) -> None:
     with (folder / file).open("rb") as opened:
         opened.seek(start)
         content = io.BytesIO(opened.read(length))
+    check_archive(content, length)
+    content.seek(0)
     stored = torch.load(content, map_location="cpu", weights_only=True)
+    is_as_listed = isinstance(stored, Tensor) and stored.dtype == part.dtype
+    if not is_as_listed or list(stored.shape) != [count, *part.shape[1:]]:
+        raise CheckpointError(f"{folder / file} holds another tensor at byte {start} than listed")
     part[low - rows.start : high - rows.start] = stored[low - first : high - first]
 
 

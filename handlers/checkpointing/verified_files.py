@@ -1,13 +1,16 @@
-"""Files that are read back after writing, with their sizes and checksums."""
+"""Files that are read back after writing, with their sizes and checksums, and their removal."""
 
 from __future__ import annotations
 
-import os
-import shutil
+import contextlib
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from diptych.handlers.contained_paths import is_link, is_plain_file
+from diptych.handlers.files import flush_file
 
 
 class ChecksummedFile:
@@ -35,20 +38,21 @@ class ChecksummedFile:
 
 
 def write_verified(path: Path, write: Callable[[Any], object]) -> tuple[int, int]:
-    """Write a file, flush it to the disk, read it back, and return its size and checksum.
+    """Write a new file, flush it to the disk, read it back, and return its size and checksum.
 
     Args:
-        path: the path of the file; its folder exists.
+        path: the path of the file; its folder exists, and the file does not.
         write: writes the content to the `ChecksummedFile` that it is called with.
 
     Raises:
-        OSError: if the file cannot be written or its content differs from what was written.
+        OSError: if the file exists, cannot be written, or its content differs from what was
+            written.
     """
-    with path.open("wb") as file:
+    with path.open("xb") as file:
         checksummed = ChecksummedFile(file)
         write(checksummed)
         file.flush()
-        os.fsync(file.fileno())
+        flush_file(file.fileno(), path)
     written = checksummed.size, checksummed.crc32
     if size_and_crc32(path) != written:
         raise OSError("its content differs from what was written")
@@ -68,18 +72,30 @@ def size_and_crc32(path: Path) -> tuple[int, int]:
     return path.stat().st_size, checksum
 
 
-def flush_folder(folder: Path) -> None:
-    """Flush a folder to the disk: only then is a rename inside it durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def is_intact(path: Path, size: int, crc32: int) -> bool:
+    """Return whether a file has the size and checksum that it was written with.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
+    return path.stat().st_size == size and size_and_crc32(path) == (size, crc32)
 
 
-def delete_path(path: Path) -> None:
-    """Remove a file or a folder if it exists."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
+def remove_file(path: Path) -> None:
+    """Remove a regular file if there is one; leave a link or folder of its name alone."""
+    if is_plain_file(path):
         path.unlink(missing_ok=True)
+
+
+def remove_folder(path: Path, files: re.Pattern[str]) -> None:
+    """Remove a folder with its files of certain names; a folder with anything else stays.
+
+    A symbolic link to a folder stays, with its target.
+    """
+    if is_link(path) or not path.is_dir():
+        return
+    for inside in list(path.iterdir()):
+        if files.fullmatch(inside.name):
+            remove_file(inside)
+    with contextlib.suppress(OSError):  # it holds something that nobody here has written
+        path.rmdir()

@@ -81,5 +81,6 @@ def test_a_checkpoint_that_is_written_again_stays_saved_by_hand():
 
 
 def test_unknown_fields_of_a_newer_version_are_ignored():
-    listed = {"file": "a.pt", "epoch": 1, "iteration": 2, "metrics": {}, "colour": "blue"}
-    assert entry_from(listed) == Entry(file="a.pt", epoch=1, iteration=2, metrics={})
+    file = "checkpoint_epoch_1.pt"
+    listed = {"file": file, "epoch": 1, "iteration": 2, "metrics": {}, "colour": "blue"}
+    assert entry_from(listed) == Entry(file=file, epoch=1, iteration=2, metrics={})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from pathlib import Path
 
 import attrs
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from diptych.engine import CheckpointError
+from diptych.engine.random_state import random_state
 from diptych.handlers.checkpointing import checkpoint_store, verified_files
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
 from diptych.handlers.checkpointing.entries import Entry
@@ -20,11 +20,25 @@ from diptych.handlers.checkpointing.verified_files import size_and_crc32
 
 
 def state(value: int) -> dict[str, object]:
-    return {"format": 1, "value": torch.full((50,), value)}
+    """Return the smallest state that is one of a run."""
+    return {
+        "format": 1,
+        "value": torch.full((50,), value),
+        "model": {},
+        "loss": {},
+        "optimizer": {"state": {}, "param_groups": [{"params": []}]},
+        "trainer": {"iteration": value, "epoch": 1, "epoch_length": None},
+        "metrics": [{"window": {}, "epoch": {}, "history": {}}],
+        "last_metrics": {},
+        "handlers": {},
+        "random": [random_state()],
+        "data": [None],
+        "saved": {"epoch": 1, "metrics": {}},
+    }
 
 
 def entry(iteration: int) -> Entry:
-    return Entry(file=f"checkpoint_{iteration}.pt", epoch=1, iteration=iteration, metrics={})
+    return Entry(file=f"checkpoint_epoch_{iteration}.pt", epoch=1, iteration=iteration, metrics={})
 
 
 def save(store: CheckpointStore, iteration: int) -> None:
@@ -36,9 +50,9 @@ def save_with_shards(store: CheckpointStore, iteration: int) -> None:
     folder = store.new_folder(entry(iteration))
     path = store.directory / folder
     path.mkdir()
-    (path / "share").write_bytes(b"rows")
-    digest = list(size_and_crc32(path / "share"))
-    shards = {"folder": folder, "files": {"share": digest}, "tensors": {}}
+    (path / "rank_0.tensors").write_bytes(b"rows")
+    digest = list(size_and_crc32(path / "rank_0.tensors"))
+    shards = {"folder": folder, "files": {"rank_0.tensors": digest}, "tensors": {}}
     named = attrs.evolve(entry(iteration), shards=folder)
     store.write(named, {**state(iteration), "shards": shards})
     store.remove({e.file for e in store.entries()[:-2]})
@@ -53,7 +67,7 @@ FILE_OPERATIONS = [
     (Path, "replace"),
     (Path, "touch"),
     (Path, "unlink"),
-    (shutil, "rmtree"),
+    (Path, "rmdir"),
     (verified_files, "size_and_crc32"),
 ]
 
@@ -96,7 +110,12 @@ def test_a_file_is_durable_before_a_manifest_lists_it(tmp_path, monkeypatch):
     record(checkpoint_store, "flush_folder", lambda path: f"flush {path.name}")
     save(CheckpointStore(tmp_path / "run"), 1)
 
-    assert done == ["rename checkpoint_1.pt", "flush run", "rename manifest.json", "flush run"]
+    assert done == [
+        "rename checkpoint_epoch_1.pt",
+        "flush run",
+        "rename manifest.json",
+        "flush run",
+    ]
 
 
 @pytest.mark.parametrize("save", [save, save_with_shards])
@@ -123,10 +142,13 @@ def test_a_kill_at_any_operation_of_a_save_leaves_the_earlier_checkpoints_intact
         listed = [e.iteration for e in again.entries()]
         assert listed in ([2, 3], [2, 3, 4], [3, 4])
         for iteration in listed:
-            assert again.read(f"checkpoint_{iteration}.pt")["value"][0] == iteration
+            assert again.read(f"checkpoint_epoch_{iteration}.pt")["value"][0] == iteration
         files = {path.name for path in folder.iterdir()}
         ends = (".pt", ".shards") if save is save_with_shards else (".pt",)
-        assert files == {"manifest.json", *(f"checkpoint_{i}{end}" for i in listed for end in ends)}
+        assert files == {
+            "manifest.json",
+            *(f"checkpoint_epoch_{i}{end}" for i in listed for end in ends),
+        }
     assert operation > 10
 
 
@@ -134,9 +156,9 @@ def test_replacing_a_checkpoint_removes_its_folder(tmp_path):
     store = CheckpointStore(tmp_path)
     for _ in range(2):
         save_with_shards(store, 1)
-    assert store.read("checkpoint_1.pt")["value"][0] == 1
+    assert store.read("checkpoint_epoch_1.pt")["value"][0] == 1
     files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"manifest.json", "checkpoint_1_again.pt", "checkpoint_1.shards_2"}
+    assert files == {"manifest.json", "checkpoint_epoch_1_again.pt", "checkpoint_epoch_1.shards_2"}
 
 
 @pytest.mark.parametrize("save", [save, save_with_shards])
@@ -159,7 +181,7 @@ def test_a_kill_while_a_checkpoint_is_written_again_leaves_it_intact(
         again = CheckpointStore(folder)
         again.sweep()
         assert [entry.iteration for entry in again.entries()] == [1]
-        assert again.read("checkpoint_1.pt")["value"][0] == 1
+        assert again.read("checkpoint_epoch_1.pt")["value"][0] == 1
         ends = sorted(path.suffix.partition("_")[0] for path in folder.iterdir())
         assert ends == [".json", ".pt", *([".shards"] if save is save_with_shards else [])]
     assert operation > 8
@@ -169,7 +191,7 @@ def test_a_checkpoint_written_again_is_found_under_its_plain_name(tmp_path):
     store = CheckpointStore(tmp_path)
     for _ in range(3):
         save(store, 1)
-        assert store.read("checkpoint_1.pt")["value"][0] == 1
+        assert store.read("checkpoint_epoch_1.pt")["value"][0] == 1
         assert len(list(tmp_path.glob("*.pt"))) == 1
 
 
@@ -177,13 +199,13 @@ def test_a_checkpoint_written_again_is_found_under_its_plain_name(tmp_path):
 def test_a_damaged_file_of_a_folder_is_named(tmp_path, damage):
     store = CheckpointStore(tmp_path)
     save_with_shards(store, 1)
-    share = tmp_path / "checkpoint_1.shards" / "share"
+    share = tmp_path / "checkpoint_epoch_1.shards" / "rank_0.tensors"
     if damage == "gone":
         share.unlink()
     else:
         share.write_bytes(b"rowt" if damage == "flipped" else b"row")
-    with pytest.raises(CheckpointError, match=r"checkpoint_1.shards/share (is damaged|cannot be)"):
-        store.read("checkpoint_1.pt")
+    with pytest.raises(CheckpointError, match=r"_1.shards/rank_0.tensors (is damaged|cannot be)"):
+        store.read("checkpoint_epoch_1.pt")
 
 
 def test_the_shards_of_a_failed_save_are_removed(tmp_path, monkeypatch):
@@ -196,17 +218,17 @@ def test_the_shards_of_a_failed_save_are_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(CheckpointError, match="No space left"):
         save_with_shards(store, 2)
-    assert [path.name for path in tmp_path.glob("checkpoint_2*")] == []
-    assert store.read("checkpoint_1.pt")["value"][0] == 1
+    assert [path.name for path in tmp_path.glob("checkpoint_epoch_2*")] == []
+    assert store.read("checkpoint_epoch_1.pt")["value"][0] == 1
 
 
 def test_a_kill_in_the_first_save_leaves_an_empty_folder(tmp_path, monkeypatch):
     store = CheckpointStore(tmp_path)
     with monkeypatch.context() as patch:
-        kill_at(patch, 5, after=True)  # renamed, and not in the manifest yet
+        kill_at(patch, 6, after=True)  # renamed, and not in the manifest yet
         with pytest.raises(Killed):
             save(store, 1)
-    assert (tmp_path / "checkpoint_1.pt").exists()
+    assert (tmp_path / "checkpoint_epoch_1.pt").exists()
     store.sweep()
     assert list(tmp_path.glob("*.pt*")) == []
     assert store.entries() == []
@@ -216,7 +238,7 @@ def test_a_file_that_a_user_copied_into_the_folder_stays(tmp_path):
     store = CheckpointStore(tmp_path)
     save(store, 1)
     copy = tmp_path / "checkpoint_copied.pt"
-    copy.write_bytes((tmp_path / "checkpoint_1.pt").read_bytes())
+    copy.write_bytes((tmp_path / "checkpoint_epoch_1.pt").read_bytes())
     store.sweep()
     assert store.unlisted() == [copy]
     assert store.read(copy.name)["value"][0] == 1
@@ -229,29 +251,29 @@ def test_a_file_that_reads_back_differently_is_not_a_checkpoint(tmp_path, monkey
 
     def flip_a_bit(descriptor: int) -> None:
         flush(descriptor)
-        path = tmp_path / "checkpoint_2.pt.unfinished"
+        path = tmp_path / "checkpoint_epoch_2.pt.unfinished"
         if path.exists():
             content = bytearray(path.read_bytes())
             content[len(content) // 2] ^= 1
             path.write_bytes(content)
 
     monkeypatch.setattr(os, "fsync", flip_a_bit)
-    with pytest.raises(CheckpointError, match=r"checkpoint_2.pt.*its content differs"):
+    with pytest.raises(CheckpointError, match=r"checkpoint_epoch_2.pt.*its content differs"):
         save(store, 2)
     assert [e.iteration for e in store.entries()] == [1]
-    assert not list(tmp_path.glob("checkpoint_2*"))
+    assert not list(tmp_path.glob("checkpoint_epoch_2*"))
 
 
 @pytest.mark.parametrize("place", [0.02, 0.3, 0.7, 0.98])
 def test_one_flipped_bit_anywhere_is_noticed(tmp_path, place):
     store = CheckpointStore(tmp_path)
     save(store, 1)
-    path = tmp_path / "checkpoint_1.pt"
+    path = tmp_path / "checkpoint_epoch_1.pt"
     content = bytearray(path.read_bytes())
     content[int(place * len(content))] ^= 16
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"checkpoint_1.pt is damaged"):
-        store.read("checkpoint_1.pt")
+    with pytest.raises(CheckpointError, match=r"checkpoint_epoch_1.pt is damaged"):
+        store.read("checkpoint_epoch_1.pt")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"checkpoints": [{"file": "a.pt"}]}'])
@@ -261,15 +283,15 @@ def test_a_broken_manifest_is_an_error_with_a_remedy_and_nothing_is_removed(tmp_
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"manifest.json.*Move it away, and resume from"):
         store.entries()
-    assert (tmp_path / "checkpoint_1.pt").exists()
+    assert (tmp_path / "checkpoint_epoch_1.pt").exists()
 
 
 def test_the_manifest_lists_size_and_digest_of_each_file(tmp_path):
     store = CheckpointStore(tmp_path)
     save(store, 1)
     (listed,) = json.loads((tmp_path / "manifest.json").read_text())["checkpoints"]
-    assert listed["size"] == (tmp_path / "checkpoint_1.pt").stat().st_size
-    assert listed["file"] == "checkpoint_1.pt"
+    assert listed["size"] == (tmp_path / "checkpoint_epoch_1.pt").stat().st_size
+    assert listed["file"] == "checkpoint_epoch_1.pt"
 
 
 @pytest.mark.parametrize("name", ["missing.pt", "text.pt", "tensor.pt"])

@@ -1,0 +1,181 @@
+"""Checks of a checkpoint that comes from elsewhere: its archive, its size, its parts."""
+
+from __future__ import annotations
+
+import random
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from diptych.engine.errors import CheckpointError
+from diptych.engine.state.run_state import FORMAT
+
+DEPTH = 200
+"""Containers inside one another that a checkpoint may hold."""
+GROWTH = 16
+"""Times its own size that a checkpoint may take once it is unpacked, beside `ALLOWANCE`."""
+ALLOWANCE = 1 << 20
+
+PARTS: dict[str, Any] = {
+    "format": int,
+    "model": dict,
+    "loss": dict,
+    "optimizer": {"state": dict, "param_groups": [{"params": list}]},
+    "trainer": {"iteration": int, "epoch": int, "epoch_length": (int, type(None))},
+    "metrics": [{"window": dict, "epoch": dict, "history": dict}],
+    "last_metrics": dict,
+    "handlers": dict,
+    "random": [
+        {
+            "python": {"version": int, "internal": list},
+            "numpy": {"keys": Tensor, "position": int, "has_gauss": int, "cached": (int, float)},
+            "torch": Tensor,
+            "cuda": list,
+        }
+    ],
+    "data": [object],
+    "saved": {"epoch": int, "metrics": dict},
+}
+"""The parts that every checkpoint has: a type, a mapping of such parts, or a list of them."""
+SINCE_FORMAT_3: dict[str, Any] = {"identity": dict, "current": dict, "parameters": [list]}
+"""The parts that a checkpoint has in addition since `FORMAT` 3."""
+OPTIONAL: dict[str, Any] = {
+    "parameters": [list],
+    "scaler": (dict, type(None)),
+    "skipped_steps": Tensor,
+    "shards": {"folder": str, "tensors": dict, "files": dict},
+}
+"""The parts that some checkpoints have."""
+
+
+def check_archive(file: Path | BinaryIO, size: int) -> None:
+    """Check that a file is an archive as `torch.save` writes it, before anything is unpacked.
+
+    Args:
+        file: the file, or an opened one.
+        size: its bytes.
+
+    Raises:
+        CheckpointError: if it is another file, or its members are compressed or share bytes.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"it is not an archive of torch.save: {error}") from error
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise CheckpointError("it has compressed members, which torch.save does not write")
+    unpacked = sum(member.file_size for member in members)
+    if unpacked > size:
+        raise CheckpointError(f"it unpacks to {unpacked} bytes from {size}")
+
+
+def check_unpacked(state: Any, size: int) -> None:
+    """Check that a state holds little more than the file that it was read from.
+
+    A tensor may repeat a few bytes of a file without end, and a list may hold another one twice,
+    which holds another one twice. Copying such a state would fill the memory.
+
+    Args:
+        state: nested containers of tensors and plain values.
+        size: bytes of the file.
+
+    Raises:
+        CheckpointError: if the state is too large, too deep, or holds a tensor without data.
+    """
+    limit = GROWTH * size + ALLOWANCE
+    total, seen = 0, set[Any]()
+    for depth, value in _values(state):
+        if depth > DEPTH:
+            raise CheckpointError(f"its containers are nested more than {DEPTH} deep")
+        total += 1
+        if isinstance(value, Tensor):
+            if value.device.type != "cpu":
+                raise CheckpointError("it holds a tensor without data")
+            view = _view(value)
+            total += 0 if view in seen else _bytes(value)
+            seen.add(view)
+        if total > limit:
+            raise CheckpointError(f"it unpacks to more than {limit} bytes from {size}")
+
+
+def _values(state: Any) -> Iterator[tuple[int, Any]]:
+    """Yield every value in nested containers with its depth, without recursion."""
+    left = [(0, state)]
+    while left:
+        depth, value = left.pop()
+        yield depth, value
+        if isinstance(value, Mapping):
+            left.extend((depth + 1, item) for item in value.values())
+        elif isinstance(value, (list, tuple)):
+            left.extend((depth + 1, item) for item in value)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size() if tensor.layout == torch.strided else 0
+
+
+def _view(tensor: Tensor) -> Any:
+    """Return what two equal views of one memory share."""
+    if tensor.layout != torch.strided:
+        return id(tensor)
+    place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+    return *place, tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def check_parts(state: Any) -> None:
+    """Check that a state has the parts of a checkpoint, each of its type, before any is loaded.
+
+    A state of a later format is not checked: whoever loads it refuses it.
+
+    Raises:
+        CheckpointError: naming a part that is missing or of another type.
+    """
+    if isinstance(state, dict) and type(state.get("format")) is int and state["format"] > FORMAT:
+        return
+    _check(state, PARTS, "")
+    _check(state, SINCE_FORMAT_3 if state["format"] >= 3 else {}, "")
+    _check(state, {name: part for name, part in OPTIONAL.items() if name in state}, "")
+    for name in ("model", "loss"):
+        for key, value in state[name].items():
+            # A module may have a state of any type beside its tensors.
+            if not str(key).endswith("_extra_state"):
+                _check(value, (Tensor, dict), f"{name}.{key}")
+    for key, value in state["last_metrics"].items():
+        _check(value, (int, float), f"last_metrics.{key}")
+    for number, generators in enumerate(state["random"]):
+        _check_generators(generators, f"random[{number}]")
+
+
+def _check_generators(state: Mapping[str, Any], path: str) -> None:
+    """Check that generators accept a state, with generators that nobody uses."""
+    python, numpy = state["python"], state["numpy"]
+    try:
+        random.Random().setstate((python["version"], tuple(python["internal"]), python["gauss"]))
+        torch.Generator().set_state(state["torch"])
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{path} is no state of a random generator: {error}") from error
+    if numpy["keys"].shape != (624,) or not 0 <= numpy["position"] <= 624:
+        raise CheckpointError(f"{path}.numpy is no state of a random generator")
+
+
+def _check(value: Any, expected: Any, path: str) -> None:
+    kind = type(expected) if isinstance(expected, (dict, list)) else expected
+    if not isinstance(value, kind):
+        name = path or "the whole"
+        wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise CheckpointError(f"{name} must be a {wanted}, got a {type(value).__name__}")
+    if isinstance(expected, dict):
+        for key, part in expected.items():
+            if key not in value:
+                raise CheckpointError(f"it lacks the part {f'{path}.{key}'.lstrip('.')}")
+            _check(value[key], part, f"{path}.{key}".lstrip("."))
+    elif isinstance(expected, list):
+        if not value:
+            raise CheckpointError(f"{path} must not be empty")
+        for number, item in enumerate(value):
+            _check(item, expected[0], f"{path}[{number}]")
