@@ -12,13 +12,23 @@ from torch import nn
 from diptych.engine.errors import CheckpointError
 from diptych.engine.handler import Stateful, contract_of
 from diptych.engine.state.run_parts import RunParts
+from diptych.engine.state.schedulers import (
+    SavedScheduler,
+    is_scheduler,
+    report_unsaved,
+    schedulers_behind,
+)
 
 
 def attached(trainer: RunParts) -> list[Any]:
-    """Return every object whose functions the trainer's events call, each once, in order."""
+    """Return every object whose functions the trainer's events call, each once, in order.
+
+    The schedulers behind a plain function at an event count too.
+    """
     own = (trainer, trainer.model, trainer.loss, trainer.optimizer, trainer.metrics)
     owners = (listener.owner for listener in trainer.listeners)
-    found = {id(item): item for item in (*trainer.handlers, *owners)}
+    every = (*trainer.handlers, *owners, *schedulers_behind(trainer))
+    found = {id(item): item for item in every}
     return [item for key, item in found.items() if key not in {id(part) for part in own}]
 
 
@@ -35,7 +45,8 @@ def stateful_handlers(trainer: RunParts) -> dict[str, Stateful]:
             holder = getattr(candidate, "ema_model", None)  # Ignite's EMAHandler has no state_dict
         if isinstance(holder, nn.Module) or _has_state(holder):
             keys.append(contract_of(candidate).key)
-            holders.append(holder)
+            holders.append(SavedScheduler(holder) if is_scheduler(holder) else holder)
+    report_unsaved(trainer, holders)
     return dict(zip(numbered(keys), holders, strict=True))
 
 

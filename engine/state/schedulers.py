@@ -1,0 +1,248 @@
+"""Learning-rate schedulers of torch and Ignite: found behind the functions at events, and saved."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import itertools
+import logging
+import types
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from ignite.engine import Engine
+from ignite.handlers.param_scheduler import BaseParamScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from diptych.engine.handler import Stateful
+from diptych.engine.state.run_parts import RunParts
+
+logger = logging.getLogger(__name__)
+
+DEPTH = 6
+"""References from a function at an event to a scheduler: closure, object, attribute, list, ..."""
+
+OBJECTS = 5_000
+"""Objects that one search visits at most, so that a data set in a closure costs little."""
+
+ITEMS = 64
+"""Items of a container that are visited."""
+
+SKIPPED = (
+    *(str, bytes, int, float, complex, type(None), type, types.ModuleType, types.BuiltinMethodType),
+    *(Tensor, np.ndarray, nn.Module, Optimizer, Engine, torch.Generator, logging.Logger),
+)
+
+LIBRARIES = {"torch", "ignite", "diptych", "numpy"}
+
+_REPORTED: WeakSet[Any] = WeakSet()
+
+
+def is_scheduler(candidate: object) -> bool:
+    """Return whether an object is a scheduler of torch or Ignite."""
+    return isinstance(candidate, (LRScheduler, BaseParamScheduler))
+
+
+class SavedScheduler:
+    """A scheduler whose state consists of plain values; all other attributes are its own.
+
+    torch's and Ignite's schedulers put counters, functions and methods into their states, which a
+    checkpoint cannot hold. They are settings: a new scheduler has them already.
+
+    Args:
+        scheduler: the scheduler.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        object.__setattr__(self, "_scheduler", scheduler)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_scheduler"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._scheduler, name, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scheduler's state without functions."""
+        state: dict[str, Any] = _plain(self._scheduler.state_dict())
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a state that `state_dict` returned."""
+        self._scheduler.load_state_dict(_restored(state_dict, self._scheduler.state_dict()))
+
+
+def _plain(value: Any) -> Any:
+    """Return a state with built-in containers, and None for each function in a list."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items() if not callable(item)}
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        items = [None if callable(item) else _plain(item) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    return value
+
+
+def _restored(saved: Any, own: Any) -> Any:
+    """Return a saved state with the types and the functions of the scheduler's own state."""
+    if callable(own):
+        return own
+    if isinstance(saved, Mapping):
+        there = own if isinstance(own, Mapping) else {}
+        found = {key: _restored(item, there.get(key)) for key, item in saved.items()}
+        found |= {key: item for key, item in there.items() if callable(item)}
+        return Counter(found) if isinstance(own, Counter) else found
+    if isinstance(own, np.ndarray):
+        return np.asarray(saved, dtype=own.dtype)
+    if isinstance(saved, (list, tuple)):
+        there = own if isinstance(own, (list, tuple)) else ()
+        pairs = itertools.zip_longest(saved, there[: len(saved)])
+        items = [_restored(item, other) for item, other in pairs]
+        kind = type(own) if isinstance(own, (tuple, set, frozenset, deque)) else type(saved)
+        return kind(items)
+    return saved
+
+
+# -- the search ----------------------------------------------------------------------------------
+
+
+def schedulers_behind(trainer: RunParts) -> list[Any]:
+    """Return the schedulers of the trainer's optimizer that functions at events refer to, in order.
+
+    A function refers to what is in its closure, its defaults, its arguments, the globals that it
+    names, and the attributes of these objects. The step, and attributes of the trainer, count too.
+    """
+    held = _optimizers(trainer.optimizer)
+    roots: list[Any] = []
+    for listener in trainer.listeners:
+        roots += [listener.added, *listener.arguments, *listener.keywords.values()]
+    roots += [trainer.step, *(one for one in vars(trainer).values() if is_scheduler(one))]
+    return [one for one in _reachable(roots) if _schedules(one, held)]
+
+
+def report_unsaved(trainer: RunParts, saved: Iterable[Any]) -> None:
+    """Log, once for each trainer, the torch schedulers of its optimizer that are not saved.
+
+    Args:
+        trainer: the trainer.
+        saved: the objects whose states a checkpoint holds.
+    """
+    if trainer in _REPORTED or not trainer.state.iteration:
+        return
+    _REPORTED.add(trainer)
+    held = _optimizers(trainer.optimizer)
+    everyone = [one for one in gc.get_objects() if issubclass(type(one), LRScheduler)]
+    of_optimizer = [one for one in everyone if id(getattr(one, "optimizer", None)) in held]
+    if not of_optimizer:
+        return
+    known = {id(one) for one in _reachable([*saved, *trainer.handlers], everything=True)}
+    unsaved = sorted({type(one).__name__ for one in of_optimizer if id(one) not in known})
+    if unsaved:
+        logger.warning(
+            "Checkpoints do not hold the state of %s, a scheduler of the optimizer, because no "
+            "function at an event refers to it: a resumed run starts its schedule again. Add "
+            "scheduler.step to an event, or save its state in a handler.",
+            ", ".join(unsaved),
+        )
+
+
+def _optimizers(optimizer: Optimizer) -> set[int]:
+    return {id(optimizer), *map(id, getattr(optimizer, "members", ()))}
+
+
+def _schedules(candidate: Any, held: set[int]) -> bool:
+    optimizer = getattr(candidate, "__dict__", {}).get("optimizer")
+    if isinstance(candidate, BaseParamScheduler) and optimizer is None:
+        return True
+    steps = is_scheduler(candidate) or callable(getattr(type(candidate), "step", None))
+    return steps and id(optimizer) in held and isinstance(candidate, Stateful)
+
+
+def _reachable(roots: Iterable[Any], *, everything: bool = False) -> list[Any]:
+    """Return the objects that roots refer to, roots included, each once, in a stable order."""
+    found: dict[int, Any] = {}
+
+    def visit(item: Any, depth: int) -> None:
+        if id(item) in found or len(found) >= OBJECTS or isinstance(item, SKIPPED):
+            return
+        found[id(item)] = item
+        own = type(item).__module__.partition(".")[0] == "diptych" or is_scheduler(item)
+        if depth and (everything or not own):
+            for inner in _references(item):
+                visit(inner, depth - 1)
+
+    for root in roots:
+        visit(root, DEPTH)
+    return list(found.values())
+
+
+def _references(item: Any) -> Iterator[Any]:
+    if isinstance(item, types.FunctionType):
+        return _of_function(item)
+    if isinstance(item, types.MethodType):
+        return iter((item.__self__, item.__func__))
+    if isinstance(item, functools.partial):
+        return iter((item.func, *item.args, *item.keywords.values()))
+    if isinstance(item, Mapping):
+        return itertools.islice(list(item.values()), ITEMS)
+    if isinstance(item, (list, tuple, set, frozenset, deque)):
+        return itertools.islice(list(item), ITEMS)
+    return _attributes(item)
+
+
+def _attributes(item: Any) -> Iterator[Any]:
+    """Yield an object's attributes, and the function that calls it."""
+    if isinstance(item, SavedScheduler):
+        yield object.__getattribute__(item, "_scheduler")
+        return
+    yield from list(getattr(item, "__dict__", {}).values())
+    for name in itertools.chain.from_iterable(_slots(base) for base in type(item).__mro__):
+        yield getattr(item, name, None)
+    call = vars(type(item)).get("__call__")
+    if isinstance(call, types.FunctionType):
+        yield call
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    names = vars(kind).get("__slots__", ())
+    names = (names,) if isinstance(names, str) else tuple(names)
+    return tuple(name for name in names if name not in {"__weakref__", "__dict__"})
+
+
+def _of_function(function: types.FunctionType) -> Iterator[Any]:
+    """Yield what a function written by a user refers to."""
+    if str(function.__module__).partition(".")[0] in LIBRARIES:
+        return
+    yield from map(_content, function.__closure__ or ())
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    names = list(_names(function.__code__))
+    for name in names:
+        value = function.__globals__.get(name)
+        if isinstance(value, types.ModuleType):
+            inside = vars(value)
+            yield from (inside[inner] for inner in names if is_scheduler(inside.get(inner)))
+        elif value is not None:
+            yield value
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """Yield the names that a function's code uses, those of functions inside it included."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
