@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -85,8 +86,8 @@ class Trainer(EventLoop):
         terms: the terms of the last loss, detached.
         step: the argument `step`.
         transform: the argument `transform`. It can be replaced between two updates.
-        loaded_length: iterations that the run of the loaded state was to have; None if no state was
-            loaded, or it is unknown.
+        loaded_length: iterations that the run of the loaded state was to have, if an earlier
+            version wrote it, which did not save the lengths of schedules; else None.
         state: Ignite's state; `state.metrics` holds the means of the last epoch and the values of
             the last evaluation.
 
@@ -302,10 +303,15 @@ class Trainer(EventLoop):
         """
         return cost_table(self.listeners)
 
+    def state_dict(self) -> OrderedDict[str, Any]:
+        """Return the position of the run; see `EventLoop.state_dict`."""
+        return OrderedDict(super().state_dict(), schedules_saved=True)
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore a position; see `EventLoop.load_state_dict`."""
         super().load_state_dict(state_dict)
-        self.loaded_length = iterations_of_run(self)
+        saved = state_dict.get("schedules_saved", False)
+        self.loaded_length = None if saved else iterations_of_run(self)
 
     def fire_and_report(self, event: Any, *, continued: bool = False) -> None:
         """Fire an event, and report what its handlers publish as a record of this iteration.

@@ -27,9 +27,7 @@ class Horizon:
     iterations: int | None = None
     _said: tuple[int | None, int | None] | None = attrs.field(default=None, init=False)
 
-    def start(
-        self, trainer: Trainer, total: int | None, name: str, sets: str, *, is_new: bool = False
-    ) -> None:
+    def start(self, trainer: Trainer, total: int | None, name: str, sets: str) -> None:
         """Fix the length when a run starts, and log a run that is longer or shorter.
 
         Args:
@@ -37,7 +35,6 @@ class Horizon:
             total: the length that the script gives, or None.
             name: the handler's name, for the log.
             sets: what the schedule sets, for the log: "learning rate".
-            is_new: whether the saved run that this one continues had no such schedule.
         """
         length = iterations_of_run(trainer)
         if trainer.state.iteration == 0:
@@ -45,7 +42,7 @@ class Horizon:
         if total is not None:
             self.iterations = total
         elif self.iterations is None:
-            before = None if is_new or trainer.state.iteration == 0 else trainer.loaded_length
+            before = trainer.loaded_length if trainer.state.iteration else None
             self.iterations = before or length
             if before is not None and rank() == 0:
                 logger.info(

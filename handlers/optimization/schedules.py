@@ -123,9 +123,8 @@ class LearningRate(Handler):
         else:
             self._log_used(groups)
         self._earlier.clear()
-        is_new = not any("initial_lr" in group for group in groups)
-        sets = "learning rate"
-        self._horizon.start(trainer, self.total, "LearningRate", sets, is_new=is_new)
+        if self.decay != "constant":
+            self._horizon.start(trainer, self.total, "LearningRate", "learning rate")
         check_length(self, self._horizon.iterations, "the run")
 
     def _log_used(self, groups: list[dict[str, Any]]) -> None:
