@@ -6,6 +6,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -14,6 +15,7 @@ from ignite.engine.events import RemovableEventHandle
 from torch.optim.lr_scheduler import LRScheduler
 
 from diptych.engine.distributed.hang_report import enter_place, leave_place, raise_if_lost
+from diptych.engine.loop.handler_table import Edited, HandlerTable
 from diptych.engine.loop.listener import Listener, filter_of
 from diptych.engine.loop.periodic import Periodic
 
@@ -53,6 +55,7 @@ class Dispatcher(Engine):
     def __init__(self, process_function: Callable[[Engine, Any], Any]) -> None:
         self._listeners: dict[Any, list[Listener]] = {}
         self._found: dict[int, list[Listener]] = {}
+        self._sources: dict[Any, Any] = {}  # the list of entries that a list of listeners follows
         self._by_identity: dict[int, Any] = {}
         self._in_others = 0.0
         self._instead: Callable[[Listener], object] | None = None
@@ -61,11 +64,14 @@ class Dispatcher(Engine):
         self._skipped: frozenset[int] = (
             frozenset()
         )  # ids of those that a continued event leaves out
+        self._edited = Edited()
         super().__init__(process_function)
+        self._event_handlers = HandlerTable(self._edited)
 
     @property
     def listeners(self) -> list[Listener]:
         """All listeners, event by event, in the order in which they are called."""
+        self._find_listeners()
         found: list[Listener] = []
         for listener in itertools.chain.from_iterable(self._listeners.values()):
             periodic = listener.function
@@ -119,11 +125,6 @@ class Dispatcher(Engine):
             self._listeners[event_name][-1].event = event_name
         return handle
 
-    def remove_event_handler(self, handler: Callable[..., Any], event_name: Any) -> None:
-        """Remove a handler from an event, as in Ignite."""
-        super().remove_event_handler(handler, event_name)
-        self._find_listeners()
-
     def fire_event(self, event_name: Any) -> None:
         """Call the handlers of a registered event.
 
@@ -131,6 +132,8 @@ class Dispatcher(Engine):
             ValueError: if the event is not registered.
         """
         self.last_event_name = event_name
+        if self._edited.since_read:
+            self._find_listeners()
         listeners = self._found.get(id(event_name))
         if listeners is None:
             listeners = self._find(event_name)
@@ -145,7 +148,7 @@ class Dispatcher(Engine):
         """
         self.last_event_name = event_name
         listeners = self._listeners.get(event_name, ())
-        self.call([listener for listener in listeners if not _selects_iterations(listener)])
+        self.call([listener for listener in listeners if not selects_iterations(listener)])
 
     def call(self, listeners: Iterable[Listener]) -> None:
         """Call listeners with this engine, and add up their calls and times."""
@@ -176,6 +179,8 @@ class Dispatcher(Engine):
             listener.calls += 1
             listener.seconds += now - before - self._in_others
             before = now
+            if self._edited.since_read:  # in this firing, as in Ignite
+                self._find_listeners()
         self._in_others = outer + before - start
 
     @contextmanager
@@ -188,8 +193,9 @@ class Dispatcher(Engine):
             yield
         except BaseException:
             self._event_handlers.clear()
-            self._event_handlers.update(entries)
-            self._listeners, self._found = listeners, {}
+            for event, found in entries.items():
+                self._event_handlers[event] = found
+            self._listeners, self._found, self._sources = listeners, {}, {}
             self._periodic = {event: one for event, (one, _) in periodic.items()}
             for one, before in periodic.values():
                 one.entries = before
@@ -205,10 +211,12 @@ class Dispatcher(Engine):
             self._instead = None
 
     def _fire_event(self, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
+        """Call the handlers of one of Ignite's events; subclasses may override it, as in Ignite."""
         if not event_args and not event_kwargs:
             self.fire_event(event_name)
             return
         self.last_event_name = event_name
+        self._find_listeners()
         for listener in self._listeners.get(event_name, ()):
             listener.call(self, event_args, event_kwargs)
 
@@ -220,30 +228,52 @@ class Dispatcher(Engine):
         return listeners
 
     def _find_listeners(self) -> None:
-        """Follow what was added to, removed from or replaced in Ignite's own table."""
+        """Follow what was added to, removed from or replaced in Ignite's own table.
+
+        A list that was edited stays the same list of listeners, so that an event that is firing
+        sees the edit; one that was replaced, as by `remove_event_handler`, is another list.
+        """
+        self._edited.since_read = False
         for event, entries in self._event_handlers.items():
-            known = self._listeners.setdefault(event, [])
-            current = [_listener(event, entry, known) for entry in entries]
-            if current[: len(known)] == known:
-                known.extend(
-                    current[len(known) :]
-                )  # in place, so that an event that is firing sees them
+            known = self._listeners.get(event, [])
+            current = [_listener(self, event, entry, known) for entry in entries]
+            if self._sources.get(event) is entries:
+                known[:] = current
             else:
-                self._listeners[event] = current
+                self._listeners[event], self._sources[event] = current, entries
                 self._found.clear()
 
 
-def _listener(event: Any, entry: tuple[Any, ...], known: list[Listener]) -> Listener:
+def _listener(
+    engine: Engine, event: Any, entry: tuple[Any, ...], known: list[Listener]
+) -> Listener:
     """Return the listener of an entry in Ignite's table, a known one if there is one."""
     for listener in known:
         if listener.entry is entry:  # one function may be added twice, with other arguments
             return listener
     function, arguments, keywords = entry
-    takes_engine = bool(arguments) and isinstance(arguments[0], weakref.ref)
+    reference = arguments[0] if arguments and isinstance(arguments[0], weakref.ref) else None
+    takes_engine = reference is not None and reference() is engine
+    if reference is not None and not takes_engine:
+        arguments, function = arguments[1:], partial(_call_with_referent, function, reference)
     rest = arguments[1:] if takes_engine else arguments
     return Listener(event, function, rest, keywords, takes_engine, entry=entry)
 
 
-def _selects_iterations(listener: Listener) -> bool:
+def _call_with_referent(
+    function: Callable[..., object], reference: weakref.ref[Any], *arguments: Any, **keywords: Any
+) -> None:
+    """Call a handler that was added for another engine."""
+    engine = reference()
+    if engine is None:
+        raise RuntimeError(
+            "Engine reference not resolved: the engine for which a handler was added is gone. "
+            "Remove the handler, or keep its engine"
+        )
+    function(engine, *arguments, **keywords)
+
+
+def selects_iterations(listener: Listener) -> bool:
+    """Return whether a listener is called in chosen iterations only, by `every` or a filter."""
     filtered = filter_of(listener.event) is not None
     return filtered or isinstance(listener.function, Periodic)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -177,3 +179,53 @@ def test_the_step_of_a_torch_scheduler_can_be_removed():
     loop.run(range(3), max_epochs=1)
 
     assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+@pytest.mark.parametrize("kind", [Engine, EventLoop])
+def test_handlers_that_edit_the_table_while_their_event_fires_take_effect_in_that_firing(kind):
+    engine, calls = kind(lambda *_: None), []
+    table = engine._event_handlers
+
+    def note(name: str) -> tuple[Any, ...]:
+        return (lambda: calls.append(name), (), {})
+
+    def edit() -> None:
+        entries = table[Events.STARTED]
+        entries[2] = note("in the place of another")
+        entries.append(note("appended"))
+        table[Events.EPOCH_STARTED].insert(0, note("of another event"))
+
+    engine.add_event_handler(Events.STARTED, edit)
+    engine.add_event_handler(Events.STARTED, lambda: calls.append("kept"))
+    engine.add_event_handler(Events.STARTED, lambda: calls.append("replaced"))
+    engine.add_event_handler(Events.COMPLETED, table[Events.EPOCH_STARTED].clear)
+    engine.run([1], max_epochs=1)
+    engine.state.max_epochs = None
+    del table[Events.STARTED][0]
+    engine.run([1], max_epochs=1)
+
+    kept = ["kept", "in the place of another", "appended"]
+    assert calls == [*kept, "of another event", *kept]
+
+
+def test_a_handler_of_an_engine_that_is_gone_is_an_error():
+    for engine in (Engine(lambda *_: None), EventLoop(lambda *_: None)):
+        gone = Engine(lambda *_: None)
+        reference = weakref.ref(gone)
+        del gone
+        gc.collect()
+        engine._event_handlers[Events.STARTED].append((lambda _: None, (reference,), {}))
+        with pytest.raises(RuntimeError, match="Engine reference not resolved"):
+            engine.run([1], max_epochs=1)
+
+
+def test_handlers_that_could_not_be_attached_together_are_removed_and_later_ones_are_called():
+    engine, calls = engine_of(), []
+    engine.add_event_handler(Events.STARTED, lambda: calls.append("before"))
+    with contextlib.suppress(KeyError), engine.all_or_nothing():
+        engine.add_event_handler(Events.STARTED, lambda: calls.append("never"))
+        raise KeyError
+    engine.add_event_handler(Events.STARTED, lambda: calls.append("after"))
+    engine.fire_event(Events.STARTED)
+
+    assert calls == ["before", "after"]
