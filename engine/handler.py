@@ -84,12 +84,16 @@ class Handler(ABC):
     Attributes:
         changes: what the handler changes. Empty: it only reports, and the run is the same without
             it.
+        collective: whether it communicates with the other ranks, or publishes values, which are
+            averaged over ranks. Every rank must have such a handler, as every rank must have one
+            that changes something; any other may exist on some ranks only.
         findings: the problems that it has found so far.
     """
 
     __slots__ = ()
 
     changes: ClassVar[frozenset[Change]] = frozenset()
+    collective: ClassVar[bool] = False
 
     @abstractmethod
     def attach(self, trainer: Any, /) -> object:

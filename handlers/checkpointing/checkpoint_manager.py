@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import attrs
 import torch.distributed as dist
@@ -118,6 +118,8 @@ class CheckpointManager(Handler):
         ValueError: when the run starts, if `export` is True and `best` scores averaged weights.
         CheckpointError: while running: see `save_checkpoint` and `load_checkpoint`.
     """
+
+    collective: ClassVar[bool] = True
 
     directory: Path = attrs.field(converter=_absolute)
     every: int | timedelta | Literal["epoch"] = attrs.field(

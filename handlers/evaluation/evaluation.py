@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import attrs
 import torch
@@ -112,6 +112,8 @@ class Evaluation(Handler):
         BatchError: while running: if ranks have different numbers of batches and the loss couples
             them, or two ranks begin with the same batch.
     """
+
+    collective: ClassVar[bool] = True
 
     loader: Iterable[Any] = attrs.field(validator=_check_loader)
     metrics: Metrics = attrs.field(default=(), kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -160,6 +160,8 @@ class OnlineLinearProbe(Handler):
         BatchError: while running: if the outputs lack the features, the batch lacks labels, or they
             do not fit together.
     """
+
+    collective: ClassVar[bool] = True
 
     classes: int = attrs.field(validator=attrs.validators.ge(2))
     labels: Key | Callable[[Any], Tensor] = "label"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import attrs
 import torch
@@ -42,6 +43,8 @@ class InBatchAccuracy(Handler):
         ValueError: if `every` is below 1 or `features` are not two names.
         BatchError: while running: if the task's outputs lack them, or they are not [B, D].
     """
+
+    collective: ClassVar[bool] = True
 
     every: int = attrs.field(default=1, validator=whole_number(of="iterations"))
     features: Sequence[str] | None = attrs.field(default=None, validator=name_count(2))

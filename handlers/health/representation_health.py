@@ -7,7 +7,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -88,6 +88,8 @@ class RepresentationHealth(Handler):
         ValueError: if an argument is out of range.
         BatchError: while running: if the task's outputs lack the features, or they are not [B, D].
     """
+
+    collective: ClassVar[bool] = True
 
     every: int = attrs.field(default=10, validator=whole_number())
     features: Sequence[str] | None = attrs.field(default=None, validator=name_count(1, 2))

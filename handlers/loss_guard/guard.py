@@ -129,6 +129,7 @@ class LossGuard(Handler):
     changes: ClassVar[frozenset[Change]] = frozenset(
         {Change.GRADIENTS, Change.WEIGHTS, Change.BUFFERS, Change.RUN_LENGTH}
     )
+    collective: ClassVar[bool] = True
 
     directory: Path | None = attrs.field(default=None, converter=attrs.converters.optional(Path))
     policy: Policy = attrs.field(default="skip", validator=one_of(Policy), kw_only=True)

@@ -37,6 +37,7 @@ class GradientClipping(Handler):
     """
 
     changes: ClassVar[frozenset[Change]] = frozenset({Change.GRADIENTS})
+    collective: ClassVar[bool] = True
 
     max_norm: float | None = attrs.field(
         default=None, validator=attrs.validators.optional(positive)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -66,6 +66,8 @@ class GradientDiagnostics(Handler):
     Raises:
         ValueError: if an argument is out of range; when attached, if a component has no parameter.
     """
+
+    collective: ClassVar[bool] = True
 
     every: int = attrs.field(default=10, validator=whole_number(of="iterations"))
     components: Components | None = attrs.field(default=None, validator=_check_components)

@@ -66,6 +66,7 @@ class ModalityBalancing(Handler):
     """
 
     changes: ClassVar[frozenset[Change]] = frozenset({Change.GRADIENTS})
+    collective: ClassVar[bool] = True
 
     components: Components = attrs.field(default=("image", "text"), validator=_check_components)
     ratio: float = attrs.field(default=1.0, validator=positive)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import attrs
 import torch
@@ -78,6 +78,8 @@ class WeightAverage(Handler):
     Raises:
         ValueError: if an argument is out of range; when attached, if the trainer has one already.
     """
+
+    collective: ClassVar[bool] = True
 
     decay: float = attrs.field(default=0.999, validator=share_below_one)
     warmup: bool = True
