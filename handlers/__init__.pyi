@@ -53,6 +53,7 @@ from diptych.handlers.optimization.learning_rate_finder import (
 from diptych.handlers.optimization.modality_balancing import ModalityBalancing as ModalityBalancing
 from diptych.handlers.optimization.momentum_encoder import MomentumEncoder as MomentumEncoder
 from diptych.handlers.optimization.parameter_groups import parameter_groups as parameter_groups
+from diptych.handlers.optimization.reduce_on_plateau import ReduceOnPlateau as ReduceOnPlateau
 from diptych.handlers.optimization.schedules import LearningRate as LearningRate
 from diptych.handlers.optimization.weight_average import WeightAverage as WeightAverage
 from diptych.handlers.performance.profile import Profile as Profile

@@ -85,6 +85,7 @@ ALLOWED: dict[str, set[str]] = {
         "engine.state",
         "handlers",
         "handlers.checkpointing",
+        "handlers.evaluation",
     },
     "handlers.performance": {"engine", "engine.distributed", "handlers"},
     "handlers.pictures": {

@@ -76,7 +76,7 @@ class LearningRate(Handler):
 
     _horizon: Horizon = attrs.field(factory=Horizon, init=False, repr=False)
     _earlier: list[tuple[dict[str, Any], Any]] = attrs.field(factory=list, init=False, repr=False)
-    _gauges: int = attrs.field(default=0, init=False, repr=False)
+    _published: int = attrs.field(default=0, init=False, repr=False)
 
     def attach(self, trainer: Trainer) -> None:
         """Set the rates of the trainer's optimizer before each iteration."""
@@ -86,7 +86,7 @@ class LearningRate(Handler):
             if "initial_lr" in group:
                 self._earlier.append((group, group["initial_lr"]))
             group["initial_lr"] = float(group["lr"])
-        self._publish_rates(trainer)
+        publish_rates(trainer)
         trainer.add_event_handler(Events.STARTED, self._start)
         trainer.add_event_handler(Events.ITERATION_STARTED, self._set)
 
@@ -147,17 +147,9 @@ class LearningRate(Handler):
             if "initial_lr" not in group:
                 group["initial_lr"] = float(group["lr"])
             set_rate(group, factor * group["initial_lr"])
-        if len(groups) != self._gauges:
-            self._publish_rates(trainer)
-
-    def _publish_rates(self, trainer: Trainer) -> None:
-        groups = trainer.optimizer.param_groups
-        self._gauges = len(groups)
-        trainer.metrics.gauge("train/learning_rate", rate_of(trainer, 0))
-        if len({group["initial_lr"] for group in groups}) > 1:
-            for index, group in enumerate(groups):
-                tag = f"train/learning_rate/{group.get('name', index)}"
-                trainer.metrics.gauge(tag, rate_of(trainer, index))
+        if len(groups) != self._published:
+            self._published = len(groups)
+            publish_rates(trainer)
 
 
 def check_length(schedule: LearningRate, length: int | None, of: str) -> None:
@@ -192,6 +184,16 @@ def set_rate(group: dict[str, Any], rate: float) -> None:
         group["lr"].fill_(rate)
     else:
         group["lr"] = rate
+
+
+def publish_rates(trainer: Trainer) -> None:
+    """Publish the rate of the first group and, if groups have different rates, that of each."""
+    groups = trainer.optimizer.param_groups
+    trainer.metrics.gauge("train/learning_rate", rate_of(trainer, 0))
+    if len({float(group.get("initial_lr", group["lr"])) for group in groups}) > 1:
+        for index, group in enumerate(groups):
+            tag = f"train/learning_rate/{group.get('name', index)}"
+            trainer.metrics.gauge(tag, rate_of(trainer, index))
 
 
 def rate_of(trainer: Trainer, index: int) -> Callable[[], Tensor | float]:
