@@ -243,6 +243,16 @@ EXAMPLES = {
         lambda _: handlers.ProgressBar(),
         refused=({"refresh": -1.0}, {"interval": -1.0}),
     ),
+    "ReduceOnPlateau": Example(
+        lambda _: handlers.ReduceOnPlateau(metric="train/loss", patience=99),
+        refused=({"factor": 1.0}, {"mode": "up"}, {"patience": -1}),
+        acting=(
+            lambda _: observe(
+                handlers.ReduceOnPlateau(metric="train/loss", patience=0, threshold=9.0),
+                max_epochs=3,
+            ),
+        ),
+    ),
     "RepresentationHealth": Example(
         lambda _: handlers.RepresentationHealth(features=("logits",), every=2, warmup=0),
         refused=({"every": 0}, {"samples": 1}, {"patience": 0}, {"features": "logits"}),

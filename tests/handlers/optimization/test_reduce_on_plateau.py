@@ -80,7 +80,9 @@ def test_values_of_each_evaluation_count_and_those_of_an_epoch_once(caplog):
     trainer = make_trainer()
     trainer.attach(
         Evaluation(make_loader(seed=2), every=2),
-        ReduceOnPlateau(metric="val/loss", patience=0, threshold=1.0, factor=0.5),
+        ReduceOnPlateau(
+            metric="val/loss", patience=0, threshold=99.0, threshold_mode="abs", factor=0.5
+        ),
     )
     trainer.run(make_loader(4), max_epochs=2)
     assert len(trainer.metrics.get_history("val/loss")) == 4
@@ -128,7 +130,11 @@ def test_a_nan_counts_as_no_improvement():
 def test_a_group_added_during_the_run_is_reduced_too():
     trainer = make_trainer()
     trainer.model.register_parameter("extra", nn.Parameter(torch.zeros(1)))
-    trainer.attach(ReduceOnPlateau(metric="train/loss", patience=0, threshold=1.0, factor=0.5))
+    trainer.attach(
+        ReduceOnPlateau(
+            metric="train/loss", patience=0, threshold=99.0, threshold_mode="abs", factor=0.5
+        )
+    )
     trainer.add_event_handler(
         Events.EPOCH_STARTED(once=2),
         lambda t: t.optimizer.add_param_group({"params": [t.model.extra], "lr": 8.0}),
@@ -139,7 +145,11 @@ def test_a_group_added_during_the_run_is_reduced_too():
 
 def test_the_rates_are_published():
     trainer = make_trainer()
-    trainer.attach(ReduceOnPlateau(metric="train/loss", patience=0, threshold=1.0, factor=0.5))
+    trainer.attach(
+        ReduceOnPlateau(
+            metric="train/loss", patience=0, threshold=99.0, threshold_mode="abs", factor=0.5
+        )
+    )
     trainer.run(make_loader(), max_epochs=3)
     values = trainer.metrics.record.values
     assert values["train/learning_rate"] == 0.5
@@ -147,7 +157,9 @@ def test_the_rates_are_published():
 
 
 def test_a_run_that_starts_over_forgets_the_best_value():
-    handler = ReduceOnPlateau(metric="train/loss", patience=0, threshold=1.0, factor=0.5)
+    handler = ReduceOnPlateau(
+        metric="train/loss", patience=0, threshold=99.0, threshold_mode="abs", factor=0.5
+    )
     trainer = make_trainer().attach(handler)
     trainer.run(make_loader(), max_epochs=1)
     trainer.state.max_epochs = None
@@ -160,7 +172,7 @@ def test_a_run_that_starts_over_forgets_the_best_value():
 def test_a_second_handler_that_sets_the_rates_is_refused(first):
     handlers = [ReduceOnPlateau(metric="train/loss"), LearningRate(warmup=1)]
     trainer = make_trainer().attach(*(handlers if first else handlers[::-1]))
-    with pytest.raises(ValueError, match="must be the only handler .* got LearningRate too"):
+    with pytest.raises(ValueError, match=r"must be the only handler .* got LearningRate too"):
         trainer.run(make_loader(), max_epochs=1)
 
 
