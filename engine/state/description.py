@@ -16,7 +16,9 @@ from typing import Any
 import attrs
 import numpy as np
 import torch
+from ignite.engine import Engine
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 SCALARS = (bool, int, float, str, type(None))
 NOT_COMPARED = "not compared"
@@ -31,19 +33,23 @@ SAMPLE = 2**20
 class Describer:
     """Describes values by types, names, settings and digests: never by an address.
 
+    Args:
+        known: names of objects that are described elsewhere.
+
     Attributes:
         not_compared: the paths of values that have no description, each with its type.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: Mapping[str, object] | None = None) -> None:
         self.not_compared: dict[str, str] = {}
+        self._known = {id(part): name for name, part in (known or {}).items() if part is not None}
 
     def describe(self, value: Any, path: str, depth: int = DEPTH) -> Any:
         """Return a value as nested dictionaries and lists of numbers and strings.
 
         A tensor is described by type, shape and digest; a function by its name, a digest of its
         code, and its plain defaults and closure values; an attrs class or data class by its
-        settings; a module by its attributes, parts and state; any other object by its public
+        settings; a module by its attributes, parts and buffers; any other object by its public
         attributes.
 
         Args:
@@ -51,7 +57,7 @@ class Describer:
             path: the name of the value, for `not_compared`.
             depth: levels that may be entered; a plain object counts as three.
         """
-        simple = _simple(value)
+        simple = self._known.get(id(value)) or _simple(value)
         if simple is not _NOTHING:
             return simple
         if depth <= 0:
@@ -150,7 +156,7 @@ def name_of(named: Any) -> str:
 def settings_of(value: Any) -> tuple[dict[str, Any] | None, int]:
     """Return the settings of an object by name, and how many levels of depth they cost.
 
-    They are the arguments of an attrs class or data class, the attributes, parts and state of a
+    They are the arguments of an attrs class or data class, the attributes, parts and tensors of a
     module, else the public attributes. None: the object shows nothing.
     """
     kind = type(value)
@@ -161,9 +167,8 @@ def settings_of(value: Any) -> tuple[dict[str, Any] | None, int]:
         names = [f.name for f in dataclasses.fields(value) if f.init]
         return {name: getattr(value, name) for name in names}, 1
     if isinstance(value, nn.Module):
-        state = {name: tensor for name, tensor in value.state_dict().items() if "." not in name}
-        parts = dict(value.named_children())
-        return {**plain_attributes(value), **parts, **({"state": state} if state else {})}, 1
+        own = dict(value.named_children()) | dict(value.named_parameters(recurse=False))
+        return plain_attributes(value) | own | dict(value.named_buffers(recurse=False)), 1
     found = getattr(value, "__dict__", None)
     if found is None:
         return None, 0
@@ -228,6 +233,7 @@ def _parts_of(code: types.CodeType) -> Iterable[str]:
 _WAYS: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
     (enum.Enum, lambda member: f"{type(member).__name__}.{member.name}"),
     (SCALARS, finite),
+    (nn.Parameter, lambda learned: f"parameter {learned.dtype} {tuple(learned.shape)}"),
     (Tensor, tensor_digest),
     (np.generic, lambda number: finite(number.item())),
     (np.ndarray, _array_digest),
@@ -235,5 +241,6 @@ _WAYS: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
     (torch.Generator, lambda generator: f"generator with seed {generator.initial_seed()}"),
     (PurePath, lambda _: "path"),  # where files are decides no result
     (type, class_name),
+    ((Optimizer, Engine), lambda part: class_name(type(part))),
 )
 """The types of values without parts, and how each is described."""

@@ -67,26 +67,49 @@ class Difference:
         return {"functions": Kind.FUNCTION, "initial": Kind.INITIAL}.get(section, Kind.SCRIPT)
 
     def __str__(self) -> str:
-        return f"{self.name} {self.before} -> {self.now} ({self.kind.value})"
+        name = "order of handlers" if self.name == "order" else self.name
+        return f"{name} {_text(self.before)} -> {_text(self.now)} ({self.kind.value})"
 
 
 def differences(first: RunIdentity, second: RunIdentity) -> list[Difference]:
     """Return every value in which two identities differ, by name.
 
-    A handler, module or group that only one of them has is one difference.
+    A handler, module or group that only one of them has is one difference. The order of handlers is
+    one only if the handlers are the same. The current rate of a schedule, and the rates that a
+    scheduler keeps, follow from the base rate of the group.
     """
-    found = list(_walk(first.values, second.values, ""))
-    known = {"handlers": "handlers.", "order": "order"}
-    changed = {d.name.split(".")[1] for d in found if d.name.startswith(known["handlers"])}
-    # The order of handlers is a difference of its own only if the handlers are the same.
-    only = {d.name for d in found if ABSENT in (d.before, d.now)}
-    if any(f"handlers.{key}" in only for key in changed):
-        found = [d for d in found if d.name != known["order"]]
-    return found
+    found = {one.name: one for one in _walk(first.values, second.values, "")}
+    if not (first.values["loader"] and second.values["loader"]):  # not given to a run yet
+        found = {name: one for name, one in found.items() if not name.startswith("loader.")}
+    in_one = any(
+        name.startswith("handlers.") and ABSENT in (one.before, one.now)
+        for name, one in found.items()
+    )
+    return [
+        one
+        for name, one in found.items()
+        if not (in_one and name == "order") and not _follows(one, found)
+    ]
+
+
+def _follows(one: Difference, found: Mapping[str, Difference]) -> bool:
+    """Return whether a difference of rates follows from one that is listed."""
+    path, _, name = one.name.rpartition(".")
+    if name == "initial_lr":
+        return ABSENT in (one.before, one.now)  # a schedule is new or gone
+    if name == "base_lrs":
+        return any(other.endswith(".initial_lr") for other in found)
+    return (
+        name == "lr"
+        and f"{path}.initial_lr" in found
+        and not _follows(found[f"{path}.initial_lr"], found)
+    )
 
 
 def _walk(first: Any, second: Any, name: str) -> Iterator[Difference]:
     if isinstance(first, Mapping) and isinstance(second, Mapping):
+        if first.get("class") != second.get("class"):  # its settings are others too
+            first, second = ({"class": one.get("class")} for one in (first, second))
         for key in dict.fromkeys((*first, *second)):
             path = f"{name}.{key}" if name else str(key)
             yield from _walk(first.get(key, ABSENT), second.get(key, ABSENT), path)
@@ -96,6 +119,10 @@ def _walk(first: Any, second: Any, name: str) -> Iterator[Difference]:
 
 def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _shown(value: Any) -> Any:

@@ -108,6 +108,20 @@ class ResumeChanges:
                 continue
             if isinstance(one.now, (bool, int, float, str)) and hasattr(holder, name):
                 setattr(holder, name, one.now)
+        for holder in handlers.values():
+            self._rebase(holder)
+
+    def _rebase(self, scheduler: Any) -> None:
+        """Set the base rates that the script has changed on a torch scheduler and its parts."""
+        for part in getattr(scheduler, "_schedulers", ()):
+            self._rebase(part)
+        rates = getattr(scheduler, "base_lrs", None)
+        if self.saved is None or not isinstance(rates, list):
+            return
+        there, own = (one.values["optimizer"]["groups"].values() for one in (self.saved, self.here))
+        for index, (then, now) in enumerate(zip(there, own, strict=False)):
+            if then.get("initial_lr") != now.get("initial_lr") and index < len(rates):
+                rates[index] = now["initial_lr"] if "initial_lr" in now else rates[index]
 
     def groups_with_changes(
         self, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import attrs
 import ignite
 import torch
+from ignite.engine.events import EventsList
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler
@@ -57,7 +59,8 @@ class RunIdentity:
     @classmethod
     def of(cls, trainer: RunParts) -> RunIdentity:
         """Describe a trainer as it is now."""
-        describer = Describer()
+        own = {"model": trainer.model, "loss": trainer.loss, "optimizer": trainer.optimizer}
+        describer = Describer({"trainer": trainer, **own})
         parts = {
             "trainer": {**attrs.asdict(trainer.settings), "device": trainer.device.type},
             "task": trainer.task,
@@ -98,6 +101,25 @@ class RunIdentity:
         for name in ("task", "transform", "step"):
             values[name] = earlier.values[name]
         return RunIdentity(values, self.not_compared)
+
+    def as_json(self) -> str:
+        """Return the content of `identity.json`."""
+        content = {"identity": self.values, "not_compared": self.not_compared}
+        return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> RunIdentity:
+        """Read what `as_json` returned.
+
+        Raises:
+            ValueError: if the text is no identity.
+        """
+        content = json.loads(text)
+        if not isinstance(content, dict) or not isinstance(content.get("identity"), dict):
+            raise ValueError(  # noqa: TRY004 - the text has a wrong content
+                "the identity of a run must be a dictionary under the key 'identity'"
+            )
+        return cls(content["identity"], content.get("not_compared", {}))
 
     def flat(self) -> dict[str, Any]:
         """Return the values by dotted name."""
@@ -190,9 +212,12 @@ def _handlers(trainer: RunParts, describer: Describer) -> dict[str, Any]:
     listeners = {id(listener.owner): listener for listener in trainer.listeners}
     for owner in attached(trainer):
         reports_only = isinstance(owner, Handler) and not owner.changes
+        if owner not in trainer.handlers and class_name(type(owner)).startswith("diptych."):
+            continue  # a part of a handler
         if callable(owner) and not hasattr(owner, "attach") and id(owner) in listeners:
             listener = listeners[id(owner)]
-            name = f"{listener.event} {listener.name}"
+            parts = (*_event_names(listener.event), listener.cadence, listener.name)
+            name = " ".join(part for part in parts if part)
             functions[name] = describer.describe(owner, f"functions.{name}")
         elif not reports_only:
             owners.append(owner)
@@ -208,6 +233,12 @@ def _handlers(trainer: RunParts, describer: Describer) -> dict[str, Any]:
         for key, owner in zip(keyed, owners, strict=True)
     }
     return {"handlers": settings, "order": list(settings), "functions": functions}
+
+
+def _event_names(event: Any) -> list[str]:
+    """Return the name of an event; the names of several that are joined."""
+    events = event if isinstance(event, EventsList) else [event]
+    return [str(getattr(one, "name", one)) for one in events]
 
 
 def loader_settings(loader: Any, describer: Describer) -> dict[str, Any]:
