@@ -1,4 +1,4 @@
-"""The collectives of a handler in a run, observed in one process that counts as one of two ranks."""
+"""The collectives of a handler, observed in one process that counts as one of two ranks."""
 
 from __future__ import annotations
 
