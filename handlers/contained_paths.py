@@ -44,7 +44,9 @@ def check_name(name: object, pattern: re.Pattern[str]) -> None:
         ValueError: if the name does not match, or is not the name of one file.
     """
     if not isinstance(name, str) or not pattern.fullmatch(name) or not _is_one_part(name):
-        raise ValueError(f"a file's name must match {pattern.pattern}, got {name!r:.300}")
+        raise ValueError(
+            f"a name in a file must be one that is given to such files here, got {name!r:.300}"
+        )
 
 
 def is_link(path: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,13 +112,16 @@ class CheckpointStore:
         Raises:
             CheckpointError: if the checkpoint cannot be written; earlier checkpoints stay intact.
         """
+        if not FILE.fullmatch(entry.file):
+            raise CheckpointError(
+                f"epoch must be a whole number of at most 20 digits, got the file {entry.file:.300}"
+            )
         before = self.entries()
         replaced = next((other for other in before if other.name == entry.name), None)
         if replaced is not None and replaced.file == entry.file:
             entry = entry.renamed()
         path = self.directory / entry.file
         try:
-            contained_path(self.directory, entry.file, FILE)
             self.directory.mkdir(parents=True, exist_ok=True)
             for name in replaced.names if replaced is not None else ():
                 self._mark(name)
@@ -144,6 +147,11 @@ class CheckpointStore:
             self._remove_unlisted()
             raise CheckpointError(f"checkpoint {path} could not be written: {error}") from error
         return entry
+
+    def next_name(self, name: str) -> str:
+        """Return the name of the file to which a checkpoint of a plain name is written next."""
+        entry = next((entry for entry in self.entries() if entry.name == name), None)
+        return entry.renamed().file if entry is not None and entry.file == name else name
 
     def new_folder(self, entry: Entry) -> str:
         """Return a free name for the folder of an entry's shards, marked as not listed yet.
@@ -252,6 +260,23 @@ class CheckpointStore:
         except OSError as error:
             raise CheckpointError(
                 f"old checkpoints in {self.directory} could not be removed: {error}"
+            ) from error
+
+    def revise(self, revised: Callable[[Entry], Entry]) -> None:
+        """Replace each entry of the manifest by another; write it only if one differs.
+
+        Raises:
+            CheckpointError: if the directory cannot be read or written.
+        """
+        entries = self.entries()
+        after = [revised(entry) for entry in entries]
+        if after == entries:
+            return
+        try:
+            self._write_manifest(after)
+        except OSError as error:
+            raise CheckpointError(
+                f"the manifest of {self.directory} could not be written: {error}"
             ) from error
 
     def sweep(self) -> None:
