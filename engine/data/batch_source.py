@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from diptych.engine.data.loader_contract import (
+    ListLoader,
     PositionedLoader,
     generator_states,
     has_position,
@@ -17,6 +18,7 @@ from diptych.engine.data.loader_contract import (
     set_epoch,
     set_generator_states,
     takes_epoch,
+    with_position,
 )
 from diptych.engine.errors import ResumeError
 from diptych.engine.random_state import (
@@ -37,6 +39,7 @@ class BatchSource:
 
     def __init__(self) -> None:
         self.data: Iterable[Any] | None = None
+        self._loader: Any = None  # the same, with a position if it is a list
         self.lost_its_place = False
         self._iterator: Iterator[Any] | None = None
         self._restored: dict[str, Any] | None = None  # the loader's position, until it is read
@@ -55,7 +58,7 @@ class BatchSource:
     @property
     def has_positions(self) -> bool:
         """Whether the loader can save its position and continue from one."""
-        return has_position(self.data)
+        return has_position(self._loader)
 
     @property
     def pass_length(self) -> int | None:
@@ -66,6 +69,7 @@ class BatchSource:
         """Take the batches from `data`, from its beginning unless it is the loader in use."""
         if data is not self.data or data is None:
             self.data, self._iterator, self._restored = data, None, None
+            self._loader = with_position(data)
             self._given, self._counted, self.lost_its_place = 0, None, False
             self._ahead, self._epoch_set = [], None
 
@@ -79,6 +83,13 @@ class BatchSource:
             set_epoch(self.data, epoch)
             self._epoch_set = epoch
         return length_of(self.data)
+
+    def go_to(self, done: int) -> bool:
+        """Go behind the first batches of a pass over a list; return False for another loader."""
+        if isinstance(self._loader, ListLoader):
+            self.restore({"done": done})
+            self._given = done
+        return isinstance(self._loader, ListLoader)
 
     def rewind(self) -> None:
         """Start a new pass with the next batch."""
@@ -142,9 +153,9 @@ class BatchSource:
     def _open(self, epoch: int, done: int, epoch_length: int | None) -> Iterator[Any]:
         if self.data is None:
             return itertools.repeat(None)
-        if self._restored is not None and has_position(self.data):
+        if self._restored is not None and has_position(self._loader):
             position, self._restored = self._restored, None
-            return self._reopen(self.data, position)
+            return self._reopen(self._loader, position)
         self._given = 0
         length = length_of(self.data)
         if length and epoch_length:  # two passes of one epoch must not repeat one order
@@ -152,7 +163,7 @@ class BatchSource:
         if epoch != self._epoch_set:
             set_epoch(self.data, epoch)
         self._epoch_set = None
-        return iter(self.data)
+        return iter(self._loader)
 
     def _reopen(self, data: PositionedLoader, position: dict[str, Any]) -> Iterator[Any]:
         """Iterate a loader from a position, without the random draws that were made before it."""
@@ -169,13 +180,13 @@ class BatchSource:
 
     def position(self) -> dict[str, Any] | None:
         """Return the loader's own state after the last batch; None if the loader has none."""
-        if not has_position(self.data):
+        if not has_position(self._loader):
             return None
         if self._ahead:
             return dict(self._place_before["position"])
         if self._restored is not None:
             return dict(self._restored)
-        return dict(position_getter(self._iterator, self.data)())
+        return dict(position_getter(self._iterator, self._loader)())
 
     def place(self) -> dict[str, Any]:
         """Return the state with which `restore_place` continues the batches in another process."""
@@ -248,12 +259,12 @@ class BatchSource:
         Raises:
             ResumeError: if the loader cannot go to a position.
         """
-        if not has_position(self.data):
+        if not has_position(self._loader):
             raise ResumeError(
                 "a run that stopped inside an epoch needs a loader with load_state_dict(), "
                 f"got {type(self.data).__name__}"
             )
-        self.data.load_state_dict(position)
+        self._loader.load_state_dict(position)
         self._iterator, self._restored, self._ahead = None, dict(position), []
         self._epoch_set = None
         self._at_end = self.lost_its_place = False
@@ -268,7 +279,7 @@ def check_place(data: object, place: Mapping[str, Any], *, inside: bool) -> None
     here = type(data).__name__
     if not inside:
         return
-    if not has_position(data):
+    if not has_position(with_position(data)):
         raise ResumeError(
             f"a run that stopped inside an epoch needs a loader with load_state_dict(), got {here}"
         )

@@ -8,7 +8,7 @@ generators. They look attributes up one by one, so that a wrapper may pass them 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any, Protocol, TypeGuard
 
 import torch
@@ -46,6 +46,41 @@ class Pass:
 
     def __next__(self) -> Any:
         return next(self._batches)
+
+
+class ListLoader:
+    """A list of batches as a loader with a position: the number of batches of the pass so far.
+
+    Args:
+        batches: a list, tuple or range.
+    """
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self._batches = batches
+        self._done = self._start = 0
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._done, self._start = self._start, 0
+        while self._done < len(self._batches):
+            self._done += 1
+            yield self._batches[self._done - 1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position after the last batch."""
+        return {"done": self._done}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go to a position."""
+        self._done = self._start = state_dict["done"]
+
+
+def with_position(loader: Any) -> Any:
+    """Return a list, tuple or range of batches as a loader with a position, else the loader."""
+    # No subclasses: they may iterate in another order, or have set_epoch.
+    return ListLoader(loader) if type(loader) in {list, tuple, range} else loader
 
 
 def has_position(loader: object) -> TypeGuard[PositionedLoader]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -51,10 +53,44 @@ def test_a_position_is_restored_in_another_source():
 
 def test_a_loader_without_a_position_has_none_and_takes_none():
     source = BatchSource()
-    source.switch([1, 2])
+    source.switch(Unsized([1, 2]))
     assert source.position() is None
-    with pytest.raises(ResumeError, match=r"needs a loader with load_state_dict\(\), got list"):
+    with pytest.raises(ResumeError, match=r"needs a loader with load_state_dict\(\), got Unsized"):
         source.restore({"position": 1})
+
+
+@pytest.mark.parametrize("batches", [[0, 1, 2, 3], (0, 1, 2, 3), range(4)])
+@pytest.mark.parametrize("done", range(9))
+def test_a_list_of_batches_has_a_position(batches, done):
+    whole = [*batches, *batches, *batches]
+
+    def read(source: BatchSource, number: int) -> list[int]:
+        taken = []
+        while len(taken) < number:
+            with contextlib.suppress(StopIteration):
+                taken.append(source.next(0))
+        return taken
+
+    source, other = BatchSource(), BatchSource()
+    source.switch(batches)
+    assert read(source, done) == whole[:done]
+    place = source.place()
+    other.switch(type(batches)(batches) if not isinstance(batches, range) else range(4))
+    other.restore_place(place, inside=bool(done % 4))
+
+    assert read(other, 3) == whole[done : done + 3]
+    assert read(source, 3) == whole[done : done + 3]
+
+
+def test_a_subclass_of_list_iterates_in_its_own_way_and_has_no_position():
+    class Backwards(list):
+        def __iter__(self):
+            return reversed(self)
+
+    source = BatchSource()
+    source.switch(Backwards([1, 2]))
+    assert not source.has_positions
+    assert source.next(0) == 2
 
 
 def test_a_restored_loader_is_not_told_its_epoch_since_that_would_rewind_it():
