@@ -73,14 +73,10 @@ from diptych.handlers.run_directory import (
 from diptych.handlers.run_directory import (
     new_run as new_run,
 )
-from diptych.handlers.sinks.jsonl import (
-    JsonLines as JsonLines,
-)
-from diptych.handlers.sinks.jsonl import (
-    read_records as read_records,
-)
+from diptych.handlers.sinks.jsonl import JsonLines as JsonLines
 from diptych.handlers.sinks.progress_bar import ProgressBar as ProgressBar
 from diptych.handlers.sinks.run_card import RunCard as RunCard
+from diptych.handlers.sinks.records import read_records as read_records
 from diptych.handlers.sinks.run_record import RunRecord as RunRecord
 from diptych.handlers.sinks.sink import Sink as Sink
 from diptych.handlers.sinks.tensorboard import TensorBoard as TensorBoard

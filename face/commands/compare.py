@@ -17,8 +17,8 @@ from diptych.handlers.reports.history_plots import (
     differing_settings,
     final_values,
     page,
-    read_run,
 )
+from diptych.handlers.reports.run_history import read_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,8 @@ SMALL, LARGE = 10, 12  # heights of letters, in pixels
 COLORS = ("#3949ab", "#e65100", "#2e7d32", "#8e24aa", "#00838f", "#c62828", "#6d4c41", "#546e7a")
 POINTS = 400  # of a curve; more cannot be distinguished
 
-Curve = Sequence[tuple[int, float]]
+StepAndValue = tuple[int, float]
+Curve = Sequence[StepAndValue]
 Point = tuple[float, float]
 
 
@@ -165,11 +166,30 @@ def _ranges(curves: Mapping[str, Curve]) -> Sequence[tuple[float, float]]:
     return [(min(column), max(column)) for column in columns] or [(0.0, 1.0), (0.0, 1.0)]
 
 
-def _thinned(curve: Curve) -> list[tuple[int, float]]:
-    """Return at most `POINTS` evenly spaced points; the last one is among them."""
-    stride = math.ceil(len(curve) / POINTS) if curve else 1
-    picked = list(curve[::-1][::stride])[::-1]
-    return [(int(x), float(y)) for x, y in picked]
+def _thinned(curve: Curve) -> list[StepAndValue]:
+    """Return at most `POINTS` points: first and last, and the extremes and gaps of equal parts."""
+    points = [(int(x), float(y)) for x, y in curve]
+    if len(points) <= POINTS:
+        return points
+    part = math.ceil(len(points) / ((POINTS - 2) // 3))
+    kept = [extremes(points[start : start + part]) for start in range(0, len(points), part)]
+    picked = [point for points_of_part in kept for point in points_of_part]
+    first = [points[0]] if picked[0] != points[0] else []
+    last = [points[-1]] if picked[-1] != points[-1] else []
+    return [*first, *picked, *last]
+
+
+def extremes(points: Sequence[StepAndValue]) -> list[StepAndValue]:
+    """Return the lowest, the highest and the first not finite one of some points, in order."""
+    if len(points) < 2:
+        return list(points)
+    finite = [index for index, (_, value) in enumerate(points) if math.isfinite(value)]
+    kept = {index for index, (_, value) in enumerate(points) if not math.isfinite(value)}
+    kept = {min(kept)} if kept else set()
+    if finite:
+        kept.add(min(finite, key=lambda index: points[index][1]))
+        kept.add(max(finite, key=lambda index: points[index][1]))
+    return [points[index] for index in sorted(kept)]
 
 
 def _pieces(curve: Curve) -> list[list[tuple[int, float]]]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -13,17 +11,17 @@ import attrs
 from ignite.engine import Events
 
 from diptych.engine.checks import whole_number
-from diptych.engine.distributed.collectives import rank
 from diptych.engine.events import RunEvents
-from diptych.engine.handler import Handler
 from diptych.engine.state.handler_states import attached
 from diptych.handlers.extras import check_extra
 from diptych.handlers.files import write_atomically
 from diptych.handlers.reports.curves import COLORS, ChartDrawing, color_of, draw_chart, svg
 from diptych.handlers.reports.curves_png import save_charts
+from diptych.handlers.reports.run_history import RunHistory, RunReader
 from diptych.handlers.run_directory import RunDirectory
 from diptych.handlers.sinks.charts import curves_by_question
-from diptych.handlers.sinks.jsonl import JsonLines, read_records
+from diptych.handlers.sinks.jsonl import JsonLines
+from diptych.handlers.sinks.output_handler import OutputHandler
 
 if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer
@@ -39,32 +37,19 @@ td, th { border: 1px solid #ddd; padding: 3px 8px;
 """
 
 
-@attrs.frozen
-class RunHistory:
-    """The settings and curves of a run, read from its directory.
-
-    Attributes:
-        name: of the run.
-        settings: dotted name to value, from `settings.json`; empty if there is none.
-        curves: tag to steps and values.
-    """
-
-    name: str
-    settings: dict[str, Any]
-    curves: dict[str, list[tuple[int, float]]]
-
-
 @attrs.define(eq=False)
-class HistoryPlots(Handler):
+class HistoryPlots(OutputHandler):
     """Draws the run's curves into `report.html`, one file without scripts that opens anywhere.
 
     With `png`, it also draws the same charts into `curves.png`. It reads what `JsonLines` has
-    written into the directory, so a resumed run draws its whole history. To compare runs, call
+    written into the directory, so a resumed run draws its whole history. Of a long curve it draws
+    the lowest, the highest and the last value of each of at most 132 parts. To compare runs, call
     `diptych compare runs/a runs/b`.
 
     Event: `RunEvents.SAVED`, so that the report shows the same run as the checkpoint beside it; or,
         with `every`, `EPOCH_COMPLETED`; and `RunEvents.ENDED`. Writes on rank 0 only.
-    Cost: a few milliseconds for a thousand records, each time. `png` adds half a second, and half a
+    Cost: a few milliseconds each time, and a few for a thousand records since the last drawing;
+        when a run resumes, all its records are read once. `png` adds half a second, and half a
         second for the first import of matplotlib. No synchronisation.
 
     Args:
@@ -82,22 +67,33 @@ class HistoryPlots(Handler):
         default=None, validator=attrs.validators.optional(whole_number(of="epochs")), kw_only=True
     )
     png: bool = attrs.field(default=False, kw_only=True)
+    _reader: RunReader = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
+        self._reader = RunReader(self.directory)
         if self.png:
             check_extra("plots", "matplotlib", needed_by="png=True")
 
-    def attach(self, trainer: Trainer) -> None:
-        """Draw the trainer's runs."""
-        if rank() == 0:
-            trainer.add_event_handler(Events.STARTED, self._check)
-            trainer.add_event_handler(
-                Events.EPOCH_COMPLETED(every=self.every) if self.every else RunEvents.SAVED,
-                self._draw,
-            )
-            trainer.add_event_handler(RunEvents.ENDED, self._draw)
+    def listen(self, trainer: Trainer) -> None:
+        """Draw the trainer's runs; called on rank 0 only."""
+        trainer.add_event_handler(Events.STARTED, self._check)
+        trainer.add_event_handler(
+            Events.EPOCH_COMPLETED(every=self.every) if self.every else RunEvents.SAVED, self._draw
+        )
+        trainer.add_event_handler(RunEvents.ENDED, self._draw)
+
+    @property
+    def destination(self) -> str:
+        """The report."""
+        return str(self.directory.report)
+
+    @property
+    def unwritten(self) -> dict[str, int]:
+        """The report, while its last drawing could not be written."""
+        return {self.destination: 1} if self.last_error(self.destination) else {}
 
     def _check(self, trainer: Trainer) -> None:
+        self._reader = RunReader(self.directory)  # the files may be cut when a run starts
         written = [sink.path for sink in attached(trainer) if isinstance(sink, JsonLines)]
         if self.directory.metrics not in written:
             raise ValueError(
@@ -108,55 +104,11 @@ class HistoryPlots(Handler):
 
     def _draw(self, _: Trainer) -> None:
         if self.directory.metrics.exists():
-            runs = [read_run(self.directory)]
-            write_atomically(self.directory.report, page(runs))
-            if self.png:
-                save_charts(drawings(runs), self.directory.curves)
-
-
-def read_run(directory: str | os.PathLike[str]) -> RunHistory:
-    """Read a run from its directory.
-
-    Raises:
-        FileNotFoundError: if the directory holds no metrics.jsonl.
-    """
-    run = RunDirectory(directory)
-    if not run.metrics.is_file():
-        raise FileNotFoundError(
-            f"the run directory {directory} must hold {run.metrics.name}, got none. Pass the "
-            "directory of one run, such as runs/emoji/2026-01-31_09-30-00Z."
-        )
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for file in (run.metrics, run.measured):
-        for record in read_records(file) if file.is_file() else ():
-            for tag, value in record.values.items():
-                curves.setdefault(tag, []).append((record.step, value))
-    settings = json.loads(run.settings.read_text("utf-8")) if run.settings.is_file() else {}
-    return RunHistory(run.name, _flat(settings), curves)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        items = [(str(key), item) for key, item in value.items()]
-    elif isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
-        items = _named_items(value)
-    else:
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in items:
-        flat |= _flat(item, f"{prefix}.{key}" if prefix else key)
-    return flat
-
-
-def _named_items(values: Sequence[Any]) -> list[tuple[str, Any]]:
-    """Return the items of a list with names: an object's class, which is the same in any order."""
-    items: dict[str, Any] = {}
-    for number, value in enumerate(values):
-        known = value if isinstance(value, Mapping) and "class" in value else {}
-        name = str(known.get("class", number)).rpartition(".")[2]
-        name = ".".join([name, *([known["prefix"]] if known.get("prefix") else [])])
-        items[f"{name}.{number}" if name in items else name] = value
-    return list(items.items())
+            with self.tolerated():
+                runs = [self._reader.read()]
+                write_atomically(self.directory.report, page(runs))
+                if self.png:
+                    save_charts(drawings(runs), self.directory.curves)
 
 
 def differing_settings(runs: Sequence[RunHistory]) -> dict[str, list[Any]]:

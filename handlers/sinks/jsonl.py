@@ -1,30 +1,104 @@
-"""A sink that writes records as lines of JSON, and the function that reads them."""
+"""A sink that writes records as lines of JSON."""
 
 from __future__ import annotations
 
 import json
-import os
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 from ignite.engine import Events
 
 from diptych.engine.errors import ResumeError
-from diptych.engine.metrics.metrics_collector import Record
+from diptych.handlers.argument_checks import one_of
 from diptych.handlers.files import make_folder
 from diptych.handlers.run_directory import METRICS, measured_file, metrics_file
+from diptych.handlers.sinks.appended_file import AppendedFile
 from diptych.handlers.sinks.json_values import json_number
+from diptych.handlers.sinks.line_chain import LineChain
 from diptych.handlers.sinks.sink import Sink
 
 if TYPE_CHECKING:
+    from diptych.engine.metrics.metrics_collector import Record
     from diptych.engine.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 MEASURED_TAGS = ("time/", "memory/")
 """Beginnings of the tags whose values depend on the machine and differ from run to run."""
 
 ENCODER = json.JSONEncoder(allow_nan=False)
+Damaged = Literal["refuse", "set_aside"]
+
+
+class _RecordFile:
+    """One file of records: it grows by lines, and its lines are chained by a digest."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.chain = LineChain()
+        self.file = AppendedFile(path, written=self.chain.add)
+
+    def state_dict(self) -> dict[str, Any]:
+        waiting = [line.decode() for line in self.file.waiting]
+        return {**self.chain.state_dict(), "waiting": waiting}
+
+    def damage(self, state: Mapping[str, Any] | int) -> str | None:
+        """Return where the file differs from a saved state, in words; None if it does not."""
+        if not self.path.exists():
+            return None
+        if isinstance(state, int):
+            size = self.path.stat().st_size
+            return None if size >= state else f"it has lost {state - size} bytes at its end"
+        chain = LineChain()
+        chain.load_state_dict(state)
+        try:
+            return chain.damage(self.path)
+        except OSError as error:
+            return f"it cannot be read ({error})"
+
+    def set_aside(self) -> Path:
+        """Rename the file to a free name, and return it."""
+        number, target = 1, self.path.with_suffix(".damaged.jsonl")
+        while target.exists():
+            number += 1
+            target = self.path.with_suffix(f".damaged-{number}.jsonl")
+        return self.path.rename(target)
+
+    def restore(self, state: Mapping[str, Any] | int) -> None:
+        """Continue from a saved state, with which the file agrees; a missing file starts anew.
+
+        Raises:
+            OSError: if the file cannot be read, or not be cut yet.
+        """
+        waiting = [] if isinstance(state, int) else [line.encode() for line in state["waiting"]]
+        if not self.path.exists():
+            self.chain = LineChain()
+        elif isinstance(state, int):
+            self.chain = LineChain.of_file(self.path, state)
+        else:
+            self.chain.load_state_dict(state)
+        self.file = AppendedFile(self.path, written=self.chain.add)
+        self.file.keep(waiting)
+        self.file.cut(self.chain.size)
+
+    def start(self, *, empty: bool) -> None:
+        """Begin an empty file, or continue the one that is there.
+
+        Raises:
+            OSError: if the file cannot be read, or not be cut yet.
+        """
+        if empty:
+            self.chain, waiting = LineChain(), list[bytes]()
+        else:
+            waiting = self.file.waiting
+            if self.chain.size != (self.path.stat().st_size if self.path.exists() else 0):
+                self.chain = LineChain.of_file(self.path) if self.path.exists() else LineChain()
+        self.file = AppendedFile(self.path, written=self.chain.add)
+        self.file.keep(waiting)
+        self.file.cut(self.chain.size)
 
 
 @attrs.define(eq=False)
@@ -38,18 +112,35 @@ class JsonLines(Sink):
     infinities: they are the strings "NaN", "Infinity" and "-Infinity", which `read_records`
     converts back.
 
+    A checkpoint holds a digest of the lines before it. A resumed run compares it with the files, so
+    a changed line is an error that names it. A line that cannot be written (a full disk) is kept in
+    memory and in the checkpoints, and written later; a part of a line is removed.
+
     Event: `STARTED`, `MetricsEvents.LOGGED`, `RunEvents.ENDED`. Writes on rank 0 only.
-    Cost: about 30 microseconds a record, which is in the file when the handler returns.
+    Cost: about 30 microseconds a record, which is in the file when the handler returns; when a run
+        resumes, the files are read once.
 
     Args:
         path: of the file, ending in .jsonl, or of the run directory, where it is `metrics.jsonl`.
+        damaged: what happens if a run resumes and lines before its checkpoint have changed.
+            "refuse": a `ResumeError` with file and line. "set_aside": the file is renamed to
+            `metrics.damaged.jsonl`, and the run continues with a new file; this is logged.
+
+    Raises:
+        ValueError: if `damaged` is neither.
+        ResumeError: when a run resumes, see `damaged`.
     """
 
     path: Path = attrs.field(converter=metrics_file)
+    damaged: Damaged = attrs.field(default="refuse", validator=one_of(Damaged), kw_only=True)
     _has_started: bool = attrs.field(default=False, init=False, repr=False)
     _early_records: list[Record] = attrs.field(factory=list, init=False, repr=False)
-    _resumed_sizes: dict[str, int] | None = attrs.field(default=None, init=False, repr=False)
-    _open: dict[Path, BinaryIO] = attrs.field(factory=dict, init=False, repr=False)
+    _resumed: dict[str, Any] | None = attrs.field(default=None, init=False, repr=False)
+    _files: dict[str, _RecordFile] = attrs.field(init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        paths = {"values": self.path, "measured": self.measured_path}
+        self._files = {name: _RecordFile(path) for name, path in paths.items()}
 
     @property
     def measured_path(self) -> Path:
@@ -61,21 +152,34 @@ class JsonLines(Sink):
         """The name of the file; "" for `metrics.jsonl`."""
         return "" if self.path.name == METRICS else self.path.name
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the size of each file, in bytes that have been flushed to the disk."""
-        for file in self._open.values():
-            os.fsync(file.fileno())
-        return {name: _size(path) for name, path in self._files().items()}
+    @property
+    def destination(self) -> str:
+        """The path."""
+        return f"a record to {self.path}"
 
-    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+    @property
+    def unwritten(self) -> dict[str, int]:
+        """The number of lines that are not written, by file."""
+        missing = super().unwritten
+        for file in (one.file for one in self._files.values() if one.file.unwritten):
+            missing[str(file.path)] = file.unwritten
+        return missing
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return size and digest of each file, flushed to the disk, and the lines that wait."""
+        if self._resumed is not None and not self._has_started:
+            return self._resumed
+        for file in self._files.values():
+            with self.tolerated(str(file.path)):
+                file.file.flush(durable=True)
+        return {name: file.state_dict() for name, file in self._files.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state that `state_dict` returned; the next run truncates the files to it.
 
         Loading alone truncates nothing, so you can load an old checkpoint to inspect it.
         """
-        self._resumed_sizes = dict(state_dict)
-
-    def _files(self) -> dict[str, Path]:
-        return {"values": self.path, "measured": self.measured_path}
+        self._resumed = dict(state_dict)
 
     def listen(self, trainer: Trainer) -> None:
         """Write each record; truncate the files when a run starts."""
@@ -84,19 +188,52 @@ class JsonLines(Sink):
 
     def _start(self, trainer: Trainer) -> None:
         self.close_destination(trainer)
-        make_folder(self.path.parent)
-        sizes = self._resumed_sizes
-        if sizes is not None:
+        with self.tolerated(starting=True):
+            make_folder(self.path.parent)
+        if self._resumed is None:
+            for file in self._files.values():
+                with self.tolerated(str(file.path)):
+                    file.start(empty=trainer.state.iteration == 0)
+        else:
             self._early_records.clear()  # the file holds those of the start already
-        elif trainer.state.iteration == 0:
-            sizes = dict.fromkeys(self._files(), 0)
-        for name, size in (sizes or {}).items():
-            _truncate(self._files()[name], size)
-        self._resumed_sizes = None
+            self._check(self._resumed)
+            for name, file in self._files.items():
+                with self.tolerated(str(file.path)):
+                    file.restore(self._resumed[name])
+        self._resumed = None
         self._has_started = True
         for record in self._early_records:
             self.write_record(trainer, record)
         self._early_records.clear()
+
+    def _check(self, states: Mapping[str, Any]) -> None:
+        """Compare the files with the states of a checkpoint; set aside those that differ.
+
+        Raises:
+            ResumeError: if one differs and `damaged` is "refuse".
+        """
+        damages = {name: file.damage(states[name]) for name, file in self._files.items()}
+        for name, damage in damages.items():
+            path = self._files[name].path
+            if damage is not None and self.damaged == "refuse":
+                raise ResumeError(
+                    f"{path} must hold the lines that it held when the checkpoint was saved, but "
+                    f"{damage}. Restore it from a copy. Or resume with a new file: move it away, "
+                    f"or pass JsonLines({str(self.path)!r}, damaged='set_aside')."
+                )
+            if damage is not None:
+                logger.warning(
+                    "%s is damaged: %s. It is kept as %s, and the run continues with a new file.",
+                    path,
+                    damage,
+                    self._files[name].set_aside().name,
+                )
+            elif isinstance(states[name], int):
+                logger.warning(
+                    "The checkpoint has no digest of %s; its lines are not verified.", path
+                )
+            elif states[name]["size"] and not path.exists():
+                logger.warning("%s is missing; the run continues with a new file.", path)
 
     def write_record(self, _: Trainer, record: Record) -> None:
         """Append a line to each file that gets one of the values."""
@@ -105,54 +242,26 @@ class JsonLines(Sink):
             return
         measured = {tag: v for tag, v in record.values.items() if tag.startswith(MEASURED_TAGS)}
         values = {tag: v for tag, v in record.values.items() if tag not in measured}
-        for path, part in ((self.path, values), (self.measured_path, measured)):
-            if part:
-                if path not in self._open:  # opening costs as much as writing a line
-                    self._open[path] = path.open("ab", buffering=0)
-                self._open[path].write(_line(record.step, part))
+        lines = {"values": _line(record.step, values), "measured": _line(record.step, measured)}
+        for name, line in lines.items():
+            if line:
+                with self.tolerated(str(self._files[name].path)):
+                    self._files[name].file.append(line)
 
     def close_destination(self, _: Trainer) -> None:
-        """Close the files."""
-        for file in self._open.values():
-            file.close()
-        self._open.clear()
-
-
-def read_records(path: str | os.PathLike[str]) -> list[Record]:
-    """Return the records in a file of `JsonLines`, without an incomplete last line.
-
-    Args:
-        path: of the file, or of the run directory, where it is `metrics.jsonl`.
-    """
-    records = []
-    for line in metrics_file(path).read_bytes().splitlines(keepends=True):
-        if line.endswith(b"\n"):
-            values = json.loads(line)
-            step = values.pop("step")
-            records.append(Record(step, {tag: float(value) for tag, value in values.items()}))
-    return records
+        """Write the lines that wait, and close the files."""
+        for file in self._files.values():
+            with self.tolerated(str(file.path)):
+                file.file.close()
 
 
 def _line(step: int, values: Mapping[str, float]) -> bytes:
+    """Return a record as a line; empty if it has no values."""
+    if not values:
+        return b""
     if "step" in values:
         raise ValueError(
             "a tag must not be 'step', the key of the iteration in each line. Rename the metric."
         )
     sorted_values = {tag: json_number(values[tag]) for tag in sorted(values)}
     return ENCODER.encode({"step": step, **sorted_values}).encode() + b"\n"
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _truncate(path: Path, size: int) -> None:
-    """Keep the first bytes of a file; a missing file stays missing."""
-    if not path.exists():
-        return
-    if _size(path) < size:
-        raise ResumeError(
-            f"{path} must hold at least the {size} bytes of the checkpoint, got {_size(path)}: it "
-            "has been changed since. Move it away to resume with a new file."
-        )
-    os.truncate(path, size)

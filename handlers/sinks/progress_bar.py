@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, TextIO
 import attrs
 from ignite.engine import Events
 
-from diptych.engine.distributed.collectives import rank, world_size
+from diptych.engine.distributed.collectives import world_size
 from diptych.engine.events import MetricsEvents, RunEvents
-from diptych.engine.handler import Handler
 from diptych.engine.metrics.metrics_collector import Record
+from diptych.handlers.sinks.output_handler import OutputHandler
 
 if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer
@@ -28,7 +28,7 @@ BAR_WIDTH = 20
 
 # Its attributes change in every iteration, so setting them runs no validator.
 @attrs.define(kw_only=True, eq=False, on_setattr=attrs.setters.NO_OP)
-class ProgressBar(Handler):
+class ProgressBar(OutputHandler):
     """Shows progress, loss, learning rate and speed, and the results of each evaluation.
 
     On a terminal it is one line, rewritten in place. Anywhere else (a file, a notebook, a pipe) it
@@ -38,7 +38,8 @@ class ProgressBar(Handler):
     that is logged to the terminal replaces the moving line, which is drawn again below it.
 
     Loss, learning rate and, with `Throughput`, samples/s are those of the last log point. The time
-    left is estimated from the mean speed of the run so far, evaluations included.
+    left is estimated from the mean speed of the run so far, evaluations included. A line that
+    cannot be written (a closed terminal, a full disk behind a pipe) is left out.
 
     Event: `STARTED`, `ITERATION_COMPLETED`, `MetricsEvents.LOGGED`, `RunEvents.ENDED`. Writes on
         rank 0 only.
@@ -66,13 +67,17 @@ class ProgressBar(Handler):
     _first_iteration: int = attrs.field(default=0, init=False, repr=False)
     _cleared: list[logging.Handler] = attrs.field(factory=list, init=False, repr=False)
 
-    def attach(self, trainer: Trainer) -> None:
-        """Show the trainer's progress."""
-        if rank() == 0:
-            trainer.add_event_handler(Events.STARTED, self._start)
-            trainer.add_event_handler(Events.ITERATION_COMPLETED, self._draw_if_due)
-            trainer.add_event_handler(MetricsEvents.LOGGED, self._log)
-            trainer.add_event_handler(RunEvents.ENDED, self._end)
+    @property
+    def destination(self) -> str:
+        """The stream."""
+        return "the progress"
+
+    def listen(self, trainer: Trainer) -> None:
+        """Show the trainer's progress; called on rank 0 only."""
+        trainer.add_event_handler(Events.STARTED, self._start)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self._draw_if_due)
+        trainer.add_event_handler(MetricsEvents.LOGGED, self._log)
+        trainer.add_event_handler(RunEvents.ENDED, self._end)
 
     def _start(self, trainer: Trainer) -> None:
         self._is_running = True
@@ -213,8 +218,9 @@ class ProgressBar(Handler):
             return 80
 
     def _write(self, text: str) -> None:
-        self._out.write(text)
-        self._out.flush()
+        with self.tolerated(lost=1):
+            self._out.write(text)
+            self._out.flush()
 
 
 def is_terminal(stream: TextIO) -> bool:

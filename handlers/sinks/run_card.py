@@ -16,9 +16,9 @@ from ignite.engine import Events
 from diptych.engine.data.seeded_loader import SeededLoader
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.events import MetricsEvents, Outcome, RunEvents
-from diptych.engine.handler import Handler
 from diptych.engine.modules import unwrapped
 from diptych.handlers.components import component_sizes, total_size
+from diptych.handlers.sinks.output_handler import OutputHandler
 from diptych.handlers.sinks.progress_bar import PLAIN, duration, is_terminal
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ OUTCOMES = {
 
 
 @attrs.define(kw_only=True, eq=False)
-class RunCard(Handler):
+class RunCard(OutputHandler):
     """Prints a summary of the set-up when a run starts, and of the result when it ends.
 
     ```text
@@ -49,6 +49,13 @@ class RunCard(Handler):
     done    epoch 45, step 495, in 2:03, 1,180 samples/s
     best    val/recall@1 0.4193, epoch 40, step 440
     run     runs/emoji/2026-01-31_09-30-00Z
+    ```
+
+    If a sink or a report could not write everything, such as on a full disk, the summary of the
+    result says so, in a line for each file:
+
+    ```text
+    missing 12 writes to runs/emoji/2026-01-31_09-30-00Z/metrics.jsonl (No space left on device)
     ```
 
     The batch size is left out if the loader has no `batch_size`. samples/s is the mean of the run's
@@ -85,6 +92,10 @@ class RunCard(Handler):
     def attach(self, trainer: Trainer) -> None:
         """Print the summaries of the trainer's runs."""
         # Every rank keeps the best value, so that any of them can be rank 0 of a resumed run.
+        self.attach_guarded(trainer)
+
+    def listen(self, trainer: Trainer) -> None:
+        """Print the summaries of the trainer's runs on rank 0."""
         trainer.add_event_handler(Events.STARTED, self._start)
         trainer.add_event_handler(MetricsEvents.LOGGED, self._log)
         if rank() == 0:
@@ -94,6 +105,11 @@ class RunCard(Handler):
     def role(self) -> str:
         """The metric."""
         return self.best or ""
+
+    @property
+    def destination(self) -> str:
+        """The stream."""
+        return "the summary"
 
     def state_dict(self) -> dict[str, float]:
         """Return the best value so far with its epoch and step; empty if there is none."""
@@ -147,7 +163,10 @@ class RunCard(Handler):
         if self._seconds:
             ending += f", {self._samples / self._seconds:,.0f} samples/s"
         directory = None if self.directory is None else str(self.directory)
-        self._write({_ending_word(trainer): ending, **self._result(), "run": directory})
+        missing = "\n        ".join(_missing(trainer)) or None
+        self._write(
+            {_ending_word(trainer): ending, **self._result(), "run": directory, "missing": missing}
+        )
 
     def _result(self) -> dict[str, str]:
         """Return the best value of the metric, or without a metric the last loss."""
@@ -161,13 +180,26 @@ class RunCard(Handler):
         return {"best": f"{self.best} {self._best['value']:.4g}, {place}"}
 
     def _write(self, lines: Mapping[str, str | None]) -> None:
-        stream = sys.stderr if self.stream is None else self.stream
+        with self.tolerated(lost=1):
+            self._print(lines, sys.stderr if self.stream is None else self.stream)
+
+    def _print(self, lines: Mapping[str, str | None], stream: TextIO) -> None:
         dim = is_terminal(stream) and not os.environ.get("NO_COLOR")
         for name, text in lines.items():
             if text:
                 label = f"{DIM}{name:<7}{PLAIN}" if dim else f"{name:<7}"
                 stream.write(f"{label} {text}\n")
         stream.flush()
+
+
+def _missing(trainer: Trainer) -> list[str]:
+    """Return what sinks and reports could not write, a line for each destination."""
+    return [
+        f"{count:,} write{'' if count == 1 else 's'} to {destination}"
+        + (f" ({error})" if (error := handler.last_error(destination)) else "")
+        for handler in trainer.handlers_of(OutputHandler)
+        for destination, count in handler.unwritten.items()
+    ]
 
 
 def _ending_word(trainer: Trainer) -> str:

@@ -7,6 +7,7 @@ import json
 import platform
 import sys
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -15,24 +16,26 @@ import torch
 from ignite.engine import Events
 from torch.optim import Optimizer
 
-from diptych.engine.distributed.collectives import rank, world_size
-from diptych.engine.handler import Handler
+from diptych.engine.distributed.collectives import world_size
+from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.handlers.components import ComponentSize, component_sizes, total_size
 from diptych.handlers.files import make_folder, write_atomically
 from diptych.handlers.run_directory import RunDirectory
 from diptych.handlers.sinks.json_values import as_json, class_name
+from diptych.handlers.sinks.output_handler import OutputHandler
 
 if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer
 
 
 @attrs.define(eq=False)
-class RunRecord(Handler):
+class RunRecord(OutputHandler):
     """Writes the settings of a run into `settings.json`; see `run_settings` for its content.
 
-    A resumed run replaces the file, atomically.
+    A resumed run replaces the file, atomically. If it cannot be written (a full disk), it is tried
+    again at each log point and at the end.
 
-    Event: `STARTED`. Writes on rank 0 only.
+    Event: `STARTED`, `MetricsEvents.LOGGED`, `RunEvents.ENDED`. Writes on rank 0 only.
     Cost: a few milliseconds, once.
 
     Args:
@@ -40,16 +43,33 @@ class RunRecord(Handler):
     """
 
     directory: RunDirectory = attrs.field(converter=RunDirectory)
+    _unwritten: dict[Path, str] = attrs.field(factory=dict, init=False, repr=False)
 
-    def attach(self, trainer: Trainer) -> None:
-        """Write the record when the trainer starts."""
-        if rank() == 0:
-            trainer.add_event_handler(Events.STARTED, self._write)
+    def listen(self, trainer: Trainer) -> None:
+        """Write the record when the trainer starts; called on rank 0 only."""
+        trainer.add_event_handler(Events.STARTED, self._start)
+        trainer.add_event_handler(MetricsEvents.LOGGED, self._write)
+        trainer.add_event_handler(RunEvents.ENDED, self._write)
 
-    def _write(self, trainer: Trainer) -> None:
-        make_folder(self.directory.path)
-        text = json.dumps(run_settings(trainer), indent=2, allow_nan=False)
-        write_atomically(self.directory.settings, text + "\n")
+    @property
+    def unwritten(self) -> dict[str, int]:
+        """The files that are not written yet."""
+        return {str(path): 1 for path in self._unwritten}
+
+    def _start(self, trainer: Trainer) -> None:
+        text = json.dumps(run_settings(trainer), indent=2, allow_nan=False) + "\n"
+        self._unwritten = {self.directory.settings: text}
+        with self.tolerated(str(self.directory), starting=True):
+            make_folder(self.directory.path)
+        self._write()
+
+    def _write(self) -> None:
+        for path, text in list(self._unwritten.items()):
+            if self.may_retry(str(path)):
+                with self.tolerated(str(path)):
+                    make_folder(path.parent)
+                    write_atomically(path, text)
+                    del self._unwritten[path]
 
 
 def run_settings(trainer: Trainer) -> dict[str, Any]:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from diptych.engine.distributed.collectives import rank
 from diptych.engine.events import MetricsEvents, Outcome, RunEvents
-from diptych.engine.handler import Handler
+from diptych.handlers.sinks.output_handler import OutputHandler, Own
 
 if TYPE_CHECKING:
     from diptych.engine.metrics.metrics_collector import Record
     from diptych.engine.trainer import Trainer
 
+MOST_PENDING = 1000
+"""Records that a sink keeps in memory until its destination can be written again."""
+
 
 @attrs.define(eq=False)
-class Sink(Handler):
+class Sink(OutputHandler):
     """The base class of sinks: writes every record of published scalars to a destination.
 
     A subclass implements `write_record`, which opens the destination if it is closed, and
@@ -25,16 +30,24 @@ class Sink(Handler):
     after each record that arrives later. An interrupted run may continue, so its sinks stay open: a
     record must be complete when `write_record` returns. To use more events, extend `listen`.
 
+    A sink never ends a run. If `write_record` raises, the error is logged once and the run
+    continues. The sink keeps the record, up to 1000 of them, and passes it to `write_record` again
+    at the next log point and at the end, in order, until it returns. A record that fails while the
+    one after it can be written is dropped. The pause before a new attempt is 20 times as long as
+    the failed one took. See `OutputHandler` for what reaches the caller, and for `unwritten`.
+
     Event: `MetricsEvents.LOGGED`, `RunEvents.ENDED`. Runs on rank 0 only.
     Cost: that of `write_record`, at log points only.
     """
 
     _run_is_over: bool = attrs.field(default=False, init=False, repr=False)
+    _pending: deque[Callable[[], object]] = attrs.field(init=False, repr=False)
 
-    def attach(self, trainer: Trainer) -> None:
-        """Write each record of the trainer."""
-        if rank() == 0:
-            self.listen(trainer)
+    def __new__(cls: type[Own], *_: object, **__: object) -> Own:
+        """Make the sink; a subclass need not call an `__init__` of this class."""
+        self: Any = super().__new__(cls)
+        self._pending = deque()
+        return self  # type: ignore[no-any-return]
 
     def listen(self, trainer: Trainer) -> None:
         """Add the sink's functions to the trainer's events; called on rank 0 only."""
@@ -42,24 +55,71 @@ class Sink(Handler):
         trainer.add_event_handler(MetricsEvents.LOGGED, self._log)
         trainer.add_event_handler(RunEvents.ENDED, self._end)
 
+    @property
+    def unwritten(self) -> dict[str, int]:
+        """The number of records that are not written, by destination."""
+        missing = super().unwritten
+        if self._pending:
+            missing[self.destination] = missing.get(self.destination, 0) + len(self._pending)
+        return missing
+
     def _begin(self, _: Trainer) -> None:
         self._run_is_over = False
 
     def _log(self, trainer: Trainer) -> None:
         record = trainer.metrics.record
         if record.values:
-            self.write_record(trainer, record)
+            self.deliver(partial(self.write_record, trainer, record))
             if self._run_is_over:
-                self.close_destination(trainer)
+                self._close(trainer)
 
     def _end(self, trainer: Trainer) -> None:
+        self._write_pending()
         if trainer.outcome is not Outcome.INTERRUPTED:
-            self.close_destination(trainer)
+            self._close(trainer)
             self._run_is_over = True
+
+    def _close(self, trainer: Trainer) -> None:
+        with self.tolerated():
+            self.close_destination(trainer)
+
+    def deliver(self, write: Callable[[], object]) -> None:
+        """Call a function that writes to the destination, after everything that is pending.
+
+        If it raises, it is called again later.
+        """
+        self._pending.append(write)
+        if len(self._pending) > MOST_PENDING:
+            # The first ones describe the run, and the last ones its end.
+            self._drop(MOST_PENDING // 2)
+        if self.may_retry(self.destination):
+            self._write_pending()
+
+    def _write_pending(self) -> None:
+        while self._pending:
+            if self._written(self._pending[0]):
+                self._pending.popleft()
+            elif len(self._pending) > 1 and self._written(self._pending[1]):
+                # Only the first one cannot be written, so trying it again is of no use.
+                del self._pending[1]
+                self._drop(0)
+            else:
+                return
+
+    def _written(self, write: Callable[[], object]) -> bool:
+        """Return whether a pending function returned."""
+        with self.tolerated():
+            write()
+            return True
+        return False
+
+    def _drop(self, index: int) -> None:
+        del self._pending[index]
+        self.count_lost(self.destination)
 
     @abstractmethod
     def write_record(self, trainer: Trainer, record: Record) -> None:
-        """Write a record.
+        """Write a record, as a whole: if it raises, it is called again with the same record.
 
         Args:
             trainer: the trainer that published it.

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from diptych.engine.metrics.metrics_collector import Record
     from diptych.engine.trainer import Trainer
+    from diptych.handlers.sinks.appended_file import AppendedFile
+    from diptych.handlers.sinks.event_file import DirectSummaryWriter
 
 
 @attrs.define(eq=False)
@@ -40,7 +42,8 @@ class TensorBoard(Sink):
 
     TensorBoard keeps scalars as float32. A resumed run writes another file into the directory and
     tells TensorBoard to discard the points after the checkpoint, so no point is double. A handler
-    that shows anything else (images, histograms) writes to `writer`.
+    that shows anything else (images, histograms) writes to `writer`. What cannot be written (a full
+    disk) is kept in memory, up to 32 MiB, and written later; a part of an event is removed.
 
     Event: `STARTED`, `MetricsEvents.LOGGED`, `RunEvents.ENDED`. Writes on rank 0 only.
     Cost: about 60 microseconds a record, which is in the file when the handler returns; a
@@ -52,21 +55,45 @@ class TensorBoard(Sink):
     """
 
     directory: Path = attrs.field(converter=absolute)
-    _writer: SummaryWriter | None = attrs.field(default=None, init=False, repr=False)
+    _writer: DirectSummaryWriter | None = attrs.field(default=None, init=False, repr=False)
     _tags: set[str] = attrs.field(factory=set, init=False, repr=False)
     _charts: tuple[Chart, ...] = attrs.field(default=(), init=False, repr=False)
     _findings: int = attrs.field(default=0, init=False, repr=False)
 
     @property
     def writer(self) -> SummaryWriter:
-        """The writer, for handlers on rank 0; opened if it is closed."""
+        """The writer, for handlers on rank 0; opened if it is closed.
+
+        An error of its file is logged, not raised.
+        """
+        return self._opened_writer()
+
+    def _opened_writer(self) -> DirectSummaryWriter:
         if self._writer is None:
             # Imported here: it takes longer than the rest of the library.
             from diptych.handlers.sinks.event_file import DirectSummaryWriter  # noqa: PLC0415
 
-            make_folder(self.directory)
-            self._writer = DirectSummaryWriter(str(self.directory))
+            self._writer = DirectSummaryWriter(str(self.directory), self.tolerated)
         return self._writer
+
+    @property
+    def destination(self) -> str:
+        """The directory."""
+        return f"a record to {self.directory}"
+
+    @property
+    def unwritten(self) -> dict[str, int]:
+        """The number of events that are not written, by file."""
+        missing, events = super().unwritten, self._events
+        if events is not None and events.unwritten:
+            missing[str(events.path)] = events.unwritten
+        return missing
+
+    @property
+    def _events(self) -> AppendedFile | None:
+        """The file if it is open, or events wait for it."""
+        file = None if self._writer is None else self._writer.event_file
+        return None if file is None else file.file
 
     @contextmanager
     def open_writer(self) -> Iterator[SummaryWriter]:
@@ -76,10 +103,18 @@ class TensorBoard(Sink):
             self.close()
 
     def close(self) -> None:
-        """Close the file; the next use of `writer` opens another one."""
+        """Close the file; the next use of `writer` opens another one.
+
+        If events wait because they cannot be written, the next use continues with this file.
+        """
         if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+            if self._writer.event_file is not None:
+                self._writer.event_file.close()
+            events = self._events
+            if events is None or not events.waiting:
+                if events is not None and events.dropped:
+                    self.count_lost(str(events.path), events.dropped)
+                self._writer = None
 
     def listen(self, trainer: Trainer) -> None:
         """Write each record; describe the run when it starts."""
@@ -87,6 +122,8 @@ class TensorBoard(Sink):
         trainer.add_event_handler(Events.STARTED, self._start)
 
     def _start(self, trainer: Trainer) -> None:
+        with self.tolerated(starting=True):
+            make_folder(self.directory)
         iteration, settings = trainer.state.iteration, run_settings(trainer)
         # If another handler has written at this start already, its points must stay.
         self._discard_from(iteration + 1 if iteration or self._writer else 0)
@@ -139,11 +176,7 @@ class TensorBoard(Sink):
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # noqa: PLC0415
 
         start = Event(session_log=SessionLog(status=SessionLog.START))
-        self._file_writer.add_event(start, step)
+        self._opened_writer().get_event_file().add_event(start, step)
 
     def _add(self, summary: Any, step: int) -> None:
-        self._file_writer.add_summary(summary, step)
-
-    @property
-    def _file_writer(self) -> Any:
-        return self.writer.file_writer
+        self._opened_writer().get_event_file().add_summary(summary, step)

@@ -11,13 +11,12 @@ from ignite.engine import Events
 from diptych.engine import RunEvents
 from diptych.handlers import CheckpointManager, HistoryPlots, JsonLines, ProgressBar, RunRecord
 from diptych.handlers.reports.history_plots import (
-    RunHistory,
     differing_settings,
     drawings,
     final_values,
     page,
-    read_run,
 )
+from diptych.handlers.reports.run_history import RunHistory, read_run
 from tests.handlers.runs import Stop, loader, make_trainer, report_each_epoch, reported_run, stop_at
 
 

@@ -65,9 +65,16 @@ def test_measured_values_have_a_file_of_their_own(tmp_path):
     assert set(measured[0].values) == {"time/samples_per_second", "time/step", "time/data"}
 
 
-def test_the_tag_step_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="a tag must not be 'step'"):
-        logged(tmp_path, {"step": 1.0})
+def test_the_tag_step_is_logged_and_costs_its_record_alone(tmp_path, caplog):
+    trainer = make_trainer().attach(JsonLines(tmp_path))
+    trainer.add_event_handler(
+        Events.EPOCH_COMPLETED(once=1), lambda: trainer.metrics.report(6, {"step": 1.0})
+    )
+
+    trainer.run(loader(), max_epochs=2)
+
+    assert [r.step for r in read_records(tmp_path)] == [4, 6, 8, 12]
+    assert caplog.text.count("a tag must not be 'step'") == 1
 
 
 def test_a_record_logged_before_the_handler_starts_comes_first(tmp_path):
@@ -158,7 +165,7 @@ def test_a_file_that_lost_lines_since_the_checkpoint_is_an_error(tmp_path):
     saving_trainer(tmp_path).run(loader(), max_epochs=2)
     (tmp_path / "metrics.jsonl").write_bytes(b"")
 
-    with pytest.raises(ResumeError, match=r"metrics.jsonl must hold at least the \d+ bytes.*got 0"):
+    with pytest.raises(ResumeError, match=r"metrics.jsonl must hold.* line 1 of \d+ is missing"):
         saving_trainer(tmp_path).run(loader(), max_epochs=3)
 
 

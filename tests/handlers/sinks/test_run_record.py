@@ -100,6 +100,7 @@ def test_the_record_holds_the_settings_of_handlers_as_far_as_json_can(tmp_path):
         {
             "class": "diptych.handlers.sinks.jsonl.JsonLines",
             "path": str(tmp_path / "metrics.jsonl"),
+            "damaged": "refuse",
         },
         {
             "class": f"{here}.Custom",
@@ -136,7 +137,7 @@ def test_a_resumed_run_says_from_where_and_leaves_no_unfinished_file(tmp_path):
 
 
 def test_rank_zero_alone_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr("diptych.handlers.sinks.run_record.rank", lambda: 1)
+    monkeypatch.setattr("diptych.handlers.sinks.output_handler.rank", lambda: 1)
 
     make_trainer().attach(RunRecord(tmp_path / "run")).run(loader(), max_epochs=1)
 

@@ -87,7 +87,7 @@ def of_json(folder: Path) -> Example:
         records = read_records(sink.path) if sink.path.exists() else []
         return {(record.step, tag) for record in records for tag in record.values}
 
-    return Example(sink, lambda: bool(sink._open), written)
+    return Example(sink, lambda: any(one.file.is_open for one in sink._files.values()), written)
 
 
 def of_tensorboard(folder: Path) -> Example:
@@ -210,7 +210,7 @@ def test_a_second_run_writes_again(kind, tmp_path):
 
 @every_sink
 def test_other_ranks_write_nothing(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr("diptych.handlers.sinks.sink.rank", lambda: 1)
+    monkeypatch.setattr("diptych.handlers.sinks.output_handler.rank", lambda: 1)
     example = EXAMPLES[kind](tmp_path / "none")
 
     run(example)

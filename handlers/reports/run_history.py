@@ -1,0 +1,171 @@
+"""The settings and curves of a run, read from its directory into a bounded number of points."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from diptych.handlers.reports.curves import StepAndValue, extremes
+from diptych.handlers.run_directory import RunDirectory
+from diptych.handlers.sinks.records import RecordReader
+
+MOST_BUCKETS = 512
+"""Buckets of a curve, an even number; each keeps at most three points."""
+CROWDED = 12  # points of a bucket before all but its extremes are dropped
+
+
+@attrs.frozen
+class RunHistory:
+    """The settings and curves of a run, read from its directory.
+
+    Attributes:
+        name: of the run.
+        settings: dotted name to value, from `settings.json`; empty if there is none.
+        curves: tag to steps and values. Of a long curve, neighbouring points share a bucket, of
+            which the lowest, the highest and the last point are kept.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    curves: dict[str, list[StepAndValue]]
+
+
+class BoundedCurve:
+    """The points of a curve, of which a bounded number is kept: extremes, gaps and the last one.
+
+    Consecutive points share a bucket. If there are too many buckets, neighbours are joined. The
+    result depends on the points alone, not on when they were added.
+    """
+
+    def __init__(self) -> None:
+        self._buckets: list[list[StepAndValue]] = []
+        self._count, self._per_bucket = 0, 1
+        self._last: StepAndValue | None = None
+
+    def add(self, point: StepAndValue) -> None:
+        """Add a point after the others."""
+        if self._count == len(self._buckets) * self._per_bucket:
+            if len(self._buckets) == MOST_BUCKETS:
+                pairs = zip(self._buckets[::2], self._buckets[1::2], strict=True)
+                self._buckets = [extremes(one + other) for one, other in pairs]
+                self._per_bucket *= 2
+            self._buckets.append([])
+        bucket = self._buckets[-1]
+        bucket.append(point)
+        if len(bucket) == CROWDED:
+            bucket[:] = extremes(bucket)
+        self._count += 1
+        self._last = point
+
+    @property
+    def points(self) -> list[StepAndValue]:
+        """The points that are kept, in order."""
+        points = [point for bucket in self._buckets for point in extremes(bucket)]
+        if self._last is not None and points[-1] is not self._last:
+            points.append(self._last)
+        return points
+
+
+class RunReader:
+    """Reads the curves of a run from its directory; a second call reads what was added.
+
+    Args:
+        directory: of the run.
+    """
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self._directory = directory
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was read, to read everything again."""
+        files = (self._directory.metrics, self._directory.measured)
+        self._readers = [RecordReader(file) for file in files]
+        self._curves: dict[str, BoundedCurve] = {}
+
+    def read(self) -> RunHistory:
+        """Return the run as it is now.
+
+        Raises:
+            OSError: if a file cannot be read.
+            ValueError: naming the file, and the line of a record, if a file is damaged.
+        """
+        for reader in self._readers:
+            if reader.path.is_file():
+                records, _ = reader.new_records()
+                for record in records:
+                    for tag, value in record.values.items():
+                        self._curves.setdefault(tag, BoundedCurve()).add((record.step, value))
+        curves = {tag: curve.points for tag, curve in self._curves.items()}
+        settings = read_settings(self._directory.settings)
+        return RunHistory(self._directory.name, _flat(settings), curves)
+
+
+def read_run(directory: str | os.PathLike[str]) -> RunHistory:
+    """Read a run from its directory.
+
+    Raises:
+        FileNotFoundError: if the directory holds no metrics.jsonl.
+        OSError: if a file cannot be read.
+        ValueError: naming the file, and the line of a record, if a file is damaged.
+    """
+    run = RunDirectory(directory)
+    if not run.metrics.is_file():
+        raise FileNotFoundError(
+            f"the run directory {directory} must hold {run.metrics.name}, got none. Pass the "
+            "directory of one run, such as runs/emoji/2026-01-31_09-30-00Z."
+        )
+    return RunReader(run).read()
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the content of `settings.json`; empty if there is no such file.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: naming file and line, if it is damaged.
+    """
+    try:
+        settings = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} must be JSON in UTF-8, got something else ({error}). Restore the file from a "
+            "copy, or remove it: the run is then shown without its settings."
+        ) from error
+    if not isinstance(settings, dict):
+        raise ValueError(  # noqa: TRY004 - the file is wrong, not an argument's type
+            f"{path} must be a JSON object, got a {type(settings).__name__}. Restore the file from "
+            "a copy, or remove it: the run is then shown without its settings."
+        )
+    return settings
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        items = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
+        items = _named_items(value)
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in items:
+        flat |= _flat(item, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def _named_items(values: Sequence[Any]) -> list[tuple[str, Any]]:
+    """Return the items of a list with names: an object's class, which is the same in any order."""
+    items: dict[str, Any] = {}
+    for number, value in enumerate(values):
+        known = value if isinstance(value, Mapping) and "class" in value else {}
+        name = str(known.get("class", number)).rpartition(".")[2]
+        name = ".".join([name, *([known["prefix"]] if known.get("prefix") else [])])
+        items[f"{name}.{number}" if name in items else name] = value
+    return list(items.items())
