@@ -30,15 +30,18 @@ from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.distributed.sharding import shard_model
 from diptych.engine.errors import BatchError
 from diptych.engine.evaluator import EvaluatesModel
-from diptych.engine.events import MetricsEvents, RunEvents
+from diptych.engine.events import MetricsEvents, RunEvents, StepEvents
 from diptych.engine.handler import Attachable, Finding, contract_of
+from diptych.engine.loop.continued_events import STEP
 from diptych.engine.loop.event_loop import EventLoop
 from diptych.engine.loop.listener import cost_table
+from diptych.engine.loop.position import Position
 from diptych.engine.metrics.metrics_collector import MetricsCollector
 from diptych.engine.settings import Precision, TrainerSettings, Units
 from diptych.engine.state.run_identity import RunIdentity
 from diptych.engine.step.compilation import CompileMode, compile_in_place
 from diptych.engine.step.loss_contract import scalars_of
+from diptych.engine.step.step_snapshot import Failed, StepSnapshot
 from diptych.engine.step.train_step import TrainStep, check_fp16
 from diptych.engine.tasks import Outputs, Task
 
@@ -137,6 +140,8 @@ class Trainer(EventLoop):
         self.loaded_length: int | None = None
         self.step = step
         self._identity: RunIdentity | None = None
+        self._unreported: dict[str, dict[str, float]] = {}
+        self._snapshot = StepSnapshot(self) if world_size() == 1 else None
         super().__init__(self._make_step(step))
         self._listen_to_itself()
 
@@ -324,11 +329,15 @@ class Trainer(EventLoop):
             continued: whether, after an exception, the next call continues the event: it then
                 reports what was published before the exception too.
         """
-        with self.metrics.collected_apart(continued=continued) as values:
-            self.fire_event(event)
+        values = self._unreported.pop(event.name, None)  # all handlers had returned
+        if values is None:
+            with self.metrics.collected_apart(event.name if continued else None) as values:
+                self._fire(event)
         if values:
+            self._unreported[event.name] = values
             self.state.metrics.update(values)
             self.metrics.report(self.state.iteration, values)
+            del self._unreported[event.name]
 
     def _gradient_scaler(self) -> torch.amp.GradScaler | None:
         if self.settings.precision != "fp16":
@@ -350,8 +359,60 @@ class Trainer(EventLoop):
             self.metrics.reset()
         super()._start_over()
 
+    def _forget_failure(self) -> None:
+        super()._forget_failure()
+        self._unreported.clear()
+        if isinstance(self._process_function, TrainStep):
+            self._process_function.unfinished = None
+
+    def _remember_step(self) -> None:
+        if self._snapshot is not None and not self._has_unfinished_update:
+            self._snapshot.take()
+
+    @property
+    def _has_unfinished_update(self) -> bool:
+        step = self._process_function
+        return isinstance(step, TrainStep) and step.unfinished is not None
+
+    def _judge_step(self, done: tuple[str, ...]) -> None:
+        """Undo a step that has raised before its update; let one after its update count."""
+        if self._snapshot is None:
+            return
+        after = self._has_unfinished_update
+        failed = Failed.AFTER_UPDATE if after else self._snapshot.judge()
+        if failed is Failed.AFTER_UPDATE:
+            self._count_update(done)
+        elif failed is Failed.INSIDE_UPDATE:
+            self._refuse(
+                f"the optimizer raised in iteration {self.state.iteration} after it had changed "
+                "some of the weights"
+            )
+        elif lost := self._snapshot.restore():
+            self._refuse(
+                f"the step raised in iteration {self.state.iteration} after it had changed the "
+                f"buffers {', '.join(lost)}, which had never changed before"
+            )
+
+    def _count_update(self, done: tuple[str, ...]) -> None:
+        """Note what an exception behind an update has left of its iteration."""
+        step, last = self._process_function, StepEvents.OPTIMIZER_STEPPED
+        returned = self._returned_of(last)
+        has_fired = returned is None and self.last_event_name is last
+        if isinstance(step, TrainStep) and not has_fired and step.keep_update():
+            self._stopped_at[last.name] = returned or done
+            return
+        logger.warning(
+            "The step raised in iteration %d after an update. The update counts, and the rest of "
+            "the step is left out.",
+            self.state.iteration,
+        )
+        del self._stopped_at[STEP]
+        self._stopped_at[Events.ITERATION_COMPLETED.name] = ()
+        if not has_fired:
+            self._stopped_at[last.name] = returned or ()
+
     def _listen_to_itself(self) -> None:
-        self.metrics = MetricsCollector(on_record=lambda: self.fire_event(MetricsEvents.LOGGED))
+        self.metrics = MetricsCollector(on_record=lambda: self._fire(MetricsEvents.LOGGED))
         self._publish_gauges()
         self.add_event_handler(RunEvents.RESTORE, self._declare)
         self.add_event_handler(Events.STARTED, self._prepare)
@@ -360,9 +421,11 @@ class Trainer(EventLoop):
 
     @waits_at("the start of a run")
     def _prepare(self, _: Engine) -> None:
-        if self.settings.seed is not None and self.state.iteration == 0:
+        if self.settings.seed is not None and self.position == Position():
             manual_seed(self.settings.seed + rank())
         self._check_length_over_ranks(self)
+        if self._snapshot is not None:
+            self._snapshot.find()
         for module in (self.model, self.loss):
             if not module.training:
                 module.train()
@@ -400,7 +463,7 @@ class Trainer(EventLoop):
             # A stopped run keeps its buffered values, so that the run which continues it logs what
             # an uninterrupted one would.
             self.metrics.log(self.state.iteration)
-        self.fire_and_report(event, continued=event is not Events.COMPLETED)
+        self.fire_and_report(event, continued=True)
 
 
 def iterations_of_run(trainer: Trainer) -> int | None:

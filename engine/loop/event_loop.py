@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ignite.engine import Engine, Events, State
@@ -15,16 +14,16 @@ from diptych.engine.data.batch_source import BatchSource
 from diptych.engine.data.loader_contract import length_of
 from diptych.engine.distributed.hang_report import entered_places, waits_at
 from diptych.engine.errors import ResumeError
-from diptych.engine.events import ITERATION_EVENTS, MetricsEvents, Outcome, RunEvents
-from diptych.engine.loop.dispatcher import Dispatcher
-from diptych.engine.loop.left_event import LeftEvent, left_event, named, returned
+from diptych.engine.events import ITERATION_EVENTS, MetricsEvents, Outcome, RunEvents, StepEvents
+from diptych.engine.loop.continued_events import FETCH, STEP, ContinuedEvents
+from diptych.engine.loop.left_event import LeftEvent, left_event
 from diptych.engine.loop.limits import check_limits, epoch_length_of
 from diptych.engine.loop.position import Phase, Position, position_from
 
 logger = logging.getLogger(__name__)
 
 
-class EventLoop(Dispatcher):
+class EventLoop(ContinuedEvents):
     """An Ignite `Engine` whose runs can be stopped and continued at any iteration.
 
     Differences from the base class:
@@ -33,11 +32,10 @@ class EventLoop(Dispatcher):
       run. As in Ignite, `state.max_epochs = None` before `run` starts over.
     - `terminate()` and `interrupt()` take effect at the end of the running iteration. The next
       `run` with the same loader continues with the next batch of the epoch.
-    - An exception always reaches the caller. `EXCEPTION_RAISED` fires once before. An iteration
-      whose step raised does not count: the next `run` repeats it with the same batch, starting at
-      `GET_BATCH_COMPLETED`.
-    - After an exception in a handler at the end of an epoch, the next `run` continues with that
-      handler: those of the event that had returned are not called again.
+    - An exception always reaches the caller. `EXCEPTION_RAISED` fires once before. The next `run`
+      continues there: a handler that raised is called again, and those after it; handlers that had
+      returned are not. A step that raised is repeated with the same batch, unless its update was
+      made. Over several ranks, the next `run` raises.
     - Another loader inside an epoch, or a loader of another length, is an error.
     - `EPOCH_STARTED` fires once per epoch, also if the epoch is continued in a later `run`.
     - If `max_iters` ends a run inside an epoch, `RunEvents.EPOCH_CUT` fires before `COMPLETED`.
@@ -66,7 +64,6 @@ class EventLoop(Dispatcher):
         self._count: int | None = None  # iterations of an epoch, if `run` was given a number
         self._warned = False  # whether a state inside EPOCH_COMPLETED was reported
         self._completing: Position | None = None  # that of a state taken inside *COMPLETED
-        self._left: LeftEvent | None = None
         self._misjudged: Any = None  # the loader whose wrong length was logged
         self._epoch_counts = False  # whether the running epoch ends at a number of iterations
 
@@ -158,6 +155,7 @@ class EventLoop(Dispatcher):
             max_epochs = 1 if max_epochs is None and max_iters is None else max_epochs
         if max_epochs is not None or max_iters is not None:
             self.state.max_epochs, self.state.max_iters = max_epochs, max_iters
+        self._check_may_continue()
         self._set_epoch_length(data, epoch_length)
         if self.is_finished and self._position.completed:
             logger.warning(
@@ -174,7 +172,7 @@ class EventLoop(Dispatcher):
 
     def _start_over(self) -> None:
         self._move_to(Position())
-        self._left = None
+        self._forget_failure()
         self.state.epoch_length = self._count = None
         self.batches.rewind()
 
@@ -201,7 +199,7 @@ class EventLoop(Dispatcher):
 
     def _check_continues(self, data: Iterable[Any] | None) -> None:
         same = self.batches.keeps_its_place and self.batches.data is data
-        rest = self.state.epoch_length is None or self.epoch_iteration < self.state.epoch_length
+        rest = not self._is_to_end and not self._has_ended
         if self.batches.lost_its_place and self.batches.data is data:
             raise ResumeError(
                 f"data must have state_dict() and load_state_dict() to resume here, got a "
@@ -256,7 +254,7 @@ class EventLoop(Dispatcher):
     # -- the loop --------------------------------------------------------------------------------
 
     def _internal_run(self) -> State:
-        self.should_terminate = self.should_interrupt = False
+        self._restore_stop_flags()
         if not self._position.in_epoch:  # inside of an epoch, a pending terminate_epoch() stays
             self.should_terminate_single_epoch = False
         started = time.perf_counter()
@@ -265,17 +263,31 @@ class EventLoop(Dispatcher):
             # A run that is finished, but not completed, continues with its end.
             if not self._position.paused and not self.is_finished:
                 self._init_timers(self.state)
-                self.fire_event(Events.STARTED)
+                self._fire(Events.STARTED)
                 self._find_listeners()  # Ignite's profilers add listeners to the table itself
             self._position = self._position._replace(paused=False)
+            self._continue_events()
             while not self._stopped() and not self.is_finished:
                 self._run_epoch()
             self._finish(started)
         except BaseException as error:
             self.outcome = Outcome.FAILED
+            self._note_failure(begun=self._position != Position())
             self._fire_event(Events.EXCEPTION_RAISED, error)
             raise
         return self.state
+
+    def _continue_events(self) -> None:
+        """Call the handlers that an exception has left of the events at this position."""
+        left, at_end = self._stopped_at, not self._position.in_epoch
+        if Events.EPOCH_STARTED.name in left:
+            self._fire(Events.EPOCH_STARTED)
+        if RunEvents.SAFE_POINT.name in left and at_end:
+            self._fire(RunEvents.SAFE_POINT)
+        elif left.keys() & {Events.ITERATION_COMPLETED.name, RunEvents.SAFE_POINT.name}:
+            if StepEvents.OPTIMIZER_STEPPED.name in left:
+                self._fire(StepEvents.OPTIMIZER_STEPPED)
+            self._end_iteration()
 
     def _stopped(self) -> bool:
         return bool(self.should_terminate or self.should_interrupt)
@@ -287,12 +299,13 @@ class EventLoop(Dispatcher):
         if self.should_interrupt and not self.should_terminate:
             self._position = self._position._replace(paused=True)
             self.outcome = Outcome.INTERRUPTED
-            self.fire_event(Events.INTERRUPT)
+            self._fire(Events.INTERRUPT)
             self.should_interrupt = False
             return
         if self.should_terminate:
             self.outcome = Outcome.TERMINATED
-            self.fire_event(Events.TERMINATE)
+            if Events.COMPLETED.name not in self._stopped_at:
+                self._fire(Events.TERMINATE)
         self.outcome = Outcome.TERMINATED if self.should_terminate else Outcome.COMPLETED
         if self.should_terminate != "skip_completed":
             self._completing = self._position._replace(completed=True)
@@ -307,35 +320,6 @@ class EventLoop(Dispatcher):
         self._fire_published(RunEvents.EPOCH_CUT, MetricsEvents.CUT_PUBLISHED)
         self._position = self._position._replace(cut=True)
 
-    def _fire_completed(self, event: Any) -> None:
-        """Fire `EPOCH_COMPLETED`, `EPOCH_CUT` or `COMPLETED`."""
-        self.fire_event(event)
-
-    def _fire_published(self, event: Any, published: Any) -> None:
-        """Fire the two events of an epoch's end; if one of them was left, continue with it."""
-        if self._left is None or self._left.event != published.name:
-            with self._continued(event):
-                self._fire_completed(event)
-        with self._continued(published):
-            self.fire_event(published)
-
-    @contextmanager
-    def _continued(self, event: Any) -> Iterator[None]:
-        """Leave out handlers that returned before the event was left; note where it is left now."""
-        before, self._left = self._left, None
-        done = before.done if before is not None and before.event == event.name else ()
-        listeners = self._listeners.get(event, [])
-        self._skipped = named(listeners, done)
-        self._raised.clear()
-        try:
-            yield
-        except BaseException:
-            left = returned(listeners, self._raised)
-            self._left = LeftEvent(event.name, done if left is None else left)
-            raise
-        finally:
-            self._skipped = frozenset()
-
     def _run_epoch(self) -> None:
         started = time.perf_counter()
         if not self._position.in_epoch:
@@ -345,7 +329,7 @@ class EventLoop(Dispatcher):
             self._take_assigned_data()
             if not self._epoch_counts:
                 self.state.epoch_length = self.batches.start_epoch(self.state.epoch - 1)
-            self.fire_event(Events.EPOCH_STARTED)
+            self._fire(Events.EPOCH_STARTED)
         if self._left is None and not self._run_iterations():
             return
         self.state.times[Events.EPOCH_COMPLETED.name] = time.perf_counter() - started
@@ -357,10 +341,8 @@ class EventLoop(Dispatcher):
                 self._completing = None
         safe_point_is_new = self._position.phase is Phase.EPOCH_ENDED
         self._move_to(self.position.epoch_completed())
-        if safe_point_is_new:
-            self.fire_event(RunEvents.SAFE_POINT)
-        else:  # it has fired: the end of the epoch was not known yet
-            self.fire_again(RunEvents.SAFE_POINT)
+        # If it has fired, the end of the epoch was not known yet.
+        self._fire(RunEvents.SAFE_POINT, again=not safe_point_is_new)
 
     def _run_iterations(self) -> bool:
         """Run the rest of the epoch; return whether it has ended."""
@@ -390,21 +372,44 @@ class EventLoop(Dispatcher):
 
     @waits_at("an iteration")
     def _run_iteration(self, state: State) -> None:
-        state.batch = self._batch  # a failed attempt may have replaced it
-        self.fire_event(Events.GET_BATCH_COMPLETED)
-        self._move_to(self.position.step_started())
+        left, started = self._stopped_at, False
+        state.batch = self._batch
         try:
-            self.fire_event(Events.ITERATION_STARTED)
-            state.output = self._process_function(self, state.batch)
+            if not left.keys() & {Events.ITERATION_STARTED.name, STEP}:
+                self._fire(Events.GET_BATCH_COMPLETED)
+            self._move_to(self.position.step_started())
+            started = True
+            if STEP not in left:
+                self._fire(Events.ITERATION_STARTED)
+            self._batch = state.batch
+            state.output = self._call_step(state.batch)
         except BaseException:
-            self._move_to(self.position.step_failed())
+            self._fail_iteration(state, started=started)
             raise
         self._move_to(self.position.step_completed())
-        self.fire_event(Events.ITERATION_COMPLETED)
+        self._end_iteration()
+
+    def _fail_iteration(self, state: State, *, started: bool) -> None:
+        """Move to the place from which the next run continues an iteration that has raised."""
+        if Events.ITERATION_COMPLETED.name in self._stopped_at:  # its update counts
+            self._move_to(self.position.step_completed())
+        elif started:
+            self._move_to(self.position.step_failed())
+        if STEP not in self._stopped_at:
+            self._batch = state.batch  # handlers may have changed it, and are not called again
+
+    def _end_iteration(self) -> None:
+        """Fire the events after a step; after an exception, what is left of them."""
+        safe = RunEvents.SAFE_POINT
+        if safe.name not in self._stopped_at:
+            self._fire(Events.ITERATION_COMPLETED)
+        done = self._stopped_at.get(safe.name, ())
+        self._stopped_at[safe.name] = done  # the loader may raise, which is asked for a batch
         if self._is_to_end and not self._stopped() and self._ends_here():
+            del self._stopped_at[safe.name]
             self._position = self._position.epoch_ended()
         else:
-            self.fire_event(RunEvents.SAFE_POINT)
+            self._fire(safe)
 
     def _ends_here(self) -> bool:
         """Return whether an epoch that has reached its length has ended."""
@@ -486,8 +491,9 @@ class EventLoop(Dispatcher):
         self._batch = state.batch = None  # free the last batch before the next one is made
         if not self.epoch_iteration:
             self._take_assigned_data()
-        if not self._is_long_enough:
-            self.fire_event(Events.GET_BATCH_STARTED)
+        if not self._is_long_enough and FETCH not in self._stopped_at:
+            self._fire(Events.GET_BATCH_STARTED)
+        self._stopped_at.clear()
         try:
             self._batch = self._next_batch()
         except StopIteration:
@@ -496,6 +502,9 @@ class EventLoop(Dispatcher):
             self.fire_event(Events.DATALOADER_STOP_ITERATION)
             self._take_assigned_data()
             self._batch = self._first_batch()
+        except BaseException:
+            self._stopped_at[FETCH] = ()
+            raise
         self._position = self._position.batch_fetched()
         return True
 

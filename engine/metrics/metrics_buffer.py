@@ -21,6 +21,8 @@ from diptych.engine.distributed.hang_report import waits_at
 
 Scalar = Tensor | float | int
 FLOAT = torch.float32  # nearly all scalars of a step
+BufferMark = tuple[dict[tuple[str, ...], int], dict[str, int]]
+"""The number of values of each kind of row, and of each number."""
 
 
 class ScalarBuffer:
@@ -88,6 +90,22 @@ class ScalarBuffer:
             {tag: (total, int(count)) for tag, (total, count) in sums.items()},
             {tag: read[tag] if tag in read else float(value) for tag, value in gauges.items()},
         )
+
+    def mark(self) -> BufferMark:
+        """Return the number of values so far, for `drop_since`."""
+        rows = {tags: len(values) for tags, values in self._rows.items()}
+        numbers = {tag: len(values) for tag, values in self._numbers.items()}
+        return rows, numbers
+
+    def drop_since(self, mark: BufferMark) -> None:
+        """Drop the values that were added after a mark."""
+        kinds: tuple[tuple[dict[Any, Any], Mapping[Any, int]], ...]
+        kinds = ((self._rows, mark[0]), (self._numbers, mark[1]))
+        for held, lengths in kinds:
+            for key in list(held):
+                del held[key][lengths.get(key, 0) :]
+                if not held[key]:
+                    del held[key]
 
     def clear(self) -> None:
         """Drop all values."""

@@ -48,12 +48,11 @@ class MetricsCollector:
         self.record = Record()
         self._on_record = on_record
         self._buffer = ScalarBuffer()
-        self._left = ScalarBuffer()  # values of an event that an exception has left
+        self._left: dict[str, ScalarBuffer] = {}  # values of events that an exception has left
         # The sum and the number of the values of this epoch.
         self._epoch: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0])
         self._gauges: dict[str, Callable[[], Scalar]] = {}
         self._history: defaultdict[str, list[float]] = defaultdict(list)
-        self._apart: dict[object, ScalarBuffer] = {}  # values of occasions that raised
         self._is_out = True  # whether everything that waits for records has got the last one
 
     def update(self, scalars: Mapping[str, Scalar] | None = None, /, **named: Scalar) -> None:
@@ -92,31 +91,38 @@ class MetricsCollector:
             raise
 
     @contextmanager
-    def collected_apart(self, *, continued: bool = False) -> Iterator[dict[str, float]]:
+    def collected_apart(self, occasion: str | None = None) -> Iterator[dict[str, float]]:
         """Keep the values that are published within this context apart from all others.
 
         The context yields a dictionary; at its end, it holds the mean of each tag. Over several
         ranks the end of the context is collective.
 
         Args:
-            continued: whether a context that ends with an exception leaves its values to the next
-                one.
+            occasion: a name; a context that ends with an exception leaves its values to the next
+                one of this name. None: the values are dropped.
         """
         means: dict[str, float] = {}
-        outer, self._buffer = self._buffer, ScalarBuffer()
-        if continued:
-            self._buffer, self._left = self._left, ScalarBuffer()
+        outer, self._buffer = self._buffer, self._left.pop(occasion or "", ScalarBuffer())
+        apart = self._buffer
         try:
             yield means
-            if self._buffer or world_size() > 1:
-                sums, _ = self._buffer.drain({})
+            if apart or world_size() > 1:
+                sums, _ = apart.drain({})
                 means.update({tag: total / count for tag, (total, count) in sums.items()})
         except BaseException:
-            if continued:
-                self._left = self._buffer
+            if occasion is not None:
+                self._left[occasion] = apart
             raise
         finally:
             self._buffer = outer
+
+    def mark(self) -> BufferMark:
+        """Return a mark of what was published so far, for `drop_since`."""
+        return self._buffer.mark()
+
+    def drop_since(self, mark: BufferMark) -> None:
+        """Drop the values that were published after a mark, by a step that is to be repeated."""
+        self._buffer.drop_since(mark)
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
         """Publish final values, such as an evaluation's, as a record of their own.
@@ -171,7 +177,6 @@ class MetricsCollector:
         self._left.clear()
         self._epoch.clear()
         self._history.clear()
-        self._apart.clear()
         self._is_out = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -180,15 +185,16 @@ class MetricsCollector:
             "window": self._buffer.state_dict(),
             "epoch": {tag: list(mean) for tag, mean in self._epoch.items()},
             "history": {tag: list(values) for tag, values in self._history.items()},
-            **({"left": self._left.state_dict()} if self._left else {}),
+            "left": {name: buffer.state_dict() for name, buffer in self._left.items()},
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore a state that `state_dict` returned."""
         self.reset()
         self._buffer.load_state_dict(state_dict["window"])
-        if "left" in state_dict:
-            self._left.load_state_dict(state_dict["left"])
+        for name, left in state_dict.get("left", {}).items():
+            self._left[name] = ScalarBuffer()
+            self._left[name].load_state_dict(left)
         self._epoch.update({tag: list(mean) for tag, mean in state_dict["epoch"].items()})
         self._history.update({tag: list(values) for tag, values in state_dict["history"].items()})
 

@@ -74,6 +74,10 @@ class TrainStep:
     """Forward pass, loss, backward pass and update of one batch: a `Trainer`'s process function.
 
     Each phase is a method that a subclass can override.
+
+    Attributes:
+        unfinished: the result of an update after which an exception was raised. The next call with
+            the same batch continues there.
     """
 
     def __init__(self, trainer: TrainerParts) -> None:
@@ -87,6 +91,9 @@ class TrainStep:
         self.to_device = mover(self.device, prefetch=settings.prefetch)
         self.average = GradientAverage(lambda: (self.model, self.loss))
         self._unscaled = False
+        self._output: StepOutput | None = None
+        self._is_cut = False
+        self.unfinished: StepOutput | None = None
         self._piece_counter = PieceCounter(agreed=has_shards(trainer.model))
 
     @property
@@ -110,7 +117,20 @@ class TrainStep:
         return self._trainer.task
 
     def __call__(self, trainer: Any, batch: Any) -> StepOutput:
-        """Make one update with `batch`."""
+        """Make one update with `batch`; after an exception behind an update, do what is left."""
+        if self.unfinished is None:
+            self._output = self._ready_to_update(trainer, batch)
+            self.update()
+            self.unfinished = self._output
+        elif self._is_cut:
+            self._finish_update()
+        trainer.fire_event(StepEvents.OPTIMIZER_STEPPED)
+        output, self.unfinished, self._output = self.unfinished, None, None
+        trainer.metrics.update(tagged_scalars(output))
+        return output
+
+    def _ready_to_update(self, trainer: Any, batch: Any) -> StepOutput:
+        """Compute the gradients, up to their event; return the result of the update."""
         batch = self.transformed(self.to_device(batch))
         size = batch_size(batch)
         self.clear_gradients()
@@ -118,11 +138,7 @@ class TrainStep:
         terms, value = self.gradients(trainer, batch)
         self.finish_gradients()
         trainer.fire_event(StepEvents.GRADIENTS_READY)
-        self.update()
-        trainer.fire_event(StepEvents.OPTIMIZER_STEPPED)
-        output = StepOutput(value, terms, size)
-        trainer.metrics.update(tagged_scalars(output))
-        return output
+        return StepOutput(value, terms, size)
 
     def transformed(self, batch: Any) -> Any:
         """Apply the trainer's transform to a batch on the device."""
@@ -263,6 +279,22 @@ class TrainStep:
             self.skipped_steps += _loss_scale(self.scaler) < before
         constrain_parameters(self.loss)
 
+    def keep_update(self) -> bool:
+        """Let the next call continue behind the update; return whether it can.
+
+        It cannot in a subclass whose own `__call__` makes the update.
+        """
+        if self.unfinished is None:  # `update` has raised after the optimizer's step
+            self.unfinished, self._is_cut = self._output, True
+        return self.unfinished is not None
+
+    def _finish_update(self) -> None:
+        """Do what an exception in `update` left to do after the optimizer's step."""
+        if self.scaler is not None and self._unscaled and has_found_overflows(self.scaler):
+            self.scaler.update()
+        constrain_parameters(self.loss)
+        self._is_cut = False
+
     def scaled(self, value: Tensor) -> Tensor:
         """Return the value for the backward pass: multiplied by the loss scale in fp16."""
         return value if self.scaler is None else self.scaler.scale(value)
@@ -291,6 +323,12 @@ def _loss_scale(scaler: torch.amp.GradScaler) -> Tensor:
     # The public get_scale() waits for the device.
     scale = scaler._get_scale_async()  # noqa: SLF001
     return torch.zeros(()) if scale is None else scale.clone()
+
+
+def has_found_overflows(scaler: torch.amp.GradScaler) -> bool:
+    """Return whether a scaler has looked for overflows since its last `update`."""
+    states = scaler._per_optimizer_states.values()  # noqa: SLF001 - update() raises without any
+    return any(state["found_inf_per_device"] for state in states)
 
 
 def check_fp16(device: torch.device) -> None:

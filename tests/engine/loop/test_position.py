@@ -134,7 +134,8 @@ acts = st.builds(
     Act,
     st.sampled_from(EVENTS),
     st.integers(1, 7),
-    st.sampled_from(sorted(ACTIONS)),
+    # After an exception, this loop continues where the earlier one repeated: test_exceptions.
+    st.sampled_from(sorted(ACTIONS.keys() - {"raise"})),
 ).filter(
     # An epoch that ends before its first iteration: see the test below.
     lambda act: not ("epoch" in act.action and act.event in {Events.STARTED, Events.EPOCH_STARTED})

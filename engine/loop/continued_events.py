@@ -1,0 +1,158 @@
+"""Events and steps that an exception has left, and how the next run continues them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ignite.engine import Engine
+
+from diptych.engine.distributed.collectives import world_size
+from diptych.engine.errors import ResumeError
+from diptych.engine.events import StepEvents
+from diptych.engine.loop.dispatcher import Dispatcher, selects_iterations
+from diptych.engine.loop.left_event import LeftEvent, named, returned
+
+STEP = "step"
+"""The name under which a step that has raised is noted."""
+
+FETCH = "fetch"
+"""The name under which a loader that has raised is noted."""
+
+
+class ContinuedEvents(Dispatcher):
+    """A `Dispatcher` whose events are continued after an exception, with the handler that raised.
+
+    A handler that had returned must not act twice: it would publish, count or schedule twice.
+    """
+
+    def __init__(self, process_function: Callable[[Engine, Any], Any]) -> None:
+        super().__init__(process_function)
+        self._forget_failure()
+
+    def _forget_failure(self) -> None:
+        """Forget where an exception has stopped the run, which goes on elsewhere."""
+        # The names of the events that an exception has left, each with those of its handlers that
+        # had returned; and the step, or the loader, that has raised.
+        self._stopped_at: dict[str, tuple[str, ...]] = {}
+        self._left: LeftEvent | None = None  # an event of an epoch's end, which checkpoints hold
+        self._stop_flags: tuple[Any, Any] = (False, False)
+        self._refusal: str | None = None
+
+    def _note_failure(self, *, begun: bool) -> None:
+        """Keep what the next run needs after an exception in this one.
+
+        Args:
+            begun: whether the run has left its start.
+        """
+        self._stop_flags = (self.should_terminate, self.should_interrupt)
+        if world_size() > 1 and begun:
+            self._refuse(
+                f"it failed in epoch {self.state.epoch} after iteration {self.state.iteration}, "
+                f"and its {world_size()} ranks may have stopped at different places"
+            )
+
+    def _restore_stop_flags(self) -> None:
+        """Ask for the stop that was asked for before an exception; without one, for none."""
+        self.should_terminate, self.should_interrupt = self._stop_flags
+        self._stop_flags = (False, False)
+        self._raised.clear()
+
+    def _refuse(self, reason: str) -> None:
+        """Let the next `run` raise, unless a state is loaded before."""
+        self._refusal = (
+            f"the run must be resumed from a checkpoint: {reason}. Start the script again, or load "
+            "a checkpoint with the CheckpointManager first"
+        )
+
+    def _check_may_continue(self) -> None:
+        if self._refusal is not None:
+            raise ResumeError(self._refusal)
+
+    def _fire(self, event: Any, *, again: bool = False) -> None:
+        """Fire an event; if an exception has left it, call its remaining handlers only.
+
+        Args:
+            event: a registered event.
+            again: whether it fires a second time in this iteration; see `fire_again`.
+        """
+        done = self._stopped_at.pop(event.name, ()) if self._stopped_at else ()
+        if done:
+            self._skipped = named(self._listeners.get(event, ()), done)
+        try:
+            if again:
+                self.fire_again(event)
+            else:
+                self.fire_event(event)
+        except BaseException:
+            self._stopped_at[event.name] = self._returned_of(event, again=again) or done
+            raise
+        finally:
+            if done:
+                self._skipped = frozenset()
+
+    def _returned_of(self, event: Any, *, again: bool = False) -> tuple[str, ...] | None:
+        """Return the names of an event's handlers that came before the one that has raised."""
+        listeners = self._listeners.get(event, [])
+        if again:  # those that select iterations are not to be called by the continuation either
+            chosen = [one for one in listeners if selects_iterations(one)]
+            listeners = [*chosen, *(one for one in listeners if one not in chosen)]
+        return returned(listeners, self._raised)
+
+    def _fire_completed(self, event: Any) -> None:
+        """Fire `EPOCH_COMPLETED`, `EPOCH_CUT` or `COMPLETED`."""
+        self._fire(event)
+
+    def _fire_published(self, event: Any, published: Any) -> None:
+        """Fire the two events of an epoch's end; if one of them was left, continue with it."""
+        if self._left is None or self._left.event != published.name:
+            with self._continued(event):
+                self._fire_completed(event)
+        with self._continued(published):
+            self.fire_event(published)
+
+    @contextmanager
+    def _continued(self, event: Any) -> Iterator[None]:
+        """Leave out handlers that returned before the event was left; note where it is left now."""
+        before, self._left = self._left, None
+        done = before.done if before is not None and before.event == event.name else ()
+        listeners = self._listeners.get(event, [])
+        self._skipped = named(listeners, done)
+        self._raised.clear()
+        try:
+            yield
+        except BaseException:
+            left = returned(listeners, self._raised)
+            self._left = LeftEvent(event.name, done if left is None else left)
+            raise
+        finally:
+            self._skipped = frozenset()
+
+    def _call_step(self, batch: Any) -> Any:
+        """Call the step with a batch; after an exception behind its update, for what is left."""
+        self._stopped_at.pop(STEP, None)
+        last = StepEvents.OPTIMIZER_STEPPED
+        done = self._stopped_at.pop(last.name, ()) if self._stopped_at else ()
+        if done:
+            self._skipped = named(self._listeners.get(last, ()), done)
+        self._remember_step()
+        try:
+            return self._process_function(self, batch)
+        except BaseException:
+            self._stopped_at[STEP] = ()
+            self._judge_step(done)
+            raise
+        finally:
+            if done:
+                self._skipped = frozenset()
+
+    def _remember_step(self) -> None:
+        """Remember what the next step may change; called before each step."""
+
+    def _judge_step(self, done: tuple[str, ...]) -> None:
+        """After an exception in a step: undo what it changed, or note what is left of it.
+
+        Args:
+            done: the handlers of `OPTIMIZER_STEPPED` that had returned before an earlier exception.
+        """
