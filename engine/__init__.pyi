@@ -47,6 +47,7 @@ from diptych.engine.handler import (
 )
 from diptych.engine.metrics.metrics_collector import MetricsCollector as MetricsCollector
 from diptych.engine.settings import TrainerSettings as TrainerSettings
+from diptych.engine.state.run_identity import RunIdentity as RunIdentity
 from diptych.engine.step.train_step import (
     StepOutput as StepOutput,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -140,7 +140,10 @@ def _place_of(state: Mapping[str, Any]) -> Any:
 def _undone_on_error(trainer: Trainer) -> Iterator[None]:
     """If the context raises, undo what handlers' states have changed."""
     handlers = stateful_handlers(trainer)
-    before = {key: copy.deepcopy(handler.state_dict()) for key, handler in handlers.items()}
+    before: dict[str, Any] = {}
+    for key, handler in handlers.items():
+        with suppress(Exception):  # some have no state before a run has started
+            before[key] = copy.deepcopy(handler.state_dict())
     parameters = [*trainer.model.parameters(), *trainer.loss.parameters()]
     trainable = [parameter.requires_grad for parameter in parameters]
     groups, loader, task = [*trainer.optimizer.param_groups], trainer.state.dataloader, trainer.task
