@@ -1,5 +1,6 @@
 from diptych.engine import tasks as tasks
 from diptych.engine.certificate.certificate import certify as certify
+from diptych.engine.composite_optimizer import CompositeOptimizer as CompositeOptimizer
 from diptych.engine.data.batches import of_this_rank as of_this_rank
 from diptych.engine.data.grouped_loader import in_groups as in_groups
 from diptych.engine.data.seeded_loader import SeededLoader as SeededLoader

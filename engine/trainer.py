@@ -164,7 +164,8 @@ class Trainer(EventLoop):
 
     def _make_step(self, step: Step | type[TrainStep] | None) -> Callable[[Any, Any], Any]:
         if step is None:
-            _check_needs_no_closure(self.optimizer)
+            for optimizer in getattr(self.optimizer, "members", (self.optimizer,)):
+                _check_needs_no_closure(optimizer)
             return TrainStep(self)
         return step(self) if isinstance(step, type) else step
 
