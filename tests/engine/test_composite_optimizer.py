@@ -215,7 +215,7 @@ def test_a_closure_is_evaluated_once():
     def closure() -> float:
         loss = loss_of(model, make_batches()[0])
         loss.backward()
-        values.append(float(loss))
+        values.append(float(loss.detach()))
         return values[-1]
 
     assert composite.step(closure) == values[0]
