@@ -147,6 +147,8 @@ def check_parts(state: Any) -> None:
                 _check(value, (Tensor, dict), f"{name}.{key}")
     for key, value in state["last_metrics"].items():
         _check(value, (int, float), f"last_metrics.{key}")
+    for key, value in state["optimizer"]["state"].items():
+        _check(value, dict, f"optimizer.state.{key}")
     for number, generators in enumerate(state["random"]):
         _check_generators(generators, f"random[{number}]")
 
