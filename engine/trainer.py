@@ -140,8 +140,6 @@ class Trainer(EventLoop):
         self.loaded_length: int | None = None
         self.step = step
         self._identity: RunIdentity | None = None
-        self._unreported: dict[str, dict[str, float]] = {}
-        self._snapshot = StepSnapshot(self) if world_size() == 1 else None
         super().__init__(self._make_step(step))
         self._listen_to_itself()
 
@@ -362,45 +360,50 @@ class Trainer(EventLoop):
 
     def _forget_failure(self) -> None:
         super()._forget_failure()
-        self._unreported.clear()
+        self._unreported: dict[str, dict[str, float]] = {}
         if isinstance(self._process_function, TrainStep):
             self._process_function.unfinished = None
-
-    def _remember_step(self) -> None:
-        if self._snapshot is not None and not self._has_unfinished_update:
-            self._snapshot.take()
 
     @property
     def _has_unfinished_update(self) -> bool:
         step = self._process_function
         return isinstance(step, TrainStep) and step.unfinished is not None
 
-    def _judge_step(self, done: tuple[str, ...]) -> None:
-        """Undo a step that has raised before its update; let one after its update count."""
+    def _call_step(self, batch: Any) -> Any:
         if self._snapshot is None:
-            return
+            return super()._call_step(batch)
+        if not self._has_unfinished_update:
+            self._snapshot.take()
+        try:
+            return super()._call_step(batch)
+        except BaseException:
+            self._judge_step(self._snapshot)
+            raise
+
+    def _judge_step(self, snapshot: StepSnapshot) -> None:
+        """Undo a step that has raised before its update; let one after its update count."""
         after = self._has_unfinished_update
-        failed = Failed.AFTER_UPDATE if after else self._snapshot.judge()
+        failed = Failed.AFTER_UPDATE if after else snapshot.judge()
         if failed is Failed.AFTER_UPDATE:
-            self._count_update(done)
+            self._count_update()
         elif failed is Failed.INSIDE_UPDATE:
             self._refuse(
                 f"the optimizer raised in iteration {self.state.iteration} after it had changed "
                 "some of the weights"
             )
-        elif lost := self._snapshot.restore():
+        elif lost := snapshot.restore():
             self._refuse(
                 f"the step raised in iteration {self.state.iteration} after it had changed the "
                 f"buffers {', '.join(lost)}, which had never changed before"
             )
 
-    def _count_update(self, done: tuple[str, ...]) -> None:
+    def _count_update(self) -> None:
         """Note what an exception behind an update has left of its iteration."""
         step, last = self._process_function, StepEvents.OPTIMIZER_STEPPED
         returned = self._returned_of(last)
         has_fired = returned is None and self.last_event_name is last
         if isinstance(step, TrainStep) and not has_fired and step.keep_update():
-            self._stopped_at[last.name] = returned or done
+            self._stopped_at[last.name] = returned or self._stopped_at.get(last.name, ())
             return
         logger.warning(
             "The step raised in iteration %d after an update. The update counts, and the rest of "
@@ -413,6 +416,7 @@ class Trainer(EventLoop):
             self._stopped_at[last.name] = returned or ()
 
     def _listen_to_itself(self) -> None:
+        self._snapshot = StepSnapshot(self) if world_size() == 1 else None
         self.metrics = MetricsCollector(on_record=lambda: self._fire(MetricsEvents.LOGGED))
         self._publish_gauges()
         self.add_event_handler(RunEvents.RESTORE, self._declare)

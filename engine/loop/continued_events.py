@@ -136,23 +136,13 @@ class ContinuedEvents(Dispatcher):
         done = self._stopped_at.pop(last.name, ()) if self._stopped_at else ()
         if done:
             self._skipped = named(self._listeners.get(last, ()), done)
-        self._remember_step()
         try:
             return self._process_function(self, batch)
         except BaseException:
             self._stopped_at[STEP] = ()
-            self._judge_step(done)
+            if done:
+                self._stopped_at[last.name] = done
             raise
         finally:
             if done:
                 self._skipped = frozenset()
-
-    def _remember_step(self) -> None:
-        """Remember what the next step may change; called before each step."""
-
-    def _judge_step(self, done: tuple[str, ...]) -> None:
-        """After an exception in a step: undo what it changed, or note what is left of it.
-
-        Args:
-            done: the handlers of `OPTIMIZER_STEPPED` that had returned before an earlier exception.
-        """
