@@ -5,20 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from numbers import Number
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from ignite import distributed as idist
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from ignite.metrics import Metric
 from torch import Tensor, nn
 
 from diptych.engine.data.batches import to_device
 from diptych.engine.data.loader_contract import length_of
+from diptych.engine.distributed.collectives import world_size
 from diptych.engine.distributed.dtensor import call_on, has_shards
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import BatchError, ResumeError
 from diptych.engine.loop.event_loop import EventLoop
+from diptych.engine.predictions import NamedOutputs, metrics_without_prediction, prediction_of
 from diptych.engine.random_state import preserved_random_state
 from diptych.engine.settings import AUTOCAST, Precision, TrainerSettings
 from diptych.engine.tasks import Outputs, Task
@@ -41,10 +45,15 @@ class Evaluator(EventLoop):
             `accuracy`). Each takes the task's outputs through its `output_transform`.
         precision: fp32, bf16 or fp16 autocast.
         device: the device to evaluate on; None: this process's accelerator, else the CPU.
+        partial: whether loaders hold only the beginning of the data, for a trial: a metric that
+            cannot be computed from it is left out, and probes do not read their banks.
+
+    Attributes:
+        left_out: in a trial, the names of the metrics that were not computed, with the reasons.
 
     Raises:
         TypeError: if a metric is not an Ignite metric.
-        ValueError: if two metrics have one name.
+        ValueError: if two metrics have one name, or one needs predictions that the task lacks.
     """
 
     def __init__(
@@ -55,23 +64,31 @@ class Evaluator(EventLoop):
         metrics: Metrics = (),
         precision: Precision = "fp32",
         device: torch.device | str | None = None,
+        partial: bool = False,
     ) -> None:
         super().__init__(self._evaluate_batch)
+        self.partial = partial
+        self.left_out: dict[str, str] = {}
         settings = TrainerSettings(precision=precision, device=device)
         self.device = settings.device or idist.device()
         self.model = model if has_shards(model) else model.to(self.device)
         self.task = task
         self._autocast_dtype = AUTOCAST.get(precision)
-        self._metrics = _named(metrics)
+        self._metrics = named_metrics(metrics)
+        if prediction_of(task) is None:
+            _check_needs_no_prediction(self._metrics, task)
         for name, metric in self._metrics.items():
             metric.attach(self, name)
+            if partial:
+                self.remove_event_handler(metric.completed, Events.EPOCH_COMPLETED)
+                self.add_event_handler(Events.EPOCH_COMPLETED, self._try_to_compute, metric, name)
 
     @waits_at("sharing an evaluation")
     def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
         """Return the value of every metric over one pass of `loader`.
 
         Raises:
-            BatchError: if the loader is empty.
+            BatchError: if the loader is empty, or the task's outputs do not fit a metric.
             RuntimeError: if a handler terminated the evaluation.
         """
         empty = "loader must have at least one batch, got an empty loader"
@@ -105,16 +122,34 @@ class Evaluator(EventLoop):
             return call_on(self.task, self.model, to_device(batch, self.device))
 
     def _evaluate_batch(self, _: Engine, batch: Any) -> Outputs:
-        return self.outputs(batch)
+        outputs = self.outputs(batch)
+        if not isinstance(outputs, Mapping):
+            raise BatchError(
+                f"task must return a mapping of named tensors, got a {type(outputs).__name__}"
+            )
+        named = NamedOutputs(outputs, self.task)
+        if self.state.iteration == 1:
+            _check_needs_no_prediction(self._metrics, self.task, named)
+        return named
+
+    def _try_to_compute(self, _: Engine, metric: Metric, name: str) -> None:
+        if world_size() > 1:  # a rank that fails alone would leave the others waiting
+            self.left_out[name] = "several ranks compute it together"
+            return
+        try:
+            metric.completed(self, name)
+        except Exception as error:  # noqa: BLE001 - a few batches need not have every class or group
+            self.left_out[name] = str(error)
 
     def _values(self) -> dict[str, float]:
-        values: dict[str, float] = {}
-        for name in self._metrics:
+        """Return the numbers among the results."""
+        values: dict[str, Any] = {}
+        for name in [name for name in self._metrics if name not in self.left_out]:
             result = self.state.metrics[name]
             given = result if isinstance(result, Mapping) else {name: result}
             _check_names([*values, *given])
             values.update(given)
-        return {name: _number(name, value) for name, value in values.items()}
+        return numbers_in(values)
 
 
 @runtime_checkable
@@ -138,7 +173,8 @@ def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def _named(metrics: Metrics) -> dict[str, Metric]:
+def named_metrics(metrics: Metrics) -> dict[str, Metric]:
+    """Return metrics by their names; those of a sequence have the names of their classes."""
     if isinstance(metrics, Metric) or not isinstance(metrics, Iterable):
         # Ignite's metrics accept any index, so iterating one would never end.
         raise TypeError(
@@ -171,9 +207,25 @@ def _snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, Tensor) and value.numel() != 1:
+def numbers_in(results: Mapping[str, Any]) -> dict[str, float]:
+    """Return the results that are one number, as floats."""
+    return {name: float(value) for name, value in results.items() if _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    is_scalar = isinstance(value, Tensor) and value.numel() == 1
+    return is_scalar or isinstance(value, (Number, np.generic))
+
+
+def _check_needs_no_prediction(
+    metrics: Mapping[str, Metric], task: object, outputs: Mapping[str, Tensor] | None = None
+) -> None:
+    names = metrics_without_prediction(metrics, outputs)
+    if names:
+        name = getattr(task, "__name__", type(task).__name__)
+        got = name if outputs is None else f"{', '.join(outputs) or 'nothing'} from {name}"
         raise BatchError(
-            f"metric {name!r} must be a number or a dictionary of numbers, got {tuple(value.shape)}"
+            f"task must return logits and labels, or y_pred and y, for the metrics "
+            f"{', '.join(names)}, got {got}. Give the evaluation a task that returns them, or the "
+            "metric an output_transform from the outputs to (y_pred, y)"
         )
-    return float(value)

@@ -27,6 +27,10 @@ class Task(Protocol):
         image, text = model(batch["image"], batch["text"])
         return {"image_features": image, "text_features": text}
     ```
+
+    Ignite's classification metrics take `y_pred` and `y`, which are the outputs `logits` and
+    `labels`. A task with other outputs may declare a method `prediction(outputs)` that returns
+    both; `prediction = None` says that it has none.
     """
 
     def __call__(self, model: nn.Module, batch: Any, /) -> Outputs:
@@ -123,6 +127,7 @@ class ImageText(KeyedTask):
     text: Key = "text"
     group: Key = "group"
 
+    prediction: ClassVar[None] = None
     NAMES: ClassVar[tuple[tuple[str, str], ...]] = (
         ("image_features", "text_features"),
         ("image_embeds", "text_embeds"),
@@ -182,6 +187,8 @@ class TwoViews(KeyedTask):
     second: Key = "second"
     group: Key = "group"
 
+    prediction: ClassVar[None] = None
+
     def __call__(self, model: nn.Module, batch: Any, /) -> Outputs:
         """Return the features of both views."""
         first, second = self.part(batch, "first"), self.part(batch, "second")
@@ -220,6 +227,10 @@ class NextToken(KeyedTask):
         tokens = self.part(batch, "tokens")
         logits = _tensor(model(tokens), "next_token")
         return {"logits": logits[:, :-1], "labels": tokens[:, 1:]}
+
+    def prediction(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
+        """Return the logits as [B, C, T - 1], as Ignite's metrics take them, and the labels."""
+        return outputs["logits"].transpose(1, 2), outputs["labels"]
 
 
 def _with_groups(outputs: Outputs, groups: Any) -> Outputs:

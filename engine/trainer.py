@@ -14,6 +14,7 @@ import attrs
 import torch
 from ignite import distributed as idist
 from ignite.engine import Engine, Events
+from ignite.metrics import Metric
 from ignite.utils import manual_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,7 +30,7 @@ from diptych.engine.distributed.dtensor import has_shards, is_sharded
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.distributed.sharding import shard_model
 from diptych.engine.errors import BatchError
-from diptych.engine.evaluator import EvaluatesModel
+from diptych.engine.evaluator import EvaluatesModel, numbers_in
 from diptych.engine.events import MetricsEvents, RunEvents, StepEvents
 from diptych.engine.handler import Attachable, Finding, contract_of
 from diptych.engine.loop.continued_events import STEP
@@ -460,6 +461,11 @@ class Trainer(EventLoop):
     def _log(self, _: Engine) -> None:
         self.metrics.log(self.state.iteration)
 
+    def _report_metrics(self) -> None:
+        values = computed_by_metrics(self)
+        if values:
+            self.metrics.report(self.state.iteration, values)
+
     def _fire_completed(self, event: Events) -> None:
         if event is Events.EPOCH_COMPLETED:
             self.metrics.log(self.state.iteration)
@@ -469,6 +475,18 @@ class Trainer(EventLoop):
             # an uninterrupted one would.
             self.metrics.log(self.state.iteration)
         self.fire_and_report(event, continued=True)
+        if event is Events.EPOCH_COMPLETED:
+            self._report_metrics()
+
+
+def computed_by_metrics(trainer: Trainer) -> dict[str, float]:
+    """Return what Ignite's metrics, attached to a trainer, have computed for the epoch."""
+    listeners = [one for one in trainer.listeners if one.event == Events.EPOCH_COMPLETED]
+    values: dict[str, float] = {}
+    for name in (one.arguments[0] for one in listeners if isinstance(one.owner, Metric)):
+        result = trainer.state.metrics.get(name)
+        values |= numbers_in(result if isinstance(result, Mapping) else {name: result})
+    return values
 
 
 def iterations_of_run(trainer: Trainer) -> int | None:

@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine.metrics": {"engine.distributed"},
     "engine.state": {"engine", "engine.distributed", "engine.metrics"},
     "engine.step": {"engine", "engine.data", "engine.distributed"},
+    "engine.trials": {"engine", "engine.data"},
     "face": {"engine"},
     "face.commands": {
         "engine",
@@ -67,6 +68,7 @@ ALLOWED: dict[str, set[str]] = {
         "engine.data",
         "engine.distributed",
         "engine.step",
+        "engine.trials",
         "handlers",
     },
     "handlers.health": {"engine", "engine.distributed", "engine.metrics", "handlers"},

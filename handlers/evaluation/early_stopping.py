@@ -11,11 +11,15 @@ import attrs
 from ignite.engine import Events
 
 from diptych.engine.checks import whole_number
-from diptych.engine.events import EvaluationEvents, MetricsEvents, RunEvents
+from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.engine.handler import Change, Handler
 from diptych.engine.trainer import Trainer
 from diptych.handlers.argument_checks import not_negative, one_of
-from diptych.handlers.evaluation.watched_metric import missing_metric, published_values
+from diptych.handlers.evaluation.watched_metric import (
+    missing_metric,
+    published_values,
+    unpublished_metric,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -30,16 +34,17 @@ class EarlyStopping(Handler):
     """Ends the run once `patience` values of a metric in a row have not improved on the best.
 
     Every value counts once: for an evaluation's metric (`val/recall@1`), the value of each
-    evaluation; for any other metric (`train/loss`), its mean over each epoch. NaN is no
-    improvement.
+    evaluation; for any other metric (`train/loss`), its mean over each epoch; for a value that only
+    `trainer.state.metrics` holds, as an Ignite metric puts it there, the value at the end of each
+    epoch. NaN is no improvement.
 
     A stopped run stays stopped. If it is continued, also from a checkpoint, it ends before its next
     iteration and logs a warning, unless `reset()` was called. A run that starts over starts with an
     empty memory.
 
-    Event: `EvaluationEvents.EVALUATED`, `MetricsEvents.EPOCH_PUBLISHED` and `CUT_PUBLISHED`;
-        `Events.STARTED` to stay stopped; `RunEvents.SAFE_POINT` to report a metric that is never
-        published.
+    Event: `MetricsEvents.LOGGED`, `EPOCH_PUBLISHED` and `CUT_PUBLISHED`; `Events.STARTED` to stay
+        stopped, and to report a metric that nothing can publish; `RunEvents.SAFE_POINT` to report
+        one that is never published.
     Cost: none that can be measured; it reads values that are on the host already.
 
     Args:
@@ -56,8 +61,8 @@ class EarlyStopping(Handler):
 
     Raises:
         ValueError: if an argument is out of range.
-        KeyError: while running: if nothing has published the metric by the time it was due; the
-            message lists the metrics there are.
+        KeyError: when the run starts, if nothing attached can publish the metric, or while running,
+            if nothing has by the time it was due; the message lists the metrics there are.
     """
 
     changes: ClassVar[frozenset[Change]] = frozenset({Change.RUN_LENGTH})
@@ -80,9 +85,9 @@ class EarlyStopping(Handler):
     def attach(self, trainer: Trainer) -> None:
         """Judge the values that the trainer publishes."""
         trainer.add_event_handler(Events.STARTED, self._start)
-        trainer.add_event_handler(EvaluationEvents.EVALUATED, self._judge_new_values)
-        trainer.add_event_handler(MetricsEvents.EPOCH_PUBLISHED, self._judge_new_values)
-        trainer.add_event_handler(MetricsEvents.CUT_PUBLISHED, self._judge_new_values)
+        trainer.add_event_handler(MetricsEvents.LOGGED, self._judge_new_values)
+        for end in (MetricsEvents.EPOCH_PUBLISHED, MetricsEvents.CUT_PUBLISHED):
+            trainer.add_event_handler(end, self._judge_end)
         trainer.add_event_handler(RunEvents.SAFE_POINT, self._check_published)
 
     def reset(self) -> None:
@@ -103,6 +108,9 @@ class EarlyStopping(Handler):
         if trainer.state.iteration == 0 and (self.stopped or self.best_iteration > 0):
             self.reset()
             self._judged = 0
+        missing = None if self._judged else unpublished_metric(trainer, "metric", self.metric)
+        if missing is not None:
+            raise KeyError(missing)
         if self.stopped:
             logger.warning(
                 "The run stays stopped: %s has not improved on %s for %d values. "
@@ -118,6 +126,13 @@ class EarlyStopping(Handler):
         for value in history[self._judged :]:
             self._judge(trainer, value)
         self._judged = len(history)
+
+    def _judge_end(self, trainer: Trainer) -> None:
+        """Judge the values of an epoch; also one that only `state.metrics` holds."""
+        self._judge_new_values(trainer)
+        value = trainer.state.metrics.get(self.metric)
+        if isinstance(value, (int, float)) and not published_values(trainer, self.metric):
+            self._judge(trainer, value)
 
     def _judge(self, trainer: Trainer, value: float) -> None:
         if self._improves(value):
@@ -144,6 +159,7 @@ class EarlyStopping(Handler):
         return gain > self.min_delta
 
     def _check_published(self, trainer: Trainer) -> None:
-        missing = None if self._judged else missing_metric(trainer, "metric", self.metric)
+        has_judged = self._judged or self.waited or self.best is not None
+        missing = None if has_judged else missing_metric(trainer, "metric", self.metric)
         if missing is not None:
             raise KeyError(missing)

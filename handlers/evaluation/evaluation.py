@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -19,7 +19,13 @@ from diptych.engine.distributed.dtensor import has_shards
 from diptych.engine.distributed.gathering import gather_values
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import BatchError
-from diptych.engine.evaluator import Evaluator, Metrics, evaluation_mode
+from diptych.engine.evaluator import (
+    Evaluator,
+    Metrics,
+    evaluation_mode,
+    named_metrics,
+    numbers_in,
+)
 from diptych.engine.events import EvaluationEvents
 from diptych.engine.handler import Handler
 from diptych.engine.settings import AUTOCAST, Precision
@@ -27,6 +33,8 @@ from diptych.engine.step import loss_contract
 from diptych.engine.step.loss_contract import sample_mean_of
 from diptych.engine.tasks import Task
 from diptych.engine.trainer import Trainer
+from diptych.engine.trials.first_batches import first_batches
+from diptych.engine.trials.restored import buffers_restored, metrics_restored
 from diptych.handlers.argument_checks import one_of
 from diptych.handlers.cadence import call_every, check_every
 from diptych.handlers.evaluation.outputs_metric import Outputs, OutputsMetric
@@ -82,10 +90,11 @@ class Evaluation(Handler):
     of all ranks: use a sampler that shards without padding. If the loss couples the samples of a
     batch, it takes the batches of all ranks together, and every rank needs the same number of them.
 
-    Event: `Events.EPOCH_COMPLETED` or, if `every` is a number, `Events.ITERATION_COMPLETED`, and
-        `Events.STARTED` with `at_start`.
+    Event: `Events.EPOCH_COMPLETED` and `RunEvents.EPOCH_CUT` or, if `every` is a number,
+        `Events.ITERATION_COMPLETED`; `Events.STARTED` for the first batch, and with `at_start`.
+        Fires `EvaluationEvents.BATCH_EVALUATED` and `EVALUATED`.
     Cost: a forward pass over the loader and the cost of the metrics, while training waits; nothing
-        between two evaluations.
+        between two evaluations; one batch when a run starts.
 
     Args:
         loader: batches, the same each time it is iterated.
@@ -98,6 +107,9 @@ class Evaluation(Handler):
             the trained weights. Another `model` is always evaluated as it is.
         at_start: whether to evaluate before a run's first iteration too, as iteration 0.
         loss: whether to publish the loss. Default: True unless a `task` is given.
+        check_first_batch: whether to try the first batch when the run starts, so that an empty
+            loader, a missing key or a metric that does not fit is reported before the first
+            iteration.
 
     Attributes:
         evaluator: the `Evaluator`, once attached; Ignite's handlers can be attached to it.
@@ -109,7 +121,9 @@ class Evaluation(Handler):
         ValueError: if an argument is out of range; when attached, if another evaluation of the
             trainer has this prefix, or a metric is called "loss" beside the loss; while running, if
             several handlers average the weights.
-        BatchError: while running: if ranks have different numbers of batches and the loss couples
+        BatchError: when attached: if a metric needs predictions and the task returns features;
+            when the run starts, and while running: if the loader is empty, task, loss and metrics
+            do not fit its batches, ranks have different numbers of batches and the loss couples
             them, or two ranks begin with the same batch.
     """
 
@@ -126,9 +140,13 @@ class Evaluation(Handler):
     weights: Weights = attrs.field(default="average", validator=one_of(Weights), kw_only=True)
     at_start: bool = attrs.field(default=False, kw_only=True)
     loss: bool = attrs.field(kw_only=True)
+    check_first_batch: bool = attrs.field(default=True, kw_only=True)
     evaluator: Evaluator = attrs.field(init=False, repr=False)
     values: dict[str, float] = attrs.field(factory=dict, init=False, repr=False)
     _validation_loss: ValidationLoss | None = attrs.field(default=None, init=False, repr=False)
+    _common_batches: int | None = attrs.field(default=None, init=False, repr=False)
+    _checked: object = attrs.field(default=None, init=False, repr=False)
+    _names: frozenset[str] | None = attrs.field(default=None, init=False, repr=False)
 
     @loss.default
     def _has_the_trainers_task(self) -> bool:
@@ -151,24 +169,43 @@ class Evaluation(Handler):
                 f"prefix must be different for each Evaluation of a trainer, got {self.prefix!r} "
                 "twice"
             )
-        self.evaluator = Evaluator(
+        self.evaluator, self._validation_loss = self._make_evaluator(trainer)
+        trainer.add_event_handler(Events.STARTED, self._check_at_start)
+        if self.at_start:
+            trainer.add_event_handler(Events.STARTED, self._evaluate_at_start)
+        call_every(trainer, self.every, self.evaluate)
+
+    def _make_evaluator(
+        self, trainer: Trainer, *, partial: bool = False
+    ) -> tuple[Evaluator, ValidationLoss | None]:
+        evaluator = Evaluator(
             trainer.model if self.model is None else self.model,
             task=trainer.task if self.task is None else self.task,
             metrics=self.metrics,
             precision=trainer.settings.precision,
             device=trainer.device,
+            partial=partial,
         )
+        loss = None
         if self.loss:
-            self._check_names()
-            self._validation_loss = ValidationLoss(
-                trainer.loss, trainer.settings.precision, trainer.device
-            )
-            self._validation_loss.attach(self.evaluator, "loss")
+            names = list(named_metrics(self.metrics))
+            if "loss" in names:
+                raise ValueError(
+                    "metrics must not have the name 'loss', which is the trainer's loss, got "
+                    f"{', '.join(names)}. Name it in a mapping, or pass loss=False"
+                )
+            loss = ValidationLoss(trainer.loss, trainer.settings.precision, trainer.device)
+            loss.attach(evaluator, "loss")
         if world_size() > 1:
-            self.evaluator.add_event_handler(Events.ITERATION_COMPLETED(once=1), _check_shards)
-        if self.at_start:
-            trainer.add_event_handler(Events.STARTED, self._evaluate_at_start)
-        call_every(trainer, self.every, self.evaluate)
+            evaluator.add_event_handler(Events.ITERATION_COMPLETED(once=1), _check_shards)
+        if not partial:
+            evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._pass_on, trainer)
+        return evaluator, loss
+
+    def _pass_on(self, evaluator: Engine, trainer: Trainer) -> None:
+        """Fire `BATCH_EVALUATED`, over ranks for the batches that all of them have."""
+        if self._common_batches is None or evaluator.state.iteration <= self._common_batches:
+            trainer.fire_event(EvaluationEvents.BATCH_EVALUATED)
 
     @waits_at("sharing an evaluation")
     def evaluate(self, trainer: Trainer) -> dict[str, float]:
@@ -178,17 +215,64 @@ class Evaluation(Handler):
         loss = self._validation_loss
         if loss is not None:
             loss.loss = trainer.loss
-        if has_shards(trainer.model) or (loss is not None and loss.couples_samples):
-            _check_same_length(self.loader)
+        self._check_length(trainer)
         with evaluation_mode(trainer.loss), self._weights(trainer):
-            values = self.evaluator.evaluate(self.loader)
-        if loss is not None:
-            values["loss"] = self.evaluator.state.metrics["loss"]
+            self.evaluator.evaluate(self.loader)
+        results = self.evaluator.state.metrics  # with those of metrics that a user has attached
+        for name, result in results.items():
+            if isinstance(result, Tensor):  # of several numbers, such as a confusion matrix
+                trainer.state.metrics[f"{self.prefix}/{name}"] = result
+        values = numbers_in(results)
         self.values = {f"{self.prefix}/{name}": value for name, value in values.items()}
         trainer.state.metrics.update(self.values)
         trainer.metrics.report(trainer.state.iteration, self.values)
         trainer.fire_and_report(EvaluationEvents.EVALUATED)
         return self.values
+
+    @waits_at("checking an evaluation")
+    def check(self, trainer: Trainer) -> frozenset[str] | None:
+        """Evaluate the first batch, once, and return the names of the values; None: not known.
+
+        Nothing is published, and everything is restored. Probes read one batch of their banks. The
+        names of some metrics are known only after a whole evaluation.
+
+        Raises:
+            BatchError: if the loader is empty, or a batch lacks what task, loss or metrics need.
+        """
+        if self._checked is not self.loader:
+            try:
+                self._names = self._try_first_batch(trainer)
+            except BatchError as error:
+                raise BatchError(f"the first batch of {self.key}: {error}") from error
+            self._checked = self.loader
+        return self._names
+
+    def _try_first_batch(self, trainer: Trainer) -> frozenset[str] | None:
+        self._check_length(trainer)
+        batches = first_batches(self.loader)
+        modules = (self.evaluator.model, trainer.loss)
+        metrics = named_metrics(self.metrics).values()
+        with metrics_restored(metrics), buffers_restored(*modules), evaluation_mode(trainer.loss):
+            evaluator, _ = self._make_evaluator(trainer, partial=True)
+            evaluator.evaluate(batches)
+        values = numbers_in(evaluator.state.metrics)
+        known = frozenset(f"{self.prefix}/{name}" for name in values)
+        return None if evaluator.left_out else known
+
+    def _check_length(self, trainer: Trainer) -> None:
+        """Raise on all ranks if one of them has no batch, or too few."""
+        if world_size() > 1:
+            lengths = gather_values(length_of(self.loader))
+            if 0 in lengths:
+                raise BatchError(f"loader must have a batch on every rank, got {lengths} batches")
+            self._common_batches = min(length or 0 for length in lengths)  # 0 if one is unknown
+        loss = self._validation_loss
+        if has_shards(trainer.model) or (loss is not None and loss.couples_samples):
+            _check_same_length(self.loader)
+
+    def _check_at_start(self, trainer: Trainer) -> None:
+        if self.check_first_batch and not (self.at_start and trainer.state.iteration == 0):
+            self.check(trainer)
 
     def _weights(self, trainer: Trainer) -> AbstractContextManager[object]:
         averages = trainer.handlers_of(AveragesWeights) if self.scores_averages else []
@@ -202,17 +286,6 @@ class Evaluation(Handler):
     def _evaluate_at_start(self, trainer: Trainer) -> None:
         if trainer.state.iteration == 0:
             self.evaluate(trainer)
-
-    def _check_names(self) -> None:
-        if isinstance(self.metrics, Mapping):
-            names = list(self.metrics)
-        else:
-            names = [type(metric).__name__.lower() for metric in self.metrics]
-        if "loss" in names:
-            raise ValueError(
-                "metrics must not have the name 'loss', which is the trainer's loss, got "
-                f"{', '.join(names)}. Name it in a mapping, or pass loss=False"
-            )
 
 
 class ValidationLoss(OutputsMetric):

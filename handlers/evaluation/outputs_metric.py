@@ -29,6 +29,8 @@ class OutputsMetric(Metric):
     lists.
     """
 
+    required_output_keys = None
+
     @torch.no_grad()
     def iteration_completed(self, engine: Engine) -> None:
         """Update the metric with the output of an evaluator's iteration."""

@@ -18,6 +18,7 @@ from diptych.engine.distributed.dtensor import call_on
 from diptych.engine.distributed.gathering import gather_rows
 from diptych.engine.errors import BatchError
 from diptych.engine.evaluator import Evaluator
+from diptych.engine.trials.first_batches import first_batches
 from diptych.handlers.evaluation.outputs_metric import (
     Outputs,
     OutputsMetric,
@@ -52,6 +53,8 @@ class ProbeAccuracy(OutputsMetric):
         NotComputableError: if it has seen no samples.
     """
 
+    _predicts = True  # False in a trial
+
     def reset(self) -> None:
         """Forget the batches so far."""
         self._correct: list[Tensor] = []
@@ -74,11 +77,19 @@ class ProbeAccuracy(OutputsMetric):
                 f"{type(self).__name__} must be attached to an Evaluator, whose model it uses, "
                 f"got {engine!r}"
             )
-        self.prepare(engine)
+        self._predicts = not engine.partial
+        if self._predicts:
+            self.prepare(engine)
+        else:
+            self.check(engine)
 
     @abstractmethod
     def prepare(self, evaluator: Evaluator) -> None:
         """Compute from the evaluator's model what predictions need."""
+
+    @abstractmethod
+    def check(self, evaluator: Evaluator) -> None:
+        """Check, on as little data as possible, that `prepare` would succeed."""
 
     @torch.no_grad()
     def update(self, output: Outputs) -> None:
@@ -88,6 +99,8 @@ class ProbeAccuracy(OutputsMetric):
             output: `features` [B, D] and `labels` [B].
         """
         features, labels = labelled_features(output)
+        if not self._predicts:
+            return
         self._correct.append((self.predict(features) == labels).sum())
         self._seen += len(labels)
 
@@ -127,14 +140,23 @@ class BankProbe(ProbeAccuracy):
 
     def prepare(self, evaluator: Evaluator) -> None:
         """Encode the bank and fit."""
+        self._features, self._labels, self._device = [], [], evaluator.device
+        for batch in self._own_bank:
+            self.remember(self._output_transform(evaluator.outputs(batch)))
+        self.fit()
+
+    def check(self, evaluator: Evaluator) -> None:
+        """Encode the first batch of the bank."""
+        for batch in first_batches(self._own_bank):
+            labelled_features(self._output_transform(evaluator.outputs(batch)))
+
+    @property
+    def _own_bank(self) -> Iterable[Any]:
         if self._bank is None:
             raise ValueError(
                 f"{type(self).__name__} needs a bank of batches to learn from, got none"
             )
-        self._features, self._labels, self._device = [], [], evaluator.device
-        for batch in self._bank:
-            self.remember(self._output_transform(evaluator.outputs(batch)))
-        self.fit()
+        return self._bank
 
     @torch.no_grad()
     def remember(self, output: Outputs) -> None:
@@ -293,6 +315,10 @@ class ZeroShotAccuracy(ProbeAccuracy):
     def prepare(self, evaluator: Evaluator) -> None:
         """Encode the prompts of every class."""
         self.fit(evaluator.model, evaluator.device)
+
+    def check(self, evaluator: Evaluator) -> None:
+        """Encode the first prompt."""
+        call_on(self.encode, evaluator.model, [self.templates[0].replace("{}", self.classes[0])])
 
     @torch.no_grad()
     def fit(self, model: nn.Module, device: torch.device | str | None = None) -> Tensor:

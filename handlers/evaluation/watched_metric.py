@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from diptych.engine.evaluator import named_metrics
+from diptych.engine.predictions import parts_of
 from diptych.engine.trainer import Trainer
 from diptych.handlers.evaluation.evaluation import AveragesWeights, Evaluation
 
@@ -42,11 +46,53 @@ def missing_metric(trainer: Trainer, argument: str, metric: str) -> str | None:
     has_ended = trainer.is_finished and (trainer.position.cut or not trainer.epoch_iteration)
     if not is_due and not has_ended:
         return None
-    there = ", ".join(sorted(trainer.state.metrics)) or "none"
+    return _message(argument, metric, trainer.state.metrics)
+
+
+def unpublished_metric(trainer: Trainer, argument: str, metric: str) -> str | None:
+    """Return an error message if it is known, when a run starts, that nothing publishes a metric.
+
+    It is known for the prefix of an attached evaluation, and for `val`, if only this library's
+    objects listen to the run: a function of the user may publish under any name.
+
+    Args:
+        trainer: the trainer whose run starts.
+        argument: the argument through which a handler was given the metric.
+        metric: the name under which its values are published.
+    """
+    evaluations = _publishers(trainer, metric)
+    if not (evaluations or metric.startswith("val/")) or _has_foreign_publishers(trainer):
+        return None
+    names: set[str] = set()
+    for evaluation in evaluations:
+        found = evaluation.check(trainer) if evaluation.check_first_batch else None
+        if found is None or metric in found:
+            return None
+        names |= found
+    return _message(argument, metric, {"train/loss", *names})
+
+
+def _message(argument: str, metric: str, there: Iterable[str]) -> str:
     return (
         f"{argument} must be a metric that the run publishes by the end of its first epoch or with "
-        f"its first evaluation, got {metric!r}; there are {there}"
+        f"its first evaluation, got {metric!r}; there are {', '.join(sorted(there)) or 'none'}"
     )
+
+
+def _has_foreign_publishers(trainer: Trainer) -> bool:
+    """Return whether code from outside of the library may publish values, as far as can be told."""
+    evaluations = trainer.handlers_of(Evaluation)
+    metrics = [metric for one in evaluations for metric in named_metrics(one.metrics).values()]
+    known = {id(part) for metric in metrics for part in parts_of(metric)}
+    engines = (trainer, *(evaluation.evaluator for evaluation in evaluations))
+    owners = [listener.owner for engine in engines for listener in engine.listeners]
+    others = [owner for owner in owners if id(owner) not in known]
+    return trainer.step is not None or not all(map(_is_of_the_library, others))
+
+
+def _is_of_the_library(owner: object) -> bool:
+    definition = owner if hasattr(owner, "__module__") else type(owner)
+    return definition.__module__.startswith("diptych.")
 
 
 def _publishers(trainer: Trainer, metric: str) -> list[Evaluation]:

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
-from ignite.metrics import Accuracy, Average, Loss, Metric, MetricsLambda, TopKCategoricalAccuracy
+from ignite.metrics import (
+    Accuracy,
+    Average,
+    ConfusionMatrix,
+    Loss,
+    Metric,
+    TopKCategoricalAccuracy,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -89,10 +96,17 @@ def test_what_is_no_metric_is_refused(metrics):
         evaluator_of(metrics=metrics)
 
 
-def test_a_metric_of_several_numbers_is_refused_by_name():
-    both_ways = MetricsLambda(lambda a: torch.stack([torch.tensor(a)] * 2), Accuracy(both))
-    with pytest.raises(BatchError, match=r"'both' must be a number or a dictionary .*\(2,\)"):
-        evaluator_of(metrics={"both": both_ways}).evaluate(labelled())
+def test_a_result_of_several_numbers_is_in_the_state_and_not_among_the_values():
+    model, loader = nn.Linear(4, 3), labelled()
+    evaluator = evaluator_of(model, metrics=[ConfusionMatrix(3), Accuracy()])
+    values = evaluator.evaluate(loader)
+    labels = torch.cat([batch["label"] for batch in loader])
+    found = model(torch.cat([batch["image"] for batch in loader])).argmax(1)
+    expected = torch.zeros(3, 3, dtype=torch.int64)
+    for label, prediction in zip(labels, found, strict=True):
+        expected[label, prediction] += 1
+    assert torch.equal(evaluator.state.metrics["confusion_matrix"], expected)
+    assert values == {"accuracy": pytest.approx((labels == found).double().mean().item())}
 
 
 class Modes(nn.Module):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from ignite.engine import Events
+from ignite.metrics import Average, Metric
 from torch import nn
 
-from diptych.engine import EvaluationEvents, Trainer, tasks
+from diptych.engine import EvaluationEvents, MetricsEvents, Trainer, tasks
 from diptych.engine.state.run_state import load_run_state, run_state
+from diptych.handlers.checkpointing.checkpoint_manager import CheckpointManager
 from diptych.handlers.evaluation.early_stopping import EarlyStopping
 from diptych.handlers.evaluation.evaluation import Evaluation
 
@@ -172,7 +175,7 @@ def test_a_metric_that_its_evaluation_does_not_publish_is_an_error_that_lists_th
     trainer.attach(EarlyStopping(metric="val/recal@1"), Evaluation(make_loader()))
     with pytest.raises(KeyError, match=r"got 'val/recal@1'; there are train/loss, val/loss"):
         trainer.run(make_loader(), max_epochs=3)
-    assert trainer.state.epoch == 1
+    assert trainer.state.iteration == 0
 
 
 def test_a_metric_that_nothing_publishes_is_an_error_at_the_end_of_the_first_epoch():
@@ -194,3 +197,67 @@ def test_a_metric_that_nothing_publishes_is_an_error_at_the_end_of_the_first_epo
 def test_an_argument_out_of_range_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         EarlyStopping(**arguments)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("kind", ["at the end of an epoch", "in every iteration"])
+def test_a_value_that_an_ignite_metric_puts_into_the_state_counts_once_an_epoch(kind, first):
+    scores = iter([0.3, 0.3, 0.5, 0.5, 0.2, 0.2, 0.1, 0.1, 0.9, 0.9])  # two iterations an epoch
+    trainer = make_trainer()
+    stopping = EarlyStopping(metric="score", patience=2)
+    if first:
+        trainer.attach(stopping)
+    usage = "batch_wise" if kind == "in every iteration" else "epoch_wise"
+    Average(output_transform=lambda _: next(scores)).attach(trainer, "score", usage=usage)
+    if not first:
+        trainer.attach(stopping)
+    trainer.run(make_loader(), max_epochs=5)
+    assert (stopping.best, stopping.best_iteration, trainer.state.epoch) == (0.5, 4, 4)
+
+
+def test_the_value_of_an_attached_ignite_metric_is_published_and_ranks_checkpoints(tmp_path):
+    scores = iter([0.3, 0.5, 0.2])
+    trainer, records = make_trainer(), []
+    manager = CheckpointManager(tmp_path, best="score", keep=1)
+    trainer.attach(manager)
+    Average(output_transform=lambda _: 0.0).attach(trainer, "zero")
+    EpochScore(scores).attach(trainer, "score")
+    trainer.add_event_handler(
+        MetricsEvents.LOGGED, lambda: records.append(dict(trainer.metrics.record.values))
+    )
+    trainer.run(make_loader(), max_epochs=3)
+    assert trainer.metrics.get_history("score") == [0.3, 0.5, 0.2]
+    own = [record for record in records if "score" in record]
+    assert own == [{"zero": 0.0, "score": score} for score in (0.3, 0.5, 0.2)]
+    assert manager.get_best_checkpoint().name == "checkpoint_epoch_2.pt"
+
+
+class EpochScore(Metric):
+    """The next of several given values."""
+
+    def __init__(self, scores: Iterator[float]) -> None:
+        self._scores = scores
+        super().__init__()
+
+    def reset(self) -> None: ...
+
+    def update(self, output: object) -> None: ...
+
+    def compute(self) -> float:
+        return next(self._scores)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_a_value_published_after_an_evaluation_inside_an_epoch_counts_at_once(first):
+    trainer = make_trainer()
+    stopping = EarlyStopping(metric="val/own", patience=1)
+    if first:
+        trainer.attach(stopping)
+    trainer.attach(Evaluation(make_loader(), every=1))
+    trainer.add_event_handler(
+        EvaluationEvents.EVALUATED, lambda t: t.metrics.update({"val/own": -t.state.iteration})
+    )
+    if not first:
+        trainer.attach(stopping)
+    trainer.run(make_loader(), max_epochs=5)
+    assert trainer.state.iteration == 2

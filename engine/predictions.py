@@ -1,0 +1,92 @@
+"""Predictions and targets for Ignite's metrics, `y_pred` and `y`, from a task's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from ignite.metrics import Metric, MetricsLambda
+from torch import Tensor
+
+from diptych.engine.tasks import Outputs
+
+NAMES = ("y_pred", "y")
+"""The names under which Ignite's metrics look for predictions and targets."""
+
+Prediction = tuple[Tensor, Tensor]
+
+
+def predict_labels(outputs: Mapping[str, Tensor]) -> Prediction:
+    """Return `logits` and `labels`, the prediction of a task that declares no other."""
+    return outputs["logits"], outputs["labels"]
+
+
+class NamedOutputs(dict[str, Tensor]):
+    """A task's outputs, which Ignite's metrics can also ask for `y_pred` and `y`.
+
+    A task may declare a method `prediction` that returns both from its outputs; `None` instead of
+    the method says that it has none. A task that declares nothing predicts `logits` for `labels`.
+
+    Args:
+        outputs: the task's.
+        task: the task.
+    """
+
+    def __init__(self, outputs: Mapping[str, Tensor], task: object) -> None:
+        super().__init__(outputs)
+        self._prediction = prediction_of(task)
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (name in NAMES and self.has_prediction)
+
+    def __missing__(self, name: str) -> Tensor:
+        if name in NAMES and self._prediction is not None:
+            return self._prediction(self)[NAMES.index(name)]
+        raise KeyError(name)
+
+    @property
+    def has_prediction(self) -> bool:
+        """Whether the outputs hold what the prediction is made of."""
+        if self._prediction is predict_labels:
+            return {"logits", "labels"} <= set(self)
+        return self._prediction is not None
+
+
+def prediction_of(task: object) -> Callable[[Outputs], Prediction] | None:
+    """Return the function from a task's outputs to `y_pred` and `y`; None: the task has none."""
+    declared: Callable[[Outputs], Prediction] | None = getattr(task, "prediction", predict_labels)
+    return declared
+
+
+def metrics_without_prediction(
+    metrics: Mapping[str, Metric], outputs: Mapping[str, Tensor] | None = None
+) -> list[str]:
+    """Return the names of the metrics that need `y_pred` and `y`, if the outputs lack them.
+
+    Args:
+        metrics: by name.
+        outputs: the task's outputs; None if the task is known to predict nothing.
+    """
+    if outputs is not None and all(name in outputs for name in NAMES):
+        return []
+    return [name for name, metric in metrics.items() if any(map(_predicts, parts_of(metric)))]
+
+
+def parts_of(metric: Metric) -> Iterator[Metric]:
+    """Yield a metric and the metrics that it is made of (`1 - Accuracy()`, a `MetricGroup`)."""
+    yield metric
+    for value in vars(metric).values():
+        held = list(value.values()) if isinstance(value, dict) else value
+        for part in held if type(held) in {list, tuple} else [held]:
+            if isinstance(part, Metric):
+                yield from parts_of(part)
+
+
+def _predicts(metric: Metric) -> bool:
+    """Return whether a metric takes `y_pred` and `y` from outputs that no function transforms."""
+    if isinstance(metric, MetricsLambda) or not set(NAMES) & set(metric.required_output_keys or ()):
+        return False
+    given = object()
+    try:
+        return metric._output_transform(given) is given  # noqa: SLF001 - Ignite has no other way
+    except Exception:  # noqa: BLE001 - a function of the user, which expects outputs
+        return False

@@ -1,0 +1,126 @@
+"""Contexts that restore what a trial changes: modules, an optimizer, metrics."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from ignite.metrics import Metric
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from diptych.engine.predictions import parts_of
+
+CONTAINERS = (dict, list, set)
+
+
+@contextmanager
+def metrics_restored(metrics: Iterable[Metric]) -> Iterator[None]:
+    """Restore the attributes of metrics, and of the metrics that they are made of."""
+    with attributes_restored(part for metric in metrics for part in parts_of(metric)):
+        yield
+
+
+@contextmanager
+def attributes_restored(owners: Iterable[object]) -> Iterator[None]:
+    """Restore the attributes of objects, but not the content of what they refer to."""
+    saved = [(owner, dict(vars(owner))) for owner in owners]
+    try:
+        yield
+    finally:
+        for owner, attributes in saved:
+            vars(owner).clear()
+            vars(owner).update(attributes)
+
+
+@contextmanager
+def _contents_restored(owners: Iterable[object]) -> Iterator[None]:
+    """Restore the content of the containers among the attributes of objects.
+
+    The containers keep their identity: others may hold them, as a hook's handle does.
+    """
+    held = (value for owner in owners for value in vars(owner).values())
+    saved = [(value, copy.copy(value)) for value in held if isinstance(value, CONTAINERS)]
+    try:
+        yield
+    finally:
+        for container, content in saved:
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
+
+
+@contextmanager
+def modules_restored(*modules: nn.Module) -> Iterator[None]:
+    """Restore weights, buffers, gradients, modes and attributes of modules.
+
+    It holds a copy of the weights. Gradients are absent inside the context.
+    """
+    parts = [part for module in modules for part in module.modules()]
+    parameters = [p for part in parts for p in part.parameters(recurse=False)]
+    gradients = [(p, p.grad, p.requires_grad) for p in parameters]
+    tensors = [*parameters, *_buffers(modules)]
+    with attributes_restored(parts), _contents_restored(parts), _tensors_restored(tensors):
+        try:
+            for parameter in parameters:
+                parameter.grad = None
+            yield
+        finally:
+            for parameter, gradient, trainable in gradients:
+                parameter.grad = gradient
+                parameter.requires_grad_(trainable)
+
+
+@contextmanager
+def buffers_restored(*modules: nn.Module) -> Iterator[None]:
+    """Restore the buffers of modules, which a forward pass may change."""
+    with _tensors_restored(_buffers(modules)):
+        yield
+
+
+@contextmanager
+def optimizer_restored(optimizer: Optimizer) -> Iterator[None]:
+    """Restore an optimizer and those that it is made of; inside, it works on a copy of its state.
+
+    Functions that handlers have added to its `step` are not called inside the context.
+    """
+    optimizers = _optimizers(optimizer)
+    saved = [(one, dict(vars(one))) for one in optimizers]
+    try:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # assigns new containers
+        for one, attributes in saved:
+            hooks = {name: type(v)() for name, v in attributes.items() if name.endswith("_hooks")}
+            vars(one).update(hooks)
+        yield
+    finally:
+        for one, attributes in saved:
+            vars(one).clear()
+            vars(one).update(attributes)
+
+
+def _optimizers(owner: Any) -> list[Optimizer]:
+    """Return an optimizer and the optimizers among its attributes."""
+    found = [owner]
+    for value in vars(owner).values():
+        held = list(value.values()) if isinstance(value, dict) else value
+        for part in held if isinstance(held, (list, tuple)) else [held]:
+            if isinstance(part, Optimizer):
+                found += _optimizers(part)
+    return found
+
+
+def _buffers(modules: Iterable[nn.Module]) -> list[Tensor]:
+    return [buffer for module in modules for buffer in module.buffers()]
+
+
+@contextmanager
+def _tensors_restored(tensors: Iterable[Tensor]) -> Iterator[None]:
+    saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, before in saved:
+                tensor.copy_(before)
