@@ -56,6 +56,7 @@ from diptych.handlers.optimization.parameter_groups import parameter_groups as p
 from diptych.handlers.optimization.reduce_on_plateau import ReduceOnPlateau as ReduceOnPlateau
 from diptych.handlers.optimization.schedules import LearningRate as LearningRate
 from diptych.handlers.optimization.weight_average import WeightAverage as WeightAverage
+from diptych.handlers.output.records import read_records as read_records
 from diptych.handlers.performance.profile import Profile as Profile
 from diptych.handlers.performance.throughput import Throughput as Throughput
 from diptych.handlers.pictures.filters import FirstLayerFilters as FirstLayerFilters
@@ -76,7 +77,6 @@ from diptych.handlers.run_directory import (
 from diptych.handlers.sinks.jsonl import JsonLines as JsonLines
 from diptych.handlers.sinks.progress_bar import ProgressBar as ProgressBar
 from diptych.handlers.sinks.run_card import RunCard as RunCard
-from diptych.handlers.sinks.records import read_records as read_records
 from diptych.handlers.sinks.run_record import RunRecord as RunRecord
 from diptych.handlers.sinks.sink import Sink as Sink
 from diptych.handlers.sinks.tensorboard import TensorBoard as TensorBoard

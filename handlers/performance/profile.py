@@ -12,8 +12,8 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from diptych.engine.distributed.collectives import rank
 from diptych.engine.events import RunEvents
-from diptych.engine.handler import Handler
 from diptych.handlers.files import make_folder
+from diptych.handlers.output.output_handler import OutputHandler
 from diptych.handlers.run_directory import absolute
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ ROWS = 40  # of the table of operators
 
 
 @attrs.define(eq=False)
-class Profile(Handler):
+class Profile(OutputHandler):
     """Traces a few iterations with `torch.profiler`, on the host and the device.
 
     ```python
@@ -60,6 +60,15 @@ class Profile(Handler):
     _profiler: profile | None = attrs.field(default=None, init=False, repr=False)
 
     def attach(self, trainer: Trainer) -> None:
+        """Trace a window of the trainer's next run, on every rank."""
+        self.attach_guarded(trainer)
+
+    @property
+    def destination(self) -> str:
+        """The directory."""
+        return str(self.directory)
+
+    def listen(self, trainer: Trainer) -> None:
         """Trace a window of the trainer's next run."""
         trainer.add_event_handler(Events.STARTED, self._start)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self._step)
@@ -107,8 +116,11 @@ class Profile(Handler):
             profiler.stop()
 
     def _write(self, profiler: profile, iteration: int) -> None:
+        with self.tolerated(lost=1):
+            self._export(profiler, f"rank{rank()}.{iteration}")
+
+    def _export(self, profiler: profile, stem: str) -> None:
         make_folder(self.directory)
-        stem = f"rank{rank()}.{iteration}"
         profiler.export_chrome_trace(str(self.directory / f"{stem}.pt.trace.json"))
         order = "self_cpu_time_total"
         if ProfilerActivity.CUDA in profiler.activities:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-
 import attrs
 
 from diptych.engine.distributed.collectives import rank
 from diptych.engine.distributed.dtensor import has_shards
-from diptych.engine.handler import Handler
 from diptych.engine.trainer import Trainer
+from diptych.handlers.output.output_handler import OutputHandler
 from diptych.handlers.sinks.tensorboard import TensorBoard
 
 
 @attrs.define(eq=False)
-class BoardHandler(Handler):
+class BoardHandler(OutputHandler):
     """Draws into a `TensorBoard`: its own `board`, or the one attached to the trainer.
 
     A `board` that is not attached is attached with the handler. Rank 0 draws; with a sharded model
-    all ranks are called, because reading its parameters and running it are collective.
+    all ranks are called, because reading its parameters and running it are collective. An error
+    while a picture is drawn or written is logged, and the run continues; an error of the model that
+    is run for a picture reaches the caller, since other ranks may take part.
     """
 
     board: TensorBoard | None = attrs.field(default=None, kw_only=True)
@@ -28,11 +28,12 @@ class BoardHandler(Handler):
         if self.board is not None and self.board not in trainer.handlers:
             trainer.attach(self.board)
         if rank() == 0 or has_shards(trainer.model):
-            self._listen(trainer)
+            self.listen(trainer)
 
-    @abstractmethod
-    def _listen(self, trainer: Trainer) -> None:
-        """Add the functions of this handler to the trainer's events."""
+    @property
+    def destination(self) -> str:
+        """The pictures."""
+        return "pictures"
 
     def _board_of(self, trainer: Trainer) -> TensorBoard:
         """Return the board to draw into.

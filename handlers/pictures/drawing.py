@@ -141,7 +141,7 @@ def save_png(picture: Tensor, path: Path) -> None:
 
     _, height, width = picture.shape
     pixels = picture.permute(1, 2, 0).contiguous().numpy().tobytes()
-    Image.frombytes("RGB", (width, height), pixels).save(path)
+    Image.frombytes("RGB", (width, height), pixels).save(path, format="PNG")
 
 
 def _put(picture: Any, content: Tensor | str, place: tuple[int, int], width: int) -> None:

@@ -50,7 +50,8 @@ class FirstLayerFilters(BoardHandler):
     def __attrs_post_init__(self) -> None:
         check_extra("images", "PIL", needed_by="FirstLayerFilters")
 
-    def _listen(self, trainer: Trainer) -> None:
+    def listen(self, trainer: Trainer) -> None:
+        """Draw on the trainer's events."""
         trainer.add_event_handler(Events.STARTED, self._start)
         call_every(trainer, self.every, self.draw)
 
@@ -58,7 +59,8 @@ class FirstLayerFilters(BoardHandler):
         """Draw the current filters."""
         picture = filter_picture(first_layer(trainer.model))
         if rank() == 0:
-            with self._board_of(trainer).open_writer() as writer:
+            board = self._board_of(trainer)
+            with self.tolerated(lost=1), board.open_writer() as writer:
                 writer.add_image("filters", picture, trainer.state.iteration)
 
     def _start(self, trainer: Trainer) -> None:

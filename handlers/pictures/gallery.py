@@ -75,7 +75,8 @@ class RetrievalGallery(BoardHandler):
         """The prefix of the tags."""
         return self.prefix
 
-    def _listen(self, trainer: Trainer) -> None:
+    def listen(self, trainer: Trainer) -> None:
+        """Draw on the trainer's events."""
         trainer.add_event_handler(Events.STARTED, self._start)
         call_every(trainer, self.every, self.draw)
 
@@ -90,7 +91,8 @@ class RetrievalGallery(BoardHandler):
         to_text = self._rows(similarity, matches, images, captions)
         to_image = self._rows(similarity.T, matches.T, captions, images)
         matrix = heat_map(similarity_of_groups(features), 0.0, 1.0)
-        with self._board_of(trainer).open_writer() as writer:
+        board = self._board_of(trainer)
+        with self.tolerated(lost=1), board.open_writer() as writer:
             writer.add_image(f"{self.prefix}/image_to_text", draw_results(to_text), step)
             writer.add_image(f"{self.prefix}/text_to_image", draw_results(to_image), step)
             writer.add_image(f"{self.prefix}/similarity", matrix, step)

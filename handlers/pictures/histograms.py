@@ -45,7 +45,8 @@ class Histograms(BoardHandler):
     every: int = attrs.field(default=500, validator=whole_number(of="iterations"))
     gradients: bool = True
 
-    def _listen(self, trainer: Trainer) -> None:
+    def listen(self, trainer: Trainer) -> None:
+        """Draw on the trainer's events."""
         trainer.every(self.every, self.draw, StepEvents.GRADIENTS_READY)
 
     def draw(self, trainer: Trainer) -> None:
@@ -64,4 +65,5 @@ class Histograms(BoardHandler):
         values = values.float().cpu()
         finite = values[values.isfinite()]
         if len(finite):
-            writer.add_histogram(tag, finite, step, bins=BINS)
+            with self.tolerated(lost=1):
+                writer.add_histogram(tag, finite, step, bins=BINS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -13,7 +14,7 @@ from torch import Tensor
 from diptych.engine.distributed.collectives import rank
 from diptych.engine.trainer import Trainer
 from diptych.handlers.extras import check_extra
-from diptych.handlers.files import make_folder
+from diptych.handlers.files import make_folder, write_atomically
 from diptych.handlers.pictures.board_handler import BoardHandler
 from diptych.handlers.pictures.drawing import image_grid, save_png, thumbnails
 from diptych.handlers.pictures.pair_samples import PairSamples
@@ -53,7 +54,8 @@ class EmbeddingProjector(BoardHandler):
     def __attrs_post_init__(self) -> None:
         check_extra("images", "PIL", needed_by="EmbeddingProjector")
 
-    def _listen(self, trainer: Trainer) -> None:
+    def listen(self, trainer: Trainer) -> None:
+        """Draw on the trainer's events."""
         trainer.add_event_handler(Events.STARTED, self._check)
         trainer.add_event_handler(Events.COMPLETED, self.write)
 
@@ -62,14 +64,16 @@ class EmbeddingProjector(BoardHandler):
         features = self.samples.features(trainer)
         if rank() != 0:
             return
-        folder = self._board_of(trainer).directory
-        make_folder(folder / "projector")
         points = torch.cat([features.images, features.texts])
-        _write_lines(folder / "projector" / "features.tsv", _as_lines(points))
         lines = ["label\tside\tgroup", *self._labels(features.image_groups, features.text_groups)]
-        _write_lines(folder / "projector" / "labels.tsv", lines)
-        save_png(self._sprite(), folder / "projector" / "thumbnails.png")
-        (folder / "projector_config.pbtxt").write_text(_config(), encoding="utf-8")
+        folder = self._board_of(trainer).directory
+        projector = folder / "projector"
+        with self.tolerated(str(projector), lost=1):
+            make_folder(projector)
+            _write_lines(projector / "features.tsv", _as_lines(points))
+            _write_lines(projector / "labels.tsv", lines)
+            write_atomically(projector / "thumbnails.png", partial(save_png, self._sprite()))
+            write_atomically(folder / "projector_config.pbtxt", _config())
 
     def _check(self, trainer: Trainer) -> None:
         self._board_of(trainer)
@@ -118,4 +122,4 @@ def _as_lines(points: Tensor) -> list[str]:
 
 
 def _write_lines(path: Path, lines: list[str]) -> None:
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_atomically(path, "\n".join(lines) + "\n")

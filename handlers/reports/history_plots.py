@@ -15,13 +15,13 @@ from diptych.engine.events import RunEvents
 from diptych.engine.state.handler_states import attached
 from diptych.handlers.extras import check_extra
 from diptych.handlers.files import write_atomically
+from diptych.handlers.output.output_handler import OutputHandler
 from diptych.handlers.reports.curves import COLORS, ChartDrawing, color_of, draw_chart, svg
 from diptych.handlers.reports.curves_png import save_charts
 from diptych.handlers.reports.run_history import RunHistory, RunReader
 from diptych.handlers.run_directory import RunDirectory
 from diptych.handlers.sinks.charts import curves_by_question
 from diptych.handlers.sinks.jsonl import JsonLines
-from diptych.handlers.sinks.output_handler import OutputHandler
 
 if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer

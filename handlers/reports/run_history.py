@@ -10,9 +10,9 @@ from typing import Any
 
 import attrs
 
+from diptych.handlers.output.records import RecordReader
 from diptych.handlers.reports.curves import StepAndValue, extremes
 from diptych.handlers.run_directory import RunDirectory
-from diptych.handlers.sinks.records import RecordReader
 
 MOST_BUCKETS = 512
 """Buckets of a curve, an even number; each keeps at most three points."""

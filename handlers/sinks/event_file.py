@@ -14,7 +14,7 @@ from typing import Any
 from tensorboard.compat.proto.event_pb2 import Event
 from torch.utils.tensorboard import FileWriter, RecordWriter, SummaryWriter
 
-from diptych.handlers.sinks.appended_file import AppendedFile
+from diptych.handlers.output.appended_file import AppendedFile
 
 _count = itertools.count()
 

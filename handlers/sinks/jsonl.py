@@ -14,10 +14,10 @@ from ignite.engine import Events
 from diptych.engine.errors import ResumeError
 from diptych.handlers.argument_checks import one_of
 from diptych.handlers.files import make_folder
+from diptych.handlers.output.appended_file import AppendedFile
+from diptych.handlers.output.line_chain import LineChain
 from diptych.handlers.run_directory import METRICS, measured_file, metrics_file
-from diptych.handlers.sinks.appended_file import AppendedFile
 from diptych.handlers.sinks.json_values import json_number
-from diptych.handlers.sinks.line_chain import LineChain
 from diptych.handlers.sinks.sink import Sink
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from ignite.engine import Events
 from diptych.engine.distributed.collectives import world_size
 from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.engine.metrics.metrics_collector import Record
-from diptych.handlers.sinks.output_handler import OutputHandler
+from diptych.handlers.output.output_handler import OutputHandler
 
 if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer

@@ -18,7 +18,7 @@ from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.events import MetricsEvents, Outcome, RunEvents
 from diptych.engine.modules import unwrapped
 from diptych.handlers.components import component_sizes, total_size
-from diptych.handlers.sinks.output_handler import OutputHandler
+from diptych.handlers.output.output_handler import OutputHandler
 from diptych.handlers.sinks.progress_bar import PLAIN, duration, is_terminal
 
 if TYPE_CHECKING:

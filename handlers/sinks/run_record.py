@@ -20,9 +20,9 @@ from diptych.engine.distributed.collectives import world_size
 from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.handlers.components import ComponentSize, component_sizes, total_size
 from diptych.handlers.files import make_folder, write_atomically
+from diptych.handlers.output.output_handler import OutputHandler
 from diptych.handlers.run_directory import RunDirectory
 from diptych.handlers.sinks.json_values import as_json, class_name
-from diptych.handlers.sinks.output_handler import OutputHandler
 
 if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer

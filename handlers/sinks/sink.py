@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from diptych.engine.events import MetricsEvents, Outcome, RunEvents
-from diptych.handlers.sinks.output_handler import OutputHandler, Own
+from diptych.handlers.output.output_handler import OutputHandler, Own
 
 if TYPE_CHECKING:
     from diptych.engine.metrics.metrics_collector import Record

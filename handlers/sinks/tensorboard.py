@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from diptych.engine.metrics.metrics_collector import Record
     from diptych.engine.trainer import Trainer
-    from diptych.handlers.sinks.appended_file import AppendedFile
+    from diptych.handlers.output.appended_file import AppendedFile
     from diptych.handlers.sinks.event_file import DirectSummaryWriter
 
 
