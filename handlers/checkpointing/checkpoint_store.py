@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diptych.engine.errors import CheckpointError
-from diptych.handlers.checkpointing.checkpoint_structure import (
+from diptych.engine.state.checkpoint_structure import (
     check_archive,
     check_parts,
     check_unpacked,
@@ -42,15 +42,15 @@ from diptych.handlers.checkpointing.sharded_tensors import (
     insert_tensors,
     read_shards,
 )
-from diptych.handlers.checkpointing.verified_files import (
+from diptych.handlers.contained_paths import contained_path, is_link
+from diptych.handlers.files import UNFINISHED, flush_folder, write_atomically
+from diptych.handlers.run_directory import WEIGHTS
+from diptych.handlers.verified_files import (
     is_intact,
     remove_file,
     remove_folder,
     write_verified,
 )
-from diptych.handlers.contained_paths import contained_path, is_link
-from diptych.handlers.files import UNFINISHED, flush_folder, write_atomically
-from diptych.handlers.run_directory import WEIGHTS
 
 logger = logging.getLogger(__name__)
 

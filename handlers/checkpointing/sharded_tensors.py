@@ -21,9 +21,9 @@ from torch import Tensor
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.distributed.dtensor import is_sharded, local_part, own_rows
 from diptych.engine.errors import CheckpointError
-from diptych.handlers.checkpointing.checkpoint_structure import check_archive
-from diptych.handlers.checkpointing.verified_files import is_intact, write_verified
+from diptych.engine.state.checkpoint_structure import check_archive
 from diptych.handlers.contained_paths import check_name, contained_path
+from diptych.handlers.verified_files import is_intact, write_verified
 
 PLACEHOLDER = "diptych.shard"
 """The key of the mapping that replaces a sharded tensor in a state; its value is the path."""

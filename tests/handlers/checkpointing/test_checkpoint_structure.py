@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from diptych.engine import CheckpointError
+from diptych.engine.state.checkpoint_structure import check_archive, check_unpacked
 from diptych.handlers.checkpointing.checkpoint_manager import CheckpointManager
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
-from diptych.handlers.checkpointing.checkpoint_structure import check_archive, check_unpacked
 from diptych.handlers.checkpointing.sharded_tensors import check_index
 from tests.handlers.checkpointing.test_checkpoint_manager import digest, make_loader, make_trainer
 from tests.handlers.checkpointing.test_store import state as small_state

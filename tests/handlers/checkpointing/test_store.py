@@ -13,10 +13,11 @@ import torch
 
 from diptych.engine import CheckpointError
 from diptych.engine.random_state import random_state
-from diptych.handlers.checkpointing import checkpoint_store, verified_files
+from diptych.handlers import verified_files
+from diptych.handlers.checkpointing import checkpoint_store
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
 from diptych.handlers.checkpointing.entries import Entry
-from diptych.handlers.checkpointing.verified_files import size_and_crc32
+from diptych.handlers.verified_files import size_and_crc32
 
 
 def state(value: int) -> dict[str, object]:
