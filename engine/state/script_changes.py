@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diptych.engine.modules import named_parameters
+from diptych.engine.state.description import class_name
 from diptych.engine.state.run_identity import (
     RunIdentity,
     module_settings,
@@ -62,9 +63,17 @@ def restore_current(
             modules[path].training = wanted
     for path, found in current["attributes"].items():
         there, own = (one.values["modules"].get(path, {}) for one in (saved, here))
+        if path not in modules or _class_of(modules[path]) != found.get(
+            "class", there.get("class")
+        ):
+            continue  # another module has taken its place
         for name, value in found.items():
-            if name != "class" and path in modules and there.get(name) == own.get(name):
+            if name != "class" and there.get(name) == own.get(name):
                 setattr(modules[path], name, _as_tuple(value))
+
+
+def _class_of(module: nn.Module) -> str:
+    return class_name(type(module))
 
 
 def _unchanged(section: str, saved: RunIdentity, here: RunIdentity) -> list[str]:
