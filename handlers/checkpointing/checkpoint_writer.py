@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -37,16 +37,31 @@ class CheckpointWriter:
         background: whether a thread writes a copy of the state while the run continues.
         export: whether to write the weights of the best checkpoint (without a metric, of the
             latest) to a file of their own as well.
+
+    Attributes:
+        pool: the thread, if there is one.
     """
 
     def __init__(
         self, store: CheckpointStore, ranking: Ranking, *, background: bool, export: bool
     ) -> None:
         self._store, self._ranking, self._export = store, ranking, export
-        self._pool = ThreadPoolExecutor(max_workers=1) if background else None
+        self.pool = ThreadPoolExecutor(max_workers=1) if background else None
         self._job: Future[None] | None = None
         self._snapshot: Any = None
         self._written = ""
+        self._earlier: list[CheckpointWriter] = []
+
+    def follow(self, earlier: Sequence[CheckpointWriter]) -> None:
+        """Write a checkpoint only after those that other writers got before it.
+
+        A state says what the others have saved, so it must not outlive a process that was killed
+        before they had saved it. Writers with a thread share one.
+        """
+        self._earlier = [writer for writer in earlier if writer is not self]
+        pools = [writer.pool for writer in earlier if writer.pool is not None]
+        if self.pool is not None and pools:
+            self.pool = pools[0]
 
     def submit(self, entry: Entry, state: Mapping[str, Any], group: Any = None) -> None:
         """Write a checkpoint; wait first until the previous one is written.
@@ -69,10 +84,13 @@ class CheckpointWriter:
             folder = on_rank_zero(partial(self._store.new_folder, entry))
             entry = attrs.evolve(entry, shards=folder)
         kept = (state if rank() == 0 else {}, shards)
-        if self._pool is not None:
+        if self.pool is not None:
             kept = self._snapshot = copy_to_host(kept, self._snapshot)
+        for writer in self._earlier:
+            if self.pool is None or writer.pool is not self.pool:
+                writer.wait()
         job = partial(self._write, entry, *kept, group)
-        self._job = self._pool.submit(job) if self._pool is not None else _run_now(job)
+        self._job = self.pool.submit(job) if self.pool is not None else _run_now(job)
 
     def wait(self) -> None:
         """Wait for the last checkpoint without raising its error."""

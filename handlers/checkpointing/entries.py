@@ -37,6 +37,8 @@ class Entry:
         scored_by: the metric of that value, or None.
         resumable: whether a run can continue from it.
         by_hand: whether `save_checkpoint` saved it; such a checkpoint is never removed.
+        completed: at the end of a finished run, whether the handlers of `COMPLETED` have ended;
+            None elsewhere.
         size: bytes of the file.
         crc32: the checksum of the file.
         shards: the folder of the sharded tensors; "" if no tensor is sharded.
@@ -50,6 +52,7 @@ class Entry:
     scored_by: str | None = None
     resumable: bool = True
     by_hand: bool = False
+    completed: bool | None = None
     size: int = 0
     crc32: int = 0
     shards: str = ""
@@ -128,6 +131,7 @@ _IS_VALID = {
     "scored_by": lambda value: value is None or isinstance(value, str),
     "resumable": _is_flag,
     "by_hand": _is_flag,
+    "completed": lambda value: value is None or isinstance(value, bool),
     "size": _is_whole,
     "crc32": _is_whole,
     "shards": _is_text,
@@ -145,6 +149,8 @@ def with_entry(entries: Iterable[Entry], entry: Entry) -> list[Entry]:
     for other in entries:
         if other.name == entry.name:
             entry = attrs.evolve(entry, by_hand=entry.by_hand or other.by_hand)
+            if entry.score is None and other.iteration == entry.iteration:  # the same weights
+                entry = attrs.evolve(entry, score=other.score, scored_by=other.scored_by)
         elif other.iteration > entry.iteration and not entry.by_hand:
             kept.append(attrs.evolve(other, resumable=False))
         else:

@@ -1,4 +1,4 @@
-"""The start of a run: from the latest readable checkpoint, or from iteration 0."""
+"""Where a run starts: the newest checkpoint of its managers, and what its loader allows."""
 
 from __future__ import annotations
 
@@ -6,48 +6,169 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import attrs
 
 from diptych.engine.distributed.agreement import on_all_ranks, on_rank_zero
 from diptych.engine.errors import CheckpointError
 from diptych.engine.trainer import Trainer
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
-from diptych.handlers.checkpointing.entries import Entry
+from diptych.handlers.checkpointing.entries import Entry, resumable_entries
 
 logger = logging.getLogger(__name__)
 
 
-def read_latest(
-    store: CheckpointStore, entries: Sequence[Entry], group: Any = None
-) -> tuple[Path, dict[str, Any]] | None:
-    """Return the latest checkpoint that every rank can read; log each that cannot be read.
+class StartPoint(NamedTuple):
+    """A checkpoint that was read.
+
+    Attributes:
+        path: the file.
+        state: the state in it.
+        completed: as in its `Entry`; None if no manifest lists it.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    completed: bool | None
+
+
+@attrs.frozen
+class Source:
+    """A directory from which a run may continue.
+
+    Attributes:
+        store: the directory.
+        resume: the argument of its manager.
+        entries: its checkpoints, the same on all ranks.
+    """
+
+    store: CheckpointStore
+    resume: Path | str | None
+    entries: Sequence[Entry]
+
+    @property
+    def path(self) -> Path | None:
+        """The checkpoint that `resume` names, if it names one."""
+        if self.resume in {None, "auto"}:
+            return None
+        return self.store.directory / str(self.resume)
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether `resume` names a checkpoint of the directory itself."""
+        return self.path is not None and self.path.parent == self.store.directory
+
+
+def find_start(sources: Sequence[Source], group: Any = None) -> StartPoint | None:
+    """Return the checkpoint from which a run starts, read on all ranks; None for a new run.
+
+    A path in a manager's own directory comes first, then the newest checkpoint of all directories
+    that every rank can read, then the path of another run's checkpoint.
 
     Args:
-        store: the folder.
-        entries: the checkpoints, the latest first, the same on all ranks.
+        sources: the directories of all managers of a trainer.
         group: as in `CheckpointStore.read`.
 
-    Returns:
-        The file and the state in it; None if there is no checkpoint.
+    Raises:
+        CheckpointError: if a directory whose `resume` is None holds checkpoints; two managers name
+            different checkpoints; or there are checkpoints, and none can be read.
+    """
+    for source in sources:
+        if source.resume is None:
+            check_is_empty(source.store.directory, source.entries)
+    back = _agreed([source for source in sources if source.goes_back])
+    if back is not None:
+        return read_start(back, group)
+    candidates = _newest_first(sources)
+    other = _agreed([source for source in sources if source.path is not None])
+    if not candidates and other is not None:
+        return read_start(other, group)
+    return _read_newest(sources, candidates, group)
+
+
+def read_start(path: Path, group: Any = None) -> StartPoint:
+    """Read a checkpoint on all ranks.
 
     Raises:
-        CheckpointError: if there are checkpoints and none can be read, or the folder holds
+        CheckpointError: if it cannot be read on one of them.
+    """
+    store = CheckpointStore(path.parent)
+    state, completed = on_all_ranks(partial(_read, store, path.name, group))
+    return StartPoint(path, state, completed)
+
+
+def _read(store: CheckpointStore, name: str, group: Any) -> tuple[dict[str, Any], bool | None]:
+    listed = (entry for entry in store.entries() if name in {entry.name, entry.file})
+    entry = next(listed, None)
+    return store.read(name, group), None if entry is None else entry.completed
+
+
+def _agreed(sources: Sequence[Source]) -> Path | None:
+    """Return the checkpoint that sources name, if there are any.
+
+    Raises:
+        CheckpointError: if they name different ones.
+    """
+    paths = {str(source.path): source.path for source in sources}
+    if len(paths) > 1:
+        raise CheckpointError(
+            "resume must name one checkpoint for all managers of a trainer, got "
+            f"{' and '.join(sorted(paths))}. A run can start from one of them; use resume='auto' "
+            "for the others"
+        )
+    return next(iter(paths.values()), None)
+
+
+def _newest_first(sources: Sequence[Source]) -> list[tuple[CheckpointStore, Entry]]:
+    """Return the checkpoints of all sources from which a run can continue, the newest first.
+
+    Of one iteration, one whose run has completed comes first, then that of the last source: where
+    several managers save at one point, the later one's state knows of the earlier one's save.
+    """
+    ordered = [
+        (entry.iteration, entry.completed is True, rank, -place, (source.store, entry))
+        for rank, source in enumerate(sources)
+        for place, entry in enumerate(resumable_entries(source.entries))
+    ]
+    return [pair for *_, pair in sorted(ordered, key=lambda found: found[:-1], reverse=True)]
+
+
+def _read_newest(
+    sources: Sequence[Source], candidates: Sequence[tuple[CheckpointStore, Entry]], group: Any
+) -> StartPoint | None:
+    """Return the newest checkpoint that every rank can read; log each that cannot be read.
+
+    Raises:
+        CheckpointError: if there are checkpoints and none can be read, or a directory holds
             checkpoints and no manifest lists them.
     """
-    for entry in entries:
+    for store, entry in candidates:
         try:
             state = on_all_ranks(partial(store.read, entry.file, group))
         except CheckpointError as error:
             logger.warning("%s; trying the checkpoint before it", error)
             continue
-        return store.directory / entry.file, state
-    if entries:
+        return StartPoint(store.directory / entry.file, state, entry.completed)
+    if candidates:
+        folders = sorted({str(store.directory) for store, _ in candidates})
         raise CheckpointError(
-            f"none of {len(entries)} checkpoints in {store.directory} can be read. Move them away "
-            "to start a new run."
+            f"none of {len(candidates)} checkpoints in {' and '.join(folders)} can be read. Move "
+            "them away to start a new run."
         )
-    on_rank_zero(partial(_check_manifest_lists_files, store))
+    for source in sources:
+        if source.resume is not None:
+            on_rank_zero(partial(_check_manifest_lists_files, source.store))
     return None
+
+
+def _check_manifest_lists_files(store: CheckpointStore) -> None:
+    unlisted = store.unlisted()
+    if unlisted and not store.entries():
+        raise CheckpointError(
+            f"the manifest of {store.directory} must list {unlisted[-1].name}, and does not. "
+            f"Copy the manifest too, or use resume={str(unlisted[-1])!r}."
+        )
 
 
 def check_is_empty(directory: Path, entries: Sequence[Entry]) -> None:
@@ -61,15 +182,6 @@ def check_is_empty(directory: Path, entries: Sequence[Entry]) -> None:
             "directory must hold no checkpoint if resume is None, got "
             f"{directory / entries[-1].file}. Use another directory, or resume='auto' to continue "
             "that run."
-        )
-
-
-def _check_manifest_lists_files(store: CheckpointStore) -> None:
-    unlisted = store.unlisted()
-    if unlisted and not store.entries():
-        raise CheckpointError(
-            f"the manifest of {store.directory} must list {unlisted[-1].name}, and does not. "
-            f"Copy the manifest too, or use resume={str(unlisted[-1])!r}."
         )
 
 

@@ -87,6 +87,18 @@ def decide_at_safe_point(state: SaveState, status: RunStatus) -> SaveDecision:
     return SaveDecision(state, save, score, status.missing, status.signal)
 
 
+def decide_at_restore(state: SaveState, status: RunStatus) -> SaveDecision:
+    """Decide whether to save what was loaded: if it has a score that is still to be judged.
+
+    Another manager saved this position first, and the process ended before this one did. At the
+    next safe point the weights would be others.
+    """
+    state, score = _judge(state, status)
+    if score is None:
+        return SaveDecision(state)
+    return SaveDecision(_saved(state, status), True, score)
+
+
 def decide_at_end(state: SaveState, status: RunStatus) -> SaveDecision:
     """Decide whether to save at the end of a run: always, unless the last save holds this state."""
     missing = status.missing if status.is_finished else None

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from diptych.engine import CheckpointError, MetricsEvents
 from diptych.handlers import EarlyStopping, Evaluation, JsonLines
 from diptych.handlers.checkpointing.checkpoint_manager import CheckpointManager
+from diptych.handlers.checkpointing.run_lock import RunLock
 from tests.handlers.checkpointing.test_checkpoint_manager import digest, make_loader, make_trainer
 from tests.handlers.runs import report_each_epoch
 
@@ -216,11 +217,15 @@ def test_the_directory_is_free_again_however_a_run_ends(tmp_path):
             trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), getattr(trainer, end))
         with contextlib.suppress(ZeroDivisionError):
             trainer.run(make_loader(), max_epochs=1)
-        assert manager._lock._descriptor is None
+        lock = RunLock(manager.directory)
+        lock.acquire()  # which is an error while the run holds it
+        lock.release()
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_manager_only_reports_and_its_key_is_the_same_in_every_folder(tmp_path):
     managers = [CheckpointManager(tmp_path / name) for name in "ab"]
     assert [manager.key for manager in managers] == ["CheckpointManager"] * 2
+    ranked = CheckpointManager(tmp_path / "c", best="val/loss")
+    assert ranked.key == "CheckpointManager[val/loss]"
     assert not CheckpointManager.changes
