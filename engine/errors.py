@@ -9,7 +9,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read, or belongs to another model."""
 
 
-class ResumeError(RuntimeError):
+class ResumeError(RuntimeError, ValueError):
     """A run cannot continue from its position with the given arguments."""
 
 

@@ -16,6 +16,7 @@ from diptych.engine.distributed.hang_report import entered_places, waits_at
 from diptych.engine.errors import ResumeError
 from diptych.engine.events import ITERATION_EVENTS, MetricsEvents, Outcome, RunEvents, StepEvents
 from diptych.engine.loop.continued_events import FETCH, STEP, ContinuedEvents
+from diptych.engine.loop.ignite_state import ignite_position
 from diptych.engine.loop.left_event import LeftEvent, left_event
 from diptych.engine.loop.limits import check_limits, epoch_length_of
 from diptych.engine.loop.position import Phase, Position, position_from
@@ -182,7 +183,7 @@ class EventLoop(ContinuedEvents):
             count = stored
         length = epoch_length_of(data, count)
         differs = None not in {stored, length} and stored != length
-        if self._position.in_epoch:
+        if self._position.in_epoch or self.epoch_iteration:
             if differs:
                 raise ResumeError(
                     f"data must have {stored} batches, the length of the running epoch, got "
@@ -207,7 +208,7 @@ class EventLoop(ContinuedEvents):
                 f"epochs of {self.state.epoch_length} iterations end. Use such a loader, or epochs "
                 "of whole passes"
             )
-        if self.epoch_iteration and rest and not same:
+        if self.epoch_iteration and rest and not same and not self._goes_on_in(data):
             raise ResumeError(
                 f"the run stopped in epoch {self.state.epoch} after iteration "
                 f"{self.epoch_iteration}, and this loader cannot be restored to that position. "
@@ -216,6 +217,13 @@ class EventLoop(ContinuedEvents):
             )
         if not same:
             self.set_data(data)
+
+    def _goes_on_in(self, data: Iterable[Any] | None) -> bool:
+        """Return whether the iteration of an epoch that is one pass over a list is the position."""
+        if self.batches.data is not None or length_of(data) != self.state.epoch_length:
+            return False  # the position is that of another loader
+        self.set_data(data)
+        return self.batches.go_to(self.epoch_iteration)
 
     @property
     def is_finished(self) -> bool:
@@ -537,7 +545,8 @@ class EventLoop(ContinuedEvents):
         run for this epoch then; they are logged once. Inside `COMPLETED` the run counts as
         completed.
         """
-        keys = ("epoch_length", "iteration", "epoch", "max_epochs", "max_iters")
+        limit = "max_epochs" if self.state.max_iters is None else "max_iters"
+        keys = ("epoch_length", "iteration", "epoch", limit)
         state = OrderedDict((key, getattr(self.state, key)) for key in keys)
         position = self._completing or self._position
         state["epoch_iteration"] = position.epoch_iteration
@@ -549,6 +558,8 @@ class EventLoop(ContinuedEvents):
             self._log_handlers_to_come()
         elif position.in_epoch and not position.epoch_iteration:  # nothing of the epoch is done
             state["epoch"] -= 1
+        elif position.epoch_iteration and not position.in_epoch:  # of an Ignite engine
+            state["epoch"] += 1
         state.update((key, getattr(self.state, key)) for key in self.state_dict_user_keys)
         return state
 
@@ -574,26 +585,24 @@ class EventLoop(ContinuedEvents):
             state_dict: from `state_dict()` of this class or of an Ignite engine.
 
         Raises:
-            ResumeError: if a key is missing.
+            TypeError: if it is not a mapping.
+            ResumeError: if a key is missing, or keys contradict each other.
         """
-        missing = [k for k in ("epoch_length", *self.state_dict_user_keys) if k not in state_dict]
-        if missing:
-            raise ResumeError(f"state_dict must have {missing}, got only {sorted(state_dict)}")
-        for either in (("iteration", "epoch"), ("max_epochs", "max_iters")):
-            if not set(either) & set(state_dict):
-                raise ResumeError(
-                    f"state_dict must have {' or '.join(either)}, got only {sorted(state_dict)}"
-                )
-        position = position_from(state_dict)
+        keys = self.state_dict_user_keys
+        if "epoch_iteration" in state_dict:
+            missing = [key for key in ("epoch_length", *keys) if key not in state_dict]
+            if missing:
+                raise ResumeError(f"state_dict must have {missing}, got only {sorted(state_dict)}")
+            position = position_from(state_dict)
+        else:
+            position = ignite_position(state_dict, keys)
         self._start_over()
         self.state.epoch_length = state_dict["epoch_length"]
         self._count = state_dict["epoch_length"] if state_dict.get("counted") else None
         self._epoch_counts = self._count is not None
         self._left = left_event(state_dict.get("left"))
         self._move_to(position)
-        self.state.max_epochs, self.state.max_iters = (
-            state_dict.get("max_epochs"),
-            state_dict.get("max_iters"),
-        )
-        for key in self.state_dict_user_keys:
+        self.state.max_epochs = state_dict.get("max_epochs")
+        self.state.max_iters = state_dict.get("max_iters")
+        for key in keys:
             setattr(self.state, key, state_dict[key])

@@ -6,8 +6,6 @@ import enum
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from diptych.engine.errors import ResumeError
-
 
 class Phase(enum.Enum):
     """The next thing that the loop does.
@@ -61,7 +59,8 @@ class Position(NamedTuple):
 
     def epoch_started(self) -> Position:
         """Return the position at the start of the next epoch."""
-        return Position(self.epoch + 1, self.iteration, 0, Phase.BEFORE_BATCH)
+        done = self.epoch_iteration  # not 0 if an Ignite engine's state was loaded
+        return Position(self.epoch + 1, self.iteration, done, Phase.BEFORE_BATCH)
 
     def batch_fetched(self) -> Position:
         """Return the position with a batch in hand."""
@@ -98,24 +97,12 @@ class Position(NamedTuple):
 
 
 def position_from(state_dict: Mapping[str, Any]) -> Position:
-    """Return the position in a state dict of this library or of an Ignite engine.
-
-    Raises:
-        ResumeError: if the position needs the length of an epoch, and the state has none.
-    """
-    length, iteration = state_dict["epoch_length"], state_dict.get("iteration")
-    if not length and "epoch_iteration" not in state_dict and (iteration or iteration is None):
-        raise ResumeError(
-            f"epoch_length must be >= 1 to place iteration {iteration} of a run, got {length}"
-        )
-    if iteration is None:  # Ignite's state of an engine that counts epochs
-        iteration = state_dict["epoch"] * length
-    epochs, rest = divmod(iteration, length) if length else (0, 0)
-    inside = state_dict.get("epoch_iteration", rest)
+    """Return the position in a state dict of this library."""
+    inside = state_dict["epoch_iteration"]
     phase = Phase.BEFORE_BATCH if inside else Phase.BETWEEN_EPOCHS
     return Position(
-        state_dict.get("epoch", epochs + bool(rest)),
-        iteration,
+        state_dict["epoch"],
+        state_dict["iteration"],
         inside,
         Phase(state_dict["left"]["phase"]) if "left" in state_dict else phase,
         cut=state_dict.get("cut", False),

@@ -348,7 +348,8 @@ class PreviousLoop(Dispatcher):
 
     def state_dict(self) -> OrderedDict[str, Any]:
         """Return the position of the run: Ignite's keys, `epoch` and `epoch_iteration`."""
-        keys = ("epoch_length", "iteration", "epoch", "max_epochs", "max_iters")
+        limit = "max_epochs" if self.state.max_iters is None else "max_iters"
+        keys = ("epoch_length", "iteration", "epoch", limit)
         position = OrderedDict((key, getattr(self.state, key)) for key in keys)
         position["epoch_iteration"] = self.epoch_iteration
         position["cut"], position["completed"] = self._cut, self._completed

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from ignite.engine import Engine, Events
 
 from diptych.engine import MetricsEvents, ResumeError, RunEvents
-from tests.engine.loop.loops import Positioned, Tape, Unsized, call_at, events_of, plain_rows
+from tests.engine.loop.loops import (
+    EpochAware,
+    Positioned,
+    Tape,
+    Unsized,
+    call_at,
+    events_of,
+    plain_rows,
+)
 
 LENGTH = 4
 
@@ -153,13 +161,13 @@ def test_a_position_saved_at_any_safe_point_continues_the_run_with_a_loader_that
 def test_inside_an_epoch_a_loader_without_a_position_is_a_clear_error():
     first = Tape()
     call_at(first, 2, first.terminate)
-    first.run(range(LENGTH), max_epochs=2)
+    first.run(EpochAware(range(LENGTH)), max_epochs=2)
     second = Tape()
     second.load_state_dict(first.state_dict())
     with pytest.raises(
         ResumeError, match="stopped in epoch 1 after iteration 2, and this loader cannot"
     ):
-        second.run(range(LENGTH), max_epochs=2)
+        second.run(EpochAware(range(LENGTH)), max_epochs=2)
     with pytest.raises(ResumeError, match="needs a loader with load_state_dict"):
         second.batches.restore({"position": 2})
     assert second.rows == []
@@ -250,7 +258,7 @@ def test_restore_handlers_see_the_new_loader_before_the_start_is_decided():
 @pytest.mark.parametrize(
     ("state", "position"),
     [
-        ({"iteration": 7, "epoch_length": 3, "max_epochs": 4}, (3, 7, 1)),
+        ({"iteration": 7, "epoch_length": 3, "max_epochs": 4}, (2, 7, 1)),
         ({"iteration": 6, "epoch_length": 3, "max_epochs": 4}, (2, 6, 0)),
         ({"epoch": 2, "epoch_length": 3, "max_epochs": 4}, (2, 6, 0)),
         ({"iteration": 0, "epoch_length": None, "max_iters": 5}, (0, 0, 0)),
@@ -266,9 +274,11 @@ def test_a_state_of_an_ignite_engine_places_the_run(state, position):
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"epoch_length": 3, "max_epochs": 4}, "iteration or epoch"),
-        ({"iteration": 3, "epoch_length": 3}, "max_epochs or max_iters"),
-        ({"epoch": 3, "epoch_length": None, "max_epochs": 4}, "epoch_length must be >= 1"),
+        ({"epoch_length": 3, "max_epochs": 4}, "'iteration' is absent"),
+        ({"iteration": 3, "epoch_length": 3}, "exactly one of .*max_epochs.*max_iters"),
+        ({"epoch": 3, "epoch_length": None, "max_epochs": 4}, "must be a positive integer"),
+        ({"epoch": 3, "epoch_length": 2, "max_epochs": 2}, "greater than or equal to the start"),
+        ({"epoch": 3, "iteration": 6, "epoch_length": 2, "max_epochs": 4}, "only one of"),
     ],
 )
 def test_an_incomplete_state_changes_nothing(state, message):
@@ -279,6 +289,32 @@ def test_an_incomplete_state_changes_nothing(state, message):
         loop.load_state_dict(state)
 
     assert loop.state_dict() == before
+
+
+@pytest.mark.parametrize("limit", [{"max_epochs": 3}, {"max_iters": 7}])
+def test_an_ignite_state_inside_an_epoch_goes_on_in_a_list_and_starts_the_epoch_again(limit):
+    loop = Tape()
+    fired = events_of(loop, Events.EPOCH_STARTED, Events.EPOCH_COMPLETED)
+    loop.load_state_dict({"iteration": 4, "epoch_length": 3, **limit})
+    assert loop.state.epoch == 1  # as Ignite counts: epochs that are complete
+    other = Tape()
+    other.load_state_dict(stored(loop.state_dict()))
+    for one in (loop, other):
+        one.run([0, 1, 2])
+        assert one.rows == plain_rows(range(3), 3)[4 : limit.get("max_iters", 9)]
+
+    assert fired[:3] == ["EPOCH_STARTED", "EPOCH_COMPLETED", "EPOCH_STARTED"]
+
+
+@pytest.mark.parametrize("limit", ["max_epochs", "max_iters"])
+def test_a_state_names_the_limit_that_the_run_has_as_ignites_does(limit):
+    states = []
+    for one in (Tape(), Engine(lambda *_: None)):
+        one.run(range(LENGTH), **{limit: 3})
+        states.append(one.state_dict())
+
+    assert set(states[1]) <= set(states[0])
+    assert {"max_epochs", "max_iters"} & set(states[0]) == {limit}
 
 
 @pytest.mark.parametrize("event", [Events.EPOCH_COMPLETED, MetricsEvents.EPOCH_PUBLISHED])

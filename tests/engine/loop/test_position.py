@@ -90,7 +90,7 @@ class Player:
             if call.elsewhere and not has_pending_batch(loop):  # else the state is not exact
                 state, position = loop.state_dict(), loop.batches.place()
                 loop, data = self.made(), LOADERS[self.loader]()
-                if state["max_epochs"] or state["max_iters"]:
+                if state.get("max_epochs") or state.get("max_iters"):
                     self.attempt(partial(self.load, loop, data, state, position))
             self.attempt(partial(loop.run, data, **call.limits))
             state = loop.state_dict().items()
