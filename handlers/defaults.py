@@ -39,7 +39,7 @@ def default_handlers(
 
     They change no weight. Attach handlers that do, such as a schedule or gradient clipping,
     yourself. The run directory will hold `checkpoints/`, `metrics.jsonl`, `metrics.measured.jsonl`,
-    `settings.json` and TensorBoard's event files; `RunDirectory` names them.
+    `settings.json`, `identity.json` and TensorBoard's event files; `RunDirectory` names them.
 
     Args:
         run_dir: the run directory: a new one (`new_run`), or that of a run to resume.

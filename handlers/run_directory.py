@@ -78,6 +78,11 @@ class RunDirectory(os.PathLike[str]):
         return self.path / "settings.json"
 
     @property
+    def identity(self) -> Path:
+        """What decides the run's result, written by `RunRecord`."""
+        return self.path / "identity.json"
+
+    @property
     def report(self) -> Path:
         """The page of curves, written by `HistoryPlots`."""
         return self.path / "report.html"

@@ -1,7 +1,7 @@
 """Compare runs by their directories.
 
-Prints the settings in which the runs differ and the last value of each metric, and writes both,
-with the curves, into one page of HTML.
+Prints what decides the runs' results and differs between them, then the last value of each metric,
+and writes both, with the curves, into one page of HTML.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     """Print two tables, and write the page."""
     runs = [read_run(directory) for directory in (options.first, *options.others)]
     names = [run.name for run in runs]
-    sys.stdout.write(_table("settings that differ", names, differing_settings(runs)))
+    sys.stdout.write(_table("what differs", names, differing_settings(runs)))
     sys.stdout.write(_table("last values", names, final_values(runs)))
     write_atomically(options.output, page(runs))
     sys.stdout.write(f"Wrote {options.output}.\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,9 @@ from ignite.engine import Events
 
 from diptych.engine.checks import whole_number
 from diptych.engine.events import RunEvents
+from diptych.engine.state.differences import differences
 from diptych.engine.state.handler_states import attached
+from diptych.engine.state.run_identity import RunIdentity
 from diptych.handlers.extras import check_extra
 from diptych.handlers.files import write_atomically
 from diptych.handlers.output.output_handler import OutputHandler
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer
 
 ALWAYS_DIFFERENT = ("started", "command")
+PATHS = (".directory", ".path")
+LENGTHS = ("trainer.max_epochs", "trainer.max_iters", "trainer.epoch_length")
 STYLE = """
 body { font: 14px system-ui, sans-serif; margin: 24px; color: #222; background: #fff }
 .charts { display: flex; flex-wrap: wrap; gap: 12px; align-items: start }
@@ -114,17 +118,42 @@ class HistoryPlots(OutputHandler):
 def differing_settings(runs: Sequence[RunHistory]) -> dict[str, list[Any]]:
     """Return the settings in which the runs differ, each with its value in every run.
 
-    The time of the start, the command and the paths of files are left out. A setting that a run
-    lacks is "-".
+    If every run has an identity, its values come first: they decide the results. The time of the
+    start, the command and the paths of files are left out. A setting that a run lacks is "-".
     """
-    paths = (".directory", ".path")
-    names = dict.fromkeys(name for run in runs for name in run.settings)
-    values = {
-        name: [run.settings.get(name, "-") for run in runs]
-        for name in names
-        if name.partition(".")[0] not in ALWAYS_DIFFERENT and not name.endswith(paths)
-    }
-    return {name: row for name, row in values.items() if any(item != row[0] for item in row)}
+    identities = [run.identity for run in runs if run.identity is not None]
+    known = len(identities) == len(runs)
+    rows = _differing_identities(identities) if known else {}
+    deciding = {key.partition("[")[0] for one in identities for key in one.values["handlers"]}
+    for name in dict.fromkeys(name for run in runs for name in run.settings):
+        row = [run.settings.get(name, "-") for run in runs]
+        if any(value != row[0] for value in row) and _is_shown(name, deciding if known else None):
+            rows.setdefault(name, row)
+    return rows
+
+
+def _is_shown(name: str, deciding: Collection[str] | None) -> bool:
+    """Return whether a setting is shown, beside the identities of the runs if they have some.
+
+    Args:
+        name: of the setting.
+        deciding: the classes of the handlers in the identities; None without identities.
+    """
+    section, _, rest = name.partition(".")
+    if section in ALWAYS_DIFFERENT or name.endswith(PATHS):
+        return False
+    of_reporter = section == "handlers" and rest.partition(".")[0] not in (deciding or ())
+    return deciding is None or of_reporter or name in LENGTHS
+
+
+def _differing_identities(identities: Sequence[RunIdentity]) -> dict[str, list[Any]]:
+    """Return the values in which identities differ from the first one, each in every run."""
+    rows: dict[str, list[Any]] = {}
+    for number, identity in enumerate(identities[1:], start=1):
+        for one in differences(identities[0], identity):
+            row = rows.setdefault(one.name, [one.before] * len(identities))
+            row[number] = one.now
+    return rows
 
 
 def final_values(runs: Sequence[RunHistory]) -> dict[str, list[str]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import attrs
 
+from diptych.engine.state.run_identity import RunIdentity
 from diptych.handlers.output.records import RecordReader
 from diptych.handlers.reports.curves import StepAndValue, extremes
 from diptych.handlers.run_directory import RunDirectory
@@ -28,11 +29,14 @@ class RunHistory:
         settings: dotted name to value, from `settings.json`; empty if there is none.
         curves: tag to steps and values. Of a long curve, neighbouring points share a bucket, of
             which the lowest, the highest and the last point are kept.
+        identity: what decides the run's result, from `identity.json`; None if there is no such
+            file.
     """
 
     name: str
     settings: dict[str, Any]
     curves: dict[str, list[StepAndValue]]
+    identity: RunIdentity | None = None
 
 
 class BoundedCurve:
@@ -103,7 +107,8 @@ class RunReader:
                         self._curves.setdefault(tag, BoundedCurve()).add((record.step, value))
         curves = {tag: curve.points for tag, curve in self._curves.items()}
         settings = read_settings(self._directory.settings)
-        return RunHistory(self._directory.name, _flat(settings), curves)
+        identity = read_identity(self._directory.identity)
+        return RunHistory(self._directory.name, _flat(settings), curves, identity)
 
 
 def read_run(directory: str | os.PathLike[str]) -> RunHistory:
@@ -145,6 +150,24 @@ def read_settings(path: Path) -> dict[str, Any]:
             "a copy, or remove it: the run is then shown without its settings."
         )
     return settings
+
+
+def read_identity(path: Path) -> RunIdentity | None:
+    """Return the identity in `identity.json`; None if there is no such file.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: naming the file, if it is damaged.
+    """
+    try:
+        return RunIdentity.from_json(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} must be the identity of a run as JSON in UTF-8, got something else ({error}). "
+            "Restore the file from a copy, or remove it: the runs' settings are then compared."
+        ) from error
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Markdown tables of a run: the parameters of its model, and the findings of its handlers."""
+"""Markdown tables of a run: its identity, its model's parameters, and its handlers' findings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from diptych.engine.handler import Finding
+from diptych.engine.state.run_identity import RunIdentity
 from diptych.handlers.components import component_sizes, total_size
 
 
@@ -18,6 +19,21 @@ def model_table(model: nn.Module, loss: nn.Module) -> str:
         for name, size in {**sizes, "all": total_size(sizes)}.items()
     ]
     return markdown_table(("component", "parameters", "trainable"), rows)
+
+
+def identity_table(identity: RunIdentity) -> str:
+    """Return what decides a run's result, without what is declared for each module.
+
+    Of parameters and modules, those that are frozen or in eval mode are listed.
+    """
+    values = dict(identity.values)
+    off = {
+        title: ", ".join(name for name, on in values.pop(section).items() if not on) or "none"
+        for section, title in (("requires_grad", "frozen"), ("training", "in eval mode"))
+    }
+    del values["modules"]
+    rows = [(name, str(value)) for name, value in RunIdentity(values).flat().items()]
+    return markdown_table(("name", "value"), [*rows, *off.items()])
 
 
 def findings_table(findings: Sequence[Finding]) -> str:

@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 
 @attrs.define(eq=False)
 class RunRecord(OutputHandler):
-    """Writes the settings of a run into `settings.json`; see `run_settings` for its content.
+    """Writes the settings of a run into `settings.json`, and its identity into `identity.json`.
 
-    A resumed run replaces the file, atomically. If it cannot be written (a full disk), it is tried
+    `run_settings` describes the settings, `RunIdentity` what decides the run's result. A resumed
+    run replaces the files, atomically. If one cannot be written (a full disk), it is tried
     again at each log point and at the end.
 
     Event: `STARTED`, `MetricsEvents.LOGGED`, `RunEvents.ENDED`. Writes on rank 0 only.
@@ -58,7 +59,8 @@ class RunRecord(OutputHandler):
 
     def _start(self, trainer: Trainer) -> None:
         text = json.dumps(run_settings(trainer), indent=2, allow_nan=False) + "\n"
-        self._unwritten = {self.directory.settings: text}
+        identity = trainer.identity.as_json()
+        self._unwritten = {self.directory.settings: text, self.directory.identity: identity}
         with self.tolerated(str(self.directory), starting=True):
             make_folder(self.directory.path)
         self._write()

@@ -15,7 +15,7 @@ from diptych.handlers.files import make_folder
 from diptych.handlers.run_directory import absolute
 from diptych.handlers.sinks.charts import Chart, charts_of, custom_scalars_layout
 from diptych.handlers.sinks.hyperparameters import hyperparameters, session_end, session_start
-from diptych.handlers.sinks.markdown_tables import findings_table, model_table
+from diptych.handlers.sinks.markdown_tables import findings_table, identity_table, model_table
 from diptych.handlers.sinks.run_record import run_settings
 from diptych.handlers.sinks.sink import Sink
 
@@ -129,6 +129,7 @@ class TensorBoard(Sink):
         self._discard_from(iteration + 1 if iteration or self._writer else 0)
         text = json.dumps(settings, indent=2)
         self.writer.add_text("settings", f"```json\n{text}\n```", iteration)
+        self.writer.add_text("identity", identity_table(trainer.identity), iteration)
         self.writer.add_text("model", model_table(trainer.model, trainer.loss), iteration)
         self._add(session_start(hyperparameters(settings, trainer.handlers)), iteration)
         # A resumed run keeps the charts of the evaluations that it will repeat.

@@ -12,6 +12,7 @@ from diptych.handlers.sinks.sink import Sink
 if TYPE_CHECKING:
     from diptych.engine.metrics.metrics_collector import Record
     from diptych.engine.trainer import Trainer
+    from diptych.engine.trials.trial import Trial
 
 
 @attrs.define(eq=False)
@@ -44,6 +45,9 @@ class ToLogger(Sink):
     close: Callable[[], Any] | None = attrs.field(
         default=None, validator=attrs.validators.optional(attrs.validators.is_callable())
     )
+
+    def for_trial(self, _: Trial) -> None:
+        """Return None: what the function has done cannot be undone."""
 
     def write_record(self, _: Trainer, record: Record) -> None:
         """Call `write`."""

@@ -37,6 +37,7 @@ def test_a_run_directory_holds_all_files_of_the_run(tmp_path):
     (events,) = [name for name in names if name.startswith("events.out.tfevents")]
     assert names - {events} == {
         "checkpoints",
+        "identity.json",
         "metrics.jsonl",
         "metrics.measured.jsonl",
         "settings.json",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from diptych.engine import Trainer, tasks
+from diptych.engine import RunIdentity, Trainer, tasks
 from diptych.handlers import CheckpointManager, JsonLines, RunRecord
 from tests.handlers.runs import loader, make_trainer
 
@@ -133,11 +133,22 @@ def test_a_resumed_run_says_from_where_and_leaves_no_unfinished_file(tmp_path):
     run(2)
 
     assert json.loads((tmp_path / "settings.json").read_text())["iteration"] == 6
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["settings.json"]
+    files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
+    assert files == ["identity.json", "settings.json"]
+
+
+def test_the_identity_of_the_run_is_a_file_of_its_own(tmp_path):
+    trainer = make_trainer()
+    recorded(tmp_path, trainer)
+
+    read = RunIdentity.from_json((tmp_path / "identity.json").read_text())
+
+    assert read.values == trainer.identity.values
+    assert read.values["loader"]["length"] == 6
 
 
 def test_rank_zero_alone_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr("diptych.handlers.sinks.output_handler.rank", lambda: 1)
+    monkeypatch.setattr("diptych.handlers.output.output_handler.rank", lambda: 1)
 
     make_trainer().attach(RunRecord(tmp_path / "run")).run(loader(), max_epochs=1)
 
