@@ -39,6 +39,7 @@ from diptych.engine.loop.listener import cost_table
 from diptych.engine.loop.position import Position
 from diptych.engine.metrics.metrics_collector import MetricsCollector
 from diptych.engine.settings import Precision, TrainerSettings, Units
+from diptych.engine.state.references import checked_optimizers
 from diptych.engine.state.run_identity import RunIdentity
 from diptych.engine.step.compilation import CompileMode, compile_in_place
 from diptych.engine.step.loss_contract import scalars_of
@@ -139,6 +140,7 @@ class Trainer(EventLoop):
         self.handlers: list[Attachable] = []
         self._gauges_of_loss: list[str] = []
         self.loaded_length: int | None = None
+        self._others: list[Optimizer] = []
         self.step = step
         self._identity: RunIdentity | None = None
         super().__init__(self._make_step(step))
@@ -256,6 +258,14 @@ class Trainer(EventLoop):
         """The problems that the attached handlers have found so far, by iteration."""
         found = [one for handler in self.handlers for one in contract_of(handler).findings]
         return sorted(found, key=lambda finding: finding.step)
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The trainer's optimizer, then others of its parameters that functions at events may step.
+
+        The others are found when a run starts.
+        """
+        return [self.optimizer, *self._others]
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -430,6 +440,7 @@ class Trainer(EventLoop):
         if self.settings.seed is not None and self.position == Position():
             manual_seed(self.settings.seed + rank())
         self._check_length_over_ranks(self)
+        _, *self._others = checked_optimizers(self, self._others)
         if self._snapshot is not None:
             self._snapshot.find()
         for module in (self.model, self.loss):

@@ -11,23 +11,20 @@ from torch import nn
 
 from diptych.engine.errors import CheckpointError
 from diptych.engine.handler import Stateful, contract_of
+from diptych.engine.state.references import is_scheduler, other_optimizers
 from diptych.engine.state.run_parts import RunParts
-from diptych.engine.state.schedulers import (
-    SavedScheduler,
-    is_scheduler,
-    report_unsaved,
-    schedulers_behind,
-)
+from diptych.engine.state.schedulers import SavedScheduler, report_unsaved, schedulers_behind
 
 
 def attached(trainer: RunParts) -> list[Any]:
     """Return every object whose functions the trainer's events call, each once, in order.
 
-    The schedulers behind a plain function at an event count too.
+    Schedulers and optimizers that only a plain function at an event refers to count too.
     """
     own = (trainer, trainer.model, trainer.loss, trainer.optimizer, trainer.metrics)
     owners = (listener.owner for listener in trainer.listeners)
-    every = (*trainer.handlers, *owners, *schedulers_behind(trainer))
+    behind = (*schedulers_behind(trainer), *other_optimizers(trainer, of_stateless=True))
+    every = (*trainer.handlers, *owners, *behind)
     found = {id(item): item for item in every}
     return [item for key, item in found.items() if key not in {id(part) for part in own}]
 

@@ -2,51 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import itertools
 import logging
-import types
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 from weakref import WeakSet
 
 import numpy as np
-import torch
-from ignite.engine import Engine
 from ignite.handlers.param_scheduler import BaseParamScheduler
-from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from diptych.engine.handler import Stateful
+from diptych.engine.state.references import (
+    behind_events,
+    is_scheduler,
+    other_optimizers,
+    reachable,
+)
 from diptych.engine.state.run_parts import RunParts
 
 logger = logging.getLogger(__name__)
 
-DEPTH = 6
-"""References from a function at an event to a scheduler: closure, object, attribute, list, ..."""
-
-OBJECTS = 5_000
-"""Objects that one search visits at most, so that a data set in a closure costs little."""
-
-ITEMS = 64
-"""Items of a container that are visited."""
-
-SKIPPED = (
-    *(str, bytes, int, float, complex, type(None), type, types.ModuleType, types.BuiltinMethodType),
-    *(Tensor, np.ndarray, nn.Module, Optimizer, Engine, torch.Generator, logging.Logger),
-)
-
-LIBRARIES = {"torch", "ignite", "diptych", "numpy"}
-
 _REPORTED: WeakSet[Any] = WeakSet()
-
-
-def is_scheduler(candidate: object) -> bool:
-    """Return whether an object is a scheduler of torch or Ignite."""
-    return isinstance(candidate, (LRScheduler, BaseParamScheduler))
 
 
 class SavedScheduler:
@@ -113,18 +93,18 @@ def _restored(saved: Any, own: Any) -> Any:
 # -- the search ----------------------------------------------------------------------------------
 
 
-def schedulers_behind(trainer: RunParts) -> list[Any]:
-    """Return the schedulers of the trainer's optimizer that functions at events refer to, in order.
+def schedulers_behind(trainer: RunParts, optimizer: Optimizer | None = None) -> list[Any]:
+    """Return the schedulers of an optimizer that functions at events refer to, in order.
 
-    A function refers to what is in its closure, its defaults, its arguments, the globals that it
-    names, and the attributes of these objects. The step, and attributes of the trainer, count too.
+    See `behind_events` for what a function refers to.
+
+    Args:
+        trainer: the trainer.
+        optimizer: the optimizer. Default: the trainer's, and others that its functions refer to.
     """
-    held = _optimizers(trainer.optimizer)
-    roots: list[Any] = []
-    for listener in trainer.listeners:
-        roots += [listener.added, *listener.arguments, *listener.keywords.values()]
-    roots += [trainer.step, *(one for one in vars(trainer).values() if is_scheduler(one))]
-    return [one for one in _reachable(roots) if _schedules(one, held)]
+    optimizers = [optimizer] if optimizer else [trainer.optimizer, *other_optimizers(trainer)]
+    held = set().union(*map(_optimizers, optimizers))
+    return [one for one in behind_events(trainer) if _schedules(one, held)]
 
 
 def report_unsaved(trainer: RunParts, saved: Iterable[Any]) -> None:
@@ -142,7 +122,8 @@ def report_unsaved(trainer: RunParts, saved: Iterable[Any]) -> None:
     of_optimizer = [one for one in everyone if id(getattr(one, "optimizer", None)) in held]
     if not of_optimizer:
         return
-    known = {id(one) for one in _reachable([*saved, *trainer.handlers], everything=True)}
+    roots = [getattr(one, "_scheduler", one) for one in (*saved, *trainer.handlers)]
+    known = {id(one) for one in reachable(roots, everything=True)}
     unsaved = sorted({type(one).__name__ for one in of_optimizer if id(one) not in known})
     if unsaved:
         logger.warning(
@@ -163,86 +144,3 @@ def _schedules(candidate: Any, held: set[int]) -> bool:
         return True
     steps = is_scheduler(candidate) or callable(getattr(type(candidate), "step", None))
     return steps and id(optimizer) in held and isinstance(candidate, Stateful)
-
-
-def _reachable(roots: Iterable[Any], *, everything: bool = False) -> list[Any]:
-    """Return the objects that roots refer to, roots included, each once, in a stable order."""
-    found: dict[int, Any] = {}
-
-    def visit(item: Any, depth: int) -> None:
-        if id(item) in found or len(found) >= OBJECTS or isinstance(item, SKIPPED):
-            return
-        found[id(item)] = item
-        own = type(item).__module__.partition(".")[0] == "diptych" or is_scheduler(item)
-        if depth and (everything or not own):
-            for inner in _references(item):
-                visit(inner, depth - 1)
-
-    for root in roots:
-        visit(root, DEPTH)
-    return list(found.values())
-
-
-def _references(item: Any) -> Iterator[Any]:
-    if isinstance(item, types.FunctionType):
-        return _of_function(item)
-    if isinstance(item, types.MethodType):
-        return iter((item.__self__, item.__func__))
-    if isinstance(item, functools.partial):
-        return iter((item.func, *item.args, *item.keywords.values()))
-    if isinstance(item, Mapping):
-        return itertools.islice(list(item.values()), ITEMS)
-    if isinstance(item, (list, tuple, set, frozenset, deque)):
-        return itertools.islice(list(item), ITEMS)
-    return _attributes(item)
-
-
-def _attributes(item: Any) -> Iterator[Any]:
-    """Yield an object's attributes, and the function that calls it."""
-    if isinstance(item, SavedScheduler):
-        yield object.__getattribute__(item, "_scheduler")
-        return
-    yield from list(getattr(item, "__dict__", {}).values())
-    for name in itertools.chain.from_iterable(_slots(base) for base in type(item).__mro__):
-        yield getattr(item, name, None)
-    call = vars(type(item)).get("__call__")
-    if isinstance(call, types.FunctionType):
-        yield call
-
-
-def _slots(kind: type) -> tuple[str, ...]:
-    names = vars(kind).get("__slots__", ())
-    names = (names,) if isinstance(names, str) else tuple(names)
-    return tuple(name for name in names if name not in {"__weakref__", "__dict__"})
-
-
-def _of_function(function: types.FunctionType) -> Iterator[Any]:
-    """Yield what a function written by a user refers to."""
-    if str(function.__module__).partition(".")[0] in LIBRARIES:
-        return
-    yield from map(_content, function.__closure__ or ())
-    yield from function.__defaults__ or ()
-    yield from (function.__kwdefaults__ or {}).values()
-    names = list(_names(function.__code__))
-    for name in names:
-        value = function.__globals__.get(name)
-        if isinstance(value, types.ModuleType):
-            inside = vars(value)
-            yield from (inside[inner] for inner in names if is_scheduler(inside.get(inner)))
-        elif value is not None:
-            yield value
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    """Yield the names that a function's code uses, those of functions inside it included."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)

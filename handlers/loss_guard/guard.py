@@ -14,7 +14,7 @@ import attrs
 import torch
 from ignite.engine import Events
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW
 
 from diptych.engine.checks import whole_number
 from diptych.engine.distributed.collectives import all_reduce_sum, rank, world_size
@@ -206,7 +206,7 @@ class LossGuard(Handler):
         bad = spiked | ~judged.all()
         self._median.add(values, ~bad & finite.all())
         self._counts = self._counts + torch.stack([bad, spiked])
-        if self.policy == "skip" and self.directory is None and _skips_on_device(trainer.optimizer):
+        if self.policy == "skip" and self.directory is None and _skips_on_device(trainer):
             self._skip = bad.float()
             self._restore_buffers(bad)
         elif bool(bad):
@@ -308,14 +308,20 @@ class LossGuard(Handler):
         return path
 
 
-def _skips_on_device(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer can skip its next update on the device."""
+def _skips_on_device(trainer: Trainer) -> bool:
+    """Return whether a trainer's optimizer can skip its next update on the device."""
+    optimizer, *others = trainer.optimizers
     groups = optimizer.param_groups
-    if type(optimizer) not in {Adam, AdamW, SGD} or not all(g.get("fused") for g in groups):
+    if (
+        others
+        or type(optimizer) not in {Adam, AdamW, SGD}
+        or not all(g.get("fused") for g in groups)
+    ):
         return False
     # If a fused SGD skips its very first update, its momentum buffers stay uninitialised.
     with_momentum = [p for g in groups if g.get("momentum") for p in g["params"]]
-    return all("momentum_buffer" in optimizer.state[p] for p in with_momentum if p.grad is not None)
+    states = [optimizer.state.get(p, {}) for p in with_momentum if p.grad is not None]
+    return all("momentum_buffer" in state for state in states)
 
 
 def _loss_of(trainer: Trainer, device: torch.device) -> Tensor:

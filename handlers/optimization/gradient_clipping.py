@@ -19,10 +19,10 @@ from diptych.handlers.optimization.gradient_norms import shared_norms
 class GradientClipping(Handler):
     """Clips the gradients by their norm, by value, or both.
 
-    The norm is the L2 norm of the gradients of all parameters that the optimizer holds, those of
-    the loss included, unscaled and averaged over ranks. If it exceeds `max_norm`, all gradients are
-    scaled down to it; then every entry is clamped to [-max_value, max_value]. The norm before
-    clipping is published each iteration as `gradients/norm`.
+    The norm is the L2 norm of the gradients of all parameters that the trainer's optimizers hold,
+    those of the loss included, unscaled and averaged over ranks. If it exceeds `max_norm`, all
+    gradients are scaled down to it; then every entry is clamped to [-max_value, max_value]. The
+    norm before clipping is published each iteration as `gradients/norm`.
 
     Event: `StepEvents.GRADIENTS_READY`.
     Cost: one pass over the gradients for the norm and one for each bound; no synchronisation. With

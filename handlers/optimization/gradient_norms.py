@@ -87,8 +87,9 @@ def shared_norms(trainer: Trainer) -> SharedNorms:
 
 
 def held_parameters(trainer: Trainer) -> list[nn.Parameter]:
-    """Return the optimizer's parameters, in its order."""
-    return [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    """Return the parameters of the trainer's optimizers, in their order."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return list(dict.fromkeys(p for group in groups for p in group["params"]))
 
 
 def norm_of(parts: Sequence[Tensor], device: torch.device) -> Tensor:

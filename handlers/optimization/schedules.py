@@ -10,10 +10,12 @@ from typing import Any, ClassVar, Literal
 import attrs
 from ignite.engine import Events
 from torch import Tensor
+from torch.optim import Optimizer
 
 from diptych.engine.checks import whole_number
 from diptych.engine.distributed.collectives import rank
 from diptych.engine.handler import Change, Handler
+from diptych.engine.state.schedulers import schedulers_behind
 from diptych.engine.trainer import Trainer
 from diptych.handlers.argument_checks import number, one_of
 from diptych.handlers.optimization.horizon import Horizon
@@ -42,6 +44,9 @@ class LearningRate(Handler):
     schedule has left another `initial_lr` in the optimizer. It is kept in the optimizer's state as
     `initial_lr`, the name that torch's schedulers use; a resumed run takes it from there. A group
     that is added during the run follows the schedule too, from its own `lr`.
+
+    If a function at an event steps another optimizer of the model's parameters, its rates follow
+    the schedule too, unless a scheduler of its own sets them.
 
     The current rates are published at each log point: `train/learning_rate` for the first group
     and, if groups have different rates, `train/learning_rate/<group>`, where <group> is the group's
@@ -76,6 +81,7 @@ class LearningRate(Handler):
 
     _horizon: Horizon = attrs.field(factory=Horizon, init=False, repr=False)
     _earlier: list[tuple[dict[str, Any], Any]] = attrs.field(factory=list, init=False, repr=False)
+    _others: list[Optimizer] = attrs.field(factory=list, init=False, repr=False)
     _published: int = attrs.field(default=0, init=False, repr=False)
 
     def attach(self, trainer: Trainer) -> None:
@@ -126,6 +132,17 @@ class LearningRate(Handler):
         if self.decay != "constant":
             self._horizon.start(trainer, self.total, "LearningRate", "learning rate")
         check_length(self, self._horizon.iterations, "the run")
+        self._find_others(trainer)
+
+    def _find_others(self, trainer: Trainer) -> None:
+        """Find the optimizers beside the trainer's whose rates nothing else sets."""
+        before = {id(optimizer) for optimizer in self._others}
+        rest = trainer.optimizers[1:]
+        self._others = [one for one in rest if not schedulers_behind(trainer, one)]
+        for optimizer in self._others:
+            for group in optimizer.param_groups:
+                if trainer.state.iteration == 0 and id(optimizer) not in before:
+                    group["initial_lr"] = float(group["lr"])
 
     def _log_used(self, groups: list[dict[str, Any]]) -> None:
         """Log the rates that an earlier schedule has left."""
@@ -143,7 +160,8 @@ class LearningRate(Handler):
     def _set(self, trainer: Trainer) -> None:
         factor = self.factor(trainer.state.iteration, self._horizon.iterations)
         groups = trainer.optimizer.param_groups
-        for group in groups:
+        others = [group for optimizer in self._others for group in optimizer.param_groups]
+        for group in (*groups, *others):
             if "initial_lr" not in group:
                 group["initial_lr"] = float(group["lr"])
             set_rate(group, factor * group["initial_lr"])

@@ -1,0 +1,205 @@
+"""The objects that functions at events refer to: optimizers and schedulers among them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine
+from ignite.handlers.param_scheduler import BaseParamScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from diptych.engine.handler import Stateful
+from diptych.engine.modules import named_parameters
+from diptych.engine.state.run_parts import RunParts
+
+logger = logging.getLogger(__name__)
+
+DEPTH = 6
+"""References from a function at an event to an object: closure, attribute, list, ..."""
+
+OBJECTS = 5_000
+"""Objects that one search visits at most, so that a data set in a closure costs little."""
+
+ITEMS = 64
+"""Items of a container that are visited."""
+
+SKIPPED = (
+    *(str, bytes, int, float, complex, type(None), type, types.ModuleType, types.BuiltinMethodType),
+    *(Tensor, np.ndarray, nn.Module, Engine, torch.Generator, logging.Logger),
+)
+
+LIBRARIES = {"torch", "ignite", "diptych", "numpy"}
+
+
+def is_scheduler(candidate: object) -> bool:
+    """Return whether an object is a scheduler of torch or Ignite."""
+    return isinstance(candidate, (LRScheduler, BaseParamScheduler))
+
+
+def behind_events(trainer: RunParts, *, of_stateless: bool = False) -> list[Any]:
+    """Return the objects that the functions at a trainer's events refer to, in order.
+
+    A function refers to what is in its closure, its defaults, its arguments, the globals that it
+    names, and the attributes of these objects. The step, and schedulers that are attributes of the
+    trainer, count too.
+
+    Args:
+        trainer: the trainer.
+        of_stateless: whether to leave out what objects with a state of their own refer to.
+    """
+    roots: list[Any] = []
+    for listener in trainer.listeners:
+        if not (of_stateless and isinstance(listener.owner, Stateful)):
+            roots += [listener.added, *listener.arguments, *listener.keywords.values()]
+            roots += [listener.owner] if is_scheduler(listener.owner) else []
+    roots += [trainer.step, *(one for one in vars(trainer).values() if is_scheduler(one))]
+    return reachable(roots)
+
+
+def other_optimizers(trainer: RunParts, *, of_stateless: bool = False) -> list[Optimizer]:
+    """Return the optimizers behind events that hold parameters which the trainer's own lacks.
+
+    Only parameters of the model or the loss count.
+
+    Args:
+        trainer: the trainer.
+        of_stateless: whether to leave out the optimizers of objects with a state of their own.
+    """
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    named = named_parameters(trainer.model, trainer.loss)
+    rest = {id(parameter) for parameter in named.values()} - held
+    if not rest:
+        return []
+    found = behind_events(trainer, of_stateless=of_stateless)
+    optimizers = [one for one in found if isinstance(one, Optimizer)]
+    return [
+        one
+        for one in optimizers
+        if any(id(p) in rest for group in one.param_groups for p in group["params"])
+    ]
+
+
+def reachable(roots: Iterable[Any], *, everything: bool = False) -> list[Any]:
+    """Return the objects that roots refer to, roots included, each once, in a stable order.
+
+    Args:
+        roots: where the search begins.
+        everything: whether to look into the objects of this library, and into schedulers.
+    """
+    found: dict[int, Any] = {}
+
+    def visit(item: Any, depth: int) -> None:
+        if id(item) in found or len(found) >= OBJECTS or isinstance(item, SKIPPED):
+            return
+        found[id(item)] = item
+        if depth and not isinstance(item, Optimizer) and (everything or _is_users(item)):
+            for inner in _references(item):
+                visit(inner, depth - 1)
+
+    for root in roots:
+        visit(root, DEPTH)
+    return list(found.values())
+
+
+def _is_users(item: Any) -> bool:
+    return type(item).__module__.partition(".")[0] != "diptych" and not is_scheduler(item)
+
+
+def _references(item: Any) -> Iterator[Any]:
+    if isinstance(item, types.FunctionType):
+        return _of_function(item)
+    if isinstance(item, types.MethodType):
+        return iter((item.__self__, item.__func__))
+    if isinstance(item, functools.partial):
+        return iter((item.func, *item.args, *item.keywords.values()))
+    if isinstance(item, Mapping):
+        return itertools.islice(list(item.values()), ITEMS)
+    if isinstance(item, (list, tuple, set, frozenset, deque)):
+        return itertools.islice(list(item), ITEMS)
+    return _attributes(item)
+
+
+def _attributes(item: Any) -> Iterator[Any]:
+    """Yield an object's attributes, and the function that calls it."""
+    yield from list(getattr(item, "__dict__", {}).values())
+    for name in itertools.chain.from_iterable(_slots(base) for base in type(item).__mro__):
+        yield getattr(item, name, None)
+    call = vars(type(item)).get("__call__")
+    if isinstance(call, types.FunctionType):
+        yield call
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    names = vars(kind).get("__slots__", ())
+    names = (names,) if isinstance(names, str) else tuple(names)
+    return tuple(name for name in names if name not in {"__weakref__", "__dict__"})
+
+
+def _of_function(function: types.FunctionType) -> Iterator[Any]:
+    """Yield what a function written by a user refers to."""
+    if str(function.__module__).partition(".")[0] in LIBRARIES:
+        return
+    yield from map(_content, function.__closure__ or ())
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    names = list(_names(function.__code__))
+    for name in names:
+        value = function.__globals__.get(name)
+        if isinstance(value, types.ModuleType):
+            inside = vars(value)
+            yield from (inside[inner] for inner in names if is_scheduler(inside.get(inner)))
+        elif value is not None:
+            yield value
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """Yield the names that a function's code uses, those of functions inside it included."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def checked_optimizers(trainer: RunParts, known: Iterable[Optimizer]) -> list[Optimizer]:
+    """Return the trainer's optimizer, and others that functions at events may step; log those.
+
+    Args:
+        trainer: the trainer.
+        known: optimizers that need no log line.
+
+    Raises:
+        ValueError: in fp16, if there are others: their gradients would keep the loss scale.
+    """
+    others = other_optimizers(trainer)
+    names = ", ".join(type(one).__name__ for one in others)
+    if others and trainer.settings.precision == "fp16":
+        raise ValueError(
+            f"precision must not be 'fp16' with an optimizer beside the trainer's, got {names}, "
+            "whose gradients would keep the loss scale. Hold both in a CompositeOptimizer"
+        )
+    if {id(one) for one in others} - set(map(id, known)):
+        logger.warning(
+            "A function at an event refers to another optimizer, %s, that holds parameters which "
+            "the trainer's %s lacks. Clipping, guards and LearningRate apply to both. "
+            "CompositeOptimizer holds several optimizers behind one interface.",
+            names,
+            type(trainer.optimizer).__name__,
+        )
+    return [trainer.optimizer, *others]
