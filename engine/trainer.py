@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -31,7 +31,7 @@ from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.distributed.sharding import shard_model
 from diptych.engine.errors import BatchError
 from diptych.engine.evaluator import EvaluatesModel, numbers_in
-from diptych.engine.events import MetricsEvents, RunEvents, StepEvents
+from diptych.engine.events import EvaluationEvents, MetricsEvents, RunEvents, StepEvents
 from diptych.engine.handler import Attachable, Finding, contract_of
 from diptych.engine.loop.continued_events import STEP
 from diptych.engine.loop.event_loop import EventLoop
@@ -46,6 +46,8 @@ from diptych.engine.step.loss_contract import scalars_of
 from diptych.engine.step.step_snapshot import Failed, StepSnapshot
 from diptych.engine.step.train_step import TrainStep, check_fp16
 from diptych.engine.tasks import Outputs, Task
+from diptych.engine.trials.dry_run import DryRun, dry_run
+from diptych.engine.trials.overfit import Overfit, overfit
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +92,7 @@ class Trainer(EventLoop):
         handlers: the attached objects, in order.
         terms: the terms of the last loss, detached.
         step: the argument `step`.
+        leaves_out: in a dry run, the handlers and functions that are not run.
         transform: the argument `transform`. It can be replaced between two updates.
         loaded_length: iterations that the run of the loaded state was to have, if an earlier
             version wrote it, which did not save the lengths of schedules; else None.
@@ -142,6 +145,7 @@ class Trainer(EventLoop):
         self.loaded_length: int | None = None
         self._others: list[Optimizer] = []
         self.step = step
+        self.leaves_out: tuple[str, ...] = ()
         self._identity: RunIdentity | None = None
         super().__init__(self._make_step(step))
         self._listen_to_itself()
@@ -301,6 +305,67 @@ class Trainer(EventLoop):
         parts = {"model": self.model, "loss": self.loss, "optimizer": self.optimizer}
         return Trainer(**{**parts, **self.arguments, **changes}).attach(*handlers)
 
+    @contextmanager
+    def renewed(self, **changes: Any) -> Iterator[None]:
+        """Within this context, be a trainer like this one at iteration 0, without handlers.
+
+        Model, loss and optimizer are the same objects, and what is done to them stays. Functions
+        that refer to this trainer work with the new state. Everything else is put back at the end.
+
+        Args:
+            changes: arguments of `Trainer` that are to be others.
+        """
+        own, arguments = dict(vars(self)), self.arguments
+        parts = {"model": self.model, "loss": self.loss, "optimizer": self.optimizer}
+        placed = {"compile": False, "shard": False}  # the model is compiled and sharded already
+        vars(self).clear()
+        try:
+            Trainer.__init__(self, **{**parts, **arguments, **placed, **changes})
+            vars(self).update({k: v for k, v in own.items() if k not in vars(self)})
+            yield
+        finally:
+            vars(self).clear()
+            vars(self).update(own)
+
+    def dry_run(self, loader: Iterable[Any], *, updates: int = 1, batches: int = 2) -> DryRun:
+        """Do once, on little data, everything that a run does; undo it, and print what was done.
+
+        A new run of one epoch of `updates` batches, with copies of the attached handlers: updates,
+        evaluations of `batches` batches, checkpoints, sinks. Files are written into a scratch
+        directory, which is removed. Model, loss, optimizer, random generators, loaders, this
+        trainer and its handlers are as before. Functions on events, objects that are no `Handler`,
+        and handlers that send to a service are not run; the report names them.
+
+        Args:
+            loader: of the run; its position stays.
+            updates: batches to train on.
+            batches: batches of each evaluation.
+
+        Raises:
+            Exception: whatever the run raises.
+        """
+        report = dry_run(self, loader, updates, batches)
+        if rank() == 0:
+            print(report)  # noqa: T201 - a report for the person who asked for it
+        return report
+
+    def overfit(self, loader: Iterable[Any], *, batches: int = 1, updates: int = 100) -> Overfit:
+        """Train on the first batches alone, and report whether the loss falls; nothing is kept.
+
+        No handler is attached: the learning rate is the optimizer's current one, without a
+        schedule. Model, loss, optimizer, random generators and this trainer are as before.
+
+        ```python
+        print(trainer.overfit(loader))  # 100 updates on 1 batch: loss 2.31 -> 0.02; it learns
+        ```
+
+        Args:
+            loader: of the run; its position stays.
+            batches: batches to repeat.
+            updates: updates in all.
+        """
+        return overfit(self, loader, batches, updates)
+
     def train(self, loader: Iterable[Any], num_epochs: int) -> list[float]:
         """Run until `num_epochs` epochs are done, and return the mean loss of each epoch."""
         self.run(loader, max_epochs=num_epochs)
@@ -328,26 +393,28 @@ class Trainer(EventLoop):
         saved = state_dict.get("schedules_saved", False)
         self.loaded_length = None if saved else iterations_of_run(self)
 
-    def fire_and_report(self, event: Any, *, continued: bool = False) -> None:
+    def fire_and_report(self, event: Any) -> None:
         """Fire an event, and report what its handlers publish as a record of this iteration.
 
         `EPOCH_COMPLETED`, `EVALUATED` and `COMPLETED` fire in this way: a value that a handler
-        publishes there belongs to the epoch, the evaluation or the run that has ended.
-
-        Args:
-            event: a registered event.
-            continued: whether, after an exception, the next call continues the event: it then
-                reports what was published before the exception too.
+        publishes there belongs to the epoch, the evaluation or the run that has ended. After an
+        exception, the next call continues the event, with the values that were published before.
         """
-        values = self._unreported.pop(event.name, None)  # all handlers had returned
-        if values is None:
-            with self.metrics.collected_apart(event.name if continued else None) as values:
-                self._fire(event)
-        if values:
-            self._unreported[event.name] = values
-            self.state.metrics.update(values)
-            self.metrics.report(self.state.iteration, values)
-            del self._unreported[event.name]
+        reported = self.metrics.record
+        try:
+            values = self._unreported.get(event.name)  # if all handlers have returned
+            if values is None:
+                with self.metrics.collected_apart(event.name) as values:
+                    self._fire(event)
+            if values:
+                self._unreported[event.name] = values
+                self.state.metrics.update(values)
+                self.metrics.report(self.state.iteration, values)
+                del self._unreported[event.name]
+        except BaseException:
+            if event is EvaluationEvents.EVALUATED:  # the evaluation is made again
+                self.metrics.expect_again(reported)
+            raise
 
     def _gradient_scaler(self) -> torch.amp.GradScaler | None:
         if self.settings.precision != "fp16":
@@ -478,14 +545,16 @@ class Trainer(EventLoop):
             self.metrics.report(self.state.iteration, values)
 
     def _fire_completed(self, event: Events) -> None:
-        if event is Events.EPOCH_COMPLETED:
+        # If an exception has left it, what was published before it is logged.
+        begins = event.name not in self._stopped_at and event.name not in self._unreported
+        if begins and event is Events.EPOCH_COMPLETED:
             self.metrics.log(self.state.iteration)
             self.state.metrics.update(self.metrics.end_epoch())
-        elif not self.should_terminate or self.is_finished:
+        elif begins and (not self.should_terminate or self.is_finished):
             # A stopped run keeps its buffered values, so that the run which continues it logs what
             # an uninterrupted one would.
             self.metrics.log(self.state.iteration)
-        self.fire_and_report(event, continued=True)
+        self.fire_and_report(event)
         if event is Events.EPOCH_COMPLETED:
             self._report_metrics()
 

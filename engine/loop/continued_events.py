@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 
 from diptych.engine.distributed.collectives import world_size
 from diptych.engine.errors import ResumeError
@@ -38,6 +38,7 @@ class ContinuedEvents(Dispatcher):
         self._stopped_at: dict[str, tuple[str, ...]] = {}
         self._left: LeftEvent | None = None  # an event of an epoch's end, which checkpoints hold
         self._stop_flags: tuple[Any, Any] = (False, False)
+        self._failed = False
         self._refusal: str | None = None
 
     def _note_failure(self, *, begun: bool) -> None:
@@ -47,17 +48,23 @@ class ContinuedEvents(Dispatcher):
             begun: whether the run has left its start.
         """
         self._stop_flags = (self.should_terminate, self.should_interrupt)
+        self._failed = True
         if world_size() > 1 and begun:
             self._refuse(
                 f"it failed in epoch {self.state.epoch} after iteration {self.state.iteration}, "
                 f"and its {world_size()} ranks may have stopped at different places"
             )
 
-    def _restore_stop_flags(self) -> None:
-        """Ask for the stop that was asked for before an exception; without one, for none."""
+    def _continues_after_failure(self) -> bool:
+        """Return whether an exception has stopped the run after `STARTED`; forget it.
+
+        A stop that was asked for before the exception is asked for again.
+        """
         self.should_terminate, self.should_interrupt = self._stop_flags
+        failed, self._failed = self._failed, False
         self._stop_flags = (False, False)
         self._raised.clear()
+        return failed and Events.STARTED.name not in self._stopped_at
 
     def _refuse(self, reason: str) -> None:
         """Let the next `run` raise, unless a state is loaded before."""
@@ -83,6 +90,8 @@ class ContinuedEvents(Dispatcher):
         try:
             if again:
                 self.fire_again(event)
+            elif event.__class__ is Events:
+                self._fire_event(event)  # which subclasses may override, as in Ignite
             else:
                 self.fire_event(event)
         except BaseException:

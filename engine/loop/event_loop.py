@@ -34,9 +34,9 @@ class EventLoop(ContinuedEvents):
     - `terminate()` and `interrupt()` take effect at the end of the running iteration. The next
       `run` with the same loader continues with the next batch of the epoch.
     - An exception always reaches the caller. `EXCEPTION_RAISED` fires once before. The next `run`
-      continues there: a handler that raised is called again, and those after it; handlers that had
-      returned are not. A step that raised is repeated with the same batch, unless its update was
-      made. Over several ranks, the next `run` raises.
+      continues there, without `STARTED`: a handler that raised is called again, and those after
+      it; handlers that had returned are not. A step that raised is repeated with the same batch,
+      unless its update was made. Over several ranks, the next `run` raises.
     - Another loader inside an epoch, or a loader of another length, is an error.
     - `EPOCH_STARTED` fires once per epoch, also if the epoch is continued in a later `run`.
     - If `max_iters` ends a run inside an epoch, `RunEvents.EPOCH_CUT` fires before `COMPLETED`.
@@ -67,6 +67,7 @@ class EventLoop(ContinuedEvents):
         self._completing: Position | None = None  # that of a state taken inside *COMPLETED
         self._misjudged: Any = None  # the loader whose wrong length was logged
         self._epoch_counts = False  # whether the running epoch ends at a number of iterations
+        self._pass_is_over = False  # whether the next batch is the first of another pass
 
     @property
     def position(self) -> Position:
@@ -142,7 +143,9 @@ class EventLoop(ContinuedEvents):
             self.outcome = Outcome.FAILED
             raise
         finally:
+            last = self.last_event_name
             self.fire_event(RunEvents.ENDED)
+            self.last_event_name = last  # as in Ignite: the last event of the run itself
 
     def _start(
         self,
@@ -174,6 +177,7 @@ class EventLoop(ContinuedEvents):
     def _start_over(self) -> None:
         self._move_to(Position())
         self._forget_failure()
+        self._pass_is_over = False
         self.state.epoch_length = self._count = None
         self.batches.rewind()
 
@@ -262,17 +266,16 @@ class EventLoop(ContinuedEvents):
     # -- the loop --------------------------------------------------------------------------------
 
     def _internal_run(self) -> State:
-        self._restore_stop_flags()
+        begins = not self._position.paused and not self._continues_after_failure()
         if not self._position.in_epoch:  # inside of an epoch, a pending terminate_epoch() stays
             self.should_terminate_single_epoch = False
         started = time.perf_counter()
-        self._find_listeners()
         try:
             # A run that is finished, but not completed, continues with its end.
-            if not self._position.paused and not self.is_finished:
+            if begins and not self.is_finished:
                 self._init_timers(self.state)
                 self._fire(Events.STARTED)
-                self._find_listeners()  # Ignite's profilers add listeners to the table itself
+                self._check_epoch_has_begun()
             self._position = self._position._replace(paused=False)
             self._continue_events()
             while not self._stopped() and not self.is_finished:
@@ -310,6 +313,7 @@ class EventLoop(ContinuedEvents):
             self._fire(Events.INTERRUPT)
             self.should_interrupt = False
             return
+        self._pass_is_over = False
         if self.should_terminate:
             self.outcome = Outcome.TERMINATED
             if Events.COMPLETED.name not in self._stopped_at:
@@ -321,6 +325,7 @@ class EventLoop(ContinuedEvents):
                 self._fire_completed(Events.COMPLETED)
             finally:
                 self._completing = None
+            self.state.times[Events.COMPLETED.name] = time.perf_counter() - started
         self._position = self._position._replace(completed=True)
 
     def _end_cut_epoch(self) -> None:
@@ -338,6 +343,7 @@ class EventLoop(ContinuedEvents):
             if not self._epoch_counts:
                 self.state.epoch_length = self.batches.start_epoch(self.state.epoch - 1)
             self._fire(Events.EPOCH_STARTED)
+            self._check_epoch_has_begun()
         if self._left is None and not self._run_iterations():
             return
         self.state.times[Events.EPOCH_COMPLETED.name] = time.perf_counter() - started
@@ -347,10 +353,25 @@ class EventLoop(ContinuedEvents):
                 self._fire_published(Events.EPOCH_COMPLETED, MetricsEvents.EPOCH_PUBLISHED)
             finally:
                 self._completing = None
+            self.state.times[Events.EPOCH_COMPLETED.name] = time.perf_counter() - started
         safe_point_is_new = self._position.phase is Phase.EPOCH_ENDED
         self._move_to(self.position.epoch_completed())
         # If it has fired, the end of the epoch was not known yet.
         self._fire(RunEvents.SAFE_POINT, again=not safe_point_is_new)
+
+    def _check_epoch_has_begun(self) -> None:
+        """Refuse to end an epoch that has no iteration yet, as Ignite does.
+
+        Raises:
+            RuntimeError: if `terminate_epoch()` was called before the first iteration.
+        """
+        if self.should_terminate_single_epoch and not self.epoch_iteration:
+            self.should_terminate_single_epoch = False
+            raise RuntimeError(
+                "terminate_epoch() must be called inside an epoch, got a call at STARTED or "
+                "EPOCH_STARTED. Call it at GET_BATCH_STARTED or later, or terminate() to end the "
+                "run"
+            )
 
     def _run_iterations(self) -> bool:
         """Run the rest of the epoch; return whether it has ended."""
@@ -365,8 +386,8 @@ class EventLoop(ContinuedEvents):
                 return True
             if not self._is_long_enough and self._reached_max_iters:
                 return False
-            if self._position.phase is not Phase.BEFORE_STEP and not self._fetch():
-                self._end_pass()
+            if self._position.phase is not Phase.BEFORE_STEP:
+                self._fetch()
             elif self._is_long_enough:
                 self._extend_epoch()
             else:
@@ -375,16 +396,22 @@ class EventLoop(ContinuedEvents):
 
     def _rewind_whole_pass(self) -> None:
         """Start a new pass with the next epoch if this one, by its count, was a whole pass."""
-        if self._epoch_counts and length_of(self.batches.data) == self.state.epoch_length:
-            self.batches.rewind()
+        self._pass_is_over = True
+        if self._epoch_counts:
+            self._pass_is_over = length_of(self.batches.data) == self.state.epoch_length
+            if self._pass_is_over:
+                self.batches.rewind()
 
     @waits_at("an iteration")
     def _run_iteration(self, state: State) -> None:
         left, started = self._stopped_at, False
         state.batch = self._batch
         try:
-            if not left.keys() & {Events.ITERATION_STARTED.name, STEP}:
+            if not left.keys() & {Events.ITERATION_STARTED.name, STEP} and self._has_data:
                 self._fire(Events.GET_BATCH_COMPLETED)
+                if self.should_terminate_single_epoch:
+                    self._position = self._position.batch_dropped()
+                    return
             self._move_to(self.position.step_started())
             started = True
             if STEP not in left:
@@ -493,28 +520,45 @@ class EventLoop(ContinuedEvents):
             else:
                 self.state.epoch_length = self.batches.start_epoch(self.state.epoch - 1)
 
-    def _fetch(self) -> bool:
-        """Fetch the next batch; return False if the pass, and with it the epoch, has ended."""
+    @property
+    def _has_data(self) -> bool:
+        """Whether there are batches; without, the events of a batch do not fire, as in Ignite."""
+        return self.batches.data is not None
+
+    def _fetch(self) -> None:
+        """Fetch the next batch, or end the pass; stop before if a handler asks for it."""
         state = self.state
         self._batch = state.batch = None  # free the last batch before the next one is made
         if not self.epoch_iteration:
             self._take_assigned_data()
-        if not self._is_long_enough and FETCH not in self._stopped_at:
+        begun = self._stopped_at.keys() & {FETCH, Events.DATALOADER_STOP_ITERATION.name}
+        if not self._is_long_enough and not begun and self._has_data:
             self._fire(Events.GET_BATCH_STARTED)
+            if self._stopped() or self.should_terminate_single_epoch:
+                return
+        if self._pass_is_over:
+            self._start_next_pass()
         self._stopped_at.clear()
         try:
             self._batch = self._next_batch()
         except StopIteration:
             if self.epoch_iteration and not self._epoch_counts:
-                return False
-            self.fire_event(Events.DATALOADER_STOP_ITERATION)
-            self._take_assigned_data()
+                self._end_pass()
+                return
+            self._start_next_pass()
             self._batch = self._first_batch()
         except BaseException:
             self._stopped_at[FETCH] = ()
             raise
         self._position = self._position.batch_fetched()
-        return True
+
+    def _start_next_pass(self) -> None:
+        """Let handlers assign another loader where the iterator of the one in use has ended."""
+        self._pass_is_over = True
+        if self._has_data:
+            self._fire(Events.DATALOADER_STOP_ITERATION)
+            self._take_assigned_data()
+        self._pass_is_over = False
 
     def _take_assigned_data(self) -> None:
         """Use the loader that a handler has assigned to `state.dataloader`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,7 +53,9 @@ class MetricsCollector:
         self._epoch: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0])
         self._gauges: dict[str, Callable[[], Scalar]] = {}
         self._history: defaultdict[str, list[float]] = defaultdict(list)
-        self._is_out = True  # whether everything that waits for records has got the last one
+        self._again: tuple[int, frozenset[str]] | None = None  # step and tags of a report
+        self._unsent: Record | None = None  # which not everything that waits for records has got
+        self._unsent_tags: set[str] | None = None  # its tags; None if it is of a log point
 
     def update(self, scalars: Mapping[str, Scalar] | None = None, /, **named: Scalar) -> None:
         """Publish values of this iteration.
@@ -117,8 +119,21 @@ class MetricsCollector:
             self._buffer = outer
 
     def mark(self) -> BufferMark:
-        """Return a mark of what was published so far, for `drop_since`."""
+        """Return a mark of what was published so far, for `drop_since`, at the start of a step.
+
+        Events that an exception has left have been continued by then.
+        """
+        if self._left:
+            self._left.clear()
+        self._again = None
         return self._buffer.mark()
+
+    def expect_again(self, record: Record) -> None:
+        """Ignore the next report if it has the step and the tags of a record.
+
+        A handler that raises after its report is called again, and reports again.
+        """
+        self._again = (record.step, frozenset(record.values))
 
     def drop_since(self, mark: BufferMark) -> None:
         """Drop the values that were published after a mark, by a step that is to be repeated."""
@@ -130,8 +145,12 @@ class MetricsCollector:
         If a sink has raised while it took a record, the next call publishes that record again
         instead: the handler that published it is called again too.
         """
-        if self._emit_again():
+        if self._again == (step, frozenset(values)):
+            self._again = None
             return
+        if self._send_again(step, values):
+            return
+        self._unsent_tags = set(values)
         for tag, value in values.items():
             self._history[tag].append(float(value))
         self._emit(Record(step, {tag: float(value) for tag, value in values.items()}))
@@ -142,8 +161,9 @@ class MetricsCollector:
         Nothing happens if nothing was published since then. If a sink has raised while it took a
         record, the next call publishes that record again instead.
         """
-        if self._emit_again():
+        if self._send_again(step):
             return
+        self._unsent_tags = None
         if self._buffer:
             gauges = {tag: as_scalar(tag, function()) for tag, function in self._gauges.items()}
             means, read = self._drain(gauges)
@@ -177,7 +197,7 @@ class MetricsCollector:
         self._left.clear()
         self._epoch.clear()
         self._history.clear()
-        self._is_out = True
+        self._again = self._unsent = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return all values that the next log point and the end of the epoch need."""
@@ -199,18 +219,28 @@ class MetricsCollector:
         self._history.update({tag: list(values) for tag, values in state_dict["history"].items()})
 
     def _emit(self, record: Record) -> None:
-        self.record = record
-        self._is_out = False
+        self.record = self._unsent = record
         if self._on_record is not None:
             self._on_record()
-        self._is_out = True
+        self._unsent = None
 
-    def _emit_again(self) -> bool:
-        """Publish the last record again if an exception kept it from some of its listeners."""
-        if self._is_out:
+    def _send_again(self, step: int, tags: Iterable[str] | None = None) -> bool:
+        """Publish the last record again if an exception kept it from some of its listeners.
+
+        Args:
+            step: of the record that is about to be published.
+            tags: its tags; None: those of a log point.
+
+        Returns:
+            Whether it is that record.
+        """
+        unsent = self._unsent
+        if unsent is None:
             return False
-        self._emit(self.record)
-        return True
+        is_same = unsent.step == step and self._unsent_tags == (tags and set(tags))
+        if is_same or unsent.step != step:
+            self._emit(unsent)
+        return is_same
 
     def _drain(self, gauges: Mapping[str, Scalar]) -> tuple[dict[str, float], dict[str, float]]:
         """Add the buffer to the epoch's means and empty it; return its means, and the gauges."""

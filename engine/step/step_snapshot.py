@@ -64,7 +64,8 @@ class StepSnapshot:
         self._generators: GeneratorSnapshot | None = None
         self._modules: list[nn.Module] = []
         self._buffers = BufferCopies([])
-        self._optimizer: Optimizer | None = None
+        self._optimizer = trainer.optimizer
+        self._counter = counter_of(trainer.optimizer)
         self._updates = 0
         self._versions: list[int] = []
         self._published: Any = None
@@ -161,5 +162,8 @@ def counter_of(optimizer: Optimizer) -> UpdateCounter:
     if counter is None:
         counter = _COUNTERS[optimizer] = UpdateCounter()
         for one in (optimizer, *getattr(optimizer, "members", ())):
-            one.register_step_post_hook(counter)
+            handle = one.register_step_post_hook(counter)
+            hooks = handle.hooks_dict_ref()
+            assert hooks is not None
+            hooks.move_to_end(handle.id, last=False)  # before hooks that may raise
     return counter

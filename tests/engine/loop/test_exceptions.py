@@ -19,6 +19,7 @@ from diptych.engine.loop.event_loop import EventLoop
 from tests.engine.loop.loops import Unsized
 
 CONTINUED = (
+    Events.STARTED,
     Events.EPOCH_STARTED,
     Events.GET_BATCH_STARTED,
     Events.GET_BATCH_COMPLETED,
@@ -33,7 +34,7 @@ CONTINUED = (
     Events.INTERRUPT,
     Events.COMPLETED,
 )
-"""The events that a run after an exception continues. `STARTED` fires in each run."""
+"""The events that a run after an exception continues."""
 HANDLERS = 3
 STOPS: dict[str, Callable[[EventLoop], object]] = {
     "terminate": lambda loop: loop.terminate(),
@@ -176,7 +177,7 @@ def test_a_run_with_exceptions_acts_as_one_without(loader, limits, lengths, stop
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, RuntimeError, StopIteration])
-@pytest.mark.parametrize("event", CONTINUED[:8])
+@pytest.mark.parametrize("event", CONTINUED[:9])
 def test_any_exception_in_any_event_is_continued(event, kind):
     loop, calls, failures = EventLoop(lambda engine, batch: None), [], [kind("stop")]
     loop.add_event_handler(event, lambda: calls.append("first"))
