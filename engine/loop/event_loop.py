@@ -266,7 +266,7 @@ class EventLoop(ContinuedEvents):
     # -- the loop --------------------------------------------------------------------------------
 
     def _internal_run(self) -> State:
-        begins = not self._position.paused and not self._continues_after_failure()
+        begins = not (self._continues_after_failure() or self._position.paused)
         if not self._position.in_epoch:  # inside of an epoch, a pending terminate_epoch() stays
             self.should_terminate_single_epoch = False
         started = time.perf_counter()
