@@ -16,9 +16,9 @@ from ignite.engine import Events
 from diptych.engine.distributed.collectives import rank
 from diptych.engine.errors import BatchError, CheckpointError, LostRankError, ResumeError
 from diptych.engine.handler import Handler
+from diptych.engine.loop.listener import Listener, filter_of
 
 if TYPE_CHECKING:
-    from diptych.engine.loop.listener import Listener
     from diptych.engine.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -31,9 +31,9 @@ MISTAKES_AT_THE_START = (FileExistsError, NotADirectoryError, TypeError, ValueEr
 """Errors that waiting does not mend: when a run starts, nothing is lost yet, and they are raised.
 
 The first two mean that a part of the path is a file."""
-PAUSE = 20.0
-"""Pause after a failed attempt, in durations of the attempt: retrying takes at most a twentieth of
-the time of a run."""
+SLOW, PAUSE = 0.02, 20.0
+"""Seconds after which a failed attempt is slow, such as a time-out; and the pause after a slow one,
+in durations of the attempt, so that retrying takes at most a twentieth of the time of a run."""
 
 
 @attrs.define(eq=False)
@@ -142,7 +142,7 @@ class OutputHandler(Handler):
         outage = self._outages.setdefault(name, Outage())
         now, known = time.monotonic(), outage.error
         outage.lost += lost
-        outage.retry = now + PAUSE * seconds
+        outage.retry = now + PAUSE * seconds if seconds > SLOW else now
         outage.error = _words(error)  # before logging, which may write to this handler
         if not known:
             outage.since = now
@@ -171,6 +171,8 @@ class OutputHandler(Handler):
     def _guard(self, listener: Listener) -> None:
         function: Callable[..., object] = listener.function
         starting = listener.event == Events.STARTED
+        # With a filter, a call that returns may have written nothing.
+        tells_recovery = filter_of(listener.event) is None
 
         @functools.wraps(function)
         def guarded(*arguments: Any, **keywords: Any) -> None:
@@ -183,7 +185,7 @@ class OutputHandler(Handler):
                     raise
                 self._failed(self._part(listener), error, time.monotonic() - begin, 0)
             else:
-                if self._outages:
+                if tells_recovery and self._outages:
                     self._succeeded(self._part(listener))
 
         guarded.__self__ = self  # type: ignore[attr-defined] # the listener's owner

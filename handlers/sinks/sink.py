@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MOST_PENDING = 1000
 """Records that a sink keeps in memory until its destination can be written again."""
+MOST_REFUSALS = 3
+"""Errors, other than those of the system, after which a record may be at fault."""
 
 
 @attrs.define(eq=False)
@@ -32,9 +34,10 @@ class Sink(OutputHandler):
 
     A sink never ends a run. If `write_record` raises, the error is logged once and the run
     continues. The sink keeps the record, up to 1000 of them, and passes it to `write_record` again
-    at the next log point and at the end, in order, until it returns. A record that fails while the
-    one after it can be written is dropped. The pause before a new attempt is 20 times as long as
-    the failed one took. See `OutputHandler` for what reaches the caller, and for `unwritten`.
+    at the next log point and at the end, in order, until it returns. After a slow failure, such as
+    a time-out, the pause is 20 times as long as the attempt. A record that has failed three times,
+    not with an `OSError`, is dropped if the one after it can be written. See `OutputHandler` for
+    what reaches the caller, and for `unwritten`.
 
     Event: `MetricsEvents.LOGGED`, `RunEvents.ENDED`. Runs on rank 0 only.
     Cost: that of `write_record`, at log points only.
@@ -42,11 +45,12 @@ class Sink(OutputHandler):
 
     _run_is_over: bool = attrs.field(default=False, init=False, repr=False)
     _pending: deque[Callable[[], object]] = attrs.field(init=False, repr=False)
+    _refusals: int = attrs.field(init=False, repr=False)
 
     def __new__(cls: type[Own], *_: object, **__: object) -> Own:
         """Make the sink; a subclass need not call an `__init__` of this class."""
         self: Any = super().__new__(cls)
-        self._pending = deque()
+        self._pending, self._refusals = deque(), 0
         return self  # type: ignore[no-any-return]
 
     def listen(self, trainer: Trainer) -> None:
@@ -97,19 +101,32 @@ class Sink(OutputHandler):
 
     def _write_pending(self) -> None:
         while self._pending:
-            if self._written(self._pending[0]):
+            if self._written(0):
                 self._pending.popleft()
-            elif len(self._pending) > 1 and self._written(self._pending[1]):
-                # Only the first one cannot be written, so trying it again is of no use.
-                del self._pending[1]
-                self._drop(0)
-            else:
+                self._refusals = 0
+            elif self._refusals < MOST_REFUSALS or not self._written(1):
                 return
+            else:
+                # Only the first record is refused, unless the destination has just recovered.
+                del self._pending[1]
+                if self._written(0):
+                    self._pending.popleft()
+                else:
+                    self._drop(0)
+                self._refusals = 0
 
-    def _written(self, write: Callable[[], object]) -> bool:
-        """Return whether a pending function returned."""
+    def _written(self, index: int) -> bool:
+        """Return whether a pending function returned; False if there is none."""
+        if index >= len(self._pending):
+            return False
         with self.tolerated():
-            write()
+            try:
+                self._pending[index]()
+            except OSError:
+                raise
+            except Exception:
+                self._refusals += 1
+                raise
             return True
         return False
 

@@ -277,7 +277,7 @@ def test_a_stream_without_unicode_gets_ascii():
 
 
 def test_rank_zero_alone_writes(monkeypatch):
-    monkeypatch.setattr("diptych.handlers.sinks.output_handler.rank", lambda: 1)
+    monkeypatch.setattr("diptych.handlers.output.output_handler.rank", lambda: 1)
 
     assert shown(io.StringIO()) == ""
 

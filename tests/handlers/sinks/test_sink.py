@@ -210,7 +210,7 @@ def test_a_second_run_writes_again(kind, tmp_path):
 
 @every_sink
 def test_other_ranks_write_nothing(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr("diptych.handlers.sinks.output_handler.rank", lambda: 1)
+    monkeypatch.setattr("diptych.handlers.output.output_handler.rank", lambda: 1)
     example = EXAMPLES[kind](tmp_path / "none")
 
     run(example)
