@@ -5,9 +5,12 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import attrs
+
+if TYPE_CHECKING:
+    from diptych.engine.trials.trial import Trial
 
 
 class Change(enum.Enum):
@@ -113,6 +116,14 @@ class Handler(ABC):
     def findings(self) -> Sequence[Finding]:
         """The problems that the handler has found so far, in order."""
         return ()
+
+    def for_trial(self, trial: Trial) -> Handler | None:
+        """Return a copy for `Trainer.dry_run` that leaves no trace; None: it is not run.
+
+        By default the handler is made again from its arguments; a path among them leads into the
+        trial's scratch directory.
+        """
+        return trial.rebuilt(self)
 
 
 @attrs.frozen

@@ -23,7 +23,14 @@ LAZY = "diptych._lazy"
 Graph = Mapping[str, Set[str]]
 
 ALLOWED: dict[str, set[str]] = {
-    "engine": {"engine.data", "engine.distributed", "engine.loop", "engine.metrics", "engine.step"},
+    "engine": {
+        "engine.data",
+        "engine.distributed",
+        "engine.loop",
+        "engine.metrics",
+        "engine.step",
+        "engine.trials",
+    },
     "engine.certificate": {
         "engine",
         "engine.data",
@@ -38,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine.metrics": {"engine.distributed"},
     "engine.state": {"engine", "engine.distributed", "engine.metrics"},
     "engine.step": {"engine", "engine.data", "engine.distributed"},
-    "engine.trials": {"engine", "engine.data"},
+    "engine.trials": {"engine", "engine.data", "engine.distributed"},
     "face": {"engine"},
     "face.commands": {
         "engine",

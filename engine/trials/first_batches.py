@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from diptych.engine.data.loader_contract import generator_states, set_generator_states
@@ -37,6 +37,44 @@ def _copied(loader: Iterable[Any]) -> Iterable[Any]:
     if isinstance(loader, Sequence):  # it has no position, and copying it would read all of it
         return loader
     try:
-        return copy.copy(loader)
+        copied = copy.copy(loader)
     except Exception:  # noqa: BLE001 - a loader that cannot be copied, for whatever reason
         return loader
+    if hasattr(copied, "set_epoch"):
+        copied.set_epoch(0)  # gives it a position of its own
+    return copied
+
+
+class FirstBatches:
+    """A loader of the first batches of another one, with a position and the other's attributes.
+
+    Args:
+        loader: the other loader; read at once.
+        count: batches.
+    """
+
+    def __init__(self, loader: Iterable[Any], count: int) -> None:
+        self._loader, self._batches, self._done = loader, first_batches(loader, count), 0
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._done == len(self):
+            self._done = 0
+        while self._done < len(self):
+            self._done += 1
+            yield self._batches[self._done - 1]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name in {"set_epoch", "sampler", "batch_sampler", "generator"}:
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the number of batches that were read."""
+        return {"done": self._done}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Go to a position that `state_dict` returned."""
+        self._done = state_dict["done"]

@@ -162,6 +162,10 @@ class CheckpointManager(Handler):
         """The ranking metric; for a second manager of that metric, also the directory's name."""
         return self._role
 
+    def for_trial(self, trial: Trial) -> CheckpointManager:
+        """Return a copy that saves a new run into the trial's directory."""
+        return trial.rebuilt(self, resume=None)
+
     def attach(self, trainer: Trainer) -> None:
         """Save at the trainer's safe points and at its end; resume before a run starts."""
         self._trainer = trainer

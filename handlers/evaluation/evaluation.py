@@ -35,6 +35,7 @@ from diptych.engine.tasks import Task
 from diptych.engine.trainer import Trainer
 from diptych.engine.trials.first_batches import first_batches
 from diptych.engine.trials.restored import buffers_restored, metrics_restored
+from diptych.engine.trials.trial import Trial
 from diptych.handlers.argument_checks import one_of
 from diptych.handlers.cadence import call_every, check_every
 from diptych.handlers.evaluation.outputs_metric import Outputs, OutputsMetric
@@ -145,6 +146,7 @@ class Evaluation(Handler):
     values: dict[str, float] = attrs.field(factory=dict, init=False, repr=False)
     _validation_loss: ValidationLoss | None = attrs.field(default=None, init=False, repr=False)
     _common_batches: int | None = attrs.field(default=None, init=False, repr=False)
+    is_trial: bool = attrs.field(default=False, init=False, repr=False)
     _checked: object = attrs.field(default=None, init=False, repr=False)
     _names: frozenset[str] | None = attrs.field(default=None, init=False, repr=False)
 
@@ -169,11 +171,19 @@ class Evaluation(Handler):
                 f"prefix must be different for each Evaluation of a trainer, got {self.prefix!r} "
                 "twice"
             )
-        self.evaluator, self._validation_loss = self._make_evaluator(trainer)
+        partial = self.is_trial
+        self.evaluator, self._validation_loss = self._make_evaluator(trainer, partial=partial)
         trainer.add_event_handler(Events.STARTED, self._check_at_start)
         if self.at_start:
             trainer.add_event_handler(Events.STARTED, self._evaluate_at_start)
         call_every(trainer, self.every, self.evaluate)
+
+    def for_trial(self, trial: Trial) -> Evaluation:
+        """Return a copy that evaluates a few batches."""
+        trial.contexts.enter_context(metrics_restored(named_metrics(self.metrics).values()))
+        copied = trial.rebuilt(self, loader=first_batches(self.loader, trial.batches))
+        copied.check_first_batch, copied.is_trial = False, True
+        return copied
 
     def _make_evaluator(
         self, trainer: Trainer, *, partial: bool = False

@@ -35,7 +35,7 @@ def missing_metric(trainer: Trainer, argument: str, metric: str) -> str | None:
         argument: the argument through which a handler was given the metric.
         metric: the name under which its values are published.
     """
-    if published_values(trainer, metric):
+    if published_values(trainer, metric) or trainer.leaves_out:
         return None
     evaluations = _publishers(trainer, metric)
     if evaluations:
@@ -61,7 +61,8 @@ def unpublished_metric(trainer: Trainer, argument: str, metric: str) -> str | No
         metric: the name under which its values are published.
     """
     evaluations = _publishers(trainer, metric)
-    if not (evaluations or metric.startswith("val/")) or _has_foreign_publishers(trainer):
+    known = bool(evaluations) or metric.startswith("val/")
+    if not known or trainer.leaves_out or _has_foreign_publishers(trainer):
         return None
     names: set[str] = set()
     for evaluation in evaluations:

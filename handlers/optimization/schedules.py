@@ -17,6 +17,7 @@ from diptych.engine.distributed.collectives import rank
 from diptych.engine.handler import Change, Handler
 from diptych.engine.state.schedulers import schedulers_behind
 from diptych.engine.trainer import Trainer
+from diptych.engine.trials.trial import Trial
 from diptych.handlers.argument_checks import number, one_of
 from diptych.handlers.optimization.horizon import Horizon
 
@@ -83,6 +84,10 @@ class LearningRate(Handler):
     _earlier: list[tuple[dict[str, Any], Any]] = attrs.field(factory=list, init=False, repr=False)
     _others: list[Optimizer] = attrs.field(factory=list, init=False, repr=False)
     _published: int = attrs.field(default=0, init=False, repr=False)
+
+    def for_trial(self, trial: Trial) -> LearningRate:
+        """Return a copy whose warm-up fits, although the dry run is shorter."""
+        return trial.rebuilt(self, total=self.total or self.warmup + 1)
 
     def attach(self, trainer: Trainer) -> None:
         """Set the rates of the trainer's optimizer before each iteration."""

@@ -11,6 +11,8 @@ import attrs
 from diptych.engine.checks import whole_number
 from diptych.engine.tasks import Task
 from diptych.handlers.optimization.parameter_groups import GroupRules, LayerDecay
+from diptych.engine.trials.first_batches import FirstBatches
+from diptych.engine.trials.trial import Trial
 from diptych.handlers.optimization.schedules import LearningRate, check_length
 
 
@@ -128,6 +130,12 @@ class Stage:
         named = {} if self.loss is None else {"loss.active": self.loss}
         weights = {f"loss.weights.{name}": weight for name, weight in self.loss_weights.items()}
         return {**named, **weights, **self.settings}
+
+    def for_trial(self, trial: Trial) -> Stage:
+        """Return this stage with one epoch of a few batches, and no warm-up."""
+        loader = None if self.loader is None else FirstBatches(self.loader, trial.batches)
+        schedule = attrs.evolve(self.schedule, warmup=0)
+        return attrs.evolve(self, epochs=1, steps=None, loader=loader, schedule=schedule)
 
     def improves(self, value: float, best: float | None) -> bool:
         """Return whether a value of the metric is better than the best one so far; NaN never is."""

@@ -83,6 +83,12 @@ class StageGroups:
                 }
             )
 
+    def remove(self, optimizer: Optimizer) -> None:
+        """Put the parameters into one group, as before `install`."""
+        parameters = [self.named[name] for group in self.groups for name in group.names]
+        optimizer.param_groups.clear()
+        optimizer.add_param_group({"params": parameters, **self.defaults})
+
     def freeze(self, stage: int) -> None:
         """Set `requires_grad` on the parameters that a stage trains, and clear it on all others."""
         trained = set(self.trained[stage])

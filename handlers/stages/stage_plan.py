@@ -19,6 +19,7 @@ from diptych.engine.events import EvaluationEvents, MetricsEvents, RunEvents
 from diptych.engine.handler import Change, Handler
 from diptych.engine.state.module_state import clean_state_dict, load_clean_state_dict
 from diptych.engine.trainer import Trainer
+from diptych.engine.trials.trial import Trial
 from diptych.handlers.evaluation.watched_metric import average_behind, published_values
 from diptych.handlers.optimization.schedules import LearningRate, rate_of
 from diptych.handlers.stages.attribute_paths import try_attribute, write_attribute
@@ -135,6 +136,12 @@ class StagePlan(Handler):
     _loader: Iterable[Any] | None = attrs.field(default=None, init=False, repr=False)
     _task: Any = attrs.field(default=None, init=False, repr=False)
     _sizes: dict[SeededLoader, int] = attrs.field(factory=dict, init=False, repr=False)
+
+    def for_trial(self, trial: Trial) -> StagePlan:
+        """Return a plan whose stages are one short epoch each; the optimizer's groups are joined."""
+        if self._trainer is not None and self._groups is not None:
+            self._groups.remove(self._trainer.optimizer)
+        return trial.rebuilt(self, stages=[stage.for_trial(trial) for stage in self.stages])
 
     def attach(self, trainer: Trainer) -> None:
         """Check the plan against the trainer, and replace the optimizer's groups."""
