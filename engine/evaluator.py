@@ -21,6 +21,7 @@ from diptych.engine.distributed.collectives import world_size
 from diptych.engine.distributed.dtensor import call_on, has_shards
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import BatchError, ResumeError
+from diptych.engine.loop.dispatcher import Dispatcher
 from diptych.engine.loop.event_loop import EventLoop
 from diptych.engine.predictions import NamedOutputs, metrics_without_prediction, prediction_of
 from diptych.engine.random_state import preserved_random_state
@@ -205,6 +206,16 @@ def _check_names(names: Sequence[str]) -> None:
 
 def _snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def computed_by_metrics(engine: Dispatcher) -> dict[str, float]:
+    """Return the numbers that Ignite's metrics, attached to an engine, computed for an epoch."""
+    listeners = [one for one in engine.listeners if one.event == Events.EPOCH_COMPLETED]
+    values: dict[str, float] = {}
+    for name in (one.arguments[0] for one in listeners if isinstance(one.owner, Metric)):
+        result = engine.state.metrics.get(name)
+        values |= numbers_in(result if isinstance(result, Mapping) else {name: result})
+    return values
 
 
 def numbers_in(results: Mapping[str, Any]) -> dict[str, float]:

@@ -91,11 +91,14 @@ class Handler(ABC):
             averaged over ranks. Every rank must have such a handler, as every rank must have one
             that changes something; any other may exist on some ranks only.
         findings: the problems that it has found so far.
+        leaves_traces: whether what it does cannot be undone, as what it sends to a service. A dry
+            run leaves it out.
     """
 
     __slots__ = ()
 
     changes: ClassVar[frozenset[Change]] = frozenset()
+    leaves_traces: ClassVar[bool] = False
     collective: ClassVar[bool] = False
 
     @abstractmethod
@@ -118,12 +121,12 @@ class Handler(ABC):
         return ()
 
     def for_trial(self, trial: Trial) -> Handler | None:
-        """Return a copy for `Trainer.dry_run` that leaves no trace; None: it is not run.
+        """Return a copy for `Trainer.dry_run` that leaves no trace; None: it is left out.
 
         By default the handler is made again from its arguments; a path among them leads into the
         trial's scratch directory.
         """
-        return trial.rebuilt(self)
+        return None if self.leaves_traces else trial.rebuilt(self)
 
 
 @attrs.frozen

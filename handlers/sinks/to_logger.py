@@ -12,7 +12,6 @@ from diptych.handlers.sinks.sink import Sink
 if TYPE_CHECKING:
     from diptych.engine.metrics.metrics_collector import Record
     from diptych.engine.trainer import Trainer
-    from diptych.engine.trials.trial import Trial
 
 
 @attrs.define(eq=False)
@@ -39,15 +38,14 @@ class ToLogger(Sink):
         TypeError: if one of them is not callable.
     """
 
+    leaves_traces = True
+
     write: Callable[[dict[str, float], int], Any] = attrs.field(
         validator=attrs.validators.is_callable()
     )
     close: Callable[[], Any] | None = attrs.field(
         default=None, validator=attrs.validators.optional(attrs.validators.is_callable())
     )
-
-    def for_trial(self, _: Trial) -> None:
-        """Return None: what the function has done cannot be undone."""
 
     def write_record(self, _: Trainer, record: Record) -> None:
         """Call `write`."""

@@ -20,7 +20,6 @@ from diptych.handlers.sinks.sink import Sink
 if TYPE_CHECKING:
     from diptych.engine.metrics.metrics_collector import Record
     from diptych.engine.trainer import Trainer
-    from diptych.engine.trials.trial import Trial
 
 # MLflow's limits: parameters in one request, and characters of a value.
 PARAMETERS_AT_ONCE, PARAMETER_LENGTH = 100, 500
@@ -42,6 +41,7 @@ class Tracker(Sink):
     _run: str = attrs.field(default="", init=False, repr=False)
     _logger: Any = attrs.field(default=None, init=False, repr=False)
 
+    leaves_traces = True
     package: ClassVar[str]
 
     def __attrs_post_init__(self) -> None:
@@ -51,9 +51,6 @@ class Tracker(Sink):
     def role(self) -> str:
         """The project."""
         return self.project
-
-    def for_trial(self, _: Trial) -> None:
-        """Return None: what a service has got stays there."""
 
     def state_dict(self) -> dict[str, str]:
         """Return the run's id at the service; "" before it has one."""
