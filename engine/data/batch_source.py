@@ -5,8 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
 
 from diptych.engine.data.loader_contract import (
     ListLoader,
@@ -15,6 +19,7 @@ from diptych.engine.data.loader_contract import (
     has_position,
     length_of,
     position_getter,
+    repeats_its_order,
     set_epoch,
     set_generator_states,
     takes_epoch,
@@ -22,10 +27,36 @@ from diptych.engine.data.loader_contract import (
 )
 from diptych.engine.errors import ResumeError
 from diptych.engine.random_state import (
+    GeneratorSnapshot,
     preserved_random_state,
     random_state,
     set_random_state,
 )
+
+logger = logging.getLogger(__name__)
+
+
+class Draws:
+    """The states of the host's random generators, and of those of a loader, at some moment.
+
+    Attributes:
+        epoch: of the pass that starts then.
+    """
+
+    def __init__(self, epoch: int = 0) -> None:
+        self.epoch = epoch
+        self._generators = GeneratorSnapshot(torch.device("cpu"))
+        self._own: list[torch.Tensor] = []
+
+    def take(self, loader: object) -> None:
+        """Copy the states."""
+        self._generators.take()
+        self._own = generator_states(loader)
+
+    def restore(self, loader: object) -> None:
+        """Restore the states."""
+        self._generators.restore()
+        set_generator_states(loader, self._own)
 
 
 class BatchSource:
@@ -49,11 +80,18 @@ class BatchSource:
         self._epoch_set: int | None = None  # the epoch that the loader was told for its next pass
         self._ahead: list[Any] = []  # the batch that `has_more` has read
         self._place_before: dict[str, Any] = {}  # without that batch
+        self._before = Draws()  # before the batch that is being read
+        self._start: Draws | None = None  # at the start of the pass, if it can be read again
+        self._begins = (
+            False  # whether the restored position is the start of a pass, after a failure
+        )
+        self._to_skip: int | None = None  # batches that the next iterator is to leave out
 
     @property
     def keeps_its_place(self) -> bool:
         """Whether the loader is positioned after the last batch, also of a resumed run."""
-        return self._iterator is not None or self._restored is not None
+        positioned = self._iterator is not None or self._restored is not None
+        return positioned or self._to_skip is not None
 
     @property
     def has_positions(self) -> bool:
@@ -72,6 +110,7 @@ class BatchSource:
             self._loader = with_position(data)
             self._given, self._counted, self.lost_its_place = 0, None, False
             self._ahead, self._epoch_set = [], None
+            self._start = self._to_skip = None
 
     def start_epoch(self, epoch: int) -> int | None:
         """Return the number of batches of the pass that starts with an epoch, if it is known.
@@ -99,7 +138,7 @@ class BatchSource:
             self._restored = None
         self._at_end = self._restored is not None
         self._iterator, self._given, self.lost_its_place = None, 0, False
-        self._ahead = []
+        self._ahead, self._to_skip = [], None
 
     def has_more(self, epoch: int) -> bool:
         """Return whether the pass goes on; reads a batch ahead, which `next` then returns.
@@ -128,27 +167,43 @@ class BatchSource:
         """
         if self._ahead:
             return self._ahead.pop()
-        if self._iterator is None:
-            self._iterator = self._open(epoch, done, epoch_length)
+        draws = self.data is not None and not isinstance(self._loader, ListLoader)
+        if draws:
+            self._before.take(self.data)
+        opens, restored = self._iterator is None, self._restored
         try:
+            if self._iterator is None:
+                self._iterator = self._open(epoch, done, epoch_length)
             batch = next(self._iterator)
         except StopIteration:
             self._counted = self._given
             self.rewind()
             raise
         except BaseException:
-            self._after_failure()
+            if draws:
+                self._before.restore(self.data)
+            self._after_failure(restored, opens=opens)
             raise
         self._given += 1
         return batch
 
-    def _after_failure(self) -> None:
-        """Keep the place if the loader has positions; an exception has ended a generator."""
-        position = self.position()
-        if position is not None:
-            self.restore(position)
-        elif inspect.isgenerator(self._iterator):
-            self.rewind()
+    def _after_failure(self, restored: dict[str, Any] | None, *, opens: bool) -> None:
+        """Keep the place, so that the next call reads the batch that could not be read.
+
+        Args:
+            restored: the position to which the loader had been restored, if it was not read since.
+            opens: whether the call has opened an iterator.
+        """
+        if has_position(self._loader):
+            at_end = self._at_end
+            unopened = self._iterator is None and restored is not None
+            self.restore(restored if unopened and restored is not None else self.position() or {})
+            self._at_end = unopened and at_end
+            self._begins = opens and restored is None
+        elif self._start is not None:
+            self._iterator, self._to_skip = None, self._given
+        elif opens or inspect.isgenerator(self._iterator) or isinstance(self.data, DataLoader):
+            self.rewind()  # else a batch would be missing
 
     def _open(self, epoch: int, done: int, epoch_length: int | None) -> Iterator[Any]:
         if self.data is None:
@@ -156,17 +211,37 @@ class BatchSource:
         if self._restored is not None and has_position(self._loader):
             position, self._restored = self._restored, None
             return self._reopen(self._loader, position)
+        if self._to_skip and self._start is not None:
+            return self._read_again(self._to_skip, self._start)
         self._given = 0
         length = length_of(self.data)
         if length and epoch_length:  # two passes of one epoch must not repeat one order
             epoch = epoch * -(-epoch_length // length) + done // length
+        self._start = Draws(epoch) if repeats_its_order(self.data) else None
+        if self._start is not None:
+            self._start.take(self.data)
         if epoch != self._epoch_set:
             set_epoch(self.data, epoch)
-        self._epoch_set = None
+        self._epoch_set = self._to_skip = None
         return iter(self._loader)
+
+    def _read_again(self, count: int, start: Draws) -> Iterator[Any]:
+        """Iterate a loader without positions behind the first batches of the same pass."""
+        logger.info("Reading %d batches again: the loader has no state_dict().", count)
+        now = Draws()
+        now.take(self.data)
+        start.restore(self.data)
+        set_epoch(self.data, start.epoch)
+        iterator = iter(self._loader)
+        for _ in itertools.islice(iterator, count):
+            continue
+        now.restore(self.data)
+        self._to_skip = None
+        return iterator
 
     def _reopen(self, data: PositionedLoader, position: dict[str, Any]) -> Iterator[Any]:
         """Iterate a loader from a position, without the random draws that were made before it."""
+        begins, self._begins = self._begins, False
         data.load_state_dict(position)  # again: others may have read the loader since
         drawn, generators = random_state(), generator_states(data)
         iterator = iter(data)
@@ -174,8 +249,9 @@ class BatchSource:
             self._given = 0
             for batch in iterator:  # the loader has started the next pass by itself
                 return itertools.chain([batch], iterator)
-        set_random_state(drawn)
-        set_generator_states(data, generators)
+        if not begins:
+            set_random_state(drawn)
+            set_generator_states(data, generators)
         return iter(data) if self._at_end else iterator
 
     def position(self) -> dict[str, Any] | None:
@@ -265,6 +341,7 @@ class BatchSource:
                 f"got {type(self.data).__name__}"
             )
         self._loader.load_state_dict(position)
+        self._begins = False
         self._iterator, self._restored, self._ahead = None, dict(position), []
         self._epoch_set = None
         self._at_end = self.lost_its_place = False

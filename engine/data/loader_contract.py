@@ -12,6 +12,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any, Protocol, TypeGuard
 
 import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+SAMPLERS: set[type] = {
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+}
+"""Samplers whose order depends on the generators' states, and on the epoch, alone."""
 
 
 class PositionedLoader(Protocol):
@@ -86,6 +105,17 @@ def with_position(loader: Any) -> Any:
 def has_position(loader: object) -> TypeGuard[PositionedLoader]:
     """Say whether a loader can save its position and continue from one."""
     return all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
+
+
+def repeats_its_order(loader: object) -> bool:
+    """Say whether a pass over a loader can be read again from the generators' states at its start.
+
+    A torch loader over a data set with indices can, with torch's own samplers.
+    """
+    if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
+        return False
+    own_batches = loader.batch_sampler is None or type(loader.batch_sampler) is BatchSampler
+    return own_batches and type(loader.sampler) in SAMPLERS
 
 
 def position_getter(batches: object, loader: PositionedLoader) -> Callable[[], dict[str, Any]]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diptych.engine.random_state import GeneratorSnapshot
 from diptych.engine.step.buffer_copies import BufferCopies, version_of
-from diptych.engine.step.generator_snapshot import GeneratorSnapshot
 
 
 class SnapshotParts(Protocol):

@@ -55,14 +55,14 @@ class Samples(Dataset[dict[str, Tensor]]):
     """Samples with noise from three global generators."""
 
     def __init__(self, planted: Planted) -> None:
-        self.planted = planted
+        self.planted, self.broken = planted, 7
 
     def __len__(self) -> int:
         return SAMPLES
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         noise = random.random() + np.random.rand() + torch.rand(())
-        if index == 7:
+        if index == self.broken:
             self.planted("fetch")
         return {"image": torch.full((3,), index / 11) + noise, "label": torch.tensor(index % 2)}
 
@@ -284,3 +284,14 @@ def test_an_exception_in_an_event_changes_nothing(event, time, whole):
     found = Run(Planted((event.name, time), KeyboardInterrupt)).play(KeyboardInterrupt)
 
     assert differences(found, whole) == []
+
+
+@pytest.mark.parametrize("index", [0, 7, 21])
+@pytest.mark.parametrize("kind", ["seeded", "torch"])
+def test_a_batch_that_could_not_be_read_is_read_again(kind, index):
+    expected = Run(Planted(None, OSError), loader_kind=kind).play()
+    for time in (1, 2):
+        run = Run(Planted(("fetch", time), OSError), loader_kind=kind)
+        run.loader.dataset.broken = index
+
+        assert differences(run.play(OSError), expected) == []
