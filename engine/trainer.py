@@ -38,6 +38,7 @@ from diptych.engine.loop.event_loop import EventLoop
 from diptych.engine.loop.listener import cost_table
 from diptych.engine.loop.position import Position
 from diptych.engine.metrics.metrics_collector import MetricsCollector
+from diptych.engine.optimizer_modes import put_into_training_mode
 from diptych.engine.settings import Precision, TrainerSettings, Units
 from diptych.engine.state.references import checked_optimizers
 from diptych.engine.state.run_identity import RunIdentity
@@ -498,6 +499,7 @@ class Trainer(EventLoop):
         self.metrics = MetricsCollector(on_record=lambda: self._fire(MetricsEvents.LOGGED))
         self._publish_gauges()
         self.add_event_handler(RunEvents.RESTORE, self._declare)
+        self.add_event_handler(RunEvents.RESTORE, self._put_optimizer_into_training_mode)
         self.add_event_handler(Events.STARTED, self._prepare)
         self.add_event_handler(Events.EPOCH_STARTED, self._check_length_over_ranks)
         self.every(self.settings.log_every, self._log, RunEvents.SAFE_POINT)
@@ -513,6 +515,9 @@ class Trainer(EventLoop):
         for module in (self.model, self.loss):
             if not module.training:
                 module.train()
+
+    def _put_optimizer_into_training_mode(self, _: Engine) -> None:
+        put_into_training_mode(self.optimizer)
 
     def _check_length_over_ranks(self, _: Engine) -> None:
         """Check that all ranks run the same number of iterations: they wait for one another."""

@@ -47,6 +47,7 @@ OPTIONAL: dict[str, Any] = {
     "parameters": [list],
     "scaler": (dict, type(None)),
     "skipped_steps": Tensor,
+    "evaluated": dict,
     "shards": {"folder": str, "tensors": dict, "files": dict},
 }
 """The parts that some checkpoints have."""

@@ -28,6 +28,7 @@ from diptych.handlers.checkpointing.entries import (
     Entry,
     with_entry,
 )
+from diptych.handlers.checkpointing.export import EVALUATED, weights_in
 from diptych.handlers.checkpointing.manifest import (
     MANIFEST,
     Manifest,
@@ -194,9 +195,9 @@ class CheckpointStore:
         """
         state = self._read_file(name)
         index = state.get("shards", {}).get("tensors", {})
-        of_model = {path: stored for path, stored in index.items() if path.startswith("model.")}
-        weights: dict[str, Tensor] = self._with_tensors(name, state, of_model, None)["model"]
-        return weights
+        parts = ("model.", f"{EVALUATED}.")
+        of_model = {path: stored for path, stored in index.items() if path.startswith(parts)}
+        return weights_in(self._with_tensors(name, state, of_model, None))
 
     def _with_tensors(
         self, name: str, state: dict[str, Any], index: Mapping[str, Any], group: Any

@@ -17,7 +17,7 @@ from diptych.engine.distributed.collectives import rank
 from diptych.engine.errors import CheckpointError
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
 from diptych.handlers.checkpointing.entries import Entry, Ranking
-from diptych.handlers.checkpointing.export import export_weights, exported_from
+from diptych.handlers.checkpointing.export import export_weights, exported_from, weights_in
 from diptych.handlers.checkpointing.sharded_tensors import (
     LocalShards,
     extract_shards,
@@ -98,6 +98,11 @@ class CheckpointWriter:
             self._job.exception()
 
     @property
+    def exports(self) -> bool:
+        """Whether weights are exported."""
+        return self._export
+
+    @property
     def idle(self) -> bool:
         """Whether nothing is being written and no outcome remains to be logged."""
         return self._job is None
@@ -159,7 +164,7 @@ class CheckpointWriter:
         self._written = entry.file
         entries = self._store.entries()
         if self._export and entry == self._to_export(entries):
-            self._export_weights(entry, state["model"] if group is None else None)
+            self._export_weights(entry, weights_in(state) if group is None else None)
         self._store.remove(self._ranking.superfluous(entries))
 
     def _write_shards(self, folder: str, shards: LocalShards, group: Any) -> dict[str, Any]:

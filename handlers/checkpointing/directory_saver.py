@@ -22,11 +22,13 @@ from diptych.engine.distributed.hang_report import entered_places
 from diptych.engine.errors import CheckpointError
 from diptych.engine.events import Outcome, RunEvents
 from diptych.engine.loop.listener import Listener
+from diptych.engine.optimizer_modes import trained_weights
 from diptych.engine.state.run_state import run_state
 from diptych.engine.trainer import Trainer
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
 from diptych.handlers.checkpointing.checkpoint_writer import CheckpointWriter
 from diptych.handlers.checkpointing.entries import SUFFIX, Entry, Ranking, resumable_entries
+from diptych.handlers.checkpointing.export import evaluated_weights
 from diptych.handlers.checkpointing.resume import position_is_lost
 from diptych.handlers.checkpointing.run_lock import RunLock
 from diptych.handlers.checkpointing.save_policy import (
@@ -298,7 +300,6 @@ class DirectorySaver:
         name: str | None = None,
     ) -> None:
         """Pass the state of the run to the writer."""
-        state = {**run_state(trainer), "saved": {"epoch": epoch, "metrics": dict(metrics)}}
         metric = self.ranking.metric
         score = None if metric is None else metrics.get(metric)
         entry = Entry(
@@ -314,8 +315,12 @@ class DirectorySaver:
         )
         self._asleep = False
         group = self.shard_group(trainer)
-        if rank() == 0 or group is not None:
-            self.writer.submit(entry, state, group)
+        with trained_weights(trainer.optimizer):
+            state = {**run_state(trainer), "saved": {"epoch": epoch, "metrics": dict(metrics)}}
+            if self.writer.exports:
+                state |= evaluated_weights(trainer)
+            if rank() == 0 or group is not None:
+                self.writer.submit(entry, state, group)
         trainer.fire_event(RunEvents.SAVED)
 
     def shard_group(self, trainer: Trainer) -> Any:

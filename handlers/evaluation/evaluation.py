@@ -28,6 +28,7 @@ from diptych.engine.evaluator import (
 )
 from diptych.engine.events import EvaluationEvents
 from diptych.engine.handler import Handler
+from diptych.engine.optimizer_modes import evaluation_weights
 from diptych.engine.settings import AUTOCAST, Precision
 from diptych.engine.step import loss_contract
 from diptych.engine.step.loss_contract import sample_mean_of
@@ -85,7 +86,8 @@ class Evaluation(Handler):
     evaluation does not change the run.
 
     If a handler averages the trainer's weights (`WeightAverage`), the average is evaluated, and the
-    trained weights are restored bit for bit. `weights="model"` evaluates the trained weights.
+    trained weights are restored bit for bit. `weights="model"` evaluates the trained weights. An
+    optimizer with `train()` and `eval()` (a schedule-free one) is in evaluation mode meanwhile.
 
     In a process group, every rank evaluates the batches of its own loader, and the values are those
     of all ranks: use a sampler that shards without padding. If the loss couples the samples of a
@@ -226,7 +228,8 @@ class Evaluation(Handler):
         if loss is not None:
             loss.loss = trainer.loss
         self._check_length(trainer)
-        with evaluation_mode(trainer.loss), self._weights(trainer):
+        scored = self._weights(trainer)
+        with evaluation_mode(trainer.loss), evaluation_weights(trainer.optimizer), scored:
             self.evaluator.evaluate(self.loader)
         results = self.evaluator.state.metrics  # with those of metrics that a user has attached
         for name, result in results.items():

@@ -17,6 +17,7 @@ from diptych.engine.errors import CheckpointError
 from diptych.engine.evaluator import EvaluatesModel
 from diptych.engine.events import EvaluationEvents, MetricsEvents, RunEvents
 from diptych.engine.handler import Change, Handler
+from diptych.engine.optimizer_modes import evaluation_weights
 from diptych.engine.state.module_state import clean_state_dict, load_clean_state_dict
 from diptych.engine.trainer import Trainer
 from diptych.engine.trials.trial import Trial
@@ -398,7 +399,8 @@ class StagePlan(Handler):
         if any(stage.load == "best" for stage in following):
             parts = {"model": trainer.model, "loss": trainer.loss}
             average = average_behind(trainer, str(self.stage.metric))
-            with average.averaged() if average else nullcontext():
+            held = average.averaged() if average else nullcontext()
+            with evaluation_weights(trainer.optimizer), held:
                 self._kept = {
                     part: {key: value.clone() for key, value in clean_state_dict(module).items()}
                     for part, module in parts.items()

@@ -1,0 +1,125 @@
+"""Optimizers with `train()` and `eval()`, such as schedule-free ones: the weights in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from diptych.engine.distributed.dtensor import local_parts
+
+Mode = Literal["train", "eval"]
+
+
+class _Inside(NamedTuple):
+    """A running context.
+
+    Attributes:
+        mode: the mode that it has put the optimizer into.
+        trained: copies of the weights that are trained.
+    """
+
+    mode: Mode
+    trained: list[Tensor]
+
+
+_INSIDE: WeakKeyDictionary[Optimizer, _Inside] = WeakKeyDictionary()
+"""The innermost context of each optimizer."""
+
+
+def has_modes(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer, or a member of it, has `train()` and `eval()`."""
+    members = getattr(optimizer, "members", None)
+    if members is not None:
+        return any(has_modes(member) for member in members)
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+
+
+def put_into_training_mode(optimizer: Optimizer) -> None:
+    """Let the model hold the weights that are trained."""
+    if has_modes(optimizer):
+        modal: Any = optimizer
+        modal.train()
+
+
+@contextmanager
+def evaluation_weights(optimizer: Optimizer) -> Iterator[None]:
+    """Let the model hold the weights that the optimizer evaluates; afterwards the trained ones.
+
+    Nothing happens for an optimizer without `train()` and `eval()`. The weights that are trained
+    are restored bit for bit, also after an error. A nested context changes nothing, and functions
+    in it may call `eval()` and `train()` themselves.
+
+    Args:
+        optimizer: the optimizer of the model's parameters.
+    """
+    with _in_mode(optimizer, "eval"):
+        yield
+
+
+@contextmanager
+def trained_weights(optimizer: Optimizer) -> Iterator[None]:
+    """Let the model hold the weights that are trained, as a checkpoint must; see above.
+
+    Args:
+        optimizer: the optimizer of the model's parameters.
+    """
+    with _in_mode(optimizer, "train"):
+        yield
+
+
+@contextmanager
+def _in_mode(optimizer: Optimizer, mode: Mode) -> Iterator[None]:
+    outer = _INSIDE.get(optimizer)
+    if not has_modes(optimizer) or (outer is not None and outer.mode == mode):
+        yield
+        return
+    modal: Any = optimizer
+    given = _copies(optimizer)
+    modal.train()
+    if outer is not None:  # `train()` may have rounded
+        _write(optimizer, outer.trained)
+    trained = _copies(optimizer) if outer is None else outer.trained
+    # `train()` does nothing for an optimizer that is in training mode already.
+    earlier = "train" if _equal(given, trained) else "eval"
+    given = given if earlier == "eval" else []  # free the memory
+    _INSIDE[optimizer] = _Inside(mode, trained)
+    try:
+        if mode == "eval":
+            modal.eval()
+        yield
+    finally:
+        modal.train()
+        _write(optimizer, trained)
+        if earlier == "eval":
+            modal.eval()
+            _write(optimizer, given)
+        if outer is None:
+            del _INSIDE[optimizer]
+        else:
+            _INSIDE[optimizer] = outer
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    held = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    return local_parts(held)
+
+
+def _copies(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter.clone() for parameter in _parameters(optimizer)]
+
+
+def _equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    pairs = zip(first, second, strict=True)
+    return all(bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in pairs)
+
+
+@torch.no_grad()
+def _write(optimizer: Optimizer, values: list[Tensor]) -> None:
+    for parameter, value in zip(_parameters(optimizer), values, strict=True):
+        parameter.copy_(value)
