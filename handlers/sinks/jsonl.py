@@ -213,6 +213,10 @@ class JsonLines(Sink):
             ResumeError: if one differs and `damaged` is "refuse".
         """
         damages = {name: file.damage(states[name]) for name, file in self._files.items()}
+        if any(isinstance(state, int) for state in states.values()):
+            logger.warning(
+                "The checkpoint has no digest of the lines in %s; they are not verified.", self.path
+            )
         for name, damage in damages.items():
             path = self._files[name].path
             if damage is not None and self.damaged == "refuse":
@@ -228,15 +232,14 @@ class JsonLines(Sink):
                     damage,
                     self._files[name].set_aside().name,
                 )
-            elif isinstance(states[name], int):
-                logger.warning(
-                    "The checkpoint has no digest of %s; its lines are not verified.", path
-                )
-            elif states[name]["size"] and not path.exists():
+            elif not isinstance(states[name], int) and states[name]["size"] and not path.exists():
                 logger.warning("%s is missing; the run continues with a new file.", path)
 
-    def write_record(self, _: Trainer, record: Record) -> None:
+    def write_record(self, trainer: Trainer, record: Record) -> None:
         """Append a line to each file that gets one of the values."""
+        resumes = self._resumed is not None and not self._run_is_over
+        if resumes and trainer.is_finished:  # it fires COMPLETED alone, without STARTED
+            self._start(trainer)
         if not self._has_started:  # until STARTED, how much of the files to keep is unknown
             self._early_records.append(record)
             return

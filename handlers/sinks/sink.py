@@ -43,7 +43,7 @@ class Sink(OutputHandler):
     Cost: that of `write_record`, at log points only.
     """
 
-    _run_is_over: bool = attrs.field(default=False, init=False, repr=False)
+    _run_is_over: bool = attrs.field(default=True, init=False, repr=False)
     _pending: deque[Callable[[], object]] = attrs.field(init=False, repr=False)
     _refusals: int = attrs.field(init=False, repr=False)
 
@@ -107,13 +107,8 @@ class Sink(OutputHandler):
             elif self._refusals < MOST_REFUSALS or not self._written(1):
                 return
             else:
-                # Only the first record is refused, unless the destination has just recovered.
                 del self._pending[1]
-                if self._written(0):
-                    self._pending.popleft()
-                else:
-                    self._drop(0)
-                self._refusals = 0
+                self._write_or_drop_first()
 
     def _written(self, index: int) -> bool:
         """Return whether a pending function returned; False if there is none."""
@@ -129,6 +124,16 @@ class Sink(OutputHandler):
                 raise
             return True
         return False
+
+    def _write_or_drop_first(self) -> None:
+        """Write the first record, if the destination has just recovered, or else drop it."""
+        self._refusals = 0
+        try:
+            self._pending[0]()
+        except Exception:  # noqa: BLE001 - it has been logged
+            self._drop(0)
+        else:
+            self._pending.popleft()
 
     def _drop(self, index: int) -> None:
         del self._pending[index]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import random
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ignite.engine import Events
@@ -87,11 +91,12 @@ def test_a_record_logged_before_the_handler_starts_comes_first(tmp_path):
     assert read_records(tmp_path)[0] == Record(0, {"val/loss": 0.5})
 
 
-def saving_trainer(folder: Path) -> Trainer:
+def saving_trainer(folder: Path, **settings: Any) -> Trainer:
     trainer = make_trainer()
     trainer.add_event_handler(Events.STARTED, lambda: _report_start(trainer))
-    report_each_epoch(trainer, 0.1, 0.2, 0.3)
-    return trainer.attach(Throughput(), JsonLines(folder), CheckpointManager(folder, every=5))
+    report_each_epoch(trainer, 0.1, 0.2, 0.3, 0.4)
+    lines = JsonLines(folder, **settings)
+    return trainer.attach(Throughput(), lines, CheckpointManager(folder, every=5))
 
 
 def _report_start(trainer: Trainer) -> None:
@@ -176,3 +181,179 @@ def test_a_file_that_was_moved_away_is_started_again(tmp_path):
     saving_trainer(tmp_path).run(loader(), max_epochs=3)
 
     assert [r.step for r in read_records(tmp_path)] == [16, 18, 18]
+
+
+def interrupted_run(folder: Path) -> None:
+    """Leave a run of which a checkpoint, and lines before and after it, are there."""
+    trainer = saving_trainer(folder)
+    stop_at(trainer, 17)
+    with pytest.raises(Stop):
+        trainer.run(loader(), max_epochs=3)
+
+
+def flip(data: bytes, at: int, chance: random.Random) -> bytes:
+    return data[:at] + bytes([data[at] ^ (1 << chance.randrange(8))]) + data[at + 1 :]
+
+
+def drop(data: bytes, at: int, chance: random.Random) -> bytes:
+    return data[:at] + data[at + chance.randint(1, 40) :]
+
+
+def insert(data: bytes, at: int, chance: random.Random) -> bytes:
+    return data[:at] + chance.choice([b"\n", b"\r", b"1", b"\0" * 9, b"{}\n"]) + data[at:]
+
+
+def swap(data: bytes, at: int, _: random.Random) -> bytes:
+    lines = data.splitlines(keepends=True)
+    number = min(data[:at].count(b"\n"), len(lines) - 2)
+    lines[number : number + 2] = lines[number + 1], lines[number]
+    return b"".join(lines)
+
+
+def cut_off(data: bytes, at: int, _: random.Random) -> bytes:
+    return data[:at]
+
+
+DAMAGES = (flip, drop, insert, swap, cut_off)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.measured.jsonl"])
+def test_any_damage_before_the_checkpoint_is_reported_with_file_and_line(tmp_path, damage, name):
+    interrupted_run(tmp_path)
+    path, chance = tmp_path / name, random.Random(1)
+    whole = path.read_bytes()
+    known = whole[: whole.index(b'{"step": 16,')]
+    for _ in range(5):
+        at = chance.randrange(len(known))
+        damaged = damage(known, at, chance)
+        if damaged == known:
+            continue
+        damaged += whole[len(known) :]
+        path.write_bytes(damaged)
+        pairs = itertools.zip_longest(whole.split(b"\n"), damaged.split(b"\n"))
+        first = next(number for number, pair in enumerate(pairs, 1) if pair[0] != pair[1])
+
+        with pytest.raises(ResumeError, match=rf"{name} must hold .* line {first} .*set_aside"):
+            saving_trainer(tmp_path).run(loader(), max_epochs=3)
+
+        assert path.read_bytes() == damaged, "the error has changed the file"
+    path.write_bytes(whole)
+    saving_trainer(tmp_path).run(loader(), max_epochs=3)
+    assert [r.step for r in read_records(tmp_path)] == [0, 4, 6, 6, 8, 12, 12, 16, 18, 18]
+
+
+def test_damage_after_the_checkpoint_is_cut_off_with_the_lines_there(tmp_path):
+    interrupted_run(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'{"step": 16,', b'\xff"step": 16,'))
+
+    saving_trainer(tmp_path).run(loader(), max_epochs=3)
+
+    assert [r.step for r in read_records(tmp_path)] == [0, 4, 6, 6, 8, 12, 12, 16, 18, 18]
+
+
+def test_on_request_a_run_continues_beside_a_damaged_file(tmp_path, caplog):
+    interrupted_run(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    damaged = path.read_bytes().replace(b'{"step": 4,', b'{"step": 5,')
+    path.write_bytes(damaged)
+    (tmp_path / "metrics.damaged.jsonl").write_text("an earlier one")
+
+    saving_trainer(tmp_path, damaged="set_aside").run(loader(), max_epochs=3)
+
+    assert (tmp_path / "metrics.damaged-2.jsonl").read_bytes() == damaged
+    assert [r.step for r in read_records(tmp_path)] == [16, 18, 18]
+    assert f"{path} is damaged: line 2 has changed. It is kept as metrics.damaged-2.jsonl" in (
+        caplog.text
+    )
+    caplog.clear()
+    saving_trainer(tmp_path).run(loader(), max_epochs=4)
+    assert "damaged" not in caplog.text
+
+
+def test_a_checkpoint_without_a_digest_continues_with_one_line_in_the_log(tmp_path, caplog):
+    make_trainer().attach(JsonLines(tmp_path)).run(loader(), max_epochs=1)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    sink = JsonLines(tmp_path)
+    sink.load_state_dict({"values": len(before), "measured": 0})
+    trainer = make_trainer().attach(sink)
+
+    trainer.run(loader(), max_epochs=1)
+
+    text = "The checkpoint has no digest of"
+    assert caplog.text.count(text) == 1
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before * 2
+    state = sink.state_dict()["values"]
+    assert state["size"] == 2 * len(before)
+    (tmp_path / "metrics.jsonl").write_bytes(before + before.replace(b"4", b"3"))
+    again = JsonLines(tmp_path)
+    again.load_state_dict(sink.state_dict())
+    with pytest.raises(ResumeError, match="line 3 has changed"):
+        make_trainer().attach(again).run(loader(), max_epochs=1)
+
+
+def test_a_missing_file_is_logged(tmp_path, caplog):
+    saving_trainer(tmp_path).run(loader(), max_epochs=2)
+    (tmp_path / "metrics.jsonl").unlink()
+
+    saving_trainer(tmp_path).run(loader(), max_epochs=3)
+
+    assert f"{tmp_path / 'metrics.jsonl'} is missing; the run continues with a new file." in (
+        caplog.text
+    )
+
+
+def test_a_sink_that_is_new_in_a_resumed_run_keeps_the_lines_that_are_there(tmp_path):
+    trainer = make_trainer().attach(CheckpointManager(tmp_path))
+    trainer.run(loader(), max_epochs=1)
+    line = b'{"step": 4, "train/loss": 0.5}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(line + b'{"step": 6, "train/lo')
+
+    make_trainer().attach(JsonLines(tmp_path), CheckpointManager(tmp_path)).run(loader(), 2)
+
+    assert [r.step for r in read_records(tmp_path)] == [4, 8, 12]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_line_is_read_as_an_error_with_file_line_and_a_way_out(tmp_path, damage):
+    make_trainer(log_every=1).attach(JsonLines(tmp_path)).run(loader(), max_epochs=2)
+    path, chance = tmp_path / "metrics.jsonl", random.Random(2)
+    whole, messages = path.read_bytes(), list[str]()
+    for _ in range(40):
+        path.write_bytes(damage(whole, chance.randrange(len(whole)), chance))
+        try:
+            assert all(type(record.step) is int for record in read_records(tmp_path))
+        except ValueError as error:
+            messages.append(f"{type(error).__name__} {error}")
+    form = rf"ValueError {re.escape(str(path))}, line \d+, must be a record .* or remove the line"
+    assert [message for message in messages if not re.match(form, message)] == []
+    assert messages or damage in {swap, cut_off}  # what is left may be whole lines
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(b"", b"{}", b"[1]", b"null", b"[" * 10_000, b'{"step": "4"}', b'{"step": 1.5}'),
+        *(b'{"step": true, "a": 1}', b'{"step": 1, "a": "x"}', b'{"step": 1, "a": null}'),
+        b'{"step": 1, "a": []}',
+    ],
+)
+def test_a_line_of_another_form_is_an_error_with_its_number(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "a": 1.0}\n' + line + b"\n")
+
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2, must be a record"):
+        read_records(tmp_path)
+
+
+def test_an_incomplete_last_line_is_left_out_and_logged(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "a": 1.0}\n{"step": 2, "a"')
+
+    assert read_records(tmp_path) == [Record(1, {"a": 1.0})]
+    assert "metrics.jsonl ends inside line 2, which is left out" in caplog.text
+
+
+def test_another_word_for_damaged_files_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="damaged must be one of refuse, set_aside, got 'ignore'"):
+        JsonLines(tmp_path, damaged="ignore")
