@@ -22,6 +22,7 @@ from diptych.engine.distributed.hang_report import entered_places
 from diptych.engine.errors import CheckpointError
 from diptych.engine.events import Outcome, RunEvents
 from diptych.engine.loop.listener import Listener
+from diptych.engine.metrics.metrics_collector import Record
 from diptych.engine.optimizer_modes import trained_weights
 from diptych.engine.state.run_state import run_state
 from diptych.engine.trainer import Trainer
@@ -91,6 +92,8 @@ class DirectorySaver:
     _deadline: float = attrs.field(default=math.inf, init=False)
     _asleep: bool = attrs.field(default=False, init=False)
     _requests: list[Request] = attrs.field(factory=list, init=False)
+    _score: float | None = attrs.field(default=None, init=False)  # of the last save
+    _record: Record | None = attrs.field(default=None, init=False)  # the last one before it
     _ahead: list[CheckpointStore] = attrs.field(factory=list, init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -133,14 +136,27 @@ class DirectorySaver:
         elif self.is_open:
             self._save_requests(trainer)
         self.writer.wait()
-        if trainer.outcome in {Outcome.COMPLETED, Outcome.TERMINATED} and rank() == 0:
-            self._mark_completed(trainer.state.iteration)
+        if trainer.outcome in {Outcome.COMPLETED, Outcome.TERMINATED}:
+            self._save_completed(trainer)
         self.is_open = False
         self._ranks.close()
         self.lock.release()
 
+    def _save_completed(self, trainer: Trainer) -> None:
+        """Keep that the handlers of `COMPLETED` have ended, and what they have published."""
+        has_more = on_rank_zero(lambda: trainer.metrics.record is not self._record)
+        try:
+            if self.state.saved == position_of(trainer) and has_more:
+                self._save(trainer, self._score)
+                on_rank_zero(self.writer.finish)
+        except CheckpointError as error:
+            if rank() == 0:
+                logger.warning("%s; the checkpoint before COMPLETED is intact", error)
+        if rank() == 0:
+            self._mark_completed(trainer.state.iteration)
+
     def _mark_completed(self, iteration: int) -> None:
-        """Note in the manifest that the handlers of `COMPLETED` have ended."""
+        """Note the end of `COMPLETED` in the manifest, unless the checkpoint says so already."""
 
         def revised(entry: Entry) -> Entry:
             ended = entry.completed is False and entry.iteration == iteration
@@ -161,6 +177,7 @@ class DirectorySaver:
                 one has saved.
         """
         self._ahead = ahead
+        self._record = trainer.metrics.record
         saved = position_of(trainer) if folder == self.directory else None
         self.state = self.state._replace(saved=saved)
         if trainer.left_event is None:
@@ -262,6 +279,7 @@ class DirectorySaver:
 
     def _save(self, trainer: Trainer, score: float | None) -> None:
         self._set_deadline()
+        self._score, self._record = score, trainer.metrics.record
         metrics = {
             k: float(v) for k, v in trainer.state.metrics.items() if isinstance(v, (int, float))
         }

@@ -12,6 +12,7 @@ import attrs
 
 from diptych.engine.distributed.agreement import on_all_ranks, on_rank_zero
 from diptych.engine.errors import CheckpointError
+from diptych.engine.loop.position import Phase
 from diptych.engine.trainer import Trainer
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
 from diptych.handlers.checkpointing.entries import Entry, resumable_entries
@@ -186,8 +187,13 @@ def check_is_empty(directory: Path, entries: Sequence[Entry]) -> None:
 
 
 def position_is_lost(trainer: Trainer) -> bool:
-    """Return whether no run can resume here: inside an epoch, with a loader without positions."""
-    return trainer.inside_epoch and not trainer.batches.has_positions
+    """Return whether no run can resume here.
+
+    That is so inside an epoch, if the loader has no positions or has given a batch that no step has
+    taken: its position is behind that batch.
+    """
+    has_batch = trainer.position.phase is Phase.BEFORE_STEP
+    return has_batch or (trainer.inside_epoch and not trainer.batches.has_positions)
 
 
 def resume_limits(trainer: Trainer, *, epochs_only: bool) -> str | None:
