@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -10,9 +12,13 @@ import attrs
 
 from diptych.engine.distributed.agreement import on_rank_zero
 
+logger = logging.getLogger(__name__)
+
 METRICS = "metrics.jsonl"
 WEIGHTS = "model.safetensors"
 """The exported weights, beside the checkpoints."""
+RUN = re.compile(r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\dZ)(-\d{3})?", re.ASCII)
+"""The names that `new_run` gives: a time, and a number if there is a run of that time already."""
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
@@ -112,8 +118,9 @@ def measured_file(metrics: Path) -> Path:
 def new_run(root: str | os.PathLike[str], name: str) -> Path:
     """Make the directory of a new run, `root/name/2026-01-31_09-30-00Z`, and return its path.
 
-    The time is in UTC. A second run of the same second gets a number. Over several ranks, call it
-    after the process group is initialized; all ranks get the same directory.
+    The time is in UTC. A second run of the same second gets a number. If the clock has gone back,
+    the run gets the time of the latest one and a number, so that it is the latest now. Over several
+    ranks, call it after the process group is initialized; all ranks get the same directory.
 
     Raises:
         ValueError: if the name is not the name of one directory.
@@ -129,9 +136,7 @@ def latest_run(root: str | os.PathLike[str], name: str) -> Path | None:
         ValueError: if the name is not the name of one directory.
     """
     parent = _parent(root, name)
-    return on_rank_zero(
-        lambda: max((path for path in parent.glob("*_*Z*") if path.is_dir()), default=None)
-    )
+    return on_rank_zero(lambda: _latest(parent))
 
 
 def _parent(root: str | os.PathLike[str], name: str) -> Path:
@@ -140,8 +145,16 @@ def _parent(root: str | os.PathLike[str], name: str) -> Path:
     return Path(root) / name
 
 
+def _latest(parent: Path) -> Path | None:
+    runs = (path for path in parent.glob("*Z*") if RUN.fullmatch(path.name) and path.is_dir())
+    return max(runs, default=None)
+
+
 def _make(parent: Path) -> Path:
-    stamp = datetime.now(timezone.utc).strftime("%Y-%m-%d_%H-%M-%SZ")
+    stamp, latest = datetime.now(timezone.utc).strftime("%Y-%m-%d_%H-%M-%SZ"), _latest(parent)
+    if latest is not None and latest.name[: len(stamp)] > stamp:
+        logger.warning("The clock has gone back: it is %s, and there is %s.", stamp, latest)
+        stamp = latest.name[: len(stamp)]
     number = 1
     while True:
         # Zero-padded, so that the order of the names is the order of time.

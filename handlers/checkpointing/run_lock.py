@@ -18,6 +18,7 @@ from pathlib import Path
 import attrs
 
 from diptych.engine.errors import CheckpointError
+from diptych.handlers.contained_paths import is_link
 
 try:
     import fcntl
@@ -142,6 +143,8 @@ def _locked(path: Path) -> int:
         OSError: if it cannot be opened.
     """
     while True:
+        if is_link(path):  # not every system can refuse to follow it
+            raise OSError(f"{path} is a symbolic link")
         descriptor = os.open(path, FLAGS, 0o644)
         try:
             _lock_or_refuse(descriptor, path)
@@ -178,7 +181,6 @@ def _change(descriptor: int, *, lock: bool) -> None:
     elif msvcrt is not None:
         os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK if lock else msvcrt.LK_UNLCK, 1)
-        os.lseek(descriptor, 0, os.SEEK_SET)
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
@@ -192,13 +194,15 @@ def _name_holder(descriptor: int) -> None:
     since = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
     with contextlib.suppress(OSError):  # on a full disk too, the lock holds
         os.truncate(descriptor, 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
         os.write(descriptor, f"{os.getpid()} on {platform.node()}, since {since},".encode())
 
 
 def _holder(descriptor: int) -> str:
     """Return what the holder has written into the file, which may be anything."""
-    text = os.pread(descriptor, 256, 0) if hasattr(os, "pread") else os.read(descriptor, 256)
-    printable = "".join(filter(str.isprintable, text.decode(errors="replace")))
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    text = os.read(descriptor, 256).decode(errors="replace")
+    printable = "".join(filter(str.isprintable, text))
     return printable.strip() or "unknown"
 
 

@@ -28,6 +28,18 @@ def test_every_run_has_a_new_folder_and_the_latest_is_the_last(tmp_path):
     assert latest_run(tmp_path, "emoji") == runs[-1]
 
 
+def test_a_run_is_the_latest_although_the_clock_has_gone_back(tmp_path, caplog):
+    ahead = ["2199-12-31_23-59-59Z", "2199-12-31_23-59-59Z-002"]
+    for name in (*ahead, "2250_notesZ"):
+        (tmp_path / "emoji" / name).mkdir(parents=True)
+
+    runs = [new_run(tmp_path, "emoji") for _ in range(2)]
+
+    assert [run.name for run in runs] == [f"2199-12-31_23-59-59Z-00{number}" for number in (3, 4)]
+    assert latest_run(tmp_path, "emoji") == runs[-1]
+    assert "The clock has gone back" in caplog.text
+
+
 def test_a_name_without_runs_has_no_latest_one(tmp_path):
     (tmp_path / "emoji" / "notes").mkdir(parents=True)
 

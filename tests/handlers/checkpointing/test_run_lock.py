@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import subprocess
@@ -18,6 +17,8 @@ from diptych.engine.random_state import preserved_random_state
 from diptych.handlers.checkpointing.checkpoint_manager import CheckpointManager
 from diptych.handlers.checkpointing.run_lock import RunLock
 from tests.handlers.checkpointing.test_checkpoint_manager import digest, make_loader, make_trainer
+
+POSIX = pytest.mark.skipif(os.name == "nt", reason="needs fork, flock or pipes")
 
 TRY = """
 import sys
@@ -112,6 +113,7 @@ def test_a_trainer_that_is_gone_holds_nothing(tmp_path):
     RunLock(tmp_path).acquire(Owner())
 
 
+@POSIX
 def test_a_forked_process_does_not_hold_the_lock_of_a_killed_parent(tmp_path):
     parent = subprocess.Popen(
         [sys.executable, "-c", FORK_AND_DIE, str(tmp_path)], stdout=subprocess.PIPE, text=True
@@ -129,6 +131,7 @@ def test_a_forked_process_does_not_hold_the_lock_of_a_killed_parent(tmp_path):
         parent.stdout.close()
 
 
+@POSIX
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_forked_process_neither_has_the_lock_nor_ends_it(tmp_path):
     lock = RunLock(tmp_path)
@@ -155,13 +158,17 @@ def test_a_lock_that_is_a_link_is_refused_and_its_target_stays(tmp_path):
     assert (tmp_path / "precious").read_text() == "precious"
 
 
+@POSIX
 def test_a_pipe_instead_of_a_lock_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "run.lock")
     with pytest.raises(CheckpointError, match=r"run.lock is not a file"):
         RunLock(tmp_path).acquire()
 
 
+@POSIX
 def test_what_another_program_wrote_into_the_file_is_shown_without_control_characters(tmp_path):
+    import fcntl
+
     with (tmp_path / "run.lock").open("wb+") as file:
         file.write(b"\x1b[2J\x00\xffnobody\n")
         file.flush()
@@ -171,7 +178,10 @@ def test_what_another_program_wrote_into_the_file_is_shown_without_control_chara
     assert str(raised.value).isprintable()
 
 
+@POSIX
 def test_without_locks_of_the_file_system_the_process_knows_its_own(tmp_path, monkeypatch, caplog):
+    import fcntl
+
     def none(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -185,7 +195,10 @@ def test_without_locks_of_the_file_system_the_process_knows_its_own(tmp_path, mo
     RunLock(tmp_path).acquire(Owner())
 
 
+@POSIX
 def test_a_lock_that_is_replaced_before_it_is_locked_is_locked_anew(tmp_path, monkeypatch):
+    import fcntl
+
     real, replaced = fcntl.flock, []
 
     def flock(descriptor: int, operation: int) -> None:
