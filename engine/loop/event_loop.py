@@ -275,7 +275,8 @@ class EventLoop(ContinuedEvents):
             if begins and not self.is_finished:
                 self._init_timers(self.state)
                 self._fire(Events.STARTED)
-                self._check_epoch_has_begun()
+                if not self._position.in_epoch:
+                    self._check_epoch_has_begun()
             self._position = self._position._replace(paused=False)
             self._continue_events()
             while not self._stopped() and not self.is_finished:
@@ -302,6 +303,11 @@ class EventLoop(ContinuedEvents):
 
     def _stopped(self) -> bool:
         return bool(self.should_terminate or self.should_interrupt)
+
+    @property
+    def _is_to_stop(self) -> bool:
+        """Whether a handler has asked to end the run or the epoch."""
+        return self._stopped() or bool(self.should_terminate_single_epoch)
 
     def _finish(self, started: float) -> None:
         if self._position.in_epoch and not self._position.cut and not self._stopped():
@@ -380,6 +386,7 @@ class EventLoop(ContinuedEvents):
             if self.should_terminate_single_epoch:
                 self._fire_event(Events.TERMINATE_SINGLE_EPOCH, iter_counter=self.epoch_iteration)
                 self.batches.rewind()
+                self._pass_is_over = False
                 return True
             if self._has_ended:
                 self._rewind_whole_pass()
@@ -388,9 +395,11 @@ class EventLoop(ContinuedEvents):
                 return False
             if self._position.phase is not Phase.BEFORE_STEP:
                 self._fetch()
-            elif self._is_long_enough:
+            if self._position.phase is not Phase.BEFORE_STEP:
+                continue
+            if self._is_long_enough:
                 self._extend_epoch()
-            else:
+            else:  # no stop between batch and step
                 self._run_iteration(state)
         return False
 
@@ -534,10 +543,10 @@ class EventLoop(ContinuedEvents):
         begun = self._stopped_at.keys() & {FETCH, Events.DATALOADER_STOP_ITERATION.name}
         if not self._is_long_enough and not begun and self._has_data:
             self._fire(Events.GET_BATCH_STARTED)
-            if self._stopped() or self.should_terminate_single_epoch:
-                return
-        if self._pass_is_over:
+        if self._pass_is_over and not self._is_to_stop:
             self._start_next_pass()
+        if self._is_to_stop:
+            return
         self._stopped_at.clear()
         try:
             self._batch = self._next_batch()
@@ -546,6 +555,8 @@ class EventLoop(ContinuedEvents):
                 self._end_pass()
                 return
             self._start_next_pass()
+            if self._is_to_stop:
+                return
             self._batch = self._first_batch()
         except BaseException:
             self._stopped_at[FETCH] = ()

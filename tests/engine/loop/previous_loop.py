@@ -1,7 +1,8 @@
 """The run loop with flags, as it was before `Position`: the oracle of `test_position`.
 
 What came later was added, with flags too: an epoch that is longer than a new epoch_length ends, and
-does not run for ever; `EPOCH_CUT`; a finished run whose `COMPLETED` is still to fire.
+does not run for ever; `EPOCH_CUT`; a finished run whose `COMPLETED` is still to fire; stops before
+a batch is fetched; `DATALOADER_STOP_ITERATION` between two epochs.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class PreviousLoop(Dispatcher):
         self.epoch_iteration = 0
         self._in_epoch = False
         self._interrupted = False
-        self._cut = self._completed = False
+        self._cut = self._completed = self._pass_over = False
         self._batch: Any = None
         self._batch_pending = False
         self._safe_point_fired = False
@@ -126,7 +127,7 @@ class PreviousLoop(Dispatcher):
         self.state.iteration = self.state.epoch = self.epoch_iteration = 0
         self.state.epoch_length = None
         self._in_epoch = self._interrupted = self._batch_pending = self._safe_point_fired = False
-        self._cut = self._completed = False
+        self._cut = self._completed = self._pass_over = False
         self.batches.rewind()
 
     def _set_epoch_length(self, data: Iterable[Any] | None, given: int | None) -> None:
@@ -216,6 +217,7 @@ class PreviousLoop(Dispatcher):
             self._interrupted = True
             self.fire_event(Events.INTERRUPT)
             return
+        self._pass_over = False
         if self.should_terminate:
             self.fire_event(Events.TERMINATE)
         if self.should_terminate != "skip_completed":
@@ -226,7 +228,7 @@ class PreviousLoop(Dispatcher):
         started = time.perf_counter()
         if not self._in_epoch:
             self.state.epoch += 1
-            self._in_epoch = True
+            self._in_epoch = self._safe_point_fired = True
             self._cut = self._completed = False
             self.should_terminate_single_epoch = False
             self.fire_event(Events.EPOCH_STARTED)
@@ -249,24 +251,30 @@ class PreviousLoop(Dispatcher):
             if self.should_terminate_single_epoch:
                 self._fire_event(Events.TERMINATE_SINGLE_EPOCH, iter_counter=self.epoch_iteration)
                 self.batches.rewind()
+                self._pass_over = False
                 return True
             if state.epoch_length is not None and self.epoch_iteration >= state.epoch_length:
                 # Where an epoch is one pass over the data, the next epoch begins a new pass.
                 if length_of(self.batches.data) == state.epoch_length:
                     self.batches.rewind()
+                    self._pass_over = True
                 return True
             if state.max_iters is not None and state.iteration >= state.max_iters:
                 return False
             if not self._batch_pending and not self._fetch():
                 state.epoch_length = self.epoch_iteration
                 continue
-            self._run_iteration(state)
+            if self._batch_pending:
+                self._run_iteration(state)
         return False
 
     @waits_at("an iteration")
     def _run_iteration(self, state: State) -> None:
         state.batch = self._batch  # as the loader gave it, whatever an earlier try made of it
         self.fire_event(Events.GET_BATCH_COMPLETED)
+        if self.should_terminate_single_epoch:
+            self._batch_pending = False
+            return
         state.iteration += 1
         try:
             self.fire_event(Events.ITERATION_STARTED)
@@ -321,6 +329,13 @@ class PreviousLoop(Dispatcher):
         state = self.state
         self._batch = state.batch = None  # frees the last batch before the next one is made
         self.fire_event(Events.GET_BATCH_STARTED)
+        if self._stopped() or self.should_terminate_single_epoch:
+            return True
+        if self._pass_over:
+            self.fire_event(Events.DATALOADER_STOP_ITERATION)
+            self._pass_over = False
+            if self._stopped() or self.should_terminate_single_epoch:
+                return True
         try:
             self._batch = self.batches.next(
                 state.epoch - 1, self.epoch_iteration, state.epoch_length
@@ -329,6 +344,8 @@ class PreviousLoop(Dispatcher):
             if state.epoch_length is None and self.epoch_iteration:
                 return False
             self.fire_event(Events.DATALOADER_STOP_ITERATION)
+            if self._stopped() or self.should_terminate_single_epoch:
+                return True
             self._batch = self._first_batch()
         self._batch_pending = True
         self._cut = self._completed = False

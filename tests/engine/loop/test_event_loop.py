@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import re
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,6 +22,7 @@ from diptych.engine import (
     StepEvents,
     events,
 )
+from diptych.engine.loop.event_loop import EventLoop
 from tests.engine.loop.loops import (
     EpochAware,
     Positioned,
@@ -434,3 +438,73 @@ def test_a_removed_handler_is_not_called():
     call_at(loop, 2, handle.remove)
     loop.run(range(5))
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("kind", [Engine, EventLoop])
+def test_without_data_the_events_of_a_batch_do_not_fire(kind):
+    loop = kind(lambda engine, batch: None)
+    fired = events_of(loop, *Events)
+    loop.run(max_epochs=2, epoch_length=3)
+
+    assert "ITERATION_STARTED" in fired
+    assert not {"GET_BATCH_STARTED", "GET_BATCH_COMPLETED", "DATALOADER_STOP_ITERATION"} & {*fired}
+
+
+PASSES = [([1, 2, 3], None)]
+PASSES += [(data, length) for data in ([1, 2, 3], Unsized([1, 2, 3])) for length in range(2, 8)]
+
+
+@pytest.mark.parametrize(("data", "epoch_length"), PASSES)
+def test_each_new_pass_is_announced_where_ignite_announces_it(data, epoch_length):
+    logs: list[list[Any]] = [[], []]
+    for kind, log in zip((Engine, EventLoop), logs, strict=True):
+        loop = kind(lambda engine, batch, log=log: log.append(batch))
+        for event in Events:
+            loop.add_event_handler(event, lambda *_, name=event.name, to=log, **__: to.append(name))
+        loop.run(data, max_epochs=4, epoch_length=epoch_length)
+
+    assert logs[0] == logs[1]
+    assert "DATALOADER_STOP_ITERATION" in logs[0]
+
+
+@pytest.mark.parametrize("kind", [Engine, EventLoop])
+def test_the_times_of_epochs_and_the_run_include_their_handlers(kind):
+    loop, seen = kind(lambda engine, batch: time.sleep(0.01)), {}
+    times = loop.state.times
+
+    def wait(engine: Any) -> None:
+        event = engine.last_event_name.name
+        seen[event] = times[event]
+        time.sleep(0.05)
+
+    loop.add_event_handler(Events.EPOCH_COMPLETED | Events.COMPLETED, wait)
+    loop.run([1, 2], max_epochs=2)
+
+    assert 0.02 <= seen["EPOCH_COMPLETED"] <= times["EPOCH_COMPLETED"] - 0.05
+    assert 0.14 <= seen["COMPLETED"] <= times["COMPLETED"] - 0.05
+
+
+@pytest.mark.parametrize("kind", [Engine, EventLoop])
+def test_the_last_event_of_a_run_is_completed(kind):
+    loop = kind(lambda engine, batch: None)
+    loop.run([1, 2], max_epochs=2)
+
+    assert loop.last_event_name is Events.COMPLETED
+
+
+@pytest.mark.parametrize("kind", [Engine, EventLoop])
+def test_a_subclass_sees_every_event_of_ignites_pass(kind):
+    class Recorded(kind):
+        def _fire_event(self, event_name, *arguments, **keywords):
+            fired.append(event_name.name)
+            return super()._fire_event(event_name, *arguments, **keywords)
+
+    fired: list[str] = []
+    loop = Recorded(lambda engine, batch: None)
+    loop.add_event_handler(Events.ITERATION_COMPLETED(once=2), partial(loop.terminate, False))
+    loop.run([1, 2, 3], max_epochs=2)
+
+    iteration = [
+        *("GET_BATCH_STARTED", "GET_BATCH_COMPLETED", "ITERATION_STARTED", "ITERATION_COMPLETED"),
+    ]
+    assert fired == ["STARTED", "EPOCH_STARTED", *iteration * 2, "TERMINATE", "COMPLETED"]

@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 from torch.utils.data import DataLoader, Dataset
 
 from diptych.engine import ResumeError, RunEvents, StepEvents
+from diptych.engine.loop.event_loop import EventLoop
 from tests.engine.loop.loops import Positioned, Tape, Unsized, call_at, events_of, plain_rows
 from tests.engine.models import paired, trainer_of
 
 LENGTH, EPOCHS = 3, 3
 LAST = LENGTH * EPOCHS
 ENDS = (Events.STARTED, Events.INTERRUPT, Events.TERMINATE, Events.COMPLETED)
-DURING = (Events.GET_BATCH_STARTED, Events.GET_BATCH_COMPLETED, Events.ITERATION_STARTED)
+DURING = (Events.GET_BATCH_COMPLETED, Events.ITERATION_STARTED)
 
 
 @given(stops=st.sets(st.integers(1, LAST)), sized=st.booleans())
@@ -70,6 +71,53 @@ def test_a_stop_asked_for_inside_an_iteration_waits_for_its_end(event, method):
     loop.run(range(LENGTH), max_epochs=EPOCHS)
     assert loop.rows == plain_rows(range(LENGTH), EPOCHS)[:2]
     assert fired == ["SAFE_POINT"] * 2
+
+
+@pytest.mark.parametrize("method", ["terminate", "interrupt", "terminate_epoch"])
+@pytest.mark.parametrize("kind", [Engine, EventLoop])
+def test_a_stop_asked_for_before_a_batch_is_fetched_takes_effect_at_once(kind, method):
+    seen = []
+    loop = kind(lambda engine, batch: seen.append(batch))
+
+    def stop_once(_: Engine) -> None:
+        if fired.count("GET_BATCH_STARTED") == 2:
+            getattr(loop, method)()
+
+    loop.add_event_handler(Events.GET_BATCH_STARTED, stop_once)
+    fired = events_of(loop, Events.GET_BATCH_STARTED, Events.GET_BATCH_COMPLETED)
+    loop.run(range(3), max_epochs=2)
+
+    assert seen == ([0, 1, 0, 1, 2] if method == "terminate_epoch" else [0, 1])
+    assert fired[:5] == ["GET_BATCH_STARTED", "GET_BATCH_COMPLETED"] * 2 + ["GET_BATCH_STARTED"]
+
+
+@pytest.mark.parametrize("method", ["terminate", "interrupt"])
+def test_a_run_that_was_stopped_before_a_batch_continues_with_it(method):
+    loop, data = Tape(), range(LENGTH)
+    handle = loop.add_event_handler(Events.GET_BATCH_STARTED(once=2), getattr(loop, method))
+    loop.run(data, max_epochs=EPOCHS)
+    assert loop.state.iteration == 2
+    handle.remove()
+    loop.run(data, max_epochs=EPOCHS)
+
+    assert loop.rows == plain_rows(data, EPOCHS)
+
+
+@pytest.mark.parametrize("event", [Events.GET_BATCH_STARTED, Events.GET_BATCH_COMPLETED])
+@pytest.mark.parametrize("kind", [Engine, EventLoop])
+def test_an_epoch_that_ends_before_a_step_leaves_the_step_out(kind, event):
+    seen = []
+    loop = kind(lambda engine, batch: seen.append((engine.state.epoch, batch)))
+    loop.add_event_handler(
+        event,
+        lambda e: e.terminate_epoch() if (e.state.epoch, e.state.iteration) == (2, 4) else None,
+    )
+    fired = events_of(loop, Events.TERMINATE_SINGLE_EPOCH, Events.EPOCH_COMPLETED)
+    loop.run(range(3), max_epochs=3)
+
+    assert seen == [*((1, n) for n in range(3)), (2, 0), *((3, n) for n in range(3))]
+    assert fired == ["EPOCH_COMPLETED", "TERMINATE_SINGLE_EPOCH", *["EPOCH_COMPLETED"] * 2]
+    assert loop.state.iteration == 7
 
 
 @pytest.mark.parametrize("event", [Events.STARTED, Events.EPOCH_STARTED])

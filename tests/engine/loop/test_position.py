@@ -11,7 +11,7 @@ import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 
 from diptych.engine import Outcome, ResumeError, RunEvents
 from diptych.engine.loop.dispatcher import Dispatcher
@@ -137,7 +137,7 @@ acts = st.builds(
     # After an exception, this loop continues where the earlier one repeated: test_exceptions.
     st.sampled_from(sorted(ACTIONS.keys() - {"raise"})),
 ).filter(
-    # An epoch that ends before its first iteration: see the test below.
+    # An epoch cannot end before its first batch: see the test below.
     lambda act: not ("epoch" in act.action and act.event in {Events.STARTED, Events.EPOCH_STARTED})
 )
 limits = st.one_of(
@@ -166,18 +166,26 @@ def test_random_stops_fire_the_events_that_the_loop_with_flags_fired(plan, acts)
     assert Player(EventLoop, loader, acts).play(calls) == expected
 
 
-def test_an_epoch_without_iterations_has_no_safe_point_of_its_own():
+@pytest.mark.parametrize("event", [Events.GET_BATCH_STARTED, Events.GET_BATCH_COMPLETED])
+def test_an_epoch_without_iterations_has_no_safe_point_of_its_own(event):
     loop = EventLoop(lambda engine, batch: None)
     safe_points: list[int] = []
-    loop.add_event_handler(
-        Events.EPOCH_STARTED, lambda e: e.terminate_epoch() if e.state.epoch == 2 else None
-    )
+    loop.add_event_handler(event, lambda e: e.terminate_epoch() if e.state.epoch == 2 else None)
     loop.add_event_handler(
         RunEvents.SAFE_POINT(every=3), lambda e: safe_points.append(e.state.iteration)
     )
     loop.run([0, 1, 2], max_epochs=2)
 
     assert safe_points == [3]
+
+
+@pytest.mark.parametrize("kind", [Engine, EventLoop])
+@pytest.mark.parametrize("event", [Events.STARTED, Events.EPOCH_STARTED])
+def test_an_epoch_cannot_be_ended_before_its_first_batch(kind, event):
+    loop = kind(lambda engine, batch: None)
+    loop.add_event_handler(event, lambda e: e.terminate_epoch())
+    with pytest.raises(RuntimeError, match=r"terminate_epoch\(\)"):
+        loop.run([0, 1, 2], max_epochs=2)
 
 
 def test_a_position_names_what_comes_next():
