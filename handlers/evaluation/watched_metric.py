@@ -28,7 +28,8 @@ def missing_metric(trainer: Trainer, argument: str, metric: str) -> str | None:
     """Return an error message if a metric should have had a value by now, else None.
 
     Call it at a safe point. A value is expected at the end of the first epoch; if evaluations of
-    the metric's prefix are attached, with their first values; at the latest at the end of the run.
+    the metric's prefix are attached, with their first values; at the latest at the end of the run,
+    unless the run ends inside its first epoch, as a trial of a few iterations does.
 
     Args:
         trainer: the trainer whose run it is.
@@ -43,7 +44,8 @@ def missing_metric(trainer: Trainer, argument: str, metric: str) -> str | None:
     else:
         is_due = not trainer.epoch_iteration
     # What is due at a run's end inside an epoch follows its last safe point.
-    has_ended = trainer.is_finished and (trainer.position.cut or not trainer.epoch_iteration)
+    is_cut = trainer.position.cut and trainer.state.epoch > 1
+    has_ended = trainer.is_finished and (is_cut or not trainer.epoch_iteration)
     if not is_due and not has_ended:
         return None
     return _message(argument, metric, trainer.state.metrics)

@@ -8,10 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 
 from diptych.engine import StepEvents, StepOutput, Trainer
-from diptych.handlers import CheckpointManager, default_handlers, read_records
+from diptych.handlers import (
+    CheckpointManager,
+    EarlyStopping,
+    Evaluation,
+    default_handlers,
+    read_records,
+)
 from tests.handlers.runs import kept_records, loader, make_trainer, report_each_epoch
 
 ITERATIONS = 10_000
@@ -115,3 +121,24 @@ def test_they_cost_little_beside_a_bare_ignite_engine(tmp_path, capsys):
         ratios.append(seconds(lambda t=trainer: t.run(data)) / expected)
 
     assert min(ratios) < LIMIT
+
+
+@pytest.mark.parametrize("best", [None, "train/loss", "val/loss", "own/score"])
+@pytest.mark.parametrize("every", ["epoch", 1000])
+def test_a_trial_of_five_iterations_ends_without_an_error(best, every, tmp_path):
+    trainer = make_trainer()
+    if best == "own/score":
+        trainer.add_event_handler(
+            Events.EPOCH_COMPLETED, lambda t: t.metrics.update({"own/score": 1.0})
+        )
+    trainer.attach(
+        Evaluation(loader(), every=every),
+        EarlyStopping(metric=best or "train/loss", mode="min"),
+        *default_handlers(tmp_path, best=best, mode="min"),
+    )
+    trainer.run(loader(), max_iters=5)
+    assert trainer.state.iteration == 5
+    manager = trainer.handlers_of(CheckpointManager)[0]
+    assert manager.get_latest_checkpoint() is not None
+    ranked = manager.get_best_checkpoint()
+    assert (ranked is not None) == (best == "val/loss" and every == "epoch")
