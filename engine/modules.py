@@ -1,9 +1,14 @@
-"""Modules behind their wrappers, and the names of their parameters."""
+"""Modules behind their wrappers, the names of their parameters, and their training modes."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterator, Mapping
+
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+logger = logging.getLogger(__name__)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -29,3 +34,65 @@ def named_parameters(model: nn.Module, loss: nn.Module | None) -> dict[str, nn.P
             seen.add(id(parameter))
             named[name.replace("_orig_mod.", "")] = parameter
     return named
+
+
+class TrainingModes:
+    """The modes of a trainer's modules: what the user has put into eval mode stays there.
+
+    Code that evaluates, and is not this library's, often leaves the whole model in eval mode. It is
+    put into train mode again, without the parts that were in eval mode before.
+
+    Args:
+        roots: returns the modules with their names.
+    """
+
+    def __init__(self, roots: Callable[[], Mapping[str, nn.Module]]) -> None:
+        self._roots = roots
+        # The parts that were in eval mode while their root was in train mode.
+        self._resting: dict[nn.Module, list[nn.Module]] = {}
+        self._told: set[str] = set()
+
+    def remember(self) -> None:
+        """Remember which parts are in eval mode while their root is in train mode."""
+        for root in self._roots().values():
+            if root.training:
+                self._resting[root] = [part for part in root.modules() if not part.training]
+
+    def train(self) -> None:
+        """Put roots in eval mode into train mode, without the parts that rested before."""
+        for name, root in self._roots().items():
+            if root.training:
+                continue
+            root.train()
+            for part in self._resting.get(root, ()):
+                part.training = False
+            if name not in self._told:
+                self._told.add(name)
+                logger.warning(
+                    "The %s was in eval mode and is put into train mode. Parts that are to stay in "
+                    "eval mode must be put there with the whole %s in train mode.",
+                    name,
+                    name,
+                )
+
+    def report_resting(self) -> None:
+        """Log, once, the parts in eval mode whose parameters are trained."""
+        names = [found for name, root in self._roots().items() for found in _resting(name, root)]
+        if names and "parts" not in self._told:
+            self._told.add("parts")
+            logger.warning(
+                "In eval mode, and yet with trainable parameters: %s. Dropout is off there, and "
+                "batch norm uses its running statistics. Models from from_pretrained() are so; "
+                "call train() on them, or freeze them with requires_grad_(False).",
+                ", ".join(names[:8]) + (", ..." if len(names) > 8 else ""),
+            )
+
+
+def _resting(name: str, module: nn.Module) -> Iterator[str]:
+    """Yield the names of the uppermost parts in eval mode that have trainable parameters."""
+    for child_name, child in module.named_children():
+        path = f"{name}.{child_name}"
+        if child.training:
+            yield from _resting(path, child)
+        elif any(parameter.requires_grad for parameter in child.parameters()):
+            yield path

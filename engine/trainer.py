@@ -39,6 +39,8 @@ from diptych.engine.loop.listener import cost_table
 from diptych.engine.loop.position import Position
 from diptych.engine.metrics.metrics_collector import MetricsCollector
 from diptych.engine.optimizer_modes import put_into_training_mode
+from diptych.engine.modules import TrainingModes
+from diptych.engine.optimizer_modes import put_into_training_mode
 from diptych.engine.settings import Precision, TrainerSettings, Units
 from diptych.engine.state.references import checked_optimizers
 from diptych.engine.state.run_identity import RunIdentity
@@ -449,6 +451,10 @@ class Trainer(EventLoop):
         return isinstance(step, TrainStep) and step.unfinished is not None
 
     def _call_step(self, batch: Any) -> Any:
+        if not (self.model.training and self.loss.training):
+            self._modes.train()  # a handler has evaluated, with other code than this library's
+        elif not self.epoch_iteration:
+            self._modes.remember()
         if self._snapshot is None:
             return super()._call_step(batch)
         if not self._has_unfinished_update:
@@ -496,12 +502,14 @@ class Trainer(EventLoop):
 
     def _listen_to_itself(self) -> None:
         self._snapshot = StepSnapshot(self) if world_size() == 1 else None
+        self._modes = TrainingModes(lambda: {"model": self.model, "loss": self.loss})
         self.metrics = MetricsCollector(on_record=lambda: self._fire(MetricsEvents.LOGGED))
         self._publish_gauges()
         self.add_event_handler(RunEvents.RESTORE, self._declare)
         self.add_event_handler(RunEvents.RESTORE, self._put_optimizer_into_training_mode)
         self.add_event_handler(Events.STARTED, self._prepare)
         self.add_event_handler(Events.EPOCH_STARTED, self._check_length_over_ranks)
+        self.add_event_handler(Events.EPOCH_STARTED, self._modes.train)
         self.every(self.settings.log_every, self._log, RunEvents.SAFE_POINT)
 
     @waits_at("the start of a run")
@@ -512,9 +520,9 @@ class Trainer(EventLoop):
         _, *self._others = checked_optimizers(self, self._others)
         if self._snapshot is not None:
             self._snapshot.find()
-        for module in (self.model, self.loss):
-            if not module.training:
-                module.train()
+        self._modes.remember()
+        self._modes.train()
+        self._modes.report_resting()
 
     def _put_optimizer_into_training_mode(self, _: Engine) -> None:
         put_into_training_mode(self.optimizer)
@@ -551,6 +559,7 @@ class Trainer(EventLoop):
 
     def _fire_completed(self, event: Events) -> None:
         # If an exception has left it, what was published before it is logged.
+        self._modes.remember()  # before handlers that may evaluate
         begins = event.name not in self._stopped_at and event.name not in self._unreported
         if begins and event is Events.EPOCH_COMPLETED:
             self.metrics.log(self.state.iteration)

@@ -211,16 +211,74 @@ def test_without_a_seed_the_generators_are_left_alone():
     assert torch.get_rng_state().equal(state)
 
 
-def test_a_run_puts_the_model_into_train_mode_and_leaves_frozen_parts_in_eval_mode():
+def modes(*modules: nn.Module) -> list[bool]:
+    """Return whether each part is in train mode."""
+    return [part.training for module in modules for part in module.modules()]
+
+
+def test_a_model_in_eval_mode_is_put_into_train_mode_and_logged_once(caplog):
+    trainer = trainer_of(TwoTower(lambda: nn.Dropout(0.5)).double())
+    for epochs in (1, 2):
+        trainer.model.eval()
+        trainer.loss.eval()
+        trainer.run(batches(1), max_epochs=epochs)
+        assert all(modes(trainer.model, trainer.loss))
+    found = [record.message for record in caplog.records if "put into train mode" in record.message]
+    assert [message.split(" was ")[0] for message in found] == ["The model", "The loss"]
+
+
+def test_a_part_in_eval_mode_stays_there_in_several_runs_whatever_evaluates_the_model():
+    trainer = trainer_of(TwoTower(lambda: nn.Dropout(0.5)).double())
+    trainer.model.image.eval().requires_grad_(False)
+    expected = modes(trainer.model)
+    seen: list[list[bool]] = []
+    trainer.add_event_handler(
+        StepEvents.FORWARD_COMPLETED, lambda: seen.append(modes(trainer.model))
+    )
+    # Ignite's evaluators, and many of users, leave the model in eval mode.
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED(every=2), lambda: trainer.model.eval() and None
+    )
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: trainer.model.eval() and None)
+    for epochs in (2, 3):
+        trainer.run(batches(3), max_epochs=epochs)
+        trainer.model.eval()
+    assert seen == [expected] * 9
+
+
+def test_a_part_that_a_function_freezes_later_stays_in_eval_mode():
+    trainer = trainer_of(TwoTower(lambda: nn.Dropout(0.5)).double())
+    seen: list[bool] = []
+    trainer.add_event_handler(
+        Events.EPOCH_STARTED(once=2), lambda: trainer.model.text.eval() and None
+    )
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: trainer.model.eval() and None)
+    trainer.add_event_handler(
+        StepEvents.FORWARD_COMPLETED, lambda: seen.append(trainer.model.text.training)
+    )
+    trainer.run(batches(1), max_epochs=4)
+    assert seen == [True, False, False, False]
+
+
+def test_a_part_in_eval_mode_with_trainable_parameters_is_named_once(caplog):
     trainer = trainer_of(TwoTower(lambda: nn.Dropout(0.5)).double())
     trainer.model.image.eval()
+    trainer.model.text[1].eval()  # a dropout has no parameters
+    for epochs in (1, 2):
+        trainer.run(batches(1), max_epochs=epochs)
+    found = [
+        record.message for record in caplog.records if "trainable parameters" in record.message
+    ]
+    assert [message.split(". ")[0] for message in found] == [
+        "In eval mode, and yet with trainable parameters: model.image"
+    ]
+
+
+def test_a_frozen_part_in_eval_mode_is_not_reported(caplog):
+    trainer = trainer_of()
+    trainer.model.image.eval().requires_grad_(False)
     trainer.run(batches(1), max_epochs=1)
-    assert trainer.model.text.training
-    assert not trainer.model.image.training
-    trainer.model.eval()
-    trainer.loss.eval()
-    trainer.run(batches(1), max_epochs=2)
-    assert all(m.training for m in (*trainer.model.modules(), *trainer.loss.modules()))
+    assert "trainable parameters" not in caplog.text
 
 
 def test_records_come_every_log_every_iterations_and_at_the_epochs_end():
