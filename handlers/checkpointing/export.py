@@ -78,17 +78,19 @@ def exported_from(path: Path) -> dict[str, str]:
 
     if not is_plain_file(path):
         return {}
+    source: dict[str, str] = {}
     try:
         with safe_open(path, framework="pt") as file:
             source = dict(file.metadata() or {})
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-        is_intact = source.pop(DIGEST, None) == _digest(weights)
+        if DIGEST not in source:  # an earlier version wrote the file
+            return {}
+        is_intact = source.pop(DIGEST) == _digest(weights)
     except (OSError, SafetensorError, RuntimeError):
         is_intact = False
     if not is_intact:
         logger.warning("The weights in %s are not those that were exported.", path)
-        return {}
-    return source
+    return source if is_intact else {}
 
 
 def _digest(weights: Mapping[str, Tensor]) -> str:
@@ -97,5 +99,5 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
     for key in sorted(weights):
         value = weights[key]
         checksum = zlib.crc32(f"{key} {value.dtype} {tuple(value.shape)}".encode(), checksum)
-        checksum = zlib.crc32(value.reshape(-1).view(torch.uint8).numpy(), checksum)
+        checksum = zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().data, checksum)
     return str(checksum)
