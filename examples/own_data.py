@@ -3,7 +3,9 @@
     python examples/own_data.py --images DIR --captions captions.csv
 
 The CSV file has a column `image`, file names relative to DIR, and a column `caption`; an image may
-have several rows. Unusable rows are reported before training starts. `--help` lists the flags.
+have several rows. Unusable rows are reported before training starts. Files outside DIR are not read
+unless `--allow-outside` is given, nor files of more than 100 MB, 64 million pixels, or a caption
+file of more than 1 GB. `--help` lists the flags.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import os
 import sys
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,7 +51,18 @@ from examples.emoji.text import tokenize
 
 SIZES = (32, 64)
 SHOWN = 5  # lines of a report, per kind of problem
+MOST_BYTES, MOST_PIXELS = 100_000_000, 64_000_000  # of an image
+MOST_CAPTION_BYTES, MOST_CAPTION = 1_000_000_000, 10_000  # of the CSV file; letters of a caption
+MOST_NAME_BYTES = 255  # of each part of a path, on common file systems
+SHOWN_LETTERS, SHOWN_COLUMNS = 80, 8  # of what a message quotes
 MISSING, UNREADABLE = "the file is missing", "the file cannot be read as an image"
+NO_FILE = "the path is that of a folder or a device, not of a file"
+OUTSIDE = "the file is outside the folder of the images (--allow-outside reads it)"
+LONG_NAME = f"the image name has a part of more than {MOST_NAME_BYTES} bytes"
+BAD_NAME = "the image name has a character that no name of a file has"
+TOO_LARGE = f"the file has more than {MOST_BYTES:,} bytes"
+TOO_MANY_PIXELS = f"the image has more than {MOST_PIXELS:,} pixels"
+LONG_CAPTION = f"the caption has more than {MOST_CAPTION:,} letters"
 NO_BYTES = "the image has values of more than 16 bits, which are not colours"
 NO_IMAGE, NO_CAPTION = "the image name is empty", "the caption is empty"
 TOO_LONG = "the row has more columns than the header: put captions with commas in quotes"
@@ -102,7 +117,12 @@ class Row:
 
 
 def read_pairs(
-    images: Path, captions: Path, *, columns: tuple[str, str] = ("image", "caption"), size: int = 32
+    images: Path,
+    captions: Path,
+    *,
+    columns: tuple[str, str] = ("image", "caption"),
+    size: int = 32,
+    allow_outside: bool = False,
 ) -> tuple[list[Pair], list[Problem]]:
     """Read all pairs into memory, 3 * size * size bytes per image.
 
@@ -112,6 +132,8 @@ def read_pairs(
             comma, a semicolon or a tab.
         columns: the names of the image column and the caption column.
         size: the side of the images in pixels; they are cropped to a square at the centre.
+        allow_outside: whether to read images outside the folder, by an absolute name, by `..` or by
+            a symbolic link. A CSV file from somebody else could name any file of this machine.
 
     Returns:
         The pairs in the order of their rows, and the unusable rows.
@@ -130,30 +152,50 @@ def read_pairs(
     for row in _rows(captions, columns):
         name = row.image
         if name and name not in decoded:
-            decoded[name] = _decode(images / name, size)
-        image: Tensor | str = decoded[name] if name else NO_IMAGE
-        text = tokenize(row.caption)
-        if row.more:
-            problems.append(Problem(row.line, TOO_LONG, f"{name}: {row.caption!r}, {row.more!r}"))
-        elif isinstance(image, str):
-            problems.append(Problem(row.line, image, name))
-        elif not len(text):
-            problems.append(Problem(row.line, NO_CAPTION, f"{name}: {row.caption!r}"))
+            problem = _problem_of_path(images, name, allow_outside=allow_outside)
+            decoded[name] = problem or _decode(images / name, size)
+        found = _pair_or_problem(row, decoded[name] if name else NO_IMAGE)
+        if isinstance(found, Pair):
+            pairs.append(found)
         else:
-            pairs.append(Pair(name=name, image=image, text=text))
+            problems.append(found)
     return pairs, problems
+
+
+def _pair_or_problem(row: Row, image: Tensor | str) -> Pair | Problem:
+    name, caption = _shortened(row.image), repr(_shortened(row.caption))
+    if row.more:
+        return Problem(row.line, TOO_LONG, f"{name}: {caption}, {_shortened(row.more)!r}")
+    if isinstance(image, str):
+        return Problem(row.line, image, name)
+    if len(row.caption) > MOST_CAPTION:
+        return Problem(row.line, LONG_CAPTION, f"{name}: {caption}")
+    text = tokenize(row.caption)
+    if not len(text):
+        return Problem(row.line, NO_CAPTION, f"{name}: {caption}")
+    return Pair(name=row.image, image=image, text=text)
+
+
+def _shortened(text: str) -> str:
+    """Return a text, or its beginning if it is too long for a message."""
+    return text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}..."
 
 
 def _rows(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
     text = _text(path)
+    if text.lstrip()[:1] in {"{", "["}:
+        raise SystemExit(
+            f"{path} must be a CSV file, got what looks like JSON. Write one row per caption, with "
+            f"the columns {columns[0]!r} and {columns[1]!r}."
+        )
     separator = _separator(text, columns)
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     there = list(rows.fieldnames or ())
     if not set(columns) <= set(there):
         raise SystemExit(
             f"{path} must have the columns {columns[0]!r} and {columns[1]!r}, got "
-            f"{', '.join(map(repr, there)) or 'an empty file'}. Name yours with --image-column "
-            "and --caption-column."
+            f"{_listed(there) or 'an empty file'}. Name yours with --image-column and "
+            "--caption-column."
         )
     begin = 2
     try:
@@ -164,11 +206,23 @@ def _rows(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
     except csv.Error as error:
         raise SystemExit(
             f"{path} must be a CSV file, got an invalid row from line {begin} ({error}). Look for "
-            "an unclosed quotation mark."
+            "an unclosed quotation mark; double those that are part of a caption in quotes."
         ) from error
 
 
+def _listed(columns: Sequence[str]) -> str:
+    more = len(columns) - SHOWN_COLUMNS
+    shown = ", ".join(repr(_shortened(column)) for column in columns[:SHOWN_COLUMNS])
+    return f"{shown} and {more:,} more" if more > 0 else shown
+
+
 def _text(path: Path) -> str:
+    size = path.stat().st_size
+    if size > MOST_CAPTION_BYTES:
+        raise SystemExit(
+            f"{path} must have at most {MOST_CAPTION_BYTES:,} bytes, got {size:,}. Split it, or "
+            "raise MOST_CAPTION_BYTES."
+        )
     data = path.read_bytes()
     try:
         return data.decode("utf-8-sig")
@@ -188,12 +242,38 @@ def _separator(text: str, columns: tuple[str, str]) -> str:
     return SEPARATORS[0]
 
 
+def _problem_of_path(folder: Path, name: str, *, allow_outside: bool) -> str | None:
+    """Return why the file of an image must not or cannot be read; None if it may be tried."""
+    if "\0" in name:
+        return BAD_NAME
+    if any(len(os.fsencode(part)) > MOST_NAME_BYTES for part in Path(name).parts):
+        return LONG_NAME
+    try:
+        path = (folder / name).resolve()
+        if not allow_outside and not path.is_relative_to(folder.resolve()):
+            return OUTSIDE
+        return _problem_of_file(path)
+    except (OSError, RuntimeError) as error:  # no permission, or a loop of symbolic links
+        return f"the file cannot be read: {getattr(error, 'strerror', None) or error}"
+
+
+def _problem_of_file(path: Path) -> str | None:
+    if not path.exists():
+        return MISSING
+    if not path.is_file():
+        return NO_FILE
+    return TOO_LARGE if path.stat().st_size > MOST_BYTES else None
+
+
 def _decode(path: Path, size: int) -> Tensor | str:
     """Return an image as a square RGB tensor on white, or the problem with its file."""
-    if not path.is_file():
-        return MISSING
     try:
-        with Image.open(path) as file:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            file = Image.open(path)  # reads the header alone
+        with file:
+            if file.width * file.height > MOST_PIXELS:
+                return TOO_MANY_PIXELS
             image = ImageOps.exif_transpose(file)
             if image.mode[0] in "IF":  # one value per pixel, which Pillow would clip at 255
                 numbers = np.asarray(image)
@@ -204,8 +284,12 @@ def _decode(path: Path, size: int) -> Tensor | str:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return to_tensor(ImageOps.fit(image.convert("RGB"), (size, size)))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return TOO_MANY_PIXELS
+    except PermissionError as error:
+        return f"the file cannot be read: {error.strerror}"
     # Pillow's exception depends on the format, and on where the file is broken.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except (OSError, SyntaxError, ValueError):
         return UNREADABLE
 
 
@@ -294,7 +378,11 @@ def usable_pairs(flags: argparse.Namespace) -> list[Pair]:
     """
     columns = (flags.image_column, flags.caption_column)
     pairs, problems = read_pairs(
-        flags.images, flags.captions, columns=columns, size=flags.image_size
+        flags.images,
+        flags.captions,
+        columns=columns,
+        size=flags.image_size,
+        allow_outside=flags.allow_outside,
     )
     if problems:
         report = problem_report(problems, len(pairs))
@@ -356,6 +444,7 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--image-column", default="image", help="column with the images' file names")
     add("--caption-column", default="caption", help="column with the captions")
     add("--skip-broken", action="store_true", help="skip unusable rows")
+    add("--allow-outside", action="store_true", help="read images outside the folder, too")
     add("--image-size", type=int, choices=SIZES, default=32, help="side of the images in pixels")
     add("--held-out", type=_share, default=0.1, help="share of images to evaluate on")
     add("--epochs", type=int, default=30, help="passes over the training pairs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -246,3 +247,136 @@ def test_captions_of_an_image_share_a_group(images, captions):
     assert batch["group"].tolist() == [0, 0, 1, 1]
     assert batch["image"].shape == (4, 3, 32, 32)
     assert batch["text"].dtype == torch.int64
+
+
+def problem_of(images: Path, name: str, caption: str = "x", **settings: bool) -> str | None:
+    """Return the problem of a row that names an image, or None if it can be used."""
+    path = write_csv(images.parent / "one.csv", [("image", "caption"), (name, caption)])
+    pairs, problems = read_pairs(images, path, **settings)
+    assert len(pairs) + len(problems) == 1
+    return problems[0].kind if problems else None
+
+
+def outside_names(images: Path) -> list[str]:
+    secret = images.parent / "secret" / "red.png"
+    secret.parent.mkdir()
+    secret.write_bytes((images / "red.png").read_bytes())
+    (images / "link.png").symlink_to(secret)
+    (images / "linked").symlink_to(secret.parent)
+    relative = ["../secret/red.png", "more/../../secret/red.png", "link.png", "linked/red.png"]
+    return [str(secret), *relative]
+
+
+def test_a_file_outside_the_folder_is_refused_unless_it_is_allowed(images, tmp_path):
+    for name in outside_names(images):
+        assert problem_of(images, name) == own_data.OUTSIDE, name
+        assert problem_of(images, name, allow_outside=True) is None, name
+    assert problem_of(images, "../nothing.png") == own_data.OUTSIDE
+    assert problem_of(images, "more/../red.png") is None
+    (images / "inside.png").symlink_to(images / "red.png")
+    assert problem_of(images, "inside.png") is None
+
+
+def test_the_flag_that_allows_files_outside_is_passed_on(images, tmp_path):
+    outside = outside_names(images)[0]
+    rows = [("image", "caption"), (outside, "a red square"), ("blue.png", "a blue one")]
+    path = write_csv(tmp_path / "outside.csv", rows)
+    flags = ["--images", str(images), "--captions", str(path)]
+
+    with pytest.raises(SystemExit, match="--allow-outside reads it"):
+        own_data.usable_pairs(own_data.parse_flags(flags))
+    pairs = own_data.usable_pairs(own_data.parse_flags([*flags, "--allow-outside"]))
+
+    assert [pair.name for pair in pairs] == [outside, "blue.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("x" * 300 + ".png", own_data.LONG_NAME),
+        ("more/" + "ü" * 130, own_data.LONG_NAME),
+        ("/".join(["d" * 200] * 30), "the file cannot be read: File name too long"),
+        ("more", own_data.NO_FILE),
+        ("loop.png", "the file cannot be read: "),
+        ("red.png/blue.png", own_data.MISSING),
+    ],
+)
+def test_a_name_that_leads_to_no_file_says_why(images, name, problem):
+    (images / "loop.png").symlink_to(images / "loop.png")
+
+    assert (problem_of(images, name) or "").startswith(problem)
+
+
+def test_a_name_with_a_zero_is_refused(images, tmp_path):
+    path = tmp_path / "zero.csv"
+    path.write_bytes(b"image,caption\nred\0.png,x\n")
+
+    _, problems = read_pairs(images, path)
+
+    assert [problem.kind for problem in problems] == [own_data.BAD_NAME]
+
+
+def test_images_and_captions_beyond_the_limits_are_named_by_their_limit(images, monkeypatch):
+    monkeypatch.setattr(own_data, "MOST_PIXELS", 1000)
+    assert problem_of(images, "red.png") == own_data.TOO_MANY_PIXELS  # 40 x 30
+    assert problem_of(images, "more/gray.jpg") is None  # 20 x 20
+    monkeypatch.setattr(own_data, "MOST_BYTES", 20)
+    assert problem_of(images, "red.png") == own_data.TOO_LARGE
+    monkeypatch.undo()
+    assert problem_of(images, "red.png", "word " * 2001) == own_data.LONG_CAPTION
+    assert problem_of(images, "red.png", "word " * 1999) is None
+
+
+@pytest.mark.parametrize("side", [9_000, 14_000, 40_000])
+def test_a_picture_of_a_few_bytes_that_would_fill_the_memory_is_not_decoded(images, side):
+    header = b"".join(
+        [
+            (images / "red.png").read_bytes()[:16],
+            side.to_bytes(4, "big") * 2,
+            (images / "red.png").read_bytes()[24:],
+        ]
+    )
+    body = header[12:29]
+    checked = header[:29] + zlib.crc32(body).to_bytes(4, "big") + header[33:]
+    (images / "bomb.png").write_bytes(checked)
+
+    assert problem_of(images, "bomb.png") == own_data.TOO_MANY_PIXELS
+
+
+def test_a_caption_file_that_is_too_large_is_not_read(images, captions, monkeypatch):
+    monkeypatch.setattr(own_data, "MOST_CAPTION_BYTES", 50)
+
+    with pytest.raises(SystemExit, match=r"must have at most 50 bytes, got \d+\. Split it"):
+        read_pairs(images, captions)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"images": [' + '{"id": 1, "file_name": "a.jpg"},' * 5000 + "]}",
+        '[{"image": "a.jpg", "caption": "a cat"}]' * 999,
+        ",".join(f"column {number}" for number in range(5000)) + "\n",
+        "x" * 100_000 + ",y\n",
+        "image,caption\n" + '"' + "x" * 200_000 + "\n",
+        'image\tcaption\na.jpg\t"Stop" sign\n',
+    ],
+)
+def test_a_file_of_another_kind_gets_a_short_message(images, tmp_path, text):
+    path = tmp_path / "other.csv"
+    path.write_text(text)
+
+    with pytest.raises(SystemExit) as raised:
+        read_pairs(images, path)
+
+    assert len(str(raised.value)) < 1000
+    assert str(path) in str(raised.value)
+
+
+def test_a_report_quotes_the_beginning_of_what_is_long(images, tmp_path):
+    rows = [("image", "caption"), ("n" * 250, "x"), ("red.png", "w" * 20_000)]
+    rows += [("red.png", "x", "y" * 1000)]
+
+    _, problems = read_pairs(images, write_csv(tmp_path / "long.csv", rows))
+
+    assert len(problems) == 3
+    assert max(map(len, problem_report(problems, 0).splitlines())) < 250
