@@ -98,7 +98,13 @@ class EventLoop(ContinuedEvents):
 
     @property
     def left_event(self) -> LeftEvent | None:
-        """The event of an epoch's end that an exception has left; the next `run` continues it."""
+        """The event of an iteration or an epoch that an exception has left, for a checkpoint.
+
+        The next `run` continues it. None also where a state cannot hold what is left.
+        """
+        name = Events.ITERATION_COMPLETED.name
+        if self._stopped_at.keys() == {name}:
+            return LeftEvent(name, self._stopped_at[name])
         return self._left
 
     def _move_to(self, position: Position) -> None:
@@ -607,8 +613,8 @@ class EventLoop(ContinuedEvents):
         state["epoch_iteration"] = position.epoch_iteration
         state["counted"] = self._count is not None
         state["cut"], state["completed"] = position.cut, position.completed
-        if self._left is not None:
-            state["left"] = {**self._left.state_dict(), "phase": position.phase.value}
+        if self.left_event is not None:
+            state["left"] = {**self.left_event.state_dict(), "phase": position.phase.value}
         if self._completing is not None and not position.completed:
             self._log_handlers_to_come()
         elif position.in_epoch and not position.epoch_iteration:  # nothing of the epoch is done
@@ -656,6 +662,8 @@ class EventLoop(ContinuedEvents):
         self._count = state_dict["epoch_length"] if state_dict.get("counted") else None
         self._epoch_counts = self._count is not None
         self._left = left_event(state_dict.get("left"))
+        if self._left is not None and self._left.in_iteration:
+            self._stopped_at[self._left.event], self._left = self._left.done, None
         self._move_to(position)
         self.state.max_epochs = state_dict.get("max_epochs")
         self.state.max_iters = state_dict.get("max_iters")

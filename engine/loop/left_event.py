@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
+from ignite.engine import Events
+
 from diptych.engine.loop.listener import Listener
 from diptych.engine.loop.periodic import Periodic
 
@@ -22,6 +24,11 @@ class LeftEvent(NamedTuple):
 
     event: str
     done: tuple[str, ...] = ()
+
+    @property
+    def in_iteration(self) -> bool:
+        """Whether it is the event of an iteration, not of an epoch's end."""
+        return self.event == Events.ITERATION_COMPLETED.name
 
     def state_dict(self) -> dict[str, Any]:
         """Return the event as strings, for a checkpoint."""

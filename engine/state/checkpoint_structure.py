@@ -48,6 +48,7 @@ OPTIONAL: dict[str, Any] = {
     "scaler": (dict, type(None)),
     "skipped_steps": Tensor,
     "evaluated": dict,
+    "iteration": [dict],
     "shards": {"folder": str, "tensors": dict, "files": dict},
 }
 """The parts that some checkpoints have."""

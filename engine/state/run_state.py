@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from diptych.engine.random_state import (
     set_random_state,
 )
 from diptych.engine.state.handler_states import match_states, stateful_handlers
+from diptych.engine.state.left_iteration import left_iteration, restore_left_iteration
 from diptych.engine.state.module_state import clean_state_dict, load_clean_state_dict
 from diptych.engine.state.optimizer_state import (
     add_later_groups,
@@ -75,6 +76,9 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
         "identity": dict(trainer.identity.values),
         "current": current_values(trainer, trainer.identity),
     }
+    iteration = left_iteration(trainer)
+    if iteration is not None:
+        state["iteration"] = _of_all_ranks(iteration)
     return dict(plain_state(state))
 
 
@@ -104,7 +108,7 @@ def load_run_state(
             an epoch. Nothing has been modified then.
     """
     _check(trainer, state)
-    place, inside = _place_of(state), position_from(state["trainer"]).inside_epoch
+    place, inside = _of_this_rank(state["data"]), position_from(state["trainer"]).inside_epoch
     found = ResumeChanges.between(state.get("identity"), trainer.identity)
     found.check(changes, inside_epoch=inside)
     handlers = stateful_handlers(trainer)
@@ -126,14 +130,16 @@ def load_run_state(
     if inside or trainer.state.dataloader is not None:
         trainer.batches.switch(trainer.state.dataloader)
         trainer.batches.restore_place(place, inside=inside)
+    if "iteration" in state:
+        restore_left_iteration(trainer, _of_this_rank(state["iteration"]))
     set_random_state(state["random"][min(rank(), len(state["random"]) - 1)])
     if rank() == 0:
         found.log(fresh=set(handlers) - set(states), missing=_missing(state["handlers"], states))
 
 
-def _place_of(state: Mapping[str, Any]) -> Any:
-    places = state["data"]
-    return places[rank()] if len(places) == world_size() else places[0]
+def _of_this_rank(states: Sequence[Any]) -> Any:
+    """Return this rank's state; if the number of ranks has changed, that of rank 0."""
+    return states[rank()] if len(states) == world_size() else states[0]
 
 
 @contextmanager

@@ -155,6 +155,18 @@ class DirectorySaver:
         if rank() == 0:
             self._mark_completed(trainer.state.iteration)
 
+    @contextmanager
+    def locked(self, trainer: Trainer) -> Iterator[None]:
+        """Lock the directory for the length of the context; a run that goes on has locked it."""
+        if self.is_open:
+            yield
+            return
+        on_rank_zero(partial(self.lock.acquire, trainer))
+        try:
+            yield
+        finally:
+            self.lock.release()
+
     def _mark_completed(self, iteration: int) -> None:
         """Note the end of `COMPLETED` in the manifest, unless the checkpoint says so already."""
 
@@ -235,7 +247,7 @@ class DirectorySaver:
         return self._ranks.exchange(signal, 0)[0]
 
     def save_left(self, trainer: Trainer) -> None:
-        """Save the end of an epoch that an exception has left, unless the last save holds it."""
+        """Save a run whose event an exception has left, unless the last save holds that."""
         at = position_of(trainer)
         if trainer.left_event is None or self.state.saved == at:
             return

@@ -172,12 +172,17 @@ class RunSavers:
             for saver in self.savers:
                 saver.save_left(self.trainer)
             self._log_end(self._leaving[0])
-        elif isinstance(error, Exception) and world_size() == 1:
+        elif isinstance(error, Exception) and world_size() == 1 and self._has_left_epoch_end:
             try:
                 for saver in self.savers:
                     saver.save_left(self.trainer)
             except Exception:  # whatever it is must not replace the run's own error
                 logger.exception("The run could not be saved where it failed.")
+
+    @property
+    def _has_left_epoch_end(self) -> bool:
+        left = self.trainer.left_event
+        return left is not None and not left.in_iteration
 
     def _log_end(self, signal: int) -> None:
         latest = on_rank_zero(self.savers[-1].latest)

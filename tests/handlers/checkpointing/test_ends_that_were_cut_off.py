@@ -278,6 +278,48 @@ def test_a_signal_ends_an_evaluation_at_its_batch_and_the_run_repeats_it(
     assert outcome(tmp_path / "a", resumed) == expected_outcome(tmp_path / "b")
 
 
+@pytest.mark.parametrize("iteration", [4, 6, 8, 12])  # 6 and 12 end an epoch
+def test_a_signal_in_an_evaluation_inside_an_epoch_repeats_it_and_what_follows_in_the_iteration(
+    tmp_path, iteration
+):
+    def make(folder: Path, *, kill: bool) -> tuple[Trainer, list[Any]]:
+        trainer, seen = make_trainer(), []
+        evaluation = Evaluation(make_loader(), every=2)
+        before, after = Counter("before"), Counter("after")
+        trainer.every(1, before.count)
+        trainer.attach(evaluation)
+        trainer.every(2, after.count)
+
+        @trainer.on(Events.ITERATION_COMPLETED)
+        def look() -> None:
+            batch, terms = trainer.state.batch["image"], trainer.terms
+            seen.append((trainer.state.iteration, batch.sum().item(), float(terms["loss"])))
+
+        if kill:
+
+            @evaluation.evaluator.on(Events.ITERATION_COMPLETED(event_filter=lambda _, n: n == 3))
+            def stop() -> None:
+                if trainer.state.iteration == iteration:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        checkpoints = CheckpointManager(folder / "checkpoints", best="val/loss", mode="min")
+        trainer.attach(JsonLines(folder), checkpoints)
+        return trainer, seen
+
+    cut, first = make(tmp_path / "a", kill=True)
+    with pytest.raises(SystemExit):
+        cut.run(make_loader(), max_epochs=EPOCHS)
+    resumed, rest = make(tmp_path / "a", kill=False)
+    started = []
+    resumed.add_event_handler(Events.STARTED, lambda: started.append(resumed.state.iteration))
+    resumed.run(make_loader(), max_epochs=EPOCHS)
+    whole, seen = make(tmp_path / "b", kill=False)
+    whole.run(make_loader(), max_epochs=EPOCHS)
+    assert started == [iteration]
+    assert first + rest == seen
+    assert outcome(tmp_path / "a", resumed) == outcome(tmp_path / "b", whole)
+
+
 def test_a_signal_in_the_evaluation_before_training_starts_the_run_over(tmp_path):
     def run(*, kill: bool) -> Trainer:
         trainer = make_trainer()
