@@ -140,7 +140,7 @@ def diptych_trainer() -> Any:
         trainer.fire_event(StepEvents.LOSS_COMPUTED)
         trainer.fire_event(StepEvents.GRADIENTS_READY)
         trainer.fire_event(StepEvents.OPTIMIZER_STEPPED)
-        trainer.metrics.update(scalars)
+        trainer.metrics.update_uncopied(scalars)
         return output
 
     model = torch.nn.Linear(1, 1)

@@ -26,7 +26,7 @@ BufferMark = tuple[dict[tuple[str, ...], int], dict[str, int]]
 
 
 class ScalarBuffer:
-    """Collects scalars, tensors by reference, and fetches all of them with one transfer.
+    """Collects scalars, and fetches all of them with one transfer.
 
     Scalars that are published together are appended to one list, row by row: a step with five
     scalars costs one lookup in a dictionary, and one `stack` combines all rows.
@@ -39,8 +39,13 @@ class ScalarBuffer:
     def __bool__(self) -> bool:
         return bool(self._rows or self._numbers)
 
-    def add(self, scalars: Mapping[str, Scalar]) -> None:
+    def add(self, scalars: Mapping[str, Scalar], *, copy: bool = True) -> None:
         """Add the values of one iteration.
+
+        Args:
+            scalars: tag to value.
+            copy: whether to copy tensors, which may share the memory of a parameter or a buffer,
+                or be overwritten before they are fetched. False: nothing else changes them.
 
         Raises:
             TypeError: if a value is neither a number nor a tensor.
@@ -48,6 +53,7 @@ class ScalarBuffer:
         """
         row: list[Any] = [*scalars.values()]
         if _are_plain(row):
+            row = _copied(row) if copy and row else row
             tags = tuple(scalars)
             if tags in self._rows:
                 self._rows[tags] += row
@@ -57,7 +63,8 @@ class ScalarBuffer:
         for tag, value in scalars.items():
             kept = as_scalar(tag, value)
             if isinstance(kept, Tensor):
-                self._rows.setdefault((tag,), []).append(kept)
+                own = kept.clone() if copy else kept
+                self._rows.setdefault((tag,), []).append(own)
             else:
                 self._numbers[tag].append(kept)
 
@@ -186,6 +193,11 @@ def _are_plain(values: list[Any]) -> bool:
     except AttributeError:  # a number
         return False
     return True
+
+
+def _copied(row: list[Tensor]) -> list[Tensor]:
+    """Return copies of scalars without graphs, several of them with one copy."""
+    return [row[0].clone()] if len(row) == 1 else list(torch.stack(row).unbind())
 
 
 def as_scalar(tag: str, value: Any) -> Scalar:

@@ -61,8 +61,8 @@ class MetricsCollector:
         """Publish values of this iteration.
 
         Args:
-            scalars: tag to a number or a tensor of one element; kept by reference, so a tensor
-                must not be changed in place afterwards (parameters are copied).
+            scalars: tag to a number or a tensor of one element. Tensors are copied on their device,
+                so that the memory behind them may change afterwards.
             named: the same, for tags that are Python names.
 
         Raises:
@@ -73,6 +73,17 @@ class MetricsCollector:
             self._buffer.add(scalars)
         if named:
             self._buffer.add(named)
+
+    def update_uncopied(self, scalars: Mapping[str, Scalar]) -> None:
+        """Publish values of this iteration, tensors by reference.
+
+        For tensors that nothing changes before the next log point: results of a computation, but
+        not a parameter, a buffer, a view of one, or memory that is written again.
+
+        Args:
+            scalars: as in `update`.
+        """
+        self._buffer.add(scalars, copy=False)
 
     def gauge(self, tag: str, function: Callable[[], Scalar]) -> None:
         """Publish the result of `function()` at each log point: a rate, memory in use."""

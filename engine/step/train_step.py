@@ -126,7 +126,7 @@ class TrainStep:
             self._finish_update()
         trainer.fire_event(StepEvents.OPTIMIZER_STEPPED)
         output, self.unfinished, self._output = self.unfinished, None, None
-        trainer.metrics.update(tagged_scalars(output))
+        trainer.metrics.update_uncopied(tagged_scalars(output))
         return output
 
     def _ready_to_update(self, trainer: Any, batch: Any) -> StepOutput:
@@ -204,13 +204,13 @@ class TrainStep:
         with self.autocast():
             terms = loss_terms(self.loss, outputs)
             value = sum_of_terms(terms)
-        trainer.terms = terms = {name: term.detach() for name, term in terms.items()}
+        trainer.terms = terms = {name: apart_from_weights(term) for name, term in terms.items()}
         trainer.fire_event(StepEvents.LOSS_COMPUTED)
         with self.average.last_backward() if cache is None else nullcontext():
             self.scaled(value).backward()
         if cache is not None:
             cache.backward(self.forward, pieces, outputs)
-        return terms, value.detach()
+        return terms, apart_from_weights(value)
 
     @waits_at("the loss and the backward pass")
     def accumulated(self, trainer: Any, pieces: list[Any], divisor: int) -> tuple[Terms, Tensor]:
@@ -308,6 +308,13 @@ class TrainStep:
     def _rescale(self, factor: Tensor) -> None:
         for gradient in (p.grad for p in self.parameters() if p.grad is not None):
             local_part(gradient).mul_(factor)
+
+
+def apart_from_weights(value: Tensor) -> Tensor:
+    """Return a value detached; copied if it may be a parameter, a buffer or a view of one."""
+    source = value if value._base is None else value._base  # noqa: SLF001 - of a view
+    computed = source.requires_grad and not source.is_leaf
+    return value.detach() if computed else value.detach().clone()
 
 
 def tagged_scalars(output: StepOutput) -> dict[str, Tensor]:

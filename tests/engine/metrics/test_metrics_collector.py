@@ -234,6 +234,43 @@ def test_published_tensors_hold_no_graph_and_a_parameter_is_copied():
     assert collector.record.values == {"scale": 2.0, "square": 4.0}
 
 
+SHARED = {
+    "itself": lambda weight: weight,
+    "detached": lambda weight: weight.detach(),
+    "data": lambda weight: weight.data,
+    "a view": lambda weight: weight.detach().view(1)[0],
+    "an element": lambda weight: weight.detach().view(1),
+    "as another type": lambda weight: weight.detach().view(1).view(torch.int32)[0],
+    "several": lambda weight: weight.detach().expand(1),
+}
+
+
+@pytest.mark.parametrize("beside", [{}, {"beside": torch.tensor(1.0)}, {"number": 1.0}])
+@pytest.mark.parametrize("kind", ["parameter", "buffer", "double"])
+@pytest.mark.parametrize("form", SHARED)
+def test_a_published_value_is_that_of_the_moment(form, kind, beside):
+    dtype = torch.float64 if kind == "double" else torch.float32
+    memory = torch.tensor(2.0, dtype=dtype)
+    weight = nn.Parameter(memory) if kind == "parameter" else memory
+    shared = SHARED[form](weight)
+    expected = float(shared.detach().reshape(-1)[0])
+    collector = Listening()
+    collector.update({"shared": shared, **beside})
+    with torch.no_grad():
+        weight.fill_(100.0)  # as an update, or the next iteration, would
+    collector.log(1)
+    assert collector.record.values["shared"] == expected
+
+
+def test_values_that_nothing_changes_need_not_be_copied():
+    collector, value = Listening(), torch.tensor(2.0)
+    collector.update_uncopied({"loss": value})
+    assert collector.state_dict()["window"]["rows"][0]["tags"] == ["loss"]
+    value.fill_(3.0)
+    collector.log(1)
+    assert collector.record.values == {"loss": 3.0}
+
+
 def test_values_of_several_types_are_added_up_in_float64():
     collector = Listening()
     for value in (

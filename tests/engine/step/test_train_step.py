@@ -295,3 +295,35 @@ def test_a_failed_step_leaves_no_graph_behind():
 def test_a_batch_without_samples_is_a_clear_error(batch):
     with pytest.raises(ValueError, match="a batch must hold a tensor"):
         trainer_of().run([batch], max_epochs=1)
+
+
+class WeightTerms(nn.Module):
+    """A loss whose terms are a parameter, a view of one, a buffer and a computed value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.pair = nn.Parameter(torch.tensor([0.25, 0.75]))
+        self.register_buffer("calls", torch.tensor(0.0))
+
+    def terms(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        self.calls += 1
+        own = (image * text).mean()
+        return {"scale": self.scale, "pair": self.pair[0], "calls": self.calls, "own": own}
+
+
+def test_a_term_that_is_a_weight_is_published_as_it_was_in_the_loss():
+    loss = WeightTerms()
+    trainer = trainer_of(loss=loss.double(), log_every=1)
+    scales: list[tuple[float, ...]] = []
+    records: list[dict[str, float]] = []
+    trainer.add_event_handler(
+        StepEvents.FORWARD_COMPLETED,
+        lambda: scales.append((loss.scale.item(), loss.pair[0].item(), loss.calls.item() + 1)),
+    )
+    trainer.add_event_handler(
+        MetricsEvents.LOGGED, lambda: records.append(dict(trainer.metrics.record.values))
+    )
+    trainer.run([paired(4) for _ in range(3)], max_epochs=1)
+    tags = ("train/scale", "train/pair", "train/calls")
+    assert [tuple(record[tag] for tag in tags) for record in records] == scales
