@@ -72,7 +72,7 @@ class StageGroups:
                 f"{len(optimizer.param_groups)}. Build it from plain parameters, and give the "
                 "rates to the stages"
             )
-        optimizer.param_groups.clear()
+        optimizer.param_groups = []
         for group in self.groups:
             rate = self.defaults["lr"]
             optimizer.add_param_group(
@@ -86,7 +86,7 @@ class StageGroups:
     def remove(self, optimizer: Optimizer) -> None:
         """Put the parameters into one group, as before `install`."""
         parameters = [self.named[name] for group in self.groups for name in group.names]
-        optimizer.param_groups.clear()
+        optimizer.param_groups = []
         optimizer.add_param_group({"params": parameters, **self.defaults})
 
     def freeze(self, stage: int) -> None:
@@ -108,14 +108,17 @@ class StageGroups:
                 norm.eval()
 
     def set_options(self, optimizer: Optimizer, stage: int) -> None:
-        """Set the options of the optimizer's groups in a stage, except the rates."""
-        for group, plan in zip(optimizer.param_groups, self.groups, strict=True):
+        """Set the options of the optimizer's groups in a stage, except the rates.
+
+        Groups that were added during the run come last, and keep their own options and rates.
+        """
+        for group, plan in zip(optimizer.param_groups, self.groups, strict=False):
             options = {**self.defaults, **(plan.options[stage] or {})}
             group.update({key: value for key, value in options.items() if key != "lr"})
 
     def set_rates(self, optimizer: Optimizer, stage: int, factor: float) -> None:
         """Set the rates of the optimizer's groups in a stage times a factor; 0 for frozen ones."""
-        for group, plan in zip(optimizer.param_groups, self.groups, strict=True):
+        for group, plan in zip(optimizer.param_groups, self.groups, strict=False):
             options = plan.options[stage]
             set_rate(group, 0.0 if options is None else factor * options["lr"])
 

@@ -91,7 +91,8 @@ class StagePlan(Handler):
     norms of frozen parts stay in eval mode), sets the rates and options of the groups and its
     attributes, and uses its loader or batch size. An attribute keeps its value until another stage
     sets it. The optimizer's groups are made once, when this handler is attached, so fine that all
-    parameters of a group have the same rate in every stage.
+    parameters of a group have the same rate in every stage. A group that something else adds
+    during the run keeps its own options and rate.
 
     The plan sets the length of the run: `run(loader)` ends with the last stage, and `max_iters` is
     an upper limit. A patience counts the values of the metric within the stage. If the next stage

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from ignite.engine import Events
 from torch import Tensor, nn
 
 from diptych.engine import MetricsEvents, StepEvents, Trainer, tasks
@@ -114,3 +115,24 @@ def test_clipping_does_not_synchronise_with_the_device():
 def test_an_argument_out_of_range_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         GradientClipping(**arguments)
+
+
+def test_the_gradients_of_a_group_added_during_the_run_are_clipped_too():
+    trainer = make_trainer()
+    (scale,) = trainer.loss.parameters()
+    trainer.optimizer.param_groups[0]["params"].pop()
+    trainer.add_event_handler(
+        Events.EPOCH_STARTED(once=2),
+        lambda t: t.optimizer.add_param_group({"params": [scale], "lr": 0.0}),
+    )
+    trainer.attach(GradientClipping(max_norm=0.5))
+    norms: list[float] = []
+    trainer.add_event_handler(
+        StepEvents.OPTIMIZER_STEPPED,
+        lambda: norms.append(
+            float(torch.stack([p.grad.norm() for p in [*trainer.model.parameters(), scale]]).norm())
+        ),
+    )
+    trainer.run(make_loader()[:1], max_epochs=2)
+    assert norms[0] > 0.5 + 1e-3
+    assert norms[1] == pytest.approx(0.5, rel=1e-4)

@@ -219,6 +219,22 @@ def test_a_cosine_without_a_length_is_refused():
         trainer.run((batch for batch in make_loader()), max_epochs=1)
 
 
+def test_a_finished_cosine_stays_at_its_end_when_the_run_is_extended(tmp_path, caplog):
+    def build(**settings: Any) -> Trainer:
+        handler = MomentumEncoder(momentum=0.8, schedule="cosine", **settings)
+        return make_trainer(log_every=1).attach(handler, CheckpointManager(tmp_path))
+
+    build().run(SeededLoader(Squares(), 4, seed=3), max_epochs=2)
+    trainer = build()
+    records = kept_records(trainer)
+    trainer.run(SeededLoader(Squares(), 4, seed=3), max_epochs=3)
+    done = trainer.state.iteration * 2 // 3
+    momenta = {r.step: r.values["train/momentum"] for r in records}
+    assert momenta == dict.fromkeys(range(done + 1, trainer.state.iteration + 1), 1.0)
+    assert f"The schedule of the momentum has {done} iterations" in caplog.text
+    assert "to MomentumEncoder" in caplog.text
+
+
 def follow_on_a_rank(half: int) -> dict[str, Tensor]:
     """Train on this rank's half of each batch; return the weights of both parts."""
     trainer = make_trainer().attach(MomentumEncoder(momentum=0.8))

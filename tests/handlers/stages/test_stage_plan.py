@@ -284,3 +284,16 @@ def test_stage_and_rates_are_published():
     values = trainer.metrics.record.values
     assert values["train/stage"] == 2.0
     assert values["train/learning_rate"] == values["train/learning_rate/head"] == 0.01
+
+
+def test_a_group_that_is_added_during_a_stage_keeps_its_rate_and_the_plan_its_own():
+    trainer = make_trainer(HEAD, Stage("all", epochs=1, lr=0.2, weight_decay=0.5))
+    extra = nn.Parameter(torch.ones(1))
+    trainer.add_event_handler(
+        Events.EPOCH_STARTED(once=1),
+        lambda t: t.optimizer.add_param_group({"params": [extra], "lr": 7.0, "weight_decay": 0.0}),
+    )
+    trainer.run(loader())
+    *planned, added = trainer.optimizer.param_groups
+    assert {group["lr"] for group in planned} == {0.2}
+    assert (added["lr"], added["weight_decay"]) == (7.0, 0.0)
