@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import zlib
 from pathlib import Path
 
 LONGEST_NAME = 255
@@ -47,6 +48,16 @@ def check_name(name: object, pattern: re.Pattern[str]) -> None:
         raise ValueError(
             f"a name in a file must be one that is given to such files here, got {name!r:.300}"
         )
+
+
+def fitting_name(name: str, suffix: str) -> str:
+    """Return a name with a suffix, cut if it would be too long, with a checksum of the whole."""
+    encoded = os.fsencode(name)
+    if len(encoded) + len(suffix) <= LONGEST_NAME:
+        return name + suffix
+    digest = f"~{zlib.crc32(encoded):08x}"
+    room = LONGEST_NAME - len(suffix) - len(digest)
+    return encoded[:room].decode(errors="ignore") + digest + suffix
 
 
 def is_link(path: Path) -> bool:

@@ -6,11 +6,10 @@ import errno
 import logging
 import os
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from diptych.handlers.contained_paths import LONGEST_NAME
+from diptych.handlers.contained_paths import fitting_name
 
 logger = logging.getLogger(__name__)
 
@@ -167,13 +166,5 @@ def _report(folder: Path, error: OSError) -> None:
 
 
 def unfinished_path(path: Path) -> Path:
-    """Return the path at which the new content of a file is written.
-
-    A name that would be too long with the suffix is cut, and a checksum tells it from others.
-    """
-    name = path.name
-    if len(os.fsencode(name)) > LONGEST_NAME - len(UNFINISHED):
-        digest = f"~{zlib.crc32(os.fsencode(name)):08x}"
-        room = LONGEST_NAME - len(UNFINISHED) - len(digest)
-        name = os.fsencode(name)[:room].decode(errors="ignore") + digest
-    return path.with_name(name + UNFINISHED)
+    """Return the path at which the new content of a file is written."""
+    return path.with_name(fitting_name(path.name, UNFINISHED))

@@ -11,6 +11,7 @@ from pathlib import Path
 import attrs
 
 from diptych.engine.distributed.agreement import on_rank_zero
+from diptych.handlers.contained_paths import fitting_name
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def metrics_file(path: str | os.PathLike[str]) -> Path:
 
 def measured_file(metrics: Path) -> Path:
     """Return the file of measured values that belongs to a file of records."""
-    return metrics.with_suffix(".measured.jsonl")
+    return metrics.with_name(fitting_name(metrics.stem, ".measured.jsonl"))
 
 
 def new_run(root: str | os.PathLike[str], name: str) -> Path:

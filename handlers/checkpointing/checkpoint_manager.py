@@ -206,8 +206,9 @@ class CheckpointManager(Handler):
         trainer = self._attached()
         if self._saver.is_open and not is_safe(trainer):
             return self._saver.request(trainer, epoch, metrics)
-        self._saver.submit(trainer, epoch, metrics, by_hand=True)
-        return self.directory / on_rank_zero(self._saver.writer.finish)
+        with self._saver.locked(trainer):
+            self._saver.submit(trainer, epoch, metrics, by_hand=True)
+            return self.directory / on_rank_zero(self._saver.writer.finish)
 
     def load_checkpoint(self, path: Path | str) -> tuple[int, dict[str, float]]:
         """Load a checkpoint into the trainer and everything that is attached to it.

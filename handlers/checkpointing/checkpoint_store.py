@@ -286,20 +286,29 @@ class CheckpointStore:
         Other files in the directory, such as a copy that a user made, stay.
 
         Raises:
-            CheckpointError: if the manifest cannot be read.
+            CheckpointError: if the manifest cannot be read, or the directory cannot be written.
         """
-        manifest = self._manifest()
-        restore_manifest(self.directory)
-        if not manifest.as_written:
-            self._write_manifest(list(self._confirmed(manifest.entries)))
+        try:
+            manifest = self._manifest()
+            restore_manifest(self.directory)
+            if not manifest.as_written:
+                self._write_manifest(list(self._confirmed(manifest.entries)))
+            self._remove_unfinished()
+            self._remove_unlisted()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.directory} could not be tidied: {error}. Make it writable, or use another "
+                "directory."
+            ) from error
+        for path in self.unlisted():
+            if FILE.fullmatch(path.name) and manifest.entries:
+                logger.warning("%s is not in %s, and is ignored.", path, MANIFEST)
+
+    def _remove_unfinished(self) -> None:
         for path in self.directory.glob("*" + UNFINISHED):
             name = path.name.removesuffix(UNFINISHED)
             if FILE.fullmatch(name) or name in {MANIFEST, WEIGHTS}:
                 remove_file(path)
-        self._remove_unlisted()
-        for path in self.unlisted():
-            if FILE.fullmatch(path.name) and manifest.entries:
-                logger.warning("%s is not in %s, and is ignored.", path, MANIFEST)
 
     def _confirmed(self, entries: list[Entry]) -> Iterator[Entry]:
         """Yield the entries whose files can be read, as the files describe themselves."""

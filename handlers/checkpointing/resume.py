@@ -94,6 +94,8 @@ def read_start(path: Path, group: Any = None) -> StartPoint:
     Raises:
         CheckpointError: if it cannot be read on one of them.
     """
+    if path.is_symlink():  # its shards and its checksum are where it points to
+        path = path.resolve()
     store = CheckpointStore(path.parent)
     state, completed = on_all_ranks(partial(_read, store, path.name, group))
     return StartPoint(path, state, completed)

@@ -83,6 +83,14 @@ def test_a_directory_names_the_files_that_a_run_writes(tmp_path):
     assert run.name == f"{tmp_path.name}/a"
 
 
+def test_the_file_of_measured_values_has_a_name_that_fits(tmp_path):
+    assert JsonLines(tmp_path / "a.b.jsonl").measured_path == tmp_path / "a.b.measured.jsonl"
+    name = JsonLines(tmp_path / f"{'a' * 249}.jsonl").measured_path.name
+
+    assert len(name) == 255
+    assert name.endswith(".measured.jsonl")
+
+
 def test_a_directory_is_a_path_that_handlers_take(tmp_path):
     run = RunDirectory(tmp_path / "a")
 

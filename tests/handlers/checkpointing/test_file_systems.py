@@ -234,6 +234,30 @@ def test_exported_weights_that_have_changed_are_exported_again(tmp_path, caplog)
     assert all(torch.equal(intact[key], again[key]) for key in intact)
 
 
+def test_a_path_that_a_user_gives_may_be_a_link_and_its_checksum_counts(tmp_path):
+    run(tmp_path / "a", 1)
+    link = tmp_path / "latest.pt"
+    link.symlink_to(tmp_path / "a" / "checkpoint_epoch_1.pt")
+    assert run(tmp_path / "b", 2, resume=link) == run(tmp_path / "whole", 2)
+    content = bytearray(link.read_bytes())
+    content[len(content) // 2] ^= 1
+    link.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"checkpoint_epoch_1.pt is damaged"):
+        run(tmp_path / "c", 2, resume=link)
+
+
+def test_a_directory_that_cannot_be_tidied_is_an_error_that_names_it(tmp_path, monkeypatch):
+    run(tmp_path, 1)
+    (tmp_path / "checkpoint_epoch_2.pt.unfinished").touch()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(CheckpointError, match=r"could not be tidied: .*Permission denied"):
+        run(tmp_path, 2)
+
+
 def test_exported_weights_are_not_written_through_a_link(tmp_path):
     (tmp_path / "run").mkdir()
     save_file({"a": torch.ones(1)}, tmp_path / "precious.safetensors")

@@ -246,3 +246,16 @@ def test_a_run_goes_on_when_a_second_trainer_of_its_process_is_refused(tmp_path)
 
     assert run(tmp_path / "a", second=True) == run(tmp_path / "b", second=False)
     assert seen_by_another_process(tmp_path / "a") == "free"
+
+
+def test_a_checkpoint_is_not_saved_by_hand_into_a_directory_that_another_run_uses(tmp_path):
+    trainer, manager = make_trainer(), CheckpointManager(tmp_path)
+    trainer.attach(manager)
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    with pytest.raises(CheckpointError, match="has it"):
+        manager.save_checkpoint(1, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+    lock.release()
+    assert manager.save_checkpoint(1, {}).is_file()
+    assert seen_by_another_process(tmp_path) == "free"
