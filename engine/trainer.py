@@ -36,7 +36,7 @@ from diptych.engine.handler import Attachable, Finding, contract_of
 from diptych.engine.loop.continued_events import STEP
 from diptych.engine.loop.event_loop import EventLoop
 from diptych.engine.loop.listener import cost_table
-from diptych.engine.loop.position import Position
+from diptych.engine.loop.position import Position, planned_iterations
 from diptych.engine.metrics.metrics_collector import MetricsCollector
 from diptych.engine.optimizer_modes import put_into_training_mode
 from diptych.engine.modules import TrainingModes
@@ -394,7 +394,7 @@ class Trainer(EventLoop):
         """Restore a position; see `EventLoop.load_state_dict`."""
         super().load_state_dict(state_dict)
         saved = state_dict.get("schedules_saved", False)
-        self.loaded_length = None if saved else iterations_of_run(self)
+        self.loaded_length = None if saved else planned_iterations(self.state)
 
     def fire_and_report(self, event: Any) -> None:
         """Fire an event, and report what its handlers publish as a record of this iteration.
@@ -571,16 +571,6 @@ class Trainer(EventLoop):
         self.fire_and_report(event)
         if event is Events.EPOCH_COMPLETED:
             self._report_metrics()
-
-
-def iterations_of_run(trainer: Trainer) -> int | None:
-    """Return the iterations that the current run is to have; None if its length is unknown."""
-    state = trainer.state
-    if state.max_iters is not None:
-        return int(state.max_iters)
-    if state.max_epochs is None or state.epoch_length is None:
-        return None
-    return int(state.max_epochs * state.epoch_length)
 
 
 def _scalar_of(loss: nn.Module, name: str) -> Tensor:

@@ -92,6 +92,7 @@ ALLOWED: dict[str, set[str]] = {
         "engine",
         "engine.data",
         "engine.distributed",
+        "engine.loop",
         "engine.state",
         "engine.trials",
         "handlers",

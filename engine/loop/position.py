@@ -6,6 +6,8 @@ import enum
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ignite.engine import State
+
 
 class Phase(enum.Enum):
     """The next thing that the loop does.
@@ -94,6 +96,15 @@ class Position(NamedTuple):
     def epoch_completed(self) -> Position:
         """Return the position between this epoch and the next."""
         return Position(self.epoch, self.iteration)
+
+
+def planned_iterations(state: State) -> int | None:
+    """Return the iterations that a run is to have; None if its length is unknown."""
+    if state.max_iters is not None:
+        return int(state.max_iters)
+    if state.max_epochs is None or state.epoch_length is None:
+        return None
+    return int(state.max_epochs * state.epoch_length)
 
 
 def position_from(state_dict: Mapping[str, Any]) -> Position:

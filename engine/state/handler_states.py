@@ -11,9 +11,14 @@ from torch import nn
 
 from diptych.engine.errors import CheckpointError
 from diptych.engine.handler import Stateful, contract_of
-from diptych.engine.state.references import is_scheduler, other_optimizers
+from diptych.engine.state.references import (
+    SavedScheduler,
+    is_scheduler,
+    other_optimizers,
+    report_unsaved,
+    schedulers_behind,
+)
 from diptych.engine.state.run_parts import RunParts
-from diptych.engine.state.schedulers import SavedScheduler, report_unsaved, schedulers_behind
 
 
 def attached(trainer: RunParts) -> list[Any]:

@@ -7,7 +7,8 @@ import logging
 import attrs
 
 from diptych.engine.distributed.collectives import rank
-from diptych.engine.trainer import Trainer, iterations_of_run
+from diptych.engine.loop.position import planned_iterations
+from diptych.engine.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Horizon:
             name: the handler's name, for the log.
             sets: what the schedule sets, for the log: "learning rate".
         """
-        length = iterations_of_run(trainer)
+        length = planned_iterations(trainer.state)
         if trainer.state.iteration == 0:
             self.iterations = None
         if total is not None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from diptych.engine.checks import whole_number
 from diptych.engine.distributed.collectives import rank
 from diptych.engine.handler import Change, Handler
-from diptych.engine.state.schedulers import schedulers_behind
+from diptych.engine.state.references import schedulers_behind
 from diptych.engine.trainer import Trainer
 from diptych.engine.trials.trial import Trial
 from diptych.handlers.argument_checks import number, one_of
