@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import zipfile
 from collections import namedtuple
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,6 +20,7 @@ from diptych.engine.data.seeded_loader import SeededLoader
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.distributed.dtensor import full_state
 from diptych.engine.errors import CheckpointError
+from diptych.engine.state.checkpoint_structure import check_archive, check_unpacked
 from diptych.engine.state.module_state import clean_state_dict, load_clean_state_dict
 from diptych.engine.trainer import Trainer
 from diptych.handlers.files import make_folder, write_atomically
@@ -65,10 +67,10 @@ def load_update_state(trainer: Trainer, state: Mapping[str, Any]) -> None:
     """
     for part, module in _parts(trainer).items():
         try:
+            trained = set(state["trained"][part])
             load_clean_state_dict(module, state[part])
-        except (KeyError, RuntimeError) as error:
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
             raise CheckpointError(f"the record is of another {part}: {error}") from error
-        trained = set(state["trained"][part])
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in trained)
     if trainer.scaler is not None and state["scaler"] is not None:
@@ -97,17 +99,36 @@ def read_record(path: Path) -> dict[str, Any]:
     """Read a record onto the CPU.
 
     Raises:
-        CheckpointError: if the file is missing, or is not a record.
+        CheckpointError: naming the file, if it is missing or damaged, or is not a record.
     """
     if not path.is_file():
-        raise CheckpointError(f"record {path} does not exist")
+        raise CheckpointError(
+            f"record {path} does not exist. Records are in the directory of LossGuard, one file "
+            "for each rank."
+        )
     try:
-        record = torch.load(path, map_location="cpu", weights_only=True)
+        record = _read_intact(path)
+        if not isinstance(record, dict) or "batch" not in record or "terms" not in record:
+            raise CheckpointError("it is not a record of an update")  # noqa: TRY301
+        return {**record, "batch": _from_plain(record["batch"])}
     except Exception as error:  # torch, zipfile and pickle raise different errors
-        raise CheckpointError(f"record {path} cannot be read: {error}") from error
-    if not isinstance(record, dict) or "batch" not in record or "terms" not in record:
-        raise CheckpointError(f"{path} is not a record of an update")
-    return {**record, "batch": _from_plain(record["batch"])}
+        raise CheckpointError(
+            f"record {path} cannot be read: {str(error).rstrip('.')}. Restore it from a copy, or "
+            "replay another record."
+        ) from error
+
+
+def _read_intact(path: Path) -> Any:
+    """Return the content of a file of `torch.save`, whose checksums torch does not compare."""
+    size = path.stat().st_size
+    check_archive(path, size)
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise CheckpointError(f"it is damaged in its part {damaged}")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    check_unpacked(state, size)
+    return state
 
 
 def sample_ids(trainer: Trainer, batch: Any, key: str) -> list[Any] | None:

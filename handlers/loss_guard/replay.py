@@ -24,6 +24,18 @@ from diptych.handlers.optimization.gradient_norms import shared_norms
 
 TOLERANCE = 1e-5
 """Largest relative difference at which two values agree."""
+PARTS: dict[str, type] = {
+    "iteration": int,
+    "epoch": int,
+    "rank": int,
+    "ranks": int,
+    "terms": dict,
+    "norms": dict,
+    "random": dict,
+    "trained": dict,
+}
+"""The parts that a replay needs of a record, with their types."""
+PARTS_OF_RANK_0: dict[str, type] = {"model": dict, "loss": dict}
 
 
 @attrs.frozen
@@ -90,7 +102,7 @@ def replay(path: Path | str, factory: Callable[[], Any]) -> Replay:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the records of this rank and of rank 0."""
-    record = read_record(path)
+    record = _checked(path)
     if record["ranks"] != world_size():
         raise CheckpointError(
             f"record {path} is of {record['ranks']} ranks, got {world_size()}. Replay it with "
@@ -99,9 +111,22 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return tuple(  # type: ignore[return-value]
         record
         if record["rank"] == of_rank
-        else read_record(record_path(path.parent, record["iteration"], of_rank))
+        else _checked(record_path(path.parent, record["iteration"], of_rank))
         for of_rank in (rank(), 0)
     )
+
+
+def _checked(path: Path) -> dict[str, Any]:
+    """Read a record, and check the parts that a replay needs."""
+    record = read_record(path)
+    parts = {**PARTS, **(PARTS_OF_RANK_0 if record.get("rank") == 0 else {})}
+    for part, kind in parts.items():
+        if not isinstance(record.get(part), kind) or isinstance(record[part], bool):
+            raise CheckpointError(
+                f"record {path} must hold {part} as a {kind.__name__}, got a "
+                f"{type(record.get(part)).__name__}. Restore it from a copy, or replay another one."
+            )
+    return record
 
 
 def _built(factory: Callable[[], Any]) -> Trainer:
@@ -131,7 +156,12 @@ def _update(trainer: Trainer, record: Mapping[str, Any]) -> dict[str, float]:
 def _restore_place(trainer: Trainer, record: Mapping[str, Any]) -> None:
     """Restore the random state, and epoch and iteration, from which a transform draws."""
     trainer.state.epoch, trainer.state.iteration = record["epoch"], record["iteration"]
-    set_random_state(record["random"])
+    try:
+        set_random_state(record["random"])
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(
+            f"the record's random state cannot be restored: {error}. Replay another record."
+        ) from error
 
 
 def _flat(terms: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> dict[str, float]:

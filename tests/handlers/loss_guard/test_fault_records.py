@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import random
+import zipfile
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diptych.engine.errors import CheckpointError
-from diptych.handlers.loss_guard.fault_records import read_record, sample_ids, write_record
+from diptych.handlers.loss_guard.fault_records import KIND, read_record, sample_ids, write_record
 from tests.handlers.guarded import make_trainer, seeded_loader
 
 Pair = namedtuple("Pair", ["image", "text"])
@@ -121,4 +123,71 @@ def test_a_file_that_cannot_be_read_is_named(content, message, tmp_path):
 def test_another_file_of_tensors_is_refused(tmp_path):
     torch.save({"format": 1}, tmp_path / "record.pt")
     with pytest.raises(CheckpointError, match="is not a record of an update"):
+        read_record(tmp_path / "record.pt")
+
+
+def whole_record(folder: Path) -> tuple[Path, dict[str, Any]]:
+    path = folder / "record.pt"
+    batch = {"x": torch.arange(200.0), "names": ["a", "b"]}
+    write_record(path, {"batch": batch, "terms": {"a": torch.ones(1)}})
+    return path, read_record(path)
+
+
+def test_any_flipped_bit_is_reported_or_changes_nothing(tmp_path):
+    path, whole = whole_record(tmp_path)
+    content, chance, reported = path.read_bytes(), random.Random(3), 0
+    for _ in range(300):
+        at = chance.randrange(len(content))
+        flipped = content[at] ^ 1 << chance.randrange(8)
+        path.write_bytes(content[:at] + bytes([flipped]) + content[at + 1 :])
+        try:
+            found = read_record(path)
+        except CheckpointError as error:
+            reported += str(path) in str(error) and "Restore it from a copy" in str(error)
+        else:
+            assert torch.equal(found["batch"]["x"], whole["batch"]["x"])
+            assert found["batch"]["names"] == ["a", "b"]
+            assert torch.equal(found["terms"]["a"], torch.ones(1))
+    assert reported > 200
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.7, 0.99])
+def test_a_record_that_was_cut_off_is_reported(tmp_path, share):
+    path, _ = whole_record(tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(CheckpointError, match=r"record .*record\.pt cannot be read: .*Restore it"):
+        read_record(path)
+
+
+def test_a_record_that_unpacks_to_far_more_than_its_size_is_refused(tmp_path):
+    path, _ = whole_record(tmp_path)
+    compressed = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(compressed, "w") as bomb:
+        for member in whole.namelist():
+            bomb.writestr(member, whole.read(member), zipfile.ZIP_DEFLATED)
+        bomb.writestr("record/data/99", bytes(1 << 24), zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match=r"bomb\.pt cannot be read: .*compressed"):
+        read_record(compressed)
+    torch.save({"batch": torch.zeros(1).expand(1 << 40), "terms": {}}, tmp_path / "wide.pt")
+    with pytest.raises(CheckpointError, match=r"wide\.pt cannot be read: it unpacks to more than"):
+        read_record(tmp_path / "wide.pt")
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {KIND: "named tuple", "name": "a b", "fields": {"x": 1}},
+        {KIND: "named tuple", "name": "A", "fields": {"_x": 1}},
+        {KIND: "named tuple", "name": "A", "fields": {"x, **k: print(": 1}},
+        {KIND: "data class", "name": "A", "fields": {"x: print() =": 1}},
+        {KIND: "data class", "name": "A", "fields": {"class": 1}},
+        {KIND: "data class", "name": "A", "fields": 7},
+        {KIND: "data class"},
+        {KIND: "array", "tensor": "x"},
+    ],
+)
+def test_an_object_that_nobody_encoded_is_refused(tmp_path, batch):
+    torch.save({"batch": batch, "terms": {}}, tmp_path / "record.pt")
+    with pytest.raises(CheckpointError, match=r"record\.pt cannot be read: .*Restore it"):
         read_record(tmp_path / "record.pt")

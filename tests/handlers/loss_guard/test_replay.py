@@ -106,3 +106,34 @@ def test_each_rank_replays_its_own_record(ranks: Ranks, tmp_path):
     assert ranks.run(replayed_on_a_rank, [(str(tmp_path),)] * 2) == [([], 0), ([], 1)]
     with pytest.raises(CheckpointError, match=r"is of 2 ranks, got 1\. Replay it with torchrun"):
         replay(tmp_path / f"iteration_0000000{BAD}_rank_1.pt", factory)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("iteration", "../../elsewhere"),
+        ("iteration", None),
+        ("ranks", "1"),
+        ("rank", True),
+        ("terms", [1.0]),
+        ("norms", None),
+        ("random", 7),
+        ("trained", []),
+        ("model", None),
+        ("loss", 1),
+    ],
+)
+def test_a_record_with_a_part_of_another_type_is_named_with_the_part(tmp_path, part, value):
+    path = caught(tmp_path)
+    torch.save({**torch.load(path, weights_only=True), part: value}, path)
+    with pytest.raises(CheckpointError, match=rf"{path.name} must hold {part} as a .* Restore"):
+        replay(path, factory)
+
+
+def test_a_random_state_that_fits_no_generator_is_named(tmp_path):
+    path = caught(tmp_path)
+    record = torch.load(path, weights_only=True)
+    record["random"]["torch"] = record["random"]["torch"][:7]
+    torch.save(record, path)
+    with pytest.raises(CheckpointError, match="random state cannot be restored"):
+        replay(path, factory)
