@@ -27,7 +27,7 @@ from diptych.handlers.checkpointing.directory_saver import DirectorySaver, is_sa
 from diptych.handlers.checkpointing.entries import Ranking
 from diptych.handlers.checkpointing.resume import resume_limits
 from diptych.handlers.checkpointing.run_savers import RunSavers
-from diptych.handlers.evaluation.watched_metric import average_behind
+from diptych.handlers.evaluation.watched_metric import average_behind, unpublished_metric
 from diptych.handlers.extras import check_extra
 
 logger = logging.getLogger(__name__)
@@ -262,6 +262,9 @@ class CheckpointManager(Handler):
                 "got export=True. Export the average with WeightAverage.export, or evaluate the "
                 "trained weights with Evaluation(weights='model')."
             )
+        missing = None if self.best is None else unpublished_metric(trainer, "best", self.best)
+        if missing is not None:
+            raise CheckpointError(missing)
         if trainer.state.iteration == 0:
             self._saver.start_over()
         limits = resume_limits(trainer, epochs_only=self.every == "epoch")

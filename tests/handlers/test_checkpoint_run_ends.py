@@ -153,7 +153,8 @@ def test_a_best_metric_that_no_evaluation_publishes_ends_the_run_with_a_checkpoi
 ):
     trainer = make_trainer()
     trainer.attach(
-        Evaluation(make_loader(), every=every), CheckpointManager(tmp_path, every=50, best=best)
+        Evaluation(make_loader(), every=every, check_first_batch=False),
+        CheckpointManager(tmp_path, every=50, best=best),
     )
     with pytest.raises(CheckpointError, match=f"best must be .* got '{best}'; there are"):
         trainer.run(make_loader(), max_epochs=3)

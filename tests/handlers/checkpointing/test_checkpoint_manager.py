@@ -172,12 +172,18 @@ def test_without_a_metric_the_last_few_are_kept(tmp_path):
     assert names == ["checkpoint_epoch_3.pt", "checkpoint_epoch_4.pt"]
 
 
-def test_a_metric_that_nobody_publishes_is_an_error_that_names_the_published_ones(tmp_path):
+@pytest.mark.parametrize("function", [True, False])
+def test_a_metric_that_nobody_publishes_is_an_error_that_names_the_published_ones(
+    tmp_path, function
+):
     trainer = make_trainer()
     trainer.attach(CheckpointManager(tmp_path, best="val/recal@1"))
+    if function:  # it could publish the metric, so that only the end of an epoch tells
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: None)
     with pytest.raises(CheckpointError, match=r"val/recal@1.*train/loss"):
         trainer.run(make_loader(), max_epochs=2)
-    assert (tmp_path / "checkpoint_epoch_1.pt").exists()
+    assert (tmp_path / "checkpoint_epoch_1.pt").exists() == function
+    assert (trainer.state.iteration > 0) == function
 
 
 def test_a_finished_run_does_nothing_and_more_epochs_continue_it(tmp_path, caplog):
