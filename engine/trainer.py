@@ -38,7 +38,6 @@ from diptych.engine.loop.event_loop import EventLoop
 from diptych.engine.loop.listener import cost_table
 from diptych.engine.loop.position import Position, planned_iterations
 from diptych.engine.metrics.metrics_collector import MetricsCollector
-from diptych.engine.optimizer_modes import put_into_training_mode
 from diptych.engine.modules import TrainingModes
 from diptych.engine.optimizer_modes import put_into_training_mode
 from diptych.engine.settings import Precision, TrainerSettings, Units
