@@ -43,7 +43,13 @@ ALLOWED: dict[str, set[str]] = {
     "engine.distributed": {"engine"},
     "engine.loop": {"engine", "engine.data", "engine.distributed"},
     "engine.metrics": {"engine.distributed"},
-    "engine.state": {"engine", "engine.distributed", "engine.metrics"},
+    "engine.state": {
+        "engine",
+        "engine.data",
+        "engine.distributed",
+        "engine.loop",
+        "engine.metrics",
+    },
     "engine.step": {"engine", "engine.data", "engine.distributed"},
     "engine.trials": {"engine", "engine.data", "engine.distributed"},
     "face": {"engine"},
@@ -66,6 +72,7 @@ ALLOWED: dict[str, set[str]] = {
     "handlers.checkpointing": {
         "engine",
         "engine.distributed",
+        "engine.loop",
         "engine.state",
         "engine.trials",
         "handlers",

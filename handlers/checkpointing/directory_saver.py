@@ -23,7 +23,6 @@ from diptych.engine.distributed.hang_report import entered_places
 from diptych.engine.errors import CheckpointError
 from diptych.engine.events import Outcome, RunEvents
 from diptych.engine.loop.listener import Listener
-from diptych.engine.metrics.metrics_collector import Record
 from diptych.engine.optimizer_modes import trained_weights
 from diptych.engine.state.run_state import run_state
 from diptych.engine.trainer import Trainer
@@ -94,7 +93,7 @@ class DirectorySaver:
     _asleep: bool = attrs.field(default=False, init=False)
     _requests: list[Request] = attrs.field(factory=list, init=False)
     _score: float | None = attrs.field(default=None, init=False)  # of the last save
-    _record: Record | None = attrs.field(default=None, init=False)  # the last one before it
+    _record: object = attrs.field(default=None, init=False)  # the last one before it
     _ahead: list[CheckpointStore] = attrs.field(factory=list, init=False)
 
     def __attrs_post_init__(self) -> None:
