@@ -56,3 +56,6 @@ from diptych.engine.step.train_step import (
     TrainStep as TrainStep,
 )
 from diptych.engine.trainer import Trainer as Trainer
+from diptych.engine.trials.dry_run import DryRun as DryRun
+from diptych.engine.trials.overfit import Overfit as Overfit
+from diptych.engine.trials.trial import Trial as Trial
