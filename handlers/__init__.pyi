@@ -1,5 +1,7 @@
 from diptych.engine.handler import Finding as Finding
 from diptych.handlers.checkpointing.checkpoint_manager import CheckpointManager as CheckpointManager
+from diptych.handlers.checkpointing.warm_start import LoadedWeights as LoadedWeights
+from diptych.handlers.checkpointing.warm_start import load_weights as load_weights
 from diptych.handlers.defaults import default_handlers as default_handlers
 from diptych.handlers.evaluation.early_stopping import EarlyStopping as EarlyStopping
 from diptych.handlers.evaluation.evaluation import Evaluation as Evaluation
