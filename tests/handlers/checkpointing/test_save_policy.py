@@ -12,6 +12,7 @@ from diptych.handlers.checkpointing.save_policy import (
     SaveDecision,
     SaveState,
     decide_at_end,
+    decide_at_restore,
     decide_at_safe_point,
 )
 from tests.handlers.checkpointing.previous_policy import Action, PreviousPolicy
@@ -126,3 +127,16 @@ def test_the_end_is_saved_unless_the_last_save_holds_it():
     assert decide_at_end(SaveState(saved=(5, 5)), RunStatus(at=(6, 0))).save
     assert not decide_at_end(SaveState(saved=(6, 0)), RunStatus(at=(6, 0))).save
     assert decide_at_end(SaveState(saved=(6, 0)), RunStatus(at=(6, 0), save_failed=True)).save
+
+
+@settings(max_examples=200)
+@given(judged=st.integers(0, 3), status=statuses)
+def test_what_was_loaded_is_saved_only_for_a_score_that_nobody_has_judged(judged, status):
+    state = SaveState(values=judged, saved=None)
+    decision = decide_at_restore(state, status)
+    unjudged = bool(status.values) and len(status.values) != judged
+    assert decision.save is unjudged
+    assert decision.score == (status.values[-1] if unjudged else None)
+    assert decision.state.values == len(status.values)
+    assert decision.state.saved == (status.at if unjudged else None)
+    assert (decision.signal, decision.missing) == (0, None)  # they are for the run that follows
