@@ -50,12 +50,14 @@ class Trial:
             handler: the handler.
             changes: arguments that are to be others.
         """
-        if attrs.has(type(handler)):
-            fields = [field for field in attrs.fields(type(handler)) if field.init]
+        kind: Any = type(handler)
+        if attrs.has(kind):
+            fields = [field for field in attrs.fields(kind) if field.init]
             names = {field.alias or field.name: field.name for field in fields}
             given = {alias: getattr(handler, name) for alias, name in names.items()}
             moved = {name: self._moved(name, value) for name, value in given.items()}
-            return type(handler)(**{**moved, **changes})
+            made: Any = kind(**{**moved, **changes})
+            return made  # type: ignore[no-any-return]
         other = copy.copy(handler)
         for name, value in vars(other).items():
             own = copy.copy(value) if isinstance(value, (list, dict, set)) else value
