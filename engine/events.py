@@ -14,6 +14,7 @@ STARTED
     MetricsEvents.LOGGED                at a log point, as the first listener of SAFE_POINT
     RunEvents.SAFE_POINT                nothing is pending: save here
   EPOCH_COMPLETED
+    EvaluationEvents.BATCH_EVALUATED    after each batch of an evaluation: leave it by raising
     EvaluationEvents.EVALUATED          val/... are in trainer.state.metrics
   MetricsEvents.EPOCH_PUBLISHED         every value of the epoch is known: best, patience, curricula
   RunEvents.SAFE_POINT                  of the last iteration, after the epoch's handlers; a second

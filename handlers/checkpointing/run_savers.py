@@ -185,9 +185,19 @@ class RunSavers:
         return left is not None and not left.in_iteration
 
     def _log_end(self, signal: int) -> None:
-        latest = on_rank_zero(self.savers[-1].latest)
+        newest = on_rank_zero(self._newest)
+        goes_on = f"It resumes from {newest}" if newest is not None else "It will start over"
         if rank() == 0:
-            logger.warning("Signal %d ends the run here. It resumes from %s.", signal, latest)
+            logger.warning("Signal %d ends the run here. %s.", signal, goes_on)
+
+    def _newest(self) -> Path | None:
+        """Return the newest checkpoint of all directories; of equal ones, the last directory's."""
+        found = [
+            (entry.iteration, place, saver.directory / entry.file)
+            for place, saver in enumerate(self.savers)
+            for entry in resumable_entries(saver.store.entries())[:1]
+        ]
+        return max(found)[-1] if found else None
 
     def close(self) -> None:
         """Unlock the directories; a signal that was not answered acts now."""

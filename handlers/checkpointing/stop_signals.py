@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: noted at once, answered at the next safe point."""
+"""Signals that ask a run to end: noted at once, answered at a safe point or in an evaluation."""
 
 from __future__ import annotations
 

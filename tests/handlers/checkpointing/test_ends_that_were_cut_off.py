@@ -320,7 +320,7 @@ def test_a_signal_in_an_evaluation_inside_an_epoch_repeats_it_and_what_follows_i
     assert outcome(tmp_path / "a", resumed) == outcome(tmp_path / "b", whole)
 
 
-def test_a_signal_in_the_evaluation_before_training_starts_the_run_over(tmp_path):
+def test_a_signal_in_the_evaluation_before_training_starts_the_run_over(tmp_path, caplog):
     def run(*, kill: bool) -> Trainer:
         trainer = make_trainer()
         evaluation = Evaluation(make_loader(), at_start=True)
@@ -335,6 +335,7 @@ def test_a_signal_in_the_evaluation_before_training_starts_the_run_over(tmp_path
     with pytest.raises(SystemExit):
         run(kill=True)
     assert not list(tmp_path.glob("*.pt"))
+    assert "Signal 15 ends the run here. It will start over." in caplog.text
     resumed = run(kill=False)
     whole = make_trainer()
     whole.run(make_loader(), max_epochs=1)
