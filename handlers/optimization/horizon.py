@@ -52,24 +52,32 @@ class Horizon:
                     name,
                     before,
                 )
-        elif length is not None and length != self.iterations:
-            self._log_other_length(name, sets, length)
+        elif length is not None and (length, self.iterations) != self._said:
+            self._said = (length, self.iterations)
+            log_other_length(self.iterations, length, name, sets)
 
-    def _log_other_length(self, name: str, sets: str, length: int) -> None:
-        if rank() != 0 or self._said == (self.iterations, length):
-            return
-        self._said = (self.iterations, length)
-        assert self.iterations is not None
-        effect = "the run ends before the schedule does"
-        if length > self.iterations:
-            effect = f"after iteration {self.iterations} the {sets} keeps its final value"
-        logger.warning(
-            "The schedule of the %s has %d iterations, fixed when the run first started, and the "
-            "run now has %d: %s. Pass total=%d to %s to change the schedule.",
-            sets,
-            self.iterations,
-            length,
-            effect,
-            length,
-            name,
-        )
+
+def log_other_length(fixed: int, length: int, name: str, sets: str) -> None:
+    """Log a run, or a stage, that is longer or shorter than its schedule.
+
+    Args:
+        fixed: iterations of the schedule.
+        length: iterations that the run or the stage now has.
+        name: the handler whose `total` changes the schedule.
+        sets: what the schedule sets: "learning rate".
+    """
+    if fixed == length or rank() != 0:
+        return
+    effect = "the run ends before the schedule does"
+    if length > fixed:
+        effect = f"after iteration {fixed} the {sets} keeps its final value"
+    logger.warning(
+        "The schedule of the %s has %d iterations, fixed when it first started, and now there are "
+        "%d: %s. Pass total=%d to %s to change the schedule.",
+        sets,
+        fixed,
+        length,
+        effect,
+        length,
+        name,
+    )

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from diptych.engine.checks import whole_number
 from diptych.engine.distributed.collectives import rank
+from diptych.engine.events import RunEvents
 from diptych.engine.handler import Change, Handler
 from diptych.engine.state.references import schedulers_behind
 from diptych.engine.trainer import Trainer
@@ -83,6 +84,7 @@ class LearningRate(Handler):
     _horizon: Horizon = attrs.field(factory=Horizon, init=False, repr=False)
     _earlier: list[tuple[dict[str, Any], Any]] = attrs.field(factory=list, init=False, repr=False)
     _others: list[Optimizer] = attrs.field(factory=list, init=False, repr=False)
+    _factor: float = attrs.field(default=1.0, init=False, repr=False)
     _published: int = attrs.field(default=0, init=False, repr=False)
 
     def for_trial(self, trial: Trial) -> LearningRate:
@@ -98,6 +100,7 @@ class LearningRate(Handler):
                 self._earlier.append((group, group["initial_lr"]))
             group["initial_lr"] = float(group["lr"])
         publish_rates(trainer)
+        trainer.add_event_handler(RunEvents.RESTORE, self._take_rates)
         trainer.add_event_handler(Events.STARTED, self._start)
         trainer.add_event_handler(Events.ITERATION_STARTED, self._set)
 
@@ -125,7 +128,16 @@ class LearningRate(Handler):
         left = 1 - done if self.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
         return self.floor + (1 - self.floor) * left
 
+    def _take_rates(self, trainer: Trainer) -> None:
+        """Take the rates with which a new run starts: they may be others than when attached."""
+        for group in () if trainer.state.iteration else trainer.optimizer.param_groups:
+            # A run that starts over has the rate that this handler has set last.
+            rate, own = float(group["lr"]), self._factor * group["initial_lr"]
+            if not math.isclose(rate, own, rel_tol=1e-6):
+                group["initial_lr"] = rate
+
     def _start(self, trainer: Trainer) -> None:
+        self._take_rates(trainer)
         groups = trainer.optimizer.param_groups
         if trainer.state.iteration:
             # The script has loaded a position by hand, and the optimizer's state before attaching.
@@ -163,13 +175,13 @@ class LearningRate(Handler):
                 )
 
     def _set(self, trainer: Trainer) -> None:
-        factor = self.factor(trainer.state.iteration, self._horizon.iterations)
+        self._factor = self.factor(trainer.state.iteration, self._horizon.iterations)
         groups = trainer.optimizer.param_groups
         others = [group for optimizer in self._others for group in optimizer.param_groups]
         for group in (*groups, *others):
             if "initial_lr" not in group:
                 group["initial_lr"] = float(group["lr"])
-            set_rate(group, factor * group["initial_lr"])
+            set_rate(group, self._factor * group["initial_lr"])
         if len(groups) != self._published:
             self._published = len(groups)
             publish_rates(trainer)

@@ -10,9 +10,9 @@ import attrs
 
 from diptych.engine.checks import whole_number
 from diptych.engine.tasks import Task
-from diptych.handlers.optimization.parameter_groups import GroupRules, LayerDecay
 from diptych.engine.trials.first_batches import FirstBatches
 from diptych.engine.trials.trial import Trial
+from diptych.handlers.optimization.parameter_groups import GroupRules, LayerDecay
 from diptych.handlers.optimization.schedules import LearningRate, check_length
 
 

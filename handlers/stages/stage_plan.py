@@ -22,6 +22,7 @@ from diptych.engine.state.module_state import clean_state_dict, load_clean_state
 from diptych.engine.trainer import Trainer
 from diptych.engine.trials.trial import Trial
 from diptych.handlers.evaluation.watched_metric import average_behind, published_values
+from diptych.handlers.optimization.horizon import log_other_length
 from diptych.handlers.optimization.schedules import LearningRate, rate_of
 from diptych.handlers.stages.attribute_paths import try_attribute, write_attribute
 from diptych.handlers.stages.stage import Stage
@@ -140,7 +141,7 @@ class StagePlan(Handler):
     _sizes: dict[SeededLoader, int] = attrs.field(factory=dict, init=False, repr=False)
 
     def for_trial(self, trial: Trial) -> StagePlan:
-        """Return a plan whose stages are one short epoch each; the optimizer's groups are joined."""
+        """Return a plan whose stages are one short epoch each; join the optimizer's groups."""
         if self._trainer is not None and self._groups is not None:
             self._groups.remove(self._trainer.optimizer)
         return trial.rebuilt(self, stages=[stage.for_trial(trial) for stage in self.stages])
@@ -288,9 +289,19 @@ class StagePlan(Handler):
                 if length is not None:  # otherwise when the stage starts
                     stage.check_schedule(length)
             logger.info("StagePlan with %d stages:\n%s", len(self.stages), self.describe())
+        self._log_other_length(trainer)
         if self.progress.over and trainer.epoch_iteration:  # saved after the end of the stage
             trainer.terminate_epoch()
         self._set_limit(trainer)
+
+    def _log_other_length(self, trainer: Trainer) -> None:
+        """Log that the script has changed the length of the running stage, not of its schedule."""
+        stage, before = self.stage, self.progress.total
+        length = stage.length(trainer.state.epoch_length)
+        fixed = stage.schedule.total is not None or stage.schedule.decay == "constant"
+        if trainer.state.iteration and not fixed and length is not None and before is not None:
+            name = f"learning rate of stage {stage.name}"
+            log_other_length(before, length, "its LearningRate", name)
 
     def _start_epoch(self, trainer: Trainer) -> None:
         progress = self.progress

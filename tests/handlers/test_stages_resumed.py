@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ignite.engine import Events
 
 from diptych.engine import SeededLoader, Trainer, certify
 from diptych.handlers import CheckpointManager, Evaluation, LearningRate, Stage
@@ -87,3 +88,23 @@ def test_a_checkpoint_of_another_plan_is_refused():
     state = plan_of(make_trainer(HEAD)).state_dict()
     with pytest.raises(RuntimeError, match="must be the checkpoint's, head, got head, all"):
         plan.load_state_dict(state)
+
+
+@pytest.mark.parametrize("total", [None, 20])
+def test_a_stage_that_is_made_longer_keeps_the_length_of_its_schedule(total, tmp_path, caplog):
+    def build(epochs: int, total: int | None = None) -> Trainer:
+        schedule = LearningRate(warmup=0, decay="linear", total=total)
+        stage = Stage("all", epochs=epochs, lr=0.1, schedule=schedule)
+        return make_trainer(stage).attach(CheckpointManager(tmp_path))
+
+    first = build(2)
+    first.add_event_handler(Events.EPOCH_COMPLETED(once=1), lambda t: t.terminate())
+    first.run(loader())
+    trainer = build(4, total)
+    rates = noted(trainer, lambda: trainer.optimizer.param_groups[0]["lr"])
+    trainer.run(loader())
+    length = 20 if total else 10
+    expected = [0.1 * max(0, 1 - (t - 1) / length) for t in range(6, 21)]
+    assert rates == pytest.approx(expected)
+    said = "the schedule of the learning rate of stage all has 10 iterations"
+    assert (said in caplog.text.lower()) == (total is None)

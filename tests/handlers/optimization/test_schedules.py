@@ -199,9 +199,9 @@ def test_a_finished_schedule_stays_at_its_final_rate_when_the_run_is_extended(
         0.1 * (0.2 + 0.8 * cosine(t, 10, 2)) if t > 2 else 0.1 * t / 2 for t in range(1, 16)
     ]
     assert [rate for (rate,) in rates] == pytest.approx(expected, abs=1e-12)
-    (said,) = messages(caplog, "fixed when the run first started")
+    (said,) = messages(caplog, "fixed when it first started")
     assert "has 10 iterations" in said
-    assert "now has 15" in said
+    assert "now there are 15" in said
     assert "total=15" in said
 
 
@@ -212,7 +212,7 @@ def test_an_explicit_total_extends_a_schedule_on_resume(tmp_path, caplog):
     trainer.run(make_loader(), max_epochs=4)
     expected = [0.1 * cosine(t, 20) for t in range(11, 21)]
     assert [rate for (rate,) in rates] == pytest.approx(expected, abs=1e-12)
-    assert not messages(caplog, "fixed when the run first started")
+    assert not messages(caplog, "fixed when it first started")
 
 
 def test_a_schedule_interrupted_inside_keeps_its_length_whatever_the_new_limit(tmp_path):
@@ -283,6 +283,31 @@ def test_a_second_trainer_on_a_used_optimizer_starts_from_its_rate(caplog):
     (said,) = messages(caplog, "starts from its current rate")
     assert "0.02" in said
     assert "0.1" in said
+
+
+def test_a_rate_that_is_set_after_attaching_is_the_one_of_a_new_run(tmp_path):
+    def build() -> Trainer:
+        trainer = managed(tmp_path, LearningRate(warmup=0, decay="linear"))
+        trainer.optimizer.param_groups[0]["lr"] = 0.4  # as found by find_learning_rate
+        return trainer
+
+    first, second = build(), build()
+    rates = note_rates(first)
+    first.add_event_handler(Events.EPOCH_COMPLETED(once=1), lambda t: t.terminate())
+    first.run(make_loader(2), max_epochs=2)
+    rates += (later := note_rates(second))
+    second.run(make_loader(2), max_epochs=2)
+    assert rates + later == [pytest.approx([0.4 * share]) for share in (1, 0.75, 0.5, 0.25)]
+
+
+def test_a_run_that_starts_over_starts_from_a_rate_that_was_set_since():
+    trainer = make_trainer().attach(LearningRate(warmup=0, decay="linear"))
+    trainer.run(make_loader(2), max_epochs=1)
+    trainer.optimizer.param_groups[0]["lr"] = 0.6
+    trainer.state.max_epochs = None
+    rates = note_rates(trainer)
+    trainer.run(make_loader(2), max_epochs=1)
+    assert rates == [pytest.approx([0.6]), pytest.approx([0.3])]
 
 
 def test_a_state_loaded_by_hand_before_attaching_continues_the_schedule():
