@@ -10,11 +10,14 @@ from pathlib import Path
 import attrs
 
 from diptych.engine.metrics.metrics_collector import Record
+from diptych.handlers.output.line_chain import LineChain
+from diptych.handlers.output.sealed_json import read_file, read_sealed
 from diptych.handlers.run_directory import metrics_file
 
 logger = logging.getLogger(__name__)
 
 EXCERPT = 60  # bytes of a damaged line that an error shows
+DIGEST = ".digest.json"
 
 
 @attrs.define(eq=False)
@@ -29,16 +32,21 @@ class RecordReader:
     _offset: int = attrs.field(default=0, init=False)
     _lines: int = attrs.field(default=0, init=False)
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether the file is shorter than what was read: another one has taken its place."""
+        return bool(self._offset) and (
+            not self.path.is_file() or self.path.stat().st_size < self._offset
+        )
+
     def new_records(self) -> tuple[list[Record], bytes]:
         """Return the records that were appended since the last call, and an incomplete last line.
 
         Raises:
-            OSError: if the file cannot be read.
+            OSError: naming the file, if it cannot be read.
             ValueError: naming file and line, if a line is not a record.
         """
-        with self.path.open("rb") as file:
-            file.seek(self._offset)
-            *lines, rest = file.read().split(b"\n")
+        *lines, rest = read_file(self.path, self._offset).split(b"\n")
         records = []
         for line in lines:
             records.append(_record(line, self.path, self._lines + 1))
@@ -56,9 +64,11 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
         path: of the file, or of the run directory, where it is `metrics.jsonl`.
 
     Raises:
-        OSError: if the file cannot be read.
-        ValueError: naming file and line, if a line is not a record.
+        OSError: naming the file, if it cannot be read.
+        ValueError: naming file and line, if a line has changed since it was written, or is not a
+            record.
     """
+    check_lines(metrics_file(path))
     reader = RecordReader(metrics_file(path))
     records, rest = reader.new_records()
     if rest:
@@ -68,6 +78,34 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
             len(records) + 1,
         )
     return records
+
+
+def digest_file(path: Path) -> Path:
+    """Return the file of digests that belongs to a file of records: `metrics.digest.json`."""
+    return path.with_name(f"{path.name.removesuffix('.jsonl').removesuffix('.measured')}{DIGEST}")
+
+
+def check_lines(path: Path) -> None:
+    """Compare the lines of a file of records with their digest, if there is one.
+
+    Raises:
+        OSError: naming the file, if one cannot be read.
+        ValueError: naming file and line, if a line has changed since it was written.
+    """
+    digests = digest_file(path)
+    if not (path.is_file() and digests.is_file()):
+        return
+    state = read_sealed(digests, without="the lines are then not verified").get(path.name)
+    if state is None:
+        return
+    chain = LineChain()
+    chain.load_state_dict(state)
+    damage = chain.damage(path)
+    if damage is not None:
+        raise ValueError(
+            f"{path} must hold the lines that were written, but {damage}. Restore the file from a "
+            f"copy, or remove {digests.name} to read the lines as they are."
+        )
 
 
 def _record(line: bytes, path: Path, number: int) -> Record:

@@ -11,7 +11,8 @@ from typing import Any
 import attrs
 
 from diptych.engine.state.run_identity import RunIdentity
-from diptych.handlers.output.records import RecordReader
+from diptych.handlers.output.records import RecordReader, check_lines
+from diptych.handlers.output.sealed_json import read_sealed
 from diptych.handlers.reports.curves import StepAndValue, extremes
 from diptych.handlers.run_directory import RunDirectory
 
@@ -96,9 +97,11 @@ class RunReader:
         """Return the run as it is now.
 
         Raises:
-            OSError: if a file cannot be read.
+            OSError: naming the file, if one cannot be read.
             ValueError: naming the file, and the line of a record, if a file is damaged.
         """
+        if any(reader.is_behind for reader in self._readers):
+            self.reset()
         for reader in self._readers:
             if reader.path.is_file():
                 records, _ = reader.new_records()
@@ -108,7 +111,7 @@ class RunReader:
         curves = {tag: curve.points for tag, curve in self._curves.items()}
         settings = read_settings(self._directory.settings)
         identity = read_identity(self._directory.identity)
-        return RunHistory(self._directory.name, _flat(settings), curves, identity)
+        return RunHistory(self._directory.name, settings, curves, identity)
 
 
 def read_run(directory: str | os.PathLike[str]) -> RunHistory:
@@ -116,7 +119,7 @@ def read_run(directory: str | os.PathLike[str]) -> RunHistory:
 
     Raises:
         FileNotFoundError: if the directory holds no metrics.jsonl.
-        OSError: if a file cannot be read.
+        OSError: naming the file, if one cannot be read.
         ValueError: naming the file, and the line of a record, if a file is damaged.
     """
     run = RunDirectory(directory)
@@ -125,49 +128,40 @@ def read_run(directory: str | os.PathLike[str]) -> RunHistory:
             f"the run directory {directory} must hold {run.metrics.name}, got none. Pass the "
             "directory of one run, such as runs/emoji/2026-01-31_09-30-00Z."
         )
+    for path in (run.metrics, run.measured):
+        check_lines(path)
     return RunReader(run).read()
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Return the content of `settings.json`; empty if there is no such file.
+    """Return the content of `settings.json`, flat; empty if there is no such file.
 
     Raises:
-        OSError: if the file cannot be read.
-        ValueError: naming file and line, if it is damaged.
+        OSError: naming the file, if it cannot be read.
+        ValueError: naming the file, if it is damaged.
     """
     try:
-        settings = json.loads(path.read_bytes())
+        return _flat(read_sealed(path, without="the run is then shown without its settings"))
     except FileNotFoundError:
         return {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} must be JSON in UTF-8, got something else ({error}). Restore the file from a "
-            "copy, or remove it: the run is then shown without its settings."
-        ) from error
-    if not isinstance(settings, dict):
-        raise ValueError(  # noqa: TRY004 - the file is wrong, not an argument's type
-            f"{path} must be a JSON object, got a {type(settings).__name__}. Restore the file from "
-            "a copy, or remove it: the run is then shown without its settings."
-        )
-    return settings
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"{path} must hold the settings of a run: {error}. Remove it.") from error
 
 
 def read_identity(path: Path) -> RunIdentity | None:
     """Return the identity in `identity.json`; None if there is no such file.
 
     Raises:
-        OSError: if the file cannot be read.
+        OSError: naming the file, if it cannot be read.
         ValueError: naming the file, if it is damaged.
     """
     try:
-        return RunIdentity.from_json(path.read_text("utf-8"))
+        content = read_sealed(path, without="the runs' settings are then compared")
+        return RunIdentity.from_json(json.dumps(content))
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} must be the identity of a run as JSON in UTF-8, got something else ({error}). "
-            "Restore the file from a copy, or remove it: the runs' settings are then compared."
-        ) from error
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"{path} must hold the identity of a run: {error}. Remove it.") from error
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

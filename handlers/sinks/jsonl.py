@@ -13,9 +13,11 @@ from ignite.engine import Events
 
 from diptych.engine.errors import ResumeError
 from diptych.handlers.argument_checks import one_of
-from diptych.handlers.files import make_folder
+from diptych.handlers.files import make_folder, write_atomically
 from diptych.handlers.output.appended_file import AppendedFile
 from diptych.handlers.output.line_chain import LineChain
+from diptych.handlers.output.records import digest_file
+from diptych.handlers.output.sealed_json import sealed
 from diptych.handlers.run_directory import METRICS, measured_file, metrics_file
 from diptych.handlers.sinks.json_values import json_number
 from diptych.handlers.sinks.sink import Sink
@@ -113,12 +115,14 @@ class JsonLines(Sink):
     converts back.
 
     A checkpoint holds a digest of the lines before it. A resumed run compares it with the files, so
-    a changed line is an error that names it. A line that cannot be written (a full disk) is kept in
-    memory and in the checkpoints, and written later; a part of a line is removed.
+    a changed line is an error that names it. The same digest is in `metrics.digest.json`:
+    `read_records` and `diptych compare` check the lines with it. A line that cannot be written (a
+    full disk) is kept in memory and in the checkpoints, and written later; a part of a line is
+    removed.
 
     Event: `STARTED`, `MetricsEvents.LOGGED`, `RunEvents.ENDED`. Writes on rank 0 only.
     Cost: about 30 microseconds a record, which is in the file when the handler returns; when a run
-        resumes, the files are read once.
+        resumes, the files are read once. A few milliseconds at a checkpoint.
 
     Args:
         path: of the file, ending in .jsonl, or of the run directory, where it is `metrics.jsonl`.
@@ -172,7 +176,16 @@ class JsonLines(Sink):
         for file in self._files.values():
             with self.tolerated(str(file.path)):
                 file.file.flush(durable=True)
+        if self._has_started:
+            self._write_digests()
         return {name: file.state_dict() for name, file in self._files.items()}
+
+    def _write_digests(self) -> None:
+        """Write the digests of the lines, for those who read the files without a checkpoint."""
+        path = digest_file(self.path)
+        digests = {file.path.name: file.chain.state_dict() for file in self._files.values()}
+        with self.tolerated(str(path)):
+            write_atomically(path, sealed(json.dumps(digests, indent=2) + "\n"))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state that `state_dict` returned; the next run truncates the files to it.
@@ -187,24 +200,33 @@ class JsonLines(Sink):
         trainer.add_event_handler(Events.STARTED, self._start)
 
     def _start(self, trainer: Trainer) -> None:
-        self.close_destination(trainer)
+        self._close_files()
         with self.tolerated(starting=True):
             make_folder(self.path.parent)
         if self._resumed is None:
+            self._remove_digests()
             for file in self._files.values():
                 with self.tolerated(str(file.path)):
                     file.start(empty=trainer.state.iteration == 0)
         else:
             self._early_records.clear()  # the file holds those of the start already
             self._check(self._resumed)
+            self._remove_digests()
             for name, file in self._files.items():
                 with self.tolerated(str(file.path)):
                     file.restore(self._resumed[name])
         self._resumed = None
         self._has_started = True
+        if trainer.state.iteration:
+            self._write_digests()
         for record in self._early_records:
             self.write_record(trainer, record)
         self._early_records.clear()
+
+    def _remove_digests(self) -> None:
+        """Remove the digests, before lines are cut off that they include."""
+        with self.tolerated(str(digest_file(self.path))):
+            digest_file(self.path).unlink(missing_ok=True)
 
     def _check(self, states: Mapping[str, Any]) -> None:
         """Compare the files with the states of a checkpoint; set aside those that differ.
@@ -252,7 +274,12 @@ class JsonLines(Sink):
                     self._files[name].file.append(line)
 
     def close_destination(self, _: Trainer) -> None:
-        """Write the lines that wait, and close the files."""
+        """Write the lines that wait and the digests, and close the files."""
+        self._close_files()
+        if self._has_started:
+            self._write_digests()
+
+    def _close_files(self) -> None:
         for file in self._files.values():
             with self.tolerated(str(file.path)):
                 file.file.close()

@@ -21,6 +21,7 @@ from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.handlers.components import ComponentSize, component_sizes, total_size
 from diptych.handlers.files import make_folder, write_atomically
 from diptych.handlers.output.output_handler import OutputHandler
+from diptych.handlers.output.sealed_json import sealed
 from diptych.handlers.run_directory import RunDirectory
 from diptych.handlers.sinks.json_values import as_json, class_name
 
@@ -60,7 +61,10 @@ class RunRecord(OutputHandler):
     def _start(self, trainer: Trainer) -> None:
         text = json.dumps(run_settings(trainer), indent=2, allow_nan=False) + "\n"
         identity = trainer.identity.as_json()
-        self._unwritten = {self.directory.settings: text, self.directory.identity: identity}
+        self._unwritten = {
+            self.directory.settings: sealed(text),
+            self.directory.identity: sealed(identity),
+        }
         with self.tolerated(str(self.directory), starting=True):
             make_folder(self.directory.path)
         self._write()

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -319,6 +320,7 @@ def test_a_sink_that_is_new_in_a_resumed_run_keeps_the_lines_that_are_there(tmp_
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_line_is_read_as_an_error_with_file_line_and_a_way_out(tmp_path, damage):
     make_trainer(log_every=1).attach(JsonLines(tmp_path)).run(loader(), max_epochs=2)
+    (tmp_path / "metrics.digest.json").unlink()
     path, chance = tmp_path / "metrics.jsonl", random.Random(2)
     whole, messages = path.read_bytes(), list[str]()
     for _ in range(40):
@@ -330,6 +332,49 @@ def test_a_damaged_line_is_read_as_an_error_with_file_line_and_a_way_out(tmp_pat
     form = rf"ValueError {re.escape(str(path))}, line \d+, must be a record .* or remove the line"
     assert [message for message in messages if not re.match(form, message)] == []
     assert messages or damage in {swap, cut_off}  # what is left may be whole lines
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.measured.jsonl"])
+def test_with_its_digest_any_damage_to_a_line_is_an_error(tmp_path, damage, name):
+    trainer = make_trainer(log_every=1).attach(Throughput(), JsonLines(tmp_path))
+    trainer.run(loader(), max_epochs=2)
+    path, chance = tmp_path / name, random.Random(2)
+    whole = path.read_bytes()
+    for _ in range(20):
+        damaged = damage(whole, chance.randrange(len(whole)), chance)
+        path.write_bytes(damaged)
+        if damaged != whole:
+            with pytest.raises(
+                ValueError, match=rf"{name} must hold .* line \d+ .* remove metrics"
+            ):
+                read_records(path)
+    path.write_bytes(whole + b'{"step": 13, "a": 1}\n')  # written after the digest
+    assert read_records(path)[-1].step == 13
+
+
+def test_a_damaged_digest_is_named_with_the_way_out(tmp_path):
+    make_trainer(log_every=1).attach(JsonLines(tmp_path)).run(loader(), max_epochs=2)
+    path, chance = tmp_path / "metrics.digest.json", random.Random(2)
+    whole, records = path.read_bytes(), read_records(tmp_path)
+    for _ in range(60):
+        path.write_bytes(flip(whole, chance.randrange(len(whole)), chance))
+        with pytest.raises(ValueError, match=r"metrics.digest.json must be .* remove it: the line"):
+            read_records(tmp_path)
+    path.unlink()
+    assert read_records(tmp_path) == records
+
+
+def test_a_run_that_is_killed_while_it_resumes_can_be_read(tmp_path):
+    """Lines are cut off when a run resumes, and the digest must not know them any more."""
+    interrupted_run(tmp_path)
+    again = saving_trainer(tmp_path)
+    again.add_event_handler(Events.STARTED, lambda: shutil.copytree(tmp_path, tmp_path / "killed"))
+
+    again.run(loader(), max_epochs=3)
+
+    assert [r.step for r in read_records(tmp_path / "killed")] == [0, 4, 6, 6, 8, 12, 12]
+    assert (tmp_path / "killed/metrics.digest.json").is_file()
 
 
 @pytest.mark.parametrize(

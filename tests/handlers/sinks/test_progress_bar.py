@@ -220,7 +220,7 @@ def test_a_step_without_a_batch_size_shows_iterations():
 
 def test_a_resumed_run_counts_its_own_time_only(clock):
     trainer, stream = make_trainer(), io.StringIO()
-    trainer.load_state_dict({"iteration": 6, "epoch_length": 6, "epoch": 1, "max_epochs": 1})
+    trainer.load_state_dict({"iteration": 6, "epoch_length": 6, "max_epochs": 1})
     trainer.add_event_handler(Events.ITERATION_STARTED, lambda: tick(clock, 2))
     trainer.attach(ProgressBar(stream=stream, interval=0))
 

@@ -1,0 +1,83 @@
+"""JSON files that end with a digest of their text, so that a damage shows when they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+START, END = "{\n", "\n}\n"
+MARK = '  "sealed": true,\n'
+"""The first member. A damaged block cannot remove both it and the digest, and leave JSON."""
+SEAL = re.compile(r',\n  "digest": "([0-9a-f]{64})"\n}\n\Z')
+
+
+def sealed(text: str) -> str:
+    """Return the text of a JSON object with a last member, the digest of the text before it.
+
+    Args:
+        text: as `json.dumps` returns it with an indent, and a line feed.
+    """
+    body = START + MARK + text.removeprefix(START).removesuffix(END)
+    return f'{body},\n  "digest": "{_digest(body)}"{END}'
+
+
+def read_sealed(path: Path, without: str) -> dict[str, Any]:
+    """Return the content of a file without its digest; a file without a digest is accepted.
+
+    Args:
+        path: of the file.
+        without: what happens if the file is removed, for the error.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        OSError: naming the file, if it cannot be read.
+        ValueError: naming the file, if it is damaged.
+    """
+    try:
+        text = read_file(path).decode()
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")  # noqa: TRY004, TRY301
+        _check(text, content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} must be a JSON object as it was written, but it has changed ({error}). "
+            f"Restore it from a copy, or remove it: {without}."
+        ) from error
+    return {key: value for key, value in content.items() if key not in {"sealed", "digest"}}
+
+
+def _check(text: str, content: dict[str, Any]) -> None:
+    """Check the digest, if there is one.
+
+    Raises:
+        ValueError: if the text is another one than was written.
+    """
+    seal = SEAL.search(text)
+    if seal is None and not {"sealed", "digest"} & content.keys():
+        return
+    if seal is None or seal.group(1) != _digest(text[: seal.start()]):
+        raise ValueError("its digest is that of another text")
+
+
+def read_file(path: Path, start: int = 0) -> bytes:
+    """Return the bytes of a file from a position on.
+
+    Raises:
+        OSError: naming the file and the way out, of the type that the system raised.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read()
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{path} cannot be read: {error.strerror}. Check the path and its rights."
+        ) from error
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
