@@ -38,6 +38,9 @@ class CompositeOptimizer(Optimizer):
         ValueError: if there is no member, or two of them hold one parameter.
     """
 
+    members: tuple[Optimizer, ...]
+    _owners: list[int]
+
     # torch's constructor would make groups of its own, so that it is not called.
     def __init__(self, *members: Optimizer) -> None:
         if not members:
@@ -56,7 +59,7 @@ class CompositeOptimizer(Optimizer):
         )
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The groups of all members, as they are now; groups that are added later come last."""
         positions = dict.fromkeys(range(len(self.members)), 0)
         groups = []

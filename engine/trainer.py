@@ -516,7 +516,7 @@ class Trainer(EventLoop):
         if self.settings.seed is not None and self.position == Position():
             manual_seed(self.settings.seed + rank())
         self._check_length_over_ranks(self)
-        _, *self._others = checked_optimizers(self, self._others)
+        self._others = checked_optimizers(self, self._others)[1:]
         if self._snapshot is not None:
             self._snapshot.find()
         self._modes.remember()

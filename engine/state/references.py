@@ -265,8 +265,8 @@ def _restored(saved: Any, own: Any) -> Any:
     if isinstance(own, np.ndarray):
         return np.asarray(saved, dtype=own.dtype)
     if isinstance(saved, (list, tuple)):
-        there = own if isinstance(own, (list, tuple)) else ()
-        pairs = itertools.zip_longest(saved, there[: len(saved)])
+        others = own if isinstance(own, (list, tuple)) else ()
+        pairs = itertools.zip_longest(saved, others[: len(saved)])
         items = [_restored(item, other) for item, other in pairs]
         kind = type(own) if isinstance(own, (tuple, set, frozenset, deque)) else type(saved)
         return kind(items)
