@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from diptych.engine.errors import CheckpointError
-from diptych.engine.state.run_state import FORMAT
+
+FORMAT = 3
+"""The layout of a checkpoint; it rises when an older version could not read a new one.
+
+1 named the handlers' states by class alone, 2 names them by `Handler.key`; 3 holds the identity of
+the run instead of a few of its settings."""
 
 DEPTH = 200
 """Containers inside one another that a checkpoint may hold."""

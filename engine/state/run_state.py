@@ -21,6 +21,7 @@ from diptych.engine.random_state import (
     random_state,
     set_random_state,
 )
+from diptych.engine.state.checkpoint_structure import FORMAT
 from diptych.engine.state.handler_states import match_states, stateful_handlers
 from diptych.engine.state.left_iteration import left_iteration, restore_left_iteration
 from diptych.engine.state.module_state import clean_state_dict, load_clean_state_dict
@@ -39,12 +40,6 @@ if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-FORMAT = 3
-"""The layout of a checkpoint; it rises when an older version could not read a new one.
-
-1 named the handlers' states by class alone, 2 names them by `Handler.key`; 3 holds the identity of
-the run instead of a few of its settings."""
 
 
 def run_state(trainer: Trainer) -> dict[str, Any]:
