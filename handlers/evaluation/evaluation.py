@@ -109,10 +109,10 @@ class Evaluation(Handler):
         weights: "average": the average of the trainer's weights, if a handler keeps one; "model":
             the trained weights. Another `model` is always evaluated as it is.
         at_start: whether to evaluate before a run's first iteration too, as iteration 0.
-        loss: whether to publish the loss. Default: True unless a `task` is given.
         check_first_batch: whether to try the first batch when the run starts, so that an empty
             loader, a missing key or a metric that does not fit is reported before the first
             iteration.
+        loss: whether to publish the loss. Default: True unless a `task` is given.
 
     Attributes:
         evaluator: the `Evaluator`, once attached; Ignite's handlers can be attached to it.
@@ -142,8 +142,8 @@ class Evaluation(Handler):
     model: nn.Module | None = attrs.field(default=None, kw_only=True)
     weights: Weights = attrs.field(default="average", validator=one_of(Weights), kw_only=True)
     at_start: bool = attrs.field(default=False, kw_only=True)
-    loss: bool = attrs.field(kw_only=True)
     check_first_batch: bool = attrs.field(default=True, kw_only=True)
+    loss: bool = attrs.field(kw_only=True)
     evaluator: Evaluator = attrs.field(init=False, repr=False)
     values: dict[str, float] = attrs.field(factory=dict, init=False, repr=False)
     _validation_loss: ValidationLoss | None = attrs.field(default=None, init=False, repr=False)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import attrs
 import torch
 import torch.nn.functional as F
+from ignite.engine import Engine, Events
 from ignite.exceptions import NotComputableError
 from torch import Tensor
 
@@ -144,7 +145,7 @@ class OnlineLinearProbe(Handler):
     head learns from the batch. They are optimistic from the second epoch on, since model and head
     have seen the samples: use `LinearProbeAccuracy` for held-out samples.
 
-    Event: `StepEvents.LOSS_COMPUTED`.
+    Event: `StepEvents.LOSS_COMPUTED`; `StepEvents.OPTIMIZER_STEPPED` for its update.
     Cost: three products of the batch and the head per iteration; no synchronisation. In a process
         group, one all-reduce of the head's gradient.
 
@@ -170,6 +171,7 @@ class OnlineLinearProbe(Handler):
     head: torch.nn.Linear | None = attrs.field(default=None, init=False)
     _optimizer: torch.optim.Adam = attrs.field(init=False, repr=False)
     _device: torch.device | None = attrs.field(default=None, init=False, repr=False)
+    _is_measured: bool = attrs.field(default=False, init=False, repr=False)
 
     @property
     def role(self) -> str:
@@ -179,7 +181,11 @@ class OnlineLinearProbe(Handler):
     def attach(self, trainer: Trainer) -> None:
         """Train the head on the outputs of each of the trainer's batches."""
         self._device = trainer.device
-        trainer.add_event_handler(StepEvents.LOSS_COMPUTED, self._step)
+        trainer.add_event_handler(StepEvents.LOSS_COMPUTED, self._measure)
+        # After the update, so that a step which is repeated after an exception counts once. A step
+        # of the user's own may lack the first event.
+        trainer.add_event_handler(StepEvents.OPTIMIZER_STEPPED, self._learn)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self._learn)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the head and its optimizer's state; empty before the first batch."""
@@ -205,7 +211,12 @@ class OnlineLinearProbe(Handler):
         self.head, self._optimizer = head, torch.optim.Adam(head.parameters(), lr=self.lr)
         return head
 
-    def _step(self, trainer: Trainer) -> None:
+    def _learn(self, _: Engine) -> None:
+        if self._is_measured:
+            self._optimizer.step()
+        self._is_measured = False
+
+    def _measure(self, trainer: Trainer) -> None:
         features = self._features_of(trainer)
         labels = self._labels_of(trainer, features)
         head = self.head or self._new_head(features.shape[1])
@@ -218,7 +229,7 @@ class OnlineLinearProbe(Handler):
         for parameter in head.parameters():
             if parameter.grad is not None:
                 parameter.grad = all_reduce_sum(parameter.grad) / world_size()
-        self._optimizer.step()
+        self._is_measured = True
         correct = ((logits.detach().argmax(1) == labels) & labelled).sum()
         trainer.metrics.update(
             {
