@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diptych.engine.data.batches import to_device
 from diptych.engine.data.loader_contract import length_of
+from diptych.engine.distributed.agreement import wait_for_all_ranks
 from diptych.engine.distributed.collectives import world_size
 from diptych.engine.distributed.dtensor import call_on, has_shards
 from diptych.engine.distributed.hang_report import waits_at
@@ -28,6 +29,8 @@ from diptych.engine.random_state import preserved_random_state
 from diptych.engine.settings import AUTOCAST, Precision, TrainerSettings
 from diptych.engine.tasks import Outputs, Task
 
+SHARED = ("diptych.", "ignite.")
+"""The packages whose metrics are computed over all ranks."""
 Metrics = Sequence[Metric] | Mapping[str, Metric]
 
 
@@ -95,6 +98,8 @@ class Evaluator(EventLoop):
         empty = "loader must have at least one batch, got an empty loader"
         if length_of(loader) == 0:
             raise BatchError(empty)
+        if any(type(metric).__module__.startswith(SHARED) for metric in self._metrics.values()):
+            wait_for_all_ranks("an evaluation")
         state = self.state
         state.max_epochs = state.max_iters = None
         state.metrics = {}

@@ -14,20 +14,21 @@ from typing import Any, TypeVar
 import attrs
 import torch
 from ignite import distributed as idist
-from ignite.engine import Engine, Events
+from ignite.engine import Engine, Events, State
 from ignite.utils import manual_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diptych.engine.data.transform import Transform, placed_transform
+from diptych.engine.distributed.agreement import wait_for_all_ranks
 from diptych.engine.distributed.collectives import (
     broadcast_module,
-    check_same_on_all_ranks,
     rank,
     world_size,
 )
+from diptych.engine.distributed.comparison import check_equal_over_ranks, check_same_tensors
 from diptych.engine.distributed.dtensor import has_shards, is_sharded
-from diptych.engine.distributed.hang_report import waits_at
+from diptych.engine.distributed.hang_report import failures_published, publish, waits_at
 from diptych.engine.distributed.sharding import shard_model
 from diptych.engine.errors import BatchError
 from diptych.engine.evaluator import EvaluatesModel, computed_by_metrics
@@ -41,6 +42,7 @@ from diptych.engine.metrics.metrics_collector import MetricsCollector
 from diptych.engine.modules import TrainingModes
 from diptych.engine.optimizer_modes import put_into_training_mode
 from diptych.engine.settings import Precision, TrainerSettings, Units
+from diptych.engine.state.rank_agreement import check_ranks_agree
 from diptych.engine.state.references import checked_optimizers
 from diptych.engine.state.run_identity import RunIdentity
 from diptych.engine.step.compilation import CompileMode, compile_in_place
@@ -149,11 +151,13 @@ class Trainer(EventLoop):
         self.step = step
         self.leaves_out: tuple[str, ...] = ()
         self._identity: RunIdentity | None = None
+        self._limits: dict[str, int | None] = {}
         super().__init__(self._make_step(step))
         self._listen_to_itself()
 
     def _place(self, model: nn.Module, loss: nn.Module) -> None:
         """Move the modules to the device; shard and compile them if the settings ask for it."""
+        check_same_tensors(model=model, loss=loss)
         if self.settings.shard and world_size() > 1:
             shard_model(model, loss, self.optimizer, self.settings.shard, self.device)
         self.model, self._loss = self._placed(model), self._placed(loss)
@@ -192,6 +196,7 @@ class Trainer(EventLoop):
             ValueError: if the optimizer lacks one of its parameters.
         """
         check_parts(self.model, loss, self.optimizer, self.task)
+        check_same_tensors(loss=loss)
         self._loss = self._placed(loss)
         if not loss.training:
             loss.train()
@@ -245,8 +250,49 @@ class Trainer(EventLoop):
             self._identity = RunIdentity.of(self)
         return self._identity
 
+    def run(
+        self,
+        data: Iterable[Any] | None = None,
+        max_epochs: int | None = None,
+        max_iters: int | None = None,
+        epoch_length: int | None = None,
+    ) -> State:
+        """Run until `max_epochs` epochs or `max_iters` iterations are done, earlier runs included.
+
+        Over several ranks, the ranks first compare their trainers; see the guide on several GPUs.
+
+        Args:
+            data: batches, iterated once per epoch. None: every batch is `None`.
+            max_epochs: total number of epochs. Default: that of the earlier `run`, else 1.
+            max_iters: total number of iterations, instead of `max_epochs`.
+            epoch_length: iterations per epoch. Default: that of the earlier `run`, else an epoch is
+                one pass over `data`.
+
+        Returns:
+            The engine's state, as in Ignite.
+
+        Raises:
+            TypeError: if `data` is not iterable.
+            ValueError: if a limit is below 1, both limits are given, or `data` is empty.
+            ResumeError: if the run stopped inside an epoch of another loader, or of a loader of
+                another length.
+            RuntimeError: over several ranks, if the trainers of two ranks differ.
+        """
+        self._limits = {
+            "max_epochs": max_epochs,
+            "max_iters": max_iters,
+            "epoch_length": epoch_length,
+        }
+        with failures_published():
+            state = super().run(data, max_epochs, max_iters, epoch_length)
+        publish(f"ended its run in epoch {state.epoch}, after iteration {state.iteration}")
+        return state
+
+    @waits_at("the start of a run")
     def _declare(self, _: Engine) -> None:
         """Describe the run before a checkpoint, or a handler, changes anything."""
+        if world_size() > 1:
+            check_ranks_agree(self, self._limits)
         earlier, now = self._identity, RunIdentity.of(self)
         self._identity = now if earlier is None else now.continued(earlier)
         if earlier is None and now.not_compared:
@@ -515,7 +561,6 @@ class Trainer(EventLoop):
     def _prepare(self, _: Engine) -> None:
         if self.settings.seed is not None and self.position == Position():
             manual_seed(self.settings.seed + rank())
-        self._check_length_over_ranks(self)
         self._others = checked_optimizers(self, self._others)[1:]
         if self._snapshot is not None:
             self._snapshot.find()
@@ -526,18 +571,23 @@ class Trainer(EventLoop):
     def _put_optimizer_into_training_mode(self, _: Engine) -> None:
         put_into_training_mode(self.optimizer)
 
+    @waits_at("the start of an epoch")
     def _check_length_over_ranks(self, _: Engine) -> None:
         """Check that all ranks run the same number of iterations: they wait for one another."""
         if world_size() == 1:
             return
         length = self.state.epoch_length
+        check_equal_over_ranks(
+            "the length of an epoch",
+            {"": length},
+            "Give every rank equally many batches, or pass epoch_length= to run",
+        )
         if length is None:
             raise ValueError(
                 "data must have a length over several ranks, got a "
                 f"{type(self.state.dataloader).__name__} without one, whose ranks may run out of "
                 "batches at different times. Pass epoch_length= to run"
             )
-        check_same_on_all_ranks("the length of an epoch", [str(length)])
 
     def _report_length(self, found: str) -> None:
         if world_size() > 1:
@@ -557,6 +607,8 @@ class Trainer(EventLoop):
             self.metrics.report(self.state.iteration, values)
 
     def _fire_completed(self, event: Events) -> None:
+        ended = "an epoch" if event is Events.EPOCH_COMPLETED else "a run"
+        wait_for_all_ranks(f"the end of {ended}", f"after iteration {self.state.iteration}")
         # If an exception has left it, what was published before it is logged.
         self._modes.remember()  # before handlers that may evaluate
         begins = event.name not in self._stopped_at and event.name not in self._unreported

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -11,12 +12,63 @@ import torch
 import torch.distributed as dist
 
 from diptych.engine.distributed.collectives import exchange_timeout, rank, world_size
-from diptych.engine.distributed.hang_report import waits_at
+from diptych.engine.distributed.hang_report import (
+    default_store,
+    has_others,
+    publish,
+    waits_at,
+)
 from diptych.engine.errors import CheckpointError
 
 Result = TypeVar("Result")
 PATIENCE = timedelta(seconds=2)
 """The longest wait, at the end of a run, for ranks that may have ended."""
+
+
+class _Meetings:
+    """Counts the meetings at each place, in one process group."""
+
+    def __init__(self) -> None:
+        self._store: Any = None
+        self._counts: Counter[str] = Counter()
+
+    def next(self, place: str, store: Any) -> int:
+        """Return the number of the next meeting at a place, from 1 for a new group's store."""
+        if store is not self._store:
+            self._store, self._counts = store, Counter()
+        self._counts[place] += 1
+        return self._counts[place]
+
+
+_meetings = _Meetings()
+
+
+def wait_for_all_ranks(place: str, about: str = "") -> None:
+    """Wait until all ranks are at a place, before the first of its collectives.
+
+    The ranks meet through the store of the process group. If only some of them come, all raise an
+    error after the timeout. In a collective, they would instead be matched with ranks that are in
+    another one, in which some backends end the process.
+
+    Cost: three requests to the store; not for every iteration.
+
+    Args:
+        place: as in "rank 0 waited at an evaluation"; the same on all ranks.
+        about: what other ranks should know about this one if they wait in vain.
+
+    Raises:
+        LostRankError: if the others do not come within the timeout.
+    """
+    if not has_others():
+        return
+    name = f"{place} ({about})" if about else place
+    store = default_store()
+    key = f"diptych/all at/{place}/{_meetings.next(place, store)}"
+    publish(f"waits at: {name}")
+    if store.add(key, 1) == world_size():
+        store.set(f"{key}/met", "")
+    waits_at(name)(store.wait)([f"{key}/met"], exchange_timeout())
+    publish("")
 
 
 @waits_at("agreeing on a checkpoint, which the first rank reads or writes")
@@ -28,6 +80,7 @@ def on_rank_zero(action: Callable[[], Result]) -> Result:
     """
     if world_size() == 1:
         return action()
+    wait_for_all_ranks("agreeing on a checkpoint")
     outcome: list[Any] = [None, None]
     failure: CheckpointError | None = None
     if rank() == 0:
@@ -59,6 +112,7 @@ def on_all_ranks(action: Callable[[], Result]) -> Result:
     except CheckpointError as error:
         failure = error
     if world_size() > 1:
+        wait_for_all_ranks("agreeing on a checkpoint")
         messages: list[str | None] = [None] * world_size()
         dist.all_gather_object(messages, None if failure is None else str(failure))
         if failure is None:

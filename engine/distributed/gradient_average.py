@@ -13,9 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from diptych.engine.distributed.collectives import world_size
+from diptych.engine.distributed.agreement import wait_for_all_ranks
+from diptych.engine.distributed.collectives import rank, world_size
+from diptych.engine.distributed.comparison import check_equal_over_ranks, listed
 from diptych.engine.distributed.dtensor import has_shards, is_sharded
 from diptych.engine.distributed.hang_report import waits_at
+from diptych.engine.modules import named_parameters
 
 BUCKET = 2**23
 """Elements of a bucket: enough to use the bandwidth, few enough to start early."""
@@ -84,6 +87,8 @@ class GradientAverage:
     gradient, the parameter gets none, as in a run of one process. On one rank, nothing happens. The
     backward pass itself averages the gradients of sharded parameters.
 
+    Ranks that freeze or unfreeze parameters agree on it before the next backward pass.
+
     Cost: the memory of the gradients once more. A rank that lacks the gradient of a trainable
     parameter waits for the device once an update.
 
@@ -135,11 +140,34 @@ class GradientAverage:
         after += [p for p in _trained(loss) if id(p) not in of_model]
         trained = [*during, *after]
         if [*map(id, trained)] != [*map(id, self._trained)]:
+            self._agree(trained)
             self._trained = trained
             self._rebuild(during, after)
         self._launched = 0
         for bucket in self._buckets:
             bucket.missing = set(range(len(bucket.parameters)))
+
+    def _agree(self, trained: list[nn.Parameter]) -> None:
+        """Check that all ranks train the same parameters from here on.
+
+        Raises:
+            RuntimeError: on all ranks, if they differ.
+            LostRankError: if not all ranks have frozen or unfrozen parameters.
+        """
+        names = {id(p): name for name, p in named_parameters(*self._modules()).items()}
+        before, now = set(map(id, self._trained)), set(map(id, trained))
+        parts = {"frozen": before - now, "unfrozen": now - before if before else set()}
+        about = "; ".join(
+            f"{word} on rank {rank()}: {listed(names[key] for key in names if key in changed)}"
+            for word, changed in parts.items()
+            if changed & set(names)
+        )
+        wait_for_all_ranks("agreeing on the trainable parameters", about)
+        check_equal_over_ranks(
+            "the trainable parameters",
+            {name: key in now for key, name in names.items()},
+            "Freeze and unfreeze parameters on all ranks, before the same iteration",
+        )
 
     def _rebuild(self, trained: list[nn.Parameter], rest: list[nn.Parameter]) -> None:
         for hook in self._hooks:

@@ -127,12 +127,12 @@ def raise_if_lost(error: RuntimeError) -> None:
     Raises:
         LostRankError: if the error is that of a collective.
     """
-    if isinstance(error, LostRankError) or not _has_others() or not is_of_a_collective(error):
+    if isinstance(error, LostRankError) or not has_others() or not is_of_a_collective(error):
         return
     name, since = _places.stack[-1]
     place = name_of(name)
     seconds = perf_counter() - since
-    reason = _reason(place, closed="Connection" in str(error) or "pair closure" in str(error))
+    reason = _reason(place, closed="Connection" in str(error))
     raise LostRankError(
         f"rank {dist.get_rank()} waited {seconds:.1f} s for the other ranks, at: {place}. {reason}"
     ) from error
@@ -150,16 +150,44 @@ def is_of_a_collective(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in MARKS)
 
 
+def has_others() -> bool:
+    """Say whether this process is one of several ranks."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def default_store() -> Any:
+    """Return the store through which the ranks have met."""
+    return dist.distributed_c10d._get_default_store()  # noqa: SLF001 - torch has no public name
+
+
+def publish(text: str) -> None:
+    """Publish what this rank does, for a rank that waits for it in vain.
+
+    Args:
+        text: as in "rank 0 failed with ValueError"; empty: remove what was published before.
+    """
+    if not has_others():
+        return
+    try:
+        default_store().set(_key(dist.get_rank()), text)
+    except RuntimeError as error:
+        logger.debug("The store of the process group is gone: %s", error)
+
+
 @contextmanager
 def failures_published() -> Iterator[None]:
-    """Publish the error with which this rank leaves the context to the other ranks."""
+    """Publish the error with which this rank leaves the context to the other ranks.
+
+    What an earlier context has published is removed.
+    """
+    publish("")
     try:
         yield
     except LostRankError:  # this rank has published already where it waited
         raise
     except BaseException as error:
         line = traceback.format_exception_only(error)[-1].strip()
-        _publish(f"failed with {line} (its own traceback says where)")
+        publish(f"failed with {line} (its own traceback says where)")
         raise
 
 
@@ -190,12 +218,13 @@ def _published_by_others(own: str) -> dict[int, str]:
     """Publish where this rank waits; return what the other ranks have published, by rank."""
     found: dict[int, str] = {}
     try:
-        _publish(own)
-        end, store = time.monotonic() + GRACE, _store()
+        publish(own)
+        end, store = time.monotonic() + GRACE, default_store()
         while True:
             for index in _others():
                 if index not in found and store.check([_key(index)]):
-                    found[index] = store.get(_key(index)).decode()
+                    text = store.get(_key(index)).decode()
+                    found |= {index: text} if text else {}
             failed = any(text.startswith("failed") for text in found.values())
             if failed or len(found) == len(_others()) or time.monotonic() > end:
                 return found
@@ -207,23 +236,6 @@ def _published_by_others(own: str) -> dict[int, str]:
 
 def _others() -> list[int]:
     return [index for index in range(dist.get_world_size()) if index != dist.get_rank()]
-
-
-def _publish(text: str) -> None:
-    if not _has_others():
-        return
-    try:
-        _store().set(_key(dist.get_rank()), text)
-    except RuntimeError as error:
-        logger.debug("The store of the process group is gone: %s", error)
-
-
-def _has_others() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _store() -> Any:
-    return dist.distributed_c10d._get_default_store()  # noqa: SLF001 - torch has no public name
 
 
 def _key(index: int) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor
 
+from diptych.engine.distributed.agreement import wait_for_all_ranks
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import CheckpointError
@@ -52,6 +53,7 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
     Raises:
         CheckpointError: if a checkpoint cannot hold a value; the message gives its path.
     """
+    wait_for_all_ranks("taking the state of the run")
     with preserved_random_state():  # the state_dict() of some loaders draws random numbers
         place = trainer.batches.place()
     state = {

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from diptych.engine.containers import leaves
 from diptych.engine.data.batches import batch_size
 from diptych.engine.data.loader_contract import length_of
+from diptych.engine.distributed.agreement import wait_for_all_ranks
 from diptych.engine.distributed.collectives import all_reduce_sum, world_size
 from diptych.engine.distributed.dtensor import has_shards
 from diptych.engine.distributed.gathering import gather_values
@@ -222,6 +223,7 @@ class Evaluation(Handler):
     @waits_at("sharing an evaluation")
     def evaluate(self, trainer: Trainer) -> dict[str, float]:
         """Evaluate now, publish the values and return them by name."""
+        wait_for_all_ranks("an evaluation")
         # A stage may have replaced the trainer's task or loss since the last evaluation.
         self.evaluator.task = trainer.task if self.task is None else self.task
         loss = self._validation_loss

@@ -513,7 +513,8 @@ class WithoutLength:
 @pytest.fixture
 def as_if_of_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diptych.engine.trainer.world_size", lambda: 2)
-    monkeypatch.setattr("diptych.engine.trainer.check_same_on_all_ranks", lambda *_: None)
+    monkeypatch.setattr("diptych.engine.trainer.check_equal_over_ranks", lambda *_: None)
+    monkeypatch.setattr("diptych.engine.trainer.check_ranks_agree", lambda *_: None)
 
 
 def test_over_ranks_a_loader_without_a_length_is_refused_with_the_way_out(as_if_of_two_ranks):

@@ -12,6 +12,7 @@ import attrs
 import torch.distributed as dist
 
 from diptych.engine import Trainer
+from diptych.engine.distributed import agreement, hang_report
 from diptych.engine.loop.listener import Listener
 from diptych.engine.loop.periodic import Periodic
 from diptych.engine.metrics import metrics_buffer
@@ -58,6 +59,8 @@ class CollectiveObserver:
                 stack.enter_context(patch.object(dist, name, lambda *_, _value=value: _value))
             stack.enter_context(patch.object(dist, "get_backend", lambda *_: "gloo"))
             stack.enter_context(patch.object(dist, "group", MagicMock()))
+            for module in (hang_report, agreement):
+                stack.enter_context(patch.object(module, "has_others", lambda: False))
             stack.enter_context(
                 patch.object(metrics_buffer, "check_same_on_all_ranks", self._check_tags)
             )

@@ -54,6 +54,21 @@ def test_a_rank_that_waits_in_vain_names_itself_the_place_the_time_and_the_other
     assert "The above exception was the direct cause" in found["trace"]  # the error of the backend
 
 
+@pytest.mark.parametrize("name", lost_ranks.BOTH_END)
+def test_what_only_one_rank_does_ends_with_a_sentence_on_both(errors, name: str):
+    _, parts = lost_ranks.BOTH_END[name]
+    for rank, part in enumerate(parts):
+        assert part in errors[rank][name]["text"]
+
+
+def test_ranks_that_freeze_other_parameters_name_them(errors):
+    for rank in errors:
+        text = rank["freeze others"]["text"]
+        assert "the trainable parameters must be the same on all ranks, got" in text
+        assert "image.0.weight False on rank 0 and True on rank 1" in text
+        assert "text.0.weight True on rank 0 and False on rank 1" in text
+
+
 def test_ranks_that_wait_in_two_places_name_each_other(errors):
     first, second = (rank["both"]["text"] for rank in errors)
     assert first.endswith("at: a log point. Rank 1 waits at: a place beside")
