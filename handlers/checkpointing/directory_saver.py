@@ -23,13 +23,14 @@ from diptych.engine.distributed.hang_report import entered_places
 from diptych.engine.errors import CheckpointError
 from diptych.engine.events import Outcome, RunEvents
 from diptych.engine.loop.listener import Listener
-from diptych.engine.optimizer_modes import trained_weights
+from diptych.engine.optimizer_modes import evaluation_weights, has_modes, trained_weights
+from diptych.engine.state.module_state import clean_state_dict
 from diptych.engine.state.run_state import run_state
 from diptych.engine.trainer import Trainer
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
 from diptych.handlers.checkpointing.checkpoint_writer import CheckpointWriter
 from diptych.handlers.checkpointing.entries import SUFFIX, Entry, Ranking, resumable_entries
-from diptych.handlers.checkpointing.export import evaluated_weights
+from diptych.handlers.checkpointing.export import EVALUATED
 from diptych.handlers.checkpointing.resume import position_is_lost
 from diptych.handlers.checkpointing.run_lock import RunLock
 from diptych.handlers.checkpointing.save_policy import (
@@ -348,7 +349,7 @@ class DirectorySaver:
         with trained_weights(trainer.optimizer):
             state = {**run_state(trainer), "saved": {"epoch": epoch, "metrics": dict(metrics)}}
             if self.writer.exports:
-                state |= evaluated_weights(trainer)
+                state |= _evaluated_weights(trainer)
             if rank() == 0 or group is not None:
                 self.writer.submit(entry, state, group)
         trainer.fire_event(RunEvents.SAVED)
@@ -374,6 +375,19 @@ class DirectorySaver:
     def _set_deadline(self) -> None:
         if isinstance(self.every, timedelta):
             self._deadline = time.monotonic() + self.every.total_seconds()
+
+
+def _evaluated_weights(trainer: Trainer) -> dict[str, Any]:
+    """Return a copy of the weights that an optimizer with `train()` and `eval()` evaluates.
+
+    Returns:
+        The part of a checkpoint, by its name; empty for any other optimizer.
+    """
+    if not has_modes(trainer.optimizer):
+        return {}
+    with evaluation_weights(trainer.optimizer):
+        weights = clean_state_dict(trainer.model)
+        return {EVALUATED: {key: value.detach().clone() for key, value in weights.items()}}
 
 
 def is_safe(trainer: Trainer) -> bool:

@@ -13,9 +13,6 @@ import torch
 from torch import Tensor
 
 from diptych.engine.errors import CheckpointError
-from diptych.engine.optimizer_modes import evaluation_weights, has_modes
-from diptych.engine.state.module_state import clean_state_dict
-from diptych.engine.trainer import Trainer
 from diptych.handlers.contained_paths import is_plain_file
 from diptych.handlers.files import write_atomically
 
@@ -26,19 +23,6 @@ EVALUATED = "evaluated"
 
 DIGEST = "diptych.digest"
 """The key of the checksum of all tensors in a file's metadata."""
-
-
-def evaluated_weights(trainer: Trainer) -> dict[str, Any]:
-    """Return a copy of the weights that an optimizer with `train()` and `eval()` evaluates.
-
-    Returns:
-        The part of a checkpoint, by its name; empty for any other optimizer.
-    """
-    if not has_modes(trainer.optimizer):
-        return {}
-    with evaluation_weights(trainer.optimizer):
-        weights = clean_state_dict(trainer.model)
-        return {EVALUATED: {key: value.detach().clone() for key, value in weights.items()}}
 
 
 def weights_in(state: Mapping[str, Any]) -> dict[str, Tensor]:
