@@ -28,7 +28,7 @@ COMMANDS = {
 }
 """Module and one-line help of each command. A module has `add_arguments` and `run`."""
 
-EXPECTED = (CheckpointError, LostRankError, ResumeError, FileNotFoundError, TypeError, ValueError)
+EXPECTED = (CheckpointError, LostRankError, ResumeError, OSError, TypeError, ValueError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

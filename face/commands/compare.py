@@ -39,7 +39,13 @@ def run(options: argparse.Namespace) -> int:
     names = [run.name for run in runs]
     sys.stdout.write(_table("what differs", names, differing_settings(runs)))
     sys.stdout.write(_table("last values", names, final_values(runs)))
-    write_atomically(options.output, page(runs))
+    try:
+        write_atomically(options.output, page(runs))
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"--output {options.output} cannot be written: {error.strerror}. Give another file.",
+        ) from error
     sys.stdout.write(f"Wrote {options.output}.\n")
     return 0
 

@@ -11,7 +11,7 @@ import attrs
 
 from diptych.engine.metrics.metrics_collector import Record
 from diptych.handlers.output.line_chain import LineChain
-from diptych.handlers.output.sealed_json import read_file, read_sealed
+from diptych.handlers.output.sealed_json import read_file, read_sealed, unreadable
 from diptych.handlers.run_directory import metrics_file
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,10 @@ def check_lines(path: Path) -> None:
         return
     chain = LineChain()
     chain.load_state_dict(state)
-    damage = chain.damage(path)
+    try:
+        damage = chain.damage(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
     if damage is not None:
         raise ValueError(
             f"{path} must hold the lines that were written, but {damage}. Restore the file from a "

@@ -14,14 +14,15 @@ MARK = '  "sealed": true,\n'
 SEAL = re.compile(r',\n  "digest": "([0-9a-f]{64})"\n}\n\Z')
 
 
-def sealed(text: str) -> str:
+def sealed(text: str, name: str) -> str:
     """Return the text of a JSON object with a last member, the digest of the text before it.
 
     Args:
         text: as `json.dumps` returns it with an indent, and a line feed.
+        name: of the file, which the digest includes: another file's content does not pass for it.
     """
     body = START + MARK + text.removeprefix(START).removesuffix(END)
-    return f'{body},\n  "digest": "{_digest(body)}"{END}'
+    return f'{body},\n  "digest": "{_digest(body, name)}"{END}'
 
 
 def read_sealed(path: Path, without: str) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def read_sealed(path: Path, without: str) -> dict[str, Any]:
         content = json.loads(text)
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")  # noqa: TRY004, TRY301
-        _check(text, content)
+        _check(text, content, path.name)
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} must be a JSON object as it was written, but it has changed ({error}). "
@@ -50,7 +51,7 @@ def read_sealed(path: Path, without: str) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key not in {"sealed", "digest"}}
 
 
-def _check(text: str, content: dict[str, Any]) -> None:
+def _check(text: str, content: dict[str, Any], name: str) -> None:
     """Check the digest, if there is one.
 
     Raises:
@@ -59,7 +60,7 @@ def _check(text: str, content: dict[str, Any]) -> None:
     seal = SEAL.search(text)
     if seal is None and not {"sealed", "digest"} & content.keys():
         return
-    if seal is None or seal.group(1) != _digest(text[: seal.start()]):
+    if seal is None or seal.group(1) != _digest(text[: seal.start()], name):
         raise ValueError("its digest is that of another text")
 
 
@@ -74,10 +75,15 @@ def read_file(path: Path, start: int = 0) -> bytes:
             file.seek(start)
             return file.read()
     except OSError as error:
-        raise OSError(
-            error.errno, f"{path} cannot be read: {error.strerror}. Check the path and its rights."
-        ) from error
+        raise unreadable(path, error) from error
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def unreadable(path: Path, error: OSError) -> OSError:
+    """Return an error of the same type that names the file and the way out."""
+    return OSError(
+        error.errno, f"{path} cannot be read: {error.strerror}. Check the path and its rights."
+    )
+
+
+def _digest(text: str, name: str) -> str:
+    return hashlib.sha256(f"{name}\n{text}".encode()).hexdigest()

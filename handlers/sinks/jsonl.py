@@ -185,7 +185,7 @@ class JsonLines(Sink):
         path = digest_file(self.path)
         digests = {file.path.name: file.chain.state_dict() for file in self._files.values()}
         with self.tolerated(str(path)):
-            write_atomically(path, sealed(json.dumps(digests, indent=2) + "\n"))
+            write_atomically(path, sealed(json.dumps(digests, indent=2) + "\n", path.name))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state that `state_dict` returned; the next run truncates the files to it.

@@ -61,10 +61,8 @@ class RunRecord(OutputHandler):
     def _start(self, trainer: Trainer) -> None:
         text = json.dumps(run_settings(trainer), indent=2, allow_nan=False) + "\n"
         identity = trainer.identity.as_json()
-        self._unwritten = {
-            self.directory.settings: sealed(text),
-            self.directory.identity: sealed(identity),
-        }
+        texts = {self.directory.settings: text, self.directory.identity: identity}
+        self._unwritten = {path: sealed(text, path.name) for path, text in texts.items()}
         with self.tolerated(str(self.directory), starting=True):
             make_folder(self.directory.path)
         self._write()

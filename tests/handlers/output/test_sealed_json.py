@@ -16,7 +16,7 @@ CONTENT = {"a": 1.5, "nested": {"b": ["x", None]}, "text": 'with "quotes", \n an
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     file = tmp_path / "settings.json"
-    file.write_text(sealed(json.dumps(CONTENT, indent=2) + "\n"))
+    file.write_text(sealed(json.dumps(CONTENT, indent=2) + "\n", file.name))
     return file
 
 
@@ -68,6 +68,12 @@ def test_blocks_that_are_missing_repeated_or_zero_are_reported(path, seed):
 def test_other_texts_are_refused(path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"settings.json must be a JSON object"):
+        read_sealed(path, "x")
+
+
+def test_the_content_of_another_file_is_refused(path):
+    path.write_text(sealed(json.dumps(CONTENT, indent=2) + "\n", "identity.json"))
+    with pytest.raises(ValueError, match="its digest is that of another text"):
         read_sealed(path, "x")
 
 
