@@ -241,8 +241,14 @@ def _event_names(event: Any) -> list[str]:
     return [str(getattr(one, "name", one)) for one in events]
 
 
-def loader_settings(loader: Any, describer: Describer) -> dict[str, Any]:
-    """Return class, length and settings of a loader; those in `ORDER` determine its order."""
+def loader_settings(loader: Any, describer: Describer, wrappers: int = 3) -> dict[str, Any]:
+    """Return class, length and settings of a loader; those in `ORDER` determine its order.
+
+    Args:
+        loader: the loader.
+        describer: describes its data set and its collate function.
+        wrappers: how many loaders inside of it to describe too; one may answer to any name.
+    """
     if loader is None:
         return {}
     found: dict[str, Any] = {"class": class_name(type(loader)), "length": length_of(loader)}
@@ -254,8 +260,8 @@ def loader_settings(loader: Any, describer: Describer) -> dict[str, Any]:
     if data_set is not None:
         found["samples"] = length_of(data_set)
         found["dataset"] = describer.describe(data_set, "loader.dataset")
-    if inner is not None:
-        found["loader"] = loader_settings(inner, describer)
+    if inner is not None and wrappers:
+        found["loader"] = loader_settings(inner, describer, wrappers - 1)
     sampler = _sampler_of(loader)
     if sampler is not None:
         found["sampler"] = {
