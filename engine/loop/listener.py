@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,7 +51,7 @@ class Listener:
     def added(self) -> Any:
         """The function as it was added, without Ignite's wrapper for a filter."""
         parent = getattr(self.function, "_parent", None)
-        return self.function if parent is None else parent()
+        return parent() if isinstance(parent, weakref.ref) else self.function
 
     @property
     def owner(self) -> Any:
