@@ -25,10 +25,15 @@ class ContinuedEvents(Dispatcher):
     """A `Dispatcher` whose events are continued after an exception, with the handler that raised.
 
     A handler that had returned must not act twice: it would publish, count or schedule twice.
+
+    Attributes:
+        attempts: how often a step was called, those that raised included. A handler with memory of
+            an event inside the step can tell by it whether an iteration is repeated.
     """
 
     def __init__(self, process_function: Callable[[Engine, Any], Any]) -> None:
         super().__init__(process_function)
+        self.attempts = 0
         self._forget_failure()
 
     def _forget_failure(self) -> None:
@@ -140,6 +145,7 @@ class ContinuedEvents(Dispatcher):
 
     def _call_step(self, batch: Any) -> Any:
         """Call the step with a batch; after an exception behind its update, for what is left."""
+        self.attempts += 1
         self._stopped_at.pop(STEP, None)
         last = StepEvents.OPTIMIZER_STEPPED
         done = self._stopped_at.pop(last.name, ()) if self._stopped_at else ()

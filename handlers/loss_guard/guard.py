@@ -31,6 +31,7 @@ from diptych.engine.random_state import (
 )
 from diptych.engine.trainer import Trainer
 from diptych.handlers.argument_checks import Validator, one_of, positive
+from diptych.handlers.before_step import BeforeStep
 from diptych.handlers.loss_guard.fault_records import (
     record_path,
     sample_ids,
@@ -144,6 +145,9 @@ class LossGuard(Handler):
     _skip: Tensor | None = attrs.field(default=None, init=False, repr=False)
     _before: list[tuple[nn.Module, str, Tensor]] = attrs.field(factory=list, init=False, repr=False)
     _random: ForwardRandomState | None = attrs.field(default=None, init=False, repr=False)
+    _before_judging: BeforeStep[tuple[Tensor, Tensor | None, int]] = attrs.field(
+        factory=BeforeStep, init=False, repr=False
+    )
 
     def __attrs_post_init__(self) -> None:
         self._median = RunningMedian(self.window, self.spike or math.inf)
@@ -176,11 +180,13 @@ class LossGuard(Handler):
         """Continue from a state that `state_dict` returned."""
         self._counts = torch.tensor(state_dict["counts"], device=self._counts.device)
         self.caught = int(state_dict["counts"][0])
+        self._before_judging.forget()
         self._median.from_lists(state_dict["values"])
 
     def _start(self, trainer: Trainer) -> None:
         if trainer.state.iteration == 0:
             self._counts, self.caught = torch.zeros_like(self._counts), 0
+            self._before_judging.forget()
             self._median.reset()
 
     def _remember(self, trainer: Trainer) -> None:
@@ -196,6 +202,9 @@ class LossGuard(Handler):
             self._random = forward_random_state(trainer.device)
 
     def _judge(self, trainer: Trainer) -> None:
+        memory = (self._counts, self._median.values, self.caught)
+        memory = self._before_judging.of(trainer, memory)
+        self._counts, self._median.values, self.caught = memory
         measured = shared_norms(trainer).measure(trainer)
         values = _agreed(_loss_of(trainer, measured.total.device), measured.total)
         finite = values.isfinite()

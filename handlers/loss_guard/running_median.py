@@ -21,11 +21,15 @@ class RunningMedian:
     Args:
         size: the window: values kept of each series, >= 1.
         factor: the largest accepted distance from the median, in spreads.
+
+    Attributes:
+        values: the window [series, size], oldest first; None before the first value. It is never
+            changed in place.
     """
 
     def __init__(self, size: int, factor: float) -> None:
         self.size, self.factor = size, factor
-        self._values: Tensor | None = None
+        self.values: Tensor | None = None
 
     def limits(self, like: Tensor) -> Tensor:
         """Return the largest value of each series that is no spike.
@@ -44,33 +48,33 @@ class RunningMedian:
         """Add a value of each series [series] if `accepted`, a boolean scalar tensor, is true."""
         window = self._window(values)
         moved = torch.cat([window[:, 1:], values[:, None]], dim=1)
-        self._values = torch.where(accepted, moved, window)
+        self.values = torch.where(accepted, moved, window)
 
     def reset(self) -> None:
         """Forget all values."""
-        self._values = None
+        self.values = None
 
     def to_lists(self) -> list[list[float]]:
         """Return the values of each series, oldest first. The host waits for the device."""
-        if self._values is None:
+        if self.values is None:
             return []
-        return [row[row.isfinite()].tolist() for row in self._values.cpu()]
+        return [row[row.isfinite()].tolist() for row in self.values.cpu()]
 
     def from_lists(self, lists: Sequence[Sequence[float]]) -> None:
         """Continue from the values that `to_lists` returned."""
-        self._values = None
+        self.values = None
         if lists:
             kept = [list(values)[-self.size :] for values in lists]
-            self._values = torch.tensor(
+            self.values = torch.tensor(
                 [[torch.nan] * (self.size - len(values)) + values for values in kept]
             )
 
     def _window(self, like: Tensor) -> Tensor:
-        if self._values is None:
-            self._values = like.new_full((len(like), self.size), torch.nan)
-        elif self._values.device != like.device or self._values.dtype != like.dtype:
-            self._values = self._values.to(like)
-        return self._values
+        if self.values is None:
+            self.values = like.new_full((len(like), self.size), torch.nan)
+        elif self.values.device != like.device or self.values.dtype != like.dtype:
+            self.values = self.values.to(like)
+        return self.values
 
 
 def _lower_median(values: Tensor) -> Tensor:

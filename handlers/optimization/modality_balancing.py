@@ -17,6 +17,7 @@ from diptych.engine.events import StepEvents
 from diptych.engine.handler import Change, Handler
 from diptych.engine.trainer import Trainer
 from diptych.handlers.argument_checks import number, positive, share_below_one
+from diptych.handlers.before_step import BeforeStep
 from diptych.handlers.components import Components, find_components
 from diptych.handlers.optimization.gradient_clipping import GradientClipping
 from diptych.handlers.optimization.gradient_norms import norm_of, shared_norms
@@ -79,6 +80,9 @@ class ModalityBalancing(Handler):
     # Weighted sum and sum of weights, so that the mean is not biased towards 0 at the start.
     _sum: Tensor = attrs.field(factory=lambda: torch.zeros(()), init=False, repr=False)
     _weight: Tensor = attrs.field(factory=lambda: torch.zeros(()), init=False, repr=False)
+    _before: BeforeStep[tuple[Tensor, Tensor]] = attrs.field(
+        factory=BeforeStep, init=False, repr=False
+    )
 
     def attach(self, trainer: Trainer) -> None:
         """Balance the trainer's gradients as soon as they are ready."""
@@ -105,11 +109,13 @@ class ModalityBalancing(Handler):
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Continue from a mean that `state_dict` returned."""
         device = self._sum.device
+        self._before.forget()
         self._sum, self._weight = state_dict["sum"].to(device), state_dict["weight"].to(device)
 
     def _start(self, trainer: Trainer) -> None:
         self._find(trainer)
         if trainer.state.iteration == 0:
+            self._before.forget()
             self._sum, self._weight = torch.zeros_like(self._sum), torch.zeros_like(self._weight)
 
     def _find(self, trainer: Trainer) -> None:
@@ -124,6 +130,7 @@ class ModalityBalancing(Handler):
     def _balance(self, trainer: Trainer) -> None:
         shared = shared_norms(trainer)
         measured = shared.measure_again(trainer)
+        self._sum, self._weight = self._before.of(trainer, (self._sum, self._weight))
         gradients: list[list[Tensor]] = []
         norms = []
         for members in self._members.values():
