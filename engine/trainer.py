@@ -47,7 +47,7 @@ from diptych.engine.state.references import checked_optimizers
 from diptych.engine.state.run_identity import RunIdentity
 from diptych.engine.step.compilation import CompileMode, compile_in_place
 from diptych.engine.step.loss_contract import scalars_of
-from diptych.engine.step.step_snapshot import Failed, StepSnapshot
+from diptych.engine.step.step_snapshot import Failed, StepSnapshot, reset_unscaling
 from diptych.engine.step.train_step import TrainStep, check_fp16
 from diptych.engine.tasks import Outputs, Task
 from diptych.engine.trials.dry_run import DryRun, dry_run
@@ -452,7 +452,8 @@ class Trainer(EventLoop):
         try:
             values = self._unreported.get(event.name)  # if all handlers have returned
             if values is None:
-                with self.metrics.collected_apart(event.name) as values:
+                repeated = event is Events.COMPLETED  # by the next start, after a kill
+                with self.metrics.collected_apart(event.name, repeated=repeated) as values:
                     self._fire(event)
             if values:
                 self._unreported[event.name] = values
@@ -487,6 +488,7 @@ class Trainer(EventLoop):
     def _forget_failure(self) -> None:
         super()._forget_failure()
         self._unreported: dict[str, dict[str, float]] = {}
+        reset_unscaling(self.scaler)
         if isinstance(self._process_function, TrainStep):
             self._process_function.unfinished = None
 

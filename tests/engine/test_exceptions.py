@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from diptych.engine import (
     EvaluationEvents,
     MetricsEvents,
+    ResumeError,
     RunEvents,
     SeededLoader,
     StepEvents,
@@ -78,7 +79,8 @@ class Noisy(nn.Module):
         x = x + random.gauss(0, 0.1) + np.random.randn() / 10
         if self.training:
             self.planted("forward")
-            x.register_hook(lambda _: self.planted("backward"))
+            if x.requires_grad:  # the first pass over micro-batches has no graph
+                x.register_hook(lambda _: self.planted("backward"))
         else:
             self.planted("evaluation")
         return x
@@ -102,7 +104,7 @@ class QueueLoss(nn.Module):
             with torch.no_grad():
                 for queue in (self.queue, self.large):
                     rows = (int(self.place) + torch.arange(len(logits))) % len(queue)
-                    queue[rows] = logits.detach() / 100
+                    queue[rows] = logits.detach().float() / 100
                 self.centre = 0.9 * self.centre + 0.1 * logits.detach().mean(0)
                 self.place += len(logits)
             self.planted("loss")
@@ -295,3 +297,181 @@ def test_a_batch_that_could_not_be_read_is_read_again(kind, index):
         run.loader.dataset.broken = index
 
         assert differences(run.play(OSError), expected) == []
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("settings", [{"microbatch_size": 2}, {"precision": "bf16"}])
+@pytest.mark.parametrize("name", ["loss", "backward", "before the optimizer", "OPTIMIZER_STEPPED"])
+def test_micro_batches_precisions_and_optimizers_are_undone_too(name, settings, optimizer):
+    expected = Run(Planted(None, OSError), optimizer, settings).play()
+    found = Run(Planted((name, 3), OSError), optimizer, settings).play(OSError)
+
+    assert differences(found, expected) == []
+
+
+def small(optimizer: Any = torch.optim.SGD, **settings: Any) -> tuple[Trainer, list[Any]]:
+    """Return a trainer of one layer with dropout, and two batches."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.2), nn.Linear(4, 2))
+    data = [{"image": torch.randn(4, 3), "label": torch.arange(4) % 2} for _ in range(2)]
+    settings = {"task": tasks.classification, "device": "cpu", "seed": 1, **settings}
+    optimizer = optimizer(model.parameters(), lr=0.1)
+    return Trainer(model, nn.CrossEntropyLoss(), optimizer, **settings), data
+
+
+class CutOff(torch.optim.SGD):
+    """Raises after it has changed some of the weights, or before it has changed any."""
+
+    at: str | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        if self.at == "inside":
+            self.param_groups[0]["params"][1].mul_(0.5)
+        if self.at is not None:
+            self.at = None
+            raise KeyboardInterrupt
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("settings", [{}, {"precision": "fp16"}])
+def test_an_update_that_was_cut_off_is_refused_until_a_state_is_loaded(settings):
+    trainer, data = small(CutOff, **settings)
+    weights, position = _copied(trainer.model.state_dict()), trainer.state_dict()
+    trainer.optimizer.at = "inside"
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(data, max_epochs=1)
+    for _ in range(2):
+        with pytest.raises(ResumeError, match="after it had changed some of the weights"):
+            trainer.run(data, max_epochs=1)
+    trainer.model.load_state_dict(weights)
+    trainer.load_state_dict({**position, "max_epochs": 1})
+    trainer.run(data, max_epochs=1)
+    expected, data = small(**settings)
+    expected.run(data, max_epochs=1)
+    assert same(trainer.model.state_dict(), expected.model.state_dict())
+
+
+@pytest.mark.parametrize("settings", [{}, {"precision": "fp16"}])
+def test_an_update_that_raises_before_it_has_changed_a_weight_is_repeated(settings):
+    trainer, data = small(CutOff, **settings)
+    trainer.optimizer.at = "before"
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(data, max_epochs=1)
+    trainer.run(data, max_epochs=1)
+    expected, data = small(**settings)
+    expected.run(data, max_epochs=1)
+    assert same(trainer.model.state_dict(), expected.model.state_dict())
+
+
+class Overflowing(nn.Module):
+    """A loss whose gradient overflows in fp16 at the first call."""
+
+    def __init__(self, planted: Planted) -> None:
+        super().__init__()
+        self.planted, self.calls = planted, 0
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        self.seen += 1
+        self.planted("loss")
+        value = F.cross_entropy(logits, labels)
+        return value * torch.where(self.seen == 2, torch.inf, 1.0)
+
+
+@pytest.mark.parametrize("time", [1, 2, 3])
+@pytest.mark.parametrize("name", ["loss", *(event.name for event in StepEvents)])
+def test_the_scaler_and_its_skipped_updates_are_those_of_a_whole_run(name, time):
+    def play(at: tuple[str, int] | None) -> dict[str, Any]:
+        planted = Planted(at, OSError)
+        trainer, data = small(precision="fp16")
+        trainer.loss = Overflowing(planted)
+        for event in StepEvents:
+            trainer.add_event_handler(event, lambda _, name=event.name: planted(name))
+        if at is not None:
+            with pytest.raises(OSError, match=name):
+                trainer.run(data, max_epochs=2)
+        trainer.run(data, max_epochs=2)
+        assert trainer.scaler is not None
+        return {
+            "model": _copied(trainer.model.state_dict()),
+            "scaler": trainer.scaler.state_dict(),
+            "skipped": trainer.skipped_steps.item(),
+            "iteration": trainer.state.iteration,
+        }
+
+    expected = play(None)
+    assert expected["skipped"] == 1
+    assert differences(play((name, time)), expected) == []
+
+
+@pytest.mark.parametrize("place", ["before", "between", "after"])
+def test_a_step_of_the_users_own_counts_once_it_has_made_an_update(place, caplog):
+    calls: list[int] = []
+
+    def step(trainer: Trainer, batch: Any) -> None:
+        output = trainer.task(trainer.model, batch)
+        trainer.optimizer.zero_grad()
+        trainer.loss(*output.values()).backward()
+        fails = not calls and trainer.state.iteration == 2
+        if fails and place == "before":
+            calls.append(0)
+            raise OSError(place)
+        trainer.optimizer.step()
+        if fails and place == "between":
+            calls.append(0)
+            raise OSError(place)
+        trainer.fire_event(StepEvents.OPTIMIZER_STEPPED)
+
+    def play(*, fails: bool) -> tuple[dict[str, Tensor], list[int], int]:
+        trainer, data = small(step=step)
+        calls[:] = [] if fails else [0]
+        seen: list[int] = []
+        trainer.add_event_handler(
+            StepEvents.OPTIMIZER_STEPPED, lambda: seen.append(trainer.state.iteration)
+        )
+
+        def fail() -> None:
+            if place == "after" and not calls and trainer.state.iteration == 2:
+                calls.append(0)
+                raise OSError(place)
+
+        trainer.add_event_handler(StepEvents.OPTIMIZER_STEPPED, fail)
+        trainer.add_event_handler(
+            StepEvents.OPTIMIZER_STEPPED, lambda: seen.append(-trainer.state.iteration)
+        )
+        if fails:
+            with pytest.raises(OSError, match=place):
+                trainer.run(data, max_epochs=2)
+        trainer.run(data, max_epochs=2)
+        return _copied(trainer.model.state_dict()), seen, trainer.state.iteration
+
+    expected = play(fails=False)
+    assert same(play(fails=True), expected)
+    assert expected[1:] == ([1, -1, 2, -2, 3, -3, 4, -4], 4)
+    assert ("The update counts" in caplog.text) == (place != "before")
+
+
+def test_a_large_buffer_that_changes_for_the_first_time_is_not_silently_wrong():
+    class Late(nn.Module):
+        """A loss that changes a large buffer from its third call on."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+            self.register_buffer("table", torch.zeros(70_000))
+
+        def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls >= 3:
+                self.table[0] += 1
+            if self.calls == 3:
+                raise OSError("planned")
+            return F.cross_entropy(logits, labels)
+
+    trainer, data = small()
+    trainer.loss = Late()
+    with pytest.raises(OSError, match="planned"):
+        trainer.run(data, max_epochs=2)
+    with pytest.raises(ResumeError, match="buffers table, which had never changed before"):
+        trainer.run(data, max_epochs=2)
