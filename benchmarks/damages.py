@@ -1,12 +1,14 @@
 """Random damages to the files of a run: how many are reported, do no harm, or stay silent.
 
-Usage: python -m benchmarks.damages [--count 300] [--seed 0] [--kinds whole sharded]
+Usage: python -m benchmarks.damages [--count 300] [--seed 0] [--kinds whole sharded read]
 
 A run is interrupted. In each try, one file of a copy of its directory is damaged, and the run is
 started again. A damage is *reported* if a warning or an error names the file, *harmless* if the run
 ends as without it and says nothing, *unnamed* if the run ends with an error that names no file, and
 *silent* if the run ends otherwise than without the damage and says nothing. The script fails if a
-damage is silent or unnamed.
+damage is silent or unnamed. The kind `read` damages the other files of a complete run (metrics,
+settings, identity, events, report, caught batches), and then reads it as `diptych compare` and
+`diptych replay` do. At last the default handlers run on a disk that is full for a while.
 """
 
 from __future__ import annotations
@@ -29,13 +31,15 @@ import torch.multiprocessing
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from benchmarks import full_disk
+from benchmarks.damages_readers import READ, complete, read_everything
 from diptych.engine import SeededLoader, Trainer, tasks
 from diptych.engine.errors import CheckpointError, ResumeError
 from diptych.handlers import CheckpointManager, JsonLines
 from diptych.losses import CrossEntropyLoss
 
 EPOCHS, STOP = 3, 7
-KINDS = ("whole", "sharded")
+KINDS = ("whole", "sharded", "read")
 OUTCOMES = ("reported", "harmless", "unnamed", "silent")
 
 
@@ -175,7 +179,10 @@ def _interrupt_on_rank(rank: int, directory: Path) -> None:
 
 
 def make_template(kind: str, directory: Path) -> None:
-    """Interrupt a run; leave what a kill in a save leaves, too."""
+    """Interrupt a run; leave what a kill in a save leaves, too. For the readers, complete it."""
+    if kind == "read":
+        complete(directory)
+        return
     if kind == "sharded":
         torch.multiprocessing.spawn(_interrupt_on_rank, (directory,), nprocs=2)
     else:
@@ -204,13 +211,15 @@ class _Messages(logging.Handler):
         self.held.append(record.getMessage())
 
 
-def finish(directory: Path) -> Result:
-    """Run the training to its end, in this process."""
+def finish(directory: Path, kind: str = "whole") -> Result:
+    """Run the training to its end, in this process; or read the files of a complete one."""
     messages, logger = _Messages(), logging.getLogger("diptych")
     logger.addHandler(messages)
     passed, logger.propagate = logger.propagate, False
-    trainer, loader = build(directory)
     try:
+        if kind == "read":
+            return Result("", read_everything(directory), messages.held, None)
+        trainer, loader = build(directory)
         trainer.run(loader, max_epochs=EPOCHS)
     except Exception as error:  # noqa: BLE001 - whatever a damage causes is counted
         return Result("", {}, messages.held, error)
@@ -236,11 +245,13 @@ def digest_of(tensors: dict[str, Tensor]) -> str:
 # -- the tries -------------------------------------------------------------------------------------
 
 
-def damage_one(directory: Path, draw: random.Random) -> tuple[Path, str]:
+def damage_one(directory: Path, draw: random.Random, kind: str) -> tuple[Path, str]:
     """Damage or remove a file; return it, and the name of the damage."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
+    if kind == "read":
+        files = [path for path in files if path.name.startswith(READ)]
     path, other = draw.choice(files), draw.choice(files)
-    if draw.random() < 1 / (len(DAMAGES) + 1):
+    if kind != "read" and draw.random() < 1 / (len(DAMAGES) + 1):
         path.unlink()
         return path, "remove"
     damage = draw.choice(DAMAGES)
@@ -267,7 +278,7 @@ def judge(result: Result, whole: Result, path: Path) -> str:
 
 def is_ours(error: Exception) -> bool:
     """Return whether an error is one that the library raises on purpose."""
-    return isinstance(error, (CheckpointError, ResumeError))
+    return isinstance(error, (CheckpointError, ResumeError)) or type(error) is ValueError
 
 
 def tries(
@@ -279,14 +290,14 @@ def tries(
         template, number = Path(folder) / "template", 0
         make_template(kind, template)
         shutil.copytree(template, Path(folder) / "whole")
-        whole = finish(Path(folder) / "whole")
+        whole = finish(Path(folder) / "whole", kind)
         if whole.error is not None:
             raise whole.error
         for number in range(count):
             directory = Path(folder) / str(number)
             shutil.copytree(template, directory)
-            path, damage = damage_one(directory, random.Random(f"{seed} {kind} {number}"))
-            result = finish(directory)
+            path, damage = damage_one(directory, random.Random(f"{seed} {kind} {number}"), kind)
+            result = finish(directory, kind)
             outcome = judge(result, whole, path)
             found[kind_of(path), outcome] += 1
             if outcome in {"unnamed", "silent"}:
@@ -297,6 +308,8 @@ def tries(
 
 def kind_of(path: Path) -> str:
     """Return the row of the table to which a file belongs."""
+    if path.name.startswith(("events.", "iteration_")):
+        return "events" if path.name.startswith("events.") else "caught batch"
     ending = path.suffix if path.name.startswith(("checkpoint_", "rank_")) else ""
     return {".pt": "checkpoint", ".tensors": "shards", ".unlisted": "mark"}.get(
         ending, "unfinished file" if ending else path.name
@@ -325,6 +338,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, damage, outcome, result in bad:
             print(f"{outcome}: {damage} of {name}: {result.error!r} {result.messages[-3:]}")
         wrong += len(bad)
+    same, words = full_disk.outcome()
+    print(words)
+    wrong += not same
     return int(wrong > 0)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import damages
+from benchmarks import damages, full_disk
 from diptych.engine import CheckpointError
 
 
@@ -21,6 +21,18 @@ def check(kind: str, count: int) -> None:
 
 def test_no_damage_to_the_files_of_a_run_is_silent():
     check("whole", 16)
+
+
+def test_no_damage_to_what_reports_and_replays_read_is_silent():
+    check("read", 40)
+
+
+def test_a_disk_that_is_full_for_a_while_changes_neither_weights_nor_metrics():
+    same, words = full_disk.outcome()
+    assert same, words
+    assert words == (
+        "full disk from iteration 7 to 21: 36 of 36 iterations, the same weights, the same metrics"
+    )
 
 
 @pytest.mark.slow
