@@ -18,6 +18,8 @@ import torch.distributed as dist
 from diptych.engine.distributed.hang_report import numbered
 from diptych.engine.errors import LostRankError
 
+_c10d: Any = dist
+"""The process groups of torch, which declares not all of their public names."""
 SCHEME = "diptych-env"
 """The scheme of `METHOD`. Ignite takes rank and size from the environment if it contains "env"."""
 METHOD = f"{SCHEME}://"
@@ -29,20 +31,18 @@ POLL = 0.02
 def register_meeting() -> None:
     """Make `METHOD` known to torch."""
     try:
-        dist.register_rendezvous_handler(SCHEME, _rendezvous)
+        _c10d.register_rendezvous_handler(SCHEME, _rendezvous)
     except RuntimeError:  # it is known
         return
 
 
-def _rendezvous(
-    _: str, timeout: timedelta, **options: Any
-) -> Iterator[tuple[dist.Store, int, int]]:
-    for store, rank, ranks in dist.rendezvous("env://", timeout=timeout, **options):
+def _rendezvous(_: str, timeout: timedelta, **options: Any) -> Iterator[tuple[Any, int, int]]:
+    for store, rank, ranks in _c10d.rendezvous("env://", timeout=timeout, **options):
         prefix = meet(store, rank, ranks, timeout)
-        yield dist.PrefixStore(prefix, store), rank, ranks
+        yield _c10d.PrefixStore(prefix, store), rank, ranks
 
 
-def meet(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> str:
+def meet(store: Any, rank: int, ranks: int, timeout: timedelta) -> str:
     """Wait until all ranks have come, and return a prefix that they share and nothing else has.
 
     Args:
@@ -72,7 +72,7 @@ def meet(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> str:
     return f"diptych/{own}"
 
 
-def _invite(store: dist.Store, own: str, ranks: int, end: float) -> list[int]:
+def _invite(store: Any, own: str, ranks: int, end: float) -> list[int]:
     """Invite whoever asks until all ranks have accepted; return those that have not in time.
 
     A rank that has ended may have left its question in the store, and never accepts.

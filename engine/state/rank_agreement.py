@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, DistributedSampler
 
+from diptych.engine.data.loader_contract import length_of
 from diptych.engine.data.seeded_loader import SeededLoader
 from diptych.engine.distributed.agreement import wait_for_all_ranks
 from diptych.engine.distributed.comparison import check_equal_over_ranks
@@ -164,7 +165,7 @@ def shared_order(loader: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if isinstance(loader, SeededLoader):
         found = {"class": class_name(type(loader)), **_attributes(loader)}
-        found["samples"] = len(loader.dataset)
+        found["samples"] = length_of(loader.dataset)
     sampler, inner = getattr(loader, "sampler", None), getattr(loader, "loader", None)
     if isinstance(sampler, DistributedSampler):
         found["sampler"] = {"class": class_name(type(sampler)), **_attributes(sampler)}
