@@ -177,7 +177,7 @@ class _PythonGenerator:
             self._state = random.getstate()
             return
         self._state = ctypes.string_at(self._address, SIZE)
-        self._gauss = self._generator.gauss_next
+        self._gauss = getattr(self._generator, "gauss_next")  # noqa: B009 - not in the stubs
 
     def restore(self) -> None:
         if self._address is None:
@@ -210,7 +210,7 @@ class _NumpyGenerator:
         self._state: Any = None
 
     def take(self) -> None:
-        source = np.random.get_bit_generator()
+        source = np.random.get_bit_generator()  # type: ignore[attr-defined]
         if source is not self._source:
             self._find(source)
         if self._address is None:

@@ -533,7 +533,8 @@ class Trainer(EventLoop):
         """Note what an exception behind an update has left of its iteration."""
         step, last = self._process_function, StepEvents.OPTIMIZER_STEPPED
         returned = self._returned_of(last)
-        has_fired = returned is None and self.last_event_name is last
+        fired: Any = self.last_event_name
+        has_fired = returned is None and fired is last
         if isinstance(step, TrainStep) and not has_fired and step.keep_update():
             self._stopped_at[last.name] = returned or self._stopped_at.get(last.name, ())
             return

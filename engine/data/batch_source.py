@@ -223,7 +223,8 @@ class BatchSource:
         if epoch != self._epoch_set:
             set_epoch(self.data, epoch)
         self._epoch_set = self._to_skip = None
-        return iter(self._loader)
+        iterator: Iterator[Any] = iter(self._loader)
+        return iterator
 
     def _read_again(self, count: int, start: Draws) -> Iterator[Any]:
         """Iterate a loader without positions behind the first batches of the same pass."""

@@ -106,8 +106,7 @@ class ScalarBuffer:
 
     def drop_since(self, mark: BufferMark) -> None:
         """Drop the values that were added after a mark."""
-        kinds: tuple[tuple[dict[Any, Any], Mapping[Any, int]], ...]
-        kinds = ((self._rows, mark[0]), (self._numbers, mark[1]))
+        kinds: Any = ((self._rows, mark[0]), (self._numbers, mark[1]))
         for held, lengths in kinds:
             for key in list(held):
                 del held[key][lengths.get(key, 0) :]

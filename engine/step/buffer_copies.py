@@ -68,7 +68,7 @@ class BufferCopies:
             _Place(part._buffers, name)  # noqa: SLF001 - the module's own dictionary
             for part in parts.values()
             for name, buffer in part._buffers.items()  # noqa: SLF001
-            if not is_lazy(buffer)
+            if buffer is None or not is_lazy(buffer)
         ]
         self._small = [place for place in places if not _is_large(place)]
         self._large = [place for place in places if _is_large(place)]
