@@ -6,6 +6,7 @@ import functools
 import gc
 import itertools
 import logging
+import sys
 import types
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -40,7 +41,8 @@ SKIPPED = (
     *(Tensor, np.ndarray, nn.Module, Engine, torch.Generator, logging.Logger),
 )
 
-LIBRARIES = {"torch", "ignite", "diptych", "numpy"}
+LIBRARIES = sys.stdlib_module_names | {"torch", "ignite", "diptych", "numpy", "attr", "attrs"}
+"""The packages whose functions and classes are not looked into."""
 
 _REPORTED: WeakSet[Any] = WeakSet()
 
@@ -54,8 +56,8 @@ def behind_events(trainer: RunParts, *, of_stateless: bool = False) -> list[Any]
     """Return the objects that the functions at a trainer's events refer to, in order.
 
     A function refers to what is in its closure, its defaults, its arguments, the globals that it
-    names, and the attributes of these objects. The step, and schedulers that are attributes of the
-    trainer, count too.
+    names, and the attributes and methods of these objects. The step, and schedulers that are
+    attributes of the trainer, count too.
 
     Args:
         trainer: the trainer.
@@ -66,7 +68,8 @@ def behind_events(trainer: RunParts, *, of_stateless: bool = False) -> list[Any]
         if not (of_stateless and isinstance(listener.owner, Stateful)):
             roots += [listener.added, *listener.arguments, *listener.keywords.values()]
             roots += [listener.owner] if is_scheduler(listener.owner) else []
-    roots += [trainer.step, *(one for one in vars(trainer).values() if is_scheduler(one))]
+    own = vars(trainer)
+    roots += [trainer.step, own.get("_process_function"), *filter(is_scheduler, own.values())]
     return reachable(roots)
 
 
@@ -134,13 +137,17 @@ def _references(item: Any) -> Iterator[Any]:
 
 
 def _attributes(item: Any) -> Iterator[Any]:
-    """Yield an object's attributes, and the function that calls it."""
+    """Yield an object's attributes, and the methods of its class if a user wrote it."""
     yield from list(getattr(item, "__dict__", {}).values())
-    for name in itertools.chain.from_iterable(_slots(base) for base in type(item).__mro__):
-        yield getattr(item, name, None)
-    call = vars(type(item)).get("__call__")
-    if isinstance(call, types.FunctionType):
-        yield call
+    for base in type(item).__mro__:
+        for name in _slots(base):
+            yield getattr(item, name, None)
+        if _is_written_by_user(base):
+            yield from (one for one in vars(base).values() if isinstance(one, types.FunctionType))
+
+
+def _is_written_by_user(item: Any) -> bool:
+    return str(item.__module__).partition(".")[0] not in LIBRARIES
 
 
 def _slots(kind: type) -> tuple[str, ...]:
@@ -151,7 +158,7 @@ def _slots(kind: type) -> tuple[str, ...]:
 
 def _of_function(function: types.FunctionType) -> Iterator[Any]:
     """Yield what a function written by a user refers to."""
-    if str(function.__module__).partition(".")[0] in LIBRARIES:
+    if not _is_written_by_user(function):
         return
     yield from map(_content, function.__closure__ or ())
     yield from function.__defaults__ or ()

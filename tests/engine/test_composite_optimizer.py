@@ -22,6 +22,8 @@ from diptych.handlers import (
     LossGuard,
     WeightAverage,
 )
+from diptych.losses import CLIPLoss
+from tests.engine import sharded
 
 
 def make_model() -> nn.Sequential:
@@ -398,3 +400,32 @@ def test_members_that_do_not_fit_are_refused():
     again = torch.optim.SGD(model[4].parameters(), lr=1.0)
     with pytest.raises(ValueError, match=r"one of shape \(2, 4\) in the members 1 and 2"):
         CompositeOptimizer(first, second, again)
+
+
+def composed(shard: bool, folder: Path | None = None) -> dict[str, Any]:
+    """Train two towers, each with its own optimizer; return the weights."""
+    torch.manual_seed(0)
+    model, loss = sharded.TwoTowers().double(), CLIPLoss().double()
+    optimizer = CompositeOptimizer(
+        torch.optim.SGD(model.image.parameters(), lr=0.1, momentum=0.9),
+        torch.optim.AdamW([*model.text.parameters(), model.logit_scale], lr=1e-2),
+        torch.optim.SGD(loss.parameters(), lr=1e-2),
+    )
+    settings = {"task": tasks.image_text, "device": "cpu", "seed": 0, "shard": shard}
+    trainer = Trainer(model, loss, optimizer, **settings)
+    trainer.attach(GradientClipping(max_norm=0.1), LearningRate(warmup=2))
+    if folder is not None:
+        trainer.attach(CheckpointManager(folder))
+        if not list(folder.glob("*.pt")):
+            trainer.add_event_handler(Events.EPOCH_COMPLETED(once=1), lambda t: t.terminate())
+    trainer.run(sharded.loader(), max_epochs=2)
+    return {"weights": sharded.weights_of(model), "records": []}
+
+
+def test_members_of_a_sharded_model_train_and_resume_as_in_one_process(ranks, tmp_path):
+    expected = composed(shard=False)
+    for found in ranks.run(composed, [(True,)] * 2):
+        sharded.assert_equal_runs(found, expected)
+    ranks.run(composed, [(True, tmp_path)] * 2)
+    for found in ranks.run(composed, [(True, tmp_path)] * 2):
+        sharded.assert_equal_runs(found, expected)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 
-from diptych.engine import SeededLoader, StepEvents, Trainer, tasks
+from diptych.engine import SeededLoader, StepEvents, Trainer, TrainStep, tasks
 from diptych.engine.state.handler_states import stateful_handlers
 from diptych.handlers import CheckpointManager, GradientClipping, LearningRate, LossGuard
 
@@ -78,6 +78,39 @@ class WithState:
 
 def by_handler(trainer: Trainer, second: Optimizer) -> None:
     trainer.attach(WithState(second))
+
+
+class Both(TrainStep):
+    """A step of ones own with another optimizer."""
+
+    second: Optimizer
+
+    def update(self) -> None:
+        super().update()
+        self.second.step()
+
+
+class Global(TrainStep):
+    """A step of ones own with an optimizer of its module."""
+
+    def update(self) -> None:
+        super().update()
+        SHARED[0].step()
+
+
+SHARED: list[Optimizer] = []
+
+
+def test_a_step_may_hold_it():
+    for step in (Both, Global):
+        trainer, second = make_trainer(None, GradientClipping(max_norm=1e-3), step=step)
+        trainer._process_function.second = second
+        SHARED[:] = [second]
+        trainer.run(loader(), max_iters=1)
+        norm = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm()
+        assert float(norm) == pytest.approx(1e-3, rel=1e-4)
+        assert list(stateful_handlers(trainer)) == ["SGD"]
+    SHARED.clear()
 
 
 every_way = pytest.mark.parametrize("attach", [by_function, by_object, by_handler])
