@@ -30,7 +30,12 @@ PARTS: dict[str, Any] = {
     "model": dict,
     "loss": dict,
     "optimizer": {"state": dict, "param_groups": [{"params": list}]},
-    "trainer": {"iteration": int, "epoch": int, "epoch_length": (int, type(None))},
+    "trainer": {
+        "iteration": int,
+        "epoch": int,
+        "epoch_iteration": int,
+        "epoch_length": (int, type(None)),
+    },
     "metrics": [{"window": dict, "epoch": dict, "history": dict}],
     "last_metrics": dict,
     "handlers": dict,
@@ -53,6 +58,7 @@ OPTIONAL: dict[str, Any] = {
     "scaler": (dict, type(None)),
     "skipped_steps": Tensor,
     "evaluated": dict,
+    "entry": dict,
     "iteration": [dict],
     "shards": {"folder": str, "tensors": dict, "files": dict},
 }
@@ -154,10 +160,37 @@ def check_parts(state: Any) -> None:
                 _check(value, (Tensor, dict), f"{name}.{key}")
     for key, value in state["last_metrics"].items():
         _check(value, (int, float), f"last_metrics.{key}")
-    for key, value in state["optimizer"]["state"].items():
-        _check(value, dict, f"optimizer.state.{key}")
+    for number, held in enumerate(state["metrics"]):
+        for key, mean in held["epoch"].items():
+            if not isinstance(mean, (list, tuple)) or len(mean) != 2:  # a sum and a count
+                raise CheckpointError(f"metrics[{number}].epoch.{key} must be a sum and a count")
+    _check_optimizer(state["optimizer"], state.get("parameters"))
+    _check_position(state)
     for number, generators in enumerate(state["random"]):
         _check_generators(generators, f"random[{number}]")
+
+
+def _check_optimizer(state: Mapping[str, Any], names: list[Any] | None) -> None:
+    """Check that parameters are numbered, each once, have names, and that no other has a state."""
+    sizes = [len(group["params"]) for group in state["param_groups"]]
+    if names is not None and [len(held) for held in names] != sizes:
+        raise CheckpointError(f"parameters must name {sizes} parameters of optimizer.param_groups")
+    params = [param for group in state["param_groups"] for param in group["params"]]
+    if any(type(param) is not int for param in params) or len(set(params)) != len(params):
+        raise CheckpointError("optimizer.param_groups must number each parameter once")
+    for key, value in state["state"].items():
+        if key not in params:
+            raise CheckpointError(f"optimizer.state.{key} is of no parameter")
+        _check(value, dict, f"optimizer.state.{key}")
+
+
+def _check_position(state: Mapping[str, Any]) -> None:
+    """Check that a state is of the position for which its file was written."""
+    entry = state.get("entry", {})
+    found = {"iteration": state["trainer"]["iteration"], "epoch": state["saved"]["epoch"]}
+    for name, value in found.items():
+        if entry.get(name, value) != value:
+            raise CheckpointError(f"its {name} must be {entry[name]}, got {value}")
 
 
 def _check_generators(state: Mapping[str, Any], path: str) -> None:

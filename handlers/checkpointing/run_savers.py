@@ -23,6 +23,9 @@ from diptych.handlers.checkpointing.stop_signals import StopSignals
 
 logger = logging.getLogger(__name__)
 
+MISFITS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError)
+"""The errors of a load whose checkpoint has another structure than the run expects."""
+
 
 @attrs.define(eq=False)
 class RunSavers:
@@ -109,6 +112,13 @@ class RunSavers:
             for saver, state in zip(self.savers, before, strict=True):
                 saver.state = state
             raise type(error)(f"checkpoint {start.path}: {error}") from error
+        except MISFITS as error:
+            if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+                raise
+            raise CheckpointError(
+                f"checkpoint {start.path} cannot be loaded: {error!r}. A part of it has another "
+                "type than this run expects, or load_state_dict() of a handler has failed."
+            ) from error
         if start.completed is not None:
             self.trainer.completed = start.completed
         for saver in self.savers:

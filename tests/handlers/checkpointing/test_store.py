@@ -28,7 +28,7 @@ def state(value: int) -> dict[str, object]:
         "model": {},
         "loss": {},
         "optimizer": {"state": {}, "param_groups": [{"params": []}]},
-        "trainer": {"iteration": value, "epoch": 1, "epoch_length": None},
+        "trainer": {"iteration": value, "epoch": 1, "epoch_iteration": 0, "epoch_length": None},
         "metrics": [{"window": {}, "epoch": {}, "history": {}}],
         "last_metrics": {},
         "handlers": {},
