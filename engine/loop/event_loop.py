@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ignite.engine import Engine, Events, State
 
-from diptych.engine.data.batch_source import BatchSource
 from diptych.engine.data.loader_contract import length_of
-from diptych.engine.distributed.hang_report import entered_places, waits_at
+from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import ResumeError
 from diptych.engine.events import ITERATION_EVENTS, MetricsEvents, Outcome, RunEvents, StepEvents
-from diptych.engine.loop.continued_events import FETCH, STEP, ContinuedEvents
-from diptych.engine.loop.ignite_state import ignite_position
-from diptych.engine.loop.left_event import LeftEvent, left_event
+from diptych.engine.loop.continued_events import FETCH, STEP
 from diptych.engine.loop.limits import check_limits, epoch_length_of
-from diptych.engine.loop.position import Phase, Position, position_from
+from diptych.engine.loop.position import Phase, Position
+from diptych.engine.loop.positioned_events import PositionedEvents
 
 logger = logging.getLogger(__name__)
 
 
-class EventLoop(ContinuedEvents):
+class EventLoop(PositionedEvents):
     """An Ignite `Engine` whose runs can be stopped and continued at any iteration.
 
     Differences from the base class:
@@ -58,58 +55,9 @@ class EventLoop(ContinuedEvents):
         self.register_events(
             *ITERATION_EVENTS, event_to_attr=dict.fromkeys(ITERATION_EVENTS, "iteration")
         )
-        self._position = Position()
         self._batch: Any = None
-        self.batches = BatchSource()
         self.outcome: Outcome | None = None
-        self._count: int | None = None  # iterations of an epoch, if `run` was given a number
-        self._warned = False  # whether a state inside EPOCH_COMPLETED was reported
-        self._completing: Position | None = None  # that of a state taken inside *COMPLETED
         self._misjudged: Any = None  # the loader whose wrong length was logged
-        self._epoch_counts = False  # whether the running epoch ends at a number of iterations
-        self._pass_is_over = False  # whether the next batch is the first of another pass
-
-    @property
-    def position(self) -> Position:
-        """The position of the run; epoch and iteration are those of `state`."""
-        return self._position._replace(epoch=self.state.epoch, iteration=self.state.iteration)
-
-    @property
-    def epoch_iteration(self) -> int:
-        """Iterations of the running epoch that are done; 0 between two epochs."""
-        return self._position.epoch_iteration
-
-    @property
-    def completed(self) -> bool:
-        """Whether `COMPLETED` has fired at this position; a finished run without it fires it alone.
-
-        Set it to False after loading a state of a process that ended inside `COMPLETED`.
-        """
-        return self._position.completed
-
-    @completed.setter
-    def completed(self, completed: bool) -> None:
-        self._position = self._position._replace(completed=completed)
-
-    @property
-    def inside_epoch(self) -> bool:
-        """Whether the running epoch has begun and its end has not: the loader is to go on."""
-        return self._position.inside_epoch
-
-    @property
-    def left_event(self) -> LeftEvent | None:
-        """The event of an iteration or an epoch that an exception has left, for a checkpoint.
-
-        The next `run` continues it. None also where a state cannot hold what is left.
-        """
-        name = Events.ITERATION_COMPLETED.name
-        if self._stopped_at.keys() == {name}:
-            return LeftEvent(name, self._stopped_at[name])
-        return self._left
-
-    def _move_to(self, position: Position) -> None:
-        self._position = position
-        self.state.epoch, self.state.iteration = position.epoch, position.iteration
 
     # -- starting a run --------------------------------------------------------------------------
 
@@ -179,13 +127,6 @@ class EventLoop(ContinuedEvents):
         if not self.is_finished:
             self._check_continues(data)
         return self._internal_run()
-
-    def _start_over(self) -> None:
-        self._move_to(Position())
-        self._forget_failure()
-        self._pass_is_over = False
-        self.state.epoch_length = self._count = None
-        self.batches.rewind()
 
     def _set_epoch_length(self, data: Iterable[Any] | None, given: int | None) -> None:
         stored, count = self.state.epoch_length, self._count if given is None else given
@@ -546,6 +487,7 @@ class EventLoop(ContinuedEvents):
         self._batch = state.batch = None  # free the last batch before the next one is made
         if not self.epoch_iteration:
             self._take_assigned_data()
+        is_announced = self._pass_is_over
         begun = self._stopped_at.keys() & {FETCH, Events.DATALOADER_STOP_ITERATION.name}
         if not self._is_long_enough and not begun and self._has_data:
             self._fire(Events.GET_BATCH_STARTED)
@@ -560,7 +502,8 @@ class EventLoop(ContinuedEvents):
             if self.epoch_iteration and not self._epoch_counts:
                 self._end_pass()
                 return
-            self._start_next_pass()
+            if not is_announced:
+                self._start_next_pass()
             if self._is_to_stop:
                 return
             self._batch = self._first_batch()
@@ -595,77 +538,3 @@ class EventLoop(ContinuedEvents):
                 f"{self.epoch_iteration} of epoch {self.state.epoch}. Pass a list or a DataLoader, "
                 "not a generator"
             ) from None
-
-    # -- state -----------------------------------------------------------------------------------
-
-    def state_dict(self) -> OrderedDict[str, Any]:
-        """Return the position of the run: Ignite's keys plus `epoch` and `epoch_iteration`.
-
-        Inside a handler of `EPOCH_COMPLETED` the epoch counts as done, as in Ignite: a run that
-        loads the state starts the next epoch. Handlers of the event that have not run yet do not
-        run for this epoch then; they are logged once. Inside `COMPLETED` the run counts as
-        completed.
-        """
-        limit = "max_epochs" if self.state.max_iters is None else "max_iters"
-        keys = ("epoch_length", "iteration", "epoch", limit)
-        state = OrderedDict((key, getattr(self.state, key)) for key in keys)
-        position = self._completing or self._position
-        state["epoch_iteration"] = position.epoch_iteration
-        state["counted"] = self._count is not None
-        state["cut"], state["completed"] = position.cut, position.completed
-        if self.left_event is not None:
-            state["left"] = {**self.left_event.state_dict(), "phase": position.phase.value}
-        if self._completing is not None and not position.completed:
-            self._log_handlers_to_come()
-        elif position.in_epoch and not position.epoch_iteration:  # nothing of the epoch is done
-            state["epoch"] -= 1
-        elif position.epoch_iteration and not position.in_epoch:  # of an Ignite engine
-            state["epoch"] += 1
-        state.update((key, getattr(self.state, key)) for key in self.state_dict_user_keys)
-        return state
-
-    def _log_handlers_to_come(self) -> None:
-        """Log, once, the handlers of `EPOCH_COMPLETED` that a resumed run leaves out."""
-        listeners = self._listeners.get(Events.EPOCH_COMPLETED, [])
-        running = {id(name) for name, _ in entered_places()}
-        begun = [n for n, listener in enumerate(listeners) if id(listener) in running]
-        later = [listener.name for listener in listeners[begun[0] + 1 :]] if begun else []
-        if later and not self._warned:
-            self._warned = True
-            logger.warning(
-                "A state was taken inside EPOCH_COMPLETED, before its handlers %s. A run that "
-                "resumes from it does not call them for this epoch. Attach what takes the state "
-                "last, or take it at RunEvents.SAFE_POINT.",
-                ", ".join(later),
-            )
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore a position.
-
-        Args:
-            state_dict: from `state_dict()` of this class or of an Ignite engine.
-
-        Raises:
-            TypeError: if it is not a mapping.
-            ResumeError: if a key is missing, or keys contradict each other.
-        """
-        keys = self.state_dict_user_keys
-        if "epoch_iteration" in state_dict:
-            missing = [key for key in ("epoch_length", *keys) if key not in state_dict]
-            if missing:
-                raise ResumeError(f"state_dict must have {missing}, got only {sorted(state_dict)}")
-            position = position_from(state_dict)
-        else:
-            position = ignite_position(state_dict, keys)
-        self._start_over()
-        self.state.epoch_length = state_dict["epoch_length"]
-        self._count = state_dict["epoch_length"] if state_dict.get("counted") else None
-        self._epoch_counts = self._count is not None
-        self._left = left_event(state_dict.get("left"))
-        if self._left is not None and self._left.in_iteration:
-            self._stopped_at[self._left.event], self._left = self._left.done, None
-        self._move_to(position)
-        self.state.max_epochs = state_dict.get("max_epochs")
-        self.state.max_iters = state_dict.get("max_iters")
-        for key in keys:
-            setattr(self.state, key, state_dict[key])
