@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from torch.utils.data import DataLoader
+
 from diptych.engine.data.loader_contract import generator_states, set_generator_states
 from diptych.engine.random_state import preserved_random_state
 
@@ -40,6 +42,8 @@ def _copied(loader: Iterable[Any]) -> Iterable[Any]:
         copied = copy.copy(loader)
     except Exception:  # noqa: BLE001 - a loader that cannot be copied, for whatever reason
         return loader
+    if isinstance(copied, DataLoader):
+        vars(copied)["_iterator"] = None  # persistent workers serve one pass at a time
     if hasattr(copied, "set_epoch"):
         copied.set_epoch(0)  # gives it a position of its own
     return copied

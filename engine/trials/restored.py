@@ -56,21 +56,26 @@ def _contents_restored(owners: Iterable[object]) -> Iterator[None]:
 def modules_restored(*modules: nn.Module) -> Iterator[None]:
     """Restore weights, buffers, gradients, modes and attributes of modules.
 
-    It holds a copy of the weights. Gradients are absent inside the context.
+    It holds a copy of the weights. Gradients, and functions that wait for them, are absent inside
+    the context.
     """
     parts = [part for module in modules for part in module.modules()]
     parameters = [p for part in parts for p in part.parameters(recurse=False)]
     gradients = [(p, p.grad, p.requires_grad) for p in parameters]
+    hooks = [(p, p._post_accumulate_grad_hooks) for p in parameters]  # noqa: SLF001 - torch's own
     tensors = [*parameters, *_buffers(modules)]
     with attributes_restored(parts), _contents_restored(parts), _tensors_restored(tensors):
         try:
             for parameter in parameters:
                 parameter.grad = None
+                parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment] # noqa: SLF001
             yield
         finally:
             for parameter, gradient, trainable in gradients:
                 parameter.grad = gradient
                 parameter.requires_grad_(trainable)
+            for parameter, held in hooks:
+                parameter._post_accumulate_grad_hooks = held  # noqa: SLF001
 
 
 @contextmanager

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import attrs
+from torch import nn
+
+from diptych.engine.trials.restored import modules_restored
 
 T = TypeVar("T")
 
@@ -44,7 +47,8 @@ class Trial:
         """Return a new handler with the arguments of a handler, in its first state.
 
         Paths among the arguments lead into the scratch directory, streams into memory, and handlers
-        to their copies. A handler that is no attrs class is copied with its attributes.
+        to their copies; modules are restored. A handler that is no attrs class is copied with its
+        attributes.
 
         Args:
             handler: the handler.
@@ -70,6 +74,8 @@ class Trial:
             return self.path(value)
         if isinstance(value, os.PathLike):
             return type(value)(self.path(value))  # type: ignore[call-arg]
+        if isinstance(value, nn.Module):
+            self.contexts.enter_context(modules_restored(value))
         if name == "stream":
             return io.StringIO()
         return self.copied(value) if hasattr(value, "for_trial") else value

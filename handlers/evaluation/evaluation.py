@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import attrs
 import torch
 from ignite.engine import Engine, Events
+from ignite.metrics import Metric
 from torch import Tensor, nn
 
 from diptych.engine.containers import leaves
@@ -266,13 +267,20 @@ class Evaluation(Handler):
         self._check_length(trainer)
         batches = first_batches(self.loader)
         modules = (self.evaluator.model, trainer.loss)
-        metrics = named_metrics(self.metrics).values()
-        with metrics_restored(metrics), buffers_restored(*modules), evaluation_mode(trainer.loss):
+        metrics = named_metrics(self.metrics)
+        with (
+            metrics_restored(metrics.values()),
+            buffers_restored(*modules),
+            evaluation_mode(trainer.loss),
+        ):
             evaluator, _ = self._make_evaluator(trainer, partial=True)
             evaluator.evaluate(batches)
-        values = numbers_in(evaluator.state.metrics)
-        known = frozenset(f"{self.prefix}/{name}" for name in values)
-        return None if evaluator.left_out else known
+        results = evaluator.state.metrics
+        several = [metrics[name] for name in metrics if isinstance(results.get(name), Mapping)]
+        # The names in the result of a user's metric may depend on the data: its classes.
+        if evaluator.left_out or not all(map(_is_of_a_library, several)):
+            return None
+        return frozenset(f"{self.prefix}/{name}" for name in numbers_in(results))
 
     def _check_length(self, trainer: Trainer) -> None:
         """Raise on all ranks if one of them has no batch, or too few."""
@@ -382,6 +390,10 @@ def _check_same_length(loader: Iterable[Any]) -> None:
             f"couples samples, got {lengths}. Shard it evenly or, because of the loss, pass "
             "loss=False"
         )
+
+
+def _is_of_a_library(metric: Metric) -> bool:
+    return type(metric).__module__.startswith(("diptych.", "ignite."))
 
 
 def _check_shards(evaluator: Engine) -> None:

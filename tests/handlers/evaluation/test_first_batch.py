@@ -277,6 +277,30 @@ def test_a_metric_that_nothing_publishes_is_reported_before_the_first_iteration(
         assert trainer.state.iteration == 0
 
 
+class OfEachClass(Metric):
+    """The number of samples of each class that occurs."""
+
+    def reset(self) -> None:
+        self.counts: dict[str, float] = {}
+
+    def update(self, output: tuple[Tensor, Tensor]) -> None:
+        for label in output[1].tolist():
+            self.counts[f"class_{label}"] = self.counts.get(f"class_{label}", 0.0) + 1
+
+    def compute(self) -> dict[str, float]:
+        return dict(self.counts)
+
+
+def test_names_that_depend_on_the_data_are_not_known_at_the_start():
+    batches = make_loader()
+    batches[0]["label"] = torch.zeros(4, dtype=torch.int64)  # no sample of class 1
+    trainer = make_trainer()
+    stopping = EarlyStopping(metric="val/class_1")
+    trainer.attach(Evaluation(batches, metrics=[OfEachClass()]), stopping)
+    trainer.run(make_loader(), max_epochs=1)
+    assert stopping.best == 4.0
+
+
 def test_a_function_of_the_user_may_publish_what_the_start_does_not_know():
     trainer = make_trainer()
     stopping = EarlyStopping(metric="val/own", patience=1)
