@@ -48,6 +48,7 @@ class MetricsCollector:
         self.record = Record()
         self._on_record = on_record
         self._buffer = ScalarBuffer()
+        self._window: ScalarBuffer | None = None  # what a state holds instead of the buffer
         self._left: dict[str, ScalarBuffer] = {}  # values of events that an exception has left
         # The sum and the number of the values of this epoch.
         self._epoch: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0])
@@ -104,7 +105,9 @@ class MetricsCollector:
             raise
 
     @contextmanager
-    def collected_apart(self, occasion: str | None = None) -> Iterator[dict[str, float]]:
+    def collected_apart(
+        self, occasion: str | None = None, *, repeated: bool = False
+    ) -> Iterator[dict[str, float]]:
         """Keep the values that are published within this context apart from all others.
 
         The context yields a dictionary; at its end, it holds the mean of each tag. Over several
@@ -113,10 +116,15 @@ class MetricsCollector:
         Args:
             occasion: a name; a context that ends with an exception leaves its values to the next
                 one of this name. None: the values are dropped.
+            repeated: whether a run that resumes from a state taken inside the context goes through
+                all of it again, so that the state must not hold its values.
         """
         means: dict[str, float] = {}
+        window = self._window
         outer, self._buffer = self._buffer, self._left.pop(occasion or "", ScalarBuffer())
         apart = self._buffer
+        if repeated:
+            self._window = outer
         try:
             yield means
             if apart or world_size() > 1:
@@ -127,7 +135,7 @@ class MetricsCollector:
                 self._left[occasion] = apart
             raise
         finally:
-            self._buffer = outer
+            self._buffer, self._window = outer, window
 
     def mark(self) -> BufferMark:
         """Return a mark of what was published so far, for `drop_since`, at the start of a step.
@@ -213,7 +221,7 @@ class MetricsCollector:
     def state_dict(self) -> dict[str, Any]:
         """Return all values that the next log point and the end of the epoch need."""
         return {
-            "window": self._buffer.state_dict(),
+            "window": (self._buffer if self._window is None else self._window).state_dict(),
             "epoch": {tag: list(mean) for tag, mean in self._epoch.items()},
             "history": {tag: list(values) for tag, values in self._history.items()},
             "left": {name: buffer.state_dict() for name, buffer in self._left.items()},

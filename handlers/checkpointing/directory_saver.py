@@ -132,6 +132,14 @@ class DirectorySaver:
 
     def close(self, trainer: Trainer) -> None:
         """Write what is still to be written, and unlock the directory."""
+        try:
+            self._save_rest(trainer)
+        finally:
+            self.is_open = False
+            self._ranks.close()
+            self.lock.release()
+
+    def _save_rest(self, trainer: Trainer) -> None:
         if self._requests and trainer.outcome is Outcome.FAILED and world_size() > 1:
             logger.error("The run failed before %s was saved.", self._requests[0].name)
         elif self.is_open:
@@ -139,9 +147,6 @@ class DirectorySaver:
         self.writer.wait()
         if trainer.outcome in {Outcome.COMPLETED, Outcome.TERMINATED}:
             self._save_completed(trainer)
-        self.is_open = False
-        self._ranks.close()
-        self.lock.release()
 
     def _save_completed(self, trainer: Trainer) -> None:
         """Keep that the handlers of `COMPLETED` have ended, and what they have published."""

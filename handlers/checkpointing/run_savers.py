@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import attrs
@@ -211,8 +212,7 @@ class RunSavers:
 
     def close(self) -> None:
         """Unlock the directories; a signal that was not answered acts now."""
-        try:
-            for saver in self.savers:
-                saver.close(self.trainer)
-        finally:
-            self.signals.remove()
+        with ExitStack() as stack:  # whatever one of them raises
+            stack.callback(self.signals.remove)
+            for saver in reversed(self.savers):
+                stack.callback(saver.close, self.trainer)
