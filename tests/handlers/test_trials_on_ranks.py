@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from ignite.engine import Events
 from ignite.metrics import Accuracy
@@ -21,6 +22,10 @@ from diptych.handlers import CheckpointManager, Evaluation, JsonLines, KNNAccura
 from tests.losses.ranks import Ranks
 
 Batch = dict[str, Tensor]
+
+
+def local_part(value: Any) -> Tensor:
+    return value.to_local() if hasattr(value, "to_local") else value
 
 
 def samples(count: int, seed: int = 0) -> list[Batch]:
@@ -37,46 +42,57 @@ def batches(sizes: list[int], seed: int) -> list[Batch]:
     ]
 
 
-def make_trainer() -> Trainer:
+def make_trainer(*, shard: bool = False) -> Trainer:
     os.environ["LOCAL_RANK"] = str(rank())  # Ignite's metrics warn without it
     torch.manual_seed(0)
-    model = nn.Linear(4, 3)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     return Trainer(
-        model, nn.CrossEntropyLoss(), optimizer, task=tasks.classification, device="cpu", seed=0
+        model,
+        nn.CrossEntropyLoss(),
+        optimizer,
+        task=tasks.classification,
+        device="cpu",
+        seed=0,
+        shard=shard,
     )
 
 
-def dry_run_on_a_rank(folder: str) -> dict[str, Any]:
-    trainer, loader = make_trainer(), SeededLoader(samples(24), 8)
+def weights_of(trainer: Trainer) -> Batch:
+    state = trainer.model.state_dict()
+    return {name: local_part(value).clone() for name, value in state.items()}
+
+
+def dry_run_on_a_rank(folder: str, shard: bool) -> dict[str, Any]:
+    trainer, loader = make_trainer(shard=shard), SeededLoader(samples(24), 8)
     held_out = batches([3, 2], seed=5 + rank())
     trainer.attach(
         Evaluation(held_out, metrics=[Accuracy()]), JsonLines(folder), CheckpointManager(folder)
     )
     trainer.run(loader, max_epochs=1)
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    before = weights_of(trainer)
     position, files = run_state(trainer)["trainer"], sorted(p.name for p in Path(folder).iterdir())
     report, found = trainer.dry_run(loader), trainer.overfit(loader, updates=5)
-    after = trainer.model.state_dict()
+    after = weights_of(trainer)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert run_state(trainer)["trainer"] == position
     assert sorted(p.name for p in Path(folder).iterdir()) == files
     trainer.run(loader, max_epochs=2)
-    weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    return {"values": report.values, "losses": found.losses, "weights": weights}
+    return {"values": report.values, "losses": found.losses, "weights": weights_of(trainer)}
 
 
-def plain_run_on_a_rank(folder: str) -> dict[str, Tensor]:
-    trainer, loader = make_trainer(), SeededLoader(samples(24), 8)
+def plain_run_on_a_rank(folder: str, shard: bool) -> Batch:
+    trainer, loader = make_trainer(shard=shard), SeededLoader(samples(24), 8)
     trainer.attach(JsonLines(folder), CheckpointManager(folder))
     trainer.run(loader, max_epochs=1)
     trainer.run(loader, max_epochs=2)
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    return weights_of(trainer)
 
 
-def test_a_dry_run_over_ranks_leaves_no_trace(ranks: Ranks, tmp_path):
-    results = ranks.run(dry_run_on_a_rank, [(str(tmp_path / "dry"),)] * 2)
-    plain = ranks.run(plain_run_on_a_rank, [(str(tmp_path / "plain"),)] * 2)
+@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
+def test_a_dry_run_over_ranks_leaves_no_trace(ranks: Ranks, tmp_path, shard):
+    results = ranks.run(dry_run_on_a_rank, [(str(tmp_path / "dry"), shard)] * 2)
+    plain = ranks.run(plain_run_on_a_rank, [(str(tmp_path / "plain"), shard)] * 2)
     for result, weights in zip(results, plain, strict=True):
         assert all(torch.equal(result["weights"][name], value) for name, value in weights.items())
         assert {"train/loss", "val/loss"} <= set(result["values"])
