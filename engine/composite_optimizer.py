@@ -108,9 +108,23 @@ class CompositeOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
+        given = ("grad_scale", "found_inf")  # from fp16's scaler, for fused members
+        flags = {name: vars(self)[name] for name in given if name in vars(self)}
         for index in range(len(self.members)) if members is None else members:
-            self.members[index].step()
+            member = self.members[index]
+            vars(member).update(flags)
+            try:
+                member.step()
+            finally:
+                for name in flags:
+                    delattr(member, name)
         return value
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether fp16's scaler lets the device decide on an update: if all members are fused."""
+        name = "_step_supports_amp_scaling"
+        return all(getattr(member, name, False) for member in self.members)
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 - torch's
         """Clear the gradients of every member's parameters."""

@@ -7,7 +7,14 @@ import torch
 from ignite.engine import Events
 from torch import nn
 
-from diptych.engine import MetricsEvents, SeededLoader, StepEvents, Trainer, tasks
+from diptych.engine import (
+    CompositeOptimizer,
+    MetricsEvents,
+    SeededLoader,
+    StepEvents,
+    Trainer,
+    tasks,
+)
 from diptych.handlers import (
     CheckpointManager,
     Evaluation,
@@ -70,8 +77,15 @@ def run_without_waiting(trainer):
 def make_trainer(**settings) -> Trainer:
     torch.manual_seed(0)
     model, loss = TwoTowers(), CLIPLoss()
-    parameters = [*model.parameters(), *loss.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=settings.pop("fused", None))
+    options = {"lr": 1e-3, "fused": settings.pop("fused", None)}
+    rest = [*model.text.parameters(), *loss.parameters()]
+    if settings.pop("members", False):
+        optimizer = CompositeOptimizer(
+            torch.optim.AdamW(model.image.parameters(), **options),
+            torch.optim.AdamW(rest, **options),
+        )
+    else:
+        optimizer = torch.optim.AdamW([*model.image.parameters(), *rest], **options)
     return Trainer(
         model, loss, optimizer, task=tasks.image_text, seed=0, **{"log_every": 8, **settings}
     )
@@ -229,6 +243,25 @@ def test_a_skipped_update_changes_nothing_on_the_device(precision, fused):
     trainer.run(broken_loader(at=3), max_epochs=1)
     before, after = states
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("fused", [True, None])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_several_optimizers_make_the_updates_of_one(precision, fused):
+    trainers = [
+        make_trainer(precision=precision, fused=fused, members=members).attach(LossGuard())
+        for members in (False, True)
+    ]
+    for trainer in trainers:
+        trainer.run(broken_loader(at=3), max_epochs=1)
+    for one, other in zip(*map(weights, trainers), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_nothing_waits_for_several_fused_optimizers(precision):
+    trainer = make_trainer(precision=precision, fused=True, members=True)
+    run_without_waiting(trainer.attach(LearningRate(warmup=2), GradientClipping(max_norm=1.0)))
 
 
 def test_the_scalers_search_is_no_fault():

@@ -31,13 +31,20 @@ def make_model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
 
 
-def make_members(model: nn.Sequential, lr: float = 0.1) -> tuple[Optimizer, Optimizer]:
+def make_members(
+    model: nn.Sequential, lr: float = 0.1, *, fused: bool = False
+) -> tuple[Optimizer, Optimizer]:
     groups = [
         {"params": model[0].parameters(), "name": "stem"},
         {"params": [model[2].bias], "lr": lr / 2, "name": "bias"},
     ]
-    first = torch.optim.SGD(groups, lr=lr, momentum=0.9)
-    second = torch.optim.AdamW([model[2].weight, *model[4].parameters()], lr=lr / 10)
+    kind = (
+        torch.optim.Adam if fused else torch.optim.SGD
+    )  # a fused SGD may not skip its first update
+    settings: dict[str, Any] = {"fused": True} if fused else {"momentum": 0.9}
+    first = kind(groups, lr=lr, **settings)
+    rest = [model[2].weight, *model[4].parameters()]
+    second = torch.optim.AdamW(rest, lr=lr / 10, fused=fused)
     return first, second
 
 
@@ -224,12 +231,13 @@ def test_a_closure_is_evaluated_once():
     assert len(values) == 1
 
 
-def test_fp16_skips_and_makes_the_updates_of_both_members():
+@pytest.mark.parametrize("fused", [False, True])
+def test_fp16_skips_and_makes_the_updates_of_both_members(fused):
     check_fp16(torch.device("cpu"))
     models = []
     for together in (False, True):
         model = make_model()
-        members = make_members(model)
+        members = make_members(model, fused=fused)
         optimizers = (CompositeOptimizer(*members),) if together else members
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=2)
         for batch in make_batches() * 8:
@@ -248,10 +256,12 @@ def test_fp16_skips_and_makes_the_updates_of_both_members():
     assert_equal_weights(*models)
 
 
-def test_a_trainer_in_fp16_skips_the_same_updates_for_both_members():
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_trainer_in_fp16_skips_the_same_updates_for_both_members(fused):
     check_fp16(torch.device("cpu"))
     model = make_model()
-    trainer = make_trainer(model, CompositeOptimizer(*make_members(model)), precision="fp16")
+    optimizer = CompositeOptimizer(*make_members(model, fused=fused))
+    trainer = make_trainer(model, optimizer, precision="fp16")
     before = copy.deepcopy(model)
     trainer.run(make_batches(1, bad=0), max_epochs=1)
     assert_equal_weights(model, before)
