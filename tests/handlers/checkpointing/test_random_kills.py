@@ -77,7 +77,9 @@ def result(folder: Path, trainer: Trainer) -> Any:
     return digest(trainer), (folder / "metrics.jsonl").read_bytes(), history, best
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(
+    "seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 40))]
+)
 def test_killed_twice_at_random_instants_it_ends_like_the_uninterrupted_run(tmp_path, seed):
     draw = random.Random(seed)
     chosen = draw.sample(MANAGERS, draw.choice([1, 2, 2, 3]))
