@@ -89,11 +89,18 @@ def check_class(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         CheckpointError: if it is not.
     """
     here, saved = type(optimizer).__name__, _saved_class(state)
+    own, there = _members(optimizer), state["optimizer"].get("members")
+    if own and there and own != there:
+        here, saved = (f"CompositeOptimizer of {', '.join(names)}" for names in (own, there))
     if saved not in {None, here}:
         raise CheckpointError(
             f"optimizer must be the checkpoint's {saved}, got {here}. Use a {saved}; or start a "
             "new run from the checkpoint's weights with load_weights"
         )
+
+
+def _members(optimizer: Optimizer) -> list[str]:
+    return [type(member).__name__ for member in getattr(optimizer, "members", ())]
 
 
 def _saved_class(state: Mapping[str, Any]) -> str | None:

@@ -12,7 +12,15 @@ from ignite.engine import Events
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diptych.engine import CompositeOptimizer, SeededLoader, Trainer, TrainStep, certify, tasks
+from diptych.engine import (
+    CheckpointError,
+    CompositeOptimizer,
+    SeededLoader,
+    Trainer,
+    TrainStep,
+    certify,
+    tasks,
+)
 from diptych.engine.step.train_step import check_fp16
 from diptych.handlers import (
     CheckpointManager,
@@ -382,6 +390,21 @@ def test_a_killed_run_with_an_added_group_resumes_exactly(tmp_path):
     assert len(second.optimizer.param_groups) == 4
     assert_equal_weights(second.model, whole.model)
     assert whole.model.late != 1
+
+
+def test_a_run_with_other_members_is_refused_before_anything_is_modified(tmp_path):
+    def build(kind: Any) -> Trainer:
+        model = make_model()
+        first, *_ = make_members(model)
+        rest = [model[2].weight, *model[4].parameters()]
+        trainer = make_trainer(model, CompositeOptimizer(first, kind(rest, lr=0.01)))
+        return trainer.attach(CheckpointManager(tmp_path))
+
+    build(torch.optim.AdamW).run(SeededLoader(Samples(), 4, seed=5), max_epochs=1)
+    trainer = build(torch.optim.Adagrad)
+    with pytest.raises(CheckpointError, match="of SGD, AdamW, got CompositeOptimizer of SGD, Adag"):
+        trainer.run(SeededLoader(Samples(), 4, seed=5), max_epochs=2)
+    assert_equal_weights(trainer.model, make_model())
 
 
 def test_certify_passes_with_several_optimizers():
