@@ -51,9 +51,9 @@ PARTS: dict[str, Any] = {
     "saved": {"epoch": int, "metrics": dict},
 }
 """The parts that every checkpoint has: a type, a mapping of such parts, or a list of them."""
-SINCE_FORMAT_3: dict[str, Any] = {"identity": dict, "current": dict, "parameters": [list]}
-"""The parts that a checkpoint has in addition since `FORMAT` 3."""
 OPTIONAL: dict[str, Any] = {
+    "identity": dict,
+    "current": dict,
     "parameters": [list],
     "scaler": (dict, type(None)),
     "skipped_steps": Tensor,
@@ -151,7 +151,6 @@ def check_parts(state: Any) -> None:
     if isinstance(state, dict) and type(state.get("format")) is int and state["format"] > FORMAT:
         return
     _check(state, PARTS, "")
-    _check(state, SINCE_FORMAT_3 if state["format"] >= 3 else {}, "")
     _check(state, {name: part for name, part in OPTIONAL.items() if name in state}, "")
     for name in ("model", "loss"):
         for key, value in state[name].items():
@@ -164,13 +163,31 @@ def check_parts(state: Any) -> None:
         for key, mean in held["epoch"].items():
             if not isinstance(mean, (list, tuple)) or len(mean) != 2:  # a sum and a count
                 raise CheckpointError(f"metrics[{number}].epoch.{key} must be a sum and a count")
-    _check_optimizer(state["optimizer"], state.get("parameters"))
+    outline = state.get("entry", {}).get("optimizer")
+    _check_optimizer(state["optimizer"], state.get("parameters"), outline)
     _check_position(state)
     for number, generators in enumerate(state["random"]):
         _check_generators(generators, f"random[{number}]")
 
 
-def _check_optimizer(state: Mapping[str, Any], names: list[Any] | None) -> None:
+def outline_of(optimizer: Mapping[str, Any]) -> dict[str, str]:
+    """Return the kind of each value in an optimizer's state, by parameter and name.
+
+    An optimizer begins anew, without a word, for a parameter that has lost its state. So a
+    checkpoint says what its optimizer had.
+    """
+    return {
+        f"{index}.{key}": f"a tensor of {list(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"a {type(value).__name__}"
+        for index, values in optimizer["state"].items()
+        for key, value in values.items()
+    }
+
+
+def _check_optimizer(
+    state: Mapping[str, Any], names: list[Any] | None, outline: Mapping[str, str] | None
+) -> None:
     """Check that parameters are numbered, each once, have names, and that no other has a state."""
     sizes = [len(group["params"]) for group in state["param_groups"]]
     if names is not None and [len(held) for held in names] != sizes:
@@ -182,6 +199,14 @@ def _check_optimizer(state: Mapping[str, Any], names: list[Any] | None) -> None:
         if key not in params:
             raise CheckpointError(f"optimizer.state.{key} is of no parameter")
         _check(value, dict, f"optimizer.state.{key}")
+    if outline is None:  # an earlier version wrote the checkpoint
+        return
+    for name in (*outline, *(found := outline_of(state))):
+        if outline.get(name) != found.get(name):
+            raise CheckpointError(
+                f"optimizer.state.{name} must be {outline.get(name, 'missing')}, got "
+                f"{found.get(name, 'none')}"
+            )
 
 
 def _check_position(state: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from diptych.engine.state.checkpoint_structure import (
     check_archive,
     check_parts,
     check_unpacked,
+    outline_of,
 )
 from diptych.handlers.checkpointing.entries import (
     FILE,
@@ -129,6 +130,7 @@ class CheckpointStore:
             if entry.shards:
                 flush_folder(self.directory / entry.shards, of=self.directory)
             described = {name: getattr(entry, name) for name in DESCRIPTION}
+            described["optimizer"] = outline_of(state["optimizer"])
             state = {**state, "entry": described}
             digests: list[tuple[int, int]] = []
 

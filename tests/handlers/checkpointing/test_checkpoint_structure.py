@@ -50,6 +50,9 @@ PARTS = [
     "optimizer",
     "optimizer.state",
     "optimizer.param_groups",
+    "optimizer.state.0",
+    "optimizer.state.1.exp_avg",
+    "optimizer.state.2.step",
     "trainer",
     "trainer.iteration",
     "trainer.epoch_iteration",
@@ -62,8 +65,6 @@ PARTS = [
     "random.0.torch",
     "random.0.numpy.keys",
     "data",
-    "identity",
-    "current",
     "saved",
     "saved.epoch",
 ]
@@ -127,7 +128,8 @@ def refusal(trainer: Trainer) -> str:
     "part",
     [
         "optimizer.param_groups.0.params.1",
-        "optimizer.state.1",
+        "identity",
+        "current",
         "handlers.CheckpointManager.scored",
         "data.0.position",
         "parameters.0",
