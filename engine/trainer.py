@@ -19,6 +19,7 @@ from ignite.utils import manual_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diptych.engine.argument_names import FOR_RUN, FOR_TRAINER, names_the_right_argument
 from diptych.engine.data.transform import Transform, placed_transform
 from diptych.engine.distributed.agreement import wait_for_all_ranks
 from diptych.engine.distributed.collectives import (
@@ -109,6 +110,7 @@ class Trainer(EventLoop):
             the optimizer lacks a parameter of the loss, or has no parameter of model or loss.
     """
 
+    @names_the_right_argument(FOR_TRAINER)
     def __init__(
         self,
         model: nn.Module,
@@ -250,6 +252,7 @@ class Trainer(EventLoop):
             self._identity = RunIdentity.of(self)
         return self._identity
 
+    @names_the_right_argument(FOR_RUN)
     def run(
         self,
         data: Iterable[Any] | None = None,
@@ -414,6 +417,7 @@ class Trainer(EventLoop):
         """
         return overfit(self, loader, batches, updates)
 
+    @names_the_right_argument({**FOR_RUN, **dict.fromkeys(("epochs", "max_epochs"), "num_epochs")})
     def train(self, loader: Iterable[Any], num_epochs: int) -> list[float]:
         """Run until `num_epochs` epochs are done, and return the mean loss of each epoch."""
         self.run(loader, max_epochs=num_epochs)

@@ -9,12 +9,14 @@ from typing import Any
 
 from ignite.engine import Engine, Events, State
 
+from diptych.engine.argument_names import FOR_RUN, names_the_right_argument
 from diptych.engine.data.loader_contract import length_of
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import ResumeError
 from diptych.engine.events import ITERATION_EVENTS, MetricsEvents, Outcome, RunEvents, StepEvents
 from diptych.engine.loop.continued_events import FETCH, STEP
 from diptych.engine.loop.limits import check_limits, epoch_length_of
+from diptych.engine.loop.listener import waiting_for_epochs
 from diptych.engine.loop.position import Phase, Position
 from diptych.engine.loop.positioned_events import PositionedEvents
 
@@ -58,9 +60,11 @@ class EventLoop(PositionedEvents):
         self._batch: Any = None
         self.outcome: Outcome | None = None
         self._misjudged: Any = None  # the loader whose wrong length was logged
+        self._has_default_length = False  # whether `run` was given no limit
 
     # -- starting a run --------------------------------------------------------------------------
 
+    @names_the_right_argument(FOR_RUN)
     def run(
         self,
         data: Iterable[Any] | None = None,
@@ -72,7 +76,8 @@ class EventLoop(PositionedEvents):
 
         Args:
             data: batches, iterated once per epoch. None: every batch is `None`.
-            max_epochs: total number of epochs. Default: that of the earlier `run`, else 1.
+            max_epochs: total number of epochs. Default: that of the earlier `run`, else 1, which
+                is logged.
             max_iters: total number of iterations, instead of `max_epochs`.
             epoch_length: iterations per epoch. Default: that of the earlier `run`, else an epoch is
                 one pass over `data`.
@@ -81,7 +86,8 @@ class EventLoop(PositionedEvents):
             The engine's state, as in Ignite.
 
         Raises:
-            TypeError: if `data` is not iterable.
+            TypeError: if `data` is not iterable, or there is no argument of a name; the message
+                gives the right one.
             ValueError: if a limit is below 1, both limits are given, or `data` is empty.
             ResumeError: if the run stopped inside an epoch of another loader, or of a loader of
                 another length.
@@ -110,7 +116,8 @@ class EventLoop(PositionedEvents):
     ) -> State:
         if self.state.max_epochs is None and self.state.max_iters is None:
             self._start_over()
-            max_epochs = 1 if max_epochs is None and max_iters is None else max_epochs
+            if max_epochs is None and max_iters is None:
+                max_epochs, self._has_default_length = 1, True
         if max_epochs is not None or max_iters is not None:
             self.state.max_epochs, self.state.max_iters = max_epochs, max_iters
         self._check_may_continue()
@@ -224,6 +231,7 @@ class EventLoop(PositionedEvents):
                 self._fire(Events.STARTED)
                 if not self._position.in_epoch:
                     self._check_epoch_has_begun()
+                self._report_length_of_run()
             self._position = self._position._replace(paused=False)
             self._continue_events()
             while not self._stopped() and not self.is_finished:
@@ -235,6 +243,25 @@ class EventLoop(PositionedEvents):
             self._fire_event(Events.EXCEPTION_RAISED, error)
             raise
         return self.state
+
+    def _report_length_of_run(self) -> None:
+        """Log what a user may not expect of the length of the run; handlers may have set it."""
+        state = self.state
+        if self._has_default_length and state.max_epochs == 1:
+            logger.info(
+                "The run does one epoch, since neither max_epochs nor max_iters was passed to run."
+            )
+        self._has_default_length = False
+        ends = state.epoch_length is not None or self.batches.pass_length is not None
+        waiting = [] if ends else waiting_for_epochs(self.listeners)
+        if state.max_iters is not None and waiting:
+            logger.warning(
+                "The loader has no length, so in a run of max_iters=%d no epoch may end, and "
+                "these handlers wait for the end of one: %s. Pass epoch_length= to run, or "
+                "every=<iterations> to the handlers.",
+                state.max_iters,
+                ", ".join(waiting),
+            )
 
     def _continue_events(self) -> None:
         """Call the handlers that an exception has left of the events at this position."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
+
+from diptych.engine.events import EvaluationEvents, MetricsEvents
+
+PUBLISHED = MetricsEvents.EPOCH_PUBLISHED
 
 
 @attrs.define(eq=False)
@@ -80,6 +84,17 @@ class Listener:
         if not arguments:
             return str(getattr(chosen, "__name__", chosen))
         return ", ".join(f"{key}={value}" for key, value in sorted(arguments.items()))
+
+
+def waiting_for_epochs(listeners: Iterable[Listener]) -> list[str]:
+    """Return the names of the listeners that nothing but the end of an epoch causes to act.
+
+    A handler that judges evaluations acts at these too.
+    """
+    found = list(listeners)
+    judges = {id(one.owner) for one in found if one.event == EvaluationEvents.EVALUATED}
+    waiting = [one for one in found if one.event in (Events.EPOCH_COMPLETED, PUBLISHED)]
+    return list(dict.fromkeys(one.name for one in waiting if id(one.owner) not in judges))
 
 
 def filter_of(event: Any) -> Callable[..., bool] | None:
