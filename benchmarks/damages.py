@@ -316,6 +316,21 @@ def kind_of(path: Path) -> str:
     )
 
 
+def print_outcomes(
+    found: Counter[tuple[str, str]], bad: Sequence[tuple[str, str, str, Result]]
+) -> None:
+    """Print the outcomes by kind of file, and the tries that must not be."""
+    print(f"{'file':24}{'tried':>9}" + "".join(f"{outcome:>10}" for outcome in OUTCOMES))
+    for row in (*sorted({name for name, _ in found}), "all"):
+        counts = [
+            sum(n for (r, o), n in found.items() if row in {r, "all"} and o == outcome)
+            for outcome in OUTCOMES
+        ]
+        print(f"{row:24}{sum(counts):9}" + "".join(f"{count:10}" for count in counts))
+    for name, damage, outcome, result in bad:
+        print(f"{outcome}: {damage} of {name}: {result.error!r} {result.messages[-3:]}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table of the outcomes; return 1 if a damage is silent or unnamed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -327,16 +342,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = 0
     for kind in options.kinds:
         found, bad = tries(kind, options.count, options.seed)
-        print(f"{kind}, seed {options.seed}\n{'file':24}{'tried':>9}", end="")
-        print("".join(f"{outcome:>10}" for outcome in OUTCOMES))
-        for row in (*sorted({name for name, _ in found}), "all"):
-            counts = [
-                sum(n for (r, o), n in found.items() if row in {r, "all"} and o == outcome)
-                for outcome in OUTCOMES
-            ]
-            print(f"{row:24}{sum(counts):9}" + "".join(f"{count:10}" for count in counts))
-        for name, damage, outcome, result in bad:
-            print(f"{outcome}: {damage} of {name}: {result.error!r} {result.messages[-3:]}")
+        print(f"{kind}, seed {options.seed}")
+        print_outcomes(found, bad)
         wrong += len(bad)
     same, words = full_disk.outcome()
     print(words)

@@ -61,13 +61,25 @@ class _RecordFile:
         except OSError as error:
             return f"it cannot be read ({error})"
 
-    def set_aside(self) -> Path:
-        """Rename the file to a free name, and return it."""
+    def set_aside(self, damage: str) -> None:
+        """Rename the file to a free name, and log it."""
         number, target = 1, self.path.with_suffix(".damaged.jsonl")
         while target.exists():
             number += 1
             target = self.path.with_suffix(f".damaged-{number}.jsonl")
-        return self.path.rename(target)
+        self.path.rename(target)
+        logger.warning(
+            "%s is damaged: %s. It is kept as %s, and the run continues with a new file.",
+            self.path,
+            damage,
+            target.name,
+        )
+
+    def log_if_missing(self, state: Mapping[str, Any] | int) -> None:
+        """Log that the file is missing, if it had lines."""
+        size = state if isinstance(state, int) else state["size"]
+        if size and not self.path.exists():
+            logger.warning("%s is missing; the run continues with a new file.", self.path)
 
     def restore(self, state: Mapping[str, Any] | int) -> None:
         """Continue from a saved state, with which the file agrees; a missing file starts anew.
@@ -240,22 +252,17 @@ class JsonLines(Sink):
                 "The checkpoint has no digest of the lines in %s; they are not verified.", self.path
             )
         for name, damage in damages.items():
-            path = self._files[name].path
-            if damage is not None and self.damaged == "refuse":
+            file = self._files[name]
+            if damage is None:
+                file.log_if_missing(states[name])
+            elif self.damaged == "set_aside":
+                file.set_aside(damage)
+            else:
                 raise ResumeError(
-                    f"{path} must hold the lines that it held when the checkpoint was saved, but "
-                    f"{damage}. Restore it from a copy. Or resume with a new file: move it away, "
-                    f"or pass JsonLines({str(self.path)!r}, damaged='set_aside')."
+                    f"{file.path} must hold the lines that it held when the checkpoint was saved, "
+                    f"but {damage}. Restore it from a copy. Or resume with a new file: move it "
+                    f"away, or pass JsonLines({str(self.path)!r}, damaged='set_aside')."
                 )
-            if damage is not None:
-                logger.warning(
-                    "%s is damaged: %s. It is kept as %s, and the run continues with a new file.",
-                    path,
-                    damage,
-                    self._files[name].set_aside().name,
-                )
-            elif not isinstance(states[name], int) and states[name]["size"] and not path.exists():
-                logger.warning("%s is missing; the run continues with a new file.", path)
 
     def write_record(self, trainer: Trainer, record: Record) -> None:
         """Append a line to each file that gets one of the values."""
