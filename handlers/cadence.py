@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,10 +10,13 @@ import attrs
 from ignite.engine import Events
 
 from diptych.engine.checks import is_whole
+from diptych.engine.distributed.collectives import rank
 from diptych.engine.events import RunEvents
 
 if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def is_cadence(every: object) -> bool:
@@ -38,7 +42,28 @@ def call_every(
     A run that `max_iters` ends inside an epoch calls it at its end too.
     """
     if every == "epoch":
+        owner = getattr(function, "__self__", function)
+        name = getattr(owner, "key", None) or getattr(function, "__name__", type(owner).__name__)
+        trainer.add_event_handler(Events.STARTED, report_endless, name)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, function)
         trainer.add_event_handler(RunEvents.EPOCH_CUT, function)
     else:
         trainer.every(every, function)
+
+
+def report_endless(trainer: Trainer, name: str) -> None:
+    """Log, at the start of a run, that a handler waits for an epoch that may never end.
+
+    Args:
+        trainer: the trainer whose run starts.
+        name: of the handler.
+    """
+    state = trainer.state
+    if state.max_iters is not None and state.epoch_length is None and rank() == 0:
+        logger.warning(
+            "%s acts at the end of each epoch, and the %s has no length. If it is endless, no "
+            "epoch ends before the run does: pass epoch_length= to run, or every=<iterations> to "
+            "the handler.",
+            name,
+            type(state.dataloader).__name__,
+        )

@@ -94,7 +94,7 @@ def foreign_functions(trainer: Any) -> list[str]:
     own = {id(one) for one in (trainer, *trainer.handlers)}
     found: dict[str, None] = {}
     for listener in trainer.listeners:
-        inside = getattr(type(listener.owner), "__module__", "").startswith("diptych.")
+        inside = (getattr(listener.owner, "__module__", None) or "").startswith("diptych.")
         if id(listener.owner) not in own and not inside:
             event = getattr(listener.event, "name", listener.event)
             found[f"{listener.name} at {event}"] = None

@@ -20,7 +20,7 @@ from diptych.engine.handler import Handler
 from diptych.engine.state.resume_changes import WhenChanged
 from diptych.engine.trainer import Trainer
 from diptych.engine.trials.trial import Trial
-from diptych.handlers.cadence import is_cadence
+from diptych.handlers.cadence import is_cadence, report_endless
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
 from diptych.handlers.checkpointing.checkpoint_writer import CheckpointWriter
 from diptych.handlers.checkpointing.directory_saver import DirectorySaver, is_safe
@@ -267,6 +267,8 @@ class CheckpointManager(Handler):
             raise CheckpointError(missing)
         if trainer.state.iteration == 0:
             self._saver.start_over()
+        if self.every == "epoch":
+            report_endless(trainer, self.key)
         limits = resume_limits(trainer, epochs_only=self.every == "epoch")
         if limits is not None and rank() == 0:
             logger.warning("%s", limits)

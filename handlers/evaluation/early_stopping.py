@@ -15,7 +15,9 @@ from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.engine.handler import Change, Handler
 from diptych.engine.trainer import Trainer
 from diptych.handlers.argument_checks import not_negative, one_of
+from diptych.handlers.cadence import report_endless
 from diptych.handlers.evaluation.watched_metric import (
+    is_evaluated,
     missing_metric,
     published_values,
     unpublished_metric,
@@ -111,6 +113,8 @@ class EarlyStopping(Handler):
         missing = None if self._judged else unpublished_metric(trainer, "metric", self.metric)
         if missing is not None:
             raise KeyError(missing)
+        if not is_evaluated(trainer, self.metric):
+            report_endless(trainer, self.key)
         if self.stopped:
             logger.warning(
                 "The run stays stopped: %s has not improved on %s for %d values. "

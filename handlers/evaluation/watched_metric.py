@@ -24,6 +24,11 @@ def average_behind(trainer: Trainer, metric: str) -> AveragesWeights | None:
     return next(iter(trainer.handlers_of(AveragesWeights)), None) if scored else None
 
 
+def is_evaluated(trainer: Trainer, metric: str) -> bool:
+    """Return whether an attached evaluation has the prefix of a metric."""
+    return bool(_publishers(trainer, metric))
+
+
 def missing_metric(trainer: Trainer, argument: str, metric: str) -> str | None:
     """Return an error message if a metric should have had a value by now, else None.
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Iterator
 
-from diptych.handlers import Evaluation, Histograms
+import pytest
+import torch
+from torch import Tensor
+
+from diptych.handlers import CheckpointManager, EarlyStopping, Evaluation, Histograms
 from diptych.handlers.cadence import call_every
 from tests.handlers.runs import loader, make_trainer
 
@@ -23,3 +27,43 @@ def test_any_other_cadence_is_refused(every):
         Evaluation([1], every=every)
     with pytest.raises(ValueError, match=f"every must be .*got {every!r}"):
         Histograms(every=every)
+
+
+class Stream:
+    """Batches without a length, and without an end."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        while True:
+            yield {"image": torch.zeros(2, 3), "label": torch.zeros(2, dtype=torch.int64)}
+
+
+@pytest.mark.parametrize(
+    ("handler", "name"),
+    [
+        (lambda folder: Evaluation(loader()), "Evaluation[val]"),
+        (lambda folder: EarlyStopping(metric="train/loss"), "EarlyStopping[train/loss]"),
+        (CheckpointManager, "CheckpointManager"),
+        (lambda folder: Evaluation(loader(), every=2), None),
+        (lambda folder: CheckpointManager(folder, every=2), None),
+    ],
+)
+def test_a_handler_that_waits_for_an_epoch_is_reported_if_none_may_end(
+    handler, name, tmp_path, caplog
+):
+    trainer = make_trainer().attach(handler(tmp_path))
+    trainer.run(Stream(), max_iters=5)
+    told = [record.getMessage() for record in caplog.records if "endless" in record.getMessage()]
+    if name is None:
+        assert told == []
+    else:
+        (message,) = told
+        assert message.startswith(f"{name} acts at the end of each epoch, and the Stream has no le")
+        assert "epoch_length=" in message
+    assert trainer.state.iteration == 5
+
+
+@pytest.mark.parametrize("limits", [{"epoch_length": 3}, {}])
+def test_an_epoch_whose_end_is_known_is_not_reported(limits, caplog):
+    trainer = make_trainer().attach(Evaluation(loader()))
+    trainer.run(Stream() if limits else loader(), max_iters=4, **limits)
+    assert "endless" not in caplog.text
