@@ -272,7 +272,7 @@ BOTH_END: dict[str, tuple[Callable[[Path], object], tuple[str, str]]] = {
         only_on(0, 3, run_state),
         ("at: taking the state of the run. Rank 1 ", "Rank 0 waits at: taking the state"),
     ),
-    "fails in attach": (failing_attach, (f"at: the start of a run. {PLANTED}", "planted")),
+    "fails in attach": (failing_attach, (PLANTED, "planted")),
     "fails in the loader": (failing_loader, (PLANTED, "planted")),
     "fails in a handler": (only_on(1, 2, fail), (PLANTED, "planted")),
     "stops": (
