@@ -15,7 +15,7 @@ from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.engine.handler import Change, Handler
 from diptych.engine.trainer import Trainer
 from diptych.handlers.argument_checks import one_of
-from diptych.handlers.evaluation.watched_metric import missing_metric
+from diptych.handlers.evaluation.watched_metric import missing_metric, unpublished_metric
 from diptych.handlers.stages.attribute_paths import read_attribute, try_attribute, write_attribute
 
 Shape = Literal["linear", "cosine", "step"]
@@ -185,6 +185,10 @@ class Curriculum(Handler):
     def _start(self, trainer: Trainer) -> None:
         if trainer.state.iteration == 0:
             self._reset()
+        if self.metric is not None and not self._seen:
+            missing = unpublished_metric(trainer, "metric", self.metric)
+            if missing is not None:
+                raise KeyError(missing)
 
     def _set(self, trainer: Trainer) -> None:
         done = -1 if self.began is None else trainer.state.iteration - 1 - self.began - self.after

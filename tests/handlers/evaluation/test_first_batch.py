@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from diptych.engine import BatchError, SeededLoader, Trainer, tasks
 from diptych.handlers import (
     CheckpointManager,
+    Curriculum,
     EarlyStopping,
     Evaluation,
     KNNAccuracy,
@@ -310,3 +311,12 @@ def test_a_function_of_the_user_may_publish_what_the_start_does_not_know():
     )
     trainer.run(make_loader(), max_epochs=9)
     assert (stopping.best, trainer.state.epoch) == (-1.0, 2)
+
+
+def test_a_curriculum_whose_metric_nothing_publishes_is_reported_too():
+    trainer = make_trainer()
+    curriculum = Curriculum("loss.label_smoothing", end=0.1, metric="val/acuracy", above=0.5)
+    trainer.attach(curriculum, Evaluation(make_loader(), metrics=[Accuracy()]))
+    with pytest.raises(KeyError, match="got 'val/acuracy'; there are train/loss, val/accuracy"):
+        trainer.run(make_loader(), max_epochs=1)
+    assert trainer.state.iteration == 0
