@@ -150,16 +150,31 @@ def test_which_of_several_handlers_of_a_class_is_which_is_not_guessed(tmp_path):
 
 
 def test_other_versions_and_settings_are_logged(tmp_path, caplog):
+    caplog.set_level("INFO")
     _, manager = run(tmp_path, epochs=1)
     path = manager.get_latest_checkpoint()
     state = torch.load(path, weights_only=True)
-    state["fingerprint"]["versions"]["torch"] = "1.0"
-    state["fingerprint"]["settings"]["log_every"] = 5
+    state["identity"]["versions"]["torch"] = "1.0"
+    state["identity"]["trainer"]["precision"] = "bf16"
     torch.save(state, tmp_path / "changed.pt")
     manager.load_checkpoint(tmp_path / "changed.pt")
-    assert f"torch was 1.0 when the run was saved, and is {torch.__version__}" in caplog.text
-    assert "log_every was 5 when the run was saved, and is 4" in caplog.text
+    assert f"versions.torch 1.0 -> {torch.__version__}" in caplog.text
+    assert "trainer.precision bf16 -> fp32 (changed in the script)" in caplog.text
     assert "microbatch_size" not in caplog.text
+
+
+def test_with_refuse_a_changed_script_is_an_error_of_the_run_and_nothing_is_loaded(tmp_path):
+    run(tmp_path, epochs=1)
+    other = make_trainer()
+    other.optimizer.param_groups[0]["weight_decay"] = 0.5
+    other.attach(CheckpointManager(tmp_path, changes="refuse"), CheckpointManager(tmp_path / "b"))
+    before = digest(other)
+    with pytest.raises(CheckpointError, match=r"weight_decay 0.01 -> 0.5.*changes=\"apply\""):
+        other.run(make_loader(), max_epochs=2)
+    assert digest(other) == before
+    assert other.state.iteration == 0
+    with pytest.raises(ValueError, match="changes must be 'apply' or 'refuse', got 'ignore'"):
+        CheckpointManager(tmp_path, changes="ignore")
 
 
 def longer_loader() -> SeededLoader:
