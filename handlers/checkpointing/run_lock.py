@@ -117,7 +117,9 @@ def _shared_or_new(path: Path, key: str, owner: object) -> _Held:
     if held is None:
         held = _held[key] = _Held(_locked(path), None if owner is None else id(owner), 0)
     elif owner is None or held.owner != id(owner):
-        raise _refusal(path, f"another trainer of this process ({os.getpid()}) has it")
+        raise _refusal(
+            path, f"one trainer, and another trainer of this process ({os.getpid()}) has it"
+        )
     held.count += 1
     return held
 
@@ -164,7 +166,9 @@ def _lock_or_refuse(descriptor: int, path: Path) -> None:
         _change(descriptor, lock=True)
     except OSError as error:
         if error.errno in HELD:
-            raise _refusal(path, f"process {_holder(descriptor)} has it") from error
+            raise _refusal(
+                path, f"one process, and process {_holder(descriptor)} has it"
+            ) from error
         logger.warning(  # some network file systems have no locks
             "%s cannot be locked, so another process could use the directory too: %s", path, error
         )
@@ -208,8 +212,8 @@ def _holder(descriptor: int) -> str:
 
 def _refusal(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"directory {path.parent} must be used by one process and one trainer at a time, and "
-        f"{reason}. Wait for its end, or use another directory."
+        f"directory {path.parent} must be used by {reason}. Wait for its end, or use another "
+        "directory."
     )
 
 
