@@ -19,7 +19,13 @@ from diptych.engine.errors import CheckpointError
 from diptych.engine.events import StepEvents
 from diptych.engine.random_state import preserved_random_state, set_random_state
 from diptych.engine.trainer import Trainer
-from diptych.handlers.loss_guard.fault_records import load_update_state, read_record, record_path
+from diptych.handlers.contained_paths import contained_path
+from diptych.handlers.loss_guard.fault_records import (
+    NAME,
+    load_update_state,
+    read_record,
+    record_path,
+)
 from diptych.handlers.optimization.gradient_norms import shared_norms
 
 TOLERANCE = 1e-5
@@ -111,9 +117,21 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return tuple(  # type: ignore[return-value]
         record
         if record["rank"] == of_rank
-        else _checked(record_path(path.parent, record["iteration"], of_rank))
+        else _checked(_record_beside(path, record["iteration"], of_rank))
         for of_rank in (rank(), 0)
     )
+
+
+def _record_beside(path: Path, iteration: int, of_rank: int) -> Path:
+    """Return the path of another rank's record.
+
+    Raises:
+        CheckpointError: if it would be outside the directory of the record.
+    """
+    try:
+        return contained_path(path.parent, record_path(Path(), iteration, of_rank).name, NAME)
+    except ValueError as error:
+        raise CheckpointError(f"the records beside {path} cannot be read: {error}") from error
 
 
 def _checked(path: Path) -> dict[str, Any]:

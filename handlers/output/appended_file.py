@@ -10,6 +10,7 @@ from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
+from diptych.handlers.contained_paths import is_link
 from diptych.handlers.files import flush_file, make_folder
 
 MOST_WAITING = 1 << 25
@@ -21,7 +22,7 @@ class AppendedFile:
 
     A chunk that cannot be written waits in memory, and is written by a later `append` or `flush`,
     in order. If a write fails, the part that reached the file is removed. The file is opened by the
-    first write; after an error it is opened again.
+    first write; after an error it is opened again. A symbolic link is not followed.
 
     Args:
         path: of the file; its folder is made if it is missing.
@@ -127,6 +128,10 @@ class AppendedFile:
     def _opened(self) -> FileIO:
         if self._file is None:
             make_folder(self.path.parent)
+            if is_link(self.path):  # in a directory from elsewhere, it may lead to any file
+                raise OSError(
+                    errno.ELOOP, "it is a symbolic link; remove it, or give the path of its target"
+                )
             self._file = FileIO(self.path, "a")
         if self._cut is not None:
             if self._cut < self._file.seek(0, os.SEEK_END):  # never longer: it may be a new file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from diptych.engine.distributed.collectives import rank
 from diptych.engine.trainer import Trainer
+from diptych.handlers.contained_paths import is_link
 from diptych.handlers.extras import check_extra
 from diptych.handlers.files import make_folder, write_atomically
 from diptych.handlers.pictures.board_handler import BoardHandler
@@ -70,6 +72,8 @@ class EmbeddingProjector(BoardHandler):
         projector = folder / "projector"
         with self.tolerated(str(projector), lost=1):
             make_folder(projector)
+            if is_link(projector):
+                raise OSError(errno.ELOOP, "it is a symbolic link; remove it", str(projector))
             _write_lines(projector / "features.tsv", _as_lines(points))
             _write_lines(projector / "labels.tsv", lines)
             write_atomically(projector / "thumbnails.png", partial(save_png, self._sprite()))

@@ -6,17 +6,18 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import attrs
 
 from diptych.engine.events import MetricsEvents, Outcome, RunEvents
-from diptych.handlers.output.output_handler import OutputHandler, Own
+from diptych.handlers.output.output_handler import OutputHandler
 
 if TYPE_CHECKING:
     from diptych.engine.metrics.metrics_collector import Record
     from diptych.engine.trainer import Trainer
 
+OwnSink = TypeVar("OwnSink", bound="Sink")
 MOST_PENDING = 1000
 """Records that a sink keeps in memory until its destination can be written again."""
 MOST_REFUSALS = 3
@@ -47,11 +48,11 @@ class Sink(OutputHandler):
     _pending: deque[Callable[[], object]] = attrs.field(init=False, repr=False)
     _refusals: int = attrs.field(init=False, repr=False)
 
-    def __new__(cls: type[Own], *_: object, **__: object) -> Own:
+    def __new__(cls: type[OwnSink], *_: object, **__: object) -> OwnSink:
         """Make the sink; a subclass need not call an `__init__` of this class."""
-        self: Any = super().__new__(cls)
+        self = super().__new__(cls)
         self._pending, self._refusals = deque(), 0
-        return self  # type: ignore[no-any-return]
+        return self
 
     def listen(self, trainer: Trainer) -> None:
         """Add the sink's functions to the trainer's events; called on rank 0 only."""

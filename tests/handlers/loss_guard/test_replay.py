@@ -130,6 +130,25 @@ def test_a_record_with_a_part_of_another_type_is_named_with_the_part(tmp_path, p
         replay(path, factory)
 
 
+def test_the_record_of_another_rank_is_not_read_through_a_link(ranks: Ranks, tmp_path):
+    ranks.run(replayed_on_a_rank, [(str(tmp_path / "caught"),)] * 2)
+    first, second = sorted((tmp_path / "caught").iterdir())
+    second.rename(tmp_path / "elsewhere.pt")
+    second.symlink_to(tmp_path / "elsewhere.pt")
+    errors = ranks.run(error_of_a_replay, [(str(first),)] * 2)
+    assert any("must not be a symbolic link" in error for error in errors)
+
+
+def error_of_a_replay(path: str) -> str:
+    try:
+        replay(path, factory)
+    except CheckpointError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 - a rank that waits for the other
+        return f"other: {error}"
+    return ""
+
+
 def test_a_random_state_that_fits_no_generator_is_named(tmp_path):
     path = caught(tmp_path)
     record = torch.load(path, weights_only=True)

@@ -164,6 +164,23 @@ def test_the_memory_for_waiting_chunks_is_bounded_and_keeps_the_first_and_the_la
     assert file.unwritten == 4
 
 
+def test_a_symbolic_link_is_not_followed_and_its_target_stays(tmp_path, opened):
+    target, path = tmp_path / "precious", tmp_path / "log"
+    target.write_text("precious")
+    path.symlink_to(target)
+    file = opened(path)
+
+    with pytest.raises(OSError, match="it is a symbolic link; remove it"):
+        file.cut(0)
+    with pytest.raises(OSError, match="it is a symbolic link; remove it"):
+        file.append(LINES[0])
+    assert target.read_text() == "precious"
+
+    path.unlink()
+    file.append(LINES[1])
+    assert written(path) == LINES[:2]
+
+
 def test_a_cut_removes_the_end_and_never_lengthens(tmp_path, opened):
     path = tmp_path / "log"
     path.write_bytes(b"".join(LINES))

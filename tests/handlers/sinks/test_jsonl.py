@@ -392,6 +392,21 @@ def test_a_line_of_another_form_is_an_error_with_its_number(tmp_path, line):
         read_records(tmp_path)
 
 
+def test_a_link_in_a_run_directory_from_elsewhere_is_not_written_through(tmp_path, caplog):
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").symlink_to(precious)
+    (tmp_path / "run/metrics.digest.json").symlink_to(precious)
+
+    trainer = make_trainer().attach(JsonLines(tmp_path / "run"))
+    trainer.run(loader(), max_epochs=1)
+
+    assert precious.read_text() == "precious"
+    assert trainer.state.iteration == 6
+    assert "metrics.jsonl: [Errno 40] it is a symbolic link; remove it" in caplog.text
+
+
 def test_an_incomplete_last_line_is_left_out_and_logged(tmp_path, caplog):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "a": 1.0}\n{"step": 2, "a"')
 
