@@ -97,14 +97,10 @@ def read_start(path: Path, group: Any = None) -> StartPoint:
     if path.is_symlink():  # its shards and its checksum are where it points to
         path = path.resolve()
     store = CheckpointStore(path.parent)
-    state, completed = on_all_ranks(partial(_read, store, path.name, group))
-    return StartPoint(path, state, completed)
-
-
-def _read(store: CheckpointStore, name: str, group: Any) -> tuple[dict[str, Any], bool | None]:
-    listed = (entry for entry in store.entries() if name in {entry.name, entry.file})
+    listed = (e for e in on_rank_zero(store.entries) if path.name in {e.name, e.file})
     entry = next(listed, None)
-    return store.read(name, group), None if entry is None else entry.completed
+    state = on_all_ranks(partial(store.read, path.name, group))
+    return StartPoint(path, state, None if entry is None else entry.completed)
 
 
 def _agreed(sources: Sequence[Source]) -> Path | None:
