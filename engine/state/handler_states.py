@@ -8,10 +8,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from diptych.engine.errors import CheckpointError
 from diptych.engine.handler import Stateful, contract_of
 from diptych.engine.state.references import (
+    SavedOptimizer,
     SavedScheduler,
     is_scheduler,
     other_optimizers,
@@ -47,9 +49,16 @@ def stateful_handlers(trainer: RunParts) -> dict[str, Stateful]:
             holder = getattr(candidate, "ema_model", None)  # Ignite's EMAHandler has no state_dict
         if isinstance(holder, nn.Module) or _has_state(holder):
             keys.append(contract_of(candidate).key)
-            holders.append(SavedScheduler(holder) if is_scheduler(holder) else holder)
+            holders.append(_plain_holder(holder))
     report_unsaved(trainer, holders)
     return dict(zip(numbered(keys), holders, strict=True))
+
+
+def _plain_holder(holder: Any) -> Any:
+    """Return what saves an object's state as plain values."""
+    if isinstance(holder, Optimizer):
+        return SavedOptimizer(holder)
+    return SavedScheduler(holder) if is_scheduler(holder) else holder
 
 
 def numbered(keys: Iterable[str]) -> list[str]:

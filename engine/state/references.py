@@ -11,7 +11,7 @@ import types
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ LIBRARIES = sys.stdlib_module_names | {"torch", "ignite", "diptych", "numpy", "a
 """The packages whose functions and classes are not looked into."""
 
 _REPORTED: WeakSet[Any] = WeakSet()
+_DECLARED: WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = WeakKeyDictionary()
 
 
 def is_scheduler(candidate: object) -> bool:
@@ -213,7 +214,51 @@ def checked_optimizers(trainer: RunParts, known: Iterable[Optimizer]) -> list[Op
             names,
             type(trainer.optimizer).__name__,
         )
+    for one in others:
+        declared_options(one)
     return [trainer.optimizer, *others]
+
+
+def declared_options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the options of an optimizer's groups as they were when it was first seen here."""
+    if optimizer not in _DECLARED:
+        groups = optimizer.param_groups
+        _DECLARED[optimizer] = [
+            {key: _number(value) for key, value in group.items() if key != "params"}
+            for group in groups
+        ]
+    return _DECLARED[optimizer]
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, Tensor) else value
+
+
+class SavedOptimizer:
+    """An optimizer beside the trainer's; options that the script has changed apply on resume.
+
+    Args:
+        optimizer: the optimizer.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        declared_options(optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the optimizer's state, and the options that it was built with."""
+        return {**self._optimizer.state_dict(), "declared": declared_options(self._optimizer)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a state that `state_dict` returned."""
+        now = declared_options(self._optimizer)
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        for group, own, then in zip(groups, now, state_dict.get("declared", now), strict=False):
+            changed = {key: value for key, value in own.items() if then.get(key, value) != value}
+            if "lr" in changed and "initial_lr" in group:  # a schedule multiplies this one
+                changed["initial_lr"] = changed["lr"]
+            group.update(changed)
+        self._optimizer.load_state_dict({**state_dict, "param_groups": groups})
 
 
 # -- schedulers ----------------------------------------------------------------------------------

@@ -227,7 +227,7 @@ def _handlers(trainer: RunParts, describer: Describer) -> dict[str, Any]:
             "class": class_name(type(owner)),
             **{
                 name: describer.describe(value, f"handlers.{key}.{name}")
-                for name, value in (settings_of(owner)[0] or {}).items()
+                for name, value in _settings_of(owner).items()
             },
         }
         for key, owner in zip(keyed, owners, strict=True)
@@ -239,6 +239,12 @@ def _event_names(event: Any) -> list[str]:
     """Return the name of an event; the names of several that are joined."""
     events = event if isinstance(event, EventsList) else [event]
     return [str(getattr(one, "name", one)) for one in events]
+
+
+def _settings_of(owner: Any) -> dict[str, Any]:
+    if isinstance(owner, Optimizer):  # one beside the trainer's
+        return {"groups": optimizer_settings(owner)["groups"]}
+    return settings_of(owner)[0] or {}
 
 
 def loader_settings(loader: Any, describer: Describer, wrappers: int = 3) -> dict[str, Any]:

@@ -200,6 +200,29 @@ def test_a_resumed_run_has_its_momentum_and_rates(attach, tmp_path):
     assert saved == (["WithState"] if attach is by_handler else ["SGD"])
 
 
+def test_a_rate_that_the_script_has_changed_applies_on_resume(tmp_path, caplog):
+    def build(lr: float) -> tuple[Trainer, Optimizer]:
+        trainer, second = make_trainer(by_function, CheckpointManager(tmp_path))
+        second.param_groups[0]["lr"] = lr
+        return trainer, second
+
+    first, second = build(0.1)
+
+    def reduce(_: Trainer) -> None:
+        second.param_groups[0]["lr"] = 0.05
+
+    first.add_event_handler(Events.EPOCH_COMPLETED(once=1), reduce)
+    first.run(loader(), max_epochs=1)
+    trainer, same = build(0.1)
+    trainer.run(loader(), max_epochs=2)
+    assert same.param_groups[0]["lr"] == 0.05
+    trainer, other = build(0.3)
+    caplog.clear()
+    trainer.run(loader(), max_epochs=3)
+    assert other.param_groups[0]["lr"] == 0.3
+    assert "handlers.SGD.groups.0.lr 0.1 -> 0.3" in caplog.text
+
+
 def test_it_is_logged_once_and_refused_in_fp16(caplog):
     trainer, _ = make_trainer(by_function)
     trainer.run(loader(), max_epochs=1)
