@@ -421,10 +421,15 @@ class EventLoop(PositionedEvents):
         safe = RunEvents.SAFE_POINT
         if safe.name not in self._stopped_at:
             self._fire(Events.ITERATION_COMPLETED)
-        done = self._stopped_at.get(safe.name, ())
-        self._stopped_at[safe.name] = done  # the loader may raise, which is asked for a batch
-        if self._is_to_end and not self._stopped() and self._ends_here():
-            del self._stopped_at[safe.name]
+        try:
+            ends = self._is_to_end and not self._stopped() and self._ends_here()
+        except BaseException:
+            # The loader was asked for a batch. The iteration is done: what is due behind it must
+            # not be lost with this process.
+            self._fire(safe)
+            raise
+        if ends:
+            self._stopped_at.pop(safe.name, None)
             self._position = self._position.epoch_ended()
         else:
             self._fire(safe)

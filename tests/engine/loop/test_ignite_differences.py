@@ -304,12 +304,17 @@ def listen_to_the_phases_of_a_step(make: Make) -> object:
 class Own(EventEnum):
     """Events of a user's own."""
 
-    RANG = "rang_in_a_step"
+    WITHOUT_COUNTER = "without_counter"  # Ignite keeps counters by name, for all engines
+
+
+@difference("own-handlers", stock=0, ours=True)
+def count_handlers_of_nobody(make: Make) -> object:
+    return len(make()._event_handlers[Events.STARTED]) > 0
 
 
 @difference("event-filters", stock="RuntimeError", ours=[2, 4])
 def filter_an_event_of_the_library(make: Make) -> object:
-    event = StepEvents.LOSS_COMPUTED if make is trainer else Own.RANG
+    event = StepEvents.LOSS_COMPUTED if make is trainer else Own.WITHOUT_COUNTER
     engine = make(lambda engine, _: engine.fire_event(event))
     if make is stock_engine:
         engine.register_events(*Own)

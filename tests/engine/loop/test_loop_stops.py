@@ -415,3 +415,34 @@ def test_an_interrupted_run_is_no_longer_asked_to_interrupt():
     loop.run([0, 1, 2], max_epochs=1)
 
     assert not loop.should_interrupt
+
+
+class OneMore(Positioned):
+    """Has one batch more than its length says."""
+
+    def __len__(self) -> int:
+        return self.length - 1
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_loader_that_fails_behind_an_epochs_length_loses_no_safe_point(resumed):
+    loop, data, saved = Tape(), OneMore(4, {3: OSError("no disk")}), []
+    loop.every(
+        3,
+        lambda e: saved.append((e.state.iteration, e.state_dict(), e.batches.place())),
+        RunEvents.SAFE_POINT,
+    )
+    with pytest.raises(OSError, match="no disk"):
+        loop.run(data, max_epochs=1)
+    ((iteration, state, place),) = saved
+    assert iteration == 3
+    if resumed:
+        rows, loop, data = loop.rows, Tape(), OneMore(4)
+        loop.rows += rows
+        loop.load_state_dict(state)
+        loop.batches.switch(data)
+        loop.batches.restore_place(place, inside=True)
+    loop.run(data, max_epochs=1)
+
+    assert loop.rows == plain_rows(range(4), 1)
+    assert len(saved) == 1
