@@ -121,7 +121,7 @@ class _Watched:
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        self._losses: list[float] = []
+        self._losses: list[float | None] = []
         self._seconds: list[float] = []
         self._started = 0.0
         self._saved = 0
@@ -146,9 +146,10 @@ class _Watched:
 
     def report(self, handlers: Iterable[Any], trial: Trial) -> DryRun:
         """Return what was done since the start."""
-        losses = ", ".join(f"{loss:.4g}" for loss in self._losses)
-        noun = "update" if len(self._losses) == 1 else "updates"
-        rows = [Row("update", f"{len(self._losses)} {noun}: loss {losses}", sum(self._seconds))]
+        losses = ", ".join(f"{loss:.4g}" for loss in self._losses if loss is not None)
+        done = f"{len(self._losses)} update{'' if len(self._losses) == 1 else 's'}"
+        done += f": loss {losses}" if losses else ""
+        rows = [Row("update", done, sum(self._seconds))]
         seconds: defaultdict[int, float] = defaultdict(float)
         calls: defaultdict[int, int] = defaultdict(int)
         for listener in self._trainer.listeners:

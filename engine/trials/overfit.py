@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 from ignite.engine import Events
+from torch import Tensor
 
 from diptych.engine.errors import BatchError
 from diptych.engine.trials.first_batches import first_batches
@@ -81,15 +82,25 @@ def overfit(trainer: Any, loader: Iterable[Any], batches: int, updates: int) -> 
     if not repeated:
         raise BatchError("loader must have at least one batch, got an empty loader")
     losses: list[float] = []
+
+    def note() -> None:
+        loss = loss_of(trainer)
+        if loss is None:
+            raise TypeError(
+                "step must return the loss, or an object with a loss, to overfit a batch, got "
+                f"{type(trainer.state.output).__name__}"
+            )
+        losses.append(loss)
+
     with parts_preserved(trainer), trainer.renewed(log_every=1):
-        trainer.add_event_handler(
-            Events.ITERATION_COMPLETED, lambda: losses.append(loss_of(trainer))
-        )
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, note)
         trainer.run(repeated, max_iters=updates)
     return Overfit(tuple(losses), len(repeated))
 
 
-def loss_of(trainer: Any) -> float:
-    """Return the loss of the last update; a step of the user's own returns it as its output."""
+def loss_of(trainer: Any) -> float | None:
+    """Return the loss of the last update; None if a step of the user's own returns none."""
     output = trainer.state.output
-    return float(getattr(output, "loss", output))
+    loss = getattr(output, "loss", output)
+    is_number = isinstance(loss, (int, float)) or (isinstance(loss, Tensor) and loss.numel() == 1)
+    return float(loss) if is_number else None

@@ -6,13 +6,14 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from ignite.engine import Events
 from torch import Tensor, nn
 
 from diptych import handlers
-from diptych.engine import SeededLoader, Trainer
+from diptych.engine import SeededLoader, Trainer, tasks
 from diptych.engine.handler import Handler
 from diptych.engine.random_state import random_state
 from diptych.engine.state.run_state import run_state
@@ -178,3 +179,51 @@ def test_every_stage_of_a_plan_is_tried_with_its_own_loader():
     trainer.dry_run(SeededLoader(Samples(), 4))
     assert seen == [4, 6, 6]
     assert torch.is_grad_enabled()
+
+
+class OwnTrainer(Trainer):
+    """A trainer with an attribute of its own, and a step that returns nothing."""
+
+    def __init__(self, name: str) -> None:
+        model = nn.Linear(3, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        super().__init__(
+            model, nn.CrossEntropyLoss(), optimizer, task=tasks.classification, step=self.update
+        )
+        self.name, self.seen = name, []
+
+    def update(self, trainer: Trainer, batch: dict[str, Tensor]) -> None:
+        assert trainer is self
+        self.seen.append((self.name, self.state.iteration))
+        with torch.no_grad():
+            self.model.weight.add_(1)
+
+
+def test_a_subclass_is_itself_in_a_dry_run_and_after_it():
+    trainer, loader = OwnTrainer("mine"), SeededLoader(Samples(), 4)
+    trainer.run(loader, max_iters=3)
+    weight = trainer.model.weight.detach().clone()
+    report = trainer.dry_run(loader)
+    assert trainer.seen[3:] == [("mine", 1)]
+    assert report.rows[0].result == "1 update"
+    assert torch.equal(trainer.model.weight, weight)
+    trainer.run(loader, max_iters=4)
+    assert trainer.seen[4:] == [("mine", 4)]
+
+
+def test_a_module_among_the_arguments_of_a_handler_is_restored():
+    @attrs.define(eq=False)
+    class Teacher(Handler):
+        module: nn.Module
+
+        def attach(self, trainer: Trainer) -> None:
+            trainer.every(1, self.follow)
+
+        def follow(self, _: Trainer) -> None:
+            with torch.no_grad():
+                self.module.weight.mul_(2)
+
+    teacher = nn.Linear(2, 2)
+    weight = teacher.weight.detach().clone()
+    make_trainer().attach(Teacher(teacher)).dry_run(SeededLoader(Samples(), 4))
+    assert torch.equal(teacher.weight, weight)

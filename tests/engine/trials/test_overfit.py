@@ -95,6 +95,11 @@ def test_a_step_of_the_users_own_returns_the_loss():
     assert make_trainer(step=step).overfit(SeededLoader(samples(), 8)).learns
 
 
+def test_a_step_that_returns_no_loss_is_refused_with_the_way_out():
+    with pytest.raises(TypeError, match=r"step must return the loss, .* got NoneType"):
+        make_trainer(step=lambda trainer, batch: None).overfit(SeededLoader(samples(), 8))
+
+
 def test_an_empty_loader_is_refused():
     with pytest.raises(BatchError, match="at least one batch"):
         make_trainer().overfit([])
