@@ -138,25 +138,32 @@ class GeneratorSnapshot:
 
     def __init__(self, device: torch.device) -> None:
         self._python, self._numpy = _PythonGenerator(), _NumpyGenerator()
-        self._generators = [torch.default_generator]
+        self._cpu: Tensor | None = None
+        self._cuda: torch.Generator | None = None
+        self._position = (0, 0)
         if device.type == "cuda":
             torch.cuda.init()
             index = torch.cuda.current_device() if device.index is None else device.index
-            self._generators.append(torch.cuda.default_generators[index])
-        self._states: tuple[Any, ...] = ()
+            self._cuda = torch.cuda.default_generators[index]
 
     def take(self) -> None:
         """Copy the states, without waiting for the device."""
         self._python.take()
         self._numpy.take()
-        self._states = tuple([generator.get_state() for generator in self._generators])
+        self._cpu = torch.default_generator.get_state()
+        if self._cuda is not None:  # a counter, whose two numbers are cheaper than its state
+            self._position = (self._cuda.initial_seed(), self._cuda.get_offset())
 
     def restore(self) -> None:
         """Restore the states that `take` has copied."""
+        assert self._cpu is not None
         self._python.restore()
         self._numpy.restore()
-        for generator, state in zip(self._generators, self._states, strict=True):
-            generator.set_state(state)
+        torch.default_generator.set_state(self._cpu)
+        if self._cuda is not None:
+            seed, offset = self._position
+            self._cuda.manual_seed(seed)
+            self._cuda.set_offset(offset)
 
 
 class _PythonGenerator:
@@ -214,11 +221,11 @@ class _NumpyGenerator:
         if source is not self._source:
             self._find(source)
         if self._address is None:
-            self._state = np.random.get_state()
+            self._state = np.random.get_state(legacy=False)
             return
         memory = ctypes.string_at(self._address, SIZE)
-        if memory != self._memory or self._state[3]:
-            self._memory, self._state = memory, np.random.get_state()
+        if memory != self._memory or self._state["has_gauss"]:
+            self._memory, self._state = memory, np.random.get_state(legacy=False)
 
     def restore(self) -> None:
         np.random.set_state(self._state)

@@ -19,6 +19,12 @@ torch raises a tensor's version when it is changed in place, except by batch nor
 vectors of one number a channel. A larger buffer is a queue, a table or a mask.
 """
 
+CAPTURES = 3
+"""How often the copies are captured as a CUDA graph, at most."""
+
+Group = tuple[list[Tensor], list[Tensor]]
+"""Copies and buffers of one type on one device."""
+
 
 @attrs.define(eq=False)
 class _Place:
@@ -29,6 +35,7 @@ class _Place:
         name: the key in it.
         tensor: the buffer at the last `take`, or at its last copy.
         copy: its values then; None if it was not copied.
+        address: that of the tensor's memory, if the buffer is small.
         version: that of the tensor at its last copy, if the buffer is large.
         changes: whether a large buffer has been seen to change; a mask does not.
     """
@@ -37,6 +44,7 @@ class _Place:
     name: str
     tensor: Tensor | None = None
     copy: Tensor | None = None
+    address: int = 0
     version: int = -1
     changes: bool = False
 
@@ -54,9 +62,10 @@ class _Place:
 class BufferCopies:
     """The buffers of some modules, as they were before a step.
 
-    Small buffers are copied before each step, all of one type at once. A large one is copied if it
-    has changed since its last copy; if the first step leaves it unchanged, its copy is freed. A
-    change of a large buffer through `.data` is not seen.
+    Small buffers are copied before each step, all of one type at once; on a GPU as one CUDA graph,
+    which costs the host as much as one kernel. A large one is copied if it has changed since its
+    last copy (on a GPU before each step, once it has changed); if the first step leaves it
+    unchanged, its copy is freed. A change of a large buffer through `.data` is not seen.
 
     Args:
         modules: the modules whose buffers are copied, those of their parts included.
@@ -70,26 +79,44 @@ class BufferCopies:
             for name, buffer in part._buffers.items()  # noqa: SLF001
             if buffer is None or not is_lazy(buffer)
         ]
-        self._small = [place for place in places if not _is_large(place)]
-        self._large = [place for place in places if _is_large(place)]
-        self._groups: list[tuple[list[Tensor], list[Tensor]]] = []
         self._now: list[Tensor | None] = []
+        self._set_small([place for place in places if not _is_large(place)])
+        self._large = [place for place in places if _is_large(place)]
+        self._groups: list[Group] = []
+        self._copying: torch.cuda.CUDAGraph | None = None
+        self._captures = CAPTURES
 
-    @torch.no_grad()
     def take(self) -> None:
         """Copy the values of now."""
-        now = [place.held.get(place.name) for place in self._small]
+        now = [get(name) for get, name in self._read]
         if not _are_the_same(now, self._now):
             self._group(now)
-        for copies, tensors in self._groups:
-            torch._foreach_copy_(copies, tensors)
+        if self._copying is not None:
+            self._copying.replay()
+        elif self._groups:
+            with torch.no_grad():
+                for copies, tensors in self._groups:
+                    torch._foreach_copy_(copies, tensors)
+        if self._large:
+            self._take_large()
+
+    @torch.no_grad()
+    def _take_large(self) -> None:
         for place in self._large:
-            _take_large(place)
+            _take_if_changed(place)
+        changing = [one for one in self._large if one.changes and _is_on_gpu(one)]
+        if changing:  # from now on, they are copied with the small ones
+            self._large = [place for place in self._large if place not in changing]
+            self._set_small([*self._small, *changing])
+
+    def _set_small(self, places: list[_Place]) -> None:
+        self._small = places
+        self._read = [(place.held.get, place.name) for place in places]
+        self._now = []
 
     def _group(self, now: list[Tensor | None]) -> None:
         """Assign a copy to each small buffer; they are copied together by type and device."""
-        groups: defaultdict[Any, tuple[list[Tensor], list[Tensor]]]
-        groups = defaultdict(lambda: ([], []))
+        groups: defaultdict[Any, Group] = defaultdict(lambda: ([], []))
         for place, tensor in zip(self._small, now, strict=True):
             place.tensor = tensor
             if tensor is None:
@@ -97,10 +124,16 @@ class BufferCopies:
             if not place.fits(tensor):
                 place.copy = torch.empty_like(tensor)
             assert place.copy is not None
+            place.address = tensor.data_ptr()
             copies, tensors = groups[tensor.dtype, tensor.device]
             copies.append(place.copy)
             tensors.append(tensor)
-        self._groups, self._now = list(groups.values()), now
+        self._groups, self._now, self._copying = list(groups.values()), now, None
+        devices = {device for _, device in groups}
+        # A module that replaces a buffer in each step would need a new graph in each step.
+        if len(devices) == 1 and next(iter(devices)).type == "cuda" and self._captures:
+            self._captures -= 1
+            self._copying = _captured(self._groups, next(iter(devices)))
 
     @torch.no_grad()
     def restore(self) -> list[str]:
@@ -115,12 +148,32 @@ class BufferCopies:
             place.held[place.name] = tensor
             if tensor is None:
                 continue
-            if place.copy is None:
-                lost += [place.name] if version_of(tensor) != place.version else []
+            if place.copy is None or (place.address and place.address != tensor.data_ptr()):
+                changed = place.copy is not None or version_of(tensor) != place.version
+                lost += [place.name] if changed else []
             elif not torch.equal(tensor, place.copy):
                 tensor.copy_(place.copy)
             place.version = version_of(tensor)
         return lost
+
+
+def _captured(groups: list[Group], device: torch.device) -> torch.cuda.CUDAGraph | None:
+    """Return a graph of the copies, which were not made yet; None if the device has no graphs."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    try:
+        with torch.cuda.stream(stream):
+            # Other threads, which pin batches or save, may use the device meanwhile.
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                for copies, tensors in groups:
+                    torch._foreach_copy_(copies, tensors)
+            finally:
+                graph.capture_end()
+    except RuntimeError:
+        return None
+    torch.cuda.current_stream(device).wait_stream(stream)
+    return graph
 
 
 def version_of(tensor: Tensor) -> int:
@@ -133,11 +186,15 @@ def _is_large(place: _Place) -> bool:
     return tensor is not None and (tensor.numel() > LARGE or tensor.layout is not torch.strided)
 
 
+def _is_on_gpu(place: _Place) -> bool:
+    return place.tensor is not None and place.tensor.is_cuda
+
+
 def _are_the_same(tensors: list[Tensor | None], before: list[Tensor | None]) -> bool:
     return len(tensors) == len(before) and all(map(operator.is_, tensors, before))
 
 
-def _take_large(place: _Place) -> None:
+def _take_if_changed(place: _Place) -> None:
     tensor = place.held.get(place.name)
     if tensor is place.tensor and (tensor is None or version_of(tensor) == place.version):
         if not place.changes:

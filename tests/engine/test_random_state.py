@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from diptych.engine.random_state import (
+    GeneratorSnapshot,
     forward_random_state,
     preserved_random_state,
     random_state,
@@ -89,3 +90,47 @@ def test_the_draws_of_every_cuda_device_continue():
     expected = drawn()
     set_random_state(state)
     assert drawn() == expected
+
+
+def draws_on(device: str) -> list[object]:
+    """Return draws of all generators, an odd number of normal ones among them."""
+    return [
+        random.random(),
+        random.gauss(0, 1),
+        np.random.rand(),
+        np.random.randn(),
+        torch.rand(2).tolist(),
+        torch.rand(2, device=device).tolist(),
+    ]
+
+
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+@pytest.mark.parametrize("plain", [False, True], ids=["memory", "functions"])
+def test_a_snapshot_gives_the_same_draws_again(plain, device, monkeypatch):
+    if plain:  # of an interpreter whose generators have another layout
+        monkeypatch.setattr("ctypes.string_at", lambda address, size: b"\0" * size)
+    snapshot = GeneratorSnapshot(torch.device(device))
+    for before in range(5):
+        for _ in range(before):
+            np.random.randn()
+            random.gauss(0, 1)
+            torch.rand(3, device=device)
+        snapshot.take()
+        expected = draws_on(device)
+        draws_on(device)
+        snapshot.restore()
+        assert draws_on(device) == expected
+
+
+def test_a_snapshot_follows_another_generator_of_numpy():
+    earlier = np.random.get_bit_generator()
+    snapshot = GeneratorSnapshot(torch.device("cpu"))
+    try:
+        for generator in (np.random.PCG64(1), np.random.MT19937(2), earlier):
+            np.random.set_bit_generator(generator)
+            snapshot.take()
+            expected = np.random.rand(3).tolist()
+            snapshot.restore()
+            assert np.random.rand(3).tolist() == expected
+    finally:
+        np.random.set_bit_generator(earlier)
