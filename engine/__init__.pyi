@@ -1,6 +1,5 @@
 from diptych.engine import tasks as tasks
 from diptych.engine.certificate.certificate import certify as certify
-from diptych.engine.composite_optimizer import CompositeOptimizer as CompositeOptimizer
 from diptych.engine.data.batches import of_this_rank as of_this_rank
 from diptych.engine.data.grouped_loader import in_groups as in_groups
 from diptych.engine.data.seeded_loader import SeededLoader as SeededLoader
@@ -47,6 +46,9 @@ from diptych.engine.handler import (
     contract_of as contract_of,
 )
 from diptych.engine.metrics.metrics_collector import MetricsCollector as MetricsCollector
+from diptych.engine.optimizers.composite_optimizer import (
+    CompositeOptimizer as CompositeOptimizer,
+)
 from diptych.engine.settings import TrainerSettings as TrainerSettings
 from diptych.engine.state.run_identity import RunIdentity as RunIdentity
 from diptych.engine.step.train_step import (

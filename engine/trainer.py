@@ -41,7 +41,7 @@ from diptych.engine.loop.listener import cost_table
 from diptych.engine.loop.position import Position, planned_iterations
 from diptych.engine.metrics.metrics_collector import MetricsCollector
 from diptych.engine.modules import TrainingModes
-from diptych.engine.optimizer_modes import put_into_training_mode
+from diptych.engine.optimizers.optimizer_modes import put_into_training_mode
 from diptych.engine.settings import Precision, TrainerSettings, Units
 from diptych.engine.state.rank_agreement import check_ranks_agree
 from diptych.engine.state.references import checked_optimizers

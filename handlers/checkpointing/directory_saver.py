@@ -23,7 +23,7 @@ from diptych.engine.distributed.hang_report import entered_places
 from diptych.engine.errors import CheckpointError
 from diptych.engine.events import Outcome, RunEvents
 from diptych.engine.loop.listener import Listener
-from diptych.engine.optimizer_modes import evaluation_weights, has_modes, trained_weights
+from diptych.engine.optimizers.optimizer_modes import evaluation_weights, has_modes, trained_weights
 from diptych.engine.state.module_state import clean_state_dict
 from diptych.engine.state.run_state import run_state
 from diptych.engine.trainer import Trainer

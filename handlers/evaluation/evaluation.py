@@ -30,7 +30,7 @@ from diptych.engine.evaluator import (
 )
 from diptych.engine.events import EvaluationEvents
 from diptych.engine.handler import Handler
-from diptych.engine.optimizer_modes import evaluation_weights
+from diptych.engine.optimizers.optimizer_modes import evaluation_weights
 from diptych.engine.settings import AUTOCAST, Precision
 from diptych.engine.step import loss_contract
 from diptych.engine.step.loss_contract import sample_mean_of

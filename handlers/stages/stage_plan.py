@@ -17,7 +17,7 @@ from diptych.engine.errors import CheckpointError
 from diptych.engine.evaluator import EvaluatesModel
 from diptych.engine.events import EvaluationEvents, MetricsEvents, RunEvents
 from diptych.engine.handler import Change, Handler
-from diptych.engine.optimizer_modes import evaluation_weights
+from diptych.engine.optimizers.optimizer_modes import evaluation_weights
 from diptych.engine.state.module_state import clean_state_dict, load_clean_state_dict
 from diptych.engine.trainer import Trainer
 from diptych.engine.trials.trial import Trial

@@ -80,14 +80,7 @@ def _in_mode(optimizer: Optimizer, mode: Mode) -> Iterator[None]:
         yield
         return
     modal: Any = optimizer
-    given = _copies(optimizer)
-    modal.train()
-    if outer is not None:  # `train()` may have rounded
-        _write(optimizer, outer.trained)
-    trained = _copies(optimizer) if outer is None else outer.trained
-    # `train()` does nothing for an optimizer that is in training mode already.
-    earlier = "train" if _equal(given, trained) else "eval"
-    given = given if earlier == "eval" else []  # free the memory
+    given, trained = _before_and_trained(modal, outer)
     _INSIDE[optimizer] = _Inside(mode, trained)
     try:
         if mode == "eval":
@@ -96,13 +89,28 @@ def _in_mode(optimizer: Optimizer, mode: Mode) -> Iterator[None]:
     finally:
         modal.train()
         _write(optimizer, trained)
-        if earlier == "eval":
+        if given is not None:
             modal.eval()
             _write(optimizer, given)
         if outer is None:
             del _INSIDE[optimizer]
         else:
             _INSIDE[optimizer] = outer
+
+
+def _before_and_trained(
+    modal: Any, outer: _Inside | None
+) -> tuple[list[Tensor] | None, list[Tensor]]:
+    """Put an optimizer into training mode; return copies of the weights before and then.
+
+    The first are None if it was in training mode: `train()` does nothing then.
+    """
+    given = _copies(modal)
+    modal.train()
+    if outer is not None:  # `train()` may have rounded
+        _write(modal, outer.trained)
+    trained = _copies(modal) if outer is None else outer.trained
+    return (None if _equal(given, trained) else given), trained
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

@@ -182,15 +182,7 @@ class CompositeOptimizer(Optimizer):
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         parts = [member.state_dict() for member in self.members]
-        left = [iter(part["param_groups"]) for part in parts]
-        numbers: dict[tuple[int, int], int] = {}
-        groups = []
-        for owner in self._current_owners():
-            group = next(left[owner])
-            for local in group["params"]:
-                numbers[owner, local] = len(numbers)
-            params = [numbers[owner, local] for local in group["params"]]
-            groups.append({**group, "params": params, "member": owner})
+        groups, numbers = self._packed([part["param_groups"] for part in parts])
         state: dict[str, Any] = {
             "state": {
                 numbers[owner, local]: values
@@ -207,6 +199,21 @@ class CompositeOptimizer(Optimizer):
             changed = after(self, state)
             state = state if changed is None else changed
         return state
+
+    def _packed(
+        self, parts: Sequence[Sequence[dict[str, Any]]]
+    ) -> tuple[list[dict[str, Any]], dict[tuple[int, int], int]]:
+        """Return the groups of all members in order, and the number of each member's parameter."""
+        left = [iter(part) for part in parts]
+        numbers: dict[tuple[int, int], int] = {}
+        groups = []
+        for owner in self._current_owners():
+            group = next(left[owner])
+            for local in group["params"]:
+                numbers[owner, local] = len(numbers)
+            params = [numbers[owner, local] for local in group["params"]]
+            groups.append({**group, "params": params, "member": owner})
+        return groups, numbers
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the states of all members.
@@ -226,15 +233,8 @@ class CompositeOptimizer(Optimizer):
                 f"members must be those of the state, {', '.join(saved)}, got "
                 f"{', '.join(self._classes())}"
             )
-        here = self._current_owners()
         groups = [dict(group) for group in state["param_groups"]]
-        guessed = here if len(here) == len(groups) else [-1] * len(groups)
-        owners = [group.pop("member", own) for group, own in zip(groups, guessed, strict=True)]
-        if sorted(owners) != sorted(here):
-            raise ValueError(
-                f"members must have the groups of the state, which belong to the members {owners}, "
-                f"got {here}"
-            )
+        owners = self._owners_of(groups)
         extra = state.get("extra", [{}] * len(self.members))
         for index, member in enumerate(self.members):
             own = [group for group, owner in zip(groups, owners, strict=True) if owner == index]
@@ -242,6 +242,18 @@ class CompositeOptimizer(Optimizer):
         self._owners = owners
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _owners_of(self, groups: list[dict[str, Any]]) -> list[int]:
+        """Return the member of each saved group; remove it from the group."""
+        here = self._current_owners()
+        guessed = here if len(here) == len(groups) else [-1] * len(groups)
+        owners = [group.pop("member", own) for group, own in zip(groups, guessed, strict=True)]
+        if sorted(owners) != sorted(here):
+            raise ValueError(
+                f"members must have the groups of the state, which belong to the members {owners}, "
+                f"got {here}"
+            )
+        return owners
 
     def _classes(self) -> list[str]:
         return [type(member).__name__ for member in self.members]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diptych.engine import CompositeOptimizer, SeededLoader, Trainer, tasks
-from diptych.engine.optimizer_modes import evaluation_weights, trained_weights
+from diptych.engine.optimizers.optimizer_modes import evaluation_weights, trained_weights
 from diptych.handlers import CheckpointManager, Evaluation
 
 

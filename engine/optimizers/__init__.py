@@ -1,0 +1,1 @@
+"""Several optimizers behind one interface, and optimizers with modes of their own."""
