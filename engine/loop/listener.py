@@ -10,9 +10,7 @@ from typing import Any
 import attrs
 from ignite.engine import Engine, Events
 
-from diptych.engine.events import EvaluationEvents, MetricsEvents
-
-PUBLISHED = MetricsEvents.EPOCH_PUBLISHED
+from diptych.engine.events import MetricsEvents
 
 
 @attrs.define(eq=False)
@@ -87,14 +85,13 @@ class Listener:
 
 
 def waiting_for_epochs(listeners: Iterable[Listener]) -> list[str]:
-    """Return the names of the listeners that nothing but the end of an epoch causes to act.
+    """Return the names of the functions and foreign handlers that wait for the end of an epoch.
 
-    A handler that judges evaluations acts at these too.
+    The library's handlers (those that declare `changes`) report themselves, with their keys.
     """
-    found = list(listeners)
-    judges = {id(one.owner) for one in found if one.event == EvaluationEvents.EVALUATED}
-    waiting = [one for one in found if one.event in (Events.EPOCH_COMPLETED, PUBLISHED)]
-    return list(dict.fromkeys(one.name for one in waiting if id(one.owner) not in judges))
+    ends = (Events.EPOCH_COMPLETED, MetricsEvents.EPOCH_PUBLISHED)
+    waiting = [one for one in listeners if one.event in ends]
+    return list(dict.fromkeys(one.name for one in waiting if not hasattr(one.owner, "changes")))
 
 
 def filter_of(event: Any) -> Callable[..., bool] | None:
