@@ -246,6 +246,14 @@ class CheckpointStore:
             raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from error
         return state
 
+    def is_intact(self, entry: Entry) -> bool:
+        """Return whether the file of a checkpoint is as it was written."""
+        try:
+            path = contained_path(self.directory, entry.file, FILE)
+            return is_intact(path, entry.size, entry.crc32)
+        except (OSError, ValueError):
+            return False
+
     def remove(self, files: set[str]) -> None:
         """Remove checkpoints, first from the manifest, so that it never lists a missing file.
 

@@ -146,9 +146,16 @@ class CheckpointWriter:
             logger.warning("The weights of %s are not exported: %s", entry.file, error)
 
     def remove_superfluous(self) -> None:
-        """Remove the checkpoints beyond those to keep, if a killed process has not done so."""
+        """Remove the checkpoints beyond those to keep, if a killed process has not done so.
+
+        If one of those to keep is damaged, all stay.
+        """
         try:
-            self._store.remove(self._ranking.superfluous(self._store.entries()))
+            entries = self._store.entries()
+            files = self._ranking.superfluous(entries)
+            kept = [entry for entry in entries if entry.file not in files]
+            if files and all(map(self._store.is_intact, kept)):
+                self._store.remove(files)
         except CheckpointError as error:
             logger.warning("%s", error)
 

@@ -89,8 +89,7 @@ class RunSavers:
             if any(entry.iteration > self.trainer.state.iteration for entry in entries)
         ]
         for saver, entries in zip(self.savers, newest, strict=True):
-            # After a damaged one, older ones are needed.
-            if [saver.directory / entry.file for entry in entries] == [start.path]:
+            if all(entry.iteration <= self.trainer.state.iteration for entry in entries):
                 on_rank_zero(saver.writer.remove_superfluous)
             saver.continue_from(self.trainer, start.path.parent, ahead)
 

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from diptych.engine import CheckpointError
 from diptych.handlers.checkpointing.checkpoint_manager import CheckpointManager
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
-from diptych.handlers.checkpointing.checkpoint_writer import CheckpointWriter
 from tests.handlers.checkpointing.test_checkpoint_manager import digest, make_loader, make_trainer
 from tests.handlers.checkpointing.test_store import Killed, save
 
@@ -166,17 +165,35 @@ def test_a_kill_before_tidying_leaves_no_checkpoint_beyond_keep_after_the_next_s
     assert files(tmp_path) == ["checkpoint_epoch_3.pt"]
 
 
-def test_after_a_damaged_latest_checkpoint_the_one_before_it_is_kept(tmp_path, monkeypatch):
-    whole = run(tmp_path / "whole", 4)
-    folder = tmp_path / "run"
+def test_a_kill_before_tidying_leaves_nothing_in_the_directory_of_a_second_manager(
+    tmp_path, monkeypatch
+):
+    def both() -> None:
+        trainer = make_trainer()
+        trainer.attach(
+            CheckpointManager(tmp_path / "a", keep=1),
+            CheckpointManager(tmp_path / "b", keep=2, best="train/loss", mode="min"),
+        )
+        trainer.run(make_loader(), max_epochs=4)
+
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointStore, "remove", lambda *_: None)
-        run(folder, 3, keep=1)
-    (folder / "checkpoint_epoch_3.pt").write_bytes(b"damaged")
-    removed = []
-    monkeypatch.setattr(CheckpointWriter, "remove_superfluous", lambda _: removed.append(1))
-    assert run(folder, 4, keep=1) == whole
-    assert removed == []
+        both()
+    assert [len(files(tmp_path / name)) for name in "ab"] == [4, 4]
+    both()
+    assert files(tmp_path / "a") == ["checkpoint_epoch_4.pt"]
+    assert len(files(tmp_path / "b")) in {2, 3}
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_after_a_damaged_latest_checkpoint_the_one_before_it_is_kept(tmp_path, monkeypatch, keep):
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "remove", lambda *_: None)
+        run(tmp_path, 3, keep=keep)
+    (tmp_path / "checkpoint_epoch_3.pt").write_bytes(b"damaged")
+    run(tmp_path, 2, keep=keep)  # it has trained these, and saves nothing
+    assert "checkpoint_epoch_2.pt" in files(tmp_path)
+    assert run(tmp_path, 4, keep=keep) == run(tmp_path / "whole", 4)
 
 
 # -- changes -----------------------------------------------------------------------------------
