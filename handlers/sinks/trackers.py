@@ -40,6 +40,7 @@ class Tracker(Sink):
     options: Mapping[str, Any] = attrs.field(factory=dict, kw_only=True)
     _run: str = attrs.field(default="", init=False, repr=False)
     _logger: Any = attrs.field(default=None, init=False, repr=False)
+    _is_described: bool = attrs.field(default=False, init=False, repr=False)
 
     leaves_traces = True
     package: ClassVar[str]
@@ -69,13 +70,15 @@ class Tracker(Sink):
         trainer.add_event_handler(Events.STARTED, self._open_run)
 
     def _open_run(self, trainer: Trainer) -> None:
-        if self._logger is not None:
-            return
-        if trainer.state.iteration == 0:
-            self._run = ""
-        self._logger, self._run = self._open(self._run)
-        settings = run_settings(trainer)
-        self._describe(hyperparameters(settings, trainer.handlers), settings)
+        if self._logger is None:
+            if trainer.state.iteration == 0:
+                self._run = ""
+            self._logger, self._run = self._open(self._run)
+            self._is_described = False
+        if not self._is_described:  # the service may fail between the two
+            settings = run_settings(trainer)
+            self._describe(hyperparameters(settings, trainer.handlers), settings)
+            self._is_described = True
 
     def write_record(self, trainer: Trainer, record: Record) -> None:
         """Send the record; open the run first if it is closed."""
@@ -85,8 +88,10 @@ class Tracker(Sink):
     def close_destination(self, trainer: Trainer) -> None:
         """Close the run, as failed if the training failed."""
         if self._logger is not None:
-            self._close_run(failed=trainer.outcome is Outcome.FAILED)
-            self._logger = None
+            try:
+                self._close_run(failed=trainer.outcome is Outcome.FAILED)
+            finally:
+                self._logger = None
 
     @abstractmethod
     def _open(self, run: str) -> tuple[Any, str]:

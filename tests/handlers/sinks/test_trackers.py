@@ -135,3 +135,46 @@ def test_clearml_gets_finite_values_only():
     clearml._send({"val/a/b": 0.5, "loss": 1.0, "train/loss": float("nan")}, 4)
 
     assert sent == [("val/a", "b", 0.5, 4), ("loss", "loss", 1.0, 4)]
+
+
+@attrs.define(eq=False)
+class Unreliable(Tracker):
+    """A tracker whose service is out of reach for its first calls of a kind."""
+
+    package = "torch"
+    failing: str = attrs.field(kw_only=True)
+    failures: int = attrs.field(default=3, kw_only=True)
+    seen: list[Any] = attrs.field(factory=list, init=False)
+
+    def _reach(self, call: str, what: object) -> None:
+        if call == self.failing and self.failures:
+            self.failures -= 1
+            raise RuntimeError(f"{call}: the service is out of reach")
+        self.seen.append((call, what))
+
+    def _open(self, run: str) -> tuple[Any, str]:
+        self._reach("open", run)
+        return self, run or "new"
+
+    def _describe(self, parameters: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        self._reach("describe", settings["trainer"]["seed"])
+
+    def _send(self, values: Mapping[str, float], step: int) -> None:
+        self._reach("send", step)
+
+    def _close_run(self, *, failed: bool) -> None:
+        self._reach("close", failed)
+
+
+@pytest.mark.parametrize("failing", ["open", "describe", "send", "close"])
+def test_a_service_that_is_out_of_reach_for_a_while_gets_everything_once(failing, caplog):
+    trainer = make_trainer(log_every=1).attach(service := Unreliable("pairs", failing=failing))
+
+    trainer.run(loader(), max_epochs=2)
+
+    calls = [call for call in service.seen if call[0] != "send"]
+    expected = [("open", ""), ("describe", 5), ("close", False)]
+    assert calls == (expected[:2] if failing == "close" else expected)
+    assert sorted(step for call, step in service.seen if call == "send") == list(range(1, 13))
+    assert service.unwritten == {}
+    assert "the service is out of reach" in caplog.text
