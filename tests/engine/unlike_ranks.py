@@ -127,6 +127,21 @@ def evaluation(prefix: str = "val", **settings: Any) -> Callable[[Path], Evaluat
     return make
 
 
+def freeze_during_the_run(unlike: bool, _: Path) -> None:
+    trainer = built()
+    tower = trainer.model.image if unlike else trainer.model.text
+    trainer.add_event_handler(Events.EPOCH_STARTED(once=2), lambda: tower.requires_grad_(False))
+    ran(trainer, max_epochs=3)
+
+
+def freeze_before_the_first_update(unlike: bool, _: Path) -> None:
+    trainer = built()
+    if unlike:
+        layer = trainer.model.image[0]
+        trainer.add_event_handler(Events.STARTED, lambda: layer.requires_grad_(False))
+    ran(trainer)
+
+
 def two_evaluations(unlike: bool, folder: Path) -> None:
     ran(built(evaluation(every=2 if unlike else 1)(folder)))
 
@@ -180,6 +195,20 @@ REFUSED: dict[str, tuple[Script, tuple[str, ...]]] = {
         (
             "requires_grad.image.0.weight True on rank 0 and False on rank 1",
             "requires_grad.image.0.bias True on rank 0",
+        ),
+    ),
+    "frozen by a function": (
+        freeze_before_the_first_update,
+        (
+            "the trainable parameters must be the same",
+            "image.0.weight True on rank 0 and False on rank 1; image.0.bias True on rank 0",
+        ),
+    ),
+    "frozen during the run": (
+        freeze_during_the_run,
+        (
+            "image.0.weight True on rank 0 and False on rank 1",
+            "text.0.weight False on rank 0 and True on rank 1",
         ),
     ),
     "eval mode": (

@@ -25,7 +25,7 @@ from diptych.engine.distributed.hang_report import (
     raise_if_lost,
     waits_at,
 )
-from tests.engine import lost_ranks
+from tests.engine import alone, lost_ranks
 from tests.engine.failing_job import free_port
 from tests.engine.models import paired, trainer_of
 
@@ -37,6 +37,14 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Return the errors of two processes in each case."""
     folder = tmp_path_factory.mktemp("lost")
     torch.multiprocessing.spawn(lost_ranks.work, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone_errors(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Return the errors of two processes of which one does something alone."""
+    folder = tmp_path_factory.mktemp("alone")
+    torch.multiprocessing.spawn(alone.work, args=(str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -54,19 +62,12 @@ def test_a_rank_that_waits_in_vain_names_itself_the_place_the_time_and_the_other
     assert "The above exception was the direct cause" in found["trace"]  # the error of the backend
 
 
-@pytest.mark.parametrize("name", lost_ranks.BOTH_END)
-def test_what_only_one_rank_does_ends_with_a_sentence_on_both(errors, name: str):
-    _, parts = lost_ranks.BOTH_END[name]
+@pytest.mark.slow
+@pytest.mark.parametrize("name", alone.BOTH_END)
+def test_what_only_one_rank_does_ends_with_a_sentence_on_both(alone_errors, name: str):
+    _, parts = alone.BOTH_END[name]
     for rank, part in enumerate(parts):
-        assert part in errors[rank][name]["text"]
-
-
-def test_ranks_that_freeze_other_parameters_name_them(errors):
-    for rank in errors:
-        text = rank["freeze others"]["text"]
-        assert "the trainable parameters must be the same on all ranks, got" in text
-        assert "image.0.weight False on rank 0 and True on rank 1" in text
-        assert "text.0.weight True on rank 0 and False on rank 1" in text
+        assert part in alone_errors[rank][name]["text"]
 
 
 def test_ranks_that_wait_in_two_places_name_each_other(errors):
