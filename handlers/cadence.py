@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 from ignite.engine import Events
+from ignite.engine.events import RemovableEventHandle
 
 from diptych.engine.checks import is_whole
 from diptych.engine.distributed.collectives import rank
@@ -49,6 +50,25 @@ def call_every(
         trainer.add_event_handler(RunEvents.EPOCH_CUT, function)
     else:
         trainer.every(every, function)
+
+
+def call_before_first_batch(trainer: Trainer, function: Callable[[Any], object]) -> None:
+    """Call a function with the trainer once a run, before it fetches its first batch.
+
+    By then every handler of `STARTED` and `EPOCH_STARTED` has run: a stage has set its task.
+    """
+    added: list[RemovableEventHandle] = []
+
+    def start() -> None:
+        added.append(trainer.add_event_handler(Events.GET_BATCH_STARTED, call))
+
+    def call() -> None:
+        for handle in added:
+            handle.remove()
+        added.clear()
+        function(trainer)
+
+    trainer.add_event_handler(Events.STARTED, start)
 
 
 def report_endless(trainer: Trainer, name: str) -> None:

@@ -20,7 +20,7 @@ from diptych.engine.handler import Handler
 from diptych.engine.state.resume_changes import WhenChanged
 from diptych.engine.trainer import Trainer
 from diptych.engine.trials.trial import Trial
-from diptych.handlers.cadence import is_cadence, report_endless
+from diptych.handlers.cadence import call_before_first_batch, is_cadence, report_endless
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
 from diptych.handlers.checkpointing.checkpoint_writer import CheckpointWriter
 from diptych.handlers.checkpointing.directory_saver import DirectorySaver, is_safe
@@ -173,6 +173,7 @@ class CheckpointManager(Handler):
             self._role = f"{self._role} {self.directory.name}".strip()
         trainer.add_event_handler(RunEvents.RESTORE, self._restore)
         trainer.add_event_handler(Events.STARTED, self._start)
+        call_before_first_batch(trainer, self._check_name)
         if self.every == "epoch":
             trainer.add_event_handler(MetricsEvents.EPOCH_PUBLISHED, self._make_due)
         elif isinstance(self.every, int):
@@ -262,9 +263,6 @@ class CheckpointManager(Handler):
                 "got export=True. Export the average with WeightAverage.export, or evaluate the "
                 "trained weights with Evaluation(weights='model')."
             )
-        missing = None if self.best is None else unpublished_metric(trainer, "best", self.best)
-        if missing is not None:
-            raise CheckpointError(missing)
         if trainer.state.iteration == 0:
             self._saver.start_over()
         if self.every == "epoch":
@@ -272,6 +270,11 @@ class CheckpointManager(Handler):
         limits = resume_limits(trainer, epochs_only=self.every == "epoch")
         if limits is not None and rank() == 0:
             logger.warning("%s", limits)
+
+    def _check_name(self, trainer: Trainer) -> None:
+        missing = None if self.best is None else unpublished_metric(trainer, "best", self.best)
+        if missing is not None:
+            raise CheckpointError(missing)
 
     def _make_due(self, _: Trainer) -> None:
         self._saver.make_due()

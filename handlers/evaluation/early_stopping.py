@@ -15,7 +15,7 @@ from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.engine.handler import Change, Handler
 from diptych.engine.trainer import Trainer
 from diptych.handlers.argument_checks import not_negative, one_of
-from diptych.handlers.cadence import report_endless
+from diptych.handlers.cadence import call_before_first_batch, report_endless
 from diptych.handlers.evaluation.watched_metric import (
     is_evaluated,
     missing_metric,
@@ -45,8 +45,8 @@ class EarlyStopping(Handler):
     empty memory.
 
     Event: `MetricsEvents.LOGGED`, `EPOCH_PUBLISHED` and `CUT_PUBLISHED`; `Events.STARTED` to stay
-        stopped, and to report a metric that nothing can publish; `RunEvents.SAFE_POINT` to report
-        one that is never published.
+        stopped; a run's first `Events.GET_BATCH_STARTED` to report a metric that nothing can
+        publish; `RunEvents.SAFE_POINT` to report one that is never published.
     Cost: none that can be measured; it reads values that are on the host already.
 
     Args:
@@ -87,6 +87,7 @@ class EarlyStopping(Handler):
     def attach(self, trainer: Trainer) -> None:
         """Judge the values that the trainer publishes."""
         trainer.add_event_handler(Events.STARTED, self._start)
+        call_before_first_batch(trainer, self._check_name)
         trainer.add_event_handler(MetricsEvents.LOGGED, self._judge_new_values)
         for end in (MetricsEvents.EPOCH_PUBLISHED, MetricsEvents.CUT_PUBLISHED):
             trainer.add_event_handler(end, self._judge_end)
@@ -110,9 +111,6 @@ class EarlyStopping(Handler):
         if trainer.state.iteration == 0 and (self.stopped or self.best_iteration > 0):
             self.reset()
             self._judged = 0
-        missing = None if self._judged else unpublished_metric(trainer, "metric", self.metric)
-        if missing is not None:
-            raise KeyError(missing)
         if not is_evaluated(trainer, self.metric):
             report_endless(trainer, self.key)
         if self.stopped:
@@ -124,6 +122,11 @@ class EarlyStopping(Handler):
                 self.waited,
             )
             trainer.terminate()
+
+    def _check_name(self, trainer: Trainer) -> None:
+        missing = None if self._judged else unpublished_metric(trainer, "metric", self.metric)
+        if missing is not None:
+            raise KeyError(missing)
 
     def _judge_new_values(self, trainer: Trainer) -> None:
         history = published_values(trainer, self.metric)

@@ -40,7 +40,7 @@ from diptych.engine.trials.first_batches import first_batches
 from diptych.engine.trials.restored import buffers_restored, metrics_restored
 from diptych.engine.trials.trial import Trial
 from diptych.handlers.argument_checks import one_of
-from diptych.handlers.cadence import call_every, check_every
+from diptych.handlers.cadence import call_before_first_batch, call_every, check_every
 from diptych.handlers.evaluation.outputs_metric import Outputs, OutputsMetric
 
 Weights = Literal["average", "model"]
@@ -96,7 +96,8 @@ class Evaluation(Handler):
     batch, it takes the batches of all ranks together, and every rank needs the same number of them.
 
     Event: `Events.EPOCH_COMPLETED` and `RunEvents.EPOCH_CUT` or, if `every` is a number,
-        `Events.ITERATION_COMPLETED`; `Events.STARTED` for the first batch, and with `at_start`.
+        `Events.ITERATION_COMPLETED`; `Events.STARTED` with `at_start`; a run's first
+        `Events.GET_BATCH_STARTED` to try the first batch.
         Fires `EvaluationEvents.BATCH_EVALUATED` and `EVALUATED`.
     Cost: a forward pass over the loader and the cost of the metrics, while training waits; nothing
         between two evaluations; one batch when a run starts.
@@ -177,7 +178,8 @@ class Evaluation(Handler):
             )
         partial = self.is_trial
         self.evaluator, self._validation_loss = self._make_evaluator(trainer, partial=partial)
-        trainer.add_event_handler(Events.STARTED, self._check_at_start)
+        if self.check_first_batch:
+            call_before_first_batch(trainer, self._check_at_start)
         if self.at_start:
             trainer.add_event_handler(Events.STARTED, self._evaluate_at_start)
         call_every(trainer, self.every, self.evaluate)
@@ -294,7 +296,7 @@ class Evaluation(Handler):
             _check_same_length(self.loader)
 
     def _check_at_start(self, trainer: Trainer) -> None:
-        if self.check_first_batch and not (self.at_start and trainer.state.iteration == 0):
+        if not (self.at_start and trainer.state.iteration == 0):
             self.check(trainer)
 
     def _weights(self, trainer: Trainer) -> AbstractContextManager[object]:

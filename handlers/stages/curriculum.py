@@ -15,6 +15,7 @@ from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.engine.handler import Change, Handler
 from diptych.engine.trainer import Trainer
 from diptych.handlers.argument_checks import one_of
+from diptych.handlers.cadence import call_before_first_batch
 from diptych.handlers.evaluation.watched_metric import missing_metric, unpublished_metric
 from diptych.handlers.stages.attribute_paths import read_attribute, try_attribute, write_attribute
 
@@ -138,6 +139,7 @@ class Curriculum(Handler):
         trainer.add_event_handler(Events.STARTED, self._start)
         trainer.add_event_handler(Events.ITERATION_STARTED, self._set)
         if self.metric is not None:
+            call_before_first_batch(trainer, self._check_name)
             trainer.add_event_handler(MetricsEvents.LOGGED, self._watch_metric)
             trainer.add_event_handler(RunEvents.SAFE_POINT, self._check_metric)
 
@@ -185,10 +187,6 @@ class Curriculum(Handler):
     def _start(self, trainer: Trainer) -> None:
         if trainer.state.iteration == 0:
             self._reset()
-        if self.metric is not None and not self._seen:
-            missing = unpublished_metric(trainer, "metric", self.metric)
-            if missing is not None:
-                raise KeyError(missing)
 
     def _set(self, trainer: Trainer) -> None:
         done = -1 if self.began is None else trainer.state.iteration - 1 - self.began - self.after
@@ -200,6 +198,11 @@ class Curriculum(Handler):
     def _published(self) -> float:
         value = self.start if self.value is None else self.value
         return float(value) if _is_number(value) else float(value == self.end)
+
+    def _check_name(self, trainer: Trainer) -> None:
+        missing = None if self._seen else unpublished_metric(trainer, "metric", str(self.metric))
+        if missing is not None:
+            raise KeyError(missing)
 
     def _watch_metric(self, trainer: Trainer) -> None:
         value = trainer.metrics.record.values.get(str(self.metric))

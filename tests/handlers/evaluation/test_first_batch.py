@@ -23,6 +23,8 @@ from diptych.handlers import (
     KNNAccuracy,
     LinearProbeAccuracy,
     RetrievalRecall,
+    Stage,
+    StagePlan,
     ZeroShotAccuracy,
 )
 
@@ -320,3 +322,19 @@ def test_a_curriculum_whose_metric_nothing_publishes_is_reported_too():
     with pytest.raises(KeyError, match="got 'val/acuracy'; there are train/loss, val/accuracy"):
         trainer.run(make_loader(), max_epochs=1)
     assert trainer.state.iteration == 0
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_the_first_batch_is_tried_with_the_task_of_the_first_stage(first):
+    def pairs(model: nn.Module, batch: Batch) -> Batch:
+        return {"logits": model(batch["picture"]), "labels": batch["label"]}
+
+    batches = [{"picture": batch["image"], "label": batch["label"]} for batch in make_loader()]
+    trainer = make_trainer()  # its own task wants an image
+    plan = StagePlan([Stage("only", epochs=1, lr=0.1, task=pairs)])
+    evaluation = Evaluation(batches, metrics=[Accuracy()])
+    stopping = EarlyStopping(metric="val/accuracy")
+    trainer.attach(*((evaluation, stopping, plan) if first else (plan, stopping, evaluation)))
+    trainer.run(batches)
+    assert evaluation.check(trainer) == {"val/accuracy", "val/loss"}
+    assert stopping.best is not None
