@@ -39,7 +39,8 @@ def check_limits(
         raise TypeError(f"data must be iterable, got {type(data).__name__}")
     if max_epochs is not None and max_iters is not None:
         raise ValueError(
-            f"max_epochs and max_iters must not both be given, got {max_epochs} and {max_iters}"
+            f"max_epochs and max_iters are mutually exclusive, got {max_epochs} and {max_iters}. "
+            "Pass one of them"
         )
     limits = {"max_epochs": max_epochs, "max_iters": max_iters, "epoch_length": epoch_length}
     for name, value in limits.items():

@@ -91,7 +91,8 @@ def waiting_for_epochs(listeners: Iterable[Listener]) -> list[str]:
     """
     ends = (Events.EPOCH_COMPLETED, MetricsEvents.EPOCH_PUBLISHED)
     waiting = [one for one in listeners if one.event in ends]
-    return list(dict.fromkeys(one.name for one in waiting if not hasattr(one.owner, "changes")))
+    foreign = [one for one in waiting if not hasattr(type(one.owner), "changes")]
+    return list(dict.fromkeys(one.name for one in foreign))
 
 
 def filter_of(event: Any) -> Callable[..., bool] | None:
