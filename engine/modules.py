@@ -52,6 +52,11 @@ class TrainingModes:
         self._resting: dict[nn.Module, list[nn.Module]] = {}
         self._told: set[str] = set()
 
+    @property
+    def are_for_training(self) -> bool:
+        """Whether all roots are in train mode."""
+        return all(root.training for root in self._roots().values())
+
     def remember(self) -> None:
         """Remember which parts are in eval mode while their root is in train mode."""
         for root in self._roots().values():

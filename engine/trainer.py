@@ -33,10 +33,8 @@ from diptych.engine.distributed.hang_report import failures_published, publish, 
 from diptych.engine.distributed.sharding import shard_model
 from diptych.engine.errors import BatchError
 from diptych.engine.evaluator import EvaluatesModel, computed_by_metrics
-from diptych.engine.events import EvaluationEvents, MetricsEvents, RunEvents, StepEvents
+from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.engine.handler import Attachable, Finding, contract_of
-from diptych.engine.loop.continued_events import STEP
-from diptych.engine.loop.event_loop import EventLoop
 from diptych.engine.loop.listener import cost_table
 from diptych.engine.loop.position import Position, planned_iterations
 from diptych.engine.metrics.metrics_collector import MetricsCollector
@@ -47,8 +45,9 @@ from diptych.engine.state.rank_agreement import check_ranks_agree
 from diptych.engine.state.references import checked_optimizers
 from diptych.engine.state.run_identity import RunIdentity
 from diptych.engine.step.compilation import CompileMode, compile_in_place
+from diptych.engine.step.exact_steps import ExactSteps
 from diptych.engine.step.loss_contract import scalars_of
-from diptych.engine.step.step_snapshot import Failed, StepSnapshot, reset_unscaling
+from diptych.engine.step.step_snapshot import StepSnapshot
 from diptych.engine.step.train_step import TrainStep, check_fp16
 from diptych.engine.tasks import Outputs, Task
 from diptych.engine.trials.dry_run import DryRun, dry_run
@@ -60,7 +59,7 @@ Step = Callable[["Trainer", Any], Any]
 Kind = TypeVar("Kind")
 
 
-class Trainer(EventLoop):
+class Trainer(ExactSteps):
     """Trains a model. One batch from the loader is one update; everything else is a handler.
 
     ```python
@@ -445,30 +444,6 @@ class Trainer(EventLoop):
         saved = state_dict.get("schedules_saved", False)
         self.loaded_length = None if saved else planned_iterations(self.state)
 
-    def fire_and_report(self, event: Any) -> None:
-        """Fire an event, and report what its handlers publish as a record of this iteration.
-
-        `EPOCH_COMPLETED`, `EVALUATED` and `COMPLETED` fire in this way: a value that a handler
-        publishes there belongs to the epoch, the evaluation or the run that has ended. After an
-        exception, the next call continues the event, with the values that were published before.
-        """
-        reported = self.metrics.record
-        try:
-            values = self._unreported.get(event.name)  # if all handlers have returned
-            if values is None:
-                repeated = event is Events.COMPLETED  # by the next start, after a kill
-                with self.metrics.collected_apart(event.name, repeated=repeated) as values:
-                    self._fire(event)
-            if values:
-                self._unreported[event.name] = values
-                self.state.metrics.update(values)
-                self.metrics.report(self.state.iteration, values)
-                del self._unreported[event.name]
-        except BaseException:
-            if event is EvaluationEvents.EVALUATED:  # the evaluation is made again
-                self.metrics.expect_again(reported)
-            raise
-
     def _gradient_scaler(self) -> torch.amp.GradScaler | None:
         if self.settings.precision != "fp16":
             return None
@@ -488,69 +463,6 @@ class Trainer(EventLoop):
         if self.state.iteration:
             self.metrics.reset()
         super()._start_over()
-
-    def _forget_failure(self) -> None:
-        super()._forget_failure()
-        self._unreported: dict[str, dict[str, float]] = {}
-        reset_unscaling(self.scaler)
-        if isinstance(self._process_function, TrainStep):
-            self._process_function.unfinished = None
-
-    @property
-    def _has_unfinished_update(self) -> bool:
-        step = self._process_function
-        return isinstance(step, TrainStep) and step.unfinished is not None
-
-    def _call_step(self, batch: Any) -> Any:
-        if not (self.model.training and self.loss.training):
-            self._modes.train()  # a handler has evaluated, with other code than this library's
-        elif not self.epoch_iteration:
-            self._modes.remember()
-        if self._snapshot is None:
-            return super()._call_step(batch)
-        if not self._has_unfinished_update:
-            self._snapshot.take()
-        try:
-            return super()._call_step(batch)
-        except BaseException:
-            self._judge_step(self._snapshot)
-            raise
-
-    def _judge_step(self, snapshot: StepSnapshot) -> None:
-        """Undo a step that has raised before its update; let one after its update count."""
-        after = self._has_unfinished_update
-        failed = Failed.AFTER_UPDATE if after else snapshot.judge()
-        if failed is Failed.AFTER_UPDATE:
-            self._count_update()
-        elif failed is Failed.INSIDE_UPDATE:
-            self._refuse(
-                f"the optimizer raised in iteration {self.state.iteration} after it had changed "
-                "some of the weights"
-            )
-        elif lost := snapshot.restore():
-            self._refuse(
-                f"the step raised in iteration {self.state.iteration} after it had changed the "
-                f"buffers {', '.join(lost)}, which had never changed before"
-            )
-
-    def _count_update(self) -> None:
-        """Note what an exception behind an update has left of its iteration."""
-        step, last = self._process_function, StepEvents.OPTIMIZER_STEPPED
-        returned = self._returned_of(last)
-        fired: Any = self.last_event_name
-        has_fired = returned is None and fired is last
-        if isinstance(step, TrainStep) and not has_fired and step.keep_update():
-            self._stopped_at[last.name] = returned or self._stopped_at.get(last.name, ())
-            return
-        logger.warning(
-            "The step raised in iteration %d after an update. The update counts, and the rest of "
-            "the step is left out.",
-            self.state.iteration,
-        )
-        del self._stopped_at[STEP]
-        self._stopped_at[Events.ITERATION_COMPLETED.name] = ()
-        if not has_fired:
-            self._stopped_at[last.name] = returned or ()
 
     def _listen_to_itself(self) -> None:
         self._snapshot = StepSnapshot(self) if world_size() == 1 else None

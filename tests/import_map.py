@@ -52,7 +52,13 @@ ALLOWED: dict[str, set[str]] = {
         "engine.loop",
         "engine.metrics",
     },
-    "engine.step": {"engine", "engine.data", "engine.distributed"},
+    "engine.step": {
+        "engine",
+        "engine.data",
+        "engine.distributed",
+        "engine.loop",
+        "engine.metrics",
+    },
     "engine.trials": {"engine", "engine.data", "engine.distributed"},
     "face": {"engine"},
     "face.commands": {

@@ -195,15 +195,20 @@ class BatchSource:
             opens: whether the call has opened an iterator.
         """
         if has_position(self._loader):
-            at_end = self._at_end
-            unopened = self._iterator is None and restored is not None
-            self.restore(restored if unopened and restored is not None else self.position() or {})
-            self._at_end = unopened and at_end
-            self._begins = opens and restored is None
+            self._restore_after_failure(restored, opens=opens)
         elif self._start is not None:
             self._iterator, self._to_skip = None, self._given
         elif opens or inspect.isgenerator(self._iterator) or isinstance(self.data, DataLoader):
             self.rewind()  # else a batch would be missing
+
+    def _restore_after_failure(self, restored: dict[str, Any] | None, *, opens: bool) -> None:
+        if self._iterator is None and restored is not None:  # it could not be opened
+            at_end = self._at_end
+            self.restore(restored)
+            self._at_end = at_end
+        else:
+            self.restore(self.position() or {})
+            self._begins = opens and restored is None
 
     def _open(self, epoch: int, done: int, epoch_length: int | None) -> Iterator[Any]:
         if self.data is None:
@@ -213,6 +218,9 @@ class BatchSource:
             return self._reopen(self._loader, position)
         if self._to_skip and self._start is not None:
             return self._read_again(self._to_skip, self._start)
+        return self._open_pass(epoch, done, epoch_length)
+
+    def _open_pass(self, epoch: int, done: int, epoch_length: int | None) -> Iterator[Any]:
         self._given = 0
         length = length_of(self.data)
         if length and epoch_length:  # two passes of one epoch must not repeat one order

@@ -273,23 +273,21 @@ def _compared(
     """Return the report, and the weights that fit."""
     both = [key for key in own if key in weights]
     fitting = {key: weights[key] for key in both if weights[key].shape == own[key].shape}
-    shared = {_memory(own[key]) for key in fitting}  # tied weights, which some files hold once
-    tied = [key for key in own if key not in weights and _memory(own[key]) in shared]
+    # A tied weight, which some files hold once, is loaded under all of its names.
+    by_memory = {_memory(own[key]): value for key, value in fitting.items()}
+    lacking = [key for key in own if key not in weights]
+    tied = {k: by_memory[_memory(own[k])] for k in lacking if _memory(own[k]) in by_memory}
+    other = [key for key in both if key not in fitting]
+    fitting |= tied
     report = LoadedWeights(
         path=path,
-        matched=tuple(key for key in own if key in fitting or key in tied),
-        missing=tuple(key for key in own if key not in weights and key not in tied),
+        matched=tuple(key for key in own if key in fitting),
+        missing=tuple(key for key in lacking if key not in tied),
         unexpected=tuple(key for key in weights if key not in own),
-        other_shape={
-            key: (tuple(weights[key].shape), tuple(own[key].shape))
-            for key in both
-            if key not in fitting
-        },
+        other_shape={key: (tuple(weights[key].shape), tuple(own[key].shape)) for key in other},
         prefix=prefix,
     )
-    # A tied weight is loaded under all of its names.
-    by_memory = {_memory(own[key]): value for key, value in fitting.items()}
-    return report, {**fitting, **{key: by_memory[_memory(own[key])] for key in tied}}
+    return report, fitting
 
 
 def _memory(tensor: Tensor) -> Any:

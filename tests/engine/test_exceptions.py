@@ -405,49 +405,51 @@ def test_the_scaler_and_its_skipped_updates_are_those_of_a_whole_run(name, time)
     assert differences(play((name, time)), expected) == []
 
 
-@pytest.mark.parametrize("place", ["before", "between", "after"])
-def test_a_step_of_the_users_own_counts_once_it_has_made_an_update(place, caplog):
-    calls: list[int] = []
+@attrs.define
+class OwnStep:
+    """A step of the user's own, and handlers of its last event; one of them raises once.
 
-    def step(trainer: Trainer, batch: Any) -> None:
+    Attributes:
+        place: where: before the update, between it and its event, in that event; None: nowhere.
+        seen: the iterations in which the handlers were called, the second one's negative.
+    """
+
+    place: str | None
+    seen: list[int] = attrs.field(factory=list)
+
+    def fail_at(self, place: str, trainer: Trainer) -> None:
+        """Raise in the second iteration if this is the place."""
+        if self.place == place and trainer.state.iteration == 2:
+            self.place = None
+            raise OSError(place)
+
+    def __call__(self, trainer: Trainer, batch: Any) -> None:
         output = trainer.task(trainer.model, batch)
         trainer.optimizer.zero_grad()
         trainer.loss(*output.values()).backward()
-        fails = not calls and trainer.state.iteration == 2
-        if fails and place == "before":
-            calls.append(0)
-            raise OSError(place)
+        self.fail_at("before", trainer)
         trainer.optimizer.step()
-        if fails and place == "between":
-            calls.append(0)
-            raise OSError(place)
+        self.fail_at("between", trainer)
         trainer.fire_event(StepEvents.OPTIMIZER_STEPPED)
 
-    def play(*, fails: bool) -> tuple[dict[str, Tensor], list[int], int]:
-        trainer, data = small(step=step)
-        calls[:] = [] if fails else [0]
-        seen: list[int] = []
-        trainer.add_event_handler(
-            StepEvents.OPTIMIZER_STEPPED, lambda: seen.append(trainer.state.iteration)
-        )
-
-        def fail() -> None:
-            if place == "after" and not calls and trainer.state.iteration == 2:
-                calls.append(0)
-                raise OSError(place)
-
-        trainer.add_event_handler(StepEvents.OPTIMIZER_STEPPED, fail)
-        trainer.add_event_handler(
-            StepEvents.OPTIMIZER_STEPPED, lambda: seen.append(-trainer.state.iteration)
-        )
-        if fails:
-            with pytest.raises(OSError, match=place):
+    def play(self) -> tuple[dict[str, Tensor], list[int], int]:
+        """Train; return weights, calls and iterations."""
+        trainer, data = small(step=self)
+        last = StepEvents.OPTIMIZER_STEPPED
+        trainer.add_event_handler(last, lambda: self.seen.append(trainer.state.iteration))
+        trainer.add_event_handler(last, lambda: self.fail_at("after", trainer))
+        trainer.add_event_handler(last, lambda: self.seen.append(-trainer.state.iteration))
+        if self.place is not None:
+            with pytest.raises(OSError, match=self.place):
                 trainer.run(data, max_epochs=2)
         trainer.run(data, max_epochs=2)
-        return _copied(trainer.model.state_dict()), seen, trainer.state.iteration
+        return _copied(trainer.model.state_dict()), self.seen, trainer.state.iteration
 
-    expected = play(fails=False)
-    assert same(play(fails=True), expected)
+
+@pytest.mark.parametrize("place", ["before", "between", "after"])
+def test_a_step_of_the_users_own_counts_once_it_has_made_an_update(place, caplog):
+    expected = OwnStep(None).play()
+    assert same(OwnStep(place).play(), expected)
     assert expected[1:] == ([1, -1, 2, -2, 3, -3, 4, -4], 4)
     assert ("The update counts" in caplog.text) == (place != "before")
 

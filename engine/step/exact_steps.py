@@ -1,0 +1,119 @@
+"""Steps that an exception has left: undone, or continued behind their update."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from ignite.engine import Events
+
+from diptych.engine.events import EvaluationEvents, StepEvents
+from diptych.engine.loop.continued_events import STEP
+from diptych.engine.loop.event_loop import EventLoop
+from diptych.engine.metrics.metrics_collector import MetricsCollector
+from diptych.engine.modules import TrainingModes
+from diptych.engine.step.step_snapshot import Failed, StepSnapshot, reset_unscaling
+from diptych.engine.step.train_step import TrainStep
+
+logger = logging.getLogger(__name__)
+
+
+class ExactSteps(EventLoop):
+    """An `EventLoop` whose steps update weights, and are continued exactly after an exception.
+
+    A step that raises before its update is undone, and repeated by the next `run`. An update that
+    was made counts, and the rest of its iteration is done then.
+    """
+
+    scaler: torch.amp.GradScaler | None
+    metrics: MetricsCollector
+    _snapshot: StepSnapshot | None
+    _modes: TrainingModes
+
+    def _forget_failure(self) -> None:
+        super()._forget_failure()
+        self._unreported: dict[str, dict[str, float]] = {}
+        reset_unscaling(self.scaler)
+        if isinstance(self._process_function, TrainStep):
+            self._process_function.unfinished = None
+
+    @property
+    def _has_unfinished_update(self) -> bool:
+        step = self._process_function
+        return isinstance(step, TrainStep) and step.unfinished is not None
+
+    def _call_step(self, batch: Any) -> Any:
+        if not self._modes.are_for_training:
+            self._modes.train()  # a handler has evaluated, with other code than this library's
+        elif not self.epoch_iteration:
+            self._modes.remember()
+        if self._snapshot is None:
+            return super()._call_step(batch)
+        if not self._has_unfinished_update:
+            self._snapshot.take()
+        try:
+            return super()._call_step(batch)
+        except BaseException:
+            self._judge_step(self._snapshot)
+            raise
+
+    def _judge_step(self, snapshot: StepSnapshot) -> None:
+        """Undo a step that has raised before its update; let one after its update count."""
+        after = self._has_unfinished_update
+        failed = Failed.AFTER_UPDATE if after else snapshot.judge()
+        if failed is Failed.AFTER_UPDATE:
+            self._count_update()
+        elif failed is Failed.INSIDE_UPDATE:
+            self._refuse(
+                f"the optimizer raised in iteration {self.state.iteration} after it had changed "
+                "some of the weights"
+            )
+        elif lost := snapshot.restore():
+            self._refuse(
+                f"the step raised in iteration {self.state.iteration} after it had changed the "
+                f"buffers {', '.join(lost)}, which had never changed before"
+            )
+
+    def _count_update(self) -> None:
+        """Note what an exception behind an update has left of its iteration."""
+        step, last = self._process_function, StepEvents.OPTIMIZER_STEPPED
+        returned = self._returned_of(last)
+        fired: Any = self.last_event_name
+        has_fired = returned is None and fired is last
+        if isinstance(step, TrainStep) and not has_fired and step.keep_update():
+            self._stopped_at[last.name] = returned or self._stopped_at.get(last.name, ())
+            return
+        logger.warning(
+            "The step raised in iteration %d after an update. The update counts, and the rest of "
+            "the step is left out.",
+            self.state.iteration,
+        )
+        del self._stopped_at[STEP]
+        self._stopped_at[Events.ITERATION_COMPLETED.name] = ()
+        if not has_fired:
+            self._stopped_at[last.name] = returned or ()
+
+    def fire_and_report(self, event: Any) -> None:
+        """Fire an event, and report what its handlers publish as a record of this iteration.
+
+        `EPOCH_COMPLETED`, `EVALUATED` and `COMPLETED` fire in this way: a value that a handler
+        publishes there belongs to the epoch, the evaluation or the run that has ended. After an
+        exception, the next call continues the event, with the values that were published before.
+        """
+        reported = self.metrics.record
+        try:
+            values = self._unreported.get(event.name)  # if all handlers have returned
+            if values is None:
+                repeated = event is Events.COMPLETED  # by the next start, after a kill
+                with self.metrics.collected_apart(event.name, repeated=repeated) as values:
+                    self._fire(event)
+            if values:
+                self._unreported[event.name] = values
+                self.state.metrics.update(values)
+                self.metrics.report(self.state.iteration, values)
+                del self._unreported[event.name]
+        except BaseException:
+            if event is EvaluationEvents.EVALUATED:  # the evaluation is made again
+                self.metrics.expect_again(reported)
+            raise
