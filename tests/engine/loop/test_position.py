@@ -241,3 +241,72 @@ def test_a_run_with_nothing_to_do_ends_as_completed():
     trainer.run([paired(3)], max_epochs=1)
 
     assert ends == [Outcome.COMPLETED]
+
+
+ANNOUNCEMENTS = (RunEvents.RESTORE, RunEvents.ENDED, Events.EXCEPTION_RAISED)
+"""Events that each call of `run` fires, and so one more after an exception."""
+
+
+@attrs.define
+class Stumbler(Player):
+    """A player whose handlers and step raise at some times, whereupon it calls `run` again.
+
+    A handler that raises does so before it has logged anything.
+
+    Attributes:
+        raises: an event, or "step", and at which of its times to raise.
+    """
+
+    raises: set[tuple[Any, int]] = attrs.field(factory=set)
+
+    def made(self) -> Any:
+        """Return a loop whose events are logged, apart from those of the calls themselves."""
+        loop = self.kind(self.step)
+        for event in WATCHED:
+            if event not in ANNOUNCEMENTS:
+                loop.add_event_handler(event, partial(self.note, event))
+        loop.add_event_handler(RunEvents.SAFE_POINT(every=2), lambda: self.log.append("every 2"))
+        return loop
+
+    def step(self, _: Any, batch: Any) -> None:
+        """Log a step, if it does not raise."""
+        self.stumble("step")
+        self.counts["step"] += 1
+        self.log.append(("step", batch))
+
+    def note(self, event: Any, loop: Any, *arguments: object, **keywords: object) -> None:
+        """Log an event and act, if it does not raise."""
+        self.stumble(event)
+        super().note(event, loop, *arguments, **keywords)
+
+    def stumble(self, event: Any) -> None:
+        """Raise once at this time of an event."""
+        place = (event, self.counts[event] + 1)
+        if place in self.raises:
+            self.raises.remove(place)
+            raise PlantedError
+
+    def attempt(self, function: Callable[[], object]) -> None:
+        """Call a function until it does not raise the planted error."""
+        while True:
+            try:
+                function()
+            except PlantedError:
+                continue
+            except (ResumeError, ValueError) as error:
+                self.log.append(type(error).__name__)
+            return
+
+
+LATER = [event for event in EVENTS if event not in ANNOUNCEMENTS]
+stops = acts.filter(lambda act: act.event in LATER and act.action != "raise")
+stumbles = st.sets(st.tuples(st.sampled_from([*LATER, "step"]), st.integers(1, 7)), max_size=3)
+
+
+@settings(max_examples=100)
+@given(plans(), st.lists(stops, max_size=2), stumbles)
+def test_random_exceptions_change_nothing_that_fires(plan, stops, stumbles):
+    loader, calls = plan
+    expected = Stumbler(EventLoop, loader, stops).play(calls)
+
+    assert Stumbler(EventLoop, loader, stops, raises=stumbles).play(calls) == expected
