@@ -264,9 +264,14 @@ class Stumbler(Player):
         loop = self.kind(self.step)
         for event in WATCHED:
             if event not in ANNOUNCEMENTS:
+                loop.add_event_handler(event, partial(self.log_first, event.name))
                 loop.add_event_handler(event, partial(self.note, event))
         loop.add_event_handler(RunEvents.SAFE_POINT(every=2), lambda: self.log.append("every 2"))
         return loop
+
+    def log_first(self, name: str, *_: object, **__: object) -> None:
+        """Log an event; a handler of the same event raises behind this one."""
+        self.log.append(f"first of {name}")
 
     def step(self, _: Any, batch: Any) -> None:
         """Log a step, if it does not raise."""
