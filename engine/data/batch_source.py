@@ -241,7 +241,7 @@ class BatchSource:
         now.take(self.data)
         start.restore(self.data)
         set_epoch(self.data, start.epoch)
-        iterator = iter(self._loader)
+        iterator: Iterator[Any] = iter(self._loader)
         for _ in itertools.islice(iterator, count):
             continue
         now.restore(self.data)

@@ -271,23 +271,29 @@ def _compared(
     path: Path, prefix: str, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]
 ) -> tuple[LoadedWeights, dict[str, Tensor]]:
     """Return the report, and the weights that fit."""
-    both = [key for key in own if key in weights]
-    fitting = {key: weights[key] for key in both if weights[key].shape == own[key].shape}
-    # A tied weight, which some files hold once, is loaded under all of its names.
-    by_memory = {_memory(own[key]): value for key, value in fitting.items()}
-    lacking = [key for key in own if key not in weights]
-    tied = {k: by_memory[_memory(own[k])] for k in lacking if _memory(own[k]) in by_memory}
-    other = [key for key in both if key not in fitting]
-    fitting |= tied
+    shapes = {
+        key: (tuple(weights[key].shape), tuple(own[key].shape)) for key in own if key in weights
+    }
+    other = {key: (there, here) for key, (there, here) in shapes.items() if there != here}
+    fitting = {key: weights[key] for key in shapes.keys() - other.keys()}
+    fitting |= _tied(fitting, own, own.keys() - weights.keys())
     report = LoadedWeights(
         path=path,
         matched=tuple(key for key in own if key in fitting),
-        missing=tuple(key for key in lacking if key not in tied),
+        missing=tuple(key for key in own if key not in fitting and key not in weights),
         unexpected=tuple(key for key in weights if key not in own),
-        other_shape={key: (tuple(weights[key].shape), tuple(own[key].shape)) for key in other},
+        other_shape=other,
         prefix=prefix,
     )
     return report, fitting
+
+
+def _tied(
+    fitting: Mapping[str, Tensor], own: Mapping[str, Tensor], lacking: Iterable[str]
+) -> dict[str, Tensor]:
+    """Return the weights of lacking names that are tied to fitting ones: some files hold one."""
+    by_memory = {_memory(own[key]): value for key, value in fitting.items()}
+    return {key: by_memory[_memory(own[key])] for key in lacking if _memory(own[key]) in by_memory}
 
 
 def _memory(tensor: Tensor) -> Any:
