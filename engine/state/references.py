@@ -310,10 +310,7 @@ def _restored(saved: Any, own: Any) -> Any:
     if callable(own):
         return own
     if isinstance(saved, Mapping):
-        there = own if isinstance(own, Mapping) else {}
-        found = {key: _restored(item, there.get(key)) for key, item in saved.items()}
-        found |= {key: item for key, item in there.items() if callable(item)}
-        return Counter(found) if isinstance(own, Counter) else found
+        return _restored_mapping(saved, own if isinstance(own, Mapping) else {})
     if isinstance(own, np.ndarray):
         return np.asarray(saved, dtype=own.dtype)
     if isinstance(saved, (list, tuple)):
@@ -323,6 +320,12 @@ def _restored(saved: Any, own: Any) -> Any:
         kind = type(own) if isinstance(own, (tuple, set, frozenset, deque)) else type(saved)
         return kind(items)
     return saved
+
+
+def _restored_mapping(saved: Mapping[Any, Any], own: Mapping[Any, Any]) -> dict[Any, Any]:
+    found = {key: _restored(item, own.get(key)) for key, item in saved.items()}
+    found |= {key: item for key, item in own.items() if callable(item)}
+    return Counter(found) if isinstance(own, Counter) else found
 
 
 def schedulers_behind(trainer: RunParts, optimizer: Optimizer | None = None) -> list[Any]:
