@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 from ignite.engine import Events
-from ignite.engine.events import RemovableEventHandle
 
 from diptych.engine.checks import is_whole
 from diptych.engine.distributed.collectives import rank
@@ -43,43 +42,53 @@ def call_every(
     A run that `max_iters` ends inside an epoch calls it at its end too.
     """
     if every == "epoch":
-        owner = getattr(function, "__self__", function)
-        name = getattr(owner, "key", None) or getattr(function, "__name__", type(owner).__name__)
-        trainer.add_event_handler(Events.STARTED, report_endless, name)
+        trainer.add_event_handler(Events.STARTED, OwnedFunction(function, report_endless))
         trainer.add_event_handler(Events.EPOCH_COMPLETED, function)
         trainer.add_event_handler(RunEvents.EPOCH_CUT, function)
     else:
         trainer.every(every, function)
 
 
-def call_before_first_batch(trainer: Trainer, function: Callable[[Any], object]) -> None:
-    """Call a function with the trainer once a run, before it fetches its first batch.
+class OwnedFunction:
+    """A function of the trainer that belongs to a handler, as the handler's methods do.
+
+    Args:
+        method: a method of the handler.
+        function: called with the trainer, and with the handler's name if it takes one.
+    """
+
+    def __init__(self, method: Callable[..., object], function: Callable[..., object]) -> None:
+        owner = getattr(method, "__self__", method)
+        self.__self__, self.__name__ = owner, getattr(function, "__name__", "function")
+        self._function = function
+
+    def __call__(self, trainer: Trainer) -> None:
+        """Call the function."""
+        self._function(trainer, self.__self__)
+
+
+def call_before_first_batch(trainer: Trainer, method: Callable[[Any], object]) -> None:
+    """Call a handler's method with the trainer once a run, before it fetches its first batch.
 
     By then every handler of `STARTED` and `EPOCH_STARTED` has run: a stage has set its task.
     """
-    added: list[RemovableEventHandle] = []
 
-    def start() -> None:
-        added.append(trainer.add_event_handler(Events.GET_BATCH_STARTED, call))
-
-    def call() -> None:
-        for handle in added:
+    def await_first_batch(trainer: Trainer, _: object) -> None:
+        def call_once(trainer: Trainer, _: object) -> None:
             handle.remove()
-        added.clear()
-        function(trainer)
+            method(trainer)
 
-    trainer.add_event_handler(Events.STARTED, start)
+        call = OwnedFunction(method, call_once)
+        handle = trainer.add_event_handler(Events.GET_BATCH_STARTED, call)
+
+    trainer.add_event_handler(Events.STARTED, OwnedFunction(method, await_first_batch))
 
 
-def report_endless(trainer: Trainer, name: str) -> None:
-    """Log, at the start of a run, that a handler waits for an epoch that may never end.
-
-    Args:
-        trainer: the trainer whose run starts.
-        name: of the handler.
-    """
+def report_endless(trainer: Trainer, handler: object) -> None:
+    """Log, at the start of a run, that a handler waits for an epoch that may never end."""
     state = trainer.state
     if state.max_iters is not None and state.epoch_length is None and rank() == 0:
+        name = getattr(handler, "key", None) or getattr(handler, "__name__", type(handler).__name__)
         logger.warning(
             "%s acts at the end of each epoch, and the %s has no length. If it is endless, no "
             "epoch ends before the run does: pass epoch_length= to run, or every=<iterations> to "

@@ -249,7 +249,7 @@ def _listener(
 ) -> Listener:
     """Return the listener of an entry in Ignite's table, a known one if there is one."""
     for listener in known:
-        if listener.entry is entry:  # one function may be added twice, with other arguments
+        if _is_same(listener.entry, entry):
             return listener
     function, arguments, keywords = entry
     reference = arguments[0] if arguments and isinstance(arguments[0], weakref.ref) else None
@@ -258,6 +258,14 @@ def _listener(
         arguments, function = arguments[1:], partial(_call_with_referent, function, reference)
     rest = arguments[1:] if takes_engine else arguments
     return Listener(event, function, rest, keywords, takes_engine, entry=entry)
+
+
+def _is_same(known: tuple[Any, ...] | None, entry: tuple[Any, ...]) -> bool:
+    """Return whether two entries are one: a function may be added twice, with other arguments.
+
+    When another handler is removed, Ignite makes new entries of the same parts.
+    """
+    return known is not None and all(a is b for a, b in zip(known, entry, strict=True))
 
 
 def _call_with_referent(

@@ -112,7 +112,7 @@ class EarlyStopping(Handler):
             self.reset()
             self._judged = 0
         if not is_evaluated(trainer, self.metric):
-            report_endless(trainer, self.key)
+            report_endless(trainer, self)
         if self.stopped:
             logger.warning(
                 "The run stays stopped: %s has not improved on %s for %d values. "

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from ignite.engine import Events
 from torch import Tensor
 
+from diptych.engine import Trainer
 from diptych.handlers import CheckpointManager, EarlyStopping, Evaluation, Histograms
-from diptych.handlers.cadence import call_every
+from diptych.handlers.cadence import call_before_first_batch, call_every
 from tests.handlers.runs import loader, make_trainer
 
 
@@ -67,3 +69,23 @@ def test_an_epoch_whose_end_is_known_is_not_reported(limits, caplog):
     trainer = make_trainer().attach(Evaluation(loader()))
     trainer.run(Stream() if limits else loader(), max_iters=4, **limits)
     assert "endless" not in caplog.text
+
+
+def test_a_call_before_the_first_batch_is_made_once_a_run_and_leaves_other_counts_alone():
+    class Owner:
+        key = "Owner"
+
+        def act(self, trainer: Trainer) -> None:
+            calls.append(("act", trainer.state.epoch, trainer.state.iteration))
+
+    trainer, calls, owner = make_trainer(), [], Owner()
+    trainer.add_event_handler(Events.GET_BATCH_STARTED, lambda: calls.append("batch"))
+    call_before_first_batch(trainer, owner.act)
+    batches = loader()
+    trainer.run(batches, max_iters=2)
+    trainer.run(batches, max_iters=3)
+    assert calls == ["batch", ("act", 1, 0), "batch", "batch", ("act", 1, 2)]
+    listeners = [one for one in trainer.listeners if one.event == Events.GET_BATCH_STARTED]
+    assert [listener.calls for listener in listeners] == [3]
+    (waits,) = [one for one in trainer.listeners if one.owner is owner]
+    assert waits.name == "Owner.await_first_batch"
