@@ -266,7 +266,7 @@ class CheckpointManager(Handler):
         if trainer.state.iteration == 0:
             self._saver.start_over()
         if self.every == "epoch":
-            report_endless(trainer, self.key)
+            report_endless(trainer, self)
         limits = resume_limits(trainer, epochs_only=self.every == "epoch")
         if limits is not None and rank() == 0:
             logger.warning("%s", limits)
