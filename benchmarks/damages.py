@@ -261,19 +261,24 @@ def damage_one(directory: Path, draw: random.Random, kind: str) -> tuple[Path, s
 
 def judge(result: Result, whole: Result, path: Path) -> str:
     """Return the outcome of a try."""
-    names = {path.name}
-    if path.suffix == ".tensors":
-        names.add(path.parent.name)
-    if path.name == "manifest.json":
-        names.add("the manifest of")
-    error = [] if result.error is None else [str(result.error)]
-    told = any(name in message for name in names for message in (*result.messages, *error))
+    told = is_named(path, result)
     if result.error is not None:
         return "reported" if told and is_ours(result.error) else "unnamed"
     if told:
         return "reported"
     same = (result.weights, result.files) == (whole.weights, whole.files)
     return "harmless" if same else "silent"
+
+
+def is_named(path: Path, result: Result) -> bool:
+    """Return whether a message or the error names a file."""
+    names = {path.name}
+    if path.suffix == ".tensors":
+        names.add(path.parent.name)
+    if path.name == "manifest.json":
+        names.add("the manifest of")
+    error = [] if result.error is None else [str(result.error)]
+    return any(name in message for name in names for message in (*result.messages, *error))
 
 
 def is_ours(error: Exception) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -152,22 +153,34 @@ def check_parts(state: Any) -> None:
         return
     _check(state, PARTS, "")
     _check(state, {name: part for name, part in OPTIONAL.items() if name in state}, "")
+    _check_modules(state)
+    _check_metrics(state)
+    optimizer = state["optimizer"]
+    _check_numbering(optimizer, state.get("parameters"))
+    outline = state.get("entry", {}).get("optimizer")
+    if outline is not None:  # an earlier version wrote none
+        _check_outline(outline_of(optimizer), outline)
+    _check_position(state)
+    for number, generators in enumerate(state["random"]):
+        _check_generators(generators, f"random[{number}]")
+
+
+def _check_modules(state: Mapping[str, Any]) -> None:
+    """Check that modules have tensors, or what stands for a sharded one."""
     for name in ("model", "loss"):
         for key, value in state[name].items():
             # A module may have a state of any type beside its tensors.
             if not str(key).endswith("_extra_state"):
                 _check(value, (Tensor, dict), f"{name}.{key}")
+
+
+def _check_metrics(state: Mapping[str, Any]) -> None:
     for key, value in state["last_metrics"].items():
         _check(value, (int, float), f"last_metrics.{key}")
     for number, held in enumerate(state["metrics"]):
         for key, mean in held["epoch"].items():
             if not isinstance(mean, (list, tuple)) or len(mean) != 2:  # a sum and a count
                 raise CheckpointError(f"metrics[{number}].epoch.{key} must be a sum and a count")
-    outline = state.get("entry", {}).get("optimizer")
-    _check_optimizer(state["optimizer"], state.get("parameters"), outline)
-    _check_position(state)
-    for number, generators in enumerate(state["random"]):
-        _check_generators(generators, f"random[{number}]")
 
 
 def outline_of(optimizer: Mapping[str, Any]) -> dict[str, str]:
@@ -185,28 +198,26 @@ def outline_of(optimizer: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _check_optimizer(
-    state: Mapping[str, Any], names: list[Any] | None, outline: Mapping[str, str] | None
-) -> None:
+def _check_numbering(state: Mapping[str, Any], names: list[Any] | None) -> None:
     """Check that parameters are numbered, each once, have names, and that no other has a state."""
-    sizes = [len(group["params"]) for group in state["param_groups"]]
-    if names is not None and [len(held) for held in names] != sizes:
+    groups = [group["params"] for group in state["param_groups"]]
+    sizes = list(map(len, groups))
+    if names is not None and list(map(len, names)) != sizes:
         raise CheckpointError(f"parameters must name {sizes} parameters of optimizer.param_groups")
-    params = [param for group in state["param_groups"] for param in group["params"]]
-    if any(type(param) is not int for param in params) or len(set(params)) != len(params):
+    params = list(itertools.chain(*groups))
+    if set(map(type, params)) - {int} or len(set(params)) != len(params):
         raise CheckpointError("optimizer.param_groups must number each parameter once")
     for key, value in state["state"].items():
+        _check(value, dict, f"optimizer.state.{key}")
         if key not in params:
             raise CheckpointError(f"optimizer.state.{key} is of no parameter")
-        _check(value, dict, f"optimizer.state.{key}")
-    if outline is None:  # an earlier version wrote the checkpoint
-        return
-    for name in (*outline, *(found := outline_of(state))):
-        if outline.get(name) != found.get(name):
-            raise CheckpointError(
-                f"optimizer.state.{name} must be {outline.get(name, 'missing')}, got "
-                f"{found.get(name, 'none')}"
-            )
+
+
+def _check_outline(found: Mapping[str, str], outline: Mapping[str, str]) -> None:
+    for name in (*outline, *found):
+        wanted, got = outline.get(name, "missing"), found.get(name, "none")
+        if wanted != got:
+            raise CheckpointError(f"optimizer.state.{name} must be {wanted}, got {got}")
 
 
 def _check_position(state: Mapping[str, Any]) -> None:
@@ -231,18 +242,26 @@ def _check_generators(state: Mapping[str, Any], path: str) -> None:
 
 
 def _check(value: Any, expected: Any, path: str) -> None:
-    kind = type(expected) if isinstance(expected, (dict, list)) else expected
-    if not isinstance(value, kind):
-        name = path or "the whole"
-        wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise CheckpointError(f"{name} must be a {wanted}, got a {type(value).__name__}")
     if isinstance(expected, dict):
+        _check_type(value, dict, path)
         for key, part in expected.items():
+            inner = f"{path}.{key}".lstrip(".")
             if key not in value:
-                raise CheckpointError(f"it lacks the part {f'{path}.{key}'.lstrip('.')}")
-            _check(value[key], part, f"{path}.{key}".lstrip("."))
+                raise CheckpointError(f"it lacks the part {inner}")
+            _check(value[key], part, inner)
     elif isinstance(expected, list):
+        _check_type(value, list, path)
         if not value:
             raise CheckpointError(f"{path} must not be empty")
         for number, item in enumerate(value):
             _check(item, expected[0], f"{path}[{number}]")
+    else:
+        _check_type(value, expected, path)
+
+
+def _check_type(value: Any, kind: Any, path: str) -> None:
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join(each.__name__ for each in kinds)
+        got = type(value).__name__
+        raise CheckpointError(f"{path or 'the whole'} must be a {wanted}, got a {got}")

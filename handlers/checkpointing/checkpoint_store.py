@@ -227,32 +227,41 @@ class CheckpointStore:
         path = self.directory / name
         if not path.is_file():
             raise CheckpointError(f"checkpoint {path} does not exist")
+        if listed is not None:
+            self._check_file(listed)
         try:
-            if listed is not None:
-                contained_path(self.directory, name, FILE)
-            damaged = listed is not None and not is_intact(path, listed.size, listed.crc32)
-            state = None if damaged else _loaded(path)
+            state = _loaded(path)
         except Exception as error:  # torch, zipfile and pickle each have errors of their own
             raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
-        if damaged:
-            raise CheckpointError(
-                f"checkpoint {path} is damaged: its content differs from what was written"
-            )
         if not isinstance(state, dict) or "format" not in state:
             raise CheckpointError(f"{path} is not a checkpoint of a run")
         try:
             check_parts(state)
-        except CheckpointError as error:
+        except Exception as error:  # a value of another type may raise anything
             raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from error
         return state
+
+    def _check_file(self, entry: Entry) -> None:
+        """Check that the file of a listed checkpoint is as it was written, and no link."""
+        path = self.directory / entry.file
+        try:
+            intact = is_intact(
+                contained_path(self.directory, entry.file, FILE), entry.size, entry.crc32
+            )
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+        if not intact:
+            raise CheckpointError(
+                f"checkpoint {path} is damaged: its content differs from what was written"
+            )
 
     def is_intact(self, entry: Entry) -> bool:
         """Return whether the file of a checkpoint is as it was written."""
         try:
-            path = contained_path(self.directory, entry.file, FILE)
-            return is_intact(path, entry.size, entry.crc32)
-        except (OSError, ValueError):
+            self._check_file(entry)
+        except CheckpointError:
             return False
+        return True
 
     def remove(self, files: set[str]) -> None:
         """Remove checkpoints, first from the manifest, so that it never lists a missing file.
