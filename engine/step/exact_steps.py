@@ -38,6 +38,14 @@ class ExactSteps(EventLoop):
         if isinstance(self._process_function, TrainStep):
             self._process_function.unfinished = None
 
+    def make_update(self, batch: Any) -> Any:
+        """Call the step with a batch outside of any run, and return its output."""
+        try:
+            return super().make_update(batch)
+        finally:
+            if isinstance(self._process_function, TrainStep):  # the next call has another batch
+                self._process_function.unfinished = None
+
     @property
     def _has_unfinished_update(self) -> bool:
         step = self._process_function
@@ -60,8 +68,9 @@ class ExactSteps(EventLoop):
 
     def _judge_step(self, snapshot: StepSnapshot) -> None:
         """Undo a step that has raised before its update; let one after its update count."""
+        own = not isinstance(self._process_function, TrainStep)
         after = self._has_unfinished_update
-        failed = Failed.AFTER_UPDATE if after else snapshot.judge()
+        failed = Failed.AFTER_UPDATE if after else snapshot.judge(by_members=own)
         if failed is Failed.AFTER_UPDATE:
             self._count_update()
         elif failed is Failed.INSIDE_UPDATE:

@@ -69,8 +69,8 @@ class StepSnapshot:
         self._modules: list[nn.Module] = []
         self._buffers = BufferCopies([])
         self._optimizer = trainer.optimizer
-        self._counter = counter_of(trainer.optimizer)
-        self._updates = 0
+        self._counter, self._of_members = counters_of(trainer.optimizer)
+        self._updates = (0, 0)
         self._versions: list[int] = []
         self._published: Any = None
 
@@ -81,7 +81,7 @@ class StepSnapshot:
         self._modules = [part for part in parts if isinstance(part, nn.Module)]
         self._buffers = BufferCopies(self._modules)
         self._optimizer = trainer.optimizer
-        self._counter = counter_of(trainer.optimizer)
+        self._counter, self._of_members = counters_of(trainer.optimizer)
         if self._generators is None:
             self._generators = GeneratorSnapshot(trainer.device)
 
@@ -98,13 +98,19 @@ class StepSnapshot:
         assert self._generators is not None
         self._generators.take()
         self._buffers.take()
-        self._updates = self._counter.count
+        self._updates = (self._counter.count, self._of_members.count)
         self._versions = versions_of(trainer.optimizer)
         self._published = trainer.metrics.mark()
 
-    def judge(self) -> Failed:
-        """Return how far the update of a step that has raised came."""
-        if self._counter.count != self._updates:
+    def judge(self, *, by_members: bool) -> Failed:
+        """Return how far the update of a step that has raised came.
+
+        Args:
+            by_members: whether the step calls the members of an optimizer that is composed of
+                several, so that the update of one of them counts.
+        """
+        updates = (self._counter.count, self._of_members.count)
+        if updates[0] != self._updates[0] or (by_members and updates != self._updates):
             return Failed.AFTER_UPDATE
         versions, before = versions_of(self._trainer.optimizer), len(self._versions)
         # The first update makes the state of each parameter; what is new has not been changed.
@@ -157,17 +163,22 @@ class UpdateCounter:
         self.count += 1
 
 
-_COUNTERS: WeakKeyDictionary[Optimizer, UpdateCounter] = WeakKeyDictionary()
+_COUNTERS: WeakKeyDictionary[Optimizer, tuple[UpdateCounter, UpdateCounter]] = WeakKeyDictionary()
 
 
-def counter_of(optimizer: Optimizer) -> UpdateCounter:
-    """Return the counter of an optimizer, and of its members if it is composed of several."""
-    counter = _COUNTERS.get(optimizer)
-    if counter is None:
-        counter = _COUNTERS[optimizer] = UpdateCounter()
-        for one in (optimizer, *getattr(optimizer, "members", ())):
-            handle = one.register_step_post_hook(counter)
-            hooks = handle.hooks_dict_ref()
-            assert hooks is not None
-            hooks.move_to_end(handle.id, last=False)  # before hooks that may raise
-    return counter
+def counters_of(optimizer: Optimizer) -> tuple[UpdateCounter, UpdateCounter]:
+    """Return the counter of an optimizer, and that of its members if it is composed of several."""
+    counters = _COUNTERS.get(optimizer)
+    if counters is None:
+        counters = _COUNTERS[optimizer] = (UpdateCounter(), UpdateCounter())
+        _count(optimizer, counters[0])
+        for member in getattr(optimizer, "members", ()):
+            _count(member, counters[1])
+    return counters
+
+
+def _count(optimizer: Optimizer, counter: UpdateCounter) -> None:
+    handle = optimizer.register_step_post_hook(counter)
+    hooks = handle.hooks_dict_ref()
+    assert hooks is not None
+    hooks.move_to_end(handle.id, last=False)  # before hooks that may raise

@@ -18,6 +18,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import DataLoader, Dataset
 
 from diptych.engine import (
+    CompositeOptimizer,
     EvaluationEvents,
     MetricsEvents,
     ResumeError,
@@ -477,3 +478,62 @@ def test_a_large_buffer_that_changes_for_the_first_time_is_not_silently_wrong():
         trainer.run(data, max_epochs=2)
     with pytest.raises(ResumeError, match="buffers table, which had never changed before"):
         trainer.run(data, max_epochs=2)
+
+
+def test_an_update_outside_of_a_run_that_raises_is_not_continued_with_another_batch():
+    planted = Planted(("OPTIMIZER_STEPPED", 1), OSError)
+    trainer, data = small()
+    trainer.add_event_handler(StepEvents.OPTIMIZER_STEPPED, lambda: planted("OPTIMIZER_STEPPED"))
+    with pytest.raises(OSError, match="OPTIMIZER_STEPPED"):
+        trainer.make_update(data[0])
+    trainer.make_update(data[1])
+    other, data = small()
+    for batch in data:
+        other.make_update(batch)
+    assert same(trainer.model.state_dict(), other.model.state_dict())
+
+
+@pytest.mark.parametrize("time", [1, 3])
+@pytest.mark.parametrize("event", list(StepEvents), ids=lambda event: event.name)
+def test_several_optimizers_are_continued_as_one(event, time):
+    def play(at: tuple[str, int] | None) -> dict[str, Tensor]:
+        planted = Planted(at, OSError)
+
+        def both(weights: Any, lr: float) -> CompositeOptimizer:
+            first, *rest = weights
+            kinds = torch.optim.AdamW([first], lr=lr), torch.optim.SGD(rest, lr=lr, momentum=0.9)
+            return CompositeOptimizer(*kinds)
+
+        trainer, data = small(both)
+        trainer.add_event_handler(event, lambda: planted(event.name))
+        if at is not None:
+            with pytest.raises(OSError, match=event.name):
+                trainer.run(data, max_epochs=2)
+        trainer.run(data, max_epochs=2)
+        return _copied(trainer.model.state_dict())
+
+    assert same(play((event.name, time)), play(None))
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["TrainStep", "own step"])
+def test_an_exception_between_two_optimizers_is_refused_unless_the_step_calls_them_one_by_one(own):
+    def both(weights: Any, lr: float) -> CompositeOptimizer:
+        first, *rest = weights
+        return CompositeOptimizer(torch.optim.SGD([first], lr=lr), CutOff(rest, lr=lr))
+
+    def step(trainer: Trainer, batch: Any) -> None:
+        trainer.optimizer.zero_grad()
+        trainer.loss(*trainer.task(trainer.model, batch).values()).backward()
+        for member in trainer.optimizer.members:
+            member.step()
+
+    trainer, data = small(both, step=step if own else None)
+    trainer.optimizer.members[1].at = "before"
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(data, max_epochs=1)
+    if own:
+        trainer.run(data, max_epochs=1)
+        assert trainer.state.iteration == len(data)
+    else:
+        with pytest.raises(ResumeError, match="after it had changed some of the weights"):
+            trainer.run(data, max_epochs=1)
