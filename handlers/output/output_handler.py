@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,7 +87,7 @@ class OutputHandler(Handler):
         self.listen(trainer)
         for listener in trainer.listeners:
             if id(listener) not in known and listener.owner is self:
-                self._guard(listener)
+                _replace(trainer, listener, self._guarded(listener))
 
     @abstractmethod
     def listen(self, trainer: Trainer) -> None:
@@ -168,8 +169,9 @@ class OutputHandler(Handler):
     def _part(self, listener: Listener) -> str:
         return f"{self.destination} (in {listener.name})"
 
-    def _guard(self, listener: Listener) -> None:
-        function: Callable[..., object] = listener.function
+    def _guarded(self, listener: Listener) -> Callable[..., object]:
+        """Return the function of a listener with its errors logged."""
+        function, added = listener.function, listener.added
         starting = listener.event == Events.STARTED
         # With a filter, a call that returns may have written nothing.
         tells_recovery = filter_of(listener.event) is None
@@ -188,8 +190,22 @@ class OutputHandler(Handler):
                 if tells_recovery and self._outages:
                     self._succeeded(self._part(listener))
 
-        guarded.__self__ = self  # type: ignore[attr-defined] # the listener's owner
-        listener.function = guarded
+        # As Ignite's wrappers do, so that it is found by the function that was added, which
+        # `__wrapped__` keeps alive.
+        guarded._parent = weakref.ref(added)  # type: ignore[attr-defined]  # noqa: SLF001
+        return guarded
+
+
+def _replace(trainer: Trainer, listener: Listener, function: Callable[..., object]) -> None:
+    """Replace the function of a listener, in Ignite's table too, from which profilers read it."""
+    listener.function = function
+    if listener.entry is None:  # a periodic one, which is not in the table
+        return
+    before, listener.entry = listener.entry, (function, *listener.entry[1:])
+    entries = trainer._event_handlers[listener.event]  # noqa: SLF001
+    for place, entry in enumerate(entries):
+        if entry is before:
+            entries[place] = listener.entry
 
 
 def _reaches_the_caller(error: Exception, *, starting: bool) -> bool:

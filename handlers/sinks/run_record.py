@@ -51,7 +51,7 @@ class RunRecord(OutputHandler):
         """Write the record when the trainer starts; called on rank 0 only."""
         trainer.add_event_handler(Events.STARTED, self._start)
         trainer.add_event_handler(MetricsEvents.LOGGED, self._write)
-        trainer.add_event_handler(RunEvents.ENDED, self._write)
+        trainer.add_event_handler(RunEvents.ENDED, self._write_now)
 
     @property
     def unwritten(self) -> dict[str, int]:
@@ -68,12 +68,15 @@ class RunRecord(OutputHandler):
         self._write()
 
     def _write(self) -> None:
+        if all(self.may_retry(str(path)) for path in self._unwritten):
+            self._write_now()
+
+    def _write_now(self) -> None:
         for path, text in list(self._unwritten.items()):
-            if self.may_retry(str(path)):
-                with self.tolerated(str(path)):
-                    make_folder(path.parent)
-                    write_atomically(path, text)
-                    del self._unwritten[path]
+            with self.tolerated(str(path)):
+                make_folder(path.parent)
+                write_atomically(path, text)
+                del self._unwritten[path]
 
 
 def run_settings(trainer: Trainer) -> dict[str, Any]:
