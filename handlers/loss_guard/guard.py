@@ -220,7 +220,6 @@ class LossGuard(Handler):
             self._restore_buffers(bad)
         elif bool(bad):
             self._catch(trainer, measured, values)
-        self._before, self._random = [], None
 
     def _before_step(self, trainer: Trainer, optimizer: Any, *_: Any) -> None:
         """Set the optimizer's `found_inf`, as torch's scaler does, so that it skips the update."""

@@ -53,8 +53,9 @@ class SharedNorms:
 
     def attach(self, trainer: Trainer) -> None:
         """Invalidate the cache after each of the trainer's updates; a second call does nothing."""
-        # Also before an update: the previous one may have failed half way.
-        for event in (Events.ITERATION_STARTED, StepEvents.OPTIMIZER_STEPPED):
+        # Also before the gradients: an update that fails half way is made again, without its start.
+        events = (Events.ITERATION_STARTED, StepEvents.LOSS_COMPUTED, StepEvents.OPTIMIZER_STEPPED)
+        for event in events:
             if not trainer.has_event_handler(self.invalidate, event):
                 trainer.add_event_handler(event, self.invalidate)
 
