@@ -208,7 +208,8 @@ class EventLoop(PositionedEvents):
     @property
     def _has_ended(self) -> bool:
         """Whether the running epoch is known to have no iteration left."""
-        if self._position.phase in {Phase.EPOCH_ENDED, Phase.PASS_ENDED}:
+        phase = self._position.phase
+        if phase is Phase.EPOCH_ENDED or phase is Phase.PASS_ENDED:  # faster than a set of members
             return True
         return self._epoch_counts and self._is_long_enough
 
@@ -390,7 +391,8 @@ class EventLoop(PositionedEvents):
         left, started = self._stopped_at, False
         state.batch = self._batch
         try:
-            if not left.keys() & {Events.ITERATION_STARTED.name, STEP} and self._has_data:
+            begun = left and left.keys() & {Events.ITERATION_STARTED.name, STEP}
+            if not begun and self.batches.data is not None:
                 self._fire(Events.GET_BATCH_COMPLETED)
                 if self.should_terminate_single_epoch:
                     self._position = self._position.batch_dropped()
@@ -419,7 +421,7 @@ class EventLoop(PositionedEvents):
     def _end_iteration(self) -> None:
         """Fire the events after a step; after an exception, what is left of them."""
         safe = RunEvents.SAFE_POINT
-        if safe.name not in self._stopped_at:
+        if not self._stopped_at or safe.name not in self._stopped_at:
             self._fire(Events.ITERATION_COMPLETED)
         try:
             ends = self._is_to_end and not self._stopped() and self._ends_here()
@@ -508,26 +510,21 @@ class EventLoop(PositionedEvents):
             else:
                 self.state.epoch_length = self.batches.start_epoch(self.state.epoch - 1)
 
-    @property
-    def _has_data(self) -> bool:
-        """Whether there are batches; without, the events of a batch do not fire, as in Ignite."""
-        return self.batches.data is not None
-
     def _fetch(self) -> None:
         """Fetch the next batch, or end the pass; stop before if a handler asks for it."""
         state = self.state
         self._batch = state.batch = None  # free the last batch before the next one is made
         if not self.epoch_iteration:
             self._take_assigned_data()
-        is_announced = self._pass_is_over
-        begun = self._stopped_at.keys() & {FETCH, Events.DATALOADER_STOP_ITERATION.name}
-        if not self._is_long_enough and not begun and self._has_data:
+        is_announced, left = self._pass_is_over, self._stopped_at
+        begun = left and left.keys() & {FETCH, Events.DATALOADER_STOP_ITERATION.name}
+        if not begun and self.batches.data is not None and not self._is_long_enough:
             self._fire(Events.GET_BATCH_STARTED)
         if self._pass_is_over and not self._is_to_stop:
             self._start_next_pass()
         if self._is_to_stop:
             return
-        self._stopped_at.clear()
+        left.clear()
         try:
             self._batch = self._next_batch()
         except StopIteration:
@@ -547,7 +544,7 @@ class EventLoop(PositionedEvents):
     def _start_next_pass(self) -> None:
         """Let handlers assign another loader where the iterator of the one in use has ended."""
         self._pass_is_over = True
-        if self._has_data:
+        if self.batches.data is not None:  # without, its events do not fire, as in Ignite
             self._fire(Events.DATALOADER_STOP_ITERATION)
             self._take_assigned_data()
         self._pass_is_over = False
