@@ -235,7 +235,7 @@ def test_max_epochs_may_follow_max_iters():
     ("arguments", "error", "message"),
     [
         ({"data": 5}, TypeError, "data must be iterable, got int"),
-        ({"data": [1], "max_epochs": 1, "max_iters": 1}, ValueError, "not both"),
+        ({"data": [1], "max_epochs": 1, "max_iters": 1}, ValueError, "mutually exclusive"),
         ({"data": [1], "max_epochs": 0}, ValueError, "max_epochs must be >= 1, got 0"),
         ({"data": [1], "max_iters": -1}, ValueError, "max_iters must be >= 1, got -1"),
         ({"data": [1], "epoch_length": 0}, ValueError, "epoch_length must be >= 1, got 0"),
