@@ -55,7 +55,7 @@ class Trial:
             changes: arguments that are to be others.
         """
         kind: Any = type(handler)
-        if attrs.has(kind):
+        if "__attrs_attrs__" in vars(kind):  # a plain class may derive from an attrs class
             fields = [field for field in attrs.fields(kind) if field.init]
             names = {field.alias or field.name: field.name for field in fields}
             given = {alias: getattr(handler, name) for alias, name in names.items()}
@@ -63,7 +63,8 @@ class Trial:
             made: Any = kind(**{**moved, **changes})
             return made  # type: ignore[no-any-return]
         other = copy.copy(handler)
-        for name, value in vars(other).items():
+        vars(other).update(vars(handler))  # an attrs class copies its own attributes alone
+        for name, value in list(vars(other).items()):
             own = copy.copy(value) if isinstance(value, (list, dict, set)) else value
             setattr(other, name, changes.get(name, self._moved(name, own)))
         return other

@@ -51,7 +51,7 @@ class Sink(OutputHandler):
     def __new__(cls: type[OwnSink], *_: object, **__: object) -> OwnSink:
         """Make the sink; a subclass need not call an `__init__` of this class."""
         self = super().__new__(cls)
-        self._pending, self._refusals = deque(), 0
+        self._pending, self._refusals, self._run_is_over = deque(), 0, True
         return self
 
     def listen(self, trainer: Trainer) -> None:

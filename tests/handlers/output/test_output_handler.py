@@ -142,6 +142,17 @@ def test_a_destination_that_never_works_is_counted_and_logged_once(kind, caplog)
     )
 
 
+@every_kind
+def test_a_dry_run_copies_a_sink_of_the_users(kind):
+    place = Destination(lambda _: False)
+    trainer = make_trainer(log_every=1).attach(KINDS[kind](place))
+
+    trainer.dry_run(loader())
+
+    assert trainer.state.iteration == 0
+    assert place.calls, "the copy has not written"
+
+
 def test_what_was_pending_is_written_when_the_run_goes_on(caplog):
     place = Destination(lambda call: 3 < call < 100)
     trainer = run(sink := Plain(place))
