@@ -141,7 +141,7 @@ class EventLoop(PositionedEvents):
             count = stored
         length = epoch_length_of(data, count)
         differs = None not in {stored, length} and stored != length
-        if self._position.in_epoch or self.epoch_iteration:
+        if self._position.has_epoch:
             if differs:
                 raise ResumeError(
                     f"data must have {stored} batches, the length of the running epoch, got "
@@ -512,34 +512,44 @@ class EventLoop(PositionedEvents):
 
     def _fetch(self) -> None:
         """Fetch the next batch, or end the pass; stop before if a handler asks for it."""
-        state = self.state
-        self._batch = state.batch = None  # free the last batch before the next one is made
+        self._batch = self.state.batch = None  # free the last batch before the next one is made
         if not self.epoch_iteration:
             self._take_assigned_data()
-        is_announced, left = self._pass_is_over, self._stopped_at
+        is_announced = self._pass_is_over
+        self._announce_batch()
+        if self._is_to_stop:
+            return
+        self._stopped_at.clear()
+        try:
+            self._batch = self._next_batch()
+        except StopIteration:
+            if not self._fetch_from_next_pass(is_announced=is_announced):
+                return
+        except BaseException:
+            self._stopped_at[FETCH] = ()
+            raise
+        self._position = self._position.batch_fetched()
+
+    def _announce_batch(self) -> None:
+        """Fire the events before a batch, unless an exception has left them behind."""
+        left = self._stopped_at
         begun = left and left.keys() & {FETCH, Events.DATALOADER_STOP_ITERATION.name}
         if not begun and self.batches.data is not None and not self._is_long_enough:
             self._fire(Events.GET_BATCH_STARTED)
         if self._pass_is_over and not self._is_to_stop:
             self._start_next_pass()
+
+    def _fetch_from_next_pass(self, *, is_announced: bool) -> bool:
+        """Fetch the first batch of another pass; return False if the epoch or the run ends."""
+        if self.epoch_iteration and not self._epoch_counts:
+            self._end_pass()
+            return False
+        if not is_announced:
+            self._start_next_pass()
         if self._is_to_stop:
-            return
-        left.clear()
-        try:
-            self._batch = self._next_batch()
-        except StopIteration:
-            if self.epoch_iteration and not self._epoch_counts:
-                self._end_pass()
-                return
-            if not is_announced:
-                self._start_next_pass()
-            if self._is_to_stop:
-                return
-            self._batch = self._first_batch()
-        except BaseException:
-            self._stopped_at[FETCH] = ()
-            raise
-        self._position = self._position.batch_fetched()
+            return False
+        self._batch = self._first_batch()
+        return True
 
     def _start_next_pass(self) -> None:
         """Let handlers assign another loader where the iterator of the one in use has ended."""

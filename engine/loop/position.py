@@ -59,6 +59,21 @@ class Position(NamedTuple):
         ended = self.phase in {Phase.EPOCH_ENDED, Phase.PASS_ENDED}
         return bool(self.epoch_iteration) and not ended
 
+    @property
+    def has_epoch(self) -> bool:
+        """Whether an epoch runs, or one in the state of an Ignite engine is to go on."""
+        return self.in_epoch or self.epoch_iteration > 0
+
+    @property
+    def epochs_to_count(self) -> int:
+        """What a state adds to the epoch: one that has no iteration yet starts again.
+
+        One in the state of an Ignite engine counts only from its start on.
+        """
+        if self.in_epoch == (self.epoch_iteration > 0):
+            return 0
+        return -1 if self.in_epoch else 1
+
     def epoch_started(self) -> Position:
         """Return the position at the start of the next epoch."""
         done = self.epoch_iteration  # not 0 if an Ignite engine's state was loaded

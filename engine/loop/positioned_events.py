@@ -105,10 +105,8 @@ class PositionedEvents(ContinuedEvents):
             state["left"] = {**self.left_event.state_dict(), "phase": position.phase.value}
         if self._completing is not None and not position.completed:
             self._log_handlers_to_come()
-        elif position.in_epoch and not position.epoch_iteration:  # nothing of the epoch is done
-            state["epoch"] -= 1
-        elif position.epoch_iteration and not position.in_epoch:  # of an Ignite engine
-            state["epoch"] += 1
+        else:
+            state["epoch"] += position.epochs_to_count
         state.update((key, getattr(self.state, key)) for key in self.state_dict_user_keys)
         return state
 

@@ -208,6 +208,13 @@ class PreviousLoop(Dispatcher):
     def _stopped(self) -> bool:
         return bool(self.should_terminate or self.should_interrupt)
 
+    def _long_enough(self) -> bool:
+        length = self.state.epoch_length
+        return length is not None and self.epoch_iteration >= length
+
+    def _to_stop(self) -> bool:
+        return self._stopped() or bool(self.should_terminate_single_epoch)
+
     def _finish(self, started: float) -> None:
         if self._in_epoch and not self._cut and not self._stopped():
             self.fire_event(RunEvents.EPOCH_CUT)
@@ -253,7 +260,7 @@ class PreviousLoop(Dispatcher):
                 self.batches.rewind()
                 self._pass_over = False
                 return True
-            if state.epoch_length is not None and self.epoch_iteration >= state.epoch_length:
+            if self._long_enough():
                 # Where an epoch is one pass over the data, the next epoch begins a new pass.
                 if length_of(self.batches.data) == state.epoch_length:
                     self.batches.rewind()
@@ -329,12 +336,12 @@ class PreviousLoop(Dispatcher):
         state = self.state
         self._batch = state.batch = None  # frees the last batch before the next one is made
         self.fire_event(Events.GET_BATCH_STARTED)
-        if self._stopped() or self.should_terminate_single_epoch:
+        if self._to_stop():
             return True
         if self._pass_over:
             self.fire_event(Events.DATALOADER_STOP_ITERATION)
             self._pass_over = False
-            if self._stopped() or self.should_terminate_single_epoch:
+            if self._to_stop():
                 return True
         try:
             self._batch = self.batches.next(
@@ -344,7 +351,7 @@ class PreviousLoop(Dispatcher):
             if state.epoch_length is None and self.epoch_iteration:
                 return False
             self.fire_event(Events.DATALOADER_STOP_ITERATION)
-            if self._stopped() or self.should_terminate_single_epoch:
+            if self._to_stop():
                 return True
             self._batch = self._first_batch()
         self._batch_pending = True
