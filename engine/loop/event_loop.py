@@ -15,8 +15,7 @@ from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import ResumeError
 from diptych.engine.events import ITERATION_EVENTS, MetricsEvents, Outcome, RunEvents, StepEvents
 from diptych.engine.loop.continued_events import FETCH, STEP
-from diptych.engine.loop.limits import check_limits, epoch_length_of
-from diptych.engine.loop.listener import waiting_for_epochs
+from diptych.engine.loop.limits import check_limits, epoch_length_of, waiting_for_epochs
 from diptych.engine.loop.position import Phase, Position
 from diptych.engine.loop.positioned_events import PositionedEvents
 

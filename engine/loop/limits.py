@@ -1,4 +1,4 @@
-"""The limits of a run, as `run` is given them: epochs, iterations, the length of an epoch."""
+"""The limits of a run: epochs, iterations, the length of an epoch, and what waits for its end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
 
+from ignite.engine import Events
+
 from diptych.engine.data.loader_contract import length_of
+from diptych.engine.events import MetricsEvents
+from diptych.engine.loop.listener import Listener
 
 
 def epoch_length_of(data: Iterable[Any] | None, count: int | None) -> int | None:
@@ -48,3 +52,14 @@ def check_limits(
             raise TypeError(f"{name} must be a whole number, got {value!r}")
         if value is not None and value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
+
+
+def waiting_for_epochs(listeners: Iterable[Listener]) -> list[str]:
+    """Return the names of the functions and foreign handlers that wait for the end of an epoch.
+
+    The library's handlers (those that declare `changes`) report themselves, with their keys.
+    """
+    ends = (Events.EPOCH_COMPLETED, MetricsEvents.EPOCH_PUBLISHED)
+    waiting = [one for one in listeners if one.event in ends]
+    foreign = [one for one in waiting if not hasattr(type(one.owner), "changes")]
+    return list(dict.fromkeys(one.name for one in foreign))

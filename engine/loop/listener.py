@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
-from ignite.engine import Engine, Events
-
-from diptych.engine.events import MetricsEvents
+from ignite.engine import Engine
 
 
 @attrs.define(eq=False)
@@ -82,17 +80,6 @@ class Listener:
         if not arguments:
             return str(getattr(chosen, "__name__", chosen))
         return ", ".join(f"{key}={value}" for key, value in sorted(arguments.items()))
-
-
-def waiting_for_epochs(listeners: Iterable[Listener]) -> list[str]:
-    """Return the names of the functions and foreign handlers that wait for the end of an epoch.
-
-    The library's handlers (those that declare `changes`) report themselves, with their keys.
-    """
-    ends = (Events.EPOCH_COMPLETED, MetricsEvents.EPOCH_PUBLISHED)
-    waiting = [one for one in listeners if one.event in ends]
-    foreign = [one for one in waiting if not hasattr(type(one.owner), "changes")]
-    return list(dict.fromkeys(one.name for one in foreign))
 
 
 def filter_of(event: Any) -> Callable[..., bool] | None:
