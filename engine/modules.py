@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 logger = logging.getLogger(__name__)
+
+TRAINING = attrgetter("training")
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -55,7 +58,7 @@ class TrainingModes:
     @property
     def are_for_training(self) -> bool:
         """Whether all roots are in train mode."""
-        return all(root.training for root in self._roots().values())
+        return all(map(TRAINING, self._roots().values()))
 
     def remember(self) -> None:
         """Remember which parts are in eval mode while their root is in train mode."""

@@ -171,34 +171,36 @@ class _PythonGenerator:
 
     def __init__(self) -> None:
         self._generator: random.Random = random.getstate.__self__  # type: ignore[attr-defined]
-        header = object.__basicsize__
-        self._address: int | None = id(self._generator) + header
+        self._memory: memoryview | None = None
         self._state: Any = None
         self._gauss: float | None = None
-        fits = type(self._generator).__basicsize__ >= header + SIZE
-        if not fits or self._words() != random.getstate()[1]:
-            self._address = None
+        header = object.__basicsize__
+        if type(self._generator).__basicsize__ >= header + SIZE:
+            memory = _memory_at(id(self._generator) + header)
+            if _words_after_position(memory) == random.getstate()[1]:
+                self._memory = memory
 
     def take(self) -> None:
-        if self._address is None:
+        if self._memory is None:
             self._state = random.getstate()
             return
-        self._state = ctypes.string_at(self._address, SIZE)
+        self._state = self._memory.tobytes()
         self._gauss = getattr(self._generator, "gauss_next")  # noqa: B009 - not in the stubs
 
     def restore(self) -> None:
-        if self._address is None:
+        if self._memory is None:
             random.setstate(self._state)
         else:
             words = _words_after_position(self._state)
             random.setstate((random.Random.VERSION, words, self._gauss))
 
-    def _words(self) -> tuple[int, ...]:
-        assert self._address is not None
-        return _words_after_position(ctypes.string_at(self._address, SIZE))
+
+def _memory_at(address: int) -> memoryview:
+    """Return the living memory of a Mersenne Twister."""
+    return memoryview((ctypes.c_char * SIZE).from_address(address)).cast("B")
 
 
-def _words_after_position(memory: bytes) -> tuple[int, ...]:
+def _words_after_position(memory: bytes | memoryview) -> tuple[int, ...]:
     position, *words = struct.unpack(f"=i{WORDS}I", memory)
     return (*words, position)
 
@@ -212,29 +214,26 @@ class _NumpyGenerator:
 
     def __init__(self) -> None:
         self._source: Any = None
-        self._address: int | None = None
-        self._memory: bytes | None = None
+        self._memory: memoryview | None = None
+        self._before = b""
         self._state: Any = None
 
     def take(self) -> None:
         source = np.random.get_bit_generator()  # type: ignore[attr-defined]
         if source is not self._source:
             self._find(source)
-        if self._address is None:
-            self._state = np.random.get_state(legacy=False)
-            return
-        memory = ctypes.string_at(self._address, SIZE)
-        if memory != self._memory or self._state["has_gauss"]:
-            self._memory, self._state = memory, np.random.get_state(legacy=False)
+        memory = b"" if self._memory is None else self._memory.tobytes()
+        if not memory or memory != self._before or self._state["has_gauss"]:
+            self._before, self._state = memory, np.random.get_state(legacy=False)
 
     def restore(self) -> None:
         np.random.set_state(self._state)
 
     def _find(self, source: Any) -> None:
-        self._source, self._address, self._memory = source, None, None
+        self._source, self._memory, self._before = source, None, b""
         if type(source) is not np.random.MT19937:
             return
-        address = source.ctypes.state_address
+        memory = _memory_at(source.ctypes.state_address)
         key, position = source.state["state"]["key"], source.state["state"]["pos"]
-        if ctypes.string_at(address, SIZE) == struct.pack(f"={WORDS}Ii", *key, position):
-            self._address = address
+        if memory == struct.pack(f"={WORDS}Ii", *key, position):
+            self._memory = memory

@@ -19,9 +19,6 @@ torch raises a tensor's version when it is changed in place, except by batch nor
 vectors of one number a channel. A larger buffer is a queue, a table or a mask.
 """
 
-CAPTURES = 3
-"""How often the copies are captured as a CUDA graph, at most."""
-
 Group = tuple[list[Tensor], list[Tensor]]
 """Copies and buffers of one type on one device."""
 
@@ -62,10 +59,9 @@ class _Place:
 class BufferCopies:
     """The buffers of some modules, as they were before a step.
 
-    Small buffers are copied before each step, all of one type at once; on a GPU as one CUDA graph,
-    which costs the host as much as one kernel. A large one is copied if it has changed since its
-    last copy (on a GPU before each step, once it has changed); if the first step leaves it
-    unchanged, its copy is freed. A change of a large buffer through `.data` is not seen.
+    Small buffers are copied before each step, all of one type at once. A large one is copied if it
+    has changed since its last copy; if the first step leaves it unchanged, its copy is freed. A
+    change of a large buffer through `.data` is not seen.
 
     Args:
         modules: the modules whose buffers are copied, those of their parts included.
@@ -79,40 +75,22 @@ class BufferCopies:
             for name, buffer in part._buffers.items()  # noqa: SLF001
             if buffer is None or not is_lazy(buffer)
         ]
-        self._now: list[Tensor | None] = []
-        self._set_small([place for place in places if not _is_large(place)])
+        self._small = [place for place in places if not _is_large(place)]
         self._large = [place for place in places if _is_large(place)]
+        self._read = [(place.held.get, place.name) for place in self._small]
+        self._now: list[Tensor | None] = [None] * len(self._small)
         self._groups: list[Group] = []
-        self._copying: torch.cuda.CUDAGraph | None = None
-        self._captures = CAPTURES
 
     def take(self) -> None:
         """Copy the values of now."""
-        now = [get(name) for get, name in self._read]
-        if not _are_the_same(now, self._now):
-            self._group(now)
-        if self._copying is not None:
-            self._copying.replay()
-        elif self._groups:
-            with torch.no_grad():
-                for copies, tensors in self._groups:
-                    torch._foreach_copy_(copies, tensors)
-        if self._large:
-            self._take_large()
-
-    @torch.no_grad()
-    def _take_large(self) -> None:
+        if self._read:
+            now = [get(name) for get, name in self._read]
+            if not all(map(operator.is_, now, self._now)):
+                self._group(now)
+            for copies, tensors in self._groups:
+                torch._foreach_copy_(copies, tensors)
         for place in self._large:
             _take_if_changed(place)
-        changing = [one for one in self._large if one.changes and _is_on_gpu(one)]
-        if changing:  # from now on, they are copied with the small ones
-            self._large = [place for place in self._large if place not in changing]
-            self._set_small([*self._small, *changing])
-
-    def _set_small(self, places: list[_Place]) -> None:
-        self._small = places
-        self._read = [(place.held.get, place.name) for place in places]
-        self._now = []
 
     def _group(self, now: list[Tensor | None]) -> None:
         """Assign a copy to each small buffer; they are copied together by type and device."""
@@ -127,13 +105,8 @@ class BufferCopies:
             place.address = tensor.data_ptr()
             copies, tensors = groups[tensor.dtype, tensor.device]
             copies.append(place.copy)
-            tensors.append(tensor)
-        self._groups, self._now, self._copying = list(groups.values()), now, None
-        devices = {device for _, device in groups}
-        # A module that replaces a buffer in each step would need a new graph in each step.
-        if len(devices) == 1 and next(iter(devices)).type == "cuda" and self._captures:
-            self._captures -= 1
-            self._copying = _captured(self._groups, next(iter(devices)))
+            tensors.append(tensor.detach())
+        self._groups, self._now = list(groups.values()), now
 
     @torch.no_grad()
     def restore(self) -> list[str]:
@@ -157,25 +130,6 @@ class BufferCopies:
         return lost
 
 
-def _captured(groups: list[Group], device: torch.device) -> torch.cuda.CUDAGraph | None:
-    """Return a graph of the copies, which were not made yet; None if the device has no graphs."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    try:
-        with torch.cuda.stream(stream):
-            # Other threads, which pin batches or save, may use the device meanwhile.
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                for copies, tensors in groups:
-                    torch._foreach_copy_(copies, tensors)
-            finally:
-                graph.capture_end()
-    except RuntimeError:
-        return None
-    torch.cuda.current_stream(device).wait_stream(stream)
-    return graph
-
-
 def version_of(tensor: Tensor) -> int:
     """Return the number of changes in place that torch has seen of a tensor."""
     return int(tensor._version)  # noqa: SLF001 - there is no public name
@@ -186,14 +140,7 @@ def _is_large(place: _Place) -> bool:
     return tensor is not None and (tensor.numel() > LARGE or tensor.layout is not torch.strided)
 
 
-def _is_on_gpu(place: _Place) -> bool:
-    return place.tensor is not None and place.tensor.is_cuda
-
-
-def _are_the_same(tensors: list[Tensor | None], before: list[Tensor | None]) -> bool:
-    return len(tensors) == len(before) and all(map(operator.is_, tensors, before))
-
-
+@torch.no_grad()
 def _take_if_changed(place: _Place) -> None:
     tensor = place.held.get(place.name)
     if tensor is place.tensor and (tensor is None or version_of(tensor) == place.version):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diptych.engine.random_state import GeneratorSnapshot
-from diptych.engine.step.buffer_copies import BufferCopies, version_of
+from diptych.engine.step.buffer_copies import BufferCopies
 
 VERSION, PARAMETERS = attrgetter("_version"), itemgetter("params")
 
@@ -135,9 +135,10 @@ def versions_of(optimizer: Optimizer) -> list[int]:
     first parameter before any parameter.
     """
     versions = list(map(VERSION, chain.from_iterable(map(PARAMETERS, optimizer.param_groups))))
-    state = next(iter(optimizer.state.values()), None)
-    if isinstance(state, Mapping):
-        versions += [version_of(value) for value in state.values() if isinstance(value, Tensor)]
+    for state in optimizer.state.values():
+        if type(state) is dict or isinstance(state, Mapping):  # the first test is the faster one
+            versions += [VERSION(value) for value in state.values() if isinstance(value, Tensor)]
+        break
     return versions
 
 

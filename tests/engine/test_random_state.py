@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from diptych.engine.random_state import (
+    SIZE,
     GeneratorSnapshot,
     forward_random_state,
     preserved_random_state,
@@ -108,7 +109,9 @@ def draws_on(device: str) -> list[object]:
 @pytest.mark.parametrize("plain", [False, True], ids=["memory", "functions"])
 def test_a_snapshot_gives_the_same_draws_again(plain, device, monkeypatch):
     if plain:  # of an interpreter whose generators have another layout
-        monkeypatch.setattr("ctypes.string_at", lambda address, size: b"\0" * size)
+        monkeypatch.setattr(
+            "diptych.engine.random_state._memory_at", lambda _: memoryview(bytes(SIZE))
+        )
     snapshot = GeneratorSnapshot(torch.device(device))
     for before in range(5):
         for _ in range(before):
@@ -134,3 +137,15 @@ def test_a_snapshot_follows_another_generator_of_numpy():
             assert np.random.rand(3).tolist() == expected
     finally:
         np.random.set_bit_generator(earlier)
+
+
+def test_a_snapshot_does_not_read_states_in_full_that_nothing_has_drawn_from(monkeypatch):
+    np.random.seed(0)  # no normal number in reserve
+    snapshot = GeneratorSnapshot(torch.device("cpu"))
+    snapshot.take()
+    read = []
+    monkeypatch.setattr("random.getstate", lambda: read.append("python"))
+    monkeypatch.setattr("numpy.random.get_state", lambda **_: read.append("numpy"))
+    for _ in range(3):
+        snapshot.take()
+    assert read == []

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diptych.engine.step import buffer_copies
 from diptych.engine.step.buffer_copies import BufferCopies
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -126,15 +125,3 @@ def test_a_buffer_whose_memory_was_exchanged_is_reported():
     copies.take()
     holder.scale.data = torch.zeros(2, 2, dtype=torch.float16)
     assert copies.restore() == ["scale"]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_the_copies_are_one_graph_unless_buffers_are_replaced_all_the_time():
-    holder = Holder().cuda()
-    copies = BufferCopies([holder])
-    copies.take()
-    assert copies._copying is not None
-    for _ in range(buffer_copies.CAPTURES):
-        replace_all(holder)
-        copies.take()
-    assert copies._copying is None
