@@ -5,12 +5,9 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import attrs
-
-if TYPE_CHECKING:
-    from diptych.engine.trials.trial import Trial
 
 
 class Change(enum.Enum):
@@ -120,13 +117,16 @@ class Handler(ABC):
         """The problems that the handler has found so far, in order."""
         return ()
 
-    def for_trial(self, trial: Trial) -> Handler | None:
-        """Return a copy for `Trainer.dry_run` that leaves no trace; None: it is left out.
+    def for_trial(self, trial: Any) -> Handler | None:
+        """Return a copy for a `Trial` of `Trainer.dry_run` that leaves no trace; None: left out.
 
         By default the handler is made again from its arguments; a path among them leads into the
         trial's scratch directory.
         """
-        return None if self.leaves_traces else trial.rebuilt(self)
+        if self.leaves_traces:
+            return None
+        copied: Handler = trial.rebuilt(self)
+        return copied
 
 
 @attrs.frozen

@@ -152,6 +152,7 @@ class Trainer(ExactSteps):
         self.step = step
         self.leaves_out: tuple[str, ...] = ()
         self._identity: RunIdentity | None = None
+        self._described_loader: Any = None
         self._limits: dict[str, int | None] = {}
         super().__init__(self._make_step(step))
         self._listen_to_itself()
@@ -248,7 +249,7 @@ class Trainer(ExactSteps):
     def identity(self) -> RunIdentity:
         """The script's side of the run: what decides its result, as declared when it first ran."""
         if self._identity is None:
-            self._identity = RunIdentity.of(self)
+            self._identity, self._described_loader = RunIdentity.of(self), self.state.dataloader
         return self._identity
 
     @names_the_right_argument(FOR_RUN)
@@ -296,7 +297,10 @@ class Trainer(ExactSteps):
         if world_size() > 1:
             check_ranks_agree(self, self._limits)
         earlier, now = self._identity, RunIdentity.of(self)
-        self._identity = now if earlier is None else now.continued(earlier)
+        loader, before = self.state.dataloader, self._described_loader
+        if earlier is not None:
+            now = now.continued(earlier, same_loader=loader is not None and loader is before)
+        self._identity, self._described_loader = now, loader
         if earlier is None and now.not_compared:
             logger.info(
                 "Not compared when this run resumes, since it has no description: %s.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -83,10 +84,9 @@ def _digest_is_shared(values: Any) -> bool:
 
 def _differences(values: Sequence[Any], name: str) -> Iterator[str]:
     """Yield "NAME is VALUE on rank 0 and VALUE on rank 1" for each value that differs."""
-    mappings = [value for value in values if isinstance(value, Mapping)]
-    if len(mappings) == len(values):
-        for key in dict.fromkeys(key for mapping in mappings for key in mapping):
-            parts = [mapping.get(key, ABSENT) for mapping in mappings]
+    if all(isinstance(value, Mapping) for value in values):
+        for key in dict.fromkeys(itertools.chain.from_iterable(values)):
+            parts = [value.get(key, ABSENT) for value in values]
             yield from _differences(parts, f"{name}.{key}" if name else str(key))
         return
     shown = ["present" if isinstance(value, Mapping) else str(value) for value in values]

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -80,6 +80,11 @@ def leave_place() -> None:
     _places.stack.pop()
 
 
+def place_stack() -> list[Place]:
+    """Return this thread's living stack of places, for code that enters many of them."""
+    return _places.stack
+
+
 def entered_places() -> list[Place]:
     """Return the places that this thread is in, the innermost last."""
     return list(_places.stack)
@@ -104,14 +109,15 @@ def waits_at(place: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
         def waiting(*args: P.args, **kwargs: P.kwargs) -> T:
-            enter_place(place)
+            stack = _places.stack
+            stack.append((place, perf_counter()))
             try:
                 return function(*args, **kwargs)
             except RuntimeError as error:
                 raise_if_lost(error)
                 raise
             finally:
-                leave_place()
+                stack.pop()
 
         return waiting
 
@@ -221,10 +227,7 @@ def _published_by_others(own: str) -> dict[int, str]:
         publish(own)
         end, store = time.monotonic() + GRACE, default_store()
         while True:
-            for index in _others():
-                if index not in found and store.check([_key(index)]):
-                    text = store.get(_key(index)).decode()
-                    found |= {index: text} if text else {}
+            found |= _new_reports(store, known=found)
             failed = any(text.startswith("failed") for text in found.values())
             if failed or len(found) == len(_others()) or time.monotonic() > end:
                 return found
@@ -232,6 +235,13 @@ def _published_by_others(own: str) -> dict[int, str]:
     except RuntimeError as error:  # the rank that kept the store has ended
         logger.debug("The store of the process group is gone: %s", error)
         return found
+
+
+def _new_reports(store: Any, known: Collection[int]) -> dict[int, str]:
+    """Return what other ranks have published, without those that are known."""
+    waiting = [i for i in _others() if i not in known and store.check([_key(i)])]
+    texts = {index: store.get(_key(index)).decode() for index in waiting}
+    return {index: text for index, text in texts.items() if text}
 
 
 def _others() -> list[int]:

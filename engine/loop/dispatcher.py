@@ -14,7 +14,7 @@ from ignite.engine import Engine, Events
 from ignite.engine.events import RemovableEventHandle
 from torch.optim.lr_scheduler import LRScheduler
 
-from diptych.engine.distributed.hang_report import enter_place, leave_place, raise_if_lost
+from diptych.engine.distributed.hang_report import place_stack, raise_if_lost
 from diptych.engine.loop.handler_table import Edited, HandlerTable
 from diptych.engine.loop.listener import Listener, filter_of
 from diptych.engine.loop.periodic import Periodic
@@ -159,10 +159,10 @@ class Dispatcher(Engine):
         if self._skipped:
             listeners = [one for one in listeners if id(one) not in self._skipped]
         start = before = perf_counter()
-        outer = self._in_others
+        outer, places, edited = self._in_others, place_stack(), self._edited
         for listener in listeners:
             self._in_others = 0.0
-            enter_place(listener)
+            places.append((listener, before))
             try:
                 if listener.plain:
                     listener.function(self)
@@ -174,12 +174,12 @@ class Dispatcher(Engine):
                     raise_if_lost(error)
                 raise
             finally:
-                leave_place()
+                places.pop()
             now = perf_counter()
             listener.calls += 1
             listener.seconds += now - before - self._in_others
             before = now
-            if self._edited.since_read:  # in this firing, as in Ignite
+            if edited.since_read:  # in this firing, as in Ignite
                 self._find_listeners()
         self._in_others = outer + before - start
 

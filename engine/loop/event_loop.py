@@ -21,6 +21,10 @@ from diptych.engine.loop.positioned_events import PositionedEvents
 
 logger = logging.getLogger(__name__)
 
+# Faster than attributes of the class, which each iteration reads.
+BEFORE_STEP = Phase.BEFORE_STEP
+ENDED = (Phase.EPOCH_ENDED, Phase.PASS_ENDED)
+
 
 class EventLoop(PositionedEvents):
     """An Ignite `Engine` whose runs can be stopped and continued at any iteration.
@@ -195,22 +199,26 @@ class EventLoop(PositionedEvents):
     @property
     def _is_long_enough(self) -> bool:
         """Whether the running epoch has as many iterations as its length, if that is known."""
-        length = self.state.epoch_length
-        return self._position.in_epoch and length is not None and self.epoch_iteration >= length
+        position, length = self._position, self.state.epoch_length
+        return length is not None and position.epoch_iteration >= length and position.in_epoch
 
     @property
     def _is_to_end(self) -> bool:
         """Whether the running epoch has no iteration left, as far as its length tells."""
-        asked = self._position.in_epoch and bool(self.should_terminate_single_epoch)
+        asked = bool(self.should_terminate_single_epoch) and self._position.in_epoch
         return asked or self._is_long_enough
 
     @property
     def _has_ended(self) -> bool:
         """Whether the running epoch is known to have no iteration left."""
-        phase = self._position.phase
-        if phase is Phase.EPOCH_ENDED or phase is Phase.PASS_ENDED:  # faster than a set of members
+        if self._position.phase in ENDED:
             return True
         return self._epoch_counts and self._is_long_enough
+
+    @property
+    def _is_cut(self) -> bool:
+        """Whether the run has all of its iterations, and the running epoch has not."""
+        return self._reached_max_iters and not self._is_long_enough
 
     @property
     def _reached_max_iters(self) -> bool:
@@ -281,7 +289,8 @@ class EventLoop(PositionedEvents):
     @property
     def _is_to_stop(self) -> bool:
         """Whether a handler has asked to end the run or the epoch."""
-        return self._stopped() or bool(self.should_terminate_single_epoch)
+        asked = self.should_terminate or self.should_interrupt or self.should_terminate_single_epoch
+        return bool(asked)
 
     def _finish(self, started: float) -> None:
         if self._position.in_epoch and not self._position.cut and not self._stopped():
@@ -365,11 +374,11 @@ class EventLoop(PositionedEvents):
             if self._has_ended:
                 self._rewind_whole_pass()
                 return True
-            if not self._is_long_enough and self._reached_max_iters:
+            if state.max_iters is not None and self._is_cut:
                 return False
-            if self._position.phase is not Phase.BEFORE_STEP:
+            if self._position.phase is not BEFORE_STEP:
                 self._fetch()
-            if self._position.phase is not Phase.BEFORE_STEP:
+            if self._position.phase is not BEFORE_STEP:
                 continue
             if self._is_long_enough:
                 self._extend_epoch()
@@ -512,7 +521,7 @@ class EventLoop(PositionedEvents):
     def _fetch(self) -> None:
         """Fetch the next batch, or end the pass; stop before if a handler asks for it."""
         self._batch = self.state.batch = None  # free the last batch before the next one is made
-        if not self.epoch_iteration:
+        if not self._position.epoch_iteration:
             self._take_assigned_data()
         is_announced = self._pass_is_over
         self._announce_batch()
@@ -565,7 +574,7 @@ class EventLoop(PositionedEvents):
 
     def _next_batch(self) -> Any:
         length = self.state.epoch_length if self._epoch_counts else None
-        return self.batches.next(self.state.epoch - 1, self.epoch_iteration, length)
+        return self.batches.next(self.state.epoch - 1, self._position.epoch_iteration, length)
 
     def _first_batch(self) -> Any:
         try:

@@ -40,7 +40,10 @@ class PositionedEvents(ContinuedEvents):
     @property
     def position(self) -> Position:
         """The position of the run; epoch and iteration are those of `state`."""
-        return self._position._replace(epoch=self.state.epoch, iteration=self.state.iteration)
+        position, state = self._position, self.state
+        if position.epoch == state.epoch and position.iteration == state.iteration:
+            return position
+        return position._replace(epoch=state.epoch, iteration=state.iteration)
 
     @property
     def epoch_iteration(self) -> int:

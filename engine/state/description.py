@@ -159,12 +159,8 @@ def settings_of(value: Any) -> tuple[dict[str, Any] | None, int]:
     They are the arguments of an attrs class or data class, the attributes, parts and tensors of a
     module, else the public attributes. None: the object shows nothing.
     """
-    kind = type(value)
-    if attrs.has(kind):
-        names = [f.name for f in attrs.fields(kind) if f.init and not f.name.startswith("_")]
-        return {name: getattr(value, name) for name in names}, 1
-    if dataclasses.is_dataclass(value):
-        names = [f.name for f in dataclasses.fields(value) if f.init]
+    names = _argument_names(value)
+    if names is not None:
         return {name: getattr(value, name) for name in names}, 1
     if isinstance(value, nn.Module):
         own = dict(value.named_children()) | dict(value.named_parameters(recurse=False))
@@ -174,6 +170,15 @@ def settings_of(value: Any) -> tuple[dict[str, Any] | None, int]:
         return None, 0
     public = {name: item for name, item in found.items() if not name.startswith("_")}
     return (public, 3) if public or not found else (None, 0)
+
+
+def _argument_names(value: Any) -> list[str] | None:
+    """Return the names of the arguments of an attrs class or data class; None for others."""
+    if attrs.has(type(value)):
+        return [f.name for f in attrs.fields(type(value)) if f.init and f.name[0] != "_"]
+    if dataclasses.is_dataclass(value):
+        return [field.name for field in dataclasses.fields(value) if field.init]
+    return None
 
 
 def plain_attributes(value: Any) -> dict[str, Any]:

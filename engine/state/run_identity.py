@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import attrs
@@ -19,6 +20,7 @@ from diptych.engine.data.loader_contract import length_of
 from diptych.engine.distributed.collectives import world_size
 from diptych.engine.distributed.dtensor import is_sharded
 from diptych.engine.handler import Handler, contract_of
+from diptych.engine.loop.listener import Listener
 from diptych.engine.modules import named_parameters, unwrapped
 from diptych.engine.state.description import (
     Describer,
@@ -85,14 +87,20 @@ class RunIdentity:
         }
         return cls(values, describer.not_compared)
 
-    def continued(self, earlier: RunIdentity) -> RunIdentity:
+    def continued(self, earlier: RunIdentity, *, same_loader: bool) -> RunIdentity:
         """Return this identity with what was declared when the trainer first ran.
 
         While a run goes on, handlers and functions change rates, modes, attributes and their own:
         of these, only parts that are new are taken from this identity.
+
+        Args:
+            earlier: the identity when the trainer first ran.
+            same_loader: whether the loader is the one of then, whose batch size a stage may have
+                set.
         """
         values = dict(self.values)
-        for name in ("modules", "initial", "requires_grad", "training", "optimizer"):
+        kept = ("modules", "initial", "requires_grad", "training", "optimizer")
+        for name in (*kept, "loader") if same_loader else kept:
             values[name] = earlier.values[name]
         for name in ("handlers", "functions"):
             values[name] = {
@@ -207,32 +215,40 @@ def _handlers(trainer: RunParts, describer: Describer) -> dict[str, Any]:
 
     A handler of another library declares nothing; it counts as one that may change the run.
     """
-    functions: dict[str, Any] = {}
-    owners: list[Any] = []
     listeners = {id(listener.owner): listener for listener in trainer.listeners}
-    for owner in attached(trainer):
-        reports_only = isinstance(owner, Handler) and not owner.changes
-        if owner not in trainer.handlers and class_name(type(owner)).startswith("diptych."):
-            continue  # a part of a handler
-        if callable(owner) and not hasattr(owner, "attach") and id(owner) in listeners:
-            listener = listeners[id(owner)]
-            parts = (*_event_names(listener.event), listener.cadence, listener.name)
-            name = " ".join(part for part in parts if part)
-            functions[name] = describer.describe(owner, f"functions.{name}")
-        elif not reports_only:
-            owners.append(owner)
-    keyed = numbered(contract_of(owner).key for owner in owners)
+    plain: list[Any] = []
+    owners: list[Any] = []
+    for owner in filter(partial(_may_change, trainer), attached(trainer)):
+        is_function = callable(owner) and not hasattr(owner, "attach") and id(owner) in listeners
+        (plain if is_function else owners).append(owner)
+    named = {_name_of(listeners[id(function)]): function for function in plain}
+    keys = numbered(contract_of(owner).key for owner in owners)
     settings = {
-        key: {
-            "class": class_name(type(owner)),
-            **{
-                name: describer.describe(value, f"handlers.{key}.{name}")
-                for name, value in _settings_of(owner).items()
-            },
-        }
-        for key, owner in zip(keyed, owners, strict=True)
+        key: _handler_settings(owner, f"handlers.{key}", describer)
+        for key, owner in zip(keys, owners, strict=True)
+    }
+    functions = {
+        name: describer.describe(function, f"functions.{name}") for name, function in named.items()
     }
     return {"handlers": settings, "order": list(settings), "functions": functions}
+
+
+def _may_change(trainer: RunParts, owner: Any) -> bool:
+    """Return whether an attached object may change the run; a part of a handler does not count."""
+    if isinstance(owner, Handler):
+        return bool(owner.changes)
+    return owner in trainer.handlers or not class_name(type(owner)).startswith("diptych.")
+
+
+def _handler_settings(owner: Any, path: str, describer: Describer) -> dict[str, Any]:
+    settings = {k: describer.describe(v, f"{path}.{k}") for k, v in _settings_of(owner).items()}
+    return {"class": class_name(type(owner)), **settings}
+
+
+def _name_of(listener: Listener) -> str:
+    """Return the event, the cadence and the name of a function."""
+    parts = (*_event_names(listener.event), listener.cadence, listener.name)
+    return " ".join(part for part in parts if part)
 
 
 def _event_names(event: Any) -> list[str]:

@@ -156,7 +156,7 @@ def _undone_on_error(trainer: Trainer) -> Iterator[None]:
     except BaseException:
         for key, handler_state in before.items():
             handlers[key].load_state_dict(handler_state)
-        trainer.optimizer.param_groups[:] = groups
+        trainer.optimizer.param_groups = groups
         for group, own in zip(groups, options, strict=True):
             group.clear()
             group.update(own)

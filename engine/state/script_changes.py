@@ -52,33 +52,42 @@ def restore_current(
 ) -> None:
     """Give modes and attributes their saved values where the script declares the same as then."""
     named = named_parameters(trainer.model, trainer.loss)
-    for name in _unchanged("requires_grad", saved, here):
-        wanted = current["requires_grad"].get(name, saved.values["requires_grad"][name])
-        if name in named and named[name].requires_grad != wanted:
-            named[name].requires_grad_(wanted)
+    for name, trainable in _wanted("requires_grad", current, saved, here).items():
+        if name in named and named[name].requires_grad != trainable:
+            named[name].requires_grad_(trainable)
     modules = modules_of(trainer)
-    for path in _unchanged("training", saved, here):
+    for path, training in _wanted("training", current, saved, here).items():
         if path in modules:
-            wanted = current["training"].get(path, saved.values["training"][path])
-            modules[path].training = wanted
+            modules[path].training = training
     for path, found in current["attributes"].items():
         there, own = (one.values["modules"].get(path, {}) for one in (saved, here))
-        if path not in modules or _class_of(modules[path]) != found.get(
-            "class", there.get("class")
-        ):
-            continue  # another module has taken its place
-        for name, value in found.items():
-            if name != "class" and there.get(name) == own.get(name):
-                setattr(modules[path], name, _as_tuple(value))
+        kind = found.get("class", there.get("class"))
+        if path in modules and _class_of(modules[path]) == kind:  # no other has taken its place
+            _set_attributes(modules[path], found, there, own)
+
+
+def _wanted(
+    section: str, current: Mapping[str, Any], saved: RunIdentity, here: RunIdentity
+) -> dict[str, bool]:
+    """Return the saved values of the names for which the script declares the same as then."""
+    there, own = saved.values[section], here.values[section]
+    same = [name for name in there if name in own and there[name] == own[name]]
+    return {name: current[section].get(name, there[name]) for name in same}
+
+
+def _set_attributes(
+    module: nn.Module,
+    values: Mapping[str, Any],
+    there: Mapping[str, Any],
+    own: Mapping[str, Any],
+) -> None:
+    for name, value in values.items():
+        if name != "class" and there.get(name) == own.get(name):
+            setattr(module, name, _as_tuple(value))
 
 
 def _class_of(module: nn.Module) -> str:
     return class_name(type(module))
-
-
-def _unchanged(section: str, saved: RunIdentity, here: RunIdentity) -> list[str]:
-    there, own = saved.values[section], here.values[section]
-    return [name for name in there if name in own and there[name] == own[name]]
 
 
 def _as_tuple(value: Any) -> Any:

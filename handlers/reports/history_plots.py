@@ -122,14 +122,21 @@ def differing_settings(runs: Sequence[RunHistory]) -> dict[str, list[Any]]:
     start, the command and the paths of files are left out. A setting that a run lacks is "-".
     """
     identities = [run.identity for run in runs if run.identity is not None]
-    known = len(identities) == len(runs)
-    rows = _differing_identities(identities) if known else {}
-    deciding = {key.partition("[")[0] for one in identities for key in one.values["handlers"]}
-    for name in dict.fromkeys(name for run in runs for name in run.settings):
-        row = [run.settings.get(name, "-") for run in runs]
-        if any(value != row[0] for value in row) and _is_shown(name, deciding if known else None):
+    if len(identities) < len(runs):
+        identities = []
+    rows = _differing_identities(identities)
+    handlers = [key for one in identities for key in one.values["handlers"]]
+    deciding = {key.partition("[")[0] for key in handlers} if identities else None
+    for name, row in _differing_rows(runs).items():
+        if _is_shown(name, deciding):
             rows.setdefault(name, row)
     return rows
+
+
+def _differing_rows(runs: Sequence[RunHistory]) -> dict[str, list[Any]]:
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    rows = {name: [run.settings.get(name, "-") for run in runs] for name in names}
+    return {name: row for name, row in rows.items() if any(value != row[0] for value in row)}
 
 
 def _is_shown(name: str, deciding: Collection[str] | None) -> bool:

@@ -81,10 +81,12 @@ class Stop(BaseException):
 
 
 def stop_at(trainer: Trainer, iteration: int) -> None:
-    """End the run in the middle of an iteration, as a kill would."""
+    """End the run in the middle of an iteration, as a kill would; a later run goes on."""
+    stopped: list[int] = []
 
     def stop() -> None:
-        if trainer.state.iteration == iteration:
+        if trainer.state.iteration == iteration and not stopped:
+            stopped.append(iteration)
             raise Stop
 
     trainer.add_event_handler(Events.ITERATION_COMPLETED, stop)

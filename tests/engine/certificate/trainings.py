@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from diptych.engine import SeededLoader, StepEvents, Trainer, tasks
 from diptych.losses import CLIPLoss, CrossEntropyLoss
@@ -143,6 +143,11 @@ class Pairs(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: values[index] for name, values in pairs(18).items()}
+
+
+def build_with_torch_loader() -> tuple[Trainer, DataLoader[dict[str, Tensor]]]:
+    """Return a sound training whose loader cannot go to a position inside an epoch."""
+    return trainer_of(), DataLoader(Pairs(), batch_size=6)
 
 
 def build_with_seeded_loader() -> tuple[Trainer, SeededLoader]:

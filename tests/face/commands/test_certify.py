@@ -82,7 +82,7 @@ def test_an_interruption_is_checked_on_request(capsys):
 @pytest.mark.parametrize(
     ("factory", "options", "message"),
     [
-        ("build", ["--interruption", "5"], "SeededLoader"),
+        ("build_with_torch_loader", ["--interruption", "5"], "SeededLoader"),
         ("build", ["--interruption", "1"], "--interruption must be >= 2, got 1"),
         ("build", ["--microbatch-size", "0"], "--microbatch-size must be >= 1, got 0"),
         ("trainer_of", [], "factory must return a Trainer and its loader, got Trainer"),
