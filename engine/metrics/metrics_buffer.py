@@ -28,8 +28,9 @@ BufferMark = tuple[dict[tuple[str, ...], int], dict[str, int]]
 class ScalarBuffer:
     """Collects scalars, and fetches all of them with one transfer.
 
-    Scalars that are published together are appended to one list, row by row: a step with five
-    scalars costs one lookup in a dictionary, and one `stack` combines all rows.
+    Scalars that are published together are appended to one list, row by row, a copied row as one
+    vector: a step with five scalars costs one lookup in a dictionary, and one operation combines
+    all rows.
     """
 
     def __init__(self) -> None:
@@ -121,7 +122,7 @@ class ScalarBuffer:
     def state_dict(self) -> dict[str, Any]:
         """Return all values; those of one kind of row as a tensor [rows * tags]."""
         rows = [
-            {"tags": list(tags), "values": _stacked(values)} for tags, values in self._rows.items()
+            {"tags": list(tags), "values": _flat(values)} for tags, values in self._rows.items()
         ]
         return {"rows": rows, "numbers": {tag: list(v) for tag, v in self._numbers.items()}}
 
@@ -139,7 +140,9 @@ class ScalarBuffer:
     def _counts(self) -> list[tuple[str, int]]:
         """Return the tag and the number of values of each sum, in the order of `_fetch`."""
         rows = [
-            (tag, len(values) // len(tags)) for tags, values in self._rows.items() for tag in tags
+            (tag, sum(value.numel() for value in values) // len(tags))
+            for tags, values in self._rows.items()
+            for tag in tags
         ]
         return [*rows, *((tag, len(values)) for tag, values in self._numbers.items())]
 
@@ -160,7 +163,8 @@ class ScalarBuffer:
         tensors = [tensor for values in self._rows.values() for tensor in values]
         if not tensors:
             return []
-        parts = _stacked(tensors).split([len(values) for values in self._rows.values()])
+        counts = [sum(value.numel() for value in values) for values in self._rows.values()]
+        parts = _flat(tensors).split(counts)
         return [
             part.view(-1, len(tags)).sum(0, dtype=torch.float64)
             for tags, part in zip(self._rows, parts, strict=True)
@@ -195,8 +199,8 @@ def _are_plain(values: list[Any]) -> bool:
 
 
 def _copied(row: list[Tensor]) -> list[Tensor]:
-    """Return copies of scalars without graphs, several of them with one copy."""
-    return [row[0].clone()] if len(row) == 1 else list(torch.stack(row).unbind())
+    """Return a copy of scalars without graphs; several of them become one vector."""
+    return [row[0].clone() if len(row) == 1 else torch.stack(row)]
 
 
 def as_scalar(tag: str, value: Any) -> Scalar:
@@ -227,6 +231,13 @@ def _detached(tag: str, value: Tensor) -> Tensor:
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts])
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    """Return the elements of scalars, and of vectors of scalars, as one vector."""
+    if not any(tensor.ndim for tensor in tensors):
+        return _stacked(tensors)
+    return _joined([tensor.reshape(-1) for tensor in tensors])
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

@@ -353,6 +353,8 @@ def report_unsaved(trainer: RunParts, saved: Iterable[Any]) -> None:
         return
     _REPORTED.add(trainer)
     held = _optimizers(trainer.optimizer)
+    if not _may_have_schedulers(trainer.optimizer):
+        return
     everyone = [one for one in gc.get_objects() if issubclass(type(one), LRScheduler)]
     of_optimizer = [one for one in everyone if id(getattr(one, "optimizer", None)) in held]
     if not of_optimizer:
@@ -367,6 +369,18 @@ def report_unsaved(trainer: RunParts, saved: Iterable[Any]) -> None:
             "scheduler.step to an event, or save its state in a handler.",
             ", ".join(unsaved),
         )
+
+
+def _may_have_schedulers(optimizer: Optimizer) -> bool:
+    """Return whether something that refers to an optimizer looks like a torch scheduler.
+
+    A third of the time of a search through all objects, which most runs are spared by it.
+    """
+    for holder in gc.get_referrers(optimizer, *getattr(optimizer, "members", ())):
+        attributes = holder if isinstance(holder, dict) else {}  # those of an object, or its own
+        if "last_epoch" in attributes or issubclass(type(holder), LRScheduler):
+            return True
+    return False
 
 
 def _optimizers(optimizer: Optimizer) -> set[int]:
