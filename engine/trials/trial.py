@@ -55,7 +55,8 @@ class Trial:
             changes: arguments that are to be others.
         """
         kind: Any = type(handler)
-        if "__attrs_attrs__" in vars(kind):  # a plain class may derive from an attrs class
+        author = next(base for base in kind.__mro__ if "__init__" in vars(base))
+        if "__attrs_attrs__" in vars(author):  # not a plain class with arguments of its own
             fields = [field for field in attrs.fields(kind) if field.init]
             names = {field.alias or field.name: field.name for field in fields}
             given = {alias: getattr(handler, name) for alias, name in names.items()}

@@ -44,6 +44,7 @@ def test_a_run_directory_holds_all_files_of_the_run(tmp_path):
     assert names - {events} == {
         "checkpoints",
         "identity.json",
+        "metrics.digest.json",
         "metrics.jsonl",
         "metrics.measured.jsonl",
         "settings.json",
