@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -171,36 +171,36 @@ class _PythonGenerator:
 
     def __init__(self) -> None:
         self._generator: random.Random = random.getstate.__self__  # type: ignore[attr-defined]
-        self._memory: memoryview | None = None
+        self._read: Callable[[], bytes] | None = None
         self._state: Any = None
         self._gauss: float | None = None
         header = object.__basicsize__
         if type(self._generator).__basicsize__ >= header + SIZE:
-            memory = _memory_at(id(self._generator) + header)
-            if _words_after_position(memory) == random.getstate()[1]:
-                self._memory = memory
+            read = _reader_of(id(self._generator) + header)
+            if _words_after_position(read()) == random.getstate()[1]:
+                self._read = read
 
     def take(self) -> None:
-        if self._memory is None:
+        if self._read is None:
             self._state = random.getstate()
             return
-        self._state = self._memory.tobytes()
+        self._state = self._read()
         self._gauss = getattr(self._generator, "gauss_next")  # noqa: B009 - not in the stubs
 
     def restore(self) -> None:
-        if self._memory is None:
+        if self._read is None:
             random.setstate(self._state)
         else:
             words = _words_after_position(self._state)
             random.setstate((random.Random.VERSION, words, self._gauss))
 
 
-def _memory_at(address: int) -> memoryview:
-    """Return the living memory of a Mersenne Twister."""
-    return memoryview((ctypes.c_char * SIZE).from_address(address)).cast("B")
+def _reader_of(address: int) -> Callable[[], bytes]:
+    """Return a function that copies the memory of a Mersenne Twister."""
+    return memoryview((ctypes.c_char * SIZE).from_address(address)).tobytes
 
 
-def _words_after_position(memory: bytes | memoryview) -> tuple[int, ...]:
+def _words_after_position(memory: bytes) -> tuple[int, ...]:
     position, *words = struct.unpack(f"=i{WORDS}I", memory)
     return (*words, position)
 
@@ -214,7 +214,7 @@ class _NumpyGenerator:
 
     def __init__(self) -> None:
         self._source: Any = None
-        self._memory: memoryview | None = None
+        self._read: Callable[[], bytes] | None = None
         self._before = b""
         self._state: Any = None
 
@@ -222,7 +222,7 @@ class _NumpyGenerator:
         source = np.random.get_bit_generator()  # type: ignore[attr-defined]
         if source is not self._source:
             self._find(source)
-        memory = b"" if self._memory is None else self._memory.tobytes()
+        memory = b"" if self._read is None else self._read()
         if not memory or memory != self._before or self._state["has_gauss"]:
             self._before, self._state = memory, np.random.get_state(legacy=False)
 
@@ -230,10 +230,10 @@ class _NumpyGenerator:
         np.random.set_state(self._state)
 
     def _find(self, source: Any) -> None:
-        self._source, self._memory, self._before = source, None, b""
+        self._source, self._read, self._before = source, None, b""
         if type(source) is not np.random.MT19937:
             return
-        memory = _memory_at(source.ctypes.state_address)
+        read = _reader_of(source.ctypes.state_address)
         key, position = source.state["state"]["key"], source.state["state"]["pos"]
-        if memory == struct.pack(f"={WORDS}Ii", *key, position):
-            self._memory = memory
+        if read() == struct.pack(f"={WORDS}Ii", *key, position):
+            self._read = read

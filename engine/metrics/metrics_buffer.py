@@ -140,7 +140,7 @@ class ScalarBuffer:
     def _counts(self) -> list[tuple[str, int]]:
         """Return the tag and the number of values of each sum, in the order of `_fetch`."""
         rows = [
-            (tag, sum(value.numel() for value in values) // len(tags))
+            (tag, _count(values) // len(tags))
             for tags, values in self._rows.items()
             for tag in tags
         ]
@@ -163,8 +163,7 @@ class ScalarBuffer:
         tensors = [tensor for values in self._rows.values() for tensor in values]
         if not tensors:
             return []
-        counts = [sum(value.numel() for value in values) for values in self._rows.values()]
-        parts = _flat(tensors).split(counts)
+        parts = _flat(tensors).split([_count(values) for values in self._rows.values()])
         return [
             part.view(-1, len(tags)).sum(0, dtype=torch.float64)
             for tags, part in zip(self._rows, parts, strict=True)
@@ -233,11 +232,16 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts])
 
 
+def _count(tensors: list[Tensor]) -> int:
+    """Return the number of elements of scalars, and of vectors of scalars."""
+    return sum(map(Tensor.numel, tensors))
+
+
 def _flat(tensors: list[Tensor]) -> Tensor:
     """Return the elements of scalars, and of vectors of scalars, as one vector."""
-    if not any(tensor.ndim for tensor in tensors):
-        return _stacked(tensors)
-    return _joined([tensor.reshape(-1) for tensor in tensors])
+    if len({tensor.shape for tensor in tensors}) == 1:
+        return _stacked(tensors).view(-1)
+    return _joined([tensor.view(-1) for tensor in tensors])
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import operator
 from collections.abc import Mapping
 from itertools import chain
 from operator import attrgetter, itemgetter
@@ -65,37 +66,26 @@ class StepSnapshot:
 
     def __init__(self, trainer: SnapshotParts) -> None:
         self._trainer = trainer
-        self._generators: GeneratorSnapshot | None = None
-        self._modules: list[nn.Module] = []
-        self._buffers = BufferCopies([])
-        self._optimizer = trainer.optimizer
-        self._counter, self._of_members = counters_of(trainer.optimizer)
+        self._generators = GeneratorSnapshot(trainer.device)
         self._updates = (0, 0)
         self._versions: list[int] = []
         self._published: Any = None
+        self.find()
 
     def find(self) -> None:
         """Find the buffers of the trainer's modules; call it when a module may have got others."""
         trainer = self._trainer
-        parts = (trainer.model, trainer.loss, trainer.transform)
-        self._modules = [part for part in parts if isinstance(part, nn.Module)]
-        self._buffers = BufferCopies(self._modules)
-        self._optimizer = trainer.optimizer
+        self._parts = (trainer.model, trainer.loss, trainer.optimizer)
+        modules = (trainer.model, trainer.loss, trainer.transform)
+        self._buffers = BufferCopies(part for part in modules if isinstance(part, nn.Module))
         self._counter, self._of_members = counters_of(trainer.optimizer)
-        if self._generators is None:
-            self._generators = GeneratorSnapshot(trainer.device)
 
     def take(self) -> None:
         """Remember the state before a step."""
         trainer = self._trainer
-        if (
-            self._generators is None
-            or trainer.optimizer is not self._optimizer
-            or trainer.model is not self._modules[0]
-            or trainer.loss is not self._modules[1]
-        ):
+        parts = (trainer.model, trainer.loss, trainer.optimizer)
+        if not all(map(operator.is_, parts, self._parts)):
             self.find()
-        assert self._generators is not None
         self._generators.take()
         self._buffers.take()
         self._updates = (self._counter.count, self._of_members.count)
@@ -120,7 +110,6 @@ class StepSnapshot:
 
     def restore(self) -> list[str]:
         """Restore the state before the step; return the names of the buffers that were lost."""
-        assert self._generators is not None
         self._generators.restore()
         lost = self._buffers.restore()
         self._trainer.metrics.drop_since(self._published)
