@@ -31,10 +31,11 @@ UPDATE: list[Row] = [
 ]
 EPOCH_ENDS: list[Row] = [
     ("EPOCH_COMPLETED", ["Evaluation"]),
-    ("EVALUATED", ["EarlyStopping", "StagePlan"]),
+    ("EVALUATED", ["StagePlan"]),
     ("EPOCH_PUBLISHED", ["EarlyStopping", "StagePlan"]),
 ]
 AFTER: list[Row] = [
+    ("EPOCH_CUT", ["Evaluation"]),
     ("COMPLETED", ["CheckpointManager"]),
     ("ENDED", ["TensorBoard", "JsonLines", "RunCard"]),
 ]
