@@ -39,6 +39,30 @@ def named_parameters(model: nn.Module, loss: nn.Module | None) -> dict[str, nn.P
     return named
 
 
+def parts_of(*roots: nn.Module) -> list[nn.Module]:
+    """Return modules and all of their parts, each once, in the order of `Module.modules`.
+
+    `Module.modules` makes several calls in Python for each part, which a short update would notice.
+    """
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+    waiting = [*reversed(roots)]
+    while waiting:
+        part = waiting.pop()
+        if id(part) not in seen:
+            seen.add(id(part))
+            found.append(part)
+            if children := part._modules:  # noqa: SLF001 - as above
+                waiting += [one for one in reversed([*children.values()]) if one is not None]
+    return found
+
+
+def parameters_of(*roots: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of modules, each once, in the order of `Module.parameters`."""
+    parameters = [one for part in parts_of(*roots) for one in part._parameters.values()]  # noqa: SLF001
+    return [*{id(one): one for one in parameters if one is not None}.values()]
+
+
 class TrainingModes:
     """The modes of a trainer's modules: what the user has put into eval mode stays there.
 

@@ -23,6 +23,7 @@ from diptych.engine.distributed.dtensor import (
 from diptych.engine.distributed.gradient_average import GradientAverage
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.events import StepEvents
+from diptych.engine.modules import parameters_of
 from diptych.engine.settings import AUTOCAST, TrainerSettings
 from diptych.engine.step.compilation import keep_gradients, uses_cuda_graphs
 from diptych.engine.step.loss_contract import (
@@ -158,9 +159,9 @@ class TrainStep:
         for parameter in self.parameters():
             parameter.grad = None
 
-    def parameters(self) -> dict[nn.Parameter, None]:
+    def parameters(self) -> list[nn.Parameter]:
         """Return the parameters of model and loss, each once: they may share some."""
-        return dict.fromkeys((*self.model.parameters(), *self.loss.parameters()))
+        return parameters_of(self.model, self.loss)
 
     def between_pieces(self) -> None:
         """Copy gradients that the next piece would overwrite (with CUDA graphs)."""
