@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -12,6 +13,13 @@ from diptych.engine.distributed.dtensor import shard_of
 from diptych.engine.errors import CheckpointError
 from diptych.engine.modules import named_parameters
 from diptych.engine.state.run_parts import RunParts
+
+STARTED_WITH_ZEROS: tuple[tuple[type[Optimizer], str, str], ...] = (
+    (torch.optim.Adam, "amsgrad", "max_exp_avg_sq"),
+    (torch.optim.RMSprop, "momentum", "momentum_buffer"),
+    (torch.optim.RMSprop, "centered", "grad_avg"),
+)
+"""Optimizers of torch, an option, and the part of a parameter's state that they keep for it."""
 
 
 def parameter_names(trainer: RunParts) -> list[list[str]]:
@@ -35,6 +43,33 @@ def sharded_as(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]
         for index, values in state["state"].items()
     }
     return {**state, "state": own}
+
+
+def with_added_parts(
+    optimizer: Optimizer, state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return an optimizer's saved state with the parts that an option of the script has added.
+
+    A parameter that has a state already would never get them: torch makes all parts at once.
+
+    Args:
+        optimizer: that will load the state.
+        state: the saved state.
+        groups: the saved groups, with the options that the script has changed.
+    """
+    members = getattr(optimizer, "members", (optimizer,))
+    owners = {id(group): member for member in members for group in member.param_groups}
+    own = {index: dict(values) for index, values in state["state"].items()}
+    for live, group in zip(optimizer.param_groups, groups, strict=True):
+        added = [
+            part
+            for kind, option, part in STARTED_WITH_ZEROS
+            if isinstance(owners[id(live)], kind) and group.get(option)
+        ]
+        for index, parameter in zip(group["params"], live["params"], strict=True):
+            for part in added if own.get(index) else ():
+                own[index].setdefault(part, torch.zeros_like(parameter.detach()))
+    return {**state, "state": own, "param_groups": list(groups)}
 
 
 def add_later_groups(trainer: RunParts, state: Mapping[str, Any], declared: int) -> None:

@@ -32,6 +32,7 @@ from diptych.engine.state.optimizer_state import (
     check_optimizer,
     parameter_names,
     sharded_as,
+    with_added_parts,
 )
 from diptych.engine.state.plain_state import plain_state
 from diptych.engine.state.resume_changes import ResumeChanges, WhenChanged
@@ -120,9 +121,11 @@ def load_run_state(
     load_clean_state_dict(trainer.model, state["model"])
     load_clean_state_dict(trainer.loss, state["loss"])
     _load_optimizer(trainer, state, found)
+    found.rebase_schedulers(handlers)
     found.restore_current(trainer, state.get("current"))
     trainer.load_state_dict(state["trainer"])
     trainer.metrics.load_state_dict(_metrics_of_this_rank(state["metrics"]))
+    trainer.state.metrics.clear()
     trainer.state.metrics.update(state["last_metrics"])
     if inside or trainer.state.dataloader is not None:
         trainer.batches.switch(trainer.state.dataloader)
@@ -169,7 +172,7 @@ def _undone_on_error(trainer: Trainer) -> Iterator[None]:
 def _load_optimizer(trainer: Trainer, state: Mapping[str, Any], found: ResumeChanges) -> None:
     saved = sharded_as(trainer.optimizer, state["optimizer"])
     groups = found.groups_with_changes(trainer.optimizer, saved["param_groups"])
-    trainer.optimizer.load_state_dict({**saved, "param_groups": groups})
+    trainer.optimizer.load_state_dict(with_added_parts(trainer.optimizer, saved, groups))
     if trainer.scaler is not None and state["scaler"] is not None:
         trainer.scaler.load_state_dict(state["scaler"])
         trainer.skipped_steps.copy_(state["skipped_steps"])

@@ -17,7 +17,15 @@ from ignite.engine import Events
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from diptych.engine import CheckpointError, ResumeError, RunEvents, SeededLoader, Trainer, tasks
+from diptych.engine import (
+    CheckpointError,
+    CompositeOptimizer,
+    ResumeError,
+    RunEvents,
+    SeededLoader,
+    Trainer,
+    tasks,
+)
 from diptych.engine.state.run_state import load_run_state, run_state
 from diptych.handlers import EarlyStopping, GradientClipping, LearningRate
 from diptych.losses import CLIPLoss, CrossEntropyLoss
@@ -413,6 +421,44 @@ def test_a_handler_that_fails_to_load_leaves_the_trainer_as_it_was():
         load_run_state(trainer, state)
     assert identical(run_state(trainer), untouched)
     assert trainer.task is task
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "part"),
+    [
+        (torch.optim.AdamW, {"amsgrad": True}, "max_exp_avg_sq"),
+        (torch.optim.RMSprop, {"momentum": 0.9}, "momentum_buffer"),
+        (torch.optim.RMSprop, {"centered": True}, "grad_avg"),
+        (SGD, {"momentum": 0.9}, "momentum_buffer"),
+    ],
+)
+@pytest.mark.parametrize("composite", [False, True])
+def test_an_option_that_needs_another_part_of_the_state_starts_with_zeros(
+    kind: Callable[..., torch.optim.Optimizer],
+    option: dict[str, Any],
+    part: str,
+    composite: bool,
+):
+    def optimizer(groups: Any, **options: Any) -> torch.optim.Optimizer:
+        made = kind(groups, **options)
+        return CompositeOptimizer(made) if composite else made
+
+    def look(trainer: Trainer) -> None:
+        states = [trainer.optimizer.state[p] for p in trainer.model.parameters()]
+        found.append(all(not state.get(part, torch.zeros(())).any() for state in states))
+        trainer.add_event_handler(
+            Events.COMPLETED, lambda: found.append(all(state[part].any() for state in states))
+        )
+
+    found: list[bool] = []
+    before, now = scripts_of(optimizer=[optimizer] * 2, options=({}, option))
+    state, trainer = saved_by(before), now.build()
+    trainer.add_event_handler(RunEvents.RESTORE, lambda trainer: load_run_state(trainer, state))
+    trainer.add_event_handler(Events.STARTED, look)
+
+    trainer.run(now.data(), max_epochs=2)
+
+    assert found == [True, True]
 
 
 def test_nothing_is_logged_if_nothing_has_changed(caplog: pytest.LogCaptureFixture):
