@@ -56,6 +56,7 @@ MOST_CAPTION_BYTES, MOST_CAPTION = 1_000_000_000, 10_000  # of the CSV file; let
 MOST_NAME_BYTES = 255  # of each part of a path, on common file systems
 SHOWN_LETTERS, SHOWN_COLUMNS = 80, 8  # of what a message quotes
 MISSING, UNREADABLE = "the file is missing", "the file cannot be read as an image"
+A_PROGRAM = "the file is PostScript, a program that would be run to draw the image"
 NO_FILE = "the path is that of a folder or a device, not of a file"
 OUTSIDE = "the file is outside the folder of the images (--allow-outside reads it)"
 LONG_NAME = f"the image name has a part of more than {MOST_NAME_BYTES} bytes"
@@ -188,17 +189,12 @@ def _rows(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
             f"{path} must be a CSV file, got what looks like JSON. Write one row per caption, with "
             f"the columns {columns[0]!r} and {columns[1]!r}."
         )
-    separator = _separator(text, columns)
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    there = list(rows.fieldnames or ())
-    if not set(columns) <= set(there):
-        raise SystemExit(
-            f"{path} must have the columns {columns[0]!r} and {columns[1]!r}, got "
-            f"{_listed(there) or 'an empty file'}. Name yours with --image-column and "
-            "--caption-column."
-        )
-    begin = 2
+    begin = 1
     try:
+        separator = _separator(text, columns)
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        _check_columns(path, rows.fieldnames or (), columns)
+        begin = 2
         for row in rows:
             image, caption = ((row[column] or "").strip() for column in columns)
             yield Row(rows.line_num, image, caption, ", ".join(row.get(None) or ()))  # type: ignore[call-overload]
@@ -208,6 +204,15 @@ def _rows(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
             f"{path} must be a CSV file, got an invalid row from line {begin} ({error}). Look for "
             "an unclosed quotation mark; double those that are part of a caption in quotes."
         ) from error
+
+
+def _check_columns(path: Path, there: Sequence[str], columns: tuple[str, str]) -> None:
+    if not set(columns) <= set(there):
+        raise SystemExit(
+            f"{path} must have the columns {columns[0]!r} and {columns[1]!r}, got "
+            f"{_listed(there) or 'an empty file'}. Name yours with --image-column and "
+            "--caption-column."
+        )
 
 
 def _listed(columns: Sequence[str]) -> str:
@@ -272,8 +277,8 @@ def _decode(path: Path, size: int) -> Tensor | str:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             file = Image.open(path)  # reads the header alone
         with file:
-            if file.width * file.height > MOST_PIXELS:
-                return TOO_MANY_PIXELS
+            if file.format == "EPS" or file.width * file.height > MOST_PIXELS:
+                return A_PROGRAM if file.format == "EPS" else TOO_MANY_PIXELS
             image = ImageOps.exif_transpose(file)
             if image.mode[0] in "IF":  # one value per pixel, which Pillow would clip at 255
                 numbers = np.asarray(image)
@@ -288,8 +293,9 @@ def _decode(path: Path, size: int) -> Tensor | str:
         return TOO_MANY_PIXELS
     except PermissionError as error:
         return f"the file cannot be read: {error.strerror}"
-    # Pillow's exception depends on the format, and on where the file is broken.
-    except (OSError, SyntaxError, ValueError):
+    # Pillow's exception depends on the format, and on where the file is broken: a decoder may raise
+    # a RuntimeError, a NotImplementedError or an AttributeError as well.
+    except Exception:  # noqa: BLE001
         return UNREADABLE
 
 

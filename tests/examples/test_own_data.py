@@ -380,3 +380,33 @@ def test_a_report_quotes_the_beginning_of_what_is_long(images, tmp_path):
 
     assert len(problems) == 3
     assert max(map(len, problem_report(problems, 0).splitlines())) < 250
+
+
+@pytest.mark.parametrize(
+    "header", ['"image,caption', '"image"x,caption', "image," + "x" * 200_000], ids=len
+)
+def test_a_broken_header_is_an_error_with_its_line(images, tmp_path, header):
+    (tmp_path / "captions.csv").write_text(f"{header}\na.png,a red square\n")
+    with pytest.raises(SystemExit, match="an invalid row from line 1"):
+        read_pairs(images, tmp_path / "captions.csv")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, AttributeError, EOFError])
+def test_whatever_a_decoder_raises_the_row_is_reported(images, captions, monkeypatch, error):
+    def fail(*_):
+        raise error("cannot decode frame 0")
+
+    monkeypatch.setattr(own_data.ImageOps, "exif_transpose", fail)
+    pairs, problems = read_pairs(images, captions)
+    assert not pairs
+    assert {problem.kind for problem in problems} == {own_data.UNREADABLE}
+
+
+def test_postscript_is_not_run_to_draw_an_image(images, tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(images / "drawn.png", format="EPS")
+    (tmp_path / "captions.csv").write_text("image,caption\ndrawn.png,a black square\n")
+    started = []
+    monkeypatch.setattr("subprocess.Popen", lambda *given, **_: started.append(given))
+    _, problems = read_pairs(images, tmp_path / "captions.csv")
+    assert [problem.kind for problem in problems] == [own_data.A_PROGRAM]
+    assert not started
