@@ -7,6 +7,7 @@ import enum
 import functools
 import hashlib
 import inspect
+import logging
 import math
 import types
 from collections.abc import Callable, Iterable, Mapping, Set
@@ -159,9 +160,9 @@ def settings_of(value: Any) -> tuple[dict[str, Any] | None, int]:
     They are the arguments of an attrs class or data class, the attributes, parts and tensors of a
     module, else the public attributes. None: the object shows nothing.
     """
-    names = _argument_names(value)
-    if names is not None:
-        return {name: getattr(value, name) for name in names}, 1
+    arguments = _arguments(value)
+    if arguments is not None:
+        return arguments, 1
     if isinstance(value, nn.Module):
         own = dict(value.named_children()) | dict(value.named_parameters(recurse=False))
         return plain_attributes(value) | own | dict(value.named_buffers(recurse=False)), 1
@@ -172,12 +173,14 @@ def settings_of(value: Any) -> tuple[dict[str, Any] | None, int]:
     return (public, 3) if public or not found else (None, 0)
 
 
-def _argument_names(value: Any) -> list[str] | None:
-    """Return the names of the arguments of an attrs class or data class; None for others."""
+def _arguments(value: Any) -> dict[str, Any] | None:
+    """Return the arguments of an attrs class or data class by name; None for others."""
     if attrs.has(type(value)):
-        return [f.name for f in attrs.fields(type(value)) if f.init and f.name[0] != "_"]
+        fields = [field for field in attrs.fields(type(value)) if field.init]
+        return {field.alias or field.name: getattr(value, field.name) for field in fields}
     if dataclasses.is_dataclass(value):
-        return [field.name for field in dataclasses.fields(value) if field.init]
+        names = [field.name for field in dataclasses.fields(value) if field.init]
+        return {name: getattr(value, name) for name in names}
     return None
 
 
@@ -246,6 +249,6 @@ _WAYS: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
     (torch.Generator, lambda generator: f"generator with seed {generator.initial_seed()}"),
     (PurePath, lambda _: "path"),  # where files are decides no result
     (type, class_name),
-    ((Optimizer, Engine), lambda part: class_name(type(part))),
+    ((Optimizer, Engine, logging.Logger), lambda part: class_name(type(part))),
 )
 """The types of values without parts, and how each is described."""

@@ -33,7 +33,7 @@ def left_iteration(trainer: Trainer) -> dict[str, Any] | None:
         return None
     parts = {
         "batch": trainer.state.batch,
-        "output": trainer.state.output,
+        "output": _as_tuple(trainer.state.output),
         "outputs": dict(trainer.outputs),
         "terms": dict(trainer.terms),
     }

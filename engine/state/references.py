@@ -234,6 +234,13 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, Tensor) else value
 
 
+def scaled_rate(rate: Any, before: Any, now: Any) -> Any:
+    """Return a current rate whose base the script has changed: the rate times now / before."""
+    value = float(rate)
+    scaled = now if not before or value == before else value * (now / before)
+    return torch.full_like(rate, scaled) if isinstance(rate, Tensor) else scaled
+
+
 class SavedOptimizer:
     """An optimizer beside the trainer's; options that the script has changed apply on resume.
 
@@ -255,8 +262,10 @@ class SavedOptimizer:
         groups = [dict(group) for group in state_dict["param_groups"]]
         for group, own, then in zip(groups, now, state_dict.get("declared", now), strict=False):
             changed = {key: value for key, value in own.items() if then.get(key, value) != value}
-            if "lr" in changed and "initial_lr" in group:  # a schedule multiplies this one
-                changed["initial_lr"] = changed["lr"]
+            if "lr" in changed:
+                base, changed["lr"] = changed["lr"], scaled_rate(group["lr"], then["lr"], own["lr"])
+                if "initial_lr" in group:  # a schedule multiplies this one
+                    changed["initial_lr"] = base
             group.update(changed)
         self._optimizer.load_state_dict({**state_dict, "param_groups": groups})
 

@@ -7,10 +7,12 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
+from torch import Tensor
 from torch.optim import Optimizer
 
 from diptych.engine.errors import CheckpointError, ResumeError
 from diptych.engine.handler import Handler
+from diptych.engine.state.description import tensor_digest
 from diptych.engine.state.differences import (
     ABSENT,
     Difference,
@@ -19,7 +21,7 @@ from diptych.engine.state.differences import (
     differences,
     order_differences,
 )
-from diptych.engine.state.run_identity import RunIdentity
+from diptych.engine.state.run_identity import RunIdentity, tensors_of
 from diptych.engine.state.run_parts import RunParts
 from diptych.engine.state.script_changes import apply_script, restore_current
 
@@ -48,12 +50,16 @@ class ResumeChanges:
     found: Sequence[Difference] = ()
 
     @classmethod
-    def between(cls, saved: Mapping[str, Any] | None, here: RunIdentity) -> ResumeChanges:
-        """Compare the identity in a checkpoint, if it has one, with this run's."""
-        if saved is None:
+    def between(cls, state: Mapping[str, Any], here: RunIdentity) -> ResumeChanges:
+        """Compare the identity in a checkpoint, if it has one, with this run's.
+
+        The initial value of a buffer that the saved run has changed since does not count.
+        """
+        if "identity" not in state:
             return cls(None, here)
-        identity = RunIdentity(saved)
-        return cls(identity, here, differences(identity, here))
+        identity = RunIdentity(state["identity"])
+        found = differences(identity, here)
+        return cls(identity, here, [one for one in found if not _has_moved(one, state["loss"])])
 
     @property
     def groups_declared(self) -> int:
@@ -108,20 +114,16 @@ class ResumeChanges:
                 continue
             if isinstance(one.now, (bool, int, float, str)) and hasattr(holder, name):
                 setattr(holder, name, one.now)
-        for holder in handlers.values():
-            self._rebase(holder)
 
-    def _rebase(self, scheduler: Any) -> None:
-        """Set the base rates that the script has changed on a torch scheduler and its parts."""
-        for part in getattr(scheduler, "_schedulers", ()):
-            self._rebase(part)
-        rates = getattr(scheduler, "base_lrs", None)
-        if self.saved is None or not isinstance(rates, list):
-            return
-        there, own = (one.values["optimizer"]["groups"].values() for one in (self.saved, self.here))
-        for index, (then, now) in enumerate(zip(there, own, strict=False)):
-            if then.get("initial_lr") != now.get("initial_lr") and index < len(rates):
-                rates[index] = now["initial_lr"] if "initial_lr" in now else rates[index]
+    def rebase_schedulers(self, handlers: Mapping[str, Any]) -> None:
+        """Set the base rates that the script has changed on torch schedulers and their parts.
+
+        Args:
+            handlers: the handlers with a state, by key; their optimizers' groups are loaded.
+        """
+        if any(one.name.endswith("lr") for one in self.found):
+            for holder in handlers.values():
+                _rebase(holder)
 
     def groups_with_changes(
         self, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]
@@ -135,6 +137,16 @@ class ResumeChanges:
         """Restore the modes and attributes that handlers and functions had changed."""
         if self.saved is not None and current is not None:
             restore_current(trainer, current, self.saved, self.here)
+
+    def script_tensors(self, trainer: RunParts) -> list[tuple[Tensor, Tensor]]:
+        """Return the tensors that the script has changed, which a checkpoint's would overwrite.
+
+        Returns:
+            Each with a copy of its value.
+        """
+        held = tensors_of(trainer)
+        names = [one.name.partition(".")[2] for one in self.found if one.name[:8] == "tensors."]
+        return [(held[name], held[name].detach().clone()) for name in names if name in held]
 
     def log(self, fresh: Collection[str], missing: Collection[str]) -> None:
         """Log each change, and the handlers that have no saved state, or are gone.
@@ -164,3 +176,22 @@ class ResumeChanges:
             level = logging.INFO if kind is Kind.FUNCTION else logging.WARNING
             for line in as_lines(one for one in rest if one.kind is kind):
                 logger.log(level, "%s.", line)
+
+
+def _rebase(scheduler: Any) -> None:
+    """Set the base rates of a scheduler to those of its optimizer's groups."""
+    for part in getattr(scheduler, "_schedulers", ()):
+        _rebase(part)
+    rates, optimizer = getattr(scheduler, "base_lrs", None), getattr(scheduler, "optimizer", None)
+    if isinstance(rates, list) and isinstance(optimizer, Optimizer):
+        groups = optimizer.param_groups[: len(rates)]
+        rates[: len(groups)] = [
+            group.get("initial_lr", rate) for group, rate in zip(groups, rates, strict=False)
+        ]
+
+
+def _has_moved(one: Difference, saved: Mapping[str, Any]) -> bool:
+    """Return whether a difference is that of a buffer of the loss that a run has changed."""
+    buffer = saved.get(one.name.partition(".")[2]) if one.kind is Kind.INITIAL else None
+    digest = isinstance(one.before, str) and isinstance(buffer, Tensor)
+    return digest and tensor_digest(buffer) != one.before

@@ -28,6 +28,7 @@ from diptych.engine.state.description import (
     finite,
     plain_attributes,
     settings_of,
+    tensor_digest,
 )
 from diptych.engine.state.handler_states import attached, numbered
 from diptych.engine.state.run_parts import RunParts
@@ -37,6 +38,9 @@ ORDER = ("class", "batch_size", "seed", "shuffle", "drop_last", "samples", "samp
 
 BY_RANK = ("rank", "num_replicas", "num_samples", "total_size", "epoch")
 """Attributes of a distributed sampler that another number of ranks, or another epoch, changes."""
+
+WEIGHTED = (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiMarginLoss)
+"""Losses of torch whose buffers are arguments, and never change during a run."""
 
 
 @attrs.frozen
@@ -48,8 +52,9 @@ class RunIdentity:
 
     Attributes:
         values: nested dictionaries of plain values: `trainer` (settings), `task`, `transform`,
-            `step`, `modules` (class and plain attributes of each module), `initial` (initial values
-            of the loss's scalar parameters), `requires_grad`, `training`, `optimizer`, `handlers`
+            `step`, `modules` (class and plain attributes of each module), `tensors` (digests of
+            those that the script alone sets), `initial` (initial values of the loss's scalar
+            parameters and buffers), `requires_grad`, `training`, `optimizer`, `handlers`
             (settings by key) and their `order`, `functions` at events, `loader`, `versions`,
             `ranks`.
         not_compared: the values that have no description, with their types.
@@ -72,7 +77,8 @@ class RunIdentity:
         values = {
             **{name: describer.describe(part, name) for name, part in parts.items()},
             "modules": {path: module_settings(part) for path, part in modules_of(trainer).items()},
-            "initial": dict(_initial_scalars(trainer.loss)),
+            "tensors": {name: tensor_digest(held) for name, held in tensors_of(trainer).items()},
+            "initial": dict(_initial_values(trainer.loss)),
             "requires_grad": requires_grad_of(trainer),
             "training": training_of(trainer),
             "optimizer": optimizer_settings(trainer.optimizer),
@@ -99,7 +105,7 @@ class RunIdentity:
                 set.
         """
         values = dict(self.values)
-        kept = ("modules", "initial", "requires_grad", "training", "optimizer")
+        kept = ("modules", "tensors", "initial", "requires_grad", "training", "optimizer")
         for name in (*kept, "loader") if same_loader else kept:
             values[name] = earlier.values[name]
         for name in ("handlers", "functions"):
@@ -180,10 +186,42 @@ def training_of(trainer: RunParts) -> dict[str, bool]:
     return {p: part.training for p, part in modules_of(trainer).items() if p not in roots}
 
 
-def _initial_scalars(loss: nn.Module) -> Iterator[tuple[str, Any]]:
+def tensors_of(trainer: RunParts) -> dict[str, Tensor]:
+    """Return the tensors in modules that the script alone sets, by name: "loss.weight".
+
+    They are plain attributes, buffers that are not in a checkpoint, and the weights of torch's
+    losses, which are arguments.
+    """
+    return {
+        f"{path}.{name}": held
+        for path, module in modules_of(trainer).items()
+        for name, held in _script_tensors(module)
+        if not is_sharded(held)
+    }
+
+
+def _script_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    saved = () if isinstance(module, WEIGHTED) else _saved_buffers(module)
+    for name, held in (*vars(module).items(), *module.named_buffers(recurse=False)):
+        if isinstance(held, Tensor) and not name.startswith("_") and name not in saved:
+            yield name, held
+
+
+def _saved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's own buffers that its state dict contains."""
+    left_out = module._non_persistent_buffers_set  # noqa: SLF001 - torch shows it nowhere else
+    own = module.named_buffers(recurse=False)
+    return {name: buffer for name, buffer in own if name not in left_out}
+
+
+def _initial_values(loss: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, parameter in unwrapped(loss).named_parameters():
         if parameter.numel() == 1 and not is_sharded(parameter):
             yield name, finite(parameter.detach().item())
+    for path, module in unwrapped(loss).named_modules():
+        if not isinstance(module, WEIGHTED):
+            for name, buffer in _saved_buffers(module).items():
+                yield f"{path}.{name}".lstrip("."), tensor_digest(buffer)
 
 
 def optimizer_settings(optimizer: Optimizer) -> dict[str, Any]:
@@ -215,22 +253,25 @@ def _handlers(trainer: RunParts, describer: Describer) -> dict[str, Any]:
 
     A handler of another library declares nothing; it counts as one that may change the run.
     """
-    listeners = {id(listener.owner): listener for listener in trainer.listeners}
-    plain: list[Any] = []
-    owners: list[Any] = []
-    for owner in filter(partial(_may_change, trainer), attached(trainer)):
-        is_function = callable(owner) and not hasattr(owner, "attach") and id(owner) in listeners
-        (plain if is_function else owners).append(owner)
-    named = {_name_of(listeners[id(function)]): function for function in plain}
+    listeners = [one for one in trainer.listeners if _is_function(one.owner)]
+    listening = {id(listener.owner) for listener in listeners}
+    changing = filter(partial(_may_change, trainer), attached(trainer))
+    owners = [owner for owner in changing if id(owner) not in listening]
     keys = numbered(contract_of(owner).key for owner in owners)
     settings = {
         key: _handler_settings(owner, f"handlers.{key}", describer)
         for key, owner in zip(keys, owners, strict=True)
     }
     functions = {
-        name: describer.describe(function, f"functions.{name}") for name, function in named.items()
+        name: describer.describe(listener.owner, f"functions.{name}")
+        for name, listener in zip(numbered(map(_name_of, listeners)), listeners, strict=True)
+        if _may_change(trainer, listener.owner)
     }
     return {"handlers": settings, "order": list(settings), "functions": functions}
+
+
+def _is_function(owner: Any) -> bool:
+    return callable(owner) and not hasattr(owner, "attach")
 
 
 def _may_change(trainer: RunParts, owner: Any) -> bool:
@@ -241,8 +282,11 @@ def _may_change(trainer: RunParts, owner: Any) -> bool:
 
 
 def _handler_settings(owner: Any, path: str, describer: Describer) -> dict[str, Any]:
-    settings = {k: describer.describe(v, f"{path}.{k}") for k, v in _settings_of(owner).items()}
-    return {"class": class_name(type(owner)), **settings}
+    settings = _settings_of(owner)
+    if settings is None:
+        describer.not_compared[path] = class_name(type(owner))
+    shown = {k: describer.describe(v, f"{path}.{k}") for k, v in (settings or {}).items()}
+    return {"class": class_name(type(owner)), **shown}
 
 
 def _name_of(listener: Listener) -> str:
@@ -257,10 +301,10 @@ def _event_names(event: Any) -> list[str]:
     return [str(getattr(one, "name", one)) for one in events]
 
 
-def _settings_of(owner: Any) -> dict[str, Any]:
+def _settings_of(owner: Any) -> dict[str, Any] | None:
     if isinstance(owner, Optimizer):  # one beside the trainer's
         return {"groups": optimizer_settings(owner)["groups"]}
-    return settings_of(owner)[0] or {}
+    return settings_of(owner)[0]
 
 
 def loader_settings(loader: Any, describer: Describer, wrappers: int = 3) -> dict[str, Any]:

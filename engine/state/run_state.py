@@ -107,7 +107,7 @@ def load_run_state(
     """
     _check(trainer, state)
     place, inside = _of_this_rank(state["data"]), position_from(state["trainer"]).inside_epoch
-    found = ResumeChanges.between(state.get("identity"), trainer.identity)
+    found = ResumeChanges.between(state, trainer.identity)
     found.check(changes, inside_epoch=inside)
     handlers = stateful_handlers(trainer)
     states = match_states(state["handlers"], handlers, by_class=state.get("format", 0) < 2)
@@ -118,8 +118,11 @@ def load_run_state(
         add_later_groups(trainer, state, found.groups_declared)
         check_optimizer(trainer, state)
         trainer.batches.try_place(trainer.state.dataloader, place, inside=inside)
+    kept = found.script_tensors(trainer)
     load_clean_state_dict(trainer.model, state["model"])
     load_clean_state_dict(trainer.loss, state["loss"])
+    for tensor, value in kept:
+        tensor.detach().copy_(value)
     _load_optimizer(trainer, state, found)
     found.rebase_schedulers(handlers)
     found.restore_current(trainer, state.get("current"))

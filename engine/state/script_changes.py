@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from diptych.engine.modules import named_parameters
 from diptych.engine.state.description import class_name
+from diptych.engine.state.references import scaled_rate
 from diptych.engine.state.run_identity import (
     RunIdentity,
     module_settings,
@@ -133,17 +133,11 @@ def _set_rates(
     if scheduled_now:
         name = "initial_lr" if scheduled_then else "lr"
         if before.get(name) != now["initial_lr"]:
-            new["lr"] = _scaled(new["lr"], before.get(name), now["initial_lr"])
+            new["lr"] = scaled_rate(new["lr"], before.get(name), now["initial_lr"])
         if not scheduled_then or before["initial_lr"] != now["initial_lr"]:
             new["initial_lr"] = live["initial_lr"]
     elif scheduled_then:
         new.pop("initial_lr", None)
         new["lr"] = live["lr"]
     elif before.get("lr") != now.get("lr"):
-        new["lr"] = _scaled(new["lr"], before.get("lr"), now.get("lr"))
-
-
-def _scaled(rate: Any, before: Any, now: Any) -> Any:
-    value = float(rate)
-    scaled = now if not before or value == before else value * (now / before)
-    return torch.full_like(rate, scaled) if isinstance(rate, Tensor) else scaled
+        new["lr"] = scaled_rate(new["lr"], before.get("lr"), now.get("lr"))

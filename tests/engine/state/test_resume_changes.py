@@ -495,6 +495,53 @@ def test_a_function_at_an_event_that_has_changed_is_logged_as_information(
     assert not lines(caplog)
 
 
+def test_each_function_at_an_event_is_described():
+    trainer = Script().build()
+    for factor in (1, 2):
+        trainer.add_event_handler(Events.STARTED, lambda trainer, factor=factor: factor)
+    for event in (Events.STARTED, Events.COMPLETED):
+        trainer.add_event_handler(event, freeze)
+    described = trainer.identity.values["functions"]
+    assert list(described) == [
+        "STARTED <lambda>",
+        "STARTED <lambda>#2",
+        "STARTED freeze",
+        "COMPLETED freeze",
+    ]
+    assert described["STARTED <lambda>"] != described["STARTED <lambda>#2"]
+
+
+class Hidden:
+    """A handler of another library that shows none of its settings."""
+
+    def __init__(self) -> None:
+        self._factor = 2
+
+    def attach(self, trainer: Trainer) -> None:
+        trainer.add_event_handler(Events.STARTED, freeze)
+
+
+def test_a_handler_that_shows_no_setting_is_not_compared():
+    trainer = Script().build().attach(Hidden())
+    assert trainer.identity.not_compared["handlers.Hidden"].endswith("Hidden")
+
+
+def test_a_changed_rate_does_not_reach_the_scheduler_of_another_optimizer():
+    def build(rate: float) -> tuple[Trainer, Any]:
+        trainer = Script(rate=rate, scheduler=step).build()
+        other = SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler = torch.optim.lr_scheduler.StepLR(other, 1)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: other.step())
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, scheduler.step)
+        return trainer, scheduler
+
+    (first, _), (second, scheduler) = build(0.1), build(0.2)
+    first.run(Script().data(), max_epochs=1)
+    load_run_state(second, run_state(first))
+    assert scheduler.base_lrs == [1.0]
+    assert second.optimizer.param_groups[0]["initial_lr"] == 0.2
+
+
 def add_group(trainer: Trainer) -> None:
     if trainer.state.epoch == 1:
         extra = [p for n, p in trainer.model.named_parameters() if n in Late.LATER]
