@@ -7,11 +7,13 @@ its path here.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 LONGEST_NAME = 255
 """Bytes that a file's name may have on common file systems."""
@@ -72,6 +74,23 @@ def is_plain_file(path: Path) -> bool:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except (OSError, ValueError):
         return False
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file to read it, if it is one: reading a pipe or a device may never end.
+
+    Raises:
+        OSError: if it cannot be opened, or is not a file.
+    """
+    file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115 - needs an opener
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+    return file
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _is_one_part(name: str) -> bool:

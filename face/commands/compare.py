@@ -51,7 +51,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _table(title: str, names: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> str:
-    table = [[title, *names], *([name, *map(_in_a_line, values)] for name, values in rows.items())]
+    table = [
+        [title, *names],
+        *([_in_a_line(name), *map(_in_a_line, values)] for name, values in rows.items()),
+    ]
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -61,4 +64,5 @@ def _table(title: str, names: Sequence[str], rows: Mapping[str, Sequence[Any]]) 
 
 
 def _in_a_line(value: Any) -> str:
-    return " ".join(str(value).split())
+    text = " ".join(str(value).split())
+    return text if text.isprintable() else ascii(text)[1:-1]  # a terminal would obey the others

@@ -13,7 +13,7 @@ import attrs
 
 from diptych.engine.errors import CheckpointError
 from diptych.handlers.checkpointing.entries import Entry, check_distinct, entry_from
-from diptych.handlers.contained_paths import is_link
+from diptych.handlers.contained_paths import is_link, open_file
 from diptych.handlers.files import replace_file, unfinished_path, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,8 @@ def write_manifest(directory: Path, entries: Sequence[Entry]) -> None:
 def _parsed(path: Path) -> Manifest:
     if is_link(path):
         raise ValueError("it is a symbolic link")
-    content = json.loads(path.read_bytes())
+    with open_file(path) as file:
+        content = json.loads(file.read())
     listed = content["checkpoints"]
     entries = [entry_from(item) for item in listed]
     check_distinct(entries)

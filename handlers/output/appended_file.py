@@ -132,6 +132,8 @@ class AppendedFile:
                 raise OSError(
                     errno.ELOOP, "it is a symbolic link; remove it, or give the path of its target"
                 )
+            if self.path.is_fifo():  # opening it would wait for a reader
+                raise OSError(errno.EINVAL, "it is a pipe; remove it")
             self._file = FileIO(self.path, "a")
         if self._cut is not None:
             if self._cut < self._file.seek(0, os.SEEK_END):  # never longer: it may be a new file

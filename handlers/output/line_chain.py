@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from diptych.handlers.contained_paths import open_file
+
 MARK = 2  # bytes of each line's digest that are kept to find a damaged line
 
 
@@ -83,7 +85,7 @@ class LineChain:
 def whole_lines(path: Path, size: int | None = None) -> Iterator[bytes]:
     """Yield the lines of a file that end with a line feed, with it, up to a size in bytes."""
     left = size
-    with path.open("rb") as file:
+    with open_file(path) as file:
         for line in file:
             if not line.endswith(b"\n"):
                 return

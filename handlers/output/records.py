@@ -117,8 +117,17 @@ def _record(line: bytes, path: Path, number: int) -> Record:
         step = values.pop("step")
         if type(step) is not int or any(type(v) not in {int, float, str} for v in values.values()):
             raise ValueError("a value has another type")  # noqa: TRY301 - all faults of a line
+        float(step)  # a chart needs it
+        "".join(values).encode()  # half a character can be escaped
         return Record(step, {tag: float(value) for tag, value in values.items()})
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         shown = line if len(line) <= EXCERPT else line[:EXCERPT] + b"..."
         raise ValueError(
             f'{path}, line {number}, must be a record such as {{"step": 50, "train/loss": 0.5}}, '

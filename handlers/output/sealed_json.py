@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from diptych.handlers.contained_paths import open_file
+
 START, END = "{\n", "\n}\n"
 MARK = '  "sealed": true,\n'
 """The first member. A damaged block cannot remove both it and the digest, and leave JSON."""
@@ -43,6 +45,7 @@ def read_sealed(path: Path, without: str) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")  # noqa: TRY004, TRY301
         _check(text, content, path.name)
+        json.dumps(content, ensure_ascii=False).encode()  # half a character can be escaped
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} must be a JSON object as it was written, but it has changed ({error}). "
@@ -71,7 +74,7 @@ def read_file(path: Path, start: int = 0) -> bytes:
         OSError: naming the file and the way out, of the type that the system raised.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             file.seek(start)
             return file.read()
     except OSError as error:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diptych.handlers.contained_paths import contained_path, is_plain_file
+from diptych.handlers.contained_paths import contained_path, is_plain_file, open_file
 
 ANYTHING = re.compile(r"(?s).*")
 PARTS = ["..", ".", "", "a", "/", "\\", "C:", "\0", "~", "*", " ", "\n", "a.pt", "ä", "\udc80"]
@@ -61,3 +61,14 @@ def test_a_plain_file_is_neither_a_link_nor_a_folder_nor_a_pipe(tmp_path):
     assert plain == ["file"]
     assert not is_plain_file(tmp_path / "missing")
     assert not is_plain_file(Path("a\0b"))
+
+
+def test_a_pipe_or_a_device_is_not_read_and_nobody_is_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    (tmp_path / "text").write_bytes(b"words")
+    for name in ("pipe", "endless"):
+        with pytest.raises(OSError, match="it is a pipe or a device, not a file"):
+            open_file(tmp_path / name)
+    with open_file(tmp_path / "text") as file:
+        assert file.read() == b"words"

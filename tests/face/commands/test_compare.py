@@ -97,3 +97,14 @@ def test_a_run_of_an_earlier_version_is_compared_without_digests(tmp_path, capsy
     shown = capsys.readouterr().out
     assert "trainer.microbatch_size" in shown
     assert "digest" not in shown
+
+
+def test_what_a_terminal_would_obey_is_printed_as_text(tmp_path, capsys):
+    run = reported_run(tmp_path / "a")
+    (run / "metrics.digest.json").unlink()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 90, "clear\\u001b[2Jthe screen": 1.0}\n')
+    assert main(["compare", str(run), str(run), "--output", str(tmp_path / "page.html")]) == 0
+    printed = capsys.readouterr().out
+    assert r"clear\x1b[2Jthe screen" in printed
+    assert "\x1b" not in printed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import os
 import shutil
 import tempfile
 import zlib
@@ -263,3 +264,14 @@ def test_a_name_that_no_checkpoint_has_is_not_written(tmp_path):
     with pytest.raises(CheckpointError, match="epoch must be a whole number of at most 20 digits"):
         CheckpointStore(tmp_path / "run").write(other, {})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.json.unfinished"])
+def test_a_pipe_instead_of_a_manifest_is_no_manifest_and_nobody_is_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    store = CheckpointStore(tmp_path)
+    if name == "manifest.json":
+        with pytest.raises(CheckpointError, match=r"not a manifest of checkpoints: .* a pipe"):
+            store.entries()
+    else:
+        assert store.entries() == []

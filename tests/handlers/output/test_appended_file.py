@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
@@ -192,3 +193,10 @@ def test_a_cut_removes_the_end_and_never_lengthens(tmp_path, opened):
     file.append(LINES[5])
 
     assert written(path) == [*LINES[:2], LINES[5]]
+
+
+def test_a_pipe_of_the_files_name_is_an_error_and_nobody_is_waited_for(tmp_path, opened):
+    os.mkfifo(tmp_path / "log")
+    with pytest.raises(OSError, match="it is a pipe; remove it"):
+        opened(tmp_path / "log").append(LINES[0])
+    (tmp_path / "log").unlink()

@@ -63,7 +63,7 @@ def test_blocks_that_are_missing_repeated_or_zero_are_reported(path, seed):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[1]", "7", "{", '{"a": 1} x', "[" * 100_000, '{"digest": 1}']
+    "text", ["", "[1]", "7", "{", '{"a": 1} x', "[" * 100_000, '{"digest": 1}', r'{"a": "\ud800"}']
 )
 def test_other_texts_are_refused(path, text):
     path.write_text(text)

@@ -417,3 +417,12 @@ def test_an_incomplete_last_line_is_left_out_and_logged(tmp_path, caplog):
 def test_another_word_for_damaged_files_is_refused(tmp_path):
     with pytest.raises(ValueError, match="damaged must be one of refuse, set_aside, got 'ignore'"):
         JsonLines(tmp_path, damaged="ignore")
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": 1%s, "a": 1}', '{"step": 1, "a": 1%s}', r'{"step": 1, "\ud800%s": 1}']
+)
+def test_a_line_with_a_number_or_a_tag_that_nobody_can_show_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text((line % ("0" * 400)) + "\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 1, must be a record"):
+        read_records(tmp_path)
