@@ -31,7 +31,7 @@ def identity_table(identity: RunIdentity) -> str:
         title: ", ".join(name for name, on in values.pop(section).items() if not on) or "none"
         for section, title in (("requires_grad", "frozen"), ("training", "in eval mode"))
     }
-    del values["modules"]
+    del values["modules"], values["tensors"]
     rows = [(name, str(value)) for name, value in RunIdentity(values).flat().items()]
     return markdown_table(("name", "value"), [*rows, *off.items()])
 

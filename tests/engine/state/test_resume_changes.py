@@ -585,6 +585,57 @@ def test_the_initial_value_of_a_learned_temperature_is_logged_and_the_learned_on
     assert any("learned value stays" in line for line in lines(caplog))
 
 
+class Weighted(nn.Module):
+    """A loss with class weights: in a buffer, in the checkpoint or not, or in an attribute."""
+
+    def __init__(self, weight: Tensor, way: str) -> None:
+        super().__init__()
+        if way == "attribute":
+            self.weight = weight
+        else:
+            self.register_buffer("weight", weight, persistent=way != "not persistent")
+        self.moves = way == "queue"
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.moves:
+            self.weight += 0.5
+        return nn.functional.cross_entropy(logits, labels, self.weight)
+
+
+def weighted(weight: float, way: str) -> Trainer:
+    trainer, weights = Script().build(), torch.tensor([1.0, 1.0, 1.0, weight])
+    loss = nn.CrossEntropyLoss(weights) if way == "torch" else Weighted(weights, way)
+    trainer.loss = loss
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("way", "last", "told"),
+    [
+        ("torch", 2.0, "tensors.loss.weight .*changed in the script"),
+        ("attribute", 2.0, "tensors.loss.weight .*changed in the script"),
+        ("not persistent", 2.0, "tensors.loss.weight .*changed in the script"),
+        ("persistent", 1.0, "initial.weight .*value stays"),
+        ("queue", 3.0, None),  # four updates have moved it: what it started from is past
+    ],
+)
+def test_other_class_weights_apply_unless_the_checkpoint_holds_them(
+    way: str, last: float, told: str | None, caplog: pytest.LogCaptureFixture
+):
+    first, second = weighted(1.0, way), weighted(2.0, way)
+    first.run(Script().data(), max_epochs=1)
+    state = copy.deepcopy(run_state(first))
+    load_run_state(weighted(1.0, way), state)
+    assert not lines(caplog)
+
+    load_run_state(second, state)
+
+    assert second.loss.weight[-1] == last
+    found = lines(caplog)
+    assert len(found) == (told is not None)
+    assert told is None or re.search(told, found[0])
+
+
 @pytest.mark.parametrize("name", ["torch", "ranks", "microbatch_size"])
 def test_another_environment_is_logged_and_never_refused(
     name: str, caplog: pytest.LogCaptureFixture
@@ -631,7 +682,8 @@ def test_every_row_of_the_page_has_a_test():
         "what a function or handler had changed during the run",
         "a parameter group that was added during the run",
         "a function at an event",
-        "the initial value of a learned parameter",
+        "the initial value of a learned parameter, or of a buffer of the loss before any change",
+        "class weights of a torch loss, a tensor attribute, a buffer that is not saved",
         "versions, device, ranks, micro-batch",
         "a checkpoint of an earlier version",
         "a larger `max_epochs`",
