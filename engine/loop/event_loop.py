@@ -107,7 +107,11 @@ class EventLoop(PositionedEvents):
             raise
         finally:
             last = self.last_event_name
-            self.fire_event(RunEvents.ENDED)
+            try:
+                self.fire_event(RunEvents.ENDED)
+            except BaseException:
+                self.outcome = Outcome.FAILED
+                raise
             self.last_event_name = last  # as in Ignite: the last event of the run itself
 
     def _start(
@@ -173,18 +177,19 @@ class EventLoop(PositionedEvents):
             raise ResumeError(
                 f"the run stopped in epoch {self.state.epoch} after iteration "
                 f"{self.epoch_iteration}, and this loader cannot be restored to that position. "
-                "Continue with the loader of the earlier run, use one with state_dict() and "
-                "load_state_dict(), or start over with trainer.state.max_epochs = None"
+                "Continue with the loader of the earlier run, resume with a CheckpointManager, which "
+                "saves the position of a loader with state_dict(), or start over with "
+                "trainer.state.max_epochs = None"
             )
         if not same:
             self.set_data(data)
 
     def _goes_on_in(self, data: Iterable[Any] | None) -> bool:
-        """Return whether the iteration of an epoch that is one pass over a list is the position."""
+        """Return whether the iteration of an epoch of one pass is a position of this loader."""
         if self.batches.data is not None or length_of(data) != self.state.epoch_length:
             return False  # the position is that of another loader
         self.set_data(data)
-        return self.batches.go_to(self.epoch_iteration)
+        return self.batches.go_to(self.state.epoch - 1, self.epoch_iteration)
 
     @property
     def is_finished(self) -> bool:

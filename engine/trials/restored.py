@@ -80,9 +80,15 @@ def modules_restored(*modules: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def buffers_restored(*modules: nn.Module) -> Iterator[None]:
-    """Restore the buffers of modules, which a forward pass may change."""
+    """Restore the buffers of modules, which a forward pass may change or replace."""
+    parts = [part for module in modules for part in module.modules()]
+    held = [(part._buffers, dict(part._buffers)) for part in parts]  # noqa: SLF001 - torch's own
     with _tensors_restored(_buffers(modules)):
-        yield
+        try:
+            yield
+        finally:
+            for buffers, before in held:
+                buffers.update(before)
 
 
 @contextmanager

@@ -203,8 +203,8 @@ class DirectorySaver:
             self._carry_out(trainer, decide_at_restore(self.state, status))
 
     def start_over(self) -> None:
-        """Forget the last save: the run is another one."""
-        self.state = self.state._replace(saved=None)
+        """Forget the last save and the judged values: the run is another one."""
+        self.state = self.state._replace(saved=None, values=0)
 
     def count_values(self, trainer: Trainer) -> None:
         """Treat the values so far as judged if a checkpoint does not know how many were."""

@@ -44,9 +44,10 @@ class EarlyStopping(Handler):
     iteration and logs a warning, unless `reset()` was called. A run that starts over starts with an
     empty memory.
 
-    Event: `MetricsEvents.LOGGED`, `EPOCH_PUBLISHED` and `CUT_PUBLISHED`; `Events.STARTED` to stay
-        stopped; a run's first `Events.GET_BATCH_STARTED` to report a metric that nothing can
-        publish; `RunEvents.SAFE_POINT` to report one that is never published.
+    Event: `MetricsEvents.LOGGED`, `EPOCH_PUBLISHED` and `CUT_PUBLISHED`; `RunEvents.RESTORE` to
+        forget an earlier run; `Events.STARTED` to stay stopped; a run's first
+        `Events.GET_BATCH_STARTED` to report a metric that nothing can publish;
+        `RunEvents.SAFE_POINT` to report one that is never published.
     Cost: none that can be measured; it reads values that are on the host already.
 
     Args:
@@ -86,6 +87,7 @@ class EarlyStopping(Handler):
 
     def attach(self, trainer: Trainer) -> None:
         """Judge the values that the trainer publishes."""
+        trainer.add_event_handler(RunEvents.RESTORE, self._start_over)
         trainer.add_event_handler(Events.STARTED, self._start)
         call_before_first_batch(trainer, self._check_name)
         trainer.add_event_handler(MetricsEvents.LOGGED, self._judge_new_values)
@@ -107,16 +109,18 @@ class EarlyStopping(Handler):
             setattr(self, name, state_dict[name])
         self._judged = state_dict["judged"]
 
-    def _start(self, trainer: Trainer) -> None:
-        if trainer.state.iteration == 0 and (self.stopped or self.best_iteration > 0):
+    def _start_over(self, trainer: Trainer) -> None:
+        if trainer.state.max_epochs is None and trainer.state.max_iters is None:  # another run
             self.reset()
             self._judged = 0
+
+    def _start(self, trainer: Trainer) -> None:
         if not is_evaluated(trainer, self.metric):
             report_endless(trainer, self)
         if self.stopped:
             logger.warning(
-                "The run stays stopped: %s has not improved on %s for %d values. "
-                "Call reset() on its EarlyStopping to continue.",
+                "EarlyStopping ended this run earlier and ends it again: %s has not improved on %s "
+                "for %d values. To continue, call reset() on the EarlyStopping.",
                 self.metric,
                 self.best,
                 self.waited,

@@ -261,3 +261,16 @@ def test_a_value_published_after_an_evaluation_inside_an_epoch_counts_at_once(fi
         trainer.attach(stopping)
     trainer.run(make_loader(), max_epochs=5)
     assert trainer.state.iteration == 2
+
+
+def test_a_run_that_starts_over_judges_its_own_values():
+    trainer = make_trainer()
+    stopping = EarlyStopping(metric="val/loss", patience=9, mode="min")
+    trainer.attach(stopping, Evaluation(make_loader(), every=1000, at_start=True))
+    trainer.run(make_loader(), max_epochs=1)
+    with torch.no_grad():
+        trainer.model.weight += 5
+    trainer.state.max_epochs = None
+    trainer.run(make_loader(), max_epochs=1)
+    (start,) = trainer.metrics.get_history("val/loss")
+    assert stopping.best == start
