@@ -124,12 +124,13 @@ class RunSavers:
         for saver in self.savers:
             saver.count_values(self.trainer)
         position = self.trainer.state
-        logger.info(
-            "Resumed from %s (epoch %d, iteration %d).",
-            start.path,
-            position.epoch,
-            position.iteration,
-        )
+        if rank() == 0:
+            logger.info(
+                "Resumed from %s (epoch %d, iteration %d).",
+                start.path,
+                position.epoch,
+                position.iteration,
+            )
 
     def _log_rankings(self, start: StartPoint, sources: Sequence[Source]) -> None:
         folder = start.path.parent

@@ -146,7 +146,7 @@ def test_a_stopped_run_stays_stopped_when_it_is_resumed(caplog):
     with caplog.at_level(logging.WARNING):
         resumed.run(make_loader(), max_epochs=4)
     assert resumed.state.epoch == 2
-    assert "The run stays stopped: val/score has not improved on 0.2 for 1 values." in caplog.text
+    assert "ends it again: val/score has not improved on 0.2 for 1 values." in caplog.text
     again.reset()
     resumed.run(make_loader(), max_epochs=4)
     assert (resumed.state.epoch, again.best) == (4, 0.4)
