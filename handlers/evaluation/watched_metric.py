@@ -100,7 +100,7 @@ def _has_foreign_publishers(trainer: Trainer) -> bool:
 
 def _is_of_the_library(owner: object) -> bool:
     definition = owner if hasattr(owner, "__module__") else type(owner)
-    return definition.__module__.startswith("diptych.")
+    return str(definition.__module__).startswith("diptych.")
 
 
 def _publishers(trainer: Trainer, metric: str) -> list[Evaluation]:
