@@ -123,14 +123,17 @@ class RunSavers:
             self.trainer.completed = start.completed
         for saver in self.savers:
             saver.count_values(self.trainer)
-        position = self.trainer.state
-        if rank() == 0:
-            logger.info(
-                "Resumed from %s (epoch %d, iteration %d).",
-                start.path,
-                position.epoch,
-                position.iteration,
-            )
+        self._log_start(start)
+
+    def _log_start(self, start: StartPoint) -> None:
+        position, level = self.trainer.state, logging.DEBUG if rank() else logging.INFO
+        logger.log(
+            level,
+            "Resumed from %s (epoch %d, iteration %d).",
+            start.path,
+            position.epoch,
+            position.iteration,
+        )
 
     def _log_rankings(self, start: StartPoint, sources: Sequence[Source]) -> None:
         folder = start.path.parent
