@@ -76,13 +76,18 @@ def _has_state(candidate: object) -> bool:
 
 
 def match_states(
-    saved: Mapping[str, Any], here: Iterable[str], *, by_class: bool = False
+    saved: Mapping[str, Any],
+    here: Iterable[str],
+    pairs: Mapping[str, str] | None = None,
+    *,
+    by_class: bool = False,
 ) -> dict[str, Any]:
     """Return the saved state of each key that has one.
 
     Args:
         saved: the states of a checkpoint by name.
         here: keys of the handlers that are attached.
+        pairs: from `paired_by_settings`.
         by_class: whether the names are those of format 1: the class, numbered from the second on.
 
     Raises:
@@ -92,14 +97,57 @@ def match_states(
     there, own = _grouped(saved, by_class=by_class), _grouped(here, by_class=by_class)
     matched: dict[str, Any] = {}
     for name in there.keys() & own.keys():
-        if len(there[name]) != len(own[name]):
+        known = {key: pairs[key] for key in own[name] if pairs and key in pairs}
+        if known:
+            matched.update((key, saved[other]) for key, other in known.items() if other in saved)
+        elif len(there[name]) != len(own[name]):
             raise CheckpointError(
                 f"the number of {name} handlers must be the checkpoint's, "
                 f"{len(there[name])}, got {len(own[name])}, so that their states cannot be told "
                 "apart. Attach as many, in the same order"
             )
-        matched.update((k, saved[s]) for k, s in zip(own[name], there[name], strict=True))
+        else:
+            matched.update((k, saved[s]) for k, s in zip(own[name], there[name], strict=True))
     return matched
+
+
+def paired_by_settings(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, str]:
+    """Return the saved key of each handler here, where several share a key and differ otherwise.
+
+    Handlers with equal settings belong together; of the others, the first here to the first there,
+    if there are as many, or none if all on one side are paired.
+
+    Args:
+        saved: the settings of the saved run's handlers by key.
+        here: those of this run's.
+    """
+    there, own = _grouped(saved, by_class=False), _grouped(here, by_class=False)
+    pairs: dict[str, str] = {}
+    for name in there.keys() & own.keys():
+        sides = [(saved[key] for key in there[name]), (here[key] for key in own[name])]
+        if len(there[name]) + len(own[name]) > 2 and all(map(_all_differ, sides)):
+            pairs.update(_pairs(saved, here, there[name], own[name]))
+    return pairs
+
+
+def _pairs(
+    saved: Mapping[str, Any], here: Mapping[str, Any], there: Iterable[str], own: Iterable[str]
+) -> dict[str, str]:
+    left, found = list(there), dict[str, str]()
+    for key in own:
+        equal = [other for other in left if saved[other] == here[key]]
+        if equal:
+            found[key] = equal[0]
+            left.remove(equal[0])
+    rest = [key for key in own if key not in found]
+    if rest and left:
+        return found | dict(zip(rest, left, strict=True)) if len(rest) == len(left) else {}
+    return found
+
+
+def _all_differ(settings: Iterable[Any]) -> bool:
+    held = list(settings)
+    return all(one not in held[:index] for index, one in enumerate(held))
 
 
 def _grouped(names: Iterable[str], *, by_class: bool) -> dict[str, list[str]]:

@@ -21,6 +21,7 @@ from diptych.engine.state.differences import (
     differences,
     order_differences,
 )
+from diptych.engine.state.handler_states import paired_by_settings
 from diptych.engine.state.run_identity import RunIdentity, tensors_of
 from diptych.engine.state.run_parts import RunParts
 from diptych.engine.state.script_changes import apply_script, restore_current
@@ -43,11 +44,13 @@ class ResumeChanges:
             nothing is compared, and every saved value is restored.
         here: the identity of this run.
         found: the differences.
+        pairs: the saved key of handlers that share a key here, and differ in their settings.
     """
 
     saved: RunIdentity | None
     here: RunIdentity
     found: Sequence[Difference] = ()
+    pairs: Mapping[str, str] = attrs.field(factory=dict)
 
     @classmethod
     def between(cls, state: Mapping[str, Any], here: RunIdentity) -> ResumeChanges:
@@ -57,9 +60,11 @@ class ResumeChanges:
         """
         if "identity" not in state:
             return cls(None, here)
-        identity = RunIdentity(state["identity"])
-        found = differences(identity, here)
-        return cls(identity, here, [one for one in found if not _has_moved(one, state["loss"])])
+        there = state["identity"]
+        pairs = paired_by_settings(there["handlers"], here.values["handlers"])
+        saved = RunIdentity(there).with_keys(pairs)
+        found = [one for one in differences(saved, here) if not _has_moved(one, state["loss"])]
+        return cls(saved, here, found, pairs)
 
     @property
     def groups_declared(self) -> int:

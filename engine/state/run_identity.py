@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 from collections.abc import Iterator, Mapping
@@ -115,6 +116,25 @@ class RunIdentity:
         for name in ("task", "transform", "step"):
             values[name] = earlier.values[name]
         return RunIdentity(values, self.not_compared)
+
+    def with_keys(self, pairs: Mapping[str, str]) -> RunIdentity:
+        """Return this identity with other keys of handlers.
+
+        Args:
+            pairs: the key here of each new key.
+        """
+        if not pairs:
+            return self
+        names = {earlier: key for key, earlier in pairs.items()}
+        for key in (key for key in self.values["handlers"] if key not in names):
+            numbers = itertools.count(2)
+            name = key
+            while name in names.values():
+                name = f"{key.partition('#')[0]}#{next(numbers)}"
+            names[key] = name
+        handlers = {names[key]: own for key, own in self.values["handlers"].items()}
+        order = [names.get(key, key) for key in self.values["order"]]
+        return RunIdentity({**self.values, "handlers": handlers, "order": order})
 
     def as_json(self) -> str:
         """Return the content of `identity.json`."""

@@ -110,7 +110,8 @@ def load_run_state(
     found = ResumeChanges.between(state, trainer.identity)
     found.check(changes, inside_epoch=inside)
     handlers = stateful_handlers(trainer)
-    states = match_states(state["handlers"], handlers, by_class=state.get("format", 0) < 2)
+    by_class = state.get("format", 0) < 2
+    states = match_states(state["handlers"], handlers, found.pairs, by_class=by_class)
     with _undone_on_error(trainer):
         for key, handler_state in states.items():
             handlers[key].load_state_dict(handler_state)

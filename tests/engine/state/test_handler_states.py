@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from diptych.engine import CheckpointError
-from diptych.engine.state.handler_states import match_states
+from diptych.engine.state.handler_states import match_states, paired_by_settings
 
 SAVED = {"Early[a]": 1, "Early[b]": 2, "Curriculum[x]": 3, "Curriculum[x]#2": 4}
 
@@ -39,3 +39,19 @@ def test_names_of_the_first_format_are_matched_by_class_and_order():
 def test_the_first_format_tells_no_more_handlers_of_a_class_apart_than_it_had():
     with pytest.raises(CheckpointError, match="Early"):
         match_states({"Early": 1}, ["Early[a]", "Early[b]"], by_class=True)
+
+
+def test_handlers_of_one_key_are_told_apart_by_their_settings():
+    saved = {"Early[x]": {"patience": 4}, "Early[x]#2": {"patience": 40}}
+
+    def paired(*patience: int) -> dict[str, str]:
+        keys = ("Early[x]", "Early[x]#2", "Early[x]#3")
+        own = ({"patience": number} for number in patience)
+        return paired_by_settings(saved, dict(zip(keys, own, strict=False)))
+
+    assert paired(40, 4) == {"Early[x]": "Early[x]#2", "Early[x]#2": "Early[x]"}
+    assert paired(40) == {"Early[x]": "Early[x]#2"}
+    assert paired(9, 40, 4) == {"Early[x]#2": "Early[x]#2", "Early[x]#3": "Early[x]"}
+    assert paired(40, 9) == {"Early[x]": "Early[x]#2", "Early[x]#2": "Early[x]"}
+    assert paired(9) == {}  # either of them may have changed
+    assert paired(4, 4) == {}

@@ -585,6 +585,32 @@ def test_the_initial_value_of_a_learned_temperature_is_logged_and_the_learned_on
     assert any("learned value stays" in line for line in lines(caplog))
 
 
+def test_two_handlers_of_one_key_get_the_states_of_their_settings(
+    caplog: pytest.LogCaptureFixture,
+):
+    def stopping(*patience: int) -> Trainer:
+        early = (EarlyStopping(metric="train/loss", patience=number) for number in patience)
+        return Script(handlers=tuple(early)).build()
+
+    def judged(*values: int) -> list[int]:
+        trainer = stopping(*values)
+        load_run_state(trainer, state)
+        return [handler.state_dict()["best"] for handler in trainer.handlers]
+
+    first = stopping(8, 9)
+    first.run(Script().data(), max_epochs=1)
+    state = copy.deepcopy(run_state(first))
+    keys = "EarlyStopping[train/loss]", "EarlyStopping[train/loss]#2"
+    for number, key in enumerate(keys):
+        state["handlers"][key]["best"] = number
+
+    assert judged(8, 9) == [0, 1]
+    assert not lines(caplog)
+    assert judged(9, 8) == [1, 0]
+    assert judged(9) == [1]
+    assert judged(7, 9, 8) == [None, 1, 0]
+
+
 class Weighted(nn.Module):
     """A loss with class weights: in a buffer, in the checkpoint or not, or in an attribute."""
 
