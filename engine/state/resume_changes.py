@@ -198,5 +198,6 @@ def _rebase(scheduler: Any) -> None:
 def _has_moved(one: Difference, saved: Mapping[str, Any]) -> bool:
     """Return whether a difference is that of a buffer of the loss that a run has changed."""
     buffer = saved.get(one.name.partition(".")[2]) if one.kind is Kind.INITIAL else None
-    digest = isinstance(one.before, str) and isinstance(buffer, Tensor)
-    return digest and tensor_digest(buffer) != one.before
+    if not isinstance(buffer, Tensor) or not isinstance(one.before, str):  # no digest
+        return False
+    return tensor_digest(buffer) != one.before

@@ -144,7 +144,7 @@ def test_a_new_handler_starts_from_its_initial_state_and_a_missing_one_is_logged
 
 def test_which_of_several_handlers_of_a_class_is_which_is_not_guessed(tmp_path):
     run(tmp_path, EarlyStopping(metric="train/loss", patience=9), epochs=1)
-    two = [EarlyStopping(metric="train/loss", patience=patience) for patience in (3, 9)]
+    two = [EarlyStopping(metric="train/loss", patience=patience) for patience in (9, 9)]
     with pytest.raises(CheckpointError, match=r"EarlyStopping\[train/loss\] handlers .* 1, got 2"):
         run(tmp_path, *two, epochs=2)
 
