@@ -529,7 +529,10 @@ class Trainer(ExactSteps):
         if values:
             self.metrics.report(self.state.iteration, values)
 
-    def _fire_completed(self, event: Events) -> None:
+    def _fire_completed(self, event: Any) -> None:
+        if isinstance(event, MetricsEvents):  # the values of the end are known and logged
+            self.fire_and_report(event)
+            return
         ended = "an epoch" if event is Events.EPOCH_COMPLETED else "a run"
         wait_for_all_ranks(f"the end of {ended}", f"after iteration {self.state.iteration}")
         # If an exception has left it, what was published before it is logged.

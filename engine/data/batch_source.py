@@ -25,6 +25,7 @@ from diptych.engine.data.loader_contract import (
     takes_epoch,
     with_position,
 )
+from diptych.engine.data.seeded_loader import SeededLoader
 from diptych.engine.errors import ResumeError
 from diptych.engine.random_state import (
     GeneratorSnapshot,
@@ -123,12 +124,23 @@ class BatchSource:
             self._epoch_set = epoch
         return length_of(self.data)
 
-    def go_to(self, done: int) -> bool:
-        """Go behind the first batches of a pass over a list; return False for another loader."""
+    def go_to(self, epoch: int, done: int) -> bool:
+        """Go behind the first batches of a pass; return False if its order is not known.
+
+        That of a list and of a `SeededLoader` is.
+
+        Args:
+            epoch: counted from 0.
+            done: batches.
+        """
         if isinstance(self._loader, ListLoader):
             self.restore({"done": done})
-            self._given = done
-        return isinstance(self._loader, ListLoader)
+        elif isinstance(self._loader, SeededLoader):
+            self.restore({**self._loader.state_dict(), "epoch": epoch, "batch": done})
+        else:
+            return False
+        self._given = done
+        return True
 
     def rewind(self) -> None:
         """Start a new pass with the next batch."""

@@ -115,7 +115,7 @@ class ContinuedEvents(Dispatcher):
         return returned(listeners, self._raised)
 
     def _fire_completed(self, event: Any) -> None:
-        """Fire `EPOCH_COMPLETED`, `EPOCH_CUT` or `COMPLETED`."""
+        """Fire `EPOCH_COMPLETED`, `EPOCH_CUT`, what follows them, or `COMPLETED`."""
         self._fire(event)
 
     def _fire_published(self, event: Any, published: Any) -> None:
@@ -124,7 +124,7 @@ class ContinuedEvents(Dispatcher):
             with self._continued(event):
                 self._fire_completed(event)
         with self._continued(published):
-            self.fire_event(published)
+            self._fire_completed(published)
 
     @contextmanager
     def _continued(self, event: Any) -> Iterator[None]:

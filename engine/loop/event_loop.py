@@ -177,8 +177,8 @@ class EventLoop(PositionedEvents):
             raise ResumeError(
                 f"the run stopped in epoch {self.state.epoch} after iteration "
                 f"{self.epoch_iteration}, and this loader cannot be restored to that position. "
-                "Continue with the loader of the earlier run, resume with a CheckpointManager, which "
-                "saves the position of a loader with state_dict(), or start over with "
+                "Continue with the loader of the earlier run, resume with a CheckpointManager, "
+                "which saves the position of a loader with state_dict(), or start over with "
                 "trainer.state.max_epochs = None"
             )
         if not same:

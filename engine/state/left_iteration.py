@@ -33,7 +33,7 @@ def left_iteration(trainer: Trainer) -> dict[str, Any] | None:
         return None
     parts = {
         "batch": trainer.state.batch,
-        "output": _as_tuple(trainer.state.output),
+        "output": trainer.plain_output,
         "outputs": dict(trainer.outputs),
         "terms": dict(trainer.terms),
     }
@@ -43,7 +43,7 @@ def left_iteration(trainer: Trainer) -> dict[str, Any] | None:
 def restore_left_iteration(trainer: Trainer, parts: Mapping[str, Any]) -> None:
     """Restore what `left_iteration` returned."""
     trainer.state.batch = parts["batch"]
-    trainer.state.output = to_device(parts["output"], trainer.device)
+    trainer.restore_output(to_device(parts["output"], trainer.device))
     trainer.outputs = to_device(parts["outputs"] or {}, trainer.device)
     trainer.terms = to_device(parts["terms"] or {}, trainer.device)
 

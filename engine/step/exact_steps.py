@@ -14,7 +14,7 @@ from diptych.engine.loop.event_loop import EventLoop
 from diptych.engine.metrics.metrics_collector import MetricsCollector
 from diptych.engine.modules import TrainingModes
 from diptych.engine.step.step_snapshot import Failed, StepSnapshot, reset_unscaling
-from diptych.engine.step.train_step import TrainStep
+from diptych.engine.step.train_step import StepOutput, TrainStep
 
 logger = logging.getLogger(__name__)
 
@@ -103,12 +103,24 @@ class ExactSteps(EventLoop):
         if not has_fired:
             self._stopped_at[last.name] = returned or ()
 
+    @property
+    def plain_output(self) -> Any:
+        """The last step's output as a checkpoint can hold it, for `restore_output`."""
+        output = self.state.output
+        return output._asdict() if isinstance(output, StepOutput) else output
+
+    def restore_output(self, output: Any) -> None:
+        """Put an output that `plain_output` has returned into `state.output`."""
+        is_own = isinstance(self._process_function, TrainStep) and isinstance(output, dict)
+        self.state.output = StepOutput(**output) if is_own else output
+
     def fire_and_report(self, event: Any) -> None:
         """Fire an event, and report what its handlers publish as a record of this iteration.
 
-        `EPOCH_COMPLETED`, `EVALUATED` and `COMPLETED` fire in this way: a value that a handler
-        publishes there belongs to the epoch, the evaluation or the run that has ended. After an
-        exception, the next call continues the event, with the values that were published before.
+        `EPOCH_COMPLETED`, `EPOCH_PUBLISHED`, `EVALUATED` and `COMPLETED` fire in this way: a value
+        that a handler publishes there belongs to the epoch, the evaluation or the run that has
+        ended. After an exception, the next call continues the event, with the values that were
+        published before.
         """
         reported = self.metrics.record
         try:

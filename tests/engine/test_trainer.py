@@ -442,7 +442,9 @@ def published_at(event: Any, *, epochs: int = 2) -> tuple[Trainer, list[tuple[in
     return trainer, records
 
 
-@pytest.mark.parametrize("event", [Events.EPOCH_COMPLETED, EvaluationEvents.EVALUATED])
+@pytest.mark.parametrize(
+    "event", [Events.EPOCH_COMPLETED, EvaluationEvents.EVALUATED, MetricsEvents.EPOCH_PUBLISHED]
+)
 def test_a_value_that_is_published_at_the_end_of_an_epoch_belongs_to_that_epoch(event):
     trainer, records = published_at(event)
 

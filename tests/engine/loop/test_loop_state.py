@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ignite.engine import Engine, Events
 
-from diptych.engine import MetricsEvents, ResumeError, RunEvents
+from diptych.engine import MetricsEvents, ResumeError, RunEvents, SeededLoader
+from diptych.engine.loop.event_loop import EventLoop
 from tests.engine.loop.loops import (
     EpochAware,
     Positioned,
@@ -304,6 +305,27 @@ def test_an_ignite_state_inside_an_epoch_goes_on_in_a_list_and_starts_the_epoch_
         assert one.rows == plain_rows(range(3), 3)[4 : limit.get("max_iters", 9)]
 
     assert fired[:3] == ["EPOCH_STARTED", "EPOCH_COMPLETED", "EPOCH_STARTED"]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_position_inside_an_epoch_goes_on_in_a_new_seeded_loader(shuffle):
+    def loader():
+        return SeededLoader(range(6), 2, seed=3, shuffle=shuffle)
+
+    def run(state=None, stop=None):
+        loop, seen = EventLoop(lambda _, batch: seen.append(batch.tolist())), []
+        if stop:
+            loop.add_event_handler(Events.ITERATION_COMPLETED(once=stop), loop.terminate)
+        if state:
+            loop.load_state_dict(state)
+        loop.run(loader(), max_epochs=3)
+        return seen, loop.state_dict()
+
+    whole, _ = run()
+    start, state = run(stop=5)
+    rest, _ = run(stored(state))
+    assert [*start, *rest] == whole
+    assert len(start) == 5
 
 
 @pytest.mark.parametrize("limit", ["max_epochs", "max_iters"])

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import functools
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,13 @@ def test_neither_progress_nor_place_enters_a_description():
     before = described(collecting)
     collecting(1)
     assert described(collecting) == before
+
+
+def test_a_logger_is_described_by_its_class_alone():
+    describer = Describer()
+    logger = logging.getLogger("of.a.handler")
+    assert describer.describe({"logger": logger}, "value") == {"logger": "logging.Logger"}
+    assert not describer.not_compared
 
 
 def test_learned_values_are_no_part_of_a_module():

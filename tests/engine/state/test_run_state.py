@@ -290,3 +290,34 @@ def test_the_values_since_the_last_log_point_are_each_ranks_own(monkeypatch):
     monkeypatch.setattr("diptych.engine.state.run_state.world_size", lambda: 2)
     monkeypatch.setattr("diptych.engine.state.run_state.rank", lambda: 1)
     assert _metrics_of_this_rank(states) is states[1]
+
+
+def test_the_output_of_an_iteration_that_was_left_is_read_by_the_handlers_to_come(caplog):
+    def make(fails: bool) -> tuple[Trainer, list[Any]]:
+        torch.manual_seed(0)
+        trainer, read = trainer_of(), []
+
+        def fail() -> None:
+            if fails and trainer.state.iteration == 2:
+                raise TimeoutError
+
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, fail)
+        trainer.add_event_handler(
+            Events.ITERATION_COMPLETED, lambda: read.append(trainer.state.output)
+        )
+        return trainer, read
+
+    batches = [paired(3) for _ in range(3)]
+    whole, expected = make(fails=False)
+    whole.run(batches, max_epochs=1)
+    left, before = make(fails=True)
+    with pytest.raises(TimeoutError):
+        left.run(batches, max_epochs=1)
+    resumed, after = make(fails=False)
+    resumed.state.dataloader = batches
+    load_run_state(resumed, stored(run_state(left)))
+    resumed.run(batches, max_epochs=1)
+    found = [*before, *after]
+    assert [one.loss.item() for one in found] == [one.loss.item() for one in expected]
+    assert [one.batch_size for one in found] == [3, 3, 3]
+    assert "must consist of" not in caplog.text
