@@ -83,7 +83,7 @@ class Evaluator(EventLoop):
             _check_needs_no_prediction(self._metrics, task)
         for name, metric in self._metrics.items():
             metric.attach(self, name)
-            if partial:
+            if partial and self.has_event_handler(metric.completed, Events.EPOCH_COMPLETED):
                 self.remove_event_handler(metric.completed, Events.EPOCH_COMPLETED)
                 self.add_event_handler(Events.EPOCH_COMPLETED, self._try_to_compute, metric, name)
 

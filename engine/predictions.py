@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from ignite.metrics import Metric, MetricsLambda
 from torch import Tensor
@@ -11,6 +12,9 @@ from diptych.engine.tasks import Outputs
 
 NAMES = ("y_pred", "y")
 """The names under which Ignite's metrics look for predictions and targets."""
+
+CRITERION_KWARGS = "criterion_kwargs"
+"""What `ignite.metrics.Loss` passes to its function too: nothing, unless the task returns it."""
 
 Prediction = tuple[Tensor, Tensor]
 
@@ -36,11 +40,14 @@ class NamedOutputs(dict[str, Tensor]):
         self._prediction = prediction_of(task)
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or (name in NAMES and self.has_prediction)
+        named = name in NAMES and self.has_prediction
+        return super().__contains__(name) or named or name == CRITERION_KWARGS
 
-    def __missing__(self, name: str) -> Tensor:
+    def __missing__(self, name: str) -> Any:
         if name in NAMES and self._prediction is not None:
             return self._prediction(self)[NAMES.index(name)]
+        if name == CRITERION_KWARGS:
+            return {}
         raise KeyError(name)
 
     @property

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ignite.metrics import Accuracy, ConfusionMatrix, Fbeta, MetricGroup, Precision, Recall
+from ignite.metrics import Accuracy, ConfusionMatrix, Fbeta, Loss, MetricGroup, Precision, Recall
 from torch import Tensor, nn
 
 from diptych.engine import BatchError, Evaluator, tasks
@@ -35,11 +35,13 @@ def test_the_metrics_of_ignite_equal_those_of_a_plain_count():
         "f1": Fbeta(beta=1.0),
         "group": MetricGroup({"inside": Accuracy()}),
         "matrix": ConfusionMatrix(3),
+        "cost": Loss(nn.functional.cross_entropy),
     }
     evaluator = Evaluator(model, task=tasks.classification, metrics=metrics, device="cpu")
     values = evaluator.evaluate(loader)
     labels = torch.cat([batch["label"] for batch in loader])
-    found = model(torch.cat([batch["image"] for batch in loader])).argmax(1)
+    logits = model(torch.cat([batch["image"] for batch in loader]))
+    found = logits.argmax(1)
     matrix = torch.zeros(3, 3, dtype=torch.float64)
     for label, prediction in zip(labels, found, strict=True):
         matrix[label, prediction] += 1
@@ -49,6 +51,8 @@ def test_the_metrics_of_ignite_equal_those_of_a_plain_count():
     f1 = 2 * precision * recall / (precision + recall + 1e-15)
     expected = {"right": right, "wrong": 1 - right, "inside": right}
     expected |= {"precision": precision.mean().item(), "f1": f1.mean().item()}
+    chosen = logits.log_softmax(1).gather(1, labels[:, None])
+    expected["cost"] = -chosen.mean().item()
     assert values == pytest.approx(expected)
     assert torch.equal(evaluator.state.metrics["matrix"].double(), matrix)
     assert torch.allclose(evaluator.state.metrics["recall"].double(), recall)

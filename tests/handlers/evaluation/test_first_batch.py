@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
-from ignite.metrics import Accuracy, Metric
+from ignite.metrics import Accuracy, Metric, RunningAverage
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -338,3 +338,11 @@ def test_the_first_batch_is_tried_with_the_task_of_the_first_stage(first):
     trainer.run(batches)
     assert evaluation.check(trainer) == {"val/accuracy", "val/loss"}
     assert stopping.best is not None
+
+
+def test_a_metric_that_is_computed_in_each_iteration_is_tried_too():
+    trainer = make_trainer()
+    share = RunningAverage(output_transform=lambda outputs: outputs["labels"].float().mean())
+    trainer.attach(Evaluation(make_loader(), metrics={"share": share}))
+    trainer.run(make_loader(), max_epochs=1)
+    assert trainer.state.metrics["val/share"] == 0.5
