@@ -46,8 +46,11 @@ def _message(
     return message.rstrip(". ")
 
 
-_EPOCHS = ("epochs", "num_epochs", "n_epochs", "max_epoch", "num_train_epochs")
-_ITERATIONS = ("max_steps", "steps", "num_steps", "total_steps", "max_iterations", "iterations")
+_EPOCHS = ("epochs", "num_epochs", "n_epochs", "max_epoch", "num_train_epochs", "epoch")
+_ITERATIONS = (
+    *("max_steps", "steps", "num_steps", "total_steps", "train_steps"),
+    *("max_iterations", "iterations", "num_iterations", "max_iter", "num_iters", "iters"),
+)
 _PER_EPOCH = ("steps_per_epoch", "iters_per_epoch", "limit_train_batches")
 _LOADER = ("loader", "dataloader", "train_loader", "train_dataloader", "train_dataloaders")
 _ELSEWHERE = {
@@ -60,25 +63,30 @@ _ELSEWHERE = {
         ("ckpt_path", "resume", "resume_from_checkpoint"),
         "Attach a CheckpointManager, which resumes",
     ),
-}
-
-FOR_RUN = {
-    **dict.fromkeys(_EPOCHS, "max_epochs"),
-    **dict.fromkeys((*_ITERATIONS, "num_iters"), "max_iters"),
-    **dict.fromkeys(_PER_EPOCH, "epoch_length"),
-    **dict.fromkeys(_LOADER, "data"),
-    **_ELSEWHERE,
-}
-"""What other trainers call the arguments of `run`."""
-
-FOR_TRAINER = {
     **dict.fromkeys(
-        ("max_epochs", *_EPOCHS), "Pass it to the run: trainer.run(loader, max_epochs=...)"
+        ("check_val_every_n_epoch", "val_check_interval", "eval_steps", "eval_every"),
+        "Attach Evaluation(loader, every=...) to the trainer",
+    ),
+    **dict.fromkeys(("fast_dev_run", "dry_run"), "Call trainer.dry_run(loader)"),
+    "overfit_batches": "Call trainer.overfit(loader, batches=...)",
+    "num_sanity_val_steps": "Attached evaluations try their first batch when the run starts",
+    **dict.fromkeys(
+        ("scheduler", "lr_scheduler", "schedulers"), "Attach LearningRate(...) to the trainer"
+    ),
+    **dict.fromkeys(("lr", "learning_rate"), "Pass the rate to the optimizer"),
+    **dict.fromkeys(
+        ("gradient_clip_val", "max_grad_norm", "clip_grad_norm"),
+        "Attach GradientClipping(max_norm=...) to the trainer",
     ),
     **dict.fromkeys(
-        ("max_iters", *_ITERATIONS), "Pass it to the run: trainer.run(loader, max_iters=...)"
+        ("logger", "loggers", "report_to"), "Attach a sink, such as TensorBoard(directory)"
     ),
-    **dict.fromkeys(_LOADER, "Pass it to the run: trainer.run(loader, max_epochs=...)"),
+    **dict.fromkeys(
+        ("default_root_dir", "output_dir", "save_dir"), "Attach CheckpointManager(directory)"
+    ),
+}
+
+_OF_TRAINER = {
     **dict.fromkeys(("criterion", "loss_fn", "loss_function"), "loss"),
     **dict.fromkeys(("optim", "optimizers"), "optimizer"),
     **dict.fromkeys(("accelerator", "devices", "gpus", "cuda"), "device"),
@@ -94,20 +102,35 @@ FOR_TRAINER = {
     ),
     **dict.fromkeys(("strategy", "fsdp"), "shard"),
     **dict.fromkeys(("log_every_n_steps", "logging_steps"), "log_every"),
+}
+_OWN_OF_TRAINER = (
+    *("model", "loss", "optimizer", "task", "transform", "precision", "microbatch_size"),
+    *("device", "prefetch", "compile", "seed", "log_every", "shard", "step"),
+)
+
+FOR_RUN = {
+    **{name: f"Pass {name}= to Trainer" for name in _OWN_OF_TRAINER},
+    **{other: f"Pass {name}= to Trainer" for other, name in _OF_TRAINER.items()},
+    **dict.fromkeys(_EPOCHS, "max_epochs"),
+    **dict.fromkeys(_ITERATIONS, "max_iters"),
+    **dict.fromkeys(_PER_EPOCH, "epoch_length"),
+    **dict.fromkeys(_LOADER, "data"),
+    **_ELSEWHERE,
+}
+"""What other trainers call the arguments of `run`, and what they take besides."""
+
+FOR_TRAINER = {
     **dict.fromkeys(
-        ("scheduler", "lr_scheduler", "schedulers"), "Attach LearningRate(...) to the trainer"
-    ),
-    **dict.fromkeys(("lr", "learning_rate"), "Pass the rate to the optimizer"),
-    **dict.fromkeys(
-        ("gradient_clip_val", "max_grad_norm", "clip_grad_norm"),
-        "Attach GradientClipping(max_norm=...) to the trainer",
+        ("max_epochs", *_EPOCHS), "Pass it to the run: trainer.run(loader, max_epochs=...)"
     ),
     **dict.fromkeys(
-        ("logger", "loggers", "report_to"), "Attach a sink, such as TensorBoard(directory)"
+        ("max_iters", *_ITERATIONS), "Pass it to the run: trainer.run(loader, max_iters=...)"
     ),
     **dict.fromkeys(
-        ("default_root_dir", "output_dir", "save_dir"), "Attach CheckpointManager(directory)"
+        ("epoch_length", *_PER_EPOCH), "Pass it to the run: trainer.run(loader, epoch_length=...)"
     ),
+    **dict.fromkeys(_LOADER, "Pass it to the run: trainer.run(loader, max_epochs=...)"),
+    **_OF_TRAINER,
     **_ELSEWHERE,
 }
 """What other trainers call the arguments of `Trainer`, and what they take besides."""

@@ -20,9 +20,11 @@ def first_batches(loader: Iterable[Any], count: int = 1) -> list[Any]:
     is somewhere else, in an open file for example, are read on.
 
     Raises:
-        TypeError: if the loader can be iterated only once.
+        TypeError: if the loader can be iterated only once, or not at all.
     """
-    if isinstance(loader, Iterator):
+    if isinstance(loader, Iterator) or not (
+        hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
+    ):
         raise TypeError(
             "loader must be an object that can be iterated again, got a "
             f"{type(loader).__name__}. Pass a DataLoader or a list of batches"

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD
 
 from diptych.engine import Trainer, tasks
-from diptych.engine.argument_names import names_the_right_argument
+from diptych.engine.argument_names import FOR_RUN, names_the_right_argument
 from tests.engine.models import trainer_of
 
 
@@ -24,6 +24,10 @@ from tests.engine.models import trainer_of
         ("max_itters", "Pass max_iters= instead"),
         ("train_loader", "Pass data= instead"),
         ("val_loader", r"Attach Evaluation\(loader\)"),
+        ("gpus", "Pass device= to Trainer"),
+        ("seed", "Pass seed= to Trainer"),
+        ("accumulate_grad_batches", "Pass microbatch_size= to Trainer"),
+        ("fast_dev_run", r"Call trainer.dry_run\(loader\)"),
     ],
 )
 def test_run_names_the_right_argument(keyword, way_out):
@@ -39,6 +43,7 @@ def test_run_names_the_right_argument(keyword, way_out):
         ("criterion", "Pass loss= instead"),
         ("gradient_accumulation_steps", "Pass microbatch_size= instead"),
         ("max_epochs", r"Pass it to the run: trainer.run\(loader, max_epochs=...\)"),
+        ("limit_train_batches", r"Pass it to the run: trainer.run\(loader, epoch_length=...\)"),
         ("percision", "Pass precision= instead"),
         ("callbacks", r"Attach handlers with trainer.attach\(handler, ...\)"),
     ],
@@ -48,6 +53,11 @@ def test_trainer_names_the_right_argument(keyword, way_out):
     optimizer = SGD(model.parameters())
     with pytest.raises(TypeError, match=f"the arguments of Trainer .*, got {keyword}. {way_out}"):
         Trainer(model, nn.MSELoss(), optimizer, task=tasks.classification, **{keyword: 3})
+
+
+def test_the_arguments_of_trainer_that_run_sends_on_are_all_of_them():
+    own = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
+    assert own <= set(FOR_RUN)
 
 
 def test_train_names_its_own_argument():

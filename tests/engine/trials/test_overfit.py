@@ -103,3 +103,9 @@ def test_a_step_that_returns_no_loss_is_refused_with_the_way_out():
 def test_an_empty_loader_is_refused():
     with pytest.raises(BatchError, match="at least one batch"):
         make_trainer().overfit([])
+
+
+@pytest.mark.parametrize("loader", [iter([]), 3, len])
+def test_what_cannot_be_iterated_again_is_refused_by_name(loader):
+    with pytest.raises(TypeError, match="loader must be an object that can be iterated again"):
+        make_trainer().overfit(loader)
