@@ -82,15 +82,10 @@ def open_file(path: Path) -> BinaryIO:
     Raises:
         OSError: if it cannot be opened, or is not a file.
     """
-    file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115 - needs an opener
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    kind = path.stat().st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # the system has an error for a folder
         raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
-    return file
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    return path.open("rb")
 
 
 def _is_one_part(name: str) -> bool:

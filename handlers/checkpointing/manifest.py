@@ -55,6 +55,10 @@ def read_manifest(directory: Path) -> Manifest:
             return rescued
         if isinstance(error, FileNotFoundError):
             return Manifest([], True, path)
+        if isinstance(error, OSError):
+            raise CheckpointError(
+                f"{path} cannot be read: {error}. Check the path and its rights."
+            ) from error
         raise CheckpointError(
             f"{path} is not a manifest of checkpoints: {error}. Move it away, and resume from the "
             "path of a checkpoint."

@@ -271,7 +271,19 @@ def test_a_pipe_instead_of_a_manifest_is_no_manifest_and_nobody_is_waited_for(tm
     os.mkfifo(tmp_path / name)
     store = CheckpointStore(tmp_path)
     if name == "manifest.json":
-        with pytest.raises(CheckpointError, match=r"not a manifest of checkpoints: .* a pipe"):
+        with pytest.raises(CheckpointError, match=r"manifest.json cannot be read: .* a pipe"):
             store.entries()
     else:
         assert store.entries() == []
+
+
+def test_a_manifest_without_a_right_to_read_it_is_not_to_be_moved_away(tmp_path, monkeypatch):
+    (tmp_path / "manifest.json").write_text("{}")
+
+    def refuse(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=r"manifest.json cannot be read: .*rights") as caught:
+        CheckpointStore(tmp_path).entries()
+    assert "Move" not in str(caught.value)
