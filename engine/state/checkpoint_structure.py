@@ -26,6 +26,11 @@ GROWTH = 16
 """Times its own size that a checkpoint may take once it is unpacked, beside `ALLOWANCE`."""
 ALLOWANCE = 1 << 20
 
+OUTLINED = ("trainer", "metrics", "last_metrics", "handlers", "data", "current", "iteration")
+"""The parts whose content a checkpoint outlines."""
+LONGEST_OUTLINED, MOST_OUTLINED = 256, 10_000
+"""Values of one container, and of all, that an outline describes one by one."""
+
 PARTS: dict[str, Any] = {
     "format": int,
     "model": dict,
@@ -157,9 +162,7 @@ def check_parts(state: Any) -> None:
     _check_metrics(state)
     optimizer = state["optimizer"]
     _check_numbering(optimizer, state.get("parameters"))
-    outline = state.get("entry", {}).get("optimizer")
-    if outline is not None:  # an earlier version wrote none
-        _check_outline(outline_of(optimizer), outline)
+    _check_outlines(state)
     _check_position(state)
     for number, generators in enumerate(state["random"]):
         _check_generators(generators, f"random[{number}]")
@@ -213,11 +216,49 @@ def _check_numbering(state: Mapping[str, Any], names: list[Any] | None) -> None:
             raise CheckpointError(f"optimizer.state.{key} is of no parameter")
 
 
-def _check_outline(found: Mapping[str, str], outline: Mapping[str, str]) -> None:
+def outline_of_parts(state: Mapping[str, Any]) -> dict[str, str]:
+    """Return the kind of each value in the parts of a state that handlers and loaders determine.
+
+    What is in them is not known here. So a checkpoint says it, as it does for its optimizer.
+    """
+    outline: dict[str, str] = {}
+    left = [(name, state[name]) for name in OUTLINED if name in state]
+    while left:
+        path, value = left.pop()
+        outline[path] = _kind(value)
+        if len(outline) + len(left) > MOST_OUTLINED or not isinstance(
+            value, (Mapping, list, tuple)
+        ):
+            continue
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        if len(value) <= LONGEST_OUTLINED:
+            left.extend((f"{path}.{key}", item) for key, item in items)
+    return outline
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of {list(value.shape)}"
+    long = isinstance(value, (Mapping, list, tuple)) and len(value) > LONGEST_OUTLINED
+    return f"a {type(value).__name__}{f' of {len(value)}' if long else ''}"
+
+
+def _check_outlines(state: Mapping[str, Any]) -> None:
+    entry = state.get("entry", {})
+    for key, prefix, found in (
+        ("optimizer", "optimizer.state.", outline_of(state["optimizer"])),
+        ("parts", "", outline_of_parts(state)),
+    ):
+        if key in entry:  # an earlier version wrote none
+            _check(entry[key], dict, f"entry.{key}")
+            _check_outline(found, entry[key], prefix)
+
+
+def _check_outline(found: Mapping[str, str], outline: Mapping[str, str], prefix: str) -> None:
     for name in (*outline, *found):
         wanted, got = outline.get(name, "missing"), found.get(name, "none")
         if wanted != got:
-            raise CheckpointError(f"optimizer.state.{name} must be {wanted}, got {got}")
+            raise CheckpointError(f"{prefix}{name} must be {wanted}, got {got}")
 
 
 def _check_position(state: Mapping[str, Any]) -> None:

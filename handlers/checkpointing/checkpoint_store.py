@@ -20,6 +20,7 @@ from diptych.engine.state.checkpoint_structure import (
     check_parts,
     check_unpacked,
     outline_of,
+    outline_of_parts,
 )
 from diptych.handlers.checkpointing.entries import (
     FILE,
@@ -131,6 +132,7 @@ class CheckpointStore:
                 flush_folder(self.directory / entry.shards, of=self.directory)
             described = {name: getattr(entry, name) for name in DESCRIPTION}
             described["optimizer"] = outline_of(state["optimizer"])
+            described["parts"] = outline_of_parts(state)
             state = {**state, "entry": described}
             digests: list[tuple[int, int]] = []
 

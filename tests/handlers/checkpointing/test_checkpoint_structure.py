@@ -17,6 +17,8 @@ from diptych.engine.state.checkpoint_structure import check_archive, check_unpac
 from diptych.handlers.checkpointing.checkpoint_manager import CheckpointManager
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
 from diptych.handlers.checkpointing.sharded_tensors import check_index
+from diptych.handlers.optimization.schedules import LearningRate
+from diptych.handlers.sinks.jsonl import JsonLines
 from tests.handlers.checkpointing.test_checkpoint_manager import digest, make_loader, make_trainer
 from tests.handlers.checkpointing.test_store import state as small_state
 
@@ -148,6 +150,46 @@ def test_a_part_inside_a_part_that_cannot_be_loaded_is_an_error_with_the_files_n
     trainer = make_trainer()
     trainer.attach(CheckpointManager(path.parent))
     assert str(path) in refusal(trainer) or digest(trainer) == whole[1]
+
+
+@pytest.mark.parametrize("value", ["without", "a string", 3.5, None, []])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "trainer.max_epochs",
+        "trainer.completed",
+        "handlers.JsonLines.values.size",
+        "handlers.JsonLines.values",
+        "handlers.LearningRate.total",
+        "handlers.LearningRate",
+        "handlers.CheckpointManager.scored",
+        "data.0.position.batch",
+        "data.0.given",
+        "metrics.0.window.numbers",
+        "current.training",
+    ],
+)
+def test_what_a_handler_or_a_loader_had_saved_is_complete_or_an_earlier_checkpoint_is_used(
+    tmp_path, caplog, part, value
+):
+    def run(folder: Path, max_epochs: int) -> str:
+        trainer = make_trainer()
+        manager = CheckpointManager(folder / "checkpoints")
+        trainer.attach(JsonLines(folder), LearningRate(warmup=2, total=20), manager)
+        trainer.run(make_loader(), max_epochs=max_epochs)
+        return digest(trainer)
+
+    run(tmp_path / "run", 2)
+    path = tmp_path / "run/checkpoints/checkpoint_epoch_2.pt"
+    state = torch.load(path, weights_only=True)
+    without(state, part) if value == "without" else replaced(state, part, value)
+    torch.save(state, path)
+    list_anew(path)
+    assert run(tmp_path / "run", 3) == run(tmp_path / "whole", 3)
+    lines = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("run", "whole")]
+    assert lines[0] == lines[1]
+    (refused,) = {text for text in caplog.messages if f"checkpoint {path} cannot be used" in text}
+    assert f"{part} must be" in refused
 
 
 def test_a_position_that_is_not_the_files_own_is_refused(tmp_path, whole):
