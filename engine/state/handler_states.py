@@ -15,6 +15,7 @@ from diptych.engine.handler import Stateful, contract_of
 from diptych.engine.state.references import (
     SavedOptimizer,
     SavedScheduler,
+    averages_behind,
     is_scheduler,
     other_optimizers,
     report_unsaved,
@@ -26,11 +27,16 @@ from diptych.engine.state.run_parts import RunParts
 def attached(trainer: RunParts) -> list[Any]:
     """Return every object whose functions the trainer's events call, each once, in order.
 
-    Schedulers and optimizers that only a plain function at an event refers to count too.
+    Schedulers, optimizers and torch's averages of weights that only a plain function at an event
+    refers to count too.
     """
     own = (trainer, trainer.model, trainer.loss, trainer.optimizer, trainer.metrics)
     owners = (listener.owner for listener in trainer.listeners)
-    behind = (*schedulers_behind(trainer), *other_optimizers(trainer, of_stateless=True))
+    behind = (
+        *schedulers_behind(trainer),
+        *other_optimizers(trainer, of_stateless=True),
+        *averages_behind(trainer),
+    )
     every = (*trainer.handlers, *owners, *behind)
     found = {id(item): item for item in every}
     return [item for key, item in found.items() if key not in {id(part) for part in own}]

@@ -1,4 +1,4 @@
-"""The optimizers and schedulers that functions at events refer to: found, and saved."""
+"""The optimizers, schedulers and averages that functions at events refer to: found, and saved."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ignite.handlers.param_scheduler import BaseParamScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 
 from diptych.engine.handler import Stateful
 from diptych.engine.modules import named_parameters
@@ -53,12 +54,17 @@ def is_scheduler(candidate: object) -> bool:
     return isinstance(candidate, (LRScheduler, BaseParamScheduler))
 
 
+def _is_found(candidate: object) -> bool:
+    """Return whether an object is one that a search looks for among others, which it skips."""
+    return is_scheduler(candidate) or isinstance(candidate, AveragedModel)
+
+
 def behind_events(trainer: RunParts, *, of_stateless: bool = False) -> list[Any]:
     """Return the objects that the functions at a trainer's events refer to, in order.
 
     A function refers to what is in its closure, its defaults, its arguments, the globals that it
-    names, and the attributes and methods of these objects. The step, and schedulers that are
-    attributes of the trainer, count too.
+    names, and the attributes and methods of these objects. The step, and schedulers and averages
+    that are attributes of the trainer, count too.
 
     Args:
         trainer: the trainer.
@@ -70,7 +76,7 @@ def behind_events(trainer: RunParts, *, of_stateless: bool = False) -> list[Any]
             roots += [listener.added, *listener.arguments, *listener.keywords.values()]
             roots += [listener.owner] if is_scheduler(listener.owner) else []
     own = vars(trainer)
-    roots += [trainer.step, own.get("_process_function"), *filter(is_scheduler, own.values())]
+    roots += [trainer.step, own.get("_process_function"), *filter(_is_found, own.values())]
     return reachable(roots)
 
 
@@ -97,6 +103,12 @@ def other_optimizers(trainer: RunParts, *, of_stateless: bool = False) -> list[O
     ]
 
 
+def averages_behind(trainer: RunParts) -> list[AveragedModel]:
+    """Return torch's averages of weights that functions at events refer to, in order."""
+    found = behind_events(trainer, of_stateless=True)
+    return [one for one in found if isinstance(one, AveragedModel)]
+
+
 def reachable(roots: Iterable[Any], *, everything: bool = False) -> list[Any]:
     """Return the objects that roots refer to, roots included, each once, in a stable order.
 
@@ -107,7 +119,9 @@ def reachable(roots: Iterable[Any], *, everything: bool = False) -> list[Any]:
     found: dict[int, Any] = {}
 
     def visit(item: Any, depth: int) -> None:
-        if id(item) in found or len(found) >= OBJECTS or isinstance(item, SKIPPED):
+        if id(item) in found or len(found) >= OBJECTS:
+            return
+        if isinstance(item, SKIPPED) and not _is_found(item):
             return
         found[id(item)] = item
         if depth and not isinstance(item, Optimizer) and (everything or _is_users(item)):
