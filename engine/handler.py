@@ -87,6 +87,8 @@ class Handler(ABC):
         collective: whether it communicates with the other ranks, or publishes values, which are
             averaged over ranks. Every rank must have such a handler, as every rank must have one
             that changes something; any other may exist on some ranks only.
+        makes_weights: whether its state is a result of the run, as averaged weights are, though the
+            training does not depend on it. Its settings are compared when a run resumes.
         findings: the problems that it has found so far.
         leaves_traces: whether what it does cannot be undone, as what it sends to a service. A dry
             run leaves it out.
@@ -97,6 +99,7 @@ class Handler(ABC):
     changes: ClassVar[frozenset[Change]] = frozenset()
     leaves_traces: ClassVar[bool] = False
     collective: ClassVar[bool] = False
+    makes_weights: ClassVar[bool] = False
 
     @abstractmethod
     def attach(self, trainer: Any, /) -> object:

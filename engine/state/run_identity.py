@@ -295,9 +295,12 @@ def _is_function(owner: Any) -> bool:
 
 
 def _may_change(trainer: RunParts, owner: Any) -> bool:
-    """Return whether an attached object may change the run; a part of a handler does not count."""
+    """Return whether an attached object may change the run, or makes weights of its own.
+
+    A part of a handler does not count.
+    """
     if isinstance(owner, Handler):
-        return bool(owner.changes)
+        return bool(owner.changes) or owner.makes_weights
     return owner in trainer.handlers or not class_name(type(owner)).startswith("diptych.")
 
 

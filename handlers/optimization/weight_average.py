@@ -19,7 +19,7 @@ from diptych.engine.events import StepEvents
 from diptych.engine.handler import Handler
 from diptych.engine.modules import unwrapped
 from diptych.engine.trainer import Trainer
-from diptych.handlers.argument_checks import share_below_one
+from diptych.handlers.argument_checks import one_of, share_below_one
 from diptych.handlers.checkpointing.export import export_weights
 from diptych.handlers.extras import check_extra
 from diptych.handlers.optimization.moving_average import (
@@ -80,11 +80,12 @@ class WeightAverage(Handler):
     """
 
     collective: ClassVar[bool] = True
+    makes_weights: ClassVar[bool] = True
 
     decay: float = attrs.field(default=0.999, validator=share_below_one)
     warmup: bool = True
     buffers: Literal["average", "copy"] = attrs.field(
-        default="average", validator=attrs.validators.in_(("average", "copy"))
+        default="average", validator=one_of(Literal["average", "copy"])
     )
     updates: int = attrs.field(default=0, init=False)
     _skipped: Tensor | float = attrs.field(default=0.0, init=False, repr=False)

@@ -27,7 +27,7 @@ from diptych.engine import (
     tasks,
 )
 from diptych.engine.state.run_state import load_run_state, run_state
-from diptych.handlers import EarlyStopping, GradientClipping, LearningRate
+from diptych.handlers import EarlyStopping, GradientClipping, LearningRate, WeightAverage
 from diptych.losses import CLIPLoss, CrossEntropyLoss
 
 PAGE = Path(__file__).parents[3] / "docs/guide/resuming.md"
@@ -196,6 +196,12 @@ APPLIED: list[tuple[str, dict[str, Any], str, Callable[[Trainer], object]]] = [
         {"handlers": [(GradientClipping(max_norm=norm),) for norm in (1.0, 0.5)]},
         "handlers.GradientClipping.max_norm 1.0 -> 0.5",
         lambda t: t.handlers[0].max_norm == 0.5,
+    ),
+    (
+        "a handler's settings",
+        {"handlers": [(WeightAverage(decay=decay),) for decay in (0.9, 0.99)]},
+        "handlers.WeightAverage.decay 0.9 -> 0.99",
+        lambda t: t.handlers[0].decay == 0.99,
     ),
     (
         "a handler that is new",
