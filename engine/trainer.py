@@ -537,17 +537,21 @@ class Trainer(ExactSteps):
         wait_for_all_ranks(f"the end of {ended}", f"after iteration {self.state.iteration}")
         # If an exception has left it, what was published before it is logged.
         self._modes.remember()  # before handlers that may evaluate
-        begins = event.name not in self._stopped_at and event.name not in self._unreported
-        if begins and event is Events.EPOCH_COMPLETED:
-            self.metrics.log(self.state.iteration)
-            self.state.metrics.update(self.metrics.end_epoch())
-        elif begins and (not self.should_terminate or self.is_finished):
-            # A stopped run keeps its buffered values, so that the run which continues it logs what
-            # an uninterrupted one would.
-            self.metrics.log(self.state.iteration)
+        if event.name not in self._stopped_at and event.name not in self._unreported:
+            self._log_at_end(event)
         self.fire_and_report(event)
         if event is Events.EPOCH_COMPLETED:
             self._report_metrics()
+
+    def _log_at_end(self, event: Any) -> None:
+        """Log what was published before the end of an epoch or of a run."""
+        if event is Events.EPOCH_COMPLETED:
+            self.metrics.log(self.state.iteration)
+            self.state.metrics.update(self.metrics.end_epoch())
+        elif not self.should_terminate or self.is_finished:
+            # A stopped run keeps its buffered values, so that the run which continues it logs what
+            # an uninterrupted one would.
+            self.metrics.log(self.state.iteration)
 
 
 def _scalar_of(loss: nn.Module, name: str) -> Tensor:

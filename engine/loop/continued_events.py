@@ -115,7 +115,7 @@ class ContinuedEvents(Dispatcher):
         return returned(listeners, self._raised)
 
     def _fire_completed(self, event: Any) -> None:
-        """Fire `EPOCH_COMPLETED`, `EPOCH_CUT`, what follows them, or `COMPLETED`."""
+        """Fire `EPOCH_COMPLETED`, `EPOCH_CUT`, what follows them, `TERMINATE` or `COMPLETED`."""
         self._fire(event)
 
     def _fire_published(self, event: Any, published: Any) -> None:

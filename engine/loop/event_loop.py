@@ -311,7 +311,7 @@ class EventLoop(PositionedEvents):
         if self.should_terminate:
             self.outcome = Outcome.TERMINATED
             if Events.COMPLETED.name not in self._stopped_at:
-                self._fire(Events.TERMINATE)
+                self._fire_completed(Events.TERMINATE)
         self.outcome = Outcome.TERMINATED if self.should_terminate else Outcome.COMPLETED
         if self.should_terminate != "skip_completed":
             self._completing = self._position._replace(completed=True)

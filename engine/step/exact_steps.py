@@ -106,13 +106,14 @@ class ExactSteps(EventLoop):
     @property
     def plain_output(self) -> Any:
         """The last step's output as a checkpoint can hold it, for `restore_output`."""
-        output = self.state.output
+        output: Any = self.state.output
         return output._asdict() if isinstance(output, StepOutput) else output
 
     def restore_output(self, output: Any) -> None:
         """Put an output that `plain_output` has returned into `state.output`."""
         is_own = isinstance(self._process_function, TrainStep) and isinstance(output, dict)
-        self.state.output = StepOutput(**output) if is_own else output
+        restored: Any = StepOutput(**output) if is_own else output
+        self.state.output = restored
 
     def fire_and_report(self, event: Any) -> None:
         """Fire an event, and report what its handlers publish as a record of this iteration.

@@ -20,6 +20,7 @@ from diptych.engine.handler import Handler
 from diptych.engine.state.resume_changes import WhenChanged
 from diptych.engine.trainer import Trainer
 from diptych.engine.trials.trial import Trial
+from diptych.handlers.argument_checks import one_of
 from diptych.handlers.cadence import call_before_first_batch, is_cadence, report_endless
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
 from diptych.handlers.checkpointing.checkpoint_writer import CheckpointWriter
@@ -125,7 +126,7 @@ class CheckpointManager(Handler):
     )
     best: str | None = attrs.field(default=None, kw_only=True)
     mode: Literal["max", "min"] = attrs.field(
-        default="max", validator=attrs.validators.in_(("max", "min")), kw_only=True
+        default="max", validator=one_of(Literal["max", "min"]), kw_only=True
     )
     keep: int = attrs.field(default=3, validator=whole_number(of="checkpoints"), kw_only=True)
     resume: Path | str | None = attrs.field(

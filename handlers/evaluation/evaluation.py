@@ -262,6 +262,10 @@ class Evaluation(Handler):
                 self._names = self._try_first_batch(trainer)
             except BatchError as error:
                 raise BatchError(f"the first batch of {self.key}: {error}") from error
+            except Exception as error:
+                if hasattr(error, "add_note"):  # from Python 3.11 on
+                    error.add_note(f"It was raised by the first batch of {self.key}, at the start.")
+                raise
             self._checked = self.loader
         return self._names
 

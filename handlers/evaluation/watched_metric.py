@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from diptych.engine.evaluator import named_metrics
 from diptych.engine.predictions import parts_of
@@ -59,8 +59,9 @@ def missing_metric(trainer: Trainer, argument: str, metric: str) -> str | None:
 def unpublished_metric(trainer: Trainer, argument: str, metric: str) -> str | None:
     """Return an error message if it is known, when a run starts, that nothing publishes a metric.
 
-    It is known for the prefix of an attached evaluation, and for `val`, if only this library's
-    objects listen to the run: a function of the user may publish under any name.
+    It is known for the prefix of an attached evaluation, for `val`, and for `val_loss`, as others
+    spell it, if only this library's objects listen to the run: a function of the user may publish
+    under any name.
 
     Args:
         trainer: the trainer whose run starts.
@@ -68,11 +69,11 @@ def unpublished_metric(trainer: Trainer, argument: str, metric: str) -> str | No
         metric: the name under which its values are published.
     """
     evaluations = _publishers(trainer, metric)
-    known = bool(evaluations) or metric.startswith("val/")
+    known = bool(evaluations) or metric.startswith(("val/", "val_"))
     if not known or trainer.leaves_out or _has_foreign_publishers(trainer):
         return None
     names: set[str] = set()
-    for evaluation in evaluations:
+    for evaluation in evaluations or trainer.handlers_of(Evaluation):
         found = evaluation.check(trainer) if evaluation.check_first_batch else None
         if found is None or metric in found:
             return None
@@ -80,7 +81,12 @@ def unpublished_metric(trainer: Trainer, argument: str, metric: str) -> str | No
     return _message(argument, metric, {"train/loss", *names})
 
 
-def _message(argument: str, metric: str, there: Iterable[str]) -> str:
+def _message(argument: str, metric: str, there: Collection[str]) -> str:
+    if metric in there:
+        return (
+            f"{argument} must be a number that the run publishes, got {metric!r}, which is in "
+            "trainer.state.metrics alone. Publish it with trainer.metrics.update"
+        )
     return (
         f"{argument} must be a metric that the run publishes by the end of its first epoch or with "
         f"its first evaluation, got {metric!r}; there are {', '.join(sorted(there)) or 'none'}"

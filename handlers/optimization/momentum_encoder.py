@@ -15,7 +15,7 @@ from diptych.engine.events import StepEvents
 from diptych.engine.handler import Change, Handler
 from diptych.engine.modules import unwrapped
 from diptych.engine.trainer import Trainer
-from diptych.handlers.argument_checks import share_below_one
+from diptych.handlers.argument_checks import one_of, share_below_one
 from diptych.handlers.optimization.horizon import Horizon
 from diptych.handlers.optimization.moving_average import (
     ModuleTensor,
@@ -97,7 +97,7 @@ class MomentumEncoder(Handler):
     target: Part = "target"
     momentum: float = attrs.field(default=0.999, validator=share_below_one)
     schedule: Literal["constant", "cosine"] = attrs.field(
-        default="constant", validator=attrs.validators.in_(("constant", "cosine"))
+        default="constant", validator=one_of(Literal["constant", "cosine"])
     )
     total: int | None = attrs.field(
         default=None, validator=attrs.validators.optional(attrs.validators.ge(1))

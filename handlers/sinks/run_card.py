@@ -17,6 +17,7 @@ from diptych.engine.data.seeded_loader import SeededLoader
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.events import MetricsEvents, Outcome, RunEvents
 from diptych.engine.modules import unwrapped
+from diptych.handlers.argument_checks import one_of
 from diptych.handlers.components import component_sizes, total_size
 from diptych.handlers.output.output_handler import OutputHandler
 from diptych.handlers.sinks.progress_bar import PLAIN, duration, is_terminal
@@ -79,7 +80,7 @@ class RunCard(OutputHandler):
     directory: Path | None = attrs.field(default=None, converter=attrs.converters.optional(Path))
     best: str | None = None
     mode: Literal["max", "min"] = attrs.field(
-        default="max", validator=attrs.validators.in_(("max", "min"))
+        default="max", validator=one_of(Literal["max", "min"])
     )
     stream: TextIO | None = None
     _best: dict[str, float] = attrs.field(factory=dict, init=False, repr=False)

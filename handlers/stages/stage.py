@@ -12,6 +12,7 @@ from diptych.engine.checks import whole_number
 from diptych.engine.tasks import Task
 from diptych.engine.trials.first_batches import FirstBatches
 from diptych.engine.trials.trial import Trial
+from diptych.handlers.argument_checks import one_of
 from diptych.handlers.optimization.parameter_groups import GroupRules, LayerDecay
 from diptych.handlers.optimization.schedules import LearningRate, check_length
 
@@ -92,13 +93,13 @@ class Stage:
     metric: str | None = attrs.field(default=None, kw_only=True)
     patience: int | None = attrs.field(default=None, validator=_count, kw_only=True)
     mode: Literal["max", "min"] = attrs.field(
-        default="max", validator=attrs.validators.in_(("max", "min")), kw_only=True
+        default="max", validator=one_of(Literal["max", "min"]), kw_only=True
     )
     load: Literal["last", "best"] = attrs.field(
-        default="last", validator=attrs.validators.in_(("last", "best")), kw_only=True
+        default="last", validator=one_of(Literal["last", "best"]), kw_only=True
     )
     optimizer_state: Literal["keep", "reset"] = attrs.field(
-        default="keep", validator=attrs.validators.in_(("keep", "reset")), kw_only=True
+        default="keep", validator=one_of(Literal["keep", "reset"]), kw_only=True
     )
     rules: GroupRules = attrs.field(init=False, repr=False)
 

@@ -460,6 +460,19 @@ def test_a_value_that_is_published_at_the_end_of_a_run_is_reported():
     assert trainer.state.metrics["own/score"] == 2.0
 
 
+def test_a_value_that_is_published_when_a_run_is_stopped_is_reported():
+    trainer, records = trainer_of(), []
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), trainer.terminate)
+    trainer.add_event_handler(Events.TERMINATE, lambda: trainer.metrics.update({"own/reason": 7.0}))
+    trainer.add_event_handler(
+        MetricsEvents.LOGGED, lambda: records.append(dict(trainer.metrics.record.values))
+    )
+    trainer.run([paired(3)] * 3, max_epochs=1)
+
+    assert {"own/reason": 7.0} in records
+    assert trainer.state.metrics["own/reason"] == 7.0
+
+
 def test_a_value_of_an_epoch_is_known_when_the_epoch_is_published():
     trainer = trainer_of()
     seen: list[float] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from ignite.metrics import Accuracy, Metric, RunningAverage
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from diptych.engine import BatchError, SeededLoader, Trainer, tasks
+from diptych.engine import BatchError, CheckpointError, SeededLoader, Trainer, tasks
 from diptych.handlers import (
     CheckpointManager,
     Curriculum,
@@ -278,6 +279,30 @@ def test_a_metric_that_nothing_publishes_is_reported_before_the_first_iteration(
         with pytest.raises(KeyError, match="got 'val/acuracy'; there are train/loss"):
             trainer.run(make_loader(), max_epochs=1)
         assert trainer.state.iteration == 0
+
+
+def test_the_name_that_other_trainers_give_a_validation_loss_is_reported_too():
+    trainer = make_trainer().attach(EarlyStopping(metric="val_loss"), Evaluation(make_loader()))
+    with pytest.raises(KeyError, match="got 'val_loss'; there are train/loss, val/loss"):
+        trainer.run(make_loader(), max_epochs=1)
+    assert trainer.state.iteration == 0
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions take notes from 3.11 on")
+def test_an_error_of_torch_says_which_evaluation_has_raised_it():
+    trainer = make_trainer()
+    wide = [{"image": torch.randn(4, 5), "label": torch.zeros(4, dtype=torch.int64)}]
+    trainer.attach(Evaluation(wide, prefix="wide"))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as raised:
+        trainer.run(make_loader(), max_epochs=1)
+    assert "Evaluation[wide]" in " ".join(raised.value.__notes__)
+
+
+def test_a_best_value_that_is_not_published_says_how_to_publish_it(tmp_path):
+    trainer = make_trainer().attach(CheckpointManager(tmp_path, best="own"))
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda t: t.state.metrics.update(own=1.0))
+    with pytest.raises(CheckpointError, match=r"alone\. Publish it with trainer\.metrics"):
+        trainer.run(make_loader(), max_epochs=1)
 
 
 class OfEachClass(Metric):
