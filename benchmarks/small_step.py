@@ -305,6 +305,11 @@ def main() -> None:
         others = measured_by(options.peers, absent, options)
         results |= {name: others[name] for name in absent if name in others}
         ratios |= {name: others[name] / others["raw"] for name in absent if name in others}
+    print_table(names, results, ratios)
+
+
+def print_table(names: list[str], results: dict[str, float], ratios: dict[str, float]) -> None:
+    """Print the results as a Markdown table."""
     print("| loop | us per update | relative to raw |\n|---|---:|---:|")
     for name in names:
         if name in results:

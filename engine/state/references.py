@@ -375,11 +375,7 @@ def report_unsaved(trainer: RunParts, saved: Iterable[Any]) -> None:
     if trainer in _REPORTED or not trainer.state.iteration:
         return
     _REPORTED.add(trainer)
-    held = _optimizers(trainer.optimizer)
-    if not _may_have_schedulers(trainer.optimizer):
-        return
-    everyone = [one for one in gc.get_objects() if issubclass(type(one), LRScheduler)]
-    of_optimizer = [one for one in everyone if id(getattr(one, "optimizer", None)) in held]
+    of_optimizer = _living_schedulers(trainer.optimizer)
     if not of_optimizer:
         return
     roots = [getattr(one, "_scheduler", one) for one in (*saved, *trainer.handlers)]
@@ -392,6 +388,14 @@ def report_unsaved(trainer: RunParts, saved: Iterable[Any]) -> None:
             "scheduler.step to an event, or save its state in a handler.",
             ", ".join(unsaved),
         )
+
+
+def _living_schedulers(optimizer: Optimizer) -> list[Any]:
+    if not _may_have_schedulers(optimizer):
+        return []
+    held = _optimizers(optimizer)
+    everyone = [one for one in gc.get_objects() if issubclass(type(one), LRScheduler)]
+    return [one for one in everyone if id(getattr(one, "optimizer", None)) in held]
 
 
 def _may_have_schedulers(optimizer: Optimizer) -> bool:
