@@ -73,9 +73,13 @@ def _unknown(name: str) -> str:
 
 
 def _raised_by_diptych(error: BaseException) -> bool:
-    """Return whether the library itself raised an error, with a message for the user."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__", "")).startswith("diptych.")
+    """Return whether the library itself raised an error, or called what did in Python's library."""
+    names = [
+        str(f.f_globals.get("__name__", "")) for f, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    packages = [name.partition(".")[0] for name in names]
+    others = [package for package in packages if package not in sys.stdlib_module_names]
+    return others[-1:] == ["diptych"]
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ NUMBERS = {
     "WORLD_SIZE": 1,
     "RANK": 0,
     "LOCAL_RANK": 0,
-    "MASTER_PORT": 0,
+    "MASTER_PORT": 1,
     "SLURM_NTASKS": 1,
     "SLURM_PROCID": 0,
     "SLURM_LOCALID": 0,
@@ -107,7 +107,13 @@ def _ranks_of_the_job() -> int:
                 f"srun) sets it; for a run of one process, unset it"
             )
     if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
+        ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ.get("RANK", "0"))
+        if rank >= ranks > 1:  # the others would wait for a rank that never comes
+            raise ValueError(
+                f"RANK must be less than WORLD_SIZE, which is {ranks}, got {rank}. The launcher "
+                "(torchrun, srun) sets both; each process has a number of its own"
+            )
+        return ranks
     return int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_PROCID" in os.environ else 1
 
 

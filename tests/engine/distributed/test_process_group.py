@@ -151,10 +151,20 @@ def test_a_failure_that_another_attempt_cannot_mend_is_raised_at_once(monkeypatc
 
 @pytest.mark.parametrize(
     ("name", "value", "least"),
-    [("WORLD_SIZE", "abc", 1), ("WORLD_SIZE", "0", 1), ("RANK", "-1", 0), ("SLURM_NTASKS", "", 1)],
+    [
+        *(("WORLD_SIZE", "abc", 1), ("WORLD_SIZE", "0", 1), ("RANK", "-1", 0)),
+        *(("SLURM_NTASKS", "", 1), ("MASTER_PORT", "x", 1), ("MASTER_PORT", "0", 1)),
+    ],
 )
 def test_a_variable_of_the_launcher_that_is_no_number_is_named(monkeypatch, name, value, least):
     monkeypatch.setenv(name, value)
     expected = f"{name} must be a whole number >= {least}, got '{value}'"
     with pytest.raises(ValueError, match=expected), process_group():
         pass
+
+
+def test_a_rank_beyond_the_number_of_ranks_is_named_and_nobody_waits(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(ValueError, match="RANK must be less than WORLD_SIZE, which is 2, got 2"):
+        process_group().__enter__()

@@ -92,3 +92,10 @@ def test_ranks_replay_under_torchrun(ranks, tmp_path):
     assert done.returncode == 0, done.stderr
     for rank in range(2):
         assert f"iteration {BAD}, epoch 1, rank {rank}" in done.stdout
+
+
+def test_a_path_that_no_file_can_have_is_an_error_without_a_traceback(capsys):
+    assert main(["replay", "x" * 400, "--factory", "math:sqrt"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("diptych replay: error: ")
+    assert "x" * 400 in error
