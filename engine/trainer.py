@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import sys
 from collections import OrderedDict
@@ -28,7 +27,7 @@ from diptych.engine.distributed.collectives import (
     world_size,
 )
 from diptych.engine.distributed.comparison import check_equal_over_ranks, check_same_tensors
-from diptych.engine.distributed.dtensor import has_shards, is_sharded
+from diptych.engine.distributed.dtensor import has_shards
 from diptych.engine.distributed.hang_report import failures_published, publish, waits_at
 from diptych.engine.distributed.sharding import shard_model
 from diptych.engine.errors import BatchError
@@ -50,6 +49,7 @@ from diptych.engine.step.loss_contract import scalars_of
 from diptych.engine.step.step_snapshot import StepSnapshot
 from diptych.engine.step.train_step import TrainStep, check_fp16
 from diptych.engine.tasks import Outputs, Task
+from diptych.engine.trainer_parts import check_needs_no_closure, check_parts
 from diptych.engine.trials.dry_run import DryRun, dry_run
 from diptych.engine.trials.overfit import Overfit, overfit
 
@@ -143,19 +143,22 @@ class Trainer(ExactSteps):
         self.optimizer, self.task = optimizer, task
         self.transform = placed_transform(transform, step, self.device)
         self._place(model, loss)
+        self.step = step
+        self._hold_nothing_yet()
+        super().__init__(self._make_step(step))
+        self._listen_to_itself()
+
+    def _hold_nothing_yet(self) -> None:
         self._outputs: Outputs = {}
         self.terms: dict[str, Tensor] = {}
         self.handlers: list[Attachable] = []
         self._gauges_of_loss: list[str] = []
         self.loaded_length: int | None = None
         self._others: list[Optimizer] = []
-        self.step = step
         self.leaves_out: tuple[str, ...] = ()
         self._identity: RunIdentity | None = None
         self._described_loader: Any = None
         self._limits: dict[str, int | None] = {}
-        super().__init__(self._make_step(step))
-        self._listen_to_itself()
 
     def _place(self, model: nn.Module, loss: nn.Module) -> None:
         """Move the modules to the device; shard and compile them if the settings ask for it."""
@@ -178,7 +181,7 @@ class Trainer(ExactSteps):
     def _make_step(self, step: Step | type[TrainStep] | None) -> Callable[[Any, Any], Any]:
         if step is None:
             for optimizer in getattr(self.optimizer, "members", (self.optimizer,)):
-                _check_needs_no_closure(optimizer)
+                check_needs_no_closure(optimizer)
             return TrainStep(self)
         return step(self) if isinstance(step, type) else step
 
@@ -556,63 +559,6 @@ class Trainer(ExactSteps):
 
 def _scalar_of(loss: nn.Module, name: str) -> Tensor:
     return scalars_of(loss)[name]
-
-
-def check_parts(model: nn.Module, loss: nn.Module, optimizer: Optimizer, task: Task) -> None:
-    """Check the types of a trainer's parts, and that the optimizer holds their parameters.
-
-    Raises:
-        TypeError: if a part has the wrong type.
-        ValueError: if the optimizer lacks parameters of the loss, or has no parameter of model or
-            loss; or if the loss has a sharded parameter.
-    """
-    _check_kind("model", model, nn.Module)
-    _check_kind("loss", loss, nn.Module)
-    _check_kind("optimizer", optimizer, Optimizer)
-    if not callable(task):
-        raise TypeError(f"task must be a function of model and batch, got {task!r}")
-    _check_whole(loss)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [n for n, p in _learned(loss) if id(p) not in held]
-    if missing:
-        raise ValueError(
-            f"optimizer must hold the loss's parameters, but lacks {', '.join(missing)}. "
-            "Build it with [*model.parameters(), *loss.parameters()]"
-        )
-    own = {id(p) for _, p in (*_learned(model), *_learned(loss))}
-    if own and held.isdisjoint(own):
-        raise ValueError(
-            "optimizer must hold parameters of the model or the loss, got only others. Build it "
-            "from the model that you pass to the trainer, not from a copy of it"
-        )
-
-
-def _check_kind(name: str, part: object, kind: type) -> None:
-    if not isinstance(part, kind):
-        raise TypeError(f"{name} must be a torch {kind.__name__}, got {part!r}")
-
-
-def _check_needs_no_closure(optimizer: Optimizer) -> None:
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"optimizer must make an update without a closure, got {type(optimizer).__name__}, "
-            "which evaluates the loss several times per update. Pass a step of your own; the page "
-            "on a custom training step (docs/how_to/custom_step.md) shows one"
-        )
-
-
-def _check_whole(loss: nn.Module) -> None:
-    shared = [name for name, parameter in loss.named_parameters() if is_sharded(parameter)]
-    if shared:
-        raise ValueError(
-            f"loss must hold whole parameters, got the sharded {', '.join(shared)} of the model. "
-            "Pass this loss when the trainer is built: it then leaves them whole"
-        )
-
-
-def _learned(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
 
 
 def _way_to_attach(handler: object) -> str:
