@@ -12,6 +12,8 @@ import attrs
 from diptych.engine.state.run_identity import RunIdentity, order_settings
 
 ABSENT = "absent"
+SHOWN = 8
+"""Differences of a part, or names, that are listed."""
 ENVIRONMENT = (
     "versions",
     "ranks",
@@ -132,21 +134,29 @@ def _shown(value: Any) -> Any:
 
 def as_lines(found: Iterable[Difference]) -> list[str]:
     """Return one line for each difference; parameters and modules that changed alike share one."""
-    lines: list[str] = []
+    parts: defaultdict[str, list[str]] = defaultdict(list)
     alike: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for one in found:
         section, _, name = one.name.partition(".")
         if section in MANY:
             alike[section, f"{one.before} -> {one.now} ({one.kind.value})"].append(name)
         else:
-            lines.append(str(one))
+            parts[".".join(one.name.split(".")[:2])].append(str(one))
+    lines = [line for part, held in parts.items() for line in _shortened(part, held)]
     lines += [f"{section} of {names(held)} {text}" for (section, text), held in alike.items()]
     return lines
 
 
+def _shortened(part: str, lines: Sequence[str]) -> list[str]:
+    """Return the lines about a part: the first ones, and how many more there are."""
+    more = len(lines) - SHOWN
+    return [*lines[:SHOWN], f"{part}: {more} more values differ"] if more > 0 else list(lines)
+
+
 def names(held: Sequence[str]) -> str:
     """Return a list of names, shortened."""
-    return ", ".join(held[:8]) + (f" and {len(held) - 8} more" if len(held) > 8 else "")
+    more = len(held) - SHOWN
+    return ", ".join(held[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def order_differences(saved: RunIdentity, here: RunIdentity) -> list[Difference]:

@@ -139,7 +139,6 @@ class CheckpointManager(Handler):
     _when_changed: WhenChanged = attrs.field(
         default="apply", validator=_check_changes, kw_only=True, alias="changes"
     )
-    _role: str = attrs.field(init=False, repr=False)
     _trainer: Trainer | None = attrs.field(default=None, init=False, repr=False)
     _store: CheckpointStore = attrs.field(init=False, repr=False)
     _saver: DirectorySaver = attrs.field(init=False, repr=False)
@@ -150,7 +149,6 @@ class CheckpointManager(Handler):
             check_extra("safetensors", "safetensors", needed_by="export=True")
         if self.resume not in {None, "auto"} and Path(str(self.resume)).parent != Path():
             self.resume = _absolute(str(self.resume))
-        self._role = self.best or ""
         self._store = CheckpointStore(self.directory)
         ranking = Ranking(self.best, self.mode, self.keep)
         writer = CheckpointWriter(
@@ -161,7 +159,10 @@ class CheckpointManager(Handler):
     @property
     def role(self) -> str:
         """The ranking metric; for a second manager of that metric, also the directory's name."""
-        return self._role
+        role, managers = self.best or "", managers_of(self._trainer) if self._trainer else []
+        first = min((one.directory for one in managers if one.best == self.best), default=None)
+        # Not the order of attachment: another script may have another.
+        return role if first in {None, self.directory} else f"{role} {self.directory.name}".strip()
 
     def for_trial(self, trial: Trial) -> CheckpointManager:
         """Return a copy that saves a new run into the trial's directory."""
@@ -170,8 +171,6 @@ class CheckpointManager(Handler):
     def attach(self, trainer: Trainer) -> None:
         """Save at the trainer's safe points and at its end; resume before a run starts."""
         self._trainer = trainer
-        if self._role in {manager.role for manager in managers_of(trainer)}:
-            self._role = f"{self._role} {self.directory.name}".strip()
         trainer.add_event_handler(RunEvents.RESTORE, self._restore)
         trainer.add_event_handler(Events.STARTED, self._start)
         call_before_first_batch(trainer, self._check_name)

@@ -273,3 +273,13 @@ def test_a_signal_saves_in_all_directories(tmp_path):
     for manager in managers:
         path = manager.get_latest_checkpoint()
         assert path == manager.directory / "checkpoint_epoch_2_iteration_9.pt"
+
+
+def test_the_keys_of_managers_do_not_depend_on_the_order_of_attachment(tmp_path):
+    def keys(*names: str) -> dict[str, str]:
+        managers = [CheckpointManager(tmp_path / name) for name in names]
+        make_trainer().attach(*managers)
+        return {manager.directory.name: manager.key for manager in managers}
+
+    expected = {"best": "CheckpointManager", "last": "CheckpointManager[last]"}
+    assert keys("best", "last") == keys("last", "best") == expected
