@@ -279,16 +279,7 @@ def _decode(path: Path, size: int) -> Tensor | str:
         with file:
             if file.format == "EPS" or file.width * file.height > MOST_PIXELS:
                 return A_PROGRAM if file.format == "EPS" else TOO_MANY_PIXELS
-            image = ImageOps.exif_transpose(file)
-            if image.mode[0] in "IF":  # one value per pixel, which Pillow would clip at 255
-                numbers = np.asarray(image)
-                if image.mode == "F" or numbers.min() < 0 or numbers.max() > 65_535:
-                    return NO_BYTES
-                image = Image.fromarray((numbers // 257).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return to_tensor(ImageOps.fit(image.convert("RGB"), (size, size)))
+            return _pixels(file, size)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         return TOO_MANY_PIXELS
     except PermissionError as error:
@@ -297,6 +288,19 @@ def _decode(path: Path, size: int) -> Tensor | str:
     # a RuntimeError, a NotImplementedError or an AttributeError as well.
     except Exception:  # noqa: BLE001
         return UNREADABLE
+
+
+def _pixels(file: Image.Image, size: int) -> Tensor | str:
+    image = ImageOps.exif_transpose(file)
+    if image.mode[0] in "IF":  # one value per pixel, which Pillow would clip at 255
+        numbers = np.asarray(image)
+        if image.mode == "F" or numbers.min() < 0 or numbers.max() > 65_535:
+            return NO_BYTES
+        image = Image.fromarray((numbers // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return to_tensor(ImageOps.fit(image.convert("RGB"), (size, size)))
 
 
 def problem_report(problems: Sequence[Problem], usable: int) -> str:

@@ -29,7 +29,7 @@ ALLOWANCE = 1 << 20
 OUTLINED = ("trainer", "metrics", "last_metrics", "handlers", "data", "current", "iteration")
 """The parts whose content a checkpoint outlines."""
 LONGEST_OUTLINED, MOST_OUTLINED = 256, 10_000
-"""Values of one container, and of all, that an outline describes one by one."""
+"""The longest container, and the values of all, that an outline describes one by one."""
 
 PARTS: dict[str, Any] = {
     "format": int,
@@ -193,9 +193,7 @@ def outline_of(optimizer: Mapping[str, Any]) -> dict[str, str]:
     checkpoint says what its optimizer had.
     """
     return {
-        f"{index}.{key}": f"a tensor of {list(value.shape)}"
-        if isinstance(value, Tensor)
-        else f"a {type(value).__name__}"
+        f"{index}.{key}": _kind(value)
         for index, values in optimizer["state"].items()
         for key, value in values.items()
     }
@@ -223,24 +221,18 @@ def outline_of_parts(state: Mapping[str, Any]) -> dict[str, str]:
     """
     outline: dict[str, str] = {}
     left = [(name, state[name]) for name in OUTLINED if name in state]
-    while left:
+    while left and len(outline) < MOST_OUTLINED:
         path, value = left.pop()
         outline[path] = _kind(value)
-        if len(outline) + len(left) > MOST_OUTLINED or not isinstance(
-            value, (Mapping, list, tuple)
-        ):
-            continue
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        if len(value) <= LONGEST_OUTLINED:
+        if isinstance(value, (Mapping, list, tuple)) and len(value) <= LONGEST_OUTLINED:
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
             left.extend((f"{path}.{key}", item) for key, item in items)
     return outline
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of {list(value.shape)}"
-    long = isinstance(value, (Mapping, list, tuple)) and len(value) > LONGEST_OUTLINED
-    return f"a {type(value).__name__}{f' of {len(value)}' if long else ''}"
+    is_tensor = isinstance(value, Tensor)
+    return f"a tensor of {list(value.shape)}" if is_tensor else f"a {type(value).__name__}"
 
 
 def _check_outlines(state: Mapping[str, Any]) -> None:
