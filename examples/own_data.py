@@ -277,9 +277,7 @@ def _decode(path: Path, size: int) -> Tensor | str:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             file = Image.open(path)  # reads the header alone
         with file:
-            if file.format == "EPS" or file.width * file.height > MOST_PIXELS:
-                return A_PROGRAM if file.format == "EPS" else TOO_MANY_PIXELS
-            return _pixels(file, size)
+            return _problem_of_image(file) or _pixels(file, size)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         return TOO_MANY_PIXELS
     except PermissionError as error:
@@ -288,6 +286,12 @@ def _decode(path: Path, size: int) -> Tensor | str:
     # a RuntimeError, a NotImplementedError or an AttributeError as well.
     except Exception:  # noqa: BLE001
         return UNREADABLE
+
+
+def _problem_of_image(file: Image.Image) -> str | None:
+    if file.format == "EPS":
+        return A_PROGRAM
+    return TOO_MANY_PIXELS if file.width * file.height > MOST_PIXELS else None
 
 
 def _pixels(file: Image.Image, size: int) -> Tensor | str:

@@ -119,9 +119,7 @@ def reachable(roots: Iterable[Any], *, everything: bool = False) -> list[Any]:
     found: dict[int, Any] = {}
 
     def visit(item: Any, depth: int) -> None:
-        if id(item) in found or len(found) >= OBJECTS:
-            return
-        if isinstance(item, SKIPPED) and not _is_found(item):
+        if id(item) in found or len(found) >= OBJECTS or _is_skipped(item):
             return
         found[id(item)] = item
         if depth and not isinstance(item, Optimizer) and (everything or _is_users(item)):
@@ -131,6 +129,10 @@ def reachable(roots: Iterable[Any], *, everything: bool = False) -> list[Any]:
     for root in roots:
         visit(root, DEPTH)
     return list(found.values())
+
+
+def _is_skipped(item: Any) -> bool:
+    return isinstance(item, SKIPPED) and not _is_found(item)
 
 
 def _is_users(item: Any) -> bool:
