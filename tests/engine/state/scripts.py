@@ -85,7 +85,7 @@ class Script:
             optimizer,
             task=tasks.classification,
             transform=self.transform,
-            **{"seed": 0, "log_every": 50, **self.arguments},
+            **{"seed": 0, "log_every": 50, "device": "cpu", **self.arguments},
         )
         if self.scheduler is not None:
             scheduler = self.scheduler(optimizer)
