@@ -105,6 +105,7 @@ def load_run_state(
         ResumeError: if the loader cannot go to the position, or orders its samples otherwise inside
             an epoch. Nothing has been modified then.
     """
+    # 1. Check what can be checked without loading anything.
     _check(trainer, state)
     place, inside = _of_this_rank(state["data"]), position_from(state["trainer"]).inside_epoch
     found = ResumeChanges.between(state, trainer.identity)
@@ -112,6 +113,7 @@ def load_run_state(
     handlers = stateful_handlers(trainer)
     by_class = state.get("format", 0) < 2
     states = match_states(state["handlers"], handlers, found.pairs, by_class=by_class)
+    # 2. Handlers come first: they may add parameter groups. Until the rest fits, they are undone.
     with _undone_on_error(trainer):
         for key, handler_state in states.items():
             handlers[key].load_state_dict(handler_state)
@@ -119,14 +121,28 @@ def load_run_state(
         add_later_groups(trainer, state, found.groups_declared)
         check_optimizer(trainer, state)
         trainer.batches.try_place(trainer.state.dataloader, place, inside=inside)
+    # 3. Nothing from here on can fail because the script is another one.
+    _load_modules(trainer, state, found)
+    _load_optimizer(trainer, state, found)
+    found.rebase_schedulers(handlers)
+    found.restore_current(trainer, state.get("current"))
+    _load_position(trainer, state, place, inside=inside)
+    # 4. Loaders draw random numbers when they go to a position.
+    set_random_state(state["random"][min(rank(), len(state["random"]) - 1)])
+    if rank() == 0:
+        found.log(fresh=set(handlers) - set(states), missing=_missing(state["handlers"], states))
+
+
+def _load_modules(trainer: Trainer, state: Mapping[str, Any], found: ResumeChanges) -> None:
     kept = found.script_tensors(trainer)
     load_clean_state_dict(trainer.model, state["model"])
     load_clean_state_dict(trainer.loss, state["loss"])
     for tensor, value in kept:
         tensor.detach().copy_(value)
-    _load_optimizer(trainer, state, found)
-    found.rebase_schedulers(handlers)
-    found.restore_current(trainer, state.get("current"))
+
+
+def _load_position(trainer: Trainer, state: Mapping[str, Any], place: Any, *, inside: bool) -> None:
+    """Load the position, which resets the metrics and the loader's place, and then these two."""
     trainer.load_state_dict(state["trainer"])
     trainer.metrics.load_state_dict(_metrics_of_this_rank(state["metrics"]))
     trainer.state.metrics.clear()
@@ -136,9 +152,6 @@ def load_run_state(
         trainer.batches.restore_place(place, inside=inside)
     if "iteration" in state:
         restore_left_iteration(trainer, _of_this_rank(state["iteration"]))
-    set_random_state(state["random"][min(rank(), len(state["random"]) - 1)])
-    if rank() == 0:
-        found.log(fresh=set(handlers) - set(states), missing=_missing(state["handlers"], states))
 
 
 def _of_this_rank(states: Sequence[Any]) -> Any:
