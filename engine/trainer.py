@@ -354,7 +354,7 @@ class Trainer(ExactSteps):
 
         Args:
             handlers: to attach to the replica.
-            changes: arguments of `Trainer` that are to be others: `model`, `precision`, ...
+            changes: arguments of `Trainer` to override: `model`, `precision`, ...
 
         Raises:
             TypeError: if `Trainer` has no such argument.
@@ -367,10 +367,10 @@ class Trainer(ExactSteps):
         """Within this context, be a trainer like this one at iteration 0, without handlers.
 
         Model, loss and optimizer are the same objects, and what is done to them stays. Functions
-        that refer to this trainer work with the new state. Everything else is put back at the end.
+        that refer to this trainer work with the new state. Everything else is restored at the end.
 
         Args:
-            changes: arguments of `Trainer` that are to be others.
+            changes: arguments of `Trainer` to override.
         """
         own, arguments = dict(vars(self)), self.arguments
         parts = {"model": self.model, "loss": self.loss, "optimizer": self.optimizer}

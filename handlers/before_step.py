@@ -36,5 +36,5 @@ class BeforeStep(Generic[Memory]):
         return memory
 
     def forget(self) -> None:
-        """Forget it: the run goes on elsewhere."""
+        """Forget it: the run continues elsewhere."""
         self._kept = None

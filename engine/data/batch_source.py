@@ -153,7 +153,7 @@ class BatchSource:
         self._ahead, self._to_skip = [], None
 
     def has_more(self, epoch: int) -> bool:
-        """Return whether the pass goes on; reads a batch ahead, which `next` then returns.
+        """Return whether the pass continues; reads a batch ahead, which `next` then returns.
 
         The position stays that of the batch before.
         """

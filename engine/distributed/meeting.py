@@ -2,7 +2,7 @@
 
 torchrun keeps its store when it restarts the ranks. torch reads there the addresses of the ended
 processes, which refuse the connection, and its restart count differs between nodes. Here rank 0
-makes a new prefix for the keys, and goes on only once every other rank has confirmed it.
+makes a new prefix for the keys, and continues only once every other rank has confirmed it.
 """
 
 from __future__ import annotations

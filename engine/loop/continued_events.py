@@ -1,4 +1,4 @@
-"""Events and steps that an exception has left, and how the next run continues them."""
+"""Continuation of events and steps that an exception has left."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ContinuedEvents(Dispatcher):
         self._forget_failure()
 
     def _forget_failure(self) -> None:
-        """Forget where an exception has stopped the run, which goes on elsewhere."""
+        """Forget where an exception has stopped the run, which continues elsewhere."""
         # The names of the events that an exception has left, each with those of its handlers that
         # had returned; and the step, or the loader, that has raised.
         self._stopped_at: dict[str, tuple[str, ...]] = {}

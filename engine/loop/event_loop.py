@@ -52,7 +52,7 @@ class EventLoop(PositionedEvents):
     Attributes:
         batches: the loader in use and the position in it.
         outcome: how the last `run` ended, from the events of its end on (`COMPLETED`, `TERMINATE`,
-            `INTERRUPT`, `EXCEPTION_RAISED`); None while it goes on, and before the first one.
+            `INTERRUPT`, `EXCEPTION_RAISED`); None while it is running, and before the first one.
     """
 
     def __init__(self, process_function: Callable[[Engine, Any], Any]) -> None:

@@ -14,7 +14,7 @@ from diptych.engine.loop.position import Position
 def ignite_position(state_dict: Mapping[str, Any], user_keys: Iterable[str]) -> Position:
     """Return the position in the state dict of a stock engine, which checks it.
 
-    Ignite counts the epochs that are complete, and starts the next one anew, though some of its
+    Ignite counts the epochs that are complete, and starts the next one again, though some of its
     iterations may be done.
 
     Raises:

@@ -55,13 +55,13 @@ class Position(NamedTuple):
 
     @property
     def inside_epoch(self) -> bool:
-        """Whether the running epoch has begun and not ended, so that its loader is to go on."""
+        """Whether the epoch has begun and not ended, so that its loader must continue."""
         ended = self.phase in {Phase.EPOCH_ENDED, Phase.PASS_ENDED}
         return bool(self.epoch_iteration) and not ended
 
     @property
     def has_epoch(self) -> bool:
-        """Whether an epoch runs, or one in the state of an Ignite engine is to go on."""
+        """Whether an epoch is running, or one in the state of an Ignite engine must continue."""
         return self.in_epoch or self.epoch_iteration > 0
 
     @property

@@ -64,7 +64,7 @@ class PositionedEvents(ContinuedEvents):
 
     @property
     def inside_epoch(self) -> bool:
-        """Whether the running epoch has begun and its end has not: the loader is to go on."""
+        """Whether the epoch has begun and its end has not, so that its loader must continue."""
         return self._position.inside_epoch
 
     @property

@@ -189,7 +189,7 @@ def _check_metrics(state: Mapping[str, Any]) -> None:
 def outline_of(optimizer: Mapping[str, Any]) -> dict[str, str]:
     """Return the kind of each value in an optimizer's state, by parameter and name.
 
-    An optimizer begins anew, without a word, for a parameter that has lost its state. So a
+    An optimizer restarts silently for a parameter that has lost its state. So a
     checkpoint says what its optimizer had.
     """
     return {

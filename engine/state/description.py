@@ -134,7 +134,7 @@ def _array_digest(array: np.ndarray[Any, Any]) -> str:
 
 
 def _is_constant(value: Any) -> bool:
-    """Return whether a closure value stays as it is while the run goes on."""
+    """Return whether a closure value stays as it is during a run."""
     plain = isinstance(value, (*SCALARS, types.FunctionType, enum.Enum, torch.dtype))
     return plain or (isinstance(value, tuple) and all(map(_is_constant, value)))
 

@@ -97,7 +97,7 @@ class RunIdentity:
     def continued(self, earlier: RunIdentity, *, same_loader: bool) -> RunIdentity:
         """Return this identity with what was declared when the trainer first ran.
 
-        While a run goes on, handlers and functions change rates, modes, attributes and their own:
+        During a run, handlers and functions change rates, modes, attributes and their own:
         of these, only parts that are new are taken from this identity.
 
         Args:

@@ -1,4 +1,4 @@
-"""Steps that an exception has left: undone, or continued behind their update."""
+"""Recovery of a failed step: it is undone, or finished if its update was made."""
 
 from __future__ import annotations
 

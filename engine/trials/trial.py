@@ -52,7 +52,7 @@ class Trial:
 
         Args:
             handler: the handler.
-            changes: arguments that are to be others.
+            changes: arguments to override.
         """
         kind: Any = type(handler)
         author = next(base for base in kind.__mro__ if "__init__" in vars(base))
@@ -71,7 +71,7 @@ class Trial:
         return other
 
     def _moved(self, name: str, value: Any) -> Any:
-        """Return what takes the place of an argument."""
+        """Return the replacement of an argument."""
         if isinstance(value, Path):
             return self.path(value)
         if isinstance(value, os.PathLike):

@@ -78,7 +78,7 @@ class DirectorySaver:
         writer: writes the checkpoints.
         lock: keeps other processes away.
         state: what the save policy remembers.
-        is_open: whether a run goes on.
+        is_open: whether a run is in progress.
     """
 
     store: CheckpointStore
@@ -163,7 +163,7 @@ class DirectorySaver:
 
     @contextmanager
     def locked(self, trainer: Trainer) -> Iterator[None]:
-        """Lock the directory for the length of the context; a run that goes on has locked it."""
+        """Lock the directory for the length of the context; a run in progress has locked it."""
         if self.is_open:
             yield
             return

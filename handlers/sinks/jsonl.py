@@ -82,7 +82,7 @@ class _RecordFile:
             logger.warning("%s is missing; the run continues with a new file.", self.path)
 
     def restore(self, state: Mapping[str, Any] | int) -> None:
-        """Continue from a saved state, with which the file agrees; a missing file starts anew.
+        """Continue from a saved state, with which the file agrees; a missing file is started again.
 
         Raises:
             OSError: if the file cannot be read, or not be cut yet.
