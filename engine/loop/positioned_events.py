@@ -60,6 +60,7 @@ class PositionedEvents(ContinuedEvents):
 
     @completed.setter
     def completed(self, completed: bool) -> None:
+        """Set whether `COMPLETED` has fired at this position."""
         self._position = self._position._replace(completed=completed)
 
     @property
