@@ -161,7 +161,7 @@ class _Watched:
             rows.append(Row(name, result, seconds[id(handler)]))
         if self._saved:
             rows.append(Row("checkpoints", f"saved {self._saved} times"))
-        files = dict(trial.files())
+        files = dict(on_rank_zero(trial.files))  # once no rank writes any more, and the same on all
         return DryRun(tuple(rows), dict(self._values), files, tuple(trial.left_out))
 
     def _result(self, handler: Any) -> str:
