@@ -1,6 +1,6 @@
 """Objectives: pure functions from logits, or from features, to losses.
 
-`info_nce`, `sigmoid`, `hinge` and `off_diagonal` take a matrix. `contrast` and `sigmoid_contrast`
+`masked_info_nce`, `sigmoid`, `hinge` and `off_diagonal` take a matrix. `contrast` and `sigmoid_contrast`
 take features and a `tile`: starting from features, a loss need not hold the matrix.
 """
 
@@ -33,7 +33,7 @@ POSITIVE_KINDS = ("outside", "inside", "mask")
 """How several positives of one anchor are combined; see `contrast`."""
 
 
-def info_nce(
+def masked_info_nce(
     logits: Tensor,
     positives: Tensor,
     kept: Tensor | None = None,
@@ -223,7 +223,7 @@ def _row_losses(
         return partial(_single, positives=positives)
     matches, kept = masks(positives, kind, decoupled=decoupled)
     return partial(
-        info_nce,
+        masked_info_nce,
         positives=matches,
         kept=kept,
         reduction="logsumexp" if kind == "inside" else "mean",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diptych.losses.base.contrastive import BaseContrastiveLoss, Pairs
 from diptych.losses.base.hard_negatives import HardNegatives
-from diptych.losses.base.objectives import info_nce
+from diptych.losses.base.objectives import masked_info_nce
 from diptych.losses.base.positives import pair_positives
 from diptych.losses.base.two_views import two_views
 from diptych.losses.base.validation import (
@@ -129,7 +129,7 @@ class HardNegativeLoss(BaseContrastiveLoss):
         def direction(logits: Tensor) -> Tensor:
             weights = self._log_weights(logits, negatives)
             weights = torch.where(own, math.log(self.alpha), weights)
-            losses = info_nce(logits, own, own | negatives, log_weights=weights)
+            losses = masked_info_nce(logits, own, own | negatives, log_weights=weights)
             return losses.masked_fill(~negatives.any(1), 0.0)
 
         rows = (scale * pairs.first) @ batch.gather(pairs.second).T

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diptych.losses.base.contrastive import BaseContrastiveLoss, Pairs
 from diptych.losses.base.loss import sum_of_terms
-from diptych.losses.base.objectives import info_nce
+from diptych.losses.base.objectives import masked_info_nce
 from diptych.losses.base.positives import same_group
 from diptych.losses.base.queue import Queue
 from diptych.losses.registry import register_loss
@@ -90,7 +90,7 @@ class MoCoLoss(BaseContrastiveLoss):
         positives = torch.zeros_like(logits, dtype=torch.bool)
         positives[:, 0] = True
         kept = torch.cat((positives[:, :1], negatives), dim=1)
-        losses = info_nce(self.temperature.scale(logits) * logits, positives, kept)
+        losses = masked_info_nce(self.temperature.scale(logits) * logits, positives, kept)
         if self.training:
             groups = None if pairs.groups is None else batch.gather(pairs.groups)
             self.queue.enqueue(batch.gather(key), groups)

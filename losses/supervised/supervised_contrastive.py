@@ -9,7 +9,7 @@ from diptych.losses.base.contrastive import BaseContrastiveLoss
 from diptych.losses.base.gather import GlobalBatch, global_batch
 from diptych.losses.base.loss import sum_of_terms
 from diptych.losses.base.normalization import normalize
-from diptych.losses.base.objectives import Tile, check_tile, contrast, info_nce
+from diptych.losses.base.objectives import Tile, check_tile, contrast, masked_info_nce
 from diptych.losses.base.positives import Positives
 from diptych.losses.base.validation import (
     check_choice,
@@ -163,7 +163,9 @@ class SupervisedContrastiveLoss(BaseContrastiveLoss):
             return loss, positives.counts() > 0
         kept = positives.others()
         matches = kept & (jaccard(rows, columns) > self.overlap)
-        return info_nce(scale * (anchors @ candidates.T), matches, kept).sum(), matches.any(1)
+        return masked_info_nce(scale * (anchors @ candidates.T), matches, kept).sum(), matches.any(
+            1
+        )
 
     def example_inputs(
         self, batch: int, *, dim: int = 8, generator: torch.Generator | None = None

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from diptych.losses.base.objectives import (
     check_tile,
     hinge,
-    info_nce,
+    masked_info_nce,
     masked_mean,
     off_diagonal,
     sigmoid,
@@ -29,7 +29,7 @@ def masks(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_info_nce_is_the_loop_for_any_masks(seed: int, inside: bool, smoothing: float) -> None:
     values, weights = draw(N, M, seed=seed), draw(N, M, seed=seed + 1)
     positives, kept = masks(seed)
-    found = info_nce(
+    found = masked_info_nce(
         values,
         positives,
         kept,
@@ -54,7 +54,7 @@ def test_rows_with_an_empty_set_are_zero_with_zero_gradient() -> None:
     positives = torch.tensor([[False] * 4, [True] * 4, [True, False, False, False]])
     kept = torch.tensor([[True] * 4, [False] * 4, [True] * 4])
     for reduction in ("mean", "logsumexp"):
-        losses = info_nce(values, positives, kept, reduction=reduction)
+        losses = masked_info_nce(values, positives, kept, reduction=reduction)
         (gradient,) = torch.autograd.grad(losses.sum(), values)
         assert losses[:2].tolist() == [0.0, 0.0]
         assert not gradient[:2].any()
@@ -65,7 +65,7 @@ def test_rows_with_an_empty_set_are_zero_with_zero_gradient() -> None:
 @pytest.mark.parametrize("scale", [1e3, 1e30])
 def test_info_nce_does_not_overflow_in_float32(scale: float) -> None:
     values = (draw(3, 3).float() * scale).requires_grad_()
-    losses = info_nce(values, torch.eye(3, dtype=torch.bool))
+    losses = masked_info_nce(values, torch.eye(3, dtype=torch.bool))
     losses.sum().backward()
     assert bool(losses.isfinite().all())
     assert values.grad is not None
