@@ -1,7 +1,8 @@
 """Objectives: pure functions from logits, or from features, to losses.
 
-`masked_info_nce`, `sigmoid`, `hinge` and `off_diagonal` take a matrix. `contrast` and `sigmoid_contrast`
-take features and a `tile`: starting from features, a loss need not hold the matrix.
+`masked_info_nce`, `sigmoid`, `hinge` and `off_diagonal` take a matrix. `contrast` and
+`sigmoid_contrast` take features and a `tile`: starting from features, a loss need not hold the
+matrix.
 """
 
 from __future__ import annotations
