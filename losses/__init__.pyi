@@ -19,12 +19,18 @@ from diptych.losses.contrastive.decoupled import (
     DecoupledContrastiveLoss as DecoupledContrastiveLoss,
 )
 from diptych.losses.contrastive.hard_negative import HardNegativeLoss as HardNegativeLoss
+from diptych.losses.contrastive.info_nce import InfoNCELoss as InfoNCELoss
 from diptych.losses.contrastive.moco import MoCoLoss as MoCoLoss
 from diptych.losses.contrastive.negative_cosine import NegativeCosineLoss as NegativeCosineLoss
 from diptych.losses.contrastive.siglip import SigLIPLoss as SigLIPLoss
 from diptych.losses.contrastive.simclr import NTXentLoss as NTXentLoss
 from diptych.losses.contrastive.triplet import TripletLoss as TripletLoss
 from diptych.losses.contrastive.vicreg import VICRegLoss as VICRegLoss
+from diptych.losses.distillation.clip_distillation import (
+    CLIPDistillationLoss as CLIPDistillationLoss,
+)
+from diptych.losses.distillation.gist import GISTLoss as GISTLoss
+from diptych.losses.distillation.margin_mse import MarginMSELoss as MarginMSELoss
 from diptych.losses.multimodal.captioning import CaptioningLoss as CaptioningLoss
 from diptych.losses.multimodal.consistency import ConsistencyLoss as ConsistencyLoss
 from diptych.losses.multimodal.cross_modal import CrossModalLoss as CrossModalLoss

@@ -164,6 +164,7 @@ ALLOWED: dict[str, set[str]] = {
     "losses.base.tiles": {"losses.base"},
     "losses.combine": {"losses", "losses.base", "losses.contrastive"},
     "losses.contrastive": {"losses", "losses.base"},
+    "losses.distillation": {"losses", "losses.base"},
     "losses.multimodal": {
         "losses",
         "losses.base",

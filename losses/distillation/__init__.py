@@ -1,0 +1,1 @@
+"""Losses that take a teacher's outputs or scores as their target."""
