@@ -247,6 +247,20 @@ def check_small_batches(case: Case) -> None:
         require(finite(value, found) and bounded, "zero vectors: a value or gradient explodes")
 
 
+def check_no_group(case: Case) -> None:
+    """Require that samples without a group, -100, are as samples each in a group of its own."""
+    if not case.takes_groups():
+        return
+    value, found = gradients(case, [*case.inputs(), torch.tensor([0, 0, -100, -100, -100, 1])])
+    own, expected = gradients(case, [*case.inputs(), torch.tensor([0, 0, 11, 12, 13, 1])])
+    pairs = [(value, own), *zip(found, expected, strict=True)]
+    same = all(
+        x is y or (x is not None and y is not None and torch.allclose(x, y, rtol=1e-10))
+        for x, y in pairs
+    )
+    require(same, "groups of -100 must mean no group: each such sample matches its own pair alone")
+
+
 def check_errors(case: Case) -> None:
     """Require a ValueError or TypeError that names the argument, for wrong shapes and types."""
     inputs = case.inputs()
@@ -358,6 +372,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "symmetry": check_symmetry,
     "half_precision": check_half_precision,
     "small_batches": check_small_batches,
+    "no_group": check_no_group,
     "errors": check_errors,
     "nan": check_nan,
     "state": check_state,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from diptych.losses.base.gather import GlobalBatch, global_batch
 from diptych.losses.base.loss import Loss, sum_of_terms
 from diptych.losses.base.normalization import normalize, normalize_in_float32
+from diptych.losses.base.positives import with_own_groups
 from diptych.losses.base.temperature import Temperature
 from diptych.losses.base.validation import HALF, check_groups, check_pair, working_dtype
 
@@ -21,7 +22,7 @@ class Pairs(NamedTuple):
     Attributes:
         first: [b, D], float32 or float64, normalised if the loss normalises.
         second: [b, D], likewise.
-        groups: Integer ids [b], or None.
+        groups: Integer ids [b], or None. A sample without a group has an id of its own.
         batch: Sizes of all ranks; gathers with gradient.
         dtype: The dtype in which the features entered.
         normalize: Whether the sides are still in half precision and not normalised, because
@@ -90,7 +91,7 @@ class BaseContrastiveLoss(Loss):
         Args:
             first: [b, D], floating point.
             second: [b, D], floating point.
-            groups: Integers [b]; pairs with equal ids match one another.
+            groups: Integers [b]; pairs with equal ids match one another. -100: no group.
 
         Raises:
             ValueError: If shapes do not fit, or the global batch is below `minimum_batch`.
@@ -153,6 +154,8 @@ class BaseContrastiveLoss(Loss):
                 f"{type(self).__name__} needs a global batch of at least {self.minimum_batch},"
                 f" got {batch.total}. Use larger batches, or drop the last, incomplete one."
             )
+        if groups is not None:
+            groups = with_own_groups(groups, batch)
         if self._normalizes_late(first, second, batch):
             return Pairs(first, second, groups, batch, first.dtype, normalize=True)
         dtype = working_dtype(first, second)

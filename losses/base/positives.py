@@ -9,6 +9,29 @@ from torch import Tensor
 
 from diptych.losses.base.gather import GlobalBatch
 
+NO_GROUP = -100
+"""The id of a sample without a group or label, as torch's `ignore_index`."""
+_UNLABELLED = -1  # data sets' other mark for it, which a trainer reports
+_FIRST_OWN = torch.iinfo(torch.int64).min
+_OWN_IDS = 2**40
+"""Ids from `_FIRST_OWN` on, so many, are groups of one sample each: no data set numbers so."""
+
+
+def with_own_groups(groups: Tensor, batch: GlobalBatch) -> Tensor:
+    """Return group ids in which each sample without a group has a group of its own, int64 [b].
+
+    Args:
+        groups: Integers [b]; NO_GROUP, or -1, means no group.
+        batch: Sizes of all ranks; the new ids differ over the global batch.
+    """
+    own = batch.positions(groups.device) + _FIRST_OWN
+    return torch.where((groups == NO_GROUP) | (groups == _UNLABELLED), own, groups.long())
+
+
+def without_own_groups(groups: Tensor) -> Tensor:
+    """Return ids with NO_GROUP again for the groups that `with_own_groups` has made."""
+    return groups.long().masked_fill(groups < _FIRST_OWN + _OWN_IDS, NO_GROUP)
+
 
 def same_group(rows: Tensor, columns: Tensor) -> Tensor:
     """Return which ids are equal, bool [n, m], for integer ids [n] and [m]."""

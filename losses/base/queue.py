@@ -5,18 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from diptych.losses.base.positives import NO_GROUP, without_own_groups
 from diptych.losses.base.validation import check_at_least
-
-NO_GROUP = torch.iinfo(torch.int64).min
-"""The group id of a key without a group; it matches no other id."""
 
 
 class Queue(nn.Module):
     """A ring buffer of the last K keys with their group ids (arXiv:1911.05722).
 
-    All tensors are persistent buffers, so that a resumed run has the same negatives. Across ranks,
-    enqueue the *gathered* keys, so that every rank holds the same queue. Read before enqueuing,
-    or a batch has its own keys as negatives. No operation waits for the device.
+    All tensors are persistent buffers, so that a resumed run has the same negatives. The keys have
+    the dtype of the module (``queue.double()`` changes it), not of what is enqueued. Across ranks,
+    enqueue the *gathered* keys, so that every rank holds the same queue. Read before enqueuing, or
+    a batch has its own keys as negatives. No operation waits for the device.
 
     Args:
         size: K, the number of slots.
@@ -68,13 +67,11 @@ class Queue(nn.Module):
             )
         size, count = len(self.ids), len(keys)
         kept = min(size, count)
-        # float64 keys keep their precision in a queue created in float32.
-        self.keys = self.keys.to(torch.promote_types(self.keys.dtype, keys.dtype))
         slots = (self.pointer + torch.arange(count - kept, count, device=keys.device)) % size
         self.keys.index_copy_(0, slots, keys.detach()[count - kept :].to(self.keys.dtype))
         if ids is None:
             self.ids.index_fill_(0, slots, NO_GROUP)
         else:
-            self.ids.index_copy_(0, slots, ids[count - kept :].long())
+            self.ids.index_copy_(0, slots, without_own_groups(ids[count - kept :]))
         self.pointer.add_(count).remainder_(size)
         self.fill.add_(count).clamp_(max=size)

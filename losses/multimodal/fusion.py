@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diptych.losses.base.gather import GlobalBatch, global_batch, sum_over_ranks
 from diptych.losses.base.loss import Loss
 from diptych.losses.base.normalization import normalize
-from diptych.losses.base.positives import pair_positives
+from diptych.losses.base.positives import pair_positives, with_own_groups
 from diptych.losses.base.projection import Projection
 from diptych.losses.base.temperature import Temperature
 from diptych.losses.base.validation import check_groups, check_two_views, working_dtype
@@ -109,6 +109,7 @@ class ImageTextMatchingLoss(Loss):
         check_two_views(("image", "text"), image, text, middle="tokens")
         check_groups("groups", groups, image.shape[0])
         batch = global_batch(image.shape[0], features=image.shape[-1])
+        groups = None if groups is None else with_own_groups(groups, batch)
         dtype = working_dtype(image, text)
         image, text = image.to(dtype), text.to(dtype)
         images, texts = batch.gather(image), batch.gather(text)

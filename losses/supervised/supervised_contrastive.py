@@ -10,7 +10,7 @@ from diptych.losses.base.gather import GlobalBatch, global_batch
 from diptych.losses.base.loss import sum_of_terms
 from diptych.losses.base.normalization import normalize
 from diptych.losses.base.objectives import Tile, check_tile, contrast, masked_info_nce
-from diptych.losses.base.positives import Positives
+from diptych.losses.base.positives import Positives, with_own_groups
 from diptych.losses.base.validation import (
     check_choice,
     check_fraction,
@@ -34,6 +34,7 @@ class SupervisedContrastiveLoss(BaseContrastiveLoss):
     Called ``loss(features, labels)`` with features [B, D] or [B, V, D], V views of each sample; or
     ``loss(first, second, labels)`` with two modalities [B, D], which count as two views. Labels are
     [B], or multi-hot [B, C]: then samples match if their labels overlap (always without tiles).
+    Views of a sample whose label is -100 (no label) match only one another.
 
     Across ranks: features and labels are gathered, with gradient; a rank contrasts its b V anchors
     with all B V candidates and divides by the anchors of all ranks. Exact for uneven batches.
@@ -109,6 +110,7 @@ class SupervisedContrastiveLoss(BaseContrastiveLoss):
                 " Pass [batch, views, features], or a second modality."
             )
         batch = global_batch(size, feature_dimension=dim, views=count)
+        labels = with_own_groups(labels, batch) if labels.dim() == 1 else labels
         with torch.autocast(views.device.type, enabled=False):
             anchors = views.to(working_dtype(views))
             anchors = normalize(anchors) if self.normalize else anchors

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diptych.losses import Positives
-from diptych.losses.base.positives import same_group
+from diptych.losses.base.gather import GlobalBatch
+from diptych.losses.base.positives import same_group, with_own_groups, without_own_groups
 
 IDS = st.lists(st.integers(-2, 3), min_size=1, max_size=8)
 
@@ -49,6 +50,16 @@ def test_a_block_of_anchors_has_the_rows_of_the_whole(
         assert torch.equal(block.matches(), whole.matches()[rows])
         assert torch.equal(block.negatives(), whole.negatives()[rows])
         assert torch.equal(block.counts(), whole.counts()[rows])
+
+
+def test_samples_without_a_group_have_ids_of_their_own_on_all_ranks() -> None:
+    raw = [torch.tensor([-100, 4, -1]), torch.tensor([4, -100, -2], dtype=torch.int32)]
+    sizes = tuple(len(ids) for ids in raw)
+    ids = torch.cat([with_own_groups(x, GlobalBatch(sizes, r)) for r, x in enumerate(raw)])
+    alone = [0, 2, 4]
+    assert len(set(ids.tolist())) == 5
+    assert [int(x) for i, x in enumerate(ids) if i not in alone] == [4, 4, -2]
+    assert without_own_groups(ids).tolist() == [-100, 4, -100, 4, -100, -2]
 
 
 def test_without_groups_only_the_own_pair_matches() -> None:

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diptych.losses import Queue
-from diptych.losses.base.queue import NO_GROUP
+from diptych.losses.base.gather import GlobalBatch
+from diptych.losses.base.positives import NO_GROUP, with_own_groups
 
 
 @given(
@@ -51,11 +52,27 @@ def test_a_state_dict_restores_a_partly_overwritten_queue() -> None:
         assert torch.equal(mine, theirs)
 
 
-def test_keys_carry_no_gradient_and_float64_keeps_its_precision() -> None:
+def test_keys_carry_no_gradient_and_take_the_dtype_of_the_queue() -> None:
     queue = Queue(size=2, dim=1)
-    queue.enqueue(torch.full((1, 1), 0.1, dtype=torch.float64, requires_grad=True))
-    assert not queue.keys.requires_grad
-    assert float(queue.keys[0]) == 0.1
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        keys = torch.full((1, 1), 0.1, dtype=torch.float64, requires_grad=True)
+        queue.to(dtype).enqueue(keys)
+        assert queue.keys.dtype == dtype
+        assert not queue.keys.requires_grad
+        assert bool((queue.keys == torch.tensor(0.1, dtype=dtype)).any())
+
+
+def test_queued_keys_of_samples_without_a_group_match_no_id() -> None:
+    batch = GlobalBatch((2, 3), 1)
+    groups = with_own_groups(torch.tensor([-100, 7, -1]), batch)
+    queue = Queue(size=4, dim=1)
+    queue.enqueue(torch.ones(3, 1), groups)
+    assert queue.ids.tolist() == [NO_GROUP, 7, NO_GROUP, NO_GROUP]
+    assert (groups[:, None] == queue.ids).tolist() == [
+        [False] * 4,
+        [False, True] + [False] * 2,
+        [False] * 4,
+    ]
 
 
 def test_keys_of_another_dimension_are_refused() -> None:

@@ -28,7 +28,7 @@ def calls(sizes: list[int]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tens
 def test_every_call_equals_that_with_a_list_of_the_last_keys(
     queue_size: int, sizes: list[int], grouped: bool
 ) -> None:
-    loss = MoCoLoss(dim=DIM, queue_size=queue_size, temperature=0.2)
+    loss = MoCoLoss(dim=DIM, queue_size=queue_size, temperature=0.2).double()
     past: list[tuple[list[float], int]] = []
     for query, key, ids in calls(sizes):
         groups = ids.tolist() if grouped else [-1] * len(ids)
@@ -40,6 +40,26 @@ def test_every_call_equals_that_with_a_list_of_the_last_keys(
         found = loss(query, key, ids if grouped else None)
         assert math.isclose(float(found), mean(expected), rel_tol=1e-12, abs_tol=1e-15)
         past = [*past, *zip(key.tolist(), groups, strict=True)][-queue_size:]
+
+
+def test_queued_samples_without_a_group_are_negatives_of_one_another() -> None:
+    losses = [MoCoLoss(dim=DIM, queue_size=8) for _ in range(2)]
+    ungrouped, distinct = torch.tensor([-100, 1, -1]), torch.tensor([20, 1, 21])
+    for step, (query, key, _) in enumerate(calls([3, 3])):
+        apart = torch.where(distinct > 1, distinct + 10 * step, distinct)
+        found, expected = losses[0](query, key, ungrouped), losses[1](query, key, apart)
+        assert float(found) == float(expected)
+
+
+def test_a_queue_of_double_precision_keys_is_the_same_after_a_resume() -> None:
+    loss, other = MoCoLoss(dim=DIM, queue_size=8), MoCoLoss(dim=DIM, queue_size=8)
+    batches = calls([3, 3, 3])
+    for query, key, ids in batches[:2]:
+        assert query.dtype == torch.float64
+        loss(query, key, ids)
+    other.load_state_dict(loss.state_dict())
+    query, key, ids = batches[2]
+    assert float(loss(query, key, ids)) == float(other(query, key, ids))
 
 
 def test_the_first_call_has_no_negatives_and_the_key_gets_no_gradient() -> None:
@@ -65,7 +85,7 @@ def test_keys_are_enqueued_once_per_call_only_in_training() -> None:
     loss.train().terms(query, key)
     assert int(loss.queue.fill) == 3
     stored = loss.queue.keys[:3]
-    torch.testing.assert_close(stored, torch.nn.functional.normalize(key))
+    torch.testing.assert_close(stored, torch.nn.functional.normalize(key).float())
 
 
 def test_backward_after_the_queue_has_moved_on_is_possible() -> None:

@@ -60,6 +60,14 @@ def loops(
     return torch.stack(values).mean()
 
 
+@pytest.mark.parametrize("unlabelled", [-100, -1])
+def test_views_of_a_sample_without_a_label_match_only_one_another(unlabelled: int) -> None:
+    views = draw(6, 2, 5, seed=3)
+    labels = torch.where(LABELS == 1, unlabelled, LABELS)
+    expected = loops(views, 0.1, match=lambda i, j: i == j or (LABELS[i] != 1 and by_label(i, j)))
+    torch.testing.assert_close(SupervisedContrastiveLoss(temperature=0.1)(views, labels), expected)
+
+
 def assert_same(
     loss: SupervisedContrastiveLoss, features: Tensor, labels: Tensor, expected: Tensor
 ) -> None:
