@@ -28,6 +28,14 @@ def test_the_tables_list_every_loss_and_no_other() -> None:
     assert sorted(ROWS) == NAMES
 
 
+def test_the_chooser_names_only_losses_that_exist() -> None:
+    chooser = PAGE.read_text("utf-8").split("## Which loss to use")[1].split("##")[0]
+    advised = [row.split("|")[3] for row in chooser.splitlines() if row.startswith("| ")][1:]
+    named = {name for cell in advised for name in re.findall(r"`(\w+)`", cell)}
+    assert len(advised) >= 15
+    assert named - {"groups", "share_logit_scale"} <= set(NAMES)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_of_the_table_names_the_class_and_its_papers(name: str) -> None:
     row = ROWS[name]
@@ -36,6 +44,6 @@ def test_a_row_of_the_table_names_the_class_and_its_papers(name: str) -> None:
     docstring = inspect.getdoc(get_loss_class(name)) or ""
 
     assert row["loss"] == get_loss_class(name).__name__
-    assert len(cells) == 3
+    assert len(cells) == 4, "value, use it if, cost, elsewhere"
     assert all(cells)
     assert all(text == link and f"arXiv:{text}" in docstring for text, link in papers)
