@@ -41,6 +41,9 @@ from diptych.losses.registry import available_losses as available_losses
 from diptych.losses.registry import get_loss as get_loss
 from diptych.losses.registry import get_loss_class as get_loss_class
 from diptych.losses.registry import register_loss as register_loss
+from diptych.losses.self_supervised.dino import DINOLoss as DINOLoss
+from diptych.losses.self_supervised.koleo import KoLeoLoss as KoLeoLoss
+from diptych.losses.self_supervised.sigreg import SIGRegLoss as SIGRegLoss
 from diptych.losses.supervised.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
 from diptych.losses.supervised.supervised_contrastive import (
     SupervisedContrastiveLoss as SupervisedContrastiveLoss,

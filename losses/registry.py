@@ -17,7 +17,7 @@ LossClass = TypeVar("LossClass", bound=type[nn.Module])
 
 _REGISTERED: dict[str, type[nn.Module]] = {}
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
-_FAMILIES = ("combine", "contrastive", "distillation", "multimodal", "supervised")
+_FAMILIES = ("combine", "contrastive", "distillation", "multimodal", "self_supervised", "supervised")
 """The packages of `diptych.losses` whose modules register losses."""
 
 

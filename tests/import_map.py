@@ -172,6 +172,7 @@ ALLOWED: dict[str, set[str]] = {
         "losses.contrastive",
         "losses.supervised",
     },
+    "losses.self_supervised": {"losses", "losses.base"},
     "losses.supervised": {"losses", "losses.base"},
 }
 """The folders from which the modules of a folder may import, beside their own: no more, no less.

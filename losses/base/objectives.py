@@ -98,9 +98,9 @@ def hinge(positive: Tensor, similarity: Tensor, negatives: Tensor, margin: float
 
 
 def off_diagonal(matrix: Tensor) -> Tensor:
-    """Return the off-diagonal entries of a square matrix, [n * (n - 1)], row by row."""
-    n = matrix.shape[0]
-    return matrix.flatten()[:-1].view(n - 1, n + 1)[:, 1:].flatten()
+    """Return the off-diagonal entries of square matrices [..., n, n], [..., n * (n - 1)]."""
+    n = matrix.shape[-1]
+    return matrix.flatten(-2)[..., :-1].unflatten(-1, (n - 1, n + 1))[..., 1:].flatten(-2)
 
 
 def check_tile(tile: Tile) -> None:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from diptych.losses.base.contrastive import BaseContrastiveLoss, Pairs
+from diptych.losses.base.gather import GlobalBatch
 from diptych.losses.base.moments import centered, second_moment
 from diptych.losses.base.objectives import off_diagonal
 from diptych.losses.base.validation import check_choice, check_positive
+from diptych.losses.base.views import ViewsLoss
 from diptych.losses.registry import register_loss
 
 
 @register_loss("decorrelation")
-class DecorrelationLoss(BaseContrastiveLoss):
+class DecorrelationLoss(ViewsLoss):
     """Penalty on the covariance, or correlation, between the dimensions of each side.
 
     sum_v (sum_{i != j} C_ij^2) / D with C the unbiased covariance (B - 1) of a side, or its
-    correlation: C_ij / sqrt((C_ii + eps) (C_jj + eps)). Both sides are added. Features are
+    correlation: C_ij / sqrt((C_ii + eps) (C_jj + eps)). All sides are added. Features are
     not normalised, which would shrink the covariance to almost 0. It is >= 0, and 0 for
     uncorrelated dimensions. `groups` are accepted and have no effect: there are no negatives.
 
-    Called with one side, ``loss(features)``, or with two.
+    Called with one side, ``loss(features)``, with two, or with several views [b, V, D].
 
     Across ranks: mean and covariance come from sums over ranks, with gradient, D x D numbers.
     Exact for uneven local batches.
@@ -42,46 +42,17 @@ class DecorrelationLoss(BaseContrastiveLoss):
     minimum_batch = 2
 
     def __init__(self, *, kind: str = "covariance", epsilon: float = 1e-5) -> None:
-        super().__init__(temperature=1.0, normalize=False)
+        super().__init__()
         check_choice("kind", kind, ("covariance", "correlation"))
         check_positive("epsilon", epsilon)
         self.kind = kind
         self.epsilon = epsilon
 
-    def forward(
-        self, first: Tensor, second: Tensor | None = None, groups: Tensor | None = None
-    ) -> Tensor:
-        """Return the loss of one side, or the sum of both sides' losses, a scalar.
-
-        Args:
-            first: [b, D].
-            second: [b, D], or None.
-            groups: Has no effect.
-
-        Raises:
-            ValueError: If shapes do not fit, or the global batch is a single sample.
-            TypeError: If features are not floating point or groups not integers.
-        """
-        return self.terms(first, second, groups)["decorrelation"]
-
-    def terms(
-        self, first: Tensor, second: Tensor | None = None, groups: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Return {"decorrelation": the loss}. Arguments as for `forward`."""
-        if second is not None:
-            return super().terms(first, second, groups)
-        pairs = self.prepare(first, first, groups)
-        with torch.autocast(first.device.type, enabled=False):
-            return {"decorrelation": self._side(pairs.first, pairs)}
-
-    def objective(self, pairs: Pairs) -> dict[str, Tensor]:
-        """Return {"decorrelation": the sum of both sides}."""
-        return {"decorrelation": self._side(pairs.first, pairs) + self._side(pairs.second, pairs)}
-
-    def _side(self, features: Tensor, pairs: Pairs) -> Tensor:
-        side = centered(features, pairs.batch)
-        matrix = second_moment(side, side, pairs.batch, ddof=1)
+    def objective(self, views: Tensor, batch: GlobalBatch) -> dict[str, Tensor]:
+        """Return {"decorrelation": the sum over all sides}."""
+        sides = centered(views, batch)
+        matrices = second_moment(sides, sides, batch, ddof=1)
         if self.kind == "correlation":
-            spread = (matrix.diagonal() + self.epsilon).sqrt()
-            matrix = matrix / (spread[:, None] * spread[None, :])
-        return off_diagonal(matrix).square().sum() / features.shape[1]
+            spreads = (matrices.diagonal(dim1=1, dim2=2) + self.epsilon).sqrt()
+            matrices = matrices / (spreads[:, :, None] * spreads[:, None, :])
+        return {"decorrelation": off_diagonal(matrices).square().sum() / views.shape[2]}

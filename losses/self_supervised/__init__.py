@@ -1,0 +1,1 @@
+"""Self-supervised losses without negatives: self-distillation and regularised prediction."""
