@@ -17,7 +17,14 @@ LossClass = TypeVar("LossClass", bound=type[nn.Module])
 
 _REGISTERED: dict[str, type[nn.Module]] = {}
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
-_FAMILIES = ("combine", "contrastive", "distillation", "multimodal", "self_supervised", "supervised")
+_FAMILIES = (
+    "combine",
+    "contrastive",
+    "distillation",
+    "multimodal",
+    "self_supervised",
+    "supervised",
+)
 """The packages of `diptych.losses` whose modules register losses."""
 
 
@@ -36,8 +43,7 @@ def register_loss(name: str) -> Callable[[LossClass], LossClass]:
 
     Raises:
         ValueError: If the name is malformed, or taken by another class.
-        TypeError: If the decorated object is not a subclass of ``torch.nn.Module`` or has no
-            docstring.
+        TypeError: If the decorated object is not a subclass of ``torch.nn.Module``.
     """
     if not _NAME.fullmatch(name):
         raise ValueError(f"name must be lower case with underscores, such as 'clip', got {name!r}")
@@ -46,11 +52,6 @@ def register_loss(name: str) -> Callable[[LossClass], LossClass]:
         if not (isinstance(loss, type) and issubclass(loss, nn.Module)):
             raise TypeError(
                 f"@register_loss({name!r}) must decorate an nn.Module class, got {loss!r}"
-            )
-        if not loss.__doc__:
-            raise TypeError(
-                f"{loss.__qualname__} must have a docstring: available_losses() shows its first"
-                f" line for {name!r}"
             )
         if not loss.__module__.startswith("diptych.losses."):
             _import_families()  # to refuse the names of the library here
@@ -115,10 +116,13 @@ def get_loss(name: str, **arguments: object) -> nn.Module:
 
 
 def available_losses() -> dict[str, str]:
-    """Return every registered name with the first line of its class's docstring, sorted by name."""
+    """Return every registered name with one line, sorted by name.
+
+    The line is the first of the class's own docstring, or the name of a class without one.
+    """
     _import_families()
     return {
-        name: (inspect.getdoc(loss) or "").splitlines()[0]
+        name: inspect.cleandoc(loss.__doc__ or "").partition("\n")[0] or loss.__qualname__
         for name, loss in sorted(_REGISTERED.items())
     }
 

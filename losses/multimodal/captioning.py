@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from diptych.losses.base.positives import NO_GROUP
 from diptych.losses.base.validation import check_at_least, check_pair
 from diptych.losses.combine.composite import CompositeLoss
 from diptych.losses.contrastive.clip import CLIPLoss
@@ -20,6 +21,9 @@ class CaptioningLoss(CompositeLoss):
     where the cross entropy is a mean over the tokens that are not padding. It is >= 0; without a
     token to predict, the caption term is 0. Terms: `contrastive`, `caption`.
 
+    Labels of -100 do not count either. If the end token is the padding token, as GPT-2's is, pass
+    ``pad_id=None`` and labels that are -100 after the end: the end is learned, the padding not.
+
     Called ``loss(image, text, logits, labels)``: the logits at a position predict the next token.
 
     Across ranks: CLIP gathers image and text features; the caption term gathers nothing and is
@@ -30,7 +34,7 @@ class CaptioningLoss(CompositeLoss):
     Args:
         contrastive_weight: >= 0.
         caption_weight: >= 0.
-        pad_id: The padding token, which does not count.
+        pad_id: The padding token, which does not count; None: only -100 marks padding.
         contrastive: The loss on image and text; None: ``CLIPLoss()``.
 
     Raises:
@@ -42,7 +46,7 @@ class CaptioningLoss(CompositeLoss):
         *,
         contrastive_weight: float = 1.0,
         caption_weight: float = 2.0,
-        pad_id: int = 0,
+        pad_id: int | None = 0,
         contrastive: nn.Module | None = None,
     ) -> None:
         check_at_least("contrastive_weight", contrastive_weight, 0)
@@ -50,9 +54,10 @@ class CaptioningLoss(CompositeLoss):
         super().__init__(
             {
                 "contrastive": CLIPLoss() if contrastive is None else contrastive,
-                "caption": CrossEntropyLoss(ignore_index=pad_id),
+                "caption": CrossEntropyLoss(),
             }
         )
+        self.pad_id = pad_id
         self.contrastive_weight = contrastive_weight
         self.caption_weight = caption_weight
 
@@ -70,7 +75,7 @@ class CaptioningLoss(CompositeLoss):
             image: Features [b, D].
             text: Features [b, D].
             logits: [b, T, C], for each position of the caption and each token of the vocabulary.
-            labels: The caption's tokens, integers [b, T].
+            labels: The caption's tokens, integers [b, T]; -100: not a token.
             groups: Integers [b]; pairs with equal ids match one another.
 
         Raises:
@@ -84,6 +89,8 @@ class CaptioningLoss(CompositeLoss):
                 f"logits must be [batch, tokens, classes] with batch = {image.shape[0]}, got shape"
                 f" {tuple(logits.shape)}"
             )
+        if self.pad_id is not None:
+            labels = labels.long().masked_fill(labels == self.pad_id, NO_GROUP)
         following = logits[:, :-1], labels[:, 1:]
         return {
             **self.part_terms("contrastive", self.contrastive_weight, image, text, groups),

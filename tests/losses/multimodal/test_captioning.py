@@ -82,6 +82,23 @@ def test_captions_of_one_token_have_nothing_to_predict() -> None:
     assert terms["caption"] == 0
 
 
+def test_an_end_token_that_is_the_padding_token_is_learned_from_labels_of_minus_100() -> None:
+    image, text, scores, _ = example()
+    ends = [[1, 2, PAD, -100, -100], [4, PAD, -100, -100, -100], [5, 6, 7, 1, PAD]] * 2
+    labels = torch.tensor(ends)
+
+    caption = CaptioningLoss(pad_id=None).terms(image, text, scores, labels)["caption"]
+
+    expected = [
+        lse(scores[b, t].tolist()) - float(scores[b, t, row[t + 1]])
+        for b, row in enumerate(ends)
+        for t in range(4)
+        if row[t + 1] >= 0
+    ]
+    assert len(expected) == 14
+    assert float(caption) == pytest.approx(2 * mean(expected), rel=1e-12)
+
+
 def test_the_last_position_and_the_first_token_do_not_count() -> None:
     image, text, scores, labels = example()
     loss = CaptioningLoss(pad_id=PAD)
