@@ -14,6 +14,7 @@ import attrs
 from ignite.engine import Events
 from torch import Tensor
 
+from diptych.engine.distributed.agreement import on_all_ranks
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.errors import CheckpointError
 from diptych.engine.events import StepEvents
@@ -90,11 +91,11 @@ def replay(path: Path | str, factory: Callable[[], Any]) -> Replay:
 
     Raises:
         CheckpointError: if the record cannot be read, or belongs to another model or loss, or to
-            another number of ranks.
+            another number of ranks; on all ranks, if one of them cannot read its own.
         TypeError: if the factory returns no trainer.
     """
     path = Path(path)
-    own, of_first = _read(path)
+    own, of_first = on_all_ranks(lambda: _read(path))
     with preserved_random_state():
         trainer = _built(factory)
         load_update_state(trainer, of_first)

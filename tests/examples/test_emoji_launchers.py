@@ -71,6 +71,7 @@ def test_torchrun_needs_no_change_to_the_script(tmp_path):
     check_run(tmp_path, [start(*torchrun, *few_emoji(tmp_path))])
 
 
+@pytest.mark.slow
 def test_torchrun_inside_a_slurm_job_counts_its_own_ranks(tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}")
     one_task = {**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
@@ -83,6 +84,7 @@ def test_slurm_needs_no_change_to_the_script(tmp_path):
     check_run(tmp_path, [start(*few_emoji(tmp_path), **job, **rank) for rank in ranks])
 
 
+@pytest.mark.slow
 def test_ignites_launcher_needs_no_change_to_the_script(tmp_path):
     check_run(tmp_path, [start(*few_emoji(tmp_path, "parallel", free_port()))])
 
@@ -97,7 +99,7 @@ with process_group(backend="gloo", timeout=timedelta(seconds=2)):
 """
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("rank", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_a_lone_process_of_an_interactive_slurm_job_says_whom_it_waited_for(rank):
     job = {**SLURM, "SLURM_JOB_ID": free_port(), "SLURM_PROCID": rank, "SLURM_LOCALID": rank}
     process = start("-c", LONELY, **job)

@@ -7,6 +7,8 @@ import torch
 
 from examples.legacy import METRIC, monolithic, with_handlers
 
+pytestmark = pytest.mark.xdist_group("legacy")  # its processes start once, on one worker
+
 
 @pytest.fixture(scope="module")
 def runs(emoji, tmp_path_factory):

@@ -70,7 +70,7 @@ def kill_inside_an_epoch(folder: Path, ranks: int, **environment: str) -> None:
     kill(processes)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [pytest.param(2, 1, marks=pytest.mark.slow), (1, 2)])
 def test_another_number_of_ranks_and_another_micro_batch_continue_with_the_same_order(
     tmp_path, before, after
 ):
@@ -82,7 +82,7 @@ def test_another_number_of_ranks_and_another_micro_batch_continue_with_the_same_
     assert json.loads((folder / "order.json").read_text()) == expected
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_another_number_of_ranks_ends_with_the_weights_of_the_uninterrupted_run(
     tmp_path, before, after
 ):

@@ -24,7 +24,11 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGUSR1, 138), (signal.SIGINT, -signal.SIGINT)]
+    ("number", "code"),
+    [
+        (signal.SIGUSR1, 138),
+        pytest.param(signal.SIGINT, -signal.SIGINT, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_to_the_process_and_its_workers_saves_and_gives_the_conventional_code(
     tmp_path, number, code, expected

@@ -11,6 +11,8 @@ from diptych.engine.certificate.report import Check
 from diptych.engine.certificate.training_copy import TrainingCopy
 from tests.engine.certificate.trainings import ACROSS_RANKS, pairs, trainer_of
 
+pytestmark = pytest.mark.xdist_group("two_ranks")  # its processes start once, on one worker
+
 
 @pytest.fixture(scope="module")
 def checks() -> dict[str, list[Check]]:

@@ -21,6 +21,8 @@ from tests.engine.models import (
     relative_error,
 )
 
+pytestmark = pytest.mark.xdist_group("collectives")  # its processes start once, on one worker
+
 EXACT = 1e-10
 
 

@@ -29,6 +29,8 @@ from tests.engine import alone, lost_ranks
 from tests.engine.failing_job import free_port
 from tests.engine.models import paired, trainer_of
 
+pytestmark = pytest.mark.xdist_group("hang_report")  # its processes start once, on one worker
+
 ROOT = Path(__file__).parents[3]
 
 

@@ -9,6 +9,8 @@ import torch
 
 from tests.engine import unlike_ranks
 
+pytestmark = pytest.mark.xdist_group("rank_agreement")  # its processes start once, on one worker
+
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
