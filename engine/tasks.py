@@ -201,6 +201,33 @@ class TwoViews(KeyedTask):
 
 
 @attrs.frozen(kw_only=True)
+class MultiCrop(KeyedTask):
+    """Calls `model(crops)` for large and for small crops; returns `features` [B, V, D].
+
+    `large` is [B, G, ...] and `small`, which a batch may lack, [B, V - G, ...]; all crops of a size
+    go through the model together, as one batch. If the model has a part `target`, the default of
+    `MomentumEncoder`, the outputs are `student` [B, V, D] and `teacher` [B, G, D]: the target's
+    results for the large crops, without gradient.
+    """
+
+    large: Key = "large"
+    small: Key = "small"
+
+    prediction: ClassVar[None] = None
+
+    def __call__(self, model: nn.Module, batch: Any, /) -> Outputs:
+        """Return the features of all crops, the large ones first."""
+        large, small = self.part(batch, "large"), self.optional_part(batch, "small")
+        sizes = [large] if small is None else [large, small]
+        features = torch.cat([_each_crop(model, crops) for crops in sizes], dim=1)
+        target = getattr(model, "target", None)
+        if target is None:
+            return {"features": features}
+        with torch.no_grad():
+            return {"student": features, "teacher": _each_crop(target, large)}
+
+
+@attrs.frozen(kw_only=True)
 class Classification(KeyedTask):
     """Calls `model(image)`; returns `logits` [B, C] (or features) and the integer `labels` [B]."""
 
@@ -255,6 +282,17 @@ def _tensor(output: Any, task: str) -> Tensor:
     return output
 
 
+def _each_crop(model: nn.Module, crops: Any) -> Tensor:
+    """Return the features [B, V, D] of crops [B, V, ...]."""
+    if not isinstance(crops, Tensor) or crops.ndim < 3:
+        raise BatchError(
+            "large and small must be tensors [batch, crops, ...], got "
+            f"{_describe(crops)}. Stack the crops of a sample"
+        )
+    features = _tensor(model(crops.flatten(0, 1)), "multi_crop")
+    return features.unflatten(0, crops.shape[:2])
+
+
 def _describe(output: Any) -> str:
     if isinstance(output, Tensor):
         return f"one tensor {tuple(output.shape)}"
@@ -266,5 +304,6 @@ def _describe(output: Any) -> str:
 image_text = ImageText()
 huggingface = HuggingFace()
 two_views = TwoViews()
+multi_crop = MultiCrop()
 classification = Classification()
 next_token = NextToken()

@@ -195,6 +195,27 @@ def test_next_token_pairs_each_position_with_the_token_after_it(kind):
     assert outputs["labels"].tolist() == [[2, 3, 4], [6, 7, 8]]
 
 
+def test_crops_of_one_size_go_through_together_and_the_large_ones_through_the_target():
+    large, small = torch.randn(3, 2, 4), torch.randn(3, 5, 2)
+    model = Returns(lambda crops: crops[:, :2])
+    outputs = tasks.multi_crop(model, {"large": large, "small": small})
+    assert list(outputs) == ["features"]
+    assert torch.equal(outputs["features"], torch.cat([large[..., :2], small], dim=1))
+    assert torch.equal(model.seen[0], small.flatten(0, 1))
+
+    model.target = nn.Linear(4, 2)
+    outputs = tasks.multi_crop(model, {"large": large})
+    assert list(outputs) == ["student", "teacher"]
+    torch.testing.assert_close(outputs["teacher"], model.target(large).detach())
+    assert not outputs["teacher"].requires_grad
+
+
+def test_crops_that_are_not_stacked_are_an_error():
+    crops = [torch.randn(3, 4), torch.randn(3, 4)]
+    with pytest.raises(BatchError, match=r"large and small must be tensors .* a list of 2 parts"):
+        tasks.multi_crop(Returns(), {"large": crops})
+
+
 @pytest.mark.parametrize("task", [tasks.two_views, tasks.classification, tasks.next_token])
 def test_a_model_that_returns_several_things_is_described(task):
     batch = dict.fromkeys(("first", "second", "image", "label", "tokens"), IMAGE)

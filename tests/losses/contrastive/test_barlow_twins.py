@@ -1,5 +1,6 @@
 """Barlow Twins against a plain loop and batch normalisation."""
 
+import itertools
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 
 from diptych.losses import BarlowTwinsLoss
 from tests.losses.oracles import draw, mean
+from tests.losses.ranks import Ranks, assert_same_on_ranks
 
 FIRST, SECOND = draw(6, 4), draw(6, 4, seed=1) + 2
 
@@ -51,6 +53,16 @@ def test_value_and_gradient_are_those_with_batch_normalisation() -> None:
         rtol=1e-8,
         atol=1e-12,
     )
+
+
+def test_several_views_have_the_mean_of_all_pairs_of_views(ranks: Ranks) -> None:
+    views = draw(6, 4, 3)
+    pairs = itertools.combinations(range(4), 2)
+    values = [BarlowTwinsLoss()(views[:, a], views[:, b]) for a, b in pairs]
+    torch.testing.assert_close(
+        BarlowTwinsLoss()(views), torch.stack(values).mean(), rtol=1e-11, atol=0
+    )
+    assert_same_on_ranks(ranks, BarlowTwinsLoss, (views,), splits=[(5, 1), (0, 4, 2)])
 
 
 def test_identical_white_views_have_almost_zero_loss() -> None:

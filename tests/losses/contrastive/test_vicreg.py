@@ -1,5 +1,6 @@
 """VICReg: its three terms, against plain loops."""
 
+import itertools
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from diptych.losses import VICRegLoss
 from tests.losses.oracles import covariance, draw, mean
+from tests.losses.ranks import Ranks, assert_same_on_ranks
 
 FIRST, SECOND = 0.7 * draw(6, 4), 0.7 * draw(6, 4, seed=1) + 3
 
@@ -50,6 +52,23 @@ def test_collapsed_views_have_only_the_variance_term() -> None:
     terms = VICRegLoss().terms(same, same)
     assert math.isclose(float(terms["variance"]), 25 * (1 - math.sqrt(1e-4)), rel_tol=1e-12)
     assert float(terms["invariance"]) == float(terms["covariance"]) == 0
+
+
+def test_several_views_have_the_mean_of_all_pairs_of_views(ranks: Ranks) -> None:
+    views = draw(6, 4, 3)
+    pairs = [
+        VICRegLoss().terms(views[:, a], views[:, b]) for a, b in itertools.combinations(range(4), 2)
+    ]
+    for sides in ((views,), (views[:, :3], views[:, 3]), (views[:, 0], views[:, 1:])):
+        for name, value in VICRegLoss().terms(*sides).items():
+            expected = torch.stack([terms[name] for terms in pairs]).mean()
+            torch.testing.assert_close(value, expected, rtol=1e-11, atol=0)
+    assert_same_on_ranks(ranks, VICRegLoss, (views,), splits=[(5, 1), (0, 4, 2)])
+
+
+def test_a_single_view_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2 views together, got 1"):
+        VICRegLoss()(FIRST)
 
 
 def test_groups_have_no_effect() -> None:
