@@ -13,12 +13,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 
-# `<!-- run first` hides what a page takes for granted; `<!-- not run: why -->` stands before a
-# block that cannot run in a test, `<!-- needs: package -->` before one that runs where the package
-# is installed.
+# Nothing hidden runs: a reader who copies a page's blocks has what the test runs. What a page takes
+# for granted stands in a fold. `<!-- not run: why -->` stands before a block that cannot run in a
+# test, `<!-- needs: package -->` before one that runs where the package is installed.
 BLOCK = re.compile(
     r"^(?:<!-- not run:(?P<reason>[^\n]*)-->\n+)?(?:<!-- needs: (?P<package>\w+) -->\n+)?"
-    r"(?:```python[^\n]*\n(?P<shown>.*?)^```$|<!-- run first\n(?P<hidden>.*?)^-->$)",
+    r"```python[^\n]*\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -44,9 +44,8 @@ def blocks(text: str) -> list[Block]:
     """Return the blocks of a page in their order."""
     found = []
     for match in BLOCK.finditer(text):
-        part = "shown" if match["shown"] is not None else "hidden"
-        line = text.count("\n", 0, match.start(part)) + 1
-        found.append(Block(line, match[part], match["reason"], match["package"]))
+        line = text.count("\n", 0, match.start("code")) + 1
+        found.append(Block(line, match["code"], match["reason"], match["package"]))
     return found
 
 
@@ -110,12 +109,12 @@ def test_the_documentation_has_code_to_run() -> None:
     assert sum(block.reason is None for block in shown) >= 10
 
 
-def test_blocks_share_a_namespace_and_hidden_ones_come_first(tmp_path: Path) -> None:
-    page = "<!-- run first\nx = 1\n-->\n```python\ny = x + 1\n```\n```python\nassert y == 2\n```\n"
+def test_blocks_share_a_namespace_and_what_is_hidden_does_not_run(tmp_path: Path) -> None:
+    page = "<!-- x = 0\n-->\n```python\ny = 2\n```\n```python\nassert y == 2\n```\n"
 
     run("page.py", blocks(page), tmp_path)
 
-    assert [block.line for block in blocks(page)] == [2, 5, 8]
+    assert [block.line for block in blocks(page)] == [4, 7]
 
 
 def test_a_failing_block_names_the_line_of_its_page(tmp_path: Path) -> None:
@@ -126,8 +125,8 @@ def test_a_failing_block_names_the_line_of_its_page(tmp_path: Path) -> None:
 
 
 def test_a_block_that_needs_a_package_runs_with_it_alone(tmp_path: Path) -> None:
-    hidden = "<!-- needs: rare -->\n<!-- run first\nx = 0\n-->\n"
-    page = f"{hidden}\n<!-- needs: rare -->\n\n```python\n1 / x\n```\n"
+    setup = "<!-- needs: rare -->\n```python\nx = 0\n```\n"
+    page = f"{setup}\n<!-- needs: rare -->\n\n```python\n1 / x\n```\n"
 
     run("page.py", blocks(page), tmp_path)
 
