@@ -234,7 +234,7 @@ class Trainer(ExactSteps):
                     f"a handler must be an object with attach(trainer), got {handler!r}. "
                     f"{_way_to_attach(handler)}"
                 )
-        before = list(self.handlers)
+        before, task = list(self.handlers), self.task
         with ExitStack() as stack:
             for engine in (self, *(h.evaluator for h in self.handlers_of(EvaluatesModel))):
                 stack.enter_context(engine.all_or_nothing())
@@ -244,7 +244,7 @@ class Trainer(ExactSteps):
                     handler.attach(self)
                     self.handlers.append(handler)
             except BaseException:
-                self.handlers[:] = before
+                self.handlers[:], self.task = before, task
                 raise
         return self
 

@@ -57,6 +57,7 @@ from diptych.handlers.optimization.momentum_encoder import MomentumEncoder as Mo
 from diptych.handlers.optimization.parameter_groups import parameter_groups as parameter_groups
 from diptych.handlers.optimization.reduce_on_plateau import ReduceOnPlateau as ReduceOnPlateau
 from diptych.handlers.optimization.schedules import LearningRate as LearningRate
+from diptych.handlers.optimization.teacher import Teacher as Teacher
 from diptych.handlers.optimization.weight_average import WeightAverage as WeightAverage
 from diptych.handlers.output.records import read_records as read_records
 from diptych.handlers.performance.profile import Profile as Profile

@@ -112,6 +112,7 @@ ALLOWED: dict[str, set[str]] = {
         "engine.distributed",
         "engine.loop",
         "engine.state",
+        "engine.step",
         "engine.trials",
         "handlers",
         "handlers.checkpointing",

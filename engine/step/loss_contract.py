@@ -8,9 +8,10 @@ handlers that asks what else it has: `terms`, `couples_samples`, `total_and_weig
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -18,6 +19,11 @@ from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import BatchError
 from diptych.engine.modules import parts_of
 from diptych.engine.tasks import Outputs
+
+T = TypeVar("T")
+
+TEACHER = "teacher_"
+"""The beginning of the names of a teacher's outputs, which a loss takes by name or not at all."""
 
 Terms = dict[str, Tensor]
 """The named, weighted parts of a loss, whose sum it is."""
@@ -70,8 +76,40 @@ def loss_terms(loss: nn.Module, outputs: Outputs) -> Terms:
     """Return the named terms whose sum is the loss; `{"loss": value}` if it has no `terms`."""
     terms = getattr(loss, "terms", None)
     if terms is None:
-        return {"loss": loss(*outputs.values())}
-    return dict(terms(*outputs.values()))
+        return {"loss": call_with(loss, outputs)}
+    return dict(call_with(terms, outputs))
+
+
+def call_with(function: Callable[..., T], outputs: Outputs) -> T:
+    """Call a loss, or a method of a loss, with the task's outputs.
+
+    Outputs are passed in their order. One that has the name of an optional argument is passed by
+    name. An output of a teacher is left out unless the function has an argument of its name.
+    """
+    module = isinstance(function, nn.Module)
+    written = function.forward if module else function
+    names = _argument_names(getattr(written, "__func__", written))
+    if names is None:
+        return function(*outputs.values())
+    by_name = {name: outputs[name] for name in names if name in outputs}
+    others = (n for n in outputs if n not in by_name and not n.startswith(TEACHER))
+    return function(*(outputs[name] for name in others), **by_name)
+
+
+@functools.lru_cache(maxsize=64)
+def _argument_names(function: Callable[..., Any]) -> tuple[str, ...] | None:
+    """Return the names by which outputs are passed; None if the function takes any number."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # not written in Python
+        return None
+    if any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in parameters.values()):
+        return None
+    return tuple(
+        name
+        for name, one in parameters.items()
+        if one.default is not inspect.Parameter.empty or name.startswith(TEACHER)
+    )
 
 
 def sum_of_terms(terms: Terms) -> Tensor:

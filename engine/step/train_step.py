@@ -28,6 +28,7 @@ from diptych.engine.settings import AUTOCAST, TrainerSettings
 from diptych.engine.step.compilation import keep_gradients, uses_cuda_graphs
 from diptych.engine.step.loss_contract import (
     Terms,
+    call_with,
     constrain_parameters,
     couples_samples,
     loss_terms,
@@ -254,7 +255,7 @@ class TrainStep:
         """Return the sums of a piece's terms over its samples, and the weight of the piece."""
         loss = sample_mean_of(self.loss)
         if loss is not None:
-            value, weight = loss.total_and_weight(*outputs.values())
+            value, weight = call_with(loss.total_and_weight, outputs)
             return {"loss": value}, weight
         terms = {name: term * size for name, term in loss_terms(self.loss, outputs).items()}
         value = next(iter(terms.values()))

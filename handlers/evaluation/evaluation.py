@@ -33,7 +33,7 @@ from diptych.engine.handler import Handler
 from diptych.engine.optimizers.optimizer_modes import evaluation_weights
 from diptych.engine.settings import AUTOCAST, Precision
 from diptych.engine.step import loss_contract
-from diptych.engine.step.loss_contract import sample_mean_of
+from diptych.engine.step.loss_contract import call_with, sample_mean_of
 from diptych.engine.tasks import Task
 from diptych.engine.trainer import Trainer
 from diptych.engine.trials.first_batches import first_batches
@@ -367,8 +367,8 @@ class ValidationLoss(OutputsMetric):
     def _total_and_weight(self, output: Outputs) -> tuple[Tensor, Tensor]:
         mean = None if self.couples_samples else sample_mean_of(self.loss)
         if mean is not None:
-            return mean.total_and_weight(*output.values())
-        value = self.loss(*output.values())
+            return call_with(mean.total_and_weight, output)
+        value = call_with(self.loss, output)
         size = torch.full_like(value, batch_size(output), dtype=torch.float64)
         return (value if self.couples_samples else value * size), size
 

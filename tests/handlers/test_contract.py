@@ -278,6 +278,10 @@ EXAMPLES = {
         refused=({"stages": []},),
         acting=(stages_that_change_everything,),
     ),
+    "Teacher": Example(
+        lambda _: handlers.Teacher(make_trainer().model, names=("teacher_logits",)),
+        refused=({}, {"model": nn.Linear(3, 2), "names": ("logits",)}),
+    ),
     "TensorBoard": Example(handlers.TensorBoard, refused=({},)),
     "Throughput": Example(lambda _: handlers.Throughput()),
     "ToLogger": Example(

@@ -8,6 +8,7 @@ from torch import nn
 
 from diptych.engine import BatchError
 from diptych.engine.step.loss_contract import (
+    call_with,
     constrain_parameters,
     couples_samples,
     loss_terms,
@@ -67,3 +68,24 @@ def test_tiles_are_set_in_all_parts_that_have_them():
 def test_only_a_loss_with_sum_and_weight_is_a_mean_over_samples():
     assert sample_mean_of(CrossEntropyLoss()) is not None
     assert sample_mean_of(CLIPLoss()) is None
+
+
+class Taught(nn.Module):
+    """A loss with an optional argument, and with one for the output of a teacher."""
+
+    def forward(self, first, second, negatives=None, groups=None, *, teacher_first=None):
+        self.given = (first, second, negatives, groups, teacher_first)
+        return first.sum()
+
+
+def test_optional_arguments_and_outputs_of_a_teacher_are_passed_by_name():
+    loss, named = Taught(), {name: torch.randn(2) for name in ("image", "text", "groups")}
+    call_with(loss, {**named, "teacher_first": named["text"], "teacher_second": named["image"]})
+    assert loss.given == (named["image"], named["text"], None, named["groups"], named["text"])
+
+
+def test_a_loss_without_the_names_gets_the_outputs_in_order():
+    a, b, taught = torch.randn(3, 4, 2).unbind()
+    outputs = {"second": a, "first": b, "teacher_first": taught}
+    assert torch.equal(call_with(nn.MSELoss(), outputs), nn.functional.mse_loss(a, b))
+    assert call_with(lambda *values: values, outputs) == (a, b, taught)
