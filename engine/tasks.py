@@ -290,7 +290,7 @@ def _each_crop(model: nn.Module, crops: Any) -> Tensor:
             f"{_describe(crops)}. Stack the crops of a sample"
         )
     features = _tensor(model(crops.flatten(0, 1)), "multi_crop")
-    return features.unflatten(0, crops.shape[:2])
+    return features.view(*crops.shape[:2], *features.shape[1:])
 
 
 def _describe(output: Any) -> str:

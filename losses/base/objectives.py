@@ -100,7 +100,8 @@ def hinge(positive: Tensor, similarity: Tensor, negatives: Tensor, margin: float
 def off_diagonal(matrix: Tensor) -> Tensor:
     """Return the off-diagonal entries of square matrices [..., n, n], [..., n * (n - 1)]."""
     n = matrix.shape[-1]
-    return matrix.flatten(-2)[..., :-1].unflatten(-1, (n - 1, n + 1))[..., 1:].flatten(-2)
+    rows = matrix.flatten(-2)[..., :-1].reshape(*matrix.shape[:-2], n - 1, n + 1)
+    return rows[..., 1:].flatten(-2)
 
 
 def check_tile(tile: Tile) -> None:

@@ -1,4 +1,4 @@
-"""ViewsLoss: base of the losses on any number of views of each sample."""
+"""ViewsLoss: base of the losses on any number of views; moments of views over the global batch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diptych.losses.base.gather import GlobalBatch, global_batch
+from diptych.losses.base.gather import GlobalBatch, global_batch, sum_over_ranks
 from diptych.losses.base.loss import Loss, sum_of_terms
 from diptych.losses.base.validation import (
     check_groups,
@@ -95,3 +95,28 @@ def _checked(first: Tensor, second: Tensor | None) -> list[Tensor]:
     several = any(isinstance(side, Tensor) and side.dim() == 3 for side in (first, second))
     (check_two_views if several else check_pair)(("first", "second"), first, second)
     return [first, second]
+
+
+def centered(features: Tensor, batch: GlobalBatch) -> Tensor:
+    """Return this rank's features [..., b, D] minus the mean over all ranks' samples."""
+    return features - sum_over_ranks(features.sum(-2, keepdim=True)) / batch.total
+
+
+def second_moment(left: Tensor, right: Tensor, batch: GlobalBatch, *, ddof: int = 0) -> Tensor:
+    """Return the sum over all ranks' samples of left_i right_j over B - ddof, [..., D, E].
+
+    For centred features this is the covariance, unbiased with ``ddof=1``. Every rank holds the
+    whole matrix; D x E numbers are communicated for any batch size.
+
+    Args:
+        left: [..., b, D].
+        right: [..., b, E].
+        batch: Sizes of all ranks.
+        ddof: The number subtracted from the count.
+    """
+    return sum_over_ranks(left.mT @ right) / (batch.total - ddof)
+
+
+def variance(features: Tensor, batch: GlobalBatch) -> Tensor:
+    """Return the biased variance over all ranks of centred features [..., b, D], [..., 1, D]."""
+    return sum_over_ranks(features.square().sum(-2, keepdim=True)) / batch.total

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from diptych.losses.base.gather import GlobalBatch
-from diptych.losses.base.moments import centered, second_moment, variance
 from diptych.losses.base.objectives import off_diagonal
 from diptych.losses.base.validation import check_at_least, check_positive
-from diptych.losses.base.views import ViewsLoss
+from diptych.losses.base.views import ViewsLoss, centered, second_moment, variance
 from diptych.losses.registry import register_loss
 
 

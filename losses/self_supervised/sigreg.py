@@ -95,7 +95,7 @@ class SIGRegLoss(ViewsLoss):
 
 
 def epps_pulley(projected: Tensor, batch: GlobalBatch) -> Tensor:
-    """Return the Epps-Pulley statistic of normality along each direction, [V, A].
+    """Return B times the squared distance of phi to a normal one along each direction, [V, A].
 
     Args:
         projected: This rank's samples along A directions, [V, b, A].
@@ -112,7 +112,8 @@ def epps_pulley(projected: Tensor, batch: GlobalBatch) -> Tensor:
     angles = projected[..., None] * points
     sums = torch.stack((angles.cos().sum(1), angles.sin().sum(1)))
     real, imaginary = sum_over_ranks(sums) / batch.total
-    return batch.total * (((real - normal).square() + imaginary.square()) @ weights)
+    distances: Tensor = ((real - normal).square() + imaginary.square()) @ weights
+    return batch.total * distances
 
 
 def unit_directions(seed: int, step: Tensor, count: int, dim: int) -> Tensor:
@@ -125,8 +126,8 @@ def unit_directions(seed: int, step: Tensor, count: int, dim: int) -> Tensor:
     key = _hash(_hash(torch.full_like(step, seed)) ^ step)
     uniform = (_hash(_hash(position) ^ key).float() + 1) / (2**32 + 1)
     radius, angle = uniform.view(2, dim, count)
-    normal = (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
-    return normal / torch.linalg.vector_norm(normal, dim=0)
+    normal: Tensor = (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
+    return normal / normal.square().sum(0).sqrt()
 
 
 def _hash(value: Tensor) -> Tensor:

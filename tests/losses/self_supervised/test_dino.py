@@ -55,12 +55,11 @@ def test_every_call_uses_the_centre_of_the_calls_before() -> None:
 
 def test_sinkhorn_alternates_between_prototypes_and_samples() -> None:
     student, teacher = draw(5, 3, DIM), draw(5, 2, DIM, seed=1)
-    table = [[math.exp(x / 0.3) for x in row] for row in teacher.flatten(0, 1).tolist()]
+    table = (teacher.flatten(0, 1) / 0.3).exp()
     for _ in range(3):
-        used = [sum(row[k] for row in table) for k in range(DIM)]
-        table = [[x / total for x, total in zip(row, used, strict=True)] for row in table]
-        table = [[x / sum(row) for x in row] for row in table]
-    assigned = [table[2 * i : 2 * i + 2] for i in range(5)]
+        table = table / table.sum(0)
+        table = table / table.sum(1)[:, None]
+    assigned = table.view(5, 2, DIM).tolist()
     loss = DINOLoss(dim=DIM, centering="sinkhorn", teacher_temperature=0.3)
     assert math.isclose(
         float(loss(student, teacher)), cross_entropy(student, assigned, 0.1), rel_tol=1e-11

@@ -3,7 +3,7 @@
 import torch
 
 from diptych.losses.base.gather import global_batch
-from diptych.losses.base.moments import centered, second_moment, variance
+from diptych.losses.base.views import centered, second_moment, variance
 from tests.losses.oracles import covariance, draw
 from tests.losses.ranks import Ranks
 
