@@ -73,7 +73,21 @@ _ELSEWHERE = {
     **dict.fromkeys(
         ("scheduler", "lr_scheduler", "schedulers"), "Attach LearningRate(...) to the trainer"
     ),
-    **dict.fromkeys(("lr", "learning_rate"), "Pass the rate to the optimizer"),
+    **dict.fromkeys(("lr", "learning_rate", "weight_decay"), "Pass it to the optimizer"),
+    **dict.fromkeys(("warmup", "warmup_steps"), "Attach LearningRate(warmup=...) to the trainer"),
+    **dict.fromkeys(
+        ("batch_size", "num_workers", "shuffle", "dataset", "train_dataset", "collate_fn"),
+        "The loader has it: SeededLoader(dataset, batch_size=...)",
+    ),
+    **dict.fromkeys(("metrics", "compute_metrics"), "Attach Evaluation(loader, metrics=[...])"),
+    **dict.fromkeys(
+        ("patience", "early_stopping"), "Attach EarlyStopping(metric=..., patience=...)"
+    ),
+    **dict.fromkeys(("ema", "ema_decay"), "Attach WeightAverage(decay=...)"),
+    **dict.fromkeys(("ddp", "distributed", "num_nodes"), "Start the script with torchrun"),
+    "gradient_checkpointing": "Switch it on in the model",
+    "profiler": "Attach Profile(directory)",
+    "max_time": "Add Ignite's TimeLimit(seconds) to Events.ITERATION_COMPLETED",
     **dict.fromkeys(
         ("gradient_clip_val", "max_grad_norm", "clip_grad_norm"),
         "Attach GradientClipping(max_norm=...) to the trainer",
@@ -82,7 +96,8 @@ _ELSEWHERE = {
         ("logger", "loggers", "report_to"), "Attach a sink, such as TensorBoard(directory)"
     ),
     **dict.fromkeys(
-        ("default_root_dir", "output_dir", "save_dir"), "Attach CheckpointManager(directory)"
+        ("default_root_dir", "output_dir", "save_dir", "log_dir", "run_dir"),
+        "Attach default_handlers(directory)",
     ),
 }
 
@@ -92,12 +107,7 @@ _OF_TRAINER = {
     **dict.fromkeys(("accelerator", "devices", "gpus", "cuda"), "device"),
     **dict.fromkeys(("amp", "fp16", "bf16", "mixed_precision", "use_amp"), "precision"),
     **dict.fromkeys(
-        (
-            "accumulate_grad_batches",
-            "gradient_accumulation_steps",
-            "micro_batch_size",
-            "batch_size",
-        ),
+        ("accumulate_grad_batches", "gradient_accumulation_steps", "micro_batch_size"),
         "microbatch_size",
     ),
     **dict.fromkeys(("strategy", "fsdp"), "shard"),

@@ -16,10 +16,10 @@ gradient accumulation; accumulate_grad_batches; out of memory; gradient checkpoi
 fine-tuning; fine-tune CLIP; LoRA; EMA; early stopping; patience; inference; predict; embeddings;
 export; safetensors; sweep; Optuna; profiling; bottleneck; NaN; overfit one batch; fast_dev_run;
 two optimizers; custom sampler; collate; log images; resume; Slurm; several nodes; warm-up;
-scheduler; ReduceLROnPlateau; LR finder; clip_grad_norm_; weight decay; layer decay; torch.compile; seed;
-distillation; multi-task; ModelCheckpoint; Weights & Biases; MLflow; metric; transfer learning;
-manual optimization; max_steps; augmentation; Lightning; Hugging Face; open_clip; lightly; Ignite;
-SigLIP; WebDataset; command line; locks; benchmarks
+scheduler; ReduceLROnPlateau; LR finder; clip_grad_norm_; weight decay; layer decay; torch.compile;
+seed; distillation; multi-task; ModelCheckpoint; Weights & Biases; MLflow; metric;
+transfer learning; manual optimization; max_steps; augmentation; Lightning; Hugging Face; open_clip;
+lightly; Ignite; SigLIP; WebDataset; command line; locks; benchmarks
 """
 """What users of other trainers look for."""
 
