@@ -205,13 +205,15 @@ class MultiCrop(KeyedTask):
     """Calls `model(crops)` for large and for small crops; returns `features` [B, V, D].
 
     `large` is [B, G, ...] and `small`, which a batch may lack, [B, V - G, ...]; all crops of a size
-    go through the model together, as one batch. If the model has a part `target`, the default of
-    `MomentumEncoder`, the outputs are `student` [B, V, D] and `teacher` [B, G, D]: the target's
-    results for the large crops, without gradient.
+    go through the model together, as one batch. The outputs include `groups` [B] if the batch has
+    them. If the model has a part `target`, the default of `MomentumEncoder`, the outputs are
+    `student` [B, V, D] and `teacher` [B, G, D]: the target's results for the large crops, without
+    gradient.
     """
 
     large: Key = "large"
     small: Key = "small"
+    group: Key = "group"
 
     prediction: ClassVar[None] = None
 
@@ -222,7 +224,7 @@ class MultiCrop(KeyedTask):
         features = torch.cat([_each_crop(model, crops) for crops in sizes], dim=1)
         target = getattr(model, "target", None)
         if target is None:
-            return {"features": features}
+            return _with_groups({"features": features}, self.optional_part(batch, "group"))
         with torch.no_grad():
             return {"student": features, "teacher": _each_crop(target, large)}
 

@@ -198,8 +198,8 @@ def test_next_token_pairs_each_position_with_the_token_after_it(kind):
 def test_crops_of_one_size_go_through_together_and_the_large_ones_through_the_target():
     large, small = torch.randn(3, 2, 4), torch.randn(3, 5, 2)
     model = Returns(lambda crops: crops[:, :2])
-    outputs = tasks.multi_crop(model, {"large": large, "small": small})
-    assert list(outputs) == ["features"]
+    outputs = tasks.multi_crop(model, {"large": large, "small": small, "group": GROUP})
+    assert list(outputs) == ["features", "groups"]
     assert torch.equal(outputs["features"], torch.cat([large[..., :2], small], dim=1))
     assert torch.equal(model.seen[0], small.flatten(0, 1))
 
