@@ -27,6 +27,7 @@ from diptych.engine.loop.event_loop import EventLoop
 from diptych.engine.predictions import NamedOutputs, metrics_without_prediction, prediction_of
 from diptych.engine.random_state import preserved_random_state
 from diptych.engine.settings import AUTOCAST, Precision, TrainerSettings
+from diptych.engine.step.batch_checks import check_not_logits
 from diptych.engine.tasks import Outputs, Task
 
 SHARED = ("diptych.", "ignite.")
@@ -135,6 +136,7 @@ class Evaluator(EventLoop):
             )
         named = NamedOutputs(outputs, self.task)
         if self.state.iteration == 1:
+            check_not_logits(outputs)
             _check_needs_no_prediction(self._metrics, self.task, named)
         return named
 

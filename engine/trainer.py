@@ -43,13 +43,15 @@ from diptych.engine.settings import Precision, TrainerSettings, Units
 from diptych.engine.state.rank_agreement import check_ranks_agree
 from diptych.engine.state.references import checked_optimizers
 from diptych.engine.state.run_identity import RunIdentity
+from diptych.engine.step.batch_checks import check_first_batch, report_last_batch
 from diptych.engine.step.compilation import CompileMode, compile_in_place
 from diptych.engine.step.exact_steps import ExactSteps
-from diptych.engine.step.loss_contract import scalars_of
+from diptych.engine.step.loss_contract import minimum_batch, scalars_of
 from diptych.engine.step.step_snapshot import StepSnapshot
 from diptych.engine.step.train_step import TrainStep, check_fp16
+from diptych.engine.step.untrained import Untrained
 from diptych.engine.tasks import Outputs, Task
-from diptych.engine.trainer_parts import check_needs_no_closure, check_parts
+from diptych.engine.trainer_parts import check_needs_no_closure, check_parts, report_scales
 from diptych.engine.trials.dry_run import DryRun, dry_run
 from diptych.engine.trials.overfit import Overfit, overfit
 
@@ -93,6 +95,7 @@ class Trainer(ExactSteps):
         metrics: the `MetricsCollector` to publish to.
         scaler: the gradient scaler of fp16, else None.
         skipped_steps: number of updates that fp16 has skipped, on the device.
+        skipped_batches: number of batches that were too small for the loss (`minimum_batch`).
         handlers: the attached objects, in order.
         terms: the terms of the last loss, detached.
         step: the argument `step`.
@@ -139,6 +142,7 @@ class Trainer(ExactSteps):
             shard=shard,
         )
         check_parts(model, loss, optimizer, task)
+        report_scales(model, loss)
         self.device = self.settings.device or idist.device()
         self.optimizer, self.task = optimizer, task
         self.transform = placed_transform(transform, step, self.device)
@@ -150,6 +154,8 @@ class Trainer(ExactSteps):
 
     def _hold_nothing_yet(self) -> None:
         self._outputs: Outputs = {}
+        self._is_checked = False
+        self.skipped_batches = 0
         self.terms: dict[str, Tensor] = {}
         self.handlers: list[Attachable] = []
         self._gauges_of_loss: list[str] = []
@@ -216,6 +222,9 @@ class Trainer(ExactSteps):
     def outputs(self, outputs: Outputs) -> None:
         """Set the outputs, detached: a reference to the graph would outlive a failed step."""
         self._outputs = {name: tensor.detach() for name, tensor in outputs.items()}
+        if not self._is_checked:
+            check_first_batch(self.loss, self._outputs)
+            self._is_checked = True
 
     def attach(self, *handlers: Attachable) -> Trainer:
         """Attach handlers; those of one event run in the order in which they were attached.
@@ -465,6 +474,8 @@ class Trainer(ExactSteps):
             self.metrics.gauge(tag, partial(_scalar_of, self.loss, tag.removeprefix("train/")))
         if self.scaler is not None:
             self.metrics.gauge("train/skipped_steps", lambda: self.skipped_steps)
+        if minimum_batch(self.loss) > 1:
+            self.metrics.gauge("train/skipped_batches", lambda: self.skipped_batches)
 
     def _start_over(self) -> None:
         if self.state.iteration:
@@ -476,6 +487,7 @@ class Trainer(ExactSteps):
         self._modes = TrainingModes(lambda: {"model": self.model, "loss": self.loss})
         self.metrics = MetricsCollector(on_record=lambda: self._fire(MetricsEvents.LOGGED))
         self._publish_gauges()
+        self._untrained = Untrained(self)
         self.add_event_handler(RunEvents.RESTORE, self._declare)
         self.add_event_handler(RunEvents.RESTORE, self._put_optimizer_into_training_mode)
         self.add_event_handler(Events.STARTED, self._prepare)
@@ -493,6 +505,8 @@ class Trainer(ExactSteps):
         self._modes.remember()
         self._modes.train()
         self._modes.report_resting()
+        self._untrained.start()
+        report_last_batch(self.loss, self.state.dataloader, "it is skipped, without an update")
 
     def _put_optimizer_into_training_mode(self, _: Engine) -> None:
         put_into_training_mode(self.optimizer)
@@ -526,6 +540,7 @@ class Trainer(ExactSteps):
 
     def _log(self, _: Engine) -> None:
         self.metrics.log(self.state.iteration)
+        self._untrained.report()
 
     def _report_metrics(self) -> None:
         values = computed_by_metrics(self)
@@ -550,6 +565,7 @@ class Trainer(ExactSteps):
         """Log what was published before the end of an epoch or of a run."""
         if event is Events.EPOCH_COMPLETED:
             self.metrics.log(self.state.iteration)
+            self._untrained.report()
             self.state.metrics.update(self.metrics.end_epoch())
         elif not self.should_terminate or self.is_finished:
             # A stopped run keeps its buffered values, so that the run which continues it logs what

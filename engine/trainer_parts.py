@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from diptych.engine.distributed.collectives import rank
 from diptych.engine.distributed.dtensor import is_sharded
 from diptych.engine.tasks import Task
 
@@ -40,9 +43,48 @@ def check_parts(model: nn.Module, loss: nn.Module, optimizer: Optimizer, task: T
         )
 
 
+def report_scales(model: nn.Module, loss: nn.Module) -> None:
+    """Warn, on rank 0, of logit scales that a training would leave as they are.
+
+    A model's own beside another one of the loss, and one in half precision.
+    """
+    if rank():
+        return
+    of_model, of_loss = _single(model), _single(loss)
+    own = [(path, p) for path, p in of_model if path.endswith("logit_scale")]
+    other = [p for path, p in of_loss if path.endswith("logit_scale")]
+    if own and other and {id(p) for p in other}.isdisjoint(id(p) for _, p in own):
+        warnings.warn(
+            f"model has a logit scale of its own, {own[0][0]}, but {type(loss).__name__} trains "
+            "another: the model's stays as it is, in its export too. For a single scale, call "
+            f"share_logit_scale(loss, model) before the optimizer is built.",
+            stacklevel=4,
+        )
+    named = [one for one in of_model if one[0].endswith(("logit_scale", "logit_bias"))]
+    for path, p in {id(p): (path, p) for path, p in (*of_loss, *named)}.values():
+        if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16):
+            warnings.warn(
+                f"{path} must be float32 to be trained, got {p.dtype}: updates below "
+                f"{torch.finfo(p.dtype).eps / 2:.1%} of its value are lost, and it may never move. "
+                "Keep parameters in float32; precision='bf16' computes in bfloat16.",
+                stacklevel=4,
+            )
+
+
+def _single(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(path, p) for path, p in module.named_parameters() if p.numel() == 1]
+
+
 def _check_kind(name: str, part: object, kind: type) -> None:
-    if not isinstance(part, kind):
-        raise TypeError(f"{name} must be a torch {kind.__name__}, got {part!r}")
+    if isinstance(part, kind):
+        return
+    if inspect.isclass(part):
+        got, way_out = f"the class {part.__name__}", f"Make an instance: {part.__name__}(...)"
+    else:
+        text = repr(part)
+        got = text if len(text) <= 80 and "\n" not in text else f"a {type(part).__name__}"
+        way_out = "The order is Trainer(model, loss, optimizer, task=...)"
+    raise TypeError(f"{name} must be a torch {kind.__name__}, got {got}. {way_out}")
 
 
 def check_needs_no_closure(optimizer: Optimizer) -> None:

@@ -63,6 +63,7 @@ OPTIONAL: dict[str, Any] = {
     "parameters": [list],
     "scaler": (dict, type(None)),
     "skipped_steps": Tensor,
+    "skipped_batches": int,
     "evaluated": dict,
     "entry": dict,
     "iteration": [dict],

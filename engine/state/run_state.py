@@ -65,6 +65,7 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
         "parameters": parameter_names(trainer),
         "scaler": None if trainer.scaler is None else trainer.scaler.state_dict(),
         "skipped_steps": trainer.skipped_steps,
+        "skipped_batches": trainer.skipped_batches,
         "trainer": dict(trainer.state_dict()),
         "metrics": _of_all_ranks(trainer.metrics.state_dict()),
         "last_metrics": {k: float(v) for k, v in trainer.state.metrics.items() if _is_number(v)},
@@ -144,6 +145,7 @@ def _load_modules(trainer: Trainer, state: Mapping[str, Any], found: ResumeChang
 def _load_position(trainer: Trainer, state: Mapping[str, Any], place: Any, *, inside: bool) -> None:
     """Load the position, which resets the metrics and the loader's place, and then these two."""
     trainer.load_state_dict(state["trainer"])
+    trainer.skipped_batches = state.get("skipped_batches", 0)
     trainer.metrics.load_state_dict(_metrics_of_this_rank(state["metrics"]))
     trainer.state.metrics.clear()
     trainer.state.metrics.update(state["last_metrics"])

@@ -1,8 +1,8 @@
 """The optional members of a loss, and their defaults.
 
 A loss is a module that returns a scalar. These functions are the only code of the engine and the
-handlers that asks what else it has: `terms`, `couples_samples`, `total_and_weight`, `constrain`,
-`scalars`, `tile`.
+handlers that asks what else it has: `terms`, `couples_samples`, `total_and_weight`,
+`minimum_batch`, `constrain`, `scalars`, `tile`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
+from diptych.engine.distributed.gathering import gather_values
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import BatchError
 from diptych.engine.modules import parts_of
@@ -60,6 +61,22 @@ def couples_samples(loss: nn.Module, *, default: bool = True) -> bool:
             averages such a loss over batches, as PyTorch's own losses expect, and takes False.
     """
     return bool(getattr(loss, "couples_samples", default))
+
+
+def minimum_batch(loss: nn.Module) -> int:
+    """Return the smallest global batch for which a loss is defined; 1 if it declares none."""
+    return int(getattr(loss, "minimum_batch", 1))
+
+
+def is_too_small(loss: nn.Module, size: int) -> bool:
+    """Return whether a global batch is below the minimum of a loss, alike on all ranks.
+
+    Args:
+        loss: collective over ranks if its minimum is above 1.
+        size: samples on this rank.
+    """
+    least = minimum_batch(loss)
+    return least > 1 and sum(gather_values(size)) < least
 
 
 def sample_mean_of(loss: nn.Module) -> SampleMeanLoss | None:

@@ -31,6 +31,7 @@ from diptych.engine.step.loss_contract import (
     call_with,
     constrain_parameters,
     couples_samples,
+    is_too_small,
     loss_terms,
     sample_mean_of,
     sum_of_terms,
@@ -48,6 +49,7 @@ class TrainerParts(Protocol):
     optimizer: Optimizer
     scaler: torch.amp.GradScaler | None
     skipped_steps: Tensor
+    skipped_batches: int
     state: State
     task: Task
     transform: Transform | None
@@ -122,6 +124,8 @@ class TrainStep:
         """Make one update with `batch`; after an exception behind an update, do what is left."""
         if self.unfinished is None:
             self._output = self._ready_to_update(trainer, batch)
+            if self._output is None:
+                return self._skipped()
             self.update()
             self.unfinished = self._output
         elif self._is_cut:
@@ -131,16 +135,30 @@ class TrainStep:
         trainer.metrics.update_uncopied(tagged_scalars(output))
         return output
 
-    def _ready_to_update(self, trainer: Any, batch: Any) -> StepOutput:
-        """Compute the gradients, up to their event; return the result of the update."""
+    def _ready_to_update(self, trainer: Any, batch: Any) -> StepOutput | None:
+        """Compute the gradients, up to their event; return the result of the update.
+
+        None: the global batch is too small for the loss.
+        """
         batch = self.transformed(self.to_device(batch))
         size = batch_size(batch)
+        if is_too_small(self.loss, size):
+            return None
         self.clear_gradients()
         broadcast_buffers(self.model)
         terms, value = self.gradients(trainer, batch)
         self.finish_gradients()
         trainer.fire_event(StepEvents.GRADIENTS_READY)
         return StepOutput(value, terms, size)
+
+    def _skipped(self) -> StepOutput:
+        """Count a batch that is too small for the loss; return the last output, of no sample."""
+        trainer = self._trainer
+        trainer.skipped_batches += 1
+        last: Any = trainer.state.output
+        if not isinstance(last, StepOutput):
+            last = StepOutput(torch.zeros((), device=self.device), {}, 0)
+        return last._replace(batch_size=0)
 
     def transformed(self, batch: Any) -> Any:
         """Apply the trainer's transform to a batch on the device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -33,6 +34,7 @@ from diptych.engine.handler import Handler
 from diptych.engine.optimizers.optimizer_modes import evaluation_weights
 from diptych.engine.settings import AUTOCAST, Precision
 from diptych.engine.step import loss_contract
+from diptych.engine.step.batch_checks import report_last_batch
 from diptych.engine.step.loss_contract import call_with, sample_mean_of
 from diptych.engine.tasks import Task
 from diptych.engine.trainer import Trainer
@@ -300,6 +302,8 @@ class Evaluation(Handler):
             _check_same_length(self.loader)
 
     def _check_at_start(self, trainer: Trainer) -> None:
+        if self.loss:
+            report_last_batch(trainer.loss, self.loader, f"{self.prefix}/loss leaves it out")
         if not (self.at_start and trainer.state.iteration == 0):
             self.check(trainer)
 
@@ -322,7 +326,8 @@ class ValidationLoss(OutputsMetric):
 
     If the loss couples samples, batches are weighted by their sizes. If it is a mean over samples
     (it has `total_and_weight`), the value is the mean over all samples together. A loss that
-    declares neither is treated as a mean over the samples of its batch.
+    declares neither is treated as a mean over the samples of its batch. A batch that is too small
+    for the loss (its `minimum_batch`) is left out.
 
     Event: Ignite's for metrics.
     Cost: the loss of each batch; no synchronisation until the end.
@@ -344,7 +349,8 @@ class ValidationLoss(OutputsMetric):
     @property
     def couples_samples(self) -> bool:
         """Whether the loss takes the samples of all ranks together."""
-        return loss_contract.couples_samples(self.loss, default=False)
+        default = loss_contract.minimum_batch(self.loss) > 1
+        return loss_contract.couples_samples(self.loss, default=default)
 
     def reset(self) -> None:
         """Forget the batches so far."""
@@ -358,6 +364,8 @@ class ValidationLoss(OutputsMetric):
         Args:
             output: the task's tensors, in the order in which the loss takes them.
         """
+        if loss_contract.is_too_small(self.loss, batch_size(output)):
+            return
         dtype = self._dtype
         with nullcontext() if dtype is None else torch.autocast(self._device.type, dtype=dtype):
             total, weight = self._total_and_weight(output)
@@ -373,7 +381,12 @@ class ValidationLoss(OutputsMetric):
         return (value if self.couples_samples else value * size), size
 
     def compute(self) -> float:
-        """Return the mean over all batches of all ranks; 0 if their weights sum to 0."""
+        """Return the mean over all batches of all ranks; 0 if their weights sum to 0.
+
+        NaN if every batch was too small for the loss.
+        """
+        if not self._totals:
+            return math.nan
         totals, weights = torch.stack(self._totals), torch.stack(self._weights)
         if self.couples_samples:
             # A rank's value is its share of the global batch's loss; the loss is their mean.

@@ -58,11 +58,13 @@ class BaseContrastiveLoss(Loss):
 
     Attributes:
         couples_samples: True: the loss of a batch is more than a mean over its samples.
+        negatives_in_batch: True: a trainer reports a first batch of one pair.
         sides: Names of the two inputs in error messages.
         normalizes_late: Whether `objective` passes `Pairs.normalize` on to `contrast`.
     """
 
     couples_samples: ClassVar[bool] = True
+    negatives_in_batch: ClassVar[bool] = True
     sides: ClassVar[tuple[str, str]] = ("first", "second")
     normalizes_late: ClassVar[bool] = False
     bias: nn.Parameter | float  # only in losses that have one

@@ -40,6 +40,11 @@ class Loss(nn.Module):
         return 1
 
     @property
+    def negatives_in_batch(self) -> bool:
+        """Whether all negatives of a sample are other samples of its batch."""
+        return False
+
+    @property
     def symmetric(self) -> bool:
         """Whether swapping the first two inputs leaves the value unchanged."""
         return False

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
 from diptych.losses.base.contrastive import BaseContrastiveLoss
 from diptych.losses.base.temperature import Temperature
+
+LossT = TypeVar("LossT", bound=nn.Module)
 
 
 class SharedTemperature(Temperature):
@@ -38,12 +42,12 @@ class SharedTemperature(Temperature):
 
 
 def share_logit_scale(
-    loss: BaseContrastiveLoss,
+    loss: LossT,
     model: nn.Module,
     *,
     scale: str = "logit_scale",
     bias: str = "logit_bias",
-) -> BaseContrastiveLoss:
+) -> LossT:
     """Make a loss on pairs use, and train, the logit scale of a model.
 
     Models of `transformers` and `open_clip` hold ln(1 / tau) as `logit_scale`; those trained with
@@ -52,10 +56,11 @@ def share_logit_scale(
     optimizer from the model's parameters, which include it.
 
     Args:
-        loss: A loss with a temperature, such as `CLIPLoss` or `SigLIPLoss`; changed in place.
+        loss: A loss with a temperature, such as `CLIPLoss` or `SigLIPLoss`, or a loss built from
+            others, whose parts with a learned temperature share it; changed in place.
         model: The model.
-        scale: The path of its logit scale.
-        bias: The path of its logit bias, for a loss that has a `bias`.
+        scale: The path of its logit scale, or the last part of it: a wrapper puts names in front.
+        bias: The path of its logit bias, likewise, for a loss that has a `bias`.
 
     Returns:
         The loss.
@@ -64,19 +69,32 @@ def share_logit_scale(
         TypeError: If the loss has no temperature.
         ValueError: If the model has no such parameter, or it has several elements.
     """
-    if not isinstance(loss, BaseContrastiveLoss):
-        raise TypeError(f"loss must have a temperature, such as CLIPLoss, got {loss!r}")
-    own = loss.temperature
-    loss.temperature = SharedTemperature(
-        _parameter(model, scale), min_scale=own.min_scale, max_scale=own.max_scale
-    )
-    loss.share_bias(lambda: _parameter(model, bias))
+    for part in _sharing(loss):
+        own = part.temperature
+        part.temperature = SharedTemperature(
+            _parameter(model, scale), min_scale=own.min_scale, max_scale=own.max_scale
+        )
+        part.share_bias(lambda: _parameter(model, bias))
     return loss
+
+
+def _sharing(loss: nn.Module) -> list[BaseContrastiveLoss]:
+    """Return a loss with a temperature, or the parts of a loss whose temperature is learned."""
+    if isinstance(loss, BaseContrastiveLoss):
+        return [loss]
+    parts = [one for one in loss.modules() if isinstance(one, BaseContrastiveLoss)]
+    learned = [part for part in parts if part.temperature.learned]
+    if not learned:
+        raise TypeError(f"loss must have a temperature, such as CLIPLoss, got {loss!r}")
+    return learned
 
 
 def _parameter(model: nn.Module, path: str) -> nn.Parameter:
     """Return the parameter of one element at a path."""
     named = dict(model.named_parameters())
+    ends = [name for name in named if f".{name}".endswith(f".{path}")]
+    if path not in named and len(ends) == 1:
+        path = ends[0]
     if path not in named:
         single = [name for name, parameter in named.items() if parameter.numel() == 1]
         raise ValueError(

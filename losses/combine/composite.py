@@ -52,6 +52,11 @@ class CompositeLoss(Loss):
         """The smallest global batch for which every part is defined."""
         return max(with_defaults(loss).minimum_batch for loss in self.losses.values())
 
+    @property
+    def negatives_in_batch(self) -> bool:
+        """Whether the samples of a batch are one another's negatives in a part."""
+        return any(with_defaults(loss).negatives_in_batch for loss in self.losses.values())
+
     def part_terms(
         self, name: str, weight: float | Tensor, *inputs: Tensor | None
     ) -> dict[str, Tensor]:

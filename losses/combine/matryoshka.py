@@ -74,6 +74,11 @@ class MatryoshkaLoss(Loss):
         return with_defaults(self.loss).minimum_batch
 
     @property
+    def negatives_in_batch(self) -> bool:
+        """Whether all negatives of a sample are other samples of its batch, in the loss."""
+        return with_defaults(self.loss).negatives_in_batch
+
+    @property
     def symmetric(self) -> bool:
         """Whether swapping the first two inputs leaves the value unchanged."""
         return with_defaults(self.loss).symmetric

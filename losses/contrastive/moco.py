@@ -43,6 +43,7 @@ class MoCoLoss(BaseContrastiveLoss):
 
     sides = ("query", "key")
     without_gradient = ("key",)
+    negatives_in_batch = False
 
     def __init__(
         self,

@@ -75,6 +75,7 @@ class ImageTextMatchingLoss(Loss):
         ValueError: If an argument is out of range.
     """
 
+    negatives_in_batch = True
     exempt: ClassVar[Mapping[str, str]] = {
         "permutation": "the mismatch drawn for a sample depends on its position in the batch",
         "compiles": "torch.compile does not support a draw from a generator",
