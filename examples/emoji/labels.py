@@ -21,6 +21,9 @@ from examples.emoji.data import (
 )
 from examples.emoji.splits import UNSEEN_EMOJI
 
+DETAIL = 1.5
+"""The zoom of small crops."""
+
 
 def category_names(emoji: Sequence[Emoji]) -> list[str]:
     """Return the names of the categories; the index of a name is its label."""
@@ -65,10 +68,15 @@ class LabelledDrawings(Dataset[dict[str, Any]]):
         return {"image": image, "draws": torch.rand(NUMBER_OF_DRAWS), "label": label}
 
 
-class TwoDrawings(Dataset[dict[str, Any]]):
-    """A data set of two views of an emoji: two training drawings, or one of them twice."""
+class ManyViews(Dataset[dict[str, Any]]):
+    """A data set of views of an emoji, each of one of its training drawings.
 
-    def __init__(self, emoji: Sequence[Emoji]) -> None:
+    Args:
+        views: the number of views.
+    """
+
+    def __init__(self, emoji: Sequence[Emoji], views: int = 2) -> None:
+        self._views = views
         drawings: dict[int, list[Tensor]] = {}
         for i, style in training_drawings(emoji):
             drawings.setdefault(i, []).append(emoji[i].drawings[style])
@@ -79,10 +87,10 @@ class TwoDrawings(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         group, drawings = self._samples[index]
-        chosen = torch.randint(len(drawings), (2,)).tolist()
+        chosen = torch.randint(len(drawings), (self._views,)).tolist()
         return {
             "image": torch.stack([drawings[i] for i in chosen]),
-            "draws": torch.rand(2, NUMBER_OF_DRAWS),
+            "draws": torch.rand(self._views, NUMBER_OF_DRAWS),
             "group": group,
         }
 
@@ -97,8 +105,20 @@ def collate_labelled(samples: Sequence[dict[str, Any]]) -> Batch:
 
 def collate_views(samples: Sequence[dict[str, Any]]) -> Batch:
     """Return `first` and `second` [B, 3, 32, 32], augmented independently, and `group` [B]."""
-    images = torch.stack([sample["image"] for sample in samples], dim=1)
-    draws = torch.stack([sample["draws"] for sample in samples], dim=1)
     groups = torch.tensor([sample["group"] for sample in samples])
-    first, second = (augment(*view) for view in zip(images, draws, strict=True))
+    first, second = (augment(*view) for view in zip(*_views(samples), strict=True))
     return {"first": first, "second": second, "group": groups}
+
+
+def collate_crops(samples: Sequence[dict[str, Any]]) -> Batch:
+    """Return two views, `large` [B, 2, 3, 32, 32], and details, `small` [B, V - 2, 3, 32, 32]."""
+    views = list(zip(*_views(samples), strict=True))
+    large = [augment(images, draws) for images, draws in views[:2]]
+    small = [augment(images, draws, zoom=DETAIL) for images, draws in views[2:]]
+    return {"large": torch.stack(large, dim=1), "small": torch.stack(small, dim=1)}
+
+
+def _views(samples: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Return images [V, B, 3, 32, 32] and random draws [V, B, NUMBER_OF_DRAWS]."""
+    images = torch.stack([sample["image"] for sample in samples], dim=1)
+    return images, torch.stack([sample["draws"] for sample in samples], dim=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from examples.emoji import characters, labels, names
+from examples.emoji import augment, characters, labels, names
 from examples.emoji.data import STYLES, training_drawings
 from examples.emoji.splits import SEEN, UNSEEN_DRAWING, UNSEEN_EMOJI
 
@@ -34,7 +34,7 @@ def test_a_constant_answer_is_right_for_the_largest_category():
 
 def test_views_are_drawings_of_one_emoji_that_training_has(emoji):
     few = [one for one in emoji if one.split != SEEN][:8]
-    views = labels.TwoDrawings(few)
+    views = labels.ManyViews(few)
     assert len(views) == sum(one.split != UNSEEN_EMOJI for one in few)
     torch.manual_seed(0)
     for index in range(len(views)):
@@ -46,7 +46,7 @@ def test_views_are_drawings_of_one_emoji_that_training_has(emoji):
 
 def test_views_of_an_emoji_with_two_drawings_are_both_at_times(emoji):
     seen = next(one for one in emoji if one.split == SEEN)
-    views = labels.TwoDrawings([seen])
+    views = labels.ManyViews([seen])
     torch.manual_seed(0)
     pairs = [views[0]["image"] for _ in range(20)]
     different = [not torch.equal(*pair) for pair in pairs]
@@ -55,12 +55,28 @@ def test_views_of_an_emoji_with_two_drawings_are_both_at_times(emoji):
 
 
 def test_a_batch_of_views_is_augmented_view_by_view(emoji):
-    views = labels.TwoDrawings(emoji[:4])
+    views = labels.ManyViews(emoji[:4])
     torch.manual_seed(0)
     batch = labels.collate_views([views[i] for i in range(len(views))])
     assert batch["first"].shape == batch["second"].shape == (len(views), 3, 32, 32)
     assert not torch.equal(batch["first"], batch["second"])
     assert batch["group"].tolist() == list(range(len(views)))
+
+
+def test_crops_are_two_views_and_zoomed_details(emoji, monkeypatch):
+    for name in ("SHIFT", "SCALE", "ROTATION", "COLOR", "GRAY_PROBABILITY"):
+        monkeypatch.setattr(augment, name, 0)
+    views = labels.ManyViews([one for one in emoji if one.split == UNSEEN_DRAWING][:3], 5)
+    samples = [views[i] for i in range(3)]
+    batch = labels.collate_crops(samples)
+    whole = torch.stack([sample["image"][0] for sample in samples]).float() / 255
+    assert batch["large"].shape == (3, 2, 3, 32, 32)
+    assert batch["small"].shape == (3, 3, 3, 32, 32)
+    torch.testing.assert_close(batch["large"][:, 1], whole, atol=1e-5, rtol=0)
+    # The zoom keeps the centre, and scales the distance to it.
+    detail = torch.nn.functional.avg_pool2d(batch["small"][:, 2], 16)
+    window = torch.nn.functional.interpolate(whole[:, :, 5:27, 5:27], 32, mode="bilinear")
+    assert (detail - torch.nn.functional.avg_pool2d(window, 16)).abs().max() < 0.05
 
 
 def test_labelled_drawings_come_with_their_labels(emoji):
