@@ -61,14 +61,16 @@ def report_scales(model: nn.Module, loss: nn.Module) -> None:
             stacklevel=4,
         )
     named = [one for one in of_model if one[0].endswith(("logit_scale", "logit_bias"))]
-    for path, p in {id(p): (path, p) for path, p in (*of_loss, *named)}.values():
-        if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16):
-            warnings.warn(
-                f"{path} must be float32 to be trained, got {p.dtype}: updates below "
-                f"{torch.finfo(p.dtype).eps / 2:.1%} of its value are lost, and it may never move. "
-                "Keep parameters in float32; precision='bf16' computes in bfloat16.",
-                stacklevel=4,
-            )
+    learned = {id(p): (path, p) for path, p in (*of_loss, *named) if p.requires_grad}.values()
+    half = [(path, p.dtype) for path, p in learned if p.dtype in (torch.bfloat16, torch.float16)]
+    if half:
+        warnings.warn(
+            f"{', '.join(path for path, _ in half)} must be float32 to be trained, got "
+            f"{half[0][1]}: updates below {torch.finfo(half[0][1]).eps / 2:.1%} of a value are "
+            "lost, and it may never move. Keep parameters in float32; precision='bf16' computes "
+            "in bfloat16.",
+            stacklevel=4,
+        )
 
 
 def _single(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
