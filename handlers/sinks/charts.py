@@ -36,7 +36,7 @@ LEARNS, FAST, HEALTHY = "Does it learn?", "How fast?", "Is it healthy?"
 REST = "Everything else"
 # Tags under train/ that are not terms of the loss.
 NOT_A_TERM = (
-    r"loss$|learning_rate|stage$|skipped_steps$|momentum$|in_batch_accuracy$|linear_probe_"
+    r"loss$|learning_rate|stage$|skipped_(steps|batches)$|momentum$|in_batch_accuracy$|linear_probe_"
     r"|(.*/)?(temperature|logit_scale|logit_bias|bias)$"
 )
 
@@ -58,7 +58,7 @@ CHARTS = (
     Chart(HEALTHY, "Dimensions in use, as a share", [r"health/.+/rank_share$"]),
     Chart(HEALTHY, "Loss over chance", [r"health/loss_over_chance$"]),
     Chart(HEALTHY, "Weights that move, as a share", [r"health/.+/moving$"]),
-    Chart(HEALTHY, "Batches that were kept out", [r"guard/", r"train/skipped_steps$"]),
+    Chart(HEALTHY, "Batches that were kept out", [r"guard/", r"train/skipped_"]),
 )
 
 
