@@ -5,6 +5,9 @@ from diptych.handlers.checkpointing.warm_start import load_weights as load_weigh
 from diptych.handlers.defaults import default_handlers as default_handlers
 from diptych.handlers.evaluation.early_stopping import EarlyStopping as EarlyStopping
 from diptych.handlers.evaluation.evaluation import Evaluation as Evaluation
+from diptych.handlers.evaluation.label_accuracy import (
+    ClassificationAccuracy as ClassificationAccuracy,
+)
 from diptych.handlers.evaluation.linear_probes import (
     LinearProbeAccuracy as LinearProbeAccuracy,
 )
@@ -22,6 +25,15 @@ from diptych.handlers.evaluation.retrieval import (
 )
 from diptych.handlers.evaluation.retrieval import (
     RetrievalRecall as RetrievalRecall,
+)
+from diptych.handlers.evaluation.retrieval_measures import (
+    RetrievalNDCG as RetrievalNDCG,
+)
+from diptych.handlers.evaluation.retrieval_measures import (
+    RetrievalPrecision as RetrievalPrecision,
+)
+from diptych.handlers.evaluation.retrieval_measures import (
+    RetrievalRPrecision as RetrievalRPrecision,
 )
 from diptych.handlers.health.in_batch_accuracy import InBatchAccuracy as InBatchAccuracy
 from diptych.handlers.health.representation_health import (

@@ -21,6 +21,8 @@ from diptych.engine.distributed.hang_report import waits_at
 
 Scalar = Tensor | float | int
 FLOAT = torch.float32  # nearly all scalars of a step
+WEIGHT = " (weight)"
+"""The end of the tag under which the weights of a tag's values are added."""
 BufferMark = tuple[dict[tuple[str, ...], int], dict[str, int]]
 """The number of values of each kind of row, and of each number."""
 
@@ -72,14 +74,15 @@ class ScalarBuffer:
     @waits_at("a log point")
     def drain(
         self, gauges: Mapping[str, Scalar]
-    ) -> tuple[dict[str, tuple[float, int]], dict[str, float]]:
+    ) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
         """Fetch all values and empty the buffer.
 
         Args:
             gauges: values that are not summed: each rank keeps its own.
 
         Returns:
-            For each tag the sum and the number of its values, over all ranks; and the gauges.
+            For each tag the sum and the number of its values, or of their weights, over all ranks;
+            a tag whose weights sum to 0 is left out. And the gauges.
 
         Raises:
             RuntimeError: on all ranks, if they have published different tags.
@@ -93,9 +96,11 @@ class ScalarBuffer:
         for (tag, count), value in zip(self._counts(), values, strict=False):
             sums[tag][0] += value
             sums[tag][1] += count * world_size()
+        for tag in [tag for tag in sums if tag.endswith(WEIGHT)]:
+            sums[tag.removesuffix(WEIGHT)][1] = sums.pop(tag)[0]
         self.clear()
         return (
-            {tag: (total, int(count)) for tag, (total, count) in sums.items()},
+            {tag: (total, count) for tag, (total, count) in sums.items() if count},
             {tag: read[tag] if tag in read else float(value) for tag, value in gauges.items()},
         )
 

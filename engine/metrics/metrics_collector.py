@@ -11,6 +11,7 @@ import attrs
 
 from diptych.engine.distributed.collectives import world_size
 from diptych.engine.metrics.metrics_buffer import (
+    WEIGHT,
     BufferMark,
     Scalar,
     ScalarBuffer,
@@ -85,6 +86,19 @@ class MetricsCollector:
             scalars: as in `update`.
         """
         self._buffer.add(scalars, copy=False)
+
+    def update_sums(self, sums: Mapping[str, Scalar], count: Scalar) -> None:
+        """Publish sums over samples of this iteration, to record their means over all samples.
+
+        `update` records a mean of means, in which each iteration of each rank counts once. A tag is
+        left out of a record if it has no samples.
+
+        Args:
+            sums: tag to the sum over this rank's samples, as in `update`. Publish a tag in one of
+                both ways only.
+            count: the number of these samples, or the sum of their weights; 0 if there are none.
+        """
+        self._buffer.add({**sums, **{tag + WEIGHT: count for tag in sums}})
 
     def gauge(self, tag: str, function: Callable[[], Scalar]) -> None:
         """Publish the result of `function()` at each log point: a rate, memory in use."""

@@ -12,13 +12,15 @@ from ignite.engine import Engine, Events
 from ignite.exceptions import NotComputableError
 from torch import Tensor
 
-from diptych.engine.distributed.collectives import all_reduce_sum, world_size
+from diptych.engine.distributed.collectives import all_reduce_sum
 from diptych.engine.distributed.gathering import gather_values
 from diptych.engine.errors import BatchError
-from diptych.engine.events import StepEvents
+from diptych.engine.events import MetricsEvents, StepEvents
 from diptych.engine.handler import Handler
 from diptych.engine.tasks import Key, look_up, names_of
 from diptych.engine.trainer import Trainer
+from diptych.handlers.evaluation.known_ids import NO_LABEL, KnownIds
+from diptych.handlers.evaluation.label_accuracy import Average
 from diptych.handlers.evaluation.outputs_metric import OutputTransform, check_ids, unchanged
 from diptych.handlers.evaluation.probes import ROWS, BankProbe
 
@@ -40,11 +42,13 @@ class LinearProbeAccuracy(BankProbe):
         bank: as for every probe with a bank.
         l2: >= 0. Increase it if the features have so many dimensions that they fit any labels.
         iterations: the most iterations of L-BFGS, >= 1.
+        top: as in `ClassificationAccuracy`.
+        average: as in `ClassificationAccuracy`.
         output_transform: from the evaluator's output to a mapping with `features` and `labels`.
 
     Raises:
         ValueError: if an argument is out of range.
-        BatchError: while running: if a label of the bank is negative, or an output does not fit.
+        BatchError: while running: if an output does not fit.
     """
 
     def __init__(
@@ -53,6 +57,8 @@ class LinearProbeAccuracy(BankProbe):
         *,
         l2: float = 1e-3,
         iterations: int = 200,
+        top: int = 1,
+        average: Average = "samples",
         output_transform: OutputTransform = unchanged,
     ) -> None:
         if not l2 >= 0:
@@ -61,20 +67,18 @@ class LinearProbeAccuracy(BankProbe):
             raise ValueError(f"iterations must be >= 1, got {iterations!r}")
         self.l2, self.iterations = l2, iterations
         self._head: Tensor | None = None
-        super().__init__(bank, output_transform=output_transform)
+        super().__init__(bank, top=top, average=average, output_transform=output_transform)
 
     @torch.no_grad()
     def fit(self) -> None:
         """Fit the head to the bank of all ranks, which take the same steps."""
         features, labels = self._local_bank()
-        ends = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
-        dims, lows, highs = zip(*gather_values((features.shape[1], *ends)), strict=True)
+        highest = int(labels.max()) if len(labels) else -1
+        dims, highs = zip(*gather_values((features.shape[1], highest)), strict=True)
         dim = max(dims)
-        if dim == 0:
-            raise NotComputableError("LinearProbeAccuracy needs a bank with at least one sample")
-        if min(lows) < 0:
-            raise BatchError(
-                f"the bank's labels must be >= 0, got {min(lows)}. Leave out rows without a label"
+        if max(highs) < 0:
+            raise NotComputableError(
+                "LinearProbeAccuracy needs a bank with at least one labelled sample"
             )
         features = features.reshape(len(labels), dim)
         count = features.new_full((1,), len(labels), dtype=torch.float64)
@@ -123,11 +127,11 @@ class LinearProbeAccuracy(BankProbe):
         """Return the standardised features and a column of ones, [B, D + 1]."""
         return F.pad((features - self._mean) * self._scale, (0, 1), value=1.0)
 
-    def predict(self, features: Tensor) -> Tensor:
-        """Return the class with the largest logit."""
+    def scores(self, features: Tensor) -> Tensor:
+        """Return the logits."""
         if self._head is None:
             raise NotComputableError("LinearProbeAccuracy must fit its bank before it predicts")
-        return (self._inputs(features) @ self._head).argmax(1)
+        return self._inputs(features) @ self._head
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -143,16 +147,19 @@ class OnlineLinearProbe(Handler):
     weights start at zero without a random number, the features are detached, and it has its own
     optimizer. `train/linear_probe_accuracy` and `train/linear_probe_loss` are computed before the
     head learns from the batch. They are optimistic from the second epoch on, since model and head
-    have seen the samples: use `LinearProbeAccuracy` for held-out samples.
+    have seen the samples: use `LinearProbeAccuracy` for held-out samples. Both are means over the
+    labelled samples of all ranks, and so is the loss of the head.
 
-    Event: `StepEvents.LOSS_COMPUTED`; `StepEvents.OPTIMIZER_STEPPED` for its update.
-    Cost: three products of the batch and the head per iteration; no synchronisation. In a process
-        group, one all-reduce of the head's gradient.
+    Event: `StepEvents.LOSS_COMPUTED`; `StepEvents.OPTIMIZER_STEPPED` for its update;
+        `MetricsEvents.LOGGED` to report labels that are no class.
+    Cost: three products of the batch and the head per iteration; no synchronisation but at the
+        first batch and at log points. In a process group, one all-reduce of the head's gradient.
 
     Args:
         classes: number of classes, >= 2.
         labels: the key of integer labels [B] in the batch (in a tuple, a name means its last
-            element), or a function of the batch that returns them. -100 means no label.
+            element), or a function of the batch that returns them. -100 means no label: the sample
+            counts nowhere. Neither does one whose label is no class, which is logged as an error.
         features: the name of the task's output to probe; None: the first that ends in "_features".
         lr: Adam's learning rate for the head, > 0.
 
@@ -169,9 +176,13 @@ class OnlineLinearProbe(Handler):
     features: str | None = None
     lr: float = attrs.field(default=1e-2, validator=attrs.validators.gt(0))
     head: torch.nn.Linear | None = attrs.field(default=None, init=False)
+    _known: KnownIds = attrs.field(init=False, repr=False)
     _optimizer: torch.optim.Adam = attrs.field(init=False, repr=False)
     _device: torch.device | None = attrs.field(default=None, init=False, repr=False)
     _is_measured: bool = attrs.field(default=False, init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._known = KnownIds("labels", self.classes)
 
     @property
     def role(self) -> str:
@@ -186,6 +197,7 @@ class OnlineLinearProbe(Handler):
         # of the user's own may lack the first event.
         trainer.add_event_handler(StepEvents.OPTIMIZER_STEPPED, self._learn)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self._learn)
+        trainer.add_event_handler(MetricsEvents.LOGGED, self._report)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the head and its optimizer's state; empty before the first batch."""
@@ -211,6 +223,9 @@ class OnlineLinearProbe(Handler):
         self.head, self._optimizer = head, torch.optim.Adam(head.parameters(), lr=self.lr)
         return head
 
+    def _report(self, _: Trainer) -> None:
+        self._known.report(type(self).__name__)
+
     def _learn(self, _: Engine) -> None:
         if self._is_measured:
             self._optimizer.step()
@@ -219,23 +234,29 @@ class OnlineLinearProbe(Handler):
     def _measure(self, trainer: Trainer) -> None:
         features = self._features_of(trainer)
         labels = self._labels_of(trainer, features)
+        is_first = self.head is None
         head = self.head or self._new_head(features.shape[1])
         logits = head(F.normalize(features.float(), dim=1) * features.shape[1] ** 0.5)
-        labelled = labels >= 0
-        seen = labelled.sum().clamp(min=1)
-        loss = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / seen
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        for parameter in head.parameters():
-            if parameter.grad is not None:
-                parameter.grad = all_reduce_sum(parameter.grad) / world_size()
+        known = self._known.mask(labels)
+        if is_first:
+            self._report(trainer)
+        loss = F.cross_entropy(logits, labels.masked_fill(~known, NO_LABEL), reduction="sum")
+        seen = known.sum().to(loss)
+        # The mean over the labelled samples of all ranks, however they are distributed.
+        parameters = [*head.parameters()]
+        gradients = torch.autograd.grad(loss, parameters)
+        sums = all_reduce_sum(torch.cat([seen[None], *(one.flatten() for one in gradients)]))
+        means = (sums[1:] / sums[0].clamp(min=1)).split([p.numel() for p in parameters])
+        for parameter, mean in zip(parameters, means, strict=True):
+            parameter.grad = mean.view_as(parameter)
         self._is_measured = True
-        correct = ((logits.detach().argmax(1) == labels) & labelled).sum()
-        trainer.metrics.update(
+        correct = ((logits.detach().argmax(1) == labels) & known).sum().to(seen)
+        trainer.metrics.update_sums(
             {
                 "train/linear_probe_loss": loss.detach(),
-                "train/linear_probe_accuracy": correct / seen,
-            }
+                "train/linear_probe_accuracy": correct,
+            },
+            seen,
         )
 
     def _features_of(self, trainer: Trainer) -> Tensor:

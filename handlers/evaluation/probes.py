@@ -13,15 +13,15 @@ from ignite.exceptions import NotComputableError
 from torch import Tensor, nn
 
 from diptych.engine.checks import is_whole
-from diptych.engine.distributed.collectives import all_reduce_sum
 from diptych.engine.distributed.dtensor import call_on
 from diptych.engine.distributed.gathering import gather_rows
 from diptych.engine.errors import BatchError
 from diptych.engine.evaluator import Evaluator
 from diptych.engine.trials.first_batches import first_batches
+from diptych.handlers.evaluation.known_ids import KnownIds
+from diptych.handlers.evaluation.label_accuracy import Average, LabelAccuracy
 from diptych.handlers.evaluation.outputs_metric import (
     Outputs,
-    OutputsMetric,
     OutputTransform,
     check_features,
     check_ids,
@@ -32,10 +32,11 @@ QUERIES, ROWS = 512, 8192
 """Queries and rows of the bank whose similarities are in memory at once."""
 
 
-class ProbeAccuracy(OutputsMetric):
+class ProbeAccuracy(LabelAccuracy):
     """The share of an evaluator's samples that a probe classifies correctly, in [0, 1].
 
-    The evaluator's task returns features [B, D] and integer labels [B], counted from 0:
+    The evaluator's task returns features [B, D] and integer labels [B], counted from 0. A sample
+    with the label -100 has none, and is left out:
 
     ```python
     def labelled(model, batch):
@@ -46,23 +47,20 @@ class ProbeAccuracy(OutputsMetric):
     Cost: stated by each subclass.
 
     Args:
+        top: as in `ClassificationAccuracy`.
+        average: as in `ClassificationAccuracy`.
         output_transform: from the evaluator's output to such a mapping.
 
     Raises:
         BatchError: while running: if the mapping lacks features or labels, or they do not fit.
-        NotComputableError: if it has seen no samples.
+        NotComputableError: if it has seen no samples with a label.
     """
 
     _predicts = True  # False in a trial
 
-    def reset(self) -> None:
-        """Forget the batches so far."""
-        self._correct: list[Tensor] = []
-        self._seen = 0
-
     @abstractmethod
-    def predict(self, features: Tensor) -> Tensor:
-        """Return the class of each row.
+    def scores(self, features: Tensor) -> Tensor:
+        """Return the score of each class for each row, [B, C]; the highest one is predicted.
 
         Args:
             features: unit features, float32 [B, D].
@@ -99,22 +97,8 @@ class ProbeAccuracy(OutputsMetric):
             output: `features` [B, D] and `labels` [B].
         """
         features, labels = labelled_features(output)
-        if not self._predicts:
-            return
-        self._correct.append((self.predict(features) == labels).sum())
-        self._seen += len(labels)
-
-    @torch.no_grad()
-    def compute(self) -> float:
-        """Return the share of correct classes over all samples of all ranks."""
-        counts = torch.zeros(2, dtype=torch.float64, device=self._device)
-        if self._correct:
-            correct = torch.stack(self._correct).sum().double()
-            counts = torch.stack([correct, torch.full_like(correct, self._seen)])
-        total, seen = all_reduce_sum(counts).tolist()
-        if not seen:
-            raise NotComputableError(f"{type(self).__name__} needs at least one sample, got none")
-        return float(total / seen)
+        if self._predicts:
+            self.count(self.scores(features), labels)
 
 
 class BankProbe(ProbeAccuracy):
@@ -126,17 +110,25 @@ class BankProbe(ProbeAccuracy):
 
     Args:
         bank: batches to learn from, of other samples than those that are evaluated; None: for use
-            by hand. In a process group, each rank's loader gives its shard, of any size.
+            by hand. In a process group, each rank's loader gives its shard, of any size. Its
+            samples with the label -100 are left out.
+        top: as in `ClassificationAccuracy`.
+        average: as in `ClassificationAccuracy`.
         output_transform: from the evaluator's output to a mapping with `features` and `labels`.
     """
 
     def __init__(
-        self, bank: Iterable[Any] | None = None, *, output_transform: OutputTransform = unchanged
+        self,
+        bank: Iterable[Any] | None = None,
+        *,
+        top: int = 1,
+        average: Average = "samples",
+        output_transform: OutputTransform = unchanged,
     ) -> None:
         self._bank = bank
         self._features: list[Tensor] = []
         self._labels: list[Tensor] = []
-        super().__init__(output_transform)
+        super().__init__(top=top, average=average, output_transform=output_transform)
 
     def prepare(self, evaluator: Evaluator) -> None:
         """Encode the bank and fit."""
@@ -174,9 +166,13 @@ class BankProbe(ProbeAccuracy):
         """Learn from the bank. Call it on every rank, once, after the last `remember`."""
 
     def _local_bank(self) -> tuple[Tensor, Tensor]:
-        """Return this rank's features [N, D] and labels [N]; [0, 0] and [0] if it has none."""
+        """Return this rank's labelled features [N, D] and labels; [0, 0] and [0] if it has none."""
         if self._features:
-            return torch.cat(self._features), torch.cat(self._labels)
+            labels = torch.cat(self._labels)
+            known = KnownIds("the bank's labels")
+            has_label = known.mask(labels)
+            known.report(type(self).__name__)
+            return torch.cat(self._features)[has_label], labels[has_label]
         empty = torch.empty(0, 0, device=self._device)
         return empty, empty.long().flatten()
 
@@ -198,6 +194,8 @@ class KNNAccuracy(BankProbe):
         bank: as for every probe with a bank.
         k: neighbours, >= 1 and at most the rows of the bank.
         temperature: of the votes, > 0.
+        top: as in `ClassificationAccuracy`.
+        average: as in `ClassificationAccuracy`.
         output_transform: from the evaluator's output to a mapping with `features` and `labels`.
 
     Raises:
@@ -211,6 +209,8 @@ class KNNAccuracy(BankProbe):
         *,
         k: int = 200,
         temperature: float = 0.1,
+        top: int = 1,
+        average: Average = "samples",
         output_transform: OutputTransform = unchanged,
     ) -> None:
         if not is_whole(k):
@@ -218,7 +218,7 @@ class KNNAccuracy(BankProbe):
         if not temperature > 0:
             raise ValueError(f"temperature must be > 0, got {temperature!r}")
         self.k, self.temperature, self._classes = k, temperature, 0
-        super().__init__(bank, output_transform=output_transform)
+        super().__init__(bank, top=top, average=average, output_transform=output_transform)
 
     @torch.no_grad()
     def fit(self) -> None:
@@ -229,16 +229,11 @@ class KNNAccuracy(BankProbe):
                 f"k must be at most the number of rows in the bank, got k={self.k} and "
                 f"{len(labels)} rows. Use a smaller k"
             )
-        lowest, highest = torch.stack(labels.aminmax()).tolist()
-        if lowest < 0:
-            raise BatchError(
-                f"the bank's labels must be >= 0, got {lowest}. Leave out rows without a label"
-            )
         self._features, self._labels = [features], [labels]
-        self._classes = highest + 1
+        self._classes = int(labels.max()) + 1
 
-    def predict(self, features: Tensor) -> Tensor:
-        """Return the class that wins the vote."""
+    def scores(self, features: Tensor) -> Tensor:
+        """Return the votes for each class."""
         if not self._classes:
             raise NotComputableError("KNNAccuracy must fit its bank before it predicts")
         return torch.cat([self._vote(queries) for queries in features.split(QUERIES)])
@@ -256,7 +251,7 @@ class KNNAccuracy(BankProbe):
         highest = similarity.amax(dim=1, keepdim=True)
         weights = ((similarity - highest) / self.temperature).double().exp()
         votes = weights.new_zeros(len(queries), self._classes)
-        return votes.scatter_add_(1, labels, weights).argmax(1)
+        return votes.scatter_add_(1, labels, weights)
 
 
 class ZeroShotAccuracy(ProbeAccuracy):
@@ -285,6 +280,8 @@ class ZeroShotAccuracy(ProbeAccuracy):
         encode: a function of a model and a list of P prompts that returns features [P, D], on any
             device.
         prompts: the number of prompts encoded at once, >= 1.
+        top: as in `ClassificationAccuracy`.
+        average: as in `ClassificationAccuracy`.
         output_transform: from the evaluator's output to a mapping with `features` and `labels`.
 
     Raises:
@@ -299,6 +296,8 @@ class ZeroShotAccuracy(ProbeAccuracy):
         encode: Callable[[nn.Module, list[str]], Tensor],
         templates: Sequence[str] = ("{}",),
         prompts: int = 256,
+        top: int = 1,
+        average: Average = "samples",
         output_transform: OutputTransform = unchanged,
     ) -> None:
         if isinstance(classes, str) or not classes:
@@ -310,7 +309,7 @@ class ZeroShotAccuracy(ProbeAccuracy):
         self.classes, self.templates = tuple(classes), tuple(templates)
         self.encode, self.prompts = encode, prompts
         self._class_features: Tensor | None = None
-        super().__init__(output_transform)
+        super().__init__(top=top, average=average, output_transform=output_transform)
 
     def prepare(self, evaluator: Evaluator) -> None:
         """Encode the prompts of every class."""
@@ -343,11 +342,11 @@ class ZeroShotAccuracy(ProbeAccuracy):
         self._class_features = F.normalize(means, dim=1)
         return self._class_features
 
-    def predict(self, features: Tensor) -> Tensor:
-        """Return the class with the nearest prompts."""
+    def scores(self, features: Tensor) -> Tensor:
+        """Return the similarity to each class."""
         if self._class_features is None:
             raise NotComputableError("ZeroShotAccuracy must encode its prompts before it predicts")
-        return (features @ self._class_features.to(features.device).T).argmax(1)
+        return features @ self._class_features.to(features.device).T
 
 
 def labelled_features(output: Outputs) -> tuple[Tensor, Tensor]:

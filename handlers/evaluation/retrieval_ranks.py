@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diptych.engine.distributed.collectives import all_reduce_sum, rank, world_size
 from diptych.engine.errors import BatchError
 
-TIE = 1e-6
-"""Cosine similarities closer than this are a tie: the precision of products of float32 vectors."""
-
-COPY = 1e-4
-"""Two rows of a group are copies of one item if their cosine similarity is above 1 - COPY. Half
-precision and other batch sizes change the features of one image by less; other images differ by far
-more."""
+TIE = 1e-12
+"""Cosine similarities closer than this are a tie: the precision of products of float64 vectors. In
+float32, all images of a model whose features lie in a narrow cone would be as good as tied."""
 
 ABSENT = torch.iinfo(torch.int64).max
 """The rank of a match that a query does not have."""
@@ -24,144 +22,270 @@ ABSENT = torch.iinfo(torch.int64).max
 STRIP = (64, 1024)
 """Rows and columns of a tile within groups: with few rows, it holds few groups."""
 
+FEW = 32
+"""Up to this many matches, comparing a tile with each of them is faster than a binary search."""
+
+Relevance = Callable[[Tensor, Tensor], Tensor]
+"""A function of image and text ids, [N] and [M], that returns grades >= 0 [N, M]."""
+
+
+class Items(NamedTuple):
+    """The items of one side, sorted by group and then by id.
+
+    Attributes:
+        features: float32 [N, D], of any length.
+        groups: int64 [N], ascending.
+        ids: int64 [N].
+    """
+
+    features: Tensor
+    groups: Tensor
+    ids: Tensor
+
+    def unit(self, rows: slice) -> Tensor:
+        """Return the unit features of some rows, in float64."""
+        return F.normalize(self.features[rows].double(), dim=1)
+
+    def without_copies(self) -> Items:
+        """Return the items without the copies of an earlier one, which have its id.
+
+        Raises:
+            BatchError: if copies are in different groups.
+        """
+        first = torch.ones_like(self.groups, dtype=torch.bool)
+        first[1:] = (self.groups.diff() != 0) | (self.ids.diff() != 0)
+        ids, counts = self.ids[first].unique(return_counts=True)
+        if bool((counts > 1).any()):
+            raise BatchError(
+                "the rows of one image_id or caption_id must be in one group, got id "
+                f"{int(ids[counts > 1][0])} in several. Pass groups that agree, or state which "
+                "images and texts match with relevance="
+            )
+        return self if bool(first.all()) else Items(*(rows[first] for rows in self))
+
 
 class MatchRanks(NamedTuple):
-    """The ranks of the queries' matches among their results.
+    """The ranks of the queries' matches among their results; only queries with a match.
 
     Attributes:
         ranks: the rank of each query's j-th best match, int64 [J, Q], from 1; ABSENT if it has
             fewer.
         matches: the number of matches of each query, int64 [Q], >= 1.
+        total: the sum of the grades of all matches, float64 [Q].
+        grades: the grades of the ranked matches, float64 [J, Q]; None: 1.
+        ideal: the largest grades of each query, descending, float64 [J, Q]; None: 1.
+        results: the number of results of a query.
     """
 
     ranks: Tensor
     matches: Tensor
+    total: Tensor
+    grades: Tensor | None
+    ideal: Tensor | None
+    results: int
 
 
-class Items(NamedTuple):
-    """The items of one side, sorted by group.
+class Direction(NamedTuple):
+    """Queries of one side and their results of the other, with the grades of the pairs.
 
     Attributes:
-        features: float32 [N, D], of unit length.
-        groups: int64 [N], ascending.
+        queries: the items whose results are ranked.
+        gallery: the results.
+        relevance: the grades by ids; a match has a grade above 0. None: items of one group match,
+            with a grade of 1.
+        reverse: whether the texts are the queries.
     """
 
-    features: Tensor
-    groups: Tensor
+    queries: Items
+    gallery: Items
+    relevance: Relevance | None
+    reverse: bool = False
 
-    def without_copies(self) -> Items:
-        """Return the items without copies of an earlier item of their group."""
-        if bool((self.groups.diff() > 0).all()):
-            return self
+    def grades(self, own: slice, others: slice) -> Tensor:
+        """Return the grades of a tile of pairs; 0 (or False) if they do not match.
+
+        Raises:
+            BatchError: if the relevance returns another shape, a negative number or NaN.
+        """
+        if self.relevance is None:
+            return self.queries.groups[own, None] == self.gallery.groups[others]
+        ids = (self.queries.ids[own], self.gallery.ids[others])
+        images, texts = ids[::-1] if self.reverse else ids
+        grades = self.relevance(images, texts)
+        if grades.shape != (len(images), len(texts)) or not bool((grades >= 0).all()):
+            raise BatchError(
+                f"relevance must return a tensor [{len(images)}, {len(texts)}] of grades >= 0, got "
+                f"shape {tuple(grades.shape)} and at least {grades.min().item():g}. Return the "
+                "grade of each image_id with each caption_id"
+            )
+        return grades.T if self.reverse else grades
+
+    def tiles(self, height: int) -> list[tuple[slice, slice]]:
+        """Return this rank's tiles of queries, and the results among which their matches are."""
+        groups, gallery = self.queries.groups, self.gallery.groups
+        rows = _tiles(len(groups), height)
+        spans = [slice(0, len(gallery))] * len(rows)
+        if self.relevance is None:
+            last = torch.cat([groups[height - 1 :: height], groups[-1:]])[: len(rows)]
+            starts = torch.searchsorted(gallery, groups[::height].contiguous())
+            stops = torch.searchsorted(gallery, last, right=True)
+            spans = [slice(*ends) for ends in zip(starts.tolist(), stops.tolist(), strict=True)]
+        return list(zip(rows, spans, strict=True))[rank() :: world_size()]
+
+    def count_matches(self) -> tuple[Tensor, Tensor]:
+        """Return the number of matches of each query, int64 [Q], and the sum of their grades."""
+        groups, gallery = self.queries.groups, self.gallery.groups
+        if self.relevance is None:
+            after = torch.searchsorted(gallery, groups, right=True)
+            counts = after - torch.searchsorted(gallery, groups)
+            return counts, counts.double()
+        counts, total = torch.zeros_like(groups), torch.zeros_like(groups, dtype=torch.float64)
         height, width = STRIP
-        copy = torch.zeros_like(self.groups, dtype=torch.bool)
-        position = torch.arange(len(copy), device=copy.device)
-        spans = _spans(self, self, height)
-        for own, span in zip(_tiles(len(copy), height), spans, strict=True):
-            rows = self.features[own].double()  # TF32 would be too coarse, and exists for float32
-            for others in _tiles(own.stop, width, span.start):
-                similar = rows @ self.features[others].double().T > 1 - COPY
-                similar &= self.groups[own, None] == self.groups[others]
-                similar &= position[others] < position[own, None]
-                copy[own] |= similar.any(1)
-        return Items(self.features[~copy], self.groups[~copy]) if copy.any() else self
+        for own, span in self.tiles(height):
+            for others in _tiles(span.stop, width, span.start):
+                grades = self.grades(own, others)
+                counts[own] += (grades > 0).sum(1)
+                total[own] += grades.double().sum(1)
+        return all_reduce_sum(counts), all_reduce_sum(total)
 
 
-def match_ranks(images: Items, texts: Items, depth: int) -> tuple[MatchRanks, MatchRanks]:
+class BestMatches(NamedTuple):
+    """The best matches of each query, best first, float64 [J, Q].
+
+    Attributes:
+        bounds: results that are not below them rank before the match; descending, -inf for an
+            absent match.
+        grades: the grades of the matches; None: 1.
+        ideal: the largest grades; None: 1.
+    """
+
+    bounds: Tensor
+    grades: Tensor | None
+    ideal: Tensor | None
+
+
+def match_ranks(
+    images: Items, texts: Items, depth: int | None, relevance: Relevance | None = None
+) -> tuple[MatchRanks, MatchRanks]:
     """Return the ranks of the best `depth` matches of each image and of each text.
 
     Args:
         images: the items of one side.
         texts: the items of the other side.
-        depth: the number of matches of a query to rank, >= 1.
+        depth: the number of matches of a query to rank, >= 1; None: all.
+        relevance: the grades by ids; None: items of one group match.
 
     Raises:
         BatchError: if no image matches any text.
     """
-    # Results above these bounds rank before the match.
-    image_bounds = _best_matches(images, texts, depth).sub_(TIE)
-    text_bounds = _best_matches(texts, images, depth).sub_(TIE)
-    below_images, below_texts = _count_below(images, texts, image_bounds, text_bounds)
-    return (
-        _as_ranks(below_images, _count_matches(images, texts), len(texts.groups)),
-        _as_ranks(below_texts, _count_matches(texts, images), len(images.groups)),
+    sides = (
+        Direction(images, texts, relevance),
+        Direction(texts, images, relevance, reverse=True),
     )
+    counted = [side.count_matches() for side in sides]
+    best = [_best_matches(side, *count, depth) for side, count in zip(sides, counted, strict=True)]
+    below = _count_below(sides[0], best[0].bounds, best[1].bounds)
+    first, second = map(_as_ranks, sides, counted, best, below)
+    return first, second
 
 
 def _count_below(
-    images: Items, texts: Items, image_bounds: Tensor, text_bounds: Tensor
+    direction: Direction, image_bounds: Tensor, text_bounds: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Count the results below each query's bounds; matches count as below.
 
     One pass over the tiles of the product serves both directions. Results below are counted, not
     those above, so that a NaN similarity counts as a better result.
     """
+    images, texts = direction.queries, direction.gallery
     height, width = _tile_shape(images.features)
     counts = tuple(torch.zeros_like(b, dtype=torch.int64) for b in (image_bounds, text_bounds))
-    scores, flags = images.features.new_empty(2, height * width)
-    rows = _tiles(len(images.groups), height)
-    spans = _spans(images, texts, height)
-    for own, span in list(zip(rows, spans, strict=True))[rank() :: world_size()]:
+    scores, flags = image_bounds.new_empty(2, height * width)
+    for own, span in direction.tiles(height):
+        queries = images.unit(own)
         for others in _tiles(len(texts.groups), width):
             shape = own.stop - own.start, others.stop - others.start
             tile, below = (b[: shape[0] * shape[1]].view(shape) for b in (scores, flags))
-            torch.mm(images.features[own], texts.features[others].T, out=tile)
+            torch.mm(queries, texts.unit(others).T, out=tile)
             start, stop = max(others.start, span.start), min(others.stop, span.stop)
             if start < stop:
-                matches = images.groups[own, None] == texts.groups[start:stop]
+                matches = direction.grades(own, slice(start, stop)) > 0
                 part = tile[:, start - others.start : stop - others.start]
                 part.masked_fill_(matches, -torch.inf)
-            for bound, count in zip(image_bounds, counts[0], strict=True):
-                count[own] += torch.lt(tile, bound[own, None], out=below).sum(1).long()
-            for bound, count in zip(text_bounds, counts[1], strict=True):
-                count[others] += torch.lt(tile, bound[others], out=below).sum(0).long()
+            _add_below(tile, image_bounds[:, own], counts[0][:, own], below)
+            _add_below(tile.T, text_bounds[:, others], counts[1][:, others], below.T)
     return all_reduce_sum(counts[0]), all_reduce_sum(counts[1])
 
 
-def _best_matches(queries: Items, gallery: Items, depth: int) -> Tensor:
-    """Return the similarities of each query's best matches, [J, Q]; +inf if it has fewer."""
-    height, width = STRIP
-    depth = min(depth, int(_count_matches(queries, gallery).max()))
-    if depth == 0:
+def _add_below(tile: Tensor, bounds: Tensor, counts: Tensor, memory: Tensor) -> None:
+    """Add the number of a query's similarities that are below each of its bounds.
+
+    Args:
+        tile: similarities [Q, N].
+        bounds: [J, Q], descending.
+        counts: int64 [J, Q], to which the numbers are added.
+        memory: a tensor like the tile, to overwrite.
+    """
+    if len(bounds) <= FEW:
+        for nth, bound in enumerate(bounds):
+            counts[nth] += torch.lt(tile, bound[:, None], out=memory).sum(1).long()
+        return
+    ascending = bounds.flip(0).T.contiguous()
+    # The number of bounds that a similarity is not below; all of them if it is NaN.
+    passed = torch.searchsorted(ascending, tile.contiguous(), right=True)
+    found = passed.new_zeros(len(tile), len(bounds) + 1)
+    found.scatter_add_(1, passed, torch.ones_like(passed))
+    counts += found[:, :-1].cumsum(1).T.flip(0)
+
+
+def _best_matches(
+    direction: Direction, counts: Tensor, total: Tensor, depth: int | None
+) -> BestMatches:
+    """Return the best `depth` matches of each query, all of them with None."""
+    most = int(counts.max())
+    if most == 0:
+        both = len(counts), len(direction.gallery.groups)
         raise BatchError(
             "groups must occur on both sides, got no image that matches any text: none of "
-            f"{len(queries.groups)} ids on one side is among the {len(gallery.groups)} on the "
-            "other. Use the same ids for images and texts"
+            f"{both[0]} ids on one side is among the {both[1]} on the other. Use the same ids for "
+            "images and texts"
+            if direction.relevance is None
+            else f"relevance must be above 0 for some pair, got 0 for all {both[0]} x {both[1]}"
         )
-    found = queries.features.new_full((len(queries.groups), depth), -torch.inf)
-    rows = _tiles(len(queries.groups), height)
-    for own, span in zip(rows, _spans(queries, gallery, height), strict=True):
-        for others in _tiles(span.stop, width, span.start):
-            scores = queries.features[own] @ gallery.features[others].T
-            other = queries.groups[own, None] != gallery.groups[others]
-            candidates = torch.cat([found[own], scores.masked_fill_(other, -torch.inf)], dim=1)
-            found[own] = candidates.topk(depth, dim=1).values
-    return found.masked_fill_(found == -torch.inf, torch.inf).T.contiguous()
+    depth = most if depth is None else min(depth, most)
+    found, grades, ideal = total.new_zeros(3, len(counts), depth)
+    for own, span in direction.tiles(STRIP[0]):
+        found[own] = -torch.inf
+        queries = direction.queries.unit(own)
+        for others in _tiles(span.stop, STRIP[1], span.start):
+            scores = queries @ direction.gallery.unit(others).T
+            new = direction.grades(own, others).double()
+            scores = scores.masked_fill((new == 0) | scores.isnan(), -torch.inf)
+            ideal[own] = torch.cat([ideal[own], new], dim=1).topk(depth).values
+            scores, new = torch.cat([found[own], scores], 1), torch.cat([grades[own], new], 1)
+            # Of equally similar matches, one with a lower grade comes first.
+            order = (scores - TIE * new / (1 + new)).topk(depth).indices
+            found[own], grades[own] = scores.gather(1, order), new.gather(1, order)
+    found, grades, ideal = (all_reduce_sum(rows).T for rows in (found, grades, ideal))
+    bounds = (found - TIE).cummin(0).values.contiguous()
+    is_graded = direction.relevance is not None
+    return BestMatches(bounds, *((grades, ideal) if is_graded else (None, None)))
 
 
-def _count_matches(queries: Items, gallery: Items) -> Tensor:
-    """Return the number of items of the gallery that match each query, int64 [Q]."""
-    after = torch.searchsorted(gallery.groups, queries.groups, right=True)
-    return after - torch.searchsorted(gallery.groups, queries.groups)
-
-
-def _as_ranks(below: Tensor, matches: Tensor, results: int) -> MatchRanks:
+def _as_ranks(
+    direction: Direction, counted: tuple[Tensor, Tensor], best: BestMatches, below: Tensor
+) -> MatchRanks:
     """Return the ranks of matches that have `below` of the results below their bounds."""
+    matches, total = counted
+    results = len(direction.gallery.groups)
     nth = torch.arange(len(below), device=below.device)[:, None]
     # A match ranks after the better results that are no match, and after the better matches. A NaN
     # score ranks last: nothing is below its bound, not even the other matches, hence the minimum.
     ahead = torch.minimum(results - below, results - matches)
     ranks = torch.where(nth < matches, ahead + nth + 1, ABSENT)
-    return MatchRanks(ranks[:, matches > 0], matches[matches > 0])
-
-
-def _spans(rows: Items, columns: Items, height: int) -> list[slice]:
-    """Return the columns that hold all matches of a tile of rows, for each tile."""
-    groups = rows.groups
-    last = torch.cat([groups[height - 1 :: height], groups[-1:]])[: -(-len(groups) // height)]
-    starts = torch.searchsorted(columns.groups, groups[::height].contiguous())
-    stops = torch.searchsorted(columns.groups, last, right=True)
-    return [slice(*pair) for pair in zip(starts.tolist(), stops.tolist(), strict=True)]
+    found = matches > 0
+    grades, ideal = (part if part is None else part[:, found] for part in (best.grades, best.ideal))
+    return MatchRanks(ranks[:, found], matches[found], total[found], grades, ideal, results)
 
 
 def _tiles(stop: int, size: int, start: int = 0) -> list[slice]:
@@ -170,4 +294,4 @@ def _tiles(stop: int, size: int, start: int = 0) -> list[slice]:
 
 def _tile_shape(features: Tensor) -> tuple[int, int]:
     """Return the rows and columns of a tile: one that fits the cache, or keeps a GPU busy."""
-    return (512, 512) if features.device.type == "cpu" else (4096, 8192)
+    return (512, 512) if features.device.type == "cpu" else (4096, 4096)

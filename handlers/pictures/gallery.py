@@ -87,7 +87,7 @@ class RetrievalGallery(BoardHandler):
             return
         images, captions = list(self.samples.images), list(self.samples.captions)
         matches = features.image_groups[:, None] == features.text_groups
-        similarity = features.images @ features.texts.T
+        similarity = features.images.double() @ features.texts.double().T
         to_text = self._rows(similarity, matches, images, captions)
         to_image = self._rows(similarity.T, matches.T, captions, images)
         matrix = heat_map(similarity_of_groups(features), 0.0, 1.0)

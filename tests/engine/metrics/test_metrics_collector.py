@@ -130,6 +130,21 @@ class CountingReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_sums_over_samples_give_the_mean_over_all_samples():
+    collector = MetricsCollector()
+    for total, count in ((3.0, 2), (torch.tensor(0.5), torch.tensor(1.0)), (0, 0)):
+        collector.update_sums({"accuracy": total, "loss": 2 * total}, count)
+        collector.update_sums({"empty": 0.0}, 0)
+        collector.update(other=1.0)
+    copied = MetricsCollector()
+    copied.load_state_dict(collector.state_dict())
+    for one in (collector, copied):
+        one.log(1)
+        assert one.record.values == {"accuracy": 3.5 / 3, "loss": 7 / 3, "other": 1.0}
+        one.update_sums({"accuracy": 1.0}, 1)
+        assert one.end_epoch() == {"accuracy": 4.5 / 4, "loss": 7 / 3, "other": 1.0}
+
+
 def test_a_log_point_is_one_transfer_gauges_included(monkeypatch):
     transfers = []
     tolist = Tensor.tolist

@@ -112,10 +112,9 @@ def test_an_argument_out_of_range_is_refused(settings, message):
 
 
 def test_a_bank_that_cannot_be_fitted_is_refused():
-    with pytest.raises(BatchError, match="labels must be >= 0, got -1"):
-        fitted({"features": torch.ones(2, 3), "labels": torch.tensor([0, -1])})
-    with pytest.raises(NotComputableError, match="a bank with at least one sample"):
-        fitted(None)
+    for bank in (None, {"features": torch.ones(2, 3), "labels": torch.tensor([-100, -100])}):
+        with pytest.raises(NotComputableError, match="a bank with at least one labelled sample"):
+            fitted(bank)
     with pytest.raises(NotComputableError, match="must fit its bank before it predicts"):
         LinearProbeAccuracy().update(make_samples(3, 0))
 
@@ -211,6 +210,63 @@ def test_labels_come_from_a_function_and_some_may_be_missing():
     records = run(make_trainer().attach(probe))
     assert len(seen) == 32
     assert records[-1]["train/linear_probe_accuracy"] > 0.9
+
+
+def trained_head(batches: list[Output]) -> tuple[Tensor, dict[str, float]]:
+    """Return the head and the values of an epoch, on features that stay as they are."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    trainer = Trainer(
+        model,
+        Distance(),
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        task=lambda model, batch: {"features": model(batch["image"]), "other": batch["other"]},
+        device="cpu",
+        seed=0,
+    )
+    probe = OnlineLinearProbe(classes=3, features="features")
+    trainer.attach(probe)
+    trainer.run(batches, max_epochs=1)
+    values = {name: value for name, value in trainer.state.metrics.items() if "probe" in name}
+    return probe.head.weight.detach(), values
+
+
+def test_the_online_head_and_its_values_do_not_depend_on_the_number_of_ranks(ranks):
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for labels in ([0, 1, 2, -100, 1, 2], [-100, -100, 1, 0, -100, 2], [-100] * 6):
+        rows = {"image": torch.randn(6, 4, generator=generator), "other": torch.zeros(6, 3)}
+        batches.append({**rows, "label": torch.tensor(labels)})
+    weights, values = trained_head(batches)
+    shards = [
+        [{name: value[part] for name, value in batch.items()} for batch in batches]
+        for part in (slice(2), slice(2, 6))
+    ]
+    for found, same in ranks.run(trained_head, [(shard,) for shard in shards]):
+        torch.testing.assert_close(found, weights, rtol=1e-5, atol=1e-7)
+        assert same == pytest.approx(values, rel=1e-5)
+
+
+def test_values_are_means_over_the_labelled_samples():
+    rows = {"image": torch.randn(6, 4), "other": torch.zeros(6, 3)}
+    labels = ([0, 0, 1, -100, 1, 2], [-100] * 6)  # the head predicts class 0 before it has learned
+    once = trained_head([{**rows, "label": torch.tensor(labels[0])}])[1]
+    assert once["train/linear_probe_accuracy"] == pytest.approx(2 / 5)
+    both = trained_head([{**rows, "label": torch.tensor(own)} for own in labels])[1]
+    assert both == pytest.approx(once)
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_label_that_is_no_class_is_an_error_in_the_log_and_the_run_goes_on(caplog, label):
+    rows = {"image": torch.randn(6, 4), "other": torch.zeros(6, 3)}
+    first, second = ([0, 1, 2, label, 1, 0], [0, 1, 2, -100, 1, 0])
+    weights, values = trained_head([{**rows, "label": torch.tensor(first)}] * 2)
+    (record,) = [one for one in caplog.records if one.levelname == "ERROR"]
+    assert "OnlineLinearProbe: labels must be in [0, 3), or -100" in record.message
+    assert f"got {label}." in record.message
+    expected, same = trained_head([{**rows, "label": torch.tensor(second)}] * 2)
+    assert torch.equal(weights, expected)
+    assert values == same
 
 
 def test_a_head_continues_where_it_was_saved():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from diptych.engine import BatchError, Evaluator, Trainer, tasks
 from diptych.handlers.evaluation import probes
 from diptych.handlers.evaluation.evaluation import Evaluation
+from diptych.handlers.evaluation.label_accuracy import ClassificationAccuracy
 from diptych.handlers.evaluation.probes import KNNAccuracy, ZeroShotAccuracy
 
 Output = dict[str, Tensor]
@@ -80,6 +81,11 @@ def test_a_cold_vote_does_not_overflow():
     assert cold == by_hand(KNNAccuracy(k=1), bank, queries)
 
 
+def loader(samples: Output, size: int = 8) -> list[Output]:
+    parts = torch.arange(len(samples["labels"])).split(size)
+    return [{name: value[part] for name, value in samples.items()} for part in parts]
+
+
 class Tower(nn.Module):
     """A model of one layer, whose features depend on its weights."""
 
@@ -93,11 +99,6 @@ class Tower(nn.Module):
 
 def labelled(model: nn.Module, batch: Output) -> Output:
     return {"features": model(batch["features"]), "labels": batch["labels"]}
-
-
-def loader(samples: Output, size: int = 8) -> list[Output]:
-    parts = torch.arange(len(samples["labels"])).split(size)
-    return [{name: value[part] for name, value in samples.items()} for part in parts]
 
 
 def test_each_evaluation_encodes_the_bank_with_the_current_model():
@@ -224,11 +225,89 @@ def test_an_argument_out_of_range_is_refused(build, message):
         build()
 
 
-def test_a_label_below_zero_in_the_bank_is_refused():
-    bank, queries = make_samples(40, 0), make_samples(4, 1)
-    bank["labels"][3] = -1
-    with pytest.raises(BatchError, match="the bank's labels must be >= 0, got -1"):
-        by_hand(KNNAccuracy(k=5), bank, queries)
+@pytest.mark.parametrize("none", [-100, -1])
+def test_samples_without_a_label_count_neither_in_the_bank_nor_among_the_queries(caplog, none):
+    samples = make_samples(40, 0), make_samples(15, 1)
+    labelled = [{name: value.clone() for name, value in part.items()} for part in samples]
+    for part in labelled:
+        part["labels"][::3] = none
+    rows = [torch.arange(len(part["labels"])) % 3 > 0 for part in samples]
+    without = [
+        {name: value[row] for name, value in part.items()}
+        for part, row in zip(samples, rows, strict=True)
+    ]
+    assert by_hand(KNNAccuracy(k=5), *labelled) == by_hand(KNNAccuracy(k=5), *without)
+    reported = {record.message.split(",")[0] for record in caplog.records}
+    expected = {
+        "KNNAccuracy: the bank's labels must be >= 0",
+        "KNNAccuracy: labels must be in [0",
+    }
+    assert reported == (set() if none == -100 else expected)
+
+
+def classified(batches: list[Output], **settings: object) -> float | Tensor:
+    metric = ClassificationAccuracy(**settings)
+    for batch in batches:
+        metric.update(batch)
+    return metric.compute()
+
+
+def make_logits(count: int = 60, classes: int = 5) -> Output:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(classes - 1, (count,), generator=generator)  # none of the last class
+    labels[::7] = -100
+    return {"logits": torch.randn(count, classes, generator=generator), "labels": labels}
+
+
+@pytest.mark.parametrize("top", [1, 3, 9])
+def test_accuracy_equals_a_loop_over_the_labelled_samples(top):
+    samples = make_logits()
+    hits: dict[int, list[bool]] = {}
+    for logits, label in zip(samples["logits"].tolist(), samples["labels"].tolist(), strict=True):
+        if label >= 0:
+            better = sum(value > logits[label] for value in logits)
+            hits.setdefault(label, []).append(better < top)
+    shares = {label: sum(own) / len(own) for label, own in hits.items()}
+    everything = [hit for own in hits.values() for hit in own]
+    batches = loader(samples)
+    assert classified(batches, top=top) == sum(everything) / len(everything)
+    assert classified(batches, top=top, average="classes") == pytest.approx(
+        sum(shares.values()) / len(shares)
+    )
+    by_class = classified(batches, top=top, average=None)
+    assert by_class[:4].tolist() == [shares[label] for label in range(4)]
+    assert math.isnan(by_class[4])
+
+
+@pytest.mark.parametrize("average", ["samples", "classes"])
+def test_accuracy_over_uneven_and_empty_shards_is_that_of_one_process(ranks, average):
+    batches = loader(make_logits())
+    expected = classified(batches, average=average)
+    for cut in (2, len(batches)):
+        found = ranks.run(accuracy_of_shard, [(batches[:cut], average), (batches[cut:], average)])
+        assert found == [expected] * 2
+
+
+def accuracy_of_shard(batches: list[Output], average: str) -> float | Tensor:
+    return classified(batches, average=average)
+
+
+def test_a_label_that_is_no_class_is_reported_and_does_not_count(caplog):
+    samples = make_logits()
+    expected = classified([samples])
+    samples["labels"][0] = 5
+    assert classified([samples]) == expected
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert "labels must be in [0, 5), or -100 for a sample without one, got 5" in record.message
+
+
+def test_logits_that_are_missing_are_named():
+    with pytest.raises(BatchError, match=r"logits must be \[B, C\], got none among features"):
+        ClassificationAccuracy().update({"features": torch.ones(2, 3)})
+    for settings, message in (({"top": 0}, "top must be"), ({"average": "macro"}, "average must")):
+        with pytest.raises(ValueError, match=message):
+            ClassificationAccuracy(**settings)
 
 
 def test_the_bank_is_encoded_in_the_precision_of_the_queries():

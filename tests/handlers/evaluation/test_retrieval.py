@@ -31,14 +31,6 @@ def similarity(a: Sequence[float], b: Sequence[float]) -> float:
     return round(sum(x * y for x, y in zip(unit(a), unit(b), strict=True)), 9)
 
 
-def distinct(items: Sequence[Item]) -> list[Item]:
-    kept: list[Item] = []
-    for vector, group in items:
-        if not any(g == group and similarity(v, vector) > 0.9999 for v, g in kept):
-            kept.append((vector, group))
-    return kept
-
-
 def direction(queries: Sequence[Item], gallery: Sequence[Item]) -> dict[str, float]:
     """Sort the whole gallery for every query, wrong results first where similarities are equal."""
     values: dict[str, list[float]] = {}
@@ -63,7 +55,6 @@ def direction(queries: Sequence[Item], gallery: Sequence[Item]) -> dict[str, flo
 
 
 def brute_force(images: Sequence[Item], texts: Sequence[Item]) -> dict[str, float]:
-    images, texts = distinct(images), distinct(texts)
     first, second = direction(images, texts), direction(texts, images)
     return {
         **{name: (first[name] + second[name]) / 2 for name in first},
@@ -83,10 +74,6 @@ def updated(metric: RetrievalRecall, batches: Sequence[dict[str, Tensor]]) -> Re
     return metric
 
 
-def pieces(side: str, items: Sequence[Item], size: int) -> list[dict[str, Tensor]]:
-    return [as_batch(side, items[i : i + size]) for i in range(0, len(items), size)]
-
-
 # Small whole numbers: equal similarities are frequent, and unequal ones lie 1e-5 apart or more.
 vectors = st.tuples(*[st.integers(-2, 2).map(float)] * 3)
 sides = st.lists(st.tuples(vectors, st.integers(0, 5)), min_size=1, max_size=14)
@@ -95,13 +82,20 @@ sides = st.lists(st.tuples(vectors, st.integers(0, 5)), min_size=1, max_size=14)
 @given(
     images=sides,
     texts=sides,
-    size=st.integers(1, 14),
+    repeats=st.lists(st.integers(0, 100), max_size=8),
+    cut=st.tuples(st.integers(1, 14), st.sampled_from([1, 5, 4096])),
     tile=st.sampled_from([(2, 3), (512, 512)]),
-    piece=st.sampled_from([1, 5, 4096]),
 )
-def test_every_value_equals_that_of_sorting_all_results(images, texts, size, tile, piece):
+def test_every_value_equals_that_of_sorting_all_results(images, texts, repeats, cut, tile):
+    size, piece = cut
     texts = [*texts, (texts[0][0], images[0][1])]  # at least one pair matches
-    batches = [*pieces("image", images, size), *pieces("text", texts, size)]
+    batches = []
+    for side, name, items in (("image", "image_id", images), ("text", "caption_id", texts)):
+        rows = [*range(len(items)), *(number % len(items) for number in repeats)]
+        for part in (rows[i : i + size] for i in range(0, len(rows), size)):
+            batch = as_batch(side, [items[row] for row in part])
+            # Without repeated rows, each row is an item of its own: no ids are needed.
+            batches.append({**batch, name: torch.tensor(part)} if repeats else batch)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retrieval, "PIECE", piece)
         patch.setattr(retrieval_ranks, "STRIP", tile)
@@ -131,33 +125,110 @@ def make_captioned(images: int = 40, captions: int = 5) -> tuple[Tensor, Tensor,
     return features, texts, torch.arange(images)
 
 
-def test_an_image_repeated_for_each_of_its_captions_is_one_image():
+def captioned_batches() -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Return batches that repeat each image for its captions, and all images and captions once."""
     images, texts, groups = make_captioned()
-    once = updated(
-        RetrievalMetrics(),
-        [
-            {
-                "image_features": images,
-                "text_features": texts,
-                "groups": groups,
-                "text_groups": groups.repeat_interleave(5),
-            }
-        ],
-    ).compute()
     order = torch.randperm(200)
     rows = groups.repeat_interleave(5)[order]
-    noise = 1 + 2e-3 * torch.randn(200, 8)  # what half precision does to one image's features
-    repeated = RetrievalMetrics()
-    for part in torch.arange(200).split(32):
-        repeated.update(
-            {
-                "image_features": (images[rows] * noise)[part],
-                "text_features": texts[order][part],
-                "groups": rows[part],
-            }
-        )
-    assert 0.2 < once["recall@1"] < 0.9
-    assert repeated.compute() == pytest.approx(once, abs=0.02, rel=0.02)
+    repeated = {
+        "image_features": images[rows],
+        "text_features": texts[order],
+        "image_id": rows,
+        "caption_id": order,
+    }
+    once = {"image_features": images, "text_features": texts, "groups": groups}
+    batches = [{name: value[part] for name, value in repeated.items()} for part in order.split(32)]
+    return batches, {**once, "text_groups": groups.repeat_interleave(5)}
+
+
+def test_an_image_repeated_for_each_of_its_captions_is_one_image():
+    batches, once = captioned_batches()
+    expected = updated(RetrievalMetrics(), [once]).compute()
+    assert 0.2 < expected["recall@1"] < 0.9
+    assert updated(RetrievalMetrics(), batches).compute() == pytest.approx(expected, abs=1e-12)
+    grouped = [{**batch, "groups": batch["image_id"] + 3} for batch in batches]
+    assert updated(RetrievalMetrics(), grouped).compute() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("written", [torch.tensor, lambda ids: [f"{i:012}.jpg" for i in ids]])
+def test_ids_are_read_from_the_batch(written):
+    batches, once = captioned_batches()
+    rows = [
+        {name: value for name, value in batch.items() if name.endswith("features")}
+        | {name: written(batch[name].tolist()) for name in ("image_id", "caption_id")}
+        for batch in batches
+    ]
+    evaluator = Evaluator(
+        nn.Identity(),
+        task=lambda _, batch: {k: v for k, v in batch.items() if k.endswith("features")},
+        metrics=[RetrievalMetrics()],
+        device="cpu",
+    )
+    expected = updated(RetrievalMetrics(), [once]).compute()
+    assert evaluator.evaluate(rows) == pytest.approx(expected, abs=1e-12)
+
+
+def test_captions_that_an_untrained_model_cannot_tell_apart_are_all_counted():
+    images, texts, groups = make_captioned()
+    cone = 1e4 * torch.ones(8)
+    sides = {
+        "image_features": images + cone,
+        "text_features": texts + cone,
+        "groups": groups,
+        "text_groups": groups.repeat_interleave(5),
+    }
+    values = updated(RetrievalMetrics(), [sides]).compute()
+    first, second = (
+        x.double() / x.double().norm(dim=1, keepdim=True)
+        for x in (sides["image_features"], sides["text_features"])
+    )
+    scores = second @ first.T
+    own = sides["text_groups"]
+    ranks = 1 + (scores > scores.gather(1, own[:, None])).sum(1)
+    assert scores.min() > 1 - 1e-5
+    assert values["text_to_image/mean_rank"] == pytest.approx(float(ranks.double().mean()))
+    assert values["text_to_image/recall@1"] == pytest.approx(float((ranks == 1).double().mean()))
+
+
+def test_a_loader_that_seems_to_repeat_images_without_ids_is_reported_once(caplog):
+    batches, once = captioned_batches()
+    metric = updated(RetrievalRecall(), batches)
+    metric.compute()
+    updated(metric, []).compute()
+    updated(RetrievalRecall(), [once]).compute()
+    assert not caplog.records
+    grouped = [
+        {**batch, "groups": batch["image_id"], "image_id": None, "caption_id": None}
+        for batch in batches
+    ]
+    metric = updated(RetrievalRecall(), grouped)
+    metric.compute()
+    metric.compute()
+    (record,) = caplog.records
+    assert "several images and several texts have one group" in record.message
+
+
+def test_a_row_without_a_group_matches_its_own_pair_alone(caplog):
+    images, texts = torch.randn(8, 4), torch.randn(8, 4)
+    rows = {"image_features": images, "text_features": texts}
+    groups = torch.tensor([0, 0, 1, 2, -100, -100, -100, -100])
+    own = torch.tensor([0, 0, 1, 2, 11, 12, 13, 14])
+    expected = updated(RetrievalMetrics(), [{**rows, "groups": own}]).compute()
+    caplog.clear()
+    found = updated(RetrievalMetrics(), [{**rows, "groups": groups}]).compute()
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert not [one for one in caplog.records if one.levelname == "ERROR"]
+    minus_one = groups.masked_fill(groups < 0, -1)
+    assert updated(RetrievalMetrics(), [{**rows, "groups": minus_one}]).compute() == found
+    (record,) = [one for one in caplog.records if one.levelname == "ERROR"]
+    assert "groups must be >= 0, or -100 for a sample without one, got -1" in record.message
+
+
+def test_one_id_in_two_groups_is_refused():
+    rows = {"image_features": torch.eye(3), "text_features": torch.eye(3)}
+    ids = {"image_id": torch.tensor([7, 8, 7]), "groups": torch.tensor([0, 1, 2])}
+    with pytest.raises(BatchError, match="must be in one group, got id 7 in several"):
+        updated(RetrievalRecall(), [{**rows, **ids}]).compute()
 
 
 @pytest.mark.parametrize("piece", [1, 16, 40, 4096])
@@ -272,6 +343,7 @@ def test_uneven_shards_give_the_value_of_one_process(ranks, sizes):
             "image_features": images[rows][part],
             "text_features": texts[part],
             "groups": rows[part],
+            "image_id": rows[part],
         }
         shards.append([batch] if size else [])
         start += size
