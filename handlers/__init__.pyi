@@ -58,6 +58,9 @@ from diptych.handlers.optimization.gradient_clipping import GradientClipping as 
 from diptych.handlers.optimization.gradient_diagnostics import (
     GradientDiagnostics as GradientDiagnostics,
 )
+from diptych.handlers.optimization.hard_negative_mining import (
+    HardNegativeMining as HardNegativeMining,
+)
 from diptych.handlers.optimization.learning_rate_finder import (
     LearningRateCurve as LearningRateCurve,
 )

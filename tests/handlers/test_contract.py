@@ -53,6 +53,18 @@ def make_loader(seed: int = 0) -> list[dict[str, Tensor]]:
     return [{"image": image, "label": torch.arange(4) % 2} for image in images]
 
 
+class Mining(handlers.HardNegativeMining):
+    """Attaches the evaluation whose features it mines."""
+
+    def attach(self, trainer: Trainer) -> None:
+        def sides(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            logits = model(batch["image"])
+            return {"image_features": logits, "text_features": logits, "groups": batch["label"]}
+
+        trainer.attach(handlers.Evaluation(make_loader(), task=sides, prefix=self.evaluation))
+        super().attach(trainer)
+
+
 def make_samples() -> handlers.PairSamples:
     def both(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         features = model(batch["image"])
@@ -194,6 +206,14 @@ EXAMPLES = {
     "GradientDiagnostics": Example(
         lambda _: handlers.GradientDiagnostics(every=2),
         refused=({"every": 0}, {"components": "image"}),
+    ),
+    "HardNegativeMining": Example(
+        lambda _: Mining("mining", torch.eye(2), group="label"),
+        refused=(
+            {"evaluation": "mining"},
+            {"evaluation": "mining", "candidates": torch.eye(1)},
+            {"evaluation": "mining", "candidates": torch.eye(2), "k": 0},
+        ),
     ),
     "Histograms": Example(
         lambda folder: handlers.Histograms(every=2, board=handlers.TensorBoard(folder)),
