@@ -15,6 +15,9 @@ Outputs = dict[str, Tensor]
 """Named tensors [B, ...], in the order in which the loss takes them; a 0-dim tensor is shared by
 all samples."""
 
+NO_LABEL = -100
+"""The label, or the group id, of a sample without one: torch's `ignore_index`."""
+
 Key = str | int
 T = TypeVar("T", bound="KeyedTask")
 

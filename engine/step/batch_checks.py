@@ -14,11 +14,9 @@ from diptych.engine.distributed.collectives import rank
 from diptych.engine.distributed.gathering import gather_values
 from diptych.engine.errors import BatchError
 from diptych.engine.step.loss_contract import minimum_batch
+from diptych.engine.tasks import NO_LABEL
 
 logger = logging.getLogger(__name__)
-
-NO_LABEL = -100
-"""The label, or group id, of a sample without one: torch's `ignore_index`."""
 
 
 def check_first_batch(loss: nn.Module, outputs: Mapping[str, Tensor]) -> None:

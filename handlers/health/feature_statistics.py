@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diptych.engine.distributed.collectives import all_reduce_sum
 from diptych.engine.errors import BatchError
-from diptych.engine.tasks import Outputs
+from diptych.engine.tasks import NO_LABEL, Outputs
 
 DEAD = 0.1
 """A dimension is dead if its spread is below this share of an even spread, 1 / sqrt(D)."""
@@ -82,10 +82,15 @@ def uniformity(side: Tensor) -> Tensor:
 
 
 def negative_mask(rows: int, groups: Tensor | None, device: torch.device) -> Tensor:
-    """Return which pairs of rows are negatives, bool [B, B]: other rows, of other groups."""
-    if groups is not None:
-        return groups[:, None] != groups
-    return ~torch.eye(rows, dtype=torch.bool, device=device)
+    """Return which pairs of rows are negatives, bool [B, B]: other rows, of other groups.
+
+    A row of group -100 or -1, as in the losses, has no group.
+    """
+    others = ~torch.eye(rows, dtype=torch.bool, device=device)
+    if groups is None:
+        return others
+    alone = (groups == NO_LABEL) | (groups == -1)
+    return others & ((groups[:, None] != groups) | alone)
 
 
 def negatives_in(outputs: Outputs, rows: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diptych.engine.errors import BatchError
 from diptych.engine.evaluator import Evaluator
-from diptych.engine.tasks import Outputs, Task
+from diptych.engine.tasks import NO_LABEL, Outputs, Task
 from diptych.engine.trainer import Trainer
 
 
@@ -95,7 +95,7 @@ class PairSamples:
 
 
 def _side(outputs: Sequence[Outputs], name: str, groups: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return the features and groups of one side; without groups, each row is its own group."""
+    """Return the features and groups of one side; a row without one is a group of its own."""
     mine = [output for output in outputs if name in output]
     if not mine:
         there = ", ".join(dict.fromkeys(key for output in outputs for key in output))
@@ -104,17 +104,17 @@ def _side(outputs: Sequence[Outputs], name: str, groups: Sequence[str]) -> tuple
         )
     features = torch.cat([output[name].float().cpu() for output in mine])
     numbers = torch.cat([_groups(output, groups, len(output[name])) for output in mine])
-    if bool((numbers < 0).all()):
-        numbers = torch.arange(len(features))
-    if len(numbers) != len(features) or bool((numbers < 0).any()):
+    if len(numbers) != len(features):
         raise BatchError(
-            f"groups must be >= 0 for all samples or missing for all, got {len(features)} samples "
-            f"and groups {numbers.unique().tolist()}. Return groups with every batch or none."
+            f"groups must be one for each sample, got {len(features)} samples and {len(numbers)} "
+            "groups"
         )
+    own = torch.arange(len(features))
+    numbers = torch.where(numbers < 0, own if bool((numbers < 0).all()) else own + 2**40, numbers)
     return F.normalize(features, dim=1), numbers
 
 
 def _groups(output: Outputs, names: Sequence[str], rows: int) -> Tensor:
-    """Return the groups of a batch's rows; -1 if it has none."""
+    """Return the groups of a batch's rows; `NO_LABEL` if it has none."""
     found = next((output[name] for name in names if name in output), None)
-    return torch.full((rows,), -1) if found is None else found.long().cpu()
+    return torch.full((rows,), NO_LABEL) if found is None else found.long().cpu()

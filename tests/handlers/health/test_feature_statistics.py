@@ -78,13 +78,16 @@ def plain_pairs(s: list[list[float]], ids: list[int]) -> dict[str, float]:
 
 
 @given(seed=st.integers(0, 30))
-@pytest.mark.parametrize("ids", [list(range(ROWS)), [0, 0, 1, 2, 3, 3, 4]])
+@pytest.mark.parametrize(
+    "ids", [list(range(ROWS)), [0, 0, 1, 2, 3, 3, 4], [0, 0, -100, -100, -1, -1, 4]]
+)
 def test_pair_statistics_equal_those_of_a_loop(seed, ids):
     first, second = make_sides(seed)
     groups = torch.tensor(ids) if len(set(ids)) < ROWS else None
     negatives = statistics.negative_mask(ROWS, groups, first.device)
     found = {k: float(v) for k, v in statistics.pair_statistics(first, second, negatives).items()}
-    expected = plain_pairs([[float(a @ b) for b in second] for a in first], ids)
+    apart = [100 + row if one in {-100, -1} else one for row, one in enumerate(ids)]
+    expected = plain_pairs([[float(a @ b) for b in second] for a in first], apart)
     assert found == pytest.approx(expected, rel=1e-9)
 
 

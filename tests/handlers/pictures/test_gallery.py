@@ -91,6 +91,14 @@ def test_one_sided_batches_with_groups_need_not_pair_up(tmp_path):
     run(tmp_path, samples=given)
 
 
+def test_samples_without_a_group_match_their_own_pair_alone():
+    pairs = {"image_features": torch.eye(4), "text_features": torch.eye(4)}
+    shown = samples(batches=[{**pairs, "groups": torch.tensor([3, -100, -100, 3])}])
+    features = shown.features(make_trainer())
+    matches = features.image_groups[:, None] == features.text_groups
+    assert matches.tolist() == [[i == j or {i, j} == {0, 3} for j in range(4)] for i in range(4)]
+
+
 @given(st.integers(1, 6), st.integers(1, 7), st.integers(0, 10_000))
 def test_the_rank_is_one_more_than_the_strangers_that_are_as_similar(queries, results, seed):
     generator = torch.Generator().manual_seed(seed)
