@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from operator import attrgetter
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -57,10 +60,35 @@ def parts_of(*roots: nn.Module) -> list[nn.Module]:
     return found
 
 
-def parameters_of(*roots: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of modules, each once, in the order of `Module.parameters`."""
-    parameters = [one for part in parts_of(*roots) for one in part._parameters.values()]  # noqa: SLF001
-    return [*{id(one): one for one in parameters if one is not None}.values()]
+class KnownParameters:
+    """The parameters of modules, found again if a module or a parameter has come, gone or moved.
+
+    What the modules' dictionaries hold is compared with what they held: a tenth of a walk.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[Any] = []  # living views of the dictionaries of all parts
+        self._content: list[Any] = []  # what they held, and what was not theirs
+        self._parameters: list[nn.Parameter] = []
+
+    def of(self, *roots: nn.Module, others: Sequence[nn.Parameter] = ()) -> list[nn.Parameter]:
+        """Return the parameters of modules, in the order of `Module.parameters`, and others.
+
+        Each is returned once.
+        """
+        now = [*roots, *others, *chain.from_iterable(self._held)]
+        if len(now) != len(self._content) or not all(map(operator.is_, now, self._content)):
+            self._find(roots, others)
+        return self._parameters
+
+    def _find(self, roots: Sequence[nn.Module], others: Sequence[nn.Parameter]) -> None:
+        parts = parts_of(*roots)
+        own = [one for part in parts for one in part._parameters.values() if one is not None]  # noqa: SLF001
+        self._parameters = [*{id(one): one for one in (*own, *others)}.values()]
+        held = [*(part._parameters for part in parts), *(part._modules for part in parts)]  # noqa: SLF001
+        living = all(isinstance(one, dict) for one in held)  # a scripted module's are copies
+        self._held = [one.values() for one in held]
+        self._content = [*roots, *others, *chain.from_iterable(self._held)] if living else []
 
 
 class TrainingModes:

@@ -36,6 +36,10 @@ def batch_size(batch: Any) -> int:
     Raises:
         BatchError: if no leaf is a tensor with a dimension.
     """
+    if type(batch) in {tuple, list, dict} and batch:  # spares most batches the whole walk
+        first = next(iter(batch.values() if type(batch) is dict else batch))
+        if type(first) is Tensor and first.ndim:
+            return first.shape[0]
     for leaf in leaves(batch):
         if isinstance(leaf, Tensor) and leaf.ndim:
             return leaf.shape[0]

@@ -34,6 +34,8 @@ class ContinuedEvents(Dispatcher):
     def __init__(self, process_function: Callable[[Engine, Any], Any]) -> None:
         super().__init__(process_function)
         self.attempts = 0
+        # Whether a subclass fires Ignite's events in its own way, as Ignite allows.
+        self._is_overridden = type(self)._fire_event is not Dispatcher._fire_event
         self._forget_failure()
 
     def _forget_failure(self) -> None:
@@ -95,8 +97,8 @@ class ContinuedEvents(Dispatcher):
         try:
             if again:
                 self.fire_again(event)
-            elif event.__class__ is Events:
-                self._fire_event(event)  # which subclasses may override, as in Ignite
+            elif self._is_overridden and event.__class__ is Events:
+                self._fire_event(event)
             else:
                 self.fire_event(event)
         except BaseException:

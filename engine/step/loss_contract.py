@@ -88,10 +88,21 @@ def sample_mean_of(loss: nn.Module) -> SampleMeanLoss | None:
     return cast(SampleMeanLoss, loss) if hasattr(loss, "total_and_weight") else None
 
 
+def optional(module: nn.Module, name: str) -> Any:
+    """Return a member of a module; None if it has none of that name.
+
+    The look-up that a module adds to Python's own takes microseconds to find nothing.
+    """
+    kind = type(module)
+    if hasattr(kind, name) or kind.__getattr__ is not nn.Module.__getattr__:
+        return getattr(module, name, None)
+    return vars(module).get(name)
+
+
 @waits_at("the loss, which gathers features")
 def loss_terms(loss: nn.Module, outputs: Outputs) -> Terms:
     """Return the named terms whose sum is the loss; `{"loss": value}` if it has no `terms`."""
-    terms = getattr(loss, "terms", None)
+    terms = optional(loss, "terms")
     if terms is None:
         return {"loss": call_with(loss, outputs)}
     return dict(call_with(terms, outputs))
@@ -152,7 +163,7 @@ def scalars_of(loss: nn.Module) -> Mapping[str, Tensor]:
 def constrain_parameters(loss: nn.Module) -> None:
     """Call `constrain()` of the loss and its parts, which clamps their parameters."""
     for module in parts_of(loss):  # a runtime protocol would cost 10 microseconds a module
-        constrain = getattr(module, "constrain", None)
+        constrain = optional(module, "constrain")
         if callable(constrain):
             constrain()
 

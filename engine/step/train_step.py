@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,7 +25,7 @@ from diptych.engine.distributed.dtensor import (
 from diptych.engine.distributed.gradient_average import GradientAverage
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.events import StepEvents
-from diptych.engine.modules import parameters_of
+from diptych.engine.modules import KnownParameters
 from diptych.engine.settings import AUTOCAST, TrainerSettings
 from diptych.engine.step.compilation import keep_gradients, uses_cuda_graphs
 from diptych.engine.step.loss_contract import (
@@ -38,6 +40,9 @@ from diptych.engine.step.loss_contract import (
 )
 from diptych.engine.step.microbatch import GradientCache, PieceCounter, join_outputs
 from diptych.engine.tasks import Outputs, Task
+
+
+NOTHING, PARAMETERS = nullcontext(), itemgetter("params")
 
 
 class TrainerParts(Protocol):
@@ -98,6 +103,8 @@ class TrainStep:
         self._output: StepOutput | None = None
         self._is_cut = False
         self.unfinished: StepOutput | None = None
+        self._ranks = world_size()
+        self._known = KnownParameters()
         self._piece_counter = PieceCounter(agreed=has_shards(trainer.model))
 
     @property
@@ -145,7 +152,9 @@ class TrainStep:
         if is_too_small(self.loss, size):
             return None
         self.clear_gradients()
-        broadcast_buffers(self.model)
+        self._ranks = world_size()
+        if self._ranks > 1:
+            broadcast_buffers(self.model)
         terms, value = self.gradients(trainer, batch)
         self.finish_gradients()
         trainer.fire_event(StepEvents.GRADIENTS_READY)
@@ -174,13 +183,20 @@ class TrainStep:
 
     def clear_gradients(self) -> None:
         """Clear all gradients, also those outside of the optimizer, which would add up."""
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizer = self.optimizer
+        if type(optimizer).zero_grad is not Optimizer.zero_grad or "zero_grad" in vars(optimizer):
+            optimizer.zero_grad(set_to_none=True)  # a subclass may do more
         for parameter in self.parameters():
             parameter.grad = None
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of model and loss, each once: they may share some."""
-        return parameters_of(self.model, self.loss)
+        """Return the parameters of model, loss and optimizer, each once."""
+        held = [*chain.from_iterable(map(PARAMETERS, self.optimizer.param_groups))]
+        return self._known.of(self.model, self.loss, others=held)
+
+    def last_backward(self) -> AbstractContextManager[None]:
+        """Return a context for the last backward pass of an update."""
+        return self.average.last_backward() if self._ranks > 1 else NOTHING
 
     def between_pieces(self) -> None:
         """Copy gradients that the next piece would overwrite (with CUDA graphs)."""
@@ -212,11 +228,11 @@ class TrainStep:
         cache = None
         # Over several ranks, cache a single piece too: others may have more pieces, and gradients
         # must be averaged after the loss's collectives on all ranks.
-        if len(pieces) == 1 and (self.microbatch_size is None or world_size() == 1):
+        if len(pieces) == 1 and (self.microbatch_size is None or self._ranks == 1):
             outputs = self.forward(batch)
         else:
             cache = GradientCache(
-                self.model, self.device, self.average.last_backward, self.between_pieces
+                self.model, self.device, self.last_backward, self.between_pieces
             )
             outputs = cache.outputs(self.forward, pieces)
         trainer.outputs = outputs
@@ -226,7 +242,7 @@ class TrainStep:
             value = sum_of_terms(terms)
         trainer.terms = terms = {name: apart_from_weights(term) for name, term in terms.items()}
         trainer.fire_event(StepEvents.LOSS_COMPUTED)
-        with self.average.last_backward() if cache is None else nullcontext():
+        with self.last_backward() if cache is None else NOTHING:
             self.scaled(value).backward()
         if cache is not None:
             cache.backward(self.forward, pieces, outputs)
@@ -247,7 +263,7 @@ class TrainStep:
             with self.autocast():
                 terms, weight = self.totals_and_weight(outputs, batch_size(piece))
                 value = sum_of_terms(terms)
-            with self.average.last_backward() if last else nullcontext():
+            with self.last_backward() if last else NOTHING:
                 self.scaled(value / divisor).backward()
             if not last:
                 self.between_pieces()
@@ -281,11 +297,13 @@ class TrainStep:
 
     def finish_gradients(self) -> None:
         """Receive the averages over ranks, and divide them by the loss scale."""
-        self.average.receive()
-        held = (p for group in self.optimizer.param_groups for p in group["params"])
-        self._unscaled = self.scaler is not None and any(p.grad is not None for p in held)
-        if self.scaler is not None and self._unscaled:
-            self.scaler.unscale_(self.optimizer)
+        if self._ranks > 1:
+            self.average.receive()
+        if self.scaler is not None:
+            held = chain.from_iterable(map(PARAMETERS, self.optimizer.param_groups))
+            self._unscaled = any(p.grad is not None for p in held)
+            if self._unscaled:
+                self.scaler.unscale_(self.optimizer)
 
     def update(self) -> None:
         """Step the optimizer, then clamp the loss's parameters to their bounds."""
@@ -322,7 +340,7 @@ class TrainStep:
     def autocast(self) -> Any:
         """Return a new autocast context, so that casts cached without a graph are not reused."""
         if self.autocast_dtype is None:
-            return nullcontext()
+            return NOTHING
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
     def _rescale(self, factor: Tensor) -> None:

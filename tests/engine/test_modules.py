@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from diptych.engine.modules import parameters_of, parts_of
+from diptych.engine.modules import KnownParameters, parts_of
 
 
 class Shared(nn.Module):
@@ -29,10 +30,59 @@ def identities(objects: object) -> list[int]:
 def test_parts_and_parameters_are_those_of_torch_in_its_order():
     for module in (Shared(), nn.Identity(), nn.ModuleList([Shared(), nn.ModuleDict()])):
         assert identities(parts_of(module)) == identities(module.modules())
-        assert identities(parameters_of(module)) == identities(module.parameters())
+        assert identities(KnownParameters().of(module)) == identities(module.parameters())
 
 
 def test_what_several_modules_share_is_found_once():
-    module = Shared()
+    module, other = Shared(), nn.Parameter(torch.ones(()))
     both = nn.ModuleList([module, module.tied])
-    assert identities(parameters_of(module, module.tied)) == identities(both.parameters())
+    expected = [*both.parameters(), other]
+    found = KnownParameters().of(module, module.tied, others=[*expected[::-1]])
+    assert identities(found) == identities(expected)
+
+
+def replaced(module: Shared) -> None:
+    module.first[0].bias = nn.Parameter(torch.zeros(2))
+
+
+def removed(module: Shared) -> None:
+    del module.tied.weight
+
+
+def moved(module: Shared) -> None:
+    module.tied.scale = module.scale
+    del module.scale
+
+
+def written_into_the_dictionaries(module: Shared) -> None:
+    module.first._modules["0"]._parameters["weight"] = nn.Parameter(torch.zeros(2, 2))
+
+
+CHANGES = {
+    "a part is added at the bottom": lambda m: m.first[1].add_module("inner", nn.Linear(1, 1)),
+    "a part is inserted": lambda m: m.first.insert(0, nn.Linear(2, 2)),
+    "a part is replaced": lambda m: setattr(m, "first", nn.Linear(2, 2)),
+    "a part is removed": lambda m: delattr(m, "tied"),
+    "a parameter is added": lambda m: m.first[1].register_parameter(
+        "new", nn.Parameter(torch.ones(1))
+    ),
+    "an absent parameter is set": lambda m: setattr(m.tied, "bias", nn.Parameter(torch.zeros(2))),
+    "a parameter is replaced": replaced,
+    "a parameter is removed": removed,
+    "a parameter is moved to another part": moved,
+    "a parameter is written into the dictionary": written_into_the_dictionaries,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_known_parameters_follow_every_change_of_the_modules(change):
+    module, known = Shared(), KnownParameters()
+    assert known.of(module) is known.of(module)
+    change(module)
+    assert identities(known.of(module)) == identities(module.parameters())
+
+
+def test_known_parameters_follow_another_root():
+    module, known = Shared(), KnownParameters()
+    known.of(module)
+    assert identities(known.of(module.tied)) == identities(module.tied.parameters())
