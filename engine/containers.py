@@ -19,8 +19,10 @@ def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
     kind = type(batch)
     if kind is Tensor:  # first, since the tests below take microseconds
         return function(batch)
-    if (kind is tuple or kind is list) and _holds_containers(batch):
-        return kind([map_leaves(value, function) for value in batch])
+    if isinstance(batch, (tuple, list)) and _holds_containers(batch):
+        # A named tuple takes its values one by one.
+        rebuild = getattr(batch, "_make", kind)
+        return rebuild([map_leaves(value, function) for value in batch])
     if kind is dict or isinstance(batch, Mapping):
         items = {key: map_leaves(value, function) for key, value in batch.items()}
         return _rebuild_mapping(batch, items)
@@ -30,10 +32,6 @@ def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
     if _is_dataclass(batch):
         taken = {f.name: f.name for f in dataclasses.fields(batch) if f.init}
         return dataclasses.replace(batch, **_map_fields(batch, taken, function))
-    if isinstance(batch, (tuple, list)) and _holds_containers(batch):
-        # A named tuple takes its values one by one.
-        rebuild = getattr(batch, "_make", kind)
-        return rebuild([map_leaves(value, function) for value in batch])
     return function(batch)
 
 

@@ -85,7 +85,7 @@ class KnownParameters:
         parts = parts_of(*roots)
         own = [one for part in parts for one in part._parameters.values() if one is not None]  # noqa: SLF001
         self._parameters = [*{id(one): one for one in (*own, *others)}.values()]
-        held = [*(part._parameters for part in parts), *(part._modules for part in parts)]  # noqa: SLF001
+        held: list[Any] = [p._parameters for p in parts] + [p._modules for p in parts]  # noqa: SLF001
         living = all(isinstance(one, dict) for one in held)  # a scripted module's are copies
         self._held = [one.values() for one in held]
         self._content = [*roots, *others, *chain.from_iterable(self._held)] if living else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -129,8 +129,8 @@ class GeneratorSnapshot:
 
     Reading the states of Python's and NumPy's generators takes 30 microseconds, which a short
     update would notice. Both are Mersenne Twisters in a block of memory that C code owns, so this
-    class copies the memory, once its first bytes have changed. It compares the layout with the
-    public functions first, and uses those functions if the layout differs.
+    class copies the memory. It compares the layout with the public functions first, and uses those
+    functions if the layout differs.
 
     Args:
         device: its generator is copied, besides those of the host.
@@ -171,52 +171,33 @@ class _PythonGenerator:
 
     def __init__(self) -> None:
         self._generator: random.Random = random.getstate.__self__  # type: ignore[attr-defined]
-        self._memory: _Memory | None = None
+        self._read: Callable[[], bytes] | None = None
         self._state: Any = None
         self._gauss: float | None = None
         header = object.__basicsize__
         if type(self._generator).__basicsize__ >= header + SIZE:
-            memory = _Memory(id(self._generator) + header)
-            if _words_after_position(memory.content()) == random.getstate()[1]:
-                self._memory = memory
+            read = _reader_of(id(self._generator) + header)
+            if _words_after_position(read()) == random.getstate()[1]:
+                self._read = read
 
     def take(self) -> None:
-        if self._memory is None:
+        if self._read is None:
             self._state = random.getstate()
             return
-        self._state = self._memory.content()
+        self._state = self._read()
         self._gauss = getattr(self._generator, "gauss_next")  # noqa: B009 - not in the stubs
 
     def restore(self) -> None:
-        if self._memory is None:
+        if self._read is None:
             random.setstate(self._state)
         else:
             words = _words_after_position(self._state)
             random.setstate((random.Random.VERSION, words, self._gauss))
 
 
-class _Memory:
-    """The memory of a Mersenne Twister, copied again only if its first bytes have changed.
-
-    A draw moves the position in its words, or, at their end, replaces all of them.
-
-    Args:
-        address: where it begins.
-        position: where its position is in it; the words are before or behind it.
-    """
-
-    def __init__(self, address: int, position: int = 0) -> None:
-        memory = memoryview((ctypes.c_char * SIZE).from_address(address))
-        self._read, self._read_words = memory.tobytes, memory[4:36].tobytes
-        self._read_position = memory[position : position + 4].tobytes
-        self._position = self._words = self._content = b""
-
-    def content(self) -> bytes:
-        """Return all bytes; the same object if no number was drawn since the last call."""
-        position, words = self._read_position(), self._read_words()
-        if position != self._position or words != self._words:
-            self._position, self._words, self._content = position, words, self._read()
-        return self._content
+def _reader_of(address: int) -> Callable[[], bytes]:
+    """Return a function that copies the memory of a Mersenne Twister."""
+    return memoryview((ctypes.c_char * SIZE).from_address(address)).tobytes
 
 
 def _words_after_position(memory: bytes) -> tuple[int, ...]:
@@ -233,7 +214,7 @@ class _NumpyGenerator:
 
     def __init__(self) -> None:
         self._source: Any = None
-        self._memory: _Memory | None = None
+        self._read: Callable[[], bytes] | None = None
         self._before = b""
         self._state: Any = None
 
@@ -241,18 +222,18 @@ class _NumpyGenerator:
         source = np.random.get_bit_generator()  # type: ignore[attr-defined]
         if source is not self._source:
             self._find(source)
-        content = b"" if self._memory is None else self._memory.content()
-        if not content or content is not self._before or self._state["has_gauss"]:
-            self._before, self._state = content, np.random.get_state(legacy=False)
+        memory = b"" if self._read is None else self._read()
+        if not memory or memory != self._before or self._state["has_gauss"]:
+            self._before, self._state = memory, np.random.get_state(legacy=False)
 
     def restore(self) -> None:
         np.random.set_state(self._state)
 
     def _find(self, source: Any) -> None:
-        self._source, self._memory, self._before = source, None, b""
+        self._source, self._read, self._before = source, None, b""
         if type(source) is not np.random.MT19937:
             return
-        memory = _Memory(source.ctypes.state_address, position=4 * WORDS)
+        read = _reader_of(source.ctypes.state_address)
         key, position = source.state["state"]["key"], source.state["state"]["pos"]
-        if memory.content() == struct.pack(f"={WORDS}Ii", *key, position):
-            self._memory = memory
+        if read() == struct.pack(f"={WORDS}Ii", *key, position):
+            self._read = read

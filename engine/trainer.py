@@ -33,7 +33,7 @@ from diptych.engine.distributed.sharding import shard_model
 from diptych.engine.errors import BatchError
 from diptych.engine.evaluator import EvaluatesModel, computed_by_metrics
 from diptych.engine.events import MetricsEvents, RunEvents
-from diptych.engine.handler import Attachable, Finding, contract_of
+from diptych.engine.handler import Attachable, Finding, Handler
 from diptych.engine.loop.listener import cost_table
 from diptych.engine.loop.position import Position, planned_iterations
 from diptych.engine.metrics.metrics_collector import MetricsCollector
@@ -326,7 +326,7 @@ class Trainer(ExactSteps):
     @property
     def findings(self) -> list[Finding]:
         """The problems that the attached handlers have found so far, by iteration."""
-        found = [one for handler in self.handlers for one in contract_of(handler).findings]
+        found = [one for handler in self.handlers_of(Handler) for one in handler.findings]
         return sorted(found, key=lambda finding: finding.step)
 
     @property

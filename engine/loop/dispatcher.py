@@ -71,7 +71,8 @@ class Dispatcher(Engine):
     @property
     def listeners(self) -> list[Listener]:
         """All listeners, event by event, in the order in which they are called."""
-        self._find_listeners()
+        if self._edited.since_read:
+            self._find_listeners()
         found: list[Listener] = []
         for listener in itertools.chain.from_iterable(self._listeners.values()):
             periodic = listener.function

@@ -41,7 +41,6 @@ from diptych.engine.step.loss_contract import (
 from diptych.engine.step.microbatch import GradientCache, PieceCounter, join_outputs
 from diptych.engine.tasks import Outputs, Task
 
-
 NOTHING, PARAMETERS = nullcontext(), itemgetter("params")
 
 
@@ -231,9 +230,7 @@ class TrainStep:
         if len(pieces) == 1 and (self.microbatch_size is None or self._ranks == 1):
             outputs = self.forward(batch)
         else:
-            cache = GradientCache(
-                self.model, self.device, self.last_backward, self.between_pieces
-            )
+            cache = GradientCache(self.model, self.device, self.last_backward, self.between_pieces)
             outputs = cache.outputs(self.forward, pieces)
         trainer.outputs = outputs
         trainer.fire_event(StepEvents.FORWARD_COMPLETED)

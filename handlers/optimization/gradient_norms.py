@@ -74,7 +74,7 @@ class SharedNorms:
         self._cached = _measure(trainer)
         return self._cached
 
-    def invalidate(self) -> None:
+    def invalidate(self, *_: object) -> None:
         """Invalidate the cached norms. Call after modifying gradients."""
         self._cached = None
 
@@ -89,8 +89,14 @@ def shared_norms(trainer: Trainer) -> SharedNorms:
 
 def held_parameters(trainer: Trainer) -> list[nn.Parameter]:
     """Return the parameters of the trainer's optimizers, in their order."""
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    return list(dict.fromkeys(p for group in groups for p in group["params"]))
+    held = [p for one in trainer.optimizers for group in one.param_groups for p in group["params"]]
+    return [*dict(zip(map(id, held), held, strict=True)).values()]
+
+
+def any_gradient(trainer: Trainer) -> bool:
+    """Say whether a parameter of the trainer's optimizers has a gradient."""
+    groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
+    return any(p.grad is not None for group in groups for p in group["params"])
 
 
 def norm_of(parts: Sequence[Tensor], device: torch.device) -> Tensor:

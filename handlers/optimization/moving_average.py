@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import attrs
@@ -14,7 +15,9 @@ from diptych.engine.events import StepEvents
 from diptych.engine.modules import unwrapped
 from diptych.engine.state.module_state import clean_state_dict
 from diptych.engine.trainer import Trainer
-from diptych.handlers.optimization.gradient_norms import held_parameters
+from diptych.handlers.optimization.gradient_norms import any_gradient
+
+DTYPE = attrgetter("dtype")
 
 
 class ModuleTensor(NamedTuple):
@@ -33,8 +36,10 @@ class ModuleTensor(NamedTuple):
     @property
     def tensor(self) -> Tensor:
         """The current tensor; a module may replace a buffer by another tensor."""
-        found: Tensor = getattr(self.module, self.name)
-        return found
+        module = self.module
+        held: Mapping[str, Any] = module._buffers if self.is_buffer else module._parameters  # noqa: SLF001
+        found: Tensor | None = held.get(self.name)  # torch's own look-up is slow
+        return getattr(module, self.name) if found is None else found
 
 
 def module_tensors(module: nn.Module) -> dict[str, ModuleTensor]:
@@ -78,7 +83,8 @@ def move_towards(averages: list[Tensor], values: list[Tensor], weight: float | T
     if not averages:
         return
     averages, values = local_parts(averages), local_parts(values)
-    values = [v.to(a.dtype) for a, v in zip(averages, values, strict=True)]
+    if [*map(DTYPE, values)] != [*map(DTYPE, averages)]:
+        values = [v.to(a.dtype) for a, v in zip(averages, values, strict=True)]
     if not isinstance(weight, Tensor):
         torch._foreach_lerp_(averages, values, weight)
         return
@@ -116,7 +122,7 @@ class UpdateObserver:
         """
         trainer = self._trainer
         assert trainer is not None
-        if all(parameter.grad is None for parameter in held_parameters(trainer)):
+        if not any_gradient(trainer):
             return False
         flags = [] if self._found is None else [self._found.to(trainer.device) > 0]
         if self._skipped is not None:
