@@ -158,17 +158,16 @@ class BaseContrastiveLoss(Loss):
             )
         if groups is not None:
             groups = with_own_groups(groups, batch)
-        if self._normalizes_late(first, second, batch):
+        if self._normalizes_late(first, second):
             return Pairs(first, second, groups, batch, first.dtype, normalize=True)
         dtype = working_dtype(first, second)
         with torch.autocast(first.device.type, enabled=False):
             sides = [self.normalize_features(side.to(dtype)) for side in (first, second)]
         return Pairs(sides[0], sides[1], groups, batch, first.dtype)
 
-    def _normalizes_late(self, first: Tensor, second: Tensor, batch: GlobalBatch) -> bool:
+    def _normalizes_late(self, first: Tensor, second: Tensor) -> bool:
         """Return whether features go to `contrast` in half precision, not normalised."""
-        # Several ranks exchange gradients, which half precision would round once more.
-        if not self.normalize or batch.world_size > 1:
+        if not self.normalize:
             return False
         # `normalizes_late` holds only for the `objective` of the class that sets it.
         author = next(cls for cls in type(self).__mro__ if "objective" in vars(cls))

@@ -11,6 +11,8 @@ process group, or with one rank, nothing is communicated.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +31,15 @@ def sum_over_ranks(local: Tensor) -> Tensor:
         return local
     summed: Tensor = _Sum.apply(local)  # type: ignore[no-untyped-call]
     return summed
+
+
+def max_over_ranks(local: Tensor) -> Tensor:
+    """Return the elementwise maximum over ranks of a tensor of equal shape, without gradient."""
+    if world_size() == 1:
+        return local.detach()
+    largest = local.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
 
 
 class GlobalBatch(NamedTuple):
@@ -62,6 +73,15 @@ class GlobalBatch(NamedTuple):
         """Index of this rank's first sample in the global batch."""
         return sum(self.sizes[: self.rank])
 
+    @property
+    def own(self) -> slice:
+        """The place of this rank's samples in the global batch."""
+        return slice(self.offset, self.offset + self.size)
+
+    def of_views(self, count: int) -> GlobalBatch:
+        """Return the batch in which every sample has several rows, those of a rank together."""
+        return GlobalBatch(tuple(count * size for size in self.sizes), self.rank)
+
     def positions(self, device: torch.device) -> Tensor:
         """Return the global indices of this rank's samples, int64 [b]."""
         return torch.arange(self.offset, self.offset + self.size, device=device)
@@ -75,6 +95,13 @@ class GlobalBatch(NamedTuple):
             return local
         gathered: Tensor = _Gather.apply(local, self)  # type: ignore[no-untyped-call]
         return gathered
+
+    def scatter(self, whole: Tensor) -> Tensor:
+        """Return this rank's piece [b, ...] of the sum over ranks of [B, ...], with gradient."""
+        if self.world_size == 1:
+            return whole
+        piece: Tensor = _Scatter.apply(whole, self)  # type: ignore[no-untyped-call]
+        return piece
 
     def mean(self, values: Tensor, valid: Tensor | None = None) -> Tensor:
         """Return this rank's share of the mean over all samples of all ranks.
@@ -93,7 +120,10 @@ class GlobalBatch(NamedTuple):
 
 
 def global_batch(size: int, **agreed: int) -> GlobalBatch:
-    """Exchange the batch sizes of all ranks, through host memory, without waiting for a device.
+    """Return the batch sizes of all ranks, which a loss needs before it gathers.
+
+    They are those that a trainer has announced (`announced_sizes`). Otherwise the ranks exchange
+    them through host memory, without waiting for a device.
 
     Args:
         size: The number of samples on this rank; may be 0 unless it is 0 on all ranks.
@@ -106,15 +136,88 @@ def global_batch(size: int, **agreed: int) -> GlobalBatch:
     if world_size() == 1:
         batch = GlobalBatch((size,), 0)
     else:
-        rows = _exchange([size, *agreed.values()])
-        for position, name in enumerate(agreed, start=1):
-            received = [row[position] for row in rows]
-            if len(set(received)) > 1:
-                raise ValueError(f"{name} must be equal on all ranks, got {received} by rank")
-        batch = GlobalBatch(tuple(row[0] for row in rows), dist.get_rank())
+        batch = GlobalBatch(_sizes(size, agreed), dist.get_rank())
     if batch.total == 0:
         raise ValueError("a loss needs at least one sample, got an empty batch")
     return batch
+
+
+def _sizes(size: int, agreed: dict[str, int]) -> tuple[int, ...]:
+    if _announced:
+        return _announced[-1].sizes(size, agreed)
+    return _agreed_sizes(size, agreed)
+
+
+def _agreed_sizes(size: int, agreed: dict[str, int]) -> tuple[int, ...]:
+    """Exchange the sizes, and check the agreed numbers."""
+    rows = _exchange([size, *agreed.values()])
+    for position, name in enumerate(agreed, start=1):
+        received = [row[position] for row in rows]
+        if len(set(received)) > 1:
+            raise ValueError(f"{name} must be equal on all ranks, got {received} by rank")
+    return tuple(row[0] for row in rows)
+
+
+class AnnouncedSizes:
+    """The sizes of all ranks' batches, exchanged while the ranks compute their features.
+
+    The exchange has started when the object exists; the first loss that needs the sizes waits for
+    it. Ranks also exchange the kind of their batches, any number that is equal for batches of equal
+    structure. A loss's first call for given kinds compares the announced sizes with its own, and
+    its agreed numbers, by an exchange; later calls do not. All ranks know all kinds, so they decide
+    alike.
+
+    Args:
+        size: The number of samples on this rank.
+        kind: The kind of this rank's batch, a 64-bit integer.
+        checked: What is known of the calls so far: whether a call, by the kinds of the batches and
+            its position among the calls of one batch, gets the announced sizes. Pass the same
+            mapping each time.
+    """
+
+    def __init__(self, size: int, kind: int, checked: dict[Any, bool]) -> None:
+        local = torch.tensor([size, kind], dtype=torch.int64)
+        self._received = [torch.empty_like(local) for _ in range(world_size())]
+        self._work = dist.all_gather(self._received, local, group=_host_group(), async_op=True)
+        self._checked = checked
+        self._calls = 0
+
+    def sizes(self, size: int, agreed: dict[str, int]) -> tuple[int, ...]:
+        """Return the sizes for the next call of a loss; arguments as for `global_batch`."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        announced, kinds = zip(*(row.tolist() for row in self._received), strict=True)
+        call = (kinds, self._calls, *agreed)
+        self._calls += 1
+        if not self._checked.get(call, False):
+            found = _agreed_sizes(size, agreed)
+            # A loss of other rows than the batch's, such as several captions a sample, exchanges
+            # in each call.
+            self._checked[call] = self._checked.get(call, True) and found == announced
+            return found
+        if size != announced[dist.get_rank()]:
+            raise ValueError(
+                f"a loss must get one row for each of the {announced[dist.get_rank()]} samples of"
+                f" the batch, as before, got {size}. Return as many rows from the task each time."
+            )
+        return announced
+
+
+_announced: list[AnnouncedSizes] = []
+
+
+@contextmanager
+def announced_sizes(announced: AnnouncedSizes | None) -> Iterator[None]:
+    """Make the losses called inside use announced sizes instead of exchanging them."""
+    if announced is None:
+        yield
+        return
+    _announced.append(announced)
+    try:
+        yield
+    finally:
+        _announced.pop()
 
 
 _host_groups: dict[str, Any] = {}
@@ -190,7 +293,7 @@ class _Scatter(torch.autograd.Function):
         # Some backends have no reduce-scatter, and none takes uneven pieces: sum, then slice.
         summed = whole.clone()
         dist.all_reduce(summed)
-        return summed[batch.offset : batch.offset + batch.size].contiguous()
+        return summed[batch.own].contiguous()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

@@ -6,35 +6,29 @@ import torch
 from torch import Tensor
 
 from diptych.losses.base.contrastive import Pairs
+from diptych.losses.base.gather import GlobalBatch
 from diptych.losses.base.positives import Positives
 
 
-def two_views(pairs: Pairs) -> tuple[Tensor, Tensor, Positives]:
-    """Return this rank's 2b anchors, all ranks' 2B candidates, and their matches.
+def two_views(pairs: Pairs) -> tuple[Tensor, Positives, GlobalBatch]:
+    """Return this rank's 2b anchors, their matches among all ranks' anchors, and their batch.
 
-    Anchors are [first; second] of this rank, candidates [first; second] of all ranks. An anchor's
-    partner is its other view. The anchor itself is among the candidates and is neither positive nor
-    negative. With groups, both views of every sample of the group match.
+    Anchors are [first; second] of a rank, and the candidates are the anchors of all ranks, rank
+    after rank. An anchor's partner is its other view. The anchor itself is among the candidates and
+    is neither positive nor negative. With groups, both views of every sample of the group match.
 
     Returns:
-        Anchors [2b, D], candidates [2B, D] with gradient to every rank, and the positives.
+        Anchors [2b, D], the positives, and the batch that gathers anchors.
     """
-    batch = pairs.batch
+    batch = pairs.batch.of_views(2)
     anchors = torch.cat((pairs.first, pairs.second))
-    here = batch.positions(anchors.device)
-    there = here + batch.total
-    row_groups = column_groups = None
-    if pairs.groups is not None:
-        row_groups = pairs.groups.repeat(2)
-        column_groups = batch.gather(pairs.groups).repeat(2)
+    itself = batch.positions(anchors.device)
+    row_groups = None if pairs.groups is None else pairs.groups.repeat(2)
     positives = Positives(
-        2 * batch.total,
-        partner=torch.cat((there, here)),
-        itself=torch.cat((here, there)),
+        batch.total,
+        partner=itself.roll(pairs.batch.size),
+        itself=itself,
         row_groups=row_groups,
-        column_groups=column_groups,
+        column_groups=None if row_groups is None else batch.gather(row_groups),
     )
-    if batch.world_size == 1:
-        return anchors, anchors, positives
-    candidates = torch.cat((batch.gather(pairs.first), batch.gather(pairs.second)))
-    return anchors, candidates, positives
+    return anchors, positives, batch

@@ -24,8 +24,8 @@ class CLIPLoss(BaseContrastiveLoss):
     of their sum (MIL-NCE, arXiv:1912.06430), ``mask`` keeps the own pair as the positive and drops
     the rest of the group from the denominator.
 
-    Across ranks: features and groups are gathered, with gradient; a rank computes its b rows and
-    its b columns against all B, so memory is b x B. Exact for uneven local batches.
+    Across ranks: the second sides are gathered, with gradient; a rank computes the b x B logits of
+    its first sides, and sums over columns are completed over ranks. Exact for uneven local batches.
 
     Source: Radford et al. 2021, arXiv:2103.00020; van den Oord et al. 2018, arXiv:1807.03748.
 
@@ -73,27 +73,17 @@ class CLIPLoss(BaseContrastiveLoss):
 
     def objective(self, pairs: Pairs) -> dict[str, Tensor]:
         """Return {"contrastive": the loss}."""
-        batch = pairs.batch
-        positives = pair_positives(batch, pairs.groups, pairs.first.device)
-        scale = self.temperature.scale(pairs.first)
-
-        def direction(own: Tensor, others: Tensor, *, symmetric: bool) -> Tensor:
-            return contrast(
-                own,
-                others,
-                scale,
-                positives,
-                kind=self.positives,
-                label_smoothing=self.label_smoothing,
-                symmetric=symmetric,
-                tile=self.tile,
-                normalize=pairs.normalize,
-                dtype=pairs.dtype,
-            )
-
-        if batch.world_size == 1:
-            losses = direction(pairs.first, pairs.second, symmetric=True)
-        else:
-            losses = direction(pairs.first, batch.gather(pairs.second), symmetric=False)
-            losses = losses + direction(pairs.second, batch.gather(pairs.first), symmetric=False)
-        return {"contrastive": 0.5 * batch.mean(losses)}
+        losses = contrast(
+            pairs.first,
+            pairs.second,
+            self.temperature.scale(pairs.first),
+            pair_positives(pairs.batch, pairs.groups, pairs.first.device),
+            kind=self.positives,
+            label_smoothing=self.label_smoothing,
+            symmetric=True,
+            batch=pairs.batch,
+            tile=self.tile,
+            normalize=pairs.normalize,
+            dtype=pairs.dtype,
+        )
+        return {"contrastive": 0.5 * pairs.batch.mean(losses)}

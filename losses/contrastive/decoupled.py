@@ -63,13 +63,14 @@ class DecoupledContrastiveLoss(BaseContrastiveLoss):
 
     def objective(self, pairs: Pairs) -> dict[str, Tensor]:
         """Return {"contrastive": the loss}."""
-        anchors, candidates, positives = two_views(pairs)
+        anchors, positives, batch = two_views(pairs)
         scale = self.temperature.scale(anchors)
         losses = contrast(
             anchors,
-            candidates,
+            anchors,
             scale,
             positives,
+            batch=batch,
             kind="mask",
             decoupled=True,
             tile=self.tile,
@@ -80,8 +81,8 @@ class DecoupledContrastiveLoss(BaseContrastiveLoss):
             rest = (1 - self._weights(pairs, self.sigma)) * (pairs.first * pairs.second).sum(1)
             losses = losses + (scale * rest.repeat(2)).masked_fill(~valid, 0.0).sum()
         if not positives.grouped:
-            return {"contrastive": 0.5 * pairs.batch.mean(losses)}
-        return {"contrastive": pairs.batch.mean(losses, valid)}
+            return {"contrastive": batch.mean(losses)}
+        return {"contrastive": batch.mean(losses, valid)}
 
     def _weights(self, pairs: Pairs, sigma: float) -> Tensor:
         """Return w of this rank's pairs, [b]; over the global batch they sum to B."""

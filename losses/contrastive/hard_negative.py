@@ -105,9 +105,9 @@ class HardNegativeLoss(BaseContrastiveLoss):
 
     def _debiased(self, pairs: Pairs) -> Tensor:
         """Return the losses of 2b anchors, [2b]."""
-        anchors, candidates, positives = two_views(pairs)
+        anchors, positives, batch = two_views(pairs)
         scale = self.temperature.scale(anchors)
-        logits = (scale * anchors) @ candidates.T
+        logits = (scale * anchors) @ batch.gather(anchors).T
         own = scale * (pairs.first * pairs.second).sum(1).repeat(2)
         negatives = positives.negatives()
         empty = ~negatives.any(1)

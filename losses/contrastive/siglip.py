@@ -80,10 +80,11 @@ class SigLIPLoss(BaseContrastiveLoss):
         batch = pairs.batch
         losses = sigmoid_contrast(
             pairs.first,
-            batch.gather(pairs.second),
+            pairs.second,
             self.temperature.scale(pairs.first),
             self._bias(pairs.first),
             pair_positives(batch, pairs.groups, pairs.first.device),
+            batch=batch,
             tile=self.tile,
             normalize=pairs.normalize,
             dtype=pairs.dtype,

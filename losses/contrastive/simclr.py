@@ -54,15 +54,15 @@ class NTXentLoss(BaseContrastiveLoss):
 
     def objective(self, pairs: Pairs) -> dict[str, Tensor]:
         """Return {"contrastive": the loss}."""
-        anchors, candidates, positives = two_views(pairs)
-        scale = self.temperature.scale(anchors)
+        anchors, positives, batch = two_views(pairs)
         losses = contrast(
             anchors,
-            candidates,
-            scale,
+            anchors,
+            self.temperature.scale(anchors),
             positives,
+            batch=batch,
             tile=self.tile,
             normalize=pairs.normalize,
             dtype=pairs.dtype,
         )
-        return {"contrastive": 0.5 * pairs.batch.mean(losses)}
+        return {"contrastive": batch.mean(losses)}

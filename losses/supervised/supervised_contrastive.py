@@ -114,13 +114,15 @@ class SupervisedContrastiveLoss(BaseContrastiveLoss):
         with torch.autocast(views.device.type, enabled=False):
             anchors = views.to(working_dtype(views))
             anchors = normalize(anchors) if self.normalize else anchors
-            candidates, all_labels = batch.gather(anchors), batch.gather(labels)
             losses, counted = [], []
             for own, seen in self._blocks(count):
+                rows = torch.cat([anchors[:, view] for view in own])
+                same = own == seen
                 loss, has_positive = self._contrast(
-                    torch.cat([anchors[:, view] for view in own]),
-                    torch.cat([candidates[:, view] for view in seen]),
-                    self._positives(labels, all_labels, batch, len(own), len(seen)),
+                    rows,
+                    rows if same else torch.cat([anchors[:, view] for view in seen]),
+                    _positives(labels, batch, len(own), len(seen), among_candidates=same),
+                    batch.of_views(len(seen)),
                     views.dtype,
                 )
                 losses.append(loss)
@@ -139,21 +141,13 @@ class SupervisedContrastiveLoss(BaseContrastiveLoss):
             return [([view], [view]) for view in views]
         return [([view], [other for other in views if other != view]) for view in views]
 
-    def _positives(
-        self, labels: Tensor, all_labels: Tensor, batch: GlobalBatch, own: int, seen: int
-    ) -> Positives:
-        """Return the matches of this rank's samples, view after view, among all ranks' samples."""
-        here = batch.positions(labels.device)
-        itself = torch.cat([here + view * batch.total for view in range(own)])
-        return Positives(
-            batch.total * seen,
-            itself=None if self.candidates == "cross" else itself,
-            row_groups=torch.cat([labels] * own),
-            column_groups=torch.cat([all_labels] * seen),
-        )
-
     def _contrast(
-        self, anchors: Tensor, candidates: Tensor, positives: Positives, dtype: torch.dtype
+        self,
+        anchors: Tensor,
+        candidates: Tensor,
+        positives: Positives,
+        batch: GlobalBatch,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         """Return the sum of the anchors' losses and bool [n], which anchors have a positive."""
         scale = self.temperature.scale(anchors)
@@ -161,13 +155,14 @@ class SupervisedContrastiveLoss(BaseContrastiveLoss):
         assert rows is not None
         assert columns is not None
         if rows.dim() == 1:
-            loss = contrast(anchors, candidates, scale, positives, tile=self.tile, dtype=dtype)
+            loss = contrast(
+                anchors, candidates, scale, positives, batch=batch, tile=self.tile, dtype=dtype
+            )
             return loss, positives.counts() > 0
         kept = positives.others()
         matches = kept & (jaccard(rows, columns) > self.overlap)
-        return masked_info_nce(scale * (anchors @ candidates.T), matches, kept).sum(), matches.any(
-            1
-        )
+        logits = scale * (anchors @ batch.gather(candidates).T)
+        return masked_info_nce(logits, matches, kept).sum(), matches.any(1)
 
     def example_inputs(
         self, batch: int, *, dim: int = 8, generator: torch.Generator | None = None
@@ -175,6 +170,27 @@ class SupervisedContrastiveLoss(BaseContrastiveLoss):
         """Return features [batch, 2, dim] and labels [batch] for the contract test."""
         features = torch.randn(batch, 2, dim, generator=generator)
         return features, torch.randint(3, (batch,), generator=generator)
+
+
+def _positives(
+    labels: Tensor, batch: GlobalBatch, own: int, seen: int, *, among_candidates: bool
+) -> Positives:
+    """Return the matches of this rank's anchors among the candidates of all ranks.
+
+    Args:
+        labels: [b] or [b, C].
+        batch: Sizes of all ranks.
+        own: The number of views that are anchors; a rank's anchors come view after view.
+        seen: The number of views that are candidates, rank after rank.
+        among_candidates: Whether the anchors are the candidates.
+    """
+    candidates = batch.of_views(seen)
+    return Positives(
+        candidates.total,
+        itself=candidates.positions(labels.device) if among_candidates else None,
+        row_groups=torch.cat([labels] * own),
+        column_groups=candidates.gather(torch.cat([labels] * seen)),
+    )
 
 
 def jaccard(rows: Tensor, columns: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diptych.losses.base.gather import GlobalBatch
 from diptych.losses.base.tiles import torch_blocks
 from diptych.losses.base.tiles.torch_blocks import (
     BlockGradients,
@@ -25,12 +26,14 @@ from diptych.losses.base.tiles.torch_blocks import (
 from diptych.losses.base.validation import HALF, working_dtype
 
 _ARGUMENTS = (
-    "Tensor anchors, Tensor candidates, Tensor scale, Tensor? bias, bool normalize,"
-    " Tensor partner, Tensor? itself, Tensor? row_groups, Tensor? column_groups,"
+    "Tensor anchors, Tensor? candidates, Tensor scale, Tensor? bias, bool normalize,"
+    " Tensor partner, Tensor? inverse, Tensor? itself, Tensor? row_groups, Tensor? column_groups,"
     " bool group_matches, Tensor? valid,"
-    " int rows, bool decoupled, float smoothing, bool symmetric"
+    " int rows, bool decoupled, float smoothing, bool symmetric,"
+    " int[] sizes, int rank"
 )
 _GRADIENTS = "(Tensor, Tensor, Tensor, Tensor)"
+_COUNT = _ARGUMENTS.count(",") + 1
 
 
 class TiledLossArguments(NamedTuple):
@@ -39,15 +42,26 @@ class TiledLossArguments(NamedTuple):
     blocks: LossBlocks
     entries: Entries
     settings: TileSettings
+    batch: GlobalBatch
 
     def flat(self) -> tuple[Any, ...]:
         """Return all fields as one flat tuple, as an operator takes them."""
-        return (*self.blocks, *self.entries, *self.settings)
+        return (*self.blocks, *self.entries, *self.settings, *self.batch)
 
     @classmethod
     def restored(cls, flat: tuple[Any, ...]) -> TiledLossArguments:
         """Return the arguments from a flat tuple."""
-        return cls(LossBlocks(*flat[:5]), Entries(*flat[5:11]), TileSettings(*flat[11:]))
+        return cls(
+            LossBlocks(*flat[:5]),
+            Entries(*flat[5:12]),
+            TileSettings(*flat[12:16]),
+            GlobalBatch(tuple(flat[16]), flat[17]),
+        )
+
+    @property
+    def columns(self) -> int:
+        """The number of columns, m."""
+        return self.blocks.piece.shape[0] if self.batch.world_size == 1 else self.batch.total
 
 
 def contrast(loss: TiledLossArguments) -> Tensor:
@@ -58,7 +72,7 @@ def contrast(loss: TiledLossArguments) -> Tensor:
 
 def sigmoid_contrast(loss: TiledLossArguments) -> Tensor:
     """Return the sum of the pairwise sigmoid losses."""
-    total: Tensor = _sigmoid_contrast(*loss.flat())
+    total: Tensor = _sigmoid_contrast(*loss.flat())[0]
     return total
 
 
@@ -94,14 +108,29 @@ def kernels_take(features: Tensor, dtype: torch.dtype | None) -> bool:
 def _backend(blocks: LossBlocks) -> tuple[Any, LossBlocks]:
     """Return the module that computes the blocks, and the blocks in the form that it takes."""
     anchors, candidates, scale, bias, normalize = blocks
+    backend: Any
+    convert: Any
     if kernels_take(anchors, anchors.dtype):
         from diptych.losses.base.tiles import triton_blocks  # noqa: PLC0415 - needs Triton
 
-        return triton_blocks, LossBlocks(
-            _aligned(anchors), _aligned(candidates), scale, bias, normalize
-        )
-    dtype = working_dtype(anchors)
-    return torch_blocks, LossBlocks(anchors.to(dtype), candidates.to(dtype), scale, bias)
+        backend, convert = triton_blocks, _aligned
+    else:
+        backend, convert = torch_blocks, functools.partial(Tensor.to, dtype=working_dtype(anchors))
+        normalize = False
+    candidates = None if candidates is None else convert(candidates)
+    return backend, LossBlocks(convert(anchors), candidates, scale, bias, normalize)
+
+
+def _gathered(backend: Any, blocks: LossBlocks, batch: GlobalBatch) -> Tensor:
+    """Return the candidates of all ranks, in the dtype in which they are multiplied.
+
+    They are normalised before they are gathered. On one rank they are the candidates as given.
+    """
+    piece = blocks.piece
+    if batch.world_size == 1:
+        return piece
+    with torch.no_grad():
+        return batch.gather(backend.normalize_features(piece) if blocks.normalize else piece)
 
 
 def _aligned(features: Tensor) -> Tensor:
@@ -113,19 +142,32 @@ def _aligned(features: Tensor) -> Tensor:
 def _as_features(gradients: BlockGradients, features: Tensor) -> tuple[Tensor, ...]:
     """Return gradients, those of anchors and candidates in the features' dtype."""
     anchors, candidates, scale, bias = gradients
+    candidates = anchors.new_empty(0) if candidates is None else candidates
     return anchors.to(features.dtype), candidates.to(features.dtype), scale, bias
 
 
 @torch.library.custom_op(
-    "diptych::contrast", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
+    "diptych::contrast",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _contrast(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the summed loss, and the statistics of rows [3, n] and columns ([3, m] or [3, 0])."""
-    given, entries, settings = TiledLossArguments.restored(flat)
+def _contrast(*flat: Any) -> tuple[Tensor, ...]:
+    """Return the summed loss and what its gradient needs.
+
+    These are the statistics of rows [3, n] and of this rank's columns ([3, b] or [3, 0]), and over
+    several ranks all candidates [m, D].
+    """
+    given, entries, settings, batch = TiledLossArguments.restored(flat)
     with torch.autocast(given.anchors.device.type, enabled=False):
         backend, blocks = _backend(given)
+        whole = _gathered(backend, blocks, batch)
         sums = backend.contrast_sums(
-            blocks, entries, symmetric=settings.symmetric, rows=settings.rows
+            blocks,
+            entries,
+            whole=whole,
+            batch=batch,
+            symmetric=settings.symmetric,
+            rows=settings.rows,
         )
         total, statistics = given.scale.new_zeros(()), []
         for direction in sums[: 1 + settings.symmetric]:
@@ -134,34 +176,57 @@ def _contrast(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
             statistics.append(kept)
     if not settings.symmetric:
         statistics.append(given.scale.new_empty(3, 0))
-    return total, statistics[0], statistics[1]
+    return total, statistics[0], statistics[1], _kept(whole, batch)
+
+
+def _kept(whole: Tensor, batch: GlobalBatch) -> Tensor:
+    """Return the gathered candidates; empty on one rank, whose candidates the gradient has."""
+    return whole if batch.world_size > 1 else whole.new_empty(0)
 
 
 @_contrast.register_fake
-def _(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
-    blocks, _, settings = TiledLossArguments.restored(flat)
-    new, columns = blocks.scale.new_empty, blocks.candidates.shape[0] if settings.symmetric else 0
-    return new(()), new(3, blocks.anchors.shape[0]), new(3, columns)
+def _(*flat: Any) -> tuple[Tensor, ...]:
+    arguments = TiledLossArguments.restored(flat)
+    blocks, _, settings, _ = arguments
+    new, rows = blocks.scale.new_empty, blocks.anchors.shape[0]
+    return new(()), new(3, rows), new(3, rows if settings.symmetric else 0), _fake_kept(arguments)
+
+
+def _fake_kept(arguments: TiledLossArguments) -> Tensor:
+    anchors, batch = arguments.blocks.anchors, arguments.batch
+    shape = (batch.total, anchors.shape[1]) if batch.world_size > 1 else (0,)
+    return anchors.new_empty(shape)
 
 
 @torch.library.custom_op(
     "diptych::contrast_gradient",
     mutates_args=(),
-    schema=f"(Tensor weight, Tensor row_statistics, Tensor column_statistics, {_ARGUMENTS})"
-    f" -> {_GRADIENTS}",
+    schema="(Tensor weight, Tensor row_statistics, Tensor column_statistics, Tensor whole,"
+    f" {_ARGUMENTS}) -> {_GRADIENTS}",
 )
 def _contrast_gradient(
-    weight: Tensor, row_statistics: Tensor, column_statistics: Tensor, *flat: Any
+    weight: Tensor, row_statistics: Tensor, column_statistics: Tensor, whole: Tensor, *flat: Any
 ) -> tuple[Tensor, ...]:
-    """Return `weight` times the gradients of the summed loss: anchors, candidates, scale, bias."""
-    given, entries, settings = TiledLossArguments.restored(flat)
+    """Return the gradients of the loss times its weight: anchors, candidates, scale, bias.
+
+    The losses of other ranks reach this rank's features with the weights that they have there.
+    """
+    given, entries, settings, batch = TiledLossArguments.restored(flat)
     with torch.autocast(given.anchors.device.type, enabled=False):
         backend, blocks = _backend(given)
+        columns = column_statistics if settings.symmetric else None
+        if given.candidates is None:  # the columns are the rows of all ranks
+            columns = row_statistics
+        if columns is not None:
+            columns = torch.cat([columns, weight.expand(1, columns.shape[1])])
+            columns = batch.gather(columns.T).T.contiguous()
         gradients = backend.contrast_gradients(
             blocks,
             entries,
             row_statistics,
-            column_statistics if settings.symmetric else None,
+            columns,
+            whole=whole if batch.world_size > 1 else blocks.piece,
+            batch=batch,
             weight=weight,
             rows=settings.rows,
         )
@@ -169,48 +234,57 @@ def _contrast_gradient(
 
 
 @torch.library.custom_op(
-    "diptych::sigmoid_contrast", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor"
+    "diptych::sigmoid_contrast", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)"
 )
-def _sigmoid_contrast(*flat: Any) -> Tensor:
-    """Return the summed loss."""
-    given, entries, settings = TiledLossArguments.restored(flat)
+def _sigmoid_contrast(*flat: Any) -> tuple[Tensor, Tensor]:
+    """Return the summed loss and, over several ranks, all candidates [m, D]."""
+    given, entries, settings, batch = TiledLossArguments.restored(flat)
     with torch.autocast(given.anchors.device.type, enabled=False):
         backend, blocks = _backend(given)
-        total: Tensor = backend.sigmoid_sum(blocks, entries, rows=settings.rows)
-    return total
+        whole = _gathered(backend, blocks, batch)
+        total: Tensor = backend.sigmoid_sum(
+            blocks, entries, whole=whole, batch=batch, rows=settings.rows
+        )
+    return total, _kept(whole, batch)
 
 
 @_sigmoid_contrast.register_fake
-def _(*flat: Any) -> Tensor:
-    return TiledLossArguments.restored(flat).blocks.scale.new_empty(())
+def _(*flat: Any) -> tuple[Tensor, Tensor]:
+    arguments = TiledLossArguments.restored(flat)
+    return arguments.blocks.scale.new_empty(()), _fake_kept(arguments)
 
 
 @torch.library.custom_op(
     "diptych::sigmoid_contrast_gradient",
     mutates_args=(),
-    schema=f"(Tensor weight, {_ARGUMENTS}) -> {_GRADIENTS}",
+    schema=f"(Tensor weight, Tensor whole, {_ARGUMENTS}) -> {_GRADIENTS}",
 )
-def _sigmoid_contrast_gradient(weight: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+def _sigmoid_contrast_gradient(weight: Tensor, whole: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     """Return `weight` times the gradients of the summed loss: anchors, candidates, scale, bias."""
-    given, entries, settings = TiledLossArguments.restored(flat)
+    given, entries, settings, batch = TiledLossArguments.restored(flat)
     with torch.autocast(given.anchors.device.type, enabled=False):
         backend, blocks = _backend(given)
-        gradients = backend.sigmoid_gradients(blocks, entries, weight=weight, rows=settings.rows)
+        gradients = backend.sigmoid_gradients(
+            blocks,
+            entries,
+            whole=whole if batch.world_size > 1 else blocks.piece,
+            batch=batch,
+            weight=weight,
+            rows=settings.rows,
+        )
     return _as_features(gradients, given.anchors)
 
 
 def _fake_gradients(weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Return empty gradients; the flat arguments are the last ones of either operator."""
-    flat = arguments[-len(_ARGUMENTS.split(",")) :]
-    anchors, candidates = TiledLossArguments.restored(flat).blocks[:2]
-    features = torch.empty_like(anchors), torch.empty_like(candidates)
-    return (*features, torch.empty_like(weight), torch.empty_like(weight))
+    anchors, candidates = TiledLossArguments.restored(arguments[-_COUNT:]).blocks[:2]
+    others = anchors.new_empty(0) if candidates is None else torch.empty_like(candidates)
+    return (torch.empty_like(anchors), others, torch.empty_like(weight), torch.empty_like(weight))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Save an operator's arguments and, for `_contrast`, its statistics."""
-    statistics = output[1:] if isinstance(output, tuple) else ()
-    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *statistics)
+    """Save an operator's arguments, and its results besides the loss."""
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *output[1:])
     ctx.plain = [None if isinstance(x, Tensor) else x for x in inputs]
 
 
@@ -222,9 +296,15 @@ def _differentiate(operator: Any, ctx: Any, *weights: Tensor) -> tuple[Tensor | 
         plain if tensor is None else tensor
         for tensor, plain in zip(tensors, ctx.plain, strict=True)
     )
-    *gradients, bias = operator(weights[0], *statistics, *flat)
-    has_bias = TiledLossArguments.restored(flat).blocks.bias is not None
-    return (*gradients, bias if has_bias else None, *[None] * (count - 4))
+    anchors, candidates, scale, bias = operator(weights[0], *statistics, *flat)
+    blocks = TiledLossArguments.restored(flat).blocks
+    return (
+        anchors,
+        None if blocks.candidates is None else candidates,
+        scale,
+        None if blocks.bias is None else bias,
+        *[None] * (count - 4),
+    )
 
 
 for _operator, _gradient in (

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diptych.losses.base.gather import GlobalBatch
 from diptych.losses.base.normalization import normalize_in_float32
 from diptych.losses.base.positives import Positives
 from diptych.losses.base.tiles import operators
@@ -24,9 +25,13 @@ from diptych.losses.base.validation import working_dtype
 _PLAIN_LOGITS = {"cpu": 2**24, "cuda": 2**26}
 _BLOCK_LOGITS = {"cpu": 2**22, "cuda": 2**25}
 _LEAST_ROWS = {"cpu": 32, "cuda": 512}
+_ALL = GlobalBatch((0,), 0)
+"""The batch of one process, or of one rank that has all candidates: nothing is gathered."""
 
 
-def resolve_tile(tile: int | str | None, anchors: Tensor, candidates: Tensor) -> int | None:
+def resolve_tile(
+    tile: int | str | None, anchors: Tensor, candidates: Tensor, batch: GlobalBatch | None = None
+) -> int | None:
     """Return the number of rows of a block, or None for the whole matrix.
 
     ``"auto"`` means the whole matrix up to 8192 x 8192 logits on an accelerator and 4096 x 4096 on
@@ -36,13 +41,17 @@ def resolve_tile(tile: int | str | None, anchors: Tensor, candidates: Tensor) ->
     Args:
         tile: ``"auto"``, None (whole) or a number of rows.
         anchors: [n, D].
-        candidates: [m, D].
+        candidates: [m, D], or this rank's piece of them.
+        batch: Sizes of all ranks' candidates; None: `candidates` are all. The ranks choose alike,
+            by the largest piece.
     """
     if not isinstance(tile, str):
         return tile
     kind = "cpu" if anchors.device.type == "cpu" else "cuda"
-    columns = candidates.shape[0]
-    if anchors.shape[0] * columns <= _PLAIN_LOGITS[kind]:
+    rows, columns = anchors.shape[0], candidates.shape[0]
+    if batch is not None:
+        rows, columns = max(batch.sizes), batch.total
+    if rows * columns <= _PLAIN_LOGITS[kind]:
         return None
     return max(_LEAST_ROWS[kind], _BLOCK_LOGITS[kind] // columns)
 
@@ -52,7 +61,9 @@ def tiled_contrast(
     positives: Positives,
     kind: str,
     settings: TileSettings,
+    *,
     dtype: torch.dtype | None = None,
+    batch: GlobalBatch | None = None,
 ) -> Tensor:
     """Return the InfoNCE losses of all anchors, summed, a scalar: the same as `contrast`.
 
@@ -63,27 +74,36 @@ def tiled_contrast(
         settings: Rows of a block, and the options of `contrast`.
         dtype: The dtype in which the features entered. On a GPU with Triton, bfloat16 and float16
             are multiplied as such and summed in float32; elsewhere blocks are float32 or float64.
+        batch: Sizes of all ranks' candidates; None: those of `blocks` are all.
     """
+    batch = _ALL if batch is None else batch
     decoupled, smoothing = settings.decoupled, settings.smoothing
     adds_linear = smoothing > 0 or (positives.grouped and kind == "outside")
     blocks = _prepared(blocks, dtype, late=not adds_linear)
-    positives = _with_partner(positives)
+    positives, inverse = _with_partner(positives)
     valid = _valid(positives, decoupled=decoupled)
-    entries = _entries(positives, kind, decoupled=decoupled)._replace(valid=valid)
-    loss = operators.contrast(TiledLossArguments(blocks, entries, settings))
+    entries = _entries(positives, kind, decoupled=decoupled)
+    entries = entries._replace(inverse=inverse, valid=valid)
+    loss = operators.contrast(TiledLossArguments(blocks, entries, settings, batch))
     if not adds_linear:
         return loss
-    anchors, candidates, scale = blocks[:3]
-    directions = (anchors, candidates), (candidates, anchors)
-    for first, second in directions[: 1 + settings.symmetric]:
-        point = _linear_part(second, positives, kind, decoupled=decoupled, smoothing=smoothing)
-        linear = (first.to(scale.dtype) * point).sum(1).masked_fill(~valid, 0.0)
+    anchors, piece, scale = blocks.anchors, blocks.piece, blocks.scale
+    directions = (anchors, piece), (piece, anchors)
+    for own, others in directions[: 1 + settings.symmetric]:
+        whole = batch.gather(others.to(scale.dtype))
+        point = _linear_part(whole, positives, kind, decoupled=decoupled, smoothing=smoothing)
+        linear = (own.to(scale.dtype) * point).sum(1).masked_fill(~valid, 0.0)
         loss = loss + scale * linear.sum()
     return loss
 
 
 def tiled_sigmoid_contrast(
-    blocks: LossBlocks, positives: Positives, rows: int, dtype: torch.dtype | None = None
+    blocks: LossBlocks,
+    positives: Positives,
+    rows: int,
+    *,
+    dtype: torch.dtype | None = None,
+    batch: GlobalBatch | None = None,
 ) -> Tensor:
     """Return the sigmoid losses of all pairs, summed, a scalar: the same as `sigmoid_contrast`.
 
@@ -92,10 +112,13 @@ def tiled_sigmoid_contrast(
         positives: Matching candidates.
         rows: Rows of a block, >= 1.
         dtype: As for `tiled_contrast`.
+        batch: As for `tiled_contrast`.
     """
-    entries = _entries(_with_partner(positives))
-    loss = TiledLossArguments(_prepared(blocks, dtype), entries, TileSettings(rows))
-    return operators.sigmoid_contrast(loss)
+    blocks, entries = _prepared(blocks, dtype), _entries(_with_partner(positives)[0])
+    batch = _ALL if batch is None else batch
+    return operators.sigmoid_contrast(
+        TiledLossArguments(blocks, entries, TileSettings(rows), batch)
+    )
 
 
 def _prepared(blocks: LossBlocks, dtype: torch.dtype | None, *, late: bool = True) -> LossBlocks:
@@ -108,41 +131,49 @@ def _prepared(blocks: LossBlocks, dtype: torch.dtype | None, *, late: bool = Tru
     """
     anchors, candidates, scale, bias, normalize = blocks
     half = kernels_take(anchors, dtype)
-    if normalize and not (half and late):
-        anchors, candidates = normalize_in_float32(anchors), normalize_in_float32(candidates)
-    if half:
-        anchors, candidates = anchors.to(dtype), candidates.to(dtype)
+
+    def prepared(features: Tensor) -> Tensor:
+        if normalize and not (half and late):
+            features = normalize_in_float32(features)
+        return features.to(dtype) if half else features
+
+    anchors = prepared(anchors)
+    candidates = None if candidates is None else prepared(candidates)
     working = working_dtype(anchors)
     bias = None if bias is None else bias.to(working)
     return LossBlocks(anchors, candidates, scale.to(working), bias, normalize and half and late)
 
 
-def _with_partner(positives: Positives) -> Positives:
-    """Return positives in which every anchor has a partner.
+def _with_partner(positives: Positives) -> tuple[Positives, Tensor | None]:
+    """Return positives in which every anchor has a partner, and the inverse of the partners.
 
-    If groups alone decide, the partner is any other member of the anchor's group, so that the
+    If groups alone decide, the partner is another member of the anchor's group, so that the
     positive subtracted inside the blocks comes from the same matrix product as the negatives. An
-    anchor without other members gets an arbitrary column; it is not valid.
+    anchor without other members gets an arbitrary column; it is not valid. If the anchors are among
+    the candidates, partners go round the group: each anchor is the partner of one other, of which
+    the inverse is the column. It is None if every anchor is the partner of its partner.
     """
     if positives.partner is not None:
-        return positives
+        return positives, None
     assert positives.row_groups is not None, "Positives needs a partner or groups"
     assert positives.column_groups is not None
     ordered, order = positives.column_groups.sort(stable=True)
     last = positives.candidates - 1
-    start = torch.searchsorted(ordered, positives.row_groups.contiguous()).clamp(max=last)
-    partner = order[start]
-    if positives.itself is not None:
-        partner = torch.where(
-            partner == positives.itself, order[(start + 1).clamp(max=last)], partner
-        )
-    return positives._replace(partner=partner)
+    rows = positives.row_groups.contiguous()
+    start = torch.searchsorted(ordered, rows)
+    if positives.itself is None:
+        return positives._replace(partner=order[start.clamp(max=last)]), None
+    count = torch.searchsorted(ordered, rows, right=True) - start
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(last + 1, device=order.device))
+    place = places[positives.itself] - start
+    following, before = (order[start + (place + step) % count] for step in (1, -1))
+    return positives._replace(partner=following), before
 
 
 def _entries(positives: Positives, kind: str = "inside", *, decoupled: bool = False) -> Entries:
     """Return the kind of each logit, for positives in which every anchor has a partner."""
     assert positives.partner is not None
-    entries = Entries(positives.partner, positives.itself)
+    entries = Entries(positives.partner, itself=positives.itself)
     if not positives.grouped or (kind == "outside" and not decoupled):
         return entries
     return entries._replace(
@@ -162,14 +193,18 @@ def _valid(positives: Positives, *, decoupled: bool) -> Tensor:
 
 
 def _linear_part(
-    candidates: Tensor, positives: Positives, kind: str, *, decoupled: bool, smoothing: float
+    candidates: Tensor,
+    positives: Positives,
+    kind: str,
+    *,
+    decoupled: bool,
+    smoothing: float,
 ) -> Tensor:
     """Return the point c [n, D]: an anchor's loss is that of the blocks plus scale * anchor . c.
 
     The blocks subtract (1 - smoothing) times the partner's logit. ``outside`` needs the mean over
     all positives instead, and smoothing needs the mean over the denominator.
     """
-    candidates = candidates.to(working_dtype(candidates))
     partner = candidates[positives.partner]
     matching, counts = partner, positives.counts()[:, None]
     itself = 0.0 if positives.itself is None else candidates[positives.itself]

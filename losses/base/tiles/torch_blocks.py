@@ -8,19 +8,24 @@ scale of 100, the difference of two logsumexps would keep few of float32's digit
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diptych.losses.base.gather import GlobalBatch, max_over_ranks, sum_over_ranks
+
 
 class LossBlocks(NamedTuple):
     """Factors of the logits scale * anchors @ candidates.T + bias, [n, m], never held whole.
 
+    Over ranks the candidates of this rank are a piece; the blocks are multiplied with `whole`, the
+    candidates of all ranks.
+
     Attributes:
         anchors: [n, D], float32 or float64; half precision for the Triton kernels.
-        candidates: [m, D].
+        candidates: [m, D], or this rank's piece of them; None: the anchors are the candidates.
         scale: 0-dim.
         bias: 0-dim, or None for 0.
         normalize: Whether to divide the features by their norms. Only the Triton kernels do so;
@@ -28,22 +33,27 @@ class LossBlocks(NamedTuple):
     """
 
     anchors: Tensor
-    candidates: Tensor
+    candidates: Tensor | None
     scale: Tensor
     bias: Tensor | None = None
     normalize: bool = False
 
-    def by_rows(self, rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    @property
+    def piece(self) -> Tensor:
+        """This rank's candidates, [b, D]."""
+        return self.anchors if self.candidates is None else self.candidates
+
+    def by_rows(self, rows: int, whole: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield each block of rows, its logits [rows, m], and a spare tensor of that shape.
 
         The next block overwrites both tensors.
         """
         count = self.anchors.shape[0]
-        memory = self.anchors.new_empty(2, min(rows, count), self.candidates.shape[0])
+        memory = self.anchors.new_empty(2, min(rows, count), whole.shape[0])
         for start in range(0, max(count, 1), rows):  # one empty block for a rank without rows
             block = slice(start, min(start + rows, count))
             values, spare = memory[:, : block.stop - start]
-            torch.mm(self.anchors[block] * self.scale, self.candidates.T, out=values)
+            torch.mm(self.anchors[block] * self.scale, whole.T, out=values)
             yield block, values if self.bias is None else values.add_(self.bias), spare
 
 
@@ -52,6 +62,8 @@ class Entries(NamedTuple):
 
     Attributes:
         partner: int64 [n], the column of each row's own pair.
+        inverse: int64 [n], the column whose own pair is the row, if columns are anchors too; None:
+            the partner.
         itself: int64 [n], a column that is neither, or None.
         row_groups: Integer ids [n], or None: every other column is a negative.
         column_groups: Integer ids [m], or None.
@@ -61,6 +73,7 @@ class Entries(NamedTuple):
     """
 
     partner: Tensor
+    inverse: Tensor | None = None
     itself: Tensor | None = None
     row_groups: Tensor | None = None
     column_groups: Tensor | None = None
@@ -74,17 +87,13 @@ class Entries(NamedTuple):
         group = self.row_groups[block, None] == self.column_groups[None, :]
         return group if self.itself is None else group.scatter_(1, self.itself[block, None], False)
 
-    def fill(self, values: Tensor, block: slice, *, positive: Tensor, neither: float) -> None:
-        """Overwrite the positives, by [rows, 1] or [rows, m], and the neutral entries."""
-        group = self.group(block)
-        if group is not None and self.group_matches:
-            torch.where(group, positive, values, out=values)
-        else:
-            if group is not None:
-                values.masked_fill_(group, neither)
-            values.scatter_(1, self.partner[block, None], positive)
+    def remove_neutral(self, values: Tensor, block: slice) -> None:
+        """Set the entries that are neither positive nor negative to -inf, and own pairs or not."""
+        group = None if self.group_matches else self.group(block)
+        if group is not None:
+            values.masked_fill_(group, -torch.inf)
         if self.itself is not None:
-            values.scatter_(1, self.itself[block, None], neither)
+            values.scatter_(1, self.itself[block, None], -torch.inf)
 
 
 class TileSettings(NamedTuple):
@@ -94,7 +103,8 @@ class TileSettings(NamedTuple):
         rows: Rows of a block.
         decoupled: Whether the positives are left out of the denominator.
         smoothing: The label smoothing, in [0, 1).
-        symmetric: Whether the columns are anchors too; own pairs are then on the diagonal.
+        symmetric: Whether this rank's candidates are anchors too, each the pair of the anchor in
+            its place.
     """
 
     rows: int
@@ -131,6 +141,15 @@ class LogSum(NamedTuple):
         """Return the logsumexps of several blocks as one."""
         return cls(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
 
+    def over_ranks(self) -> LogSum:
+        """Return the logsumexp over the terms of all ranks."""
+        maximum = max_over_ranks(self.maximum)
+        return LogSum(maximum, sum_over_ranks(self.total * (self.maximum - maximum).exp()))
+
+    def part(self, part: slice) -> LogSum:
+        """Return some of the logsumexps."""
+        return LogSum(self.maximum[part], self.total[part])
+
     def joined(self, other: LogSum) -> LogSum:
         """Return the logsumexp over the terms of both."""
         maximum = torch.maximum(self.maximum, other.maximum)
@@ -146,29 +165,42 @@ class DirectionSums(NamedTuple):
 
 
 class BlockGradients(NamedTuple):
-    """Gradients of anchors [n, D], candidates [m, D], scale and bias (both 0-dim)."""
+    """Gradients of anchors [n, D], candidates [m, D], scale and bias (both 0-dim).
+
+    If the anchors are the candidates, all of their gradient is in `anchors`.
+    """
 
     anchors: Tensor
-    candidates: Tensor
+    candidates: Tensor | None
     scale: Tensor
     bias: Tensor
 
     @classmethod
-    def zeros(cls, blocks: LossBlocks) -> BlockGradients:
+    def zeros(cls, blocks: LossBlocks, whole: Tensor) -> BlockGradients:
         """Return zeros, to which each block is added."""
         scalar = torch.zeros_like(blocks.scale)
-        anchors, candidates = blocks[:2]
-        return cls(torch.zeros_like(anchors), torch.zeros_like(candidates), scalar, scalar.clone())
+        candidates = None if blocks.candidates is None else torch.zeros_like(whole)
+        return cls(torch.zeros_like(blocks.anchors), candidates, scalar, scalar.clone())
 
-    def add(self, blocks: LossBlocks, block: slice, gradient: Tensor, weight: Tensor) -> None:
+    def add(
+        self, blocks: LossBlocks, whole: Tensor, block: slice, gradient: Tensor, weight: Tensor
+    ) -> None:
         """Add the contribution of `weight` times the gradient of a block of logits [rows, m]."""
-        anchors, candidates, scale, bias, _ = blocks
-        product = torch.mm(gradient, candidates, out=self.anchors[block])
-        self.scale.add_((product * anchors[block]).sum() * weight)
+        anchors, scale = blocks.anchors[block], blocks.scale
+        product = torch.mm(gradient, whole, out=self.anchors[block])
+        self.scale.add_((product * anchors).sum() * weight)
         product.mul_(scale * weight)
-        self.candidates.addmm_(gradient.T, anchors[block] * (scale * weight))
-        if bias is not None:
+        if self.candidates is not None:
+            self.candidates.addmm_(gradient.T, anchors * (scale * weight))
+        if blocks.bias is not None:
             self.bias.add_(gradient.sum() * weight)
+
+    def of_rank(self, batch: GlobalBatch) -> BlockGradients:
+        """Return the gradients of this rank's features, summed over ranks."""
+        if self.candidates is None:
+            # The gradient of a logit is that of its row's and its column's loss: each counts twice.
+            return self._replace(scale=self.scale / 2)
+        return self._replace(candidates=batch.scatter(self.candidates))
 
 
 def losses_of_sums(
@@ -205,28 +237,40 @@ def losses_of_sums(
 
 
 def contrast_sums(
-    blocks: LossBlocks, entries: Entries, *, symmetric: bool, rows: int
+    blocks: LossBlocks,
+    entries: Entries,
+    *,
+    whole: Tensor,
+    batch: GlobalBatch,
+    symmetric: bool,
+    rows: int,
 ) -> tuple[DirectionSums, DirectionSums | None]:
-    """Return the sums of the rows and, if symmetric, of the columns.
+    """Return the sums of the rows and, if symmetric, of this rank's columns.
 
     Args:
         blocks: Factors of the logits [n, m].
-        entries: The kind of each entry; if symmetric, own pairs are on the diagonal.
-        symmetric: Whether the columns are anchors too.
+        entries: The kind of each entry.
+        whole: The candidates of all ranks, [m, D].
+        batch: Sizes of all ranks' candidates.
+        symmetric: Whether the columns are anchors too. Their sums are completed over ranks.
         rows: Rows of a block.
     """
     negatives, positives = [], []
-    none = LogSum.empty(blocks.anchors, blocks.candidates.shape[0] if symmetric else 0)
+    none = LogSum.empty(whole, whole.shape[0] if symmetric else 0)
     columns = DirectionSums(none, none)
-    for block, values, spare in blocks.by_rows(rows):
-        own = values.gather(1, entries.partner[block, None])
+    for block, values, spare in blocks.by_rows(rows, whole):
+        partner = entries.partner[block, None]
+        own = values.gather(1, partner)
         group = entries.group(block) if entries.group_matches else None
         matches = own if group is None else values.masked_fill(~group, -torch.inf)
-        lowest = torch.full_like(own, -torch.inf)
-        entries.fill(values, block, positive=lowest, neither=-torch.inf)
+        entries.remove_neutral(values, block)
+        if group is None:
+            values.scatter_(1, partner, -torch.inf)
+        else:
+            values.masked_fill_(group, -torch.inf)
         negatives.append(LogSum.over(values, 1, spare))
         positives.append(LogSum.over(matches, 1, spare[:, : matches.shape[1]]))
-        if symmetric:
+        if symmetric and len(values):
             columns = DirectionSums(
                 columns.negatives.joined(LogSum.over(values, 0, spare)),
                 none if group is None else columns.positives.joined(LogSum.over(matches, 0, spare)),
@@ -234,72 +278,129 @@ def contrast_sums(
     row_sums = DirectionSums(LogSum.concatenated(negatives), LogSum.concatenated(positives))
     if not symmetric:
         return row_sums, None
-    # Without groups, the only positives are on the diagonal, which rows and columns share.
-    return row_sums, columns if entries.group_matches else DirectionSums(columns[0], row_sums[1])
+    return row_sums, own_columns(columns, row_sums, entries, batch)
+
+
+def own_columns(
+    columns: DirectionSums, row_sums: DirectionSums, entries: Entries, batch: GlobalBatch
+) -> DirectionSums:
+    """Return the sums of this rank's columns from those over each rank's rows."""
+    if not entries.group_matches:  # the only positives are own pairs, which rows and columns share
+        columns = columns._replace(positives=row_sums.positives)
+    if batch.world_size == 1:
+        return columns
+    negatives, positives = columns
+    if entries.group_matches:
+        positives = positives.over_ranks().part(batch.own)
+    return DirectionSums(negatives.over_ranks().part(batch.own), positives)
 
 
 def contrast_gradients(
     blocks: LossBlocks,
     entries: Entries,
     row_statistics: Tensor,
-    column_statistics: Tensor | None,
+    columns: Tensor | None,
     *,
+    whole: Tensor,
+    batch: GlobalBatch,
     weight: Tensor,
     rows: int,
 ) -> BlockGradients:
-    """Return `weight` times the gradients of the summed losses.
+    """Return the gradients of the weighted losses, for the features of this rank.
 
     Args:
         blocks: Factors of the logits [n, m].
         entries: The kind of each entry.
         row_statistics: [3, n], from `losses_of_sums`.
-        column_statistics: [3, m], or None if the columns are not anchors.
-        weight: 0-dim.
+        columns: [4, m], the statistics of all ranks' columns and the weights of their losses; None
+            if the columns are not anchors.
+        whole: The candidates of all ranks, [m, D].
+        batch: Sizes of all ranks' candidates.
+        weight: 0-dim, the weight of the rows' losses.
         rows: Rows of a block.
     """
-    gradients = BlockGradients.zeros(blocks)
-    for block, values, spare in blocks.by_rows(rows):
-        normalizer, pull, positive = row_statistics[:, block, None]
-        if entries.group_matches:
-            pull = pull * (values - positive).exp_()
-        gradient = torch.sub(values, normalizer, out=spare).exp_()
-        if column_statistics is not None:
-            normalizer, column_pull, positive = column_statistics
-            if entries.group_matches:
-                pull.addcmul_(column_pull, (values - positive).exp_())
+    gradients = BlockGradients.zeros(blocks, whole)
+    # One process has one weight. It multiplies the products, which saves a pass over the blocks.
+    weighted = columns is not None and batch.world_size > 1
+    common = torch.ones_like(weight) if weighted else weight
+    for block, values, spare in blocks.by_rows(rows, whole):
+        group = entries.group(block) if entries.group_matches else None
+        entries.remove_neutral(values, block)
+        partner, own = entries.partner[block, None], row_statistics[:, block, None]
+        gradient = _direction_gradient(values, own, partner, group, out=spare)
+        if columns is not None:
+            inverse = partner if entries.inverse is None else entries.inverse[block, None]
+            others = columns[:3] if group is not None else [columns[0], columns[1][inverse], None]
+            others = _direction_gradient(values, others, inverse, group, out=values)
+            if weighted:
+                gradient.mul_(weight).addcmul_(others, columns[3])
             else:
-                pull = pull + column_pull[entries.partner[block, None]]
-            gradient += values.sub_(normalizer).exp_()
-        entries.fill(gradient, block, positive=-pull, neither=0.0)
-        gradients.add(blocks, block, gradient, weight)
-    return gradients
+                gradient += others
+        gradients.add(blocks, whole, block, gradient, common)
+    return gradients.of_rank(batch)
 
 
-def sigmoid_sum(blocks: LossBlocks, entries: Entries, *, rows: int) -> Tensor:
+def _direction_gradient(
+    values: Tensor, statistics: Any, own: Tensor, group: Tensor | None, *, out: Tensor
+) -> Tensor:
+    """Return the gradient of a block of logits from the losses of its rows or of its columns.
+
+    Args:
+        values: The block, [rows, m].
+        statistics: Normalizer, pull and positive, each [rows, 1] or [m]. Without a group, the pull
+            is [rows, 1] in both directions.
+        own: [rows, 1], the column of each row's own pair.
+        group: Bool [rows, m], the positives; None: own pairs.
+        out: A tensor of the same shape to write to.
+    """
+    normalizer, pull, positive = statistics
+    pulls = None if group is None else (values - positive).exp_().mul_(pull)
+    gradient = torch.sub(values, normalizer, out=out).exp_()
+    if group is None or pulls is None:
+        return gradient.scatter_(1, own, -pull)
+    return torch.where(group, -pulls, gradient, out=gradient)
+
+
+def sigmoid_sum(
+    blocks: LossBlocks,
+    entries: Entries,
+    *,
+    whole: Tensor,
+    batch: GlobalBatch,  # noqa: ARG001 - as in `triton_blocks`
+    rows: int,
+) -> Tensor:
     """Return the sum of softplus(-z * logit), z = +1 for a positive, else -1.
 
     Args:
         blocks: Factors of the logits [n, m].
         entries: Which entries are positive.
+        whole: The candidates of all ranks, [m, D].
+        batch: Sizes of all ranks' candidates.
         rows: Rows of a block.
     """
     total = torch.zeros_like(blocks.scale)
-    for block, values, _ in blocks.by_rows(rows):
+    for block, values, _ in blocks.by_rows(rows, whole):
         _negate_positives(values, entries, block)
         total -= F.logsigmoid(values.neg_()).sum()  # softplus turns linear for large values
     return total
 
 
 def sigmoid_gradients(
-    blocks: LossBlocks, entries: Entries, *, weight: Tensor, rows: int
+    blocks: LossBlocks,
+    entries: Entries,
+    *,
+    whole: Tensor,
+    batch: GlobalBatch,
+    weight: Tensor,
+    rows: int,
 ) -> BlockGradients:
-    """Return `weight` times the gradients of `sigmoid_sum`."""
-    gradients = BlockGradients.zeros(blocks)
-    for block, values, _ in blocks.by_rows(rows):
+    """Return `weight` times the gradients of `sigmoid_sum`, for the features of this rank."""
+    gradients = BlockGradients.zeros(blocks, whole)
+    for block, values, _ in blocks.by_rows(rows, whole):
         _negate_positives(values, entries, block)
         _negate_positives(values.sigmoid_(), entries, block)
-        gradients.add(blocks, block, values, weight)
-    return gradients
+        gradients.add(blocks, whole, block, values, weight)
+    return gradients.of_rank(batch)
 
 
 def _negate_positives(values: Tensor, entries: Entries, block: slice) -> None:

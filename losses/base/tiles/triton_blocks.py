@@ -15,6 +15,7 @@ The kernels read that decision on the device; the host never waits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from diptych.losses.base.gather import GlobalBatch, max_over_ranks, sum_over_ranks
 from diptych.losses.base.tiles import triton_kernels as kernels
 from diptych.losses.base.tiles.torch_blocks import (
     BlockGradients,
@@ -29,6 +31,7 @@ from diptych.losses.base.tiles.torch_blocks import (
     Entries,
     LogSum,
     LossBlocks,
+    own_columns,
 )
 
 _TILE = {"ROWS": 128, "COLUMNS": 128, "STEP": 64, "num_warps": 4, "num_stages": 3}
@@ -43,6 +46,7 @@ _DEPTH = 80.0
 
 _CHUNK_ROWS = 8192
 _FORWARD_COLUMNS = 65536
+_FORWARD_LOGITS = 2**30
 
 
 class _Chunk(NamedTuple):
@@ -78,17 +82,19 @@ argument and adds each tile's gradients of scale and bias to the fourth, [2, til
 class _KernelProblem:
     """The arguments of the kernels, for features at unit norm."""
 
-    def __init__(self, blocks: LossBlocks, entries: Entries) -> None:
-        anchors, candidates, scale, bias, _ = self.blocks = blocks
-        self.n, self.m = anchors.shape[0], candidates.shape[0]
+    def __init__(self, blocks: LossBlocks, entries: Entries, whole: Tensor) -> None:
+        anchors, _, scale, bias, _ = self.blocks = blocks
+        self.whole = whole
+        self.n, self.m = anchors.shape[0], whole.shape[0]
         self.scalars = [scale] if bias is None else [scale, bias]
         partner = entries.partner.to(torch.int32)
+        inverse = partner if entries.inverse is None else entries.inverse.to(torch.int32)
         itself = partner if entries.itself is None else entries.itself.to(torch.int32)
         group, groups = kernels.NEGATIVE, [partner, partner]  # placeholders: not read
         if entries.row_groups is not None and entries.column_groups is not None:
             group = kernels.POSITIVE if entries.group_matches else kernels.NEITHER
             groups = [entries.row_groups.contiguous(), entries.column_groups.contiguous()]
-        self.inputs = [partner, itself, *groups]
+        self.inputs = [partner, inverse, itself, *groups]
         self.settings = {
             "WIDTH": anchors.shape[1],
             "ITSELF": entries.itself is not None,
@@ -103,10 +109,11 @@ class _KernelProblem:
         down, across = chunk.tiles
         self._run(kernel, down * across, chunk, sides, arguments, BAND=_BAND, **settings)
 
-    def rows(self, kernel: Any, sides: _Sides, *arguments: Any, **settings: Any) -> None:
+    def rows(self, kernel: Any, *arguments: Any, **settings: Any) -> None:
         """Run a kernel on every row of tiles."""
-        whole = _Chunk(0, 0, self.n, self.m)
-        self._run(kernel, whole.tiles[0], whole, sides, arguments, **settings)
+        chunk = _Chunk(0, 0, self.n, self.m)
+        sides = _sides(self.blocks.anchors, self.whole)
+        self._run(kernel, chunk.tiles[0], chunk, sides, arguments, **settings)
 
     def _run(
         self,
@@ -117,16 +124,24 @@ class _KernelProblem:
         arguments: tuple[Any, ...],
         **settings: Any,
     ) -> None:
+        if not self.n or not self.m:  # a rank without rows
+            return
         shape = (*chunk, self.n, self.m)
         with torch.cuda.device(self.scalars[0].device):
             kernel[(programs,)](
                 *sides, *self.inputs, *shape, *self.scalars, *arguments, **settings, **self.settings
             )
 
-    def chunks(self, height: int, width: int) -> Iterator[_Chunk]:
-        """Yield chunks of the logits, along the columns first."""
+    def chunks(self, height: int, width: int, *, upper: bool = False) -> Iterator[_Chunk]:
+        """Yield chunks of the logits, along the columns first.
+
+        Args:
+            height: The most rows.
+            width: The most columns.
+            upper: Whether to leave out chunks below the diagonal.
+        """
         for row in range(0, self.n, height):
-            for column in range(0, self.m, width):
+            for column in range(row if upper else 0, self.m, width):
                 lengths = min(height, self.n - row), min(width, self.m - column)
                 yield _Chunk(row, column, *lengths)
 
@@ -135,45 +150,83 @@ def contrast_sums(
     blocks: LossBlocks,
     entries: Entries,
     *,
+    whole: Tensor,
+    batch: GlobalBatch,
     symmetric: bool,
     rows: int,  # noqa: ARG001 - memory does not depend on it
 ) -> tuple[DirectionSums, DirectionSums | None]:
-    """Return the sums of the rows and, if symmetric, of the columns, as in `torch_blocks`."""
-    reference, blocks = _reference(blocks), _at_norm(blocks)
-    problem = _KernelProblem(blocks, entries)
+    """Return the sums of the rows and, if symmetric, of this rank's columns, as in `torch_blocks`.
+
+    If the candidates of one rank are its anchors, the matrix is symmetric: half of it is computed.
+    """
+    reference = _reference(blocks, whole, over_ranks=symmetric and batch.world_size > 1)
+    upper = blocks.candidates is None and batch.world_size == 1
+    blocks, whole = _at_norm(blocks, whole, batch)
+    problem = _KernelProblem(blocks, entries, whole)
     n, m = problem.n, problem.m
     own, row_total = blocks.scale.new_zeros(2, n)
-    column_total = blocks.scale.new_zeros(m if symmetric else 0)
-    for chunk in problem.chunks(_CHUNK_ROWS, _FORWARD_COLUMNS):
+    column_total = row_total if upper else blocks.scale.new_zeros(m if symmetric else 0)
+    height = _rounded_up(max(_CHUNK_ROWS, _FORWARD_LOGITS // m))
+    for chunk in problem.chunks(height, _FORWARD_COLUMNS, upper=upper):
         down, across = chunk.tiles
-        sums = own.new_empty(across, chunk.height), own.new_empty(down, chunk.width * symmetric)
-        sides = _sides(blocks.anchors[chunk.rows], blocks.candidates[chunk.columns])
-        problem.tiles(kernels.bounded_sums, chunk, sides, reference, own, *sums, BOTH=symmetric)
+        both = symmetric or upper
+        sums = own.new_zeros(across, chunk.height), own.new_zeros(down, chunk.width * both)
+        sides = _sides(blocks.anchors[chunk.rows], whole[chunk.columns])
+        arguments = (reference, own, *sums)
+        problem.tiles(kernels.bounded_sums, chunk, sides, *arguments, BOTH=both, UPPER=upper)
         row_total[chunk.rows] += sums[0].sum(0)
-        if symmetric:
+        if both:
             column_total[chunk.columns] += sums[1].sum(0)
-    least = torch.cat([row_total, column_total]).amin()
-    exact = (~(least >= 2**-_DEPTH)).to(torch.int32)
-    bound = reference / _LOG2_E
-    row_sums = _with_positives(problem, entries, LogSum(bound.repeat(n), row_total), own, exact)
+    exact = _leaves_range(row_total, column_total, over_ranks=symmetric and batch.world_size > 1)
+    finished = partial(_row_sums, entries=entries, reference=reference, own=own, exact=exact)
+    row_sums = finished(problem, row_total)
     if not symmetric:
         return row_sums, None
-    turned = entries._replace(row_groups=entries.column_groups, column_groups=entries.row_groups)
-    problem = _KernelProblem(LossBlocks(blocks.candidates, blocks.anchors, blocks.scale), turned)
-    negatives = LogSum(bound.repeat(m), column_total)
-    return row_sums, _with_positives(problem, entries, negatives, own, exact)
+    # The columns as rows: the own pair of a column is the anchor in its place, if it is here.
+    place = torch.arange(m, device=own.device) - batch.own.start
+    turned = entries._replace(
+        partner=place, row_groups=entries.column_groups, column_groups=entries.row_groups
+    )
+    turned_blocks = LossBlocks(whole, None, blocks.scale)
+    columns = finished(_KernelProblem(turned_blocks, turned, blocks.anchors), column_total)
+    return row_sums, own_columns(columns, row_sums, entries, batch)
 
 
-def _with_positives(
-    problem: _KernelProblem, entries: Entries, negatives: LogSum, own: Tensor, exact: Tensor
+def _leaves_range(rows: Tensor, columns: Tensor, *, over_ranks: bool) -> Tensor:
+    """Return whether a sum is so small that terms may be lost, as a number on the device.
+
+    Args:
+        rows: Sums of rows.
+        columns: Sums of columns, over this rank's rows.
+        over_ranks: Whether sums of columns are completed over ranks, which then decide alike.
+    """
+    columns = sum_over_ranks(columns) if over_ranks else columns
+    totals = torch.cat([rows, columns, rows.new_full((1,), torch.inf)])  # there may be no sum
+    small = (~(totals.amin() >= 2**-_DEPTH)).to(torch.int32)
+    return max_over_ranks(small) if over_ranks else small
+
+
+def _row_sums(
+    problem: _KernelProblem,
+    totals: Tensor,
+    *,
+    entries: Entries,
+    reference: Tensor,
+    own: Tensor,
+    exact: Tensor,
 ) -> DirectionSums:
-    """Return the sums of rows; recompute those of negatives if `exact` is not 0 on the device."""
-    sides = _sides(*problem.blocks[:2])
-    problem.rows(kernels.online_sums, sides, exact, *negatives, POSITIVES=False)
+    """Return the sums of rows from those of negatives relative to the reference.
+
+    The latter are computed again if `exact` is not 0 on the device.
+    """
+    negatives = LogSum.empty(totals, problem.n)
+    if problem.m:
+        negatives = LogSum((reference / _LOG2_E).repeat(problem.n), totals)
+    problem.rows(kernels.online_sums, exact, *negatives, POSITIVES=False)
     if not entries.group_matches:
         return DirectionSums(negatives, LogSum(own, torch.ones_like(own)))
     positives = LogSum.empty(own, problem.n)
-    problem.rows(kernels.online_sums, sides, torch.ones_like(exact), *positives, POSITIVES=True)
+    problem.rows(kernels.online_sums, torch.ones_like(exact), *positives, POSITIVES=True)
     return DirectionSums(negatives, positives)
 
 
@@ -181,110 +234,130 @@ def contrast_gradients(
     blocks: LossBlocks,
     entries: Entries,
     row_statistics: Tensor,
-    column_statistics: Tensor | None,
+    columns: Tensor | None,
     *,
+    whole: Tensor,
+    batch: GlobalBatch,
     weight: Tensor,
     rows: int,
 ) -> BlockGradients:
-    """Return `weight` times the gradients of the summed losses, as in `torch_blocks`."""
-    problem, reference = _KernelProblem(blocks, entries), _reference(blocks)
-    both = column_statistics is not None
-    row_terms = column_terms = _terms(row_statistics, reference)
-    pull = row_statistics[1]
-    if column_statistics is not None:
-        column_terms = _terms(column_statistics, reference)
-        pull = pull + column_statistics[1][entries.partner]
-    least = torch.minimum(row_terms[0].amin(), column_terms[0].amin())
-    exact = (~(least >= reference - _DEPTH)).to(torch.int32)
+    """Return the gradients of the weighted losses, as in `torch_blocks`."""
+    problem, reference = _KernelProblem(blocks, entries, whole), _reference(blocks, whole)
+    both = columns is not None
+    row_terms = column_terms = _terms(row_statistics, weight, reference)
+    pull = row_terms[1]
+    if columns is not None:
+        column_terms = _terms(columns[:3], columns[3], reference)
+        pull = column_terms[1][entries.partner if entries.inverse is None else entries.inverse]
+    normalizers = torch.cat([row_terms[0], column_terms[0], reference.reshape(1)])
+    exact = (~(normalizers.amin() >= reference - _DEPTH)).to(torch.int32)
 
     def launch(chunk: _Chunk, sides: _Sides, gradient: TensorDescriptor, sums: Tensor) -> None:
         arguments = (reference, exact, pull, row_terms, column_terms, gradient, sums)
         problem.tiles(kernels.contrast_gradient, chunk, sides, *arguments, BOTH=both)
 
-    return _gradients(problem, launch, weight, rows)
+    return _gradients(problem, launch, batch, rows)
 
 
 def sigmoid_sum(
     blocks: LossBlocks,
     entries: Entries,
     *,
+    whole: Tensor,
+    batch: GlobalBatch,
     rows: int,  # noqa: ARG001 - memory does not depend on it
 ) -> Tensor:
     """Return the sum of softplus(-z * logit), z = +1 for a positive, else -1."""
-    blocks = _at_norm(blocks)
-    problem, total = _KernelProblem(blocks, entries), torch.zeros_like(blocks.scale)
-    for chunk in problem.chunks(_CHUNK_ROWS, _FORWARD_COLUMNS):
+    blocks, whole = _at_norm(blocks, whole, batch)
+    problem, total = _KernelProblem(blocks, entries, whole), torch.zeros_like(blocks.scale)
+    height = _rounded_up(max(_CHUNK_ROWS, _FORWARD_LOGITS // problem.m))
+    for chunk in problem.chunks(height, _FORWARD_COLUMNS):
         down, across = chunk.tiles
         sums = total.new_zeros(down * across)
-        sides = _sides(blocks.anchors[chunk.rows], blocks.candidates[chunk.columns])
+        sides = _sides(blocks.anchors[chunk.rows], whole[chunk.columns])
         problem.tiles(kernels.sigmoid_losses, chunk, sides, sums)
         total += sums.sum()
     return total
 
 
 def sigmoid_gradients(
-    blocks: LossBlocks, entries: Entries, *, weight: Tensor, rows: int
+    blocks: LossBlocks,
+    entries: Entries,
+    *,
+    whole: Tensor,
+    batch: GlobalBatch,
+    weight: Tensor,
+    rows: int,
 ) -> BlockGradients:
-    """Return `weight` times the gradients of `sigmoid_sum`."""
-    problem = _KernelProblem(blocks, entries)
+    """Return `weight` times the gradients of `sigmoid_sum`, for the features of this rank."""
+    problem = _KernelProblem(blocks, entries, whole)
 
     def launch(chunk: _Chunk, sides: _Sides, gradient: TensorDescriptor, sums: Tensor) -> None:
-        problem.tiles(kernels.sigmoid_gradient, chunk, sides, gradient, sums, sums.shape[1])
+        arguments = (weight, gradient, sums, sums.shape[1])
+        problem.tiles(kernels.sigmoid_gradient, chunk, sides, *arguments)
 
-    return _gradients(problem, launch, weight, rows)
+    return _gradients(problem, launch, batch, rows)
 
 
 def _gradients(
-    problem: _KernelProblem, launch: _Launch, weight: Tensor, rows: int
+    problem: _KernelProblem, launch: _Launch, batch: GlobalBatch, rows: int
 ) -> BlockGradients:
     """Return the gradients of features and scalars from those of the logits, chunk by chunk."""
     anchors, candidates, scale, _, normalize = problem.blocks
-    factor = scale * weight
     row_gradients = torch.empty_like(anchors)
-    column_total = factor.new_zeros(candidates.shape)
-    sums = _add_chunks(problem, launch, factor, (row_gradients, column_total), rows=rows)
+    column_total = None if candidates is None else scale.new_zeros(problem.whole.shape)
+    late = normalize and batch.world_size == 1
+    sums = _add_chunks(problem, launch, row_gradients, column_total, late=late, rows=rows)
+    scale_gradient, bias_gradient = (one.sum() for one in sums)
+    if candidates is None or column_total is None:
+        # The gradient of a logit is that of its row's and its column's loss: each counts twice.
+        return BlockGradients(row_gradients, None, scale_gradient / 2, bias_gradient)
     # The memory of the chunk is free again here.
-    column_gradients = feature_gradients(column_total, candidates, factor, normalize=normalize)
-    return BlockGradients(row_gradients, column_gradients, *(one.sum() * weight for one in sums))
+    column_total = batch.scatter(column_total)
+    column_gradients = feature_gradients(column_total, candidates, scale, normalize=normalize)
+    return BlockGradients(row_gradients, column_gradients, scale_gradient, bias_gradient)
 
 
 def _add_chunks(
     problem: _KernelProblem,
     launch: _Launch,
-    factor: Tensor,
-    gradients: tuple[Tensor, Tensor],
+    row_gradients: Tensor,
+    column_total: Tensor | None,
     *,
+    late: bool,
     rows: int,
 ) -> Tensor:
     """Write the rows' gradients, add to the columns' total, and return the sums of the tiles.
 
-    A chunk holds as many logits as `rows` rows have. Features are normalised chunk by chunk too;
-    normalised rows are kept in the memory of their gradients until those are written.
+    A chunk holds as many logits as `rows` rows have. Features are normalised chunk by chunk too,
+    candidates only if `late`; normalised rows are kept in the memory of their gradients until those
+    are written.
     """
-    anchors, candidates, _, _, normalize = problem.blocks
-    row_gradients, column_total = gradients
-    height = min(_CHUNK_ROWS, _rounded_up(problem.n))
-    width = min(_rounded_up(rows * problem.m // height + 1), _rounded_up(problem.m))
-    sums = factor.new_zeros(2, height // _TILE["ROWS"] * (width // _TILE["COLUMNS"]))
+    anchors, _, scale, _, normalize = problem.blocks
+    height = min(_CHUNK_ROWS, _rounded_up(max(problem.n, 1)))
+    width = min(_rounded_up(max(rows * problem.m // height, 1)), _rounded_up(problem.m))
+    sums = scale.new_zeros(2, height // _TILE["ROWS"] * (width // _TILE["COLUMNS"]))
     memory = anchors.new_empty(height, width, dtype=torch.bfloat16)
-    row_total = factor.new_empty(min(height, problem.n), anchors.shape[1])
-    spare = anchors.new_empty(width if normalize else 0, anchors.shape[1])
+    row_total = scale.new_empty(min(height, problem.n), anchors.shape[1])
+    spare = anchors.new_empty(width if late else 0, anchors.shape[1])
     for chunk in problem.chunks(height, width):
         gradient, total = memory[: chunk.height, : chunk.width], row_total[: chunk.height]
         left, right, done = (
             anchors[chunk.rows],
-            candidates[chunk.columns],
+            problem.whole[chunk.columns],
             row_gradients[chunk.rows],
         )
         if normalize:
             left = normalize_features(left, done) if chunk.column == 0 else done
+        if late:
             right = normalize_features(right, spare[: chunk.width])
         launch(chunk, _sides(left, right), TensorDescriptor.from_tensor(gradient, _BLOCK), sums)
         _add_product(total, gradient, right, first=chunk.column == 0)
-        _add_product(column_total[chunk.columns], gradient.T, left)
+        if column_total is not None:
+            _add_product(column_total[chunk.columns], gradient.T, left)
         if chunk.column + chunk.width == problem.m:
             features = anchors[chunk.rows]
-            feature_gradients(total, features, factor, normalize=normalize, out=done)
+            feature_gradients(total, features, scale, normalize=normalize, out=done)
     return sums
 
 
@@ -315,12 +388,14 @@ def feature_gradients(
     return out
 
 
-def _at_norm(blocks: LossBlocks) -> LossBlocks:
-    """Return the blocks with normalised features."""
+def _at_norm(blocks: LossBlocks, whole: Tensor, batch: GlobalBatch) -> tuple[LossBlocks, Tensor]:
+    """Return the blocks with normalised features, and the normalised candidates of all ranks."""
     if not blocks.normalize:
-        return blocks
-    anchors, candidates = (normalize_features(side) for side in blocks[:2])
-    return blocks._replace(anchors=anchors, candidates=candidates, normalize=False)
+        return blocks, whole
+    anchors = normalize_features(blocks.anchors)
+    if batch.world_size == 1:
+        whole = anchors if blocks.candidates is None else normalize_features(whole)
+    return blocks._replace(anchors=anchors, normalize=False), whole
 
 
 def normalize_features(features: Tensor, out: Tensor | None = None) -> Tensor:
@@ -351,22 +426,35 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool = Fa
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
 
 
-def _reference(blocks: LossBlocks) -> Tensor:
-    """Return the exponent of 2 to which all sums are relative, 0-dim: a bound less a headroom."""
+def _reference(blocks: LossBlocks, whole: Tensor, *, over_ranks: bool = False) -> Tensor:
+    """Return the exponent of 2 to which all sums are relative, 0-dim: a bound less a headroom.
+
+    Args:
+        blocks: Their features, if they are normalised later, have a norm of at most 1.
+        whole: The candidates of all ranks.
+        over_ranks: Whether all ranks need the same bound.
+    """
     bound = blocks.scale.abs() * _LOG2_E
-    if blocks.normalize:
-        return bound - _HEADROOM
-    for side in blocks[:2]:
-        bound = bound * torch.linalg.vector_norm(side, dim=1, dtype=torch.float32).amax()
-    return bound - _HEADROOM
+    if not blocks.normalize:
+        for side in (blocks.anchors, whole):
+            if len(side):
+                norms = torch.linalg.vector_norm(side, dim=1, dtype=torch.float32)
+                bound = bound * norms.amax()
+    return (max_over_ranks(bound) if over_ranks else bound) - _HEADROOM
 
 
-def _terms(statistics: Tensor, reference: Tensor) -> Tensor:
-    """Return the statistics as exponents of 2, with the weights of the rows, [4, n]."""
+def _terms(statistics: Tensor, weight: Tensor, reference: Tensor) -> Tensor:
+    """Return the terms of the rows for `kernels.contrast_gradient`, [5, n].
+
+    Args:
+        statistics: [3, n], from `losses_of_sums`.
+        weight: 0-dim or [n], the weights of the rows' losses.
+        reference: 0-dim.
+    """
     normalizer, pull, positive = statistics
-    normalizer = normalizer * _LOG2_E
-    weights = torch.exp2(reference - normalizer)
-    return torch.stack([normalizer, pull, positive * _LOG2_E, weights])
+    normalizer, weight = normalizer * _LOG2_E, weight.expand(len(normalizer))
+    factor = weight * torch.exp2(reference - normalizer)
+    return torch.stack([normalizer, weight * pull, positive * _LOG2_E, factor, weight])
 
 
 def _rounded_up(count: int) -> int:

@@ -6,8 +6,8 @@ skips the branch that looks at each entry.
 Arguments that all kernels share:
     anchors, candidates: Descriptors of a chunk's features, [height, WIDTH] and [width, WIDTH], for
         tiles of ROWS and COLUMNS in steps of STEP.
-    partner, itself, row_groups, column_groups: As in `torch_blocks.Entries`; ITSELF and GROUP
-        select those that are read.
+    partner, inverse, itself, row_groups, column_groups: As in `torch_blocks.Entries`; ITSELF and
+        GROUP select those that are read.
     row, column, height, width: The chunk of logits that a launch computes, one tile per program.
     scale, bias, reference: 0-dim.
 """
@@ -60,57 +60,72 @@ def _meets(indices, columns):
 
 
 @triton.jit
-def _special(rows, columns, n, m, partner, itself, ITSELF, GROUP):
+def _special(rows, columns, n, m, partner, inverse, itself, ITSELF, GROUP):
     """Return whether a tile may hold entries other than negatives."""
     special = (tl.max(rows, 0) >= n) | (tl.max(columns, 0) >= m) | (GROUP != 0)
     special = special | _meets(tl.load(partner + rows, rows < n, -1), columns)
+    special = special | _meets(tl.load(inverse + rows, rows < n, -1), columns)
     if ITSELF:
         special = special | _meets(tl.load(itself + rows, rows < n, -1), columns)
     return special
 
 
 @triton.jit
-def _entries(rows, columns, n, m, partner, itself, row_groups, column_groups, ITSELF, GROUP):
-    """Return the masks of positives and of entries that are neither positive nor negative."""
+def _entries(
+    rows, columns, n, m, partner, inverse, itself, row_groups, column_groups, ITSELF, GROUP
+):
+    """Return the masks of the rows' positives, of the columns', and of neutral entries."""
     neither = (rows >= n)[:, None] | (columns >= m)[None, :]
     if ITSELF:
         neither = neither | (columns[None, :] == tl.load(itself + rows, rows < n, -1)[:, None])
     positive = columns[None, :] == tl.load(partner + rows, rows < n, -1)[:, None]
+    answer = columns[None, :] == tl.load(inverse + rows, rows < n, -1)[:, None]
     if GROUP != 0:
         group = tl.load(row_groups + rows, rows < n, 0)
         same = group[:, None] == tl.load(column_groups + columns, columns < m, 0)[None, :]
         if GROUP == 2:
             positive = same & ~neither
+            answer = positive
         else:
             neither = neither | (same & ~positive)
-    return positive, neither
+    return positive, answer, neither
 
 
 @triton.jit
 def bounded_sums(
-    anchors, candidates, partner, itself, row_groups, column_groups,
+    anchors, candidates, partner, inverse, itself, row_groups, column_groups,
     row, column, height, width, n, m, scale, reference, own, row_sums, column_sums,
     WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr, BOTH: tl.constexpr,
+    UPPER: tl.constexpr,
     BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):
     """Sum 2**(logit - reference) over the negatives of each tile's rows and columns.
 
     One exponential serves both directions. row_sums: [tiles across, height]; column_sums:
-    [tiles down, width]; own: [n], the logits of own pairs.
+    [tiles down, width]; own: [n], the logits of own pairs. With UPPER the matrix is symmetric, and
+    only entries above its diagonal are summed, for their row and for their column.
     """
     down, across, rows, columns = _place(row, column, height, width, BAND, ROWS, COLUMNS)
+    if (tl.max(columns, 0) <= tl.min(rows, 0)) & UPPER:
+        return
     total = _products(
         anchors, candidates, down * ROWS, across * COLUMNS, WIDTH, ROWS, COLUMNS, STEP
     )
     factor, least = tl.load(scale) * LOG2_E, tl.load(reference)
-    if _special(rows, columns, n, m, partner, itself, ITSELF, GROUP):
-        positive, neither = _entries(
-            rows, columns, n, m, partner, itself, row_groups, column_groups, ITSELF, GROUP
+    if _special(rows, columns, n, m, partner, inverse, itself, ITSELF, GROUP):
+        positive, answer, neither = _entries(
+            rows, columns, n, m, partner, inverse, itself, row_groups, column_groups, ITSELF, GROUP
         )
+        if UPPER:
+            neither = neither | (columns[None, :] <= rows[:, None])
+            positive, answer = positive & ~neither, answer & ~neither
+            logits = tl.sum(tl.where(answer, total, 0.0), 0) * tl.load(scale)
+            tl.store(own + columns, logits, tl.max(answer.to(tl.int32), 0) != 0)
         logits = tl.sum(tl.where(positive, total, 0.0), 1) * tl.load(scale)
         tl.store(own + rows, logits, (rows < n) & (tl.max(positive.to(tl.int32), 1) != 0))
-        terms = tl.where(positive | neither, 0.0, tl.exp2(total * factor - least))
-        row_sum, column_sum = tl.sum(terms, 1), tl.sum(terms, 0)
+        terms = tl.where(neither, 0.0, tl.exp2(total * factor - least))
+        row_sum = tl.sum(tl.where(positive, 0.0, terms), 1)
+        column_sum = tl.sum(tl.where(answer, 0.0, terms), 0)
     else:
         terms = tl.exp2(total * factor - least)
         row_sum, column_sum = tl.sum(terms, 1), tl.sum(terms, 0)
@@ -122,7 +137,7 @@ def bounded_sums(
 
 @triton.jit
 def online_sums(
-    anchors, candidates, partner, itself, row_groups, column_groups,
+    anchors, candidates, partner, inverse, itself, row_groups, column_groups,
     row, column, height, width, n, m, scale, needed, maxima, totals,
     WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr, POSITIVES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
@@ -143,8 +158,8 @@ def online_sums(
         exponents = factor * _products(
             anchors, candidates, first, start, WIDTH, ROWS, COLUMNS, STEP
         )
-        positive, neither = _entries(
-            rows, columns, n, m, partner, itself, row_groups, column_groups, ITSELF, GROUP
+        positive, _, neither = _entries(
+            rows, columns, n, m, partner, inverse, itself, row_groups, column_groups, ITSELF, GROUP
         )
         counted = positive if POSITIVES else ~(positive | neither)
         exponents = tl.where(counted, exponents, float("-inf"))
@@ -158,31 +173,28 @@ def online_sums(
 
 @triton.jit
 def _exact_gradient(
-    total, factor, rows, columns, n, m, positive, neither, row_terms, column_terms, pull,
-    GROUP, BOTH,
+    exponents, statistics, indices, count, AXIS, own, pull, positive, GROUP,
 ):
-    """Return the gradient of a tile, exact for any logits, with two exponentials for each."""
-    row_terms, column_terms = row_terms + rows, column_terms + columns
-    exponents = total * factor
-    values = tl.exp2(exponents - tl.load(row_terms, rows < n, 0.0)[:, None])
-    if BOTH:
-        values += tl.exp2(exponents - tl.load(column_terms, columns < m, 0.0)[None, :])
+    """Return the gradient of a tile from one direction's losses, exact for any logits.
+
+    statistics: [5, count], of the rows (AXIS 1) or of the columns (AXIS 0) at the indices; own: the
+    mask of own pairs; pull: of own pairs, by row.
+    """
+    statistics, inside = statistics + indices, indices < count
+    normalizer = tl.expand_dims(tl.load(statistics, inside, 0.0), AXIS)
+    weight = tl.expand_dims(tl.load(statistics + 4 * count, inside, 0.0), AXIS)
+    values = weight * tl.exp2(exponents - normalizer)
     if GROUP == 2:
-        pulls = tl.exp2(exponents - tl.load(row_terms + 2 * n, rows < n, 0.0)[:, None])
-        pulls *= tl.load(row_terms + n, rows < n, 0.0)[:, None]
-        if BOTH:
-            others = tl.load(column_terms + 2 * m, columns < m, 0.0)[None, :]
-            weights = tl.load(column_terms + m, columns < m, 0.0)[None, :]
-            pulls += weights * tl.exp2(exponents - others)
-        values = tl.where(positive, -pulls, values)
+        pulls = tl.expand_dims(tl.load(statistics + count, inside, 0.0), AXIS)
+        reference = tl.expand_dims(tl.load(statistics + 2 * count, inside, 0.0), AXIS)
+        return tl.where(positive, -pulls * tl.exp2(exponents - reference), values)
     else:
-        values = tl.where(positive, -tl.load(pull + rows, rows < n, 0.0)[:, None], values)
-    return tl.where(neither, 0.0, values)
+        return tl.where(own, -pull[:, None], values)
 
 
 @triton.jit
 def contrast_gradient(
-    anchors, candidates, partner, itself, row_groups, column_groups,
+    anchors, candidates, partner, inverse, itself, row_groups, column_groups,
     row, column, height, width, n, m, scale, reference, exact, pull, row_terms, column_terms,
     gradient, sums,
     WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr, BOTH: tl.constexpr,
@@ -191,24 +203,31 @@ def contrast_gradient(
     """Write the gradient of a chunk of logits, [height, width]; add that of the scale to sums.
 
     If the range of the logits allows (`exact` is 0), one exponential serves both directions:
-    2**(logit - reference) times the sum of a row's weight and a column's. The terms, [4, n] and
-    [4, m], are normalizer, pull and positive, as exponents of 2, and that weight; pull, [n], is
-    that of own pairs, added over both directions.
+    2**(logit - reference) times the sum of a row's factor and a column's. The terms, [5, n] and
+    [5, m], are normalizer, pull and positive, as exponents of 2, that factor, and the weight of the
+    loss, by which pull and factor are multiplied already; pull, [n], is that of the columns whose
+    own pair is the row.
     """
     down, across, rows, columns = _place(row, column, height, width, BAND, ROWS, COLUMNS)
     total = _products(
         anchors, candidates, down * ROWS, across * COLUMNS, WIDTH, ROWS, COLUMNS, STEP
     )
     factor = tl.load(scale) * LOG2_E
-    special = _special(rows, columns, n, m, partner, itself, ITSELF, GROUP)
+    special = _special(rows, columns, n, m, partner, inverse, itself, ITSELF, GROUP)
     if special | (tl.load(exact) != 0):
-        positive, neither = _entries(
-            rows, columns, n, m, partner, itself, row_groups, column_groups, ITSELF, GROUP
+        positive, answer, neither = _entries(
+            rows, columns, n, m, partner, inverse, itself, row_groups, column_groups, ITSELF, GROUP
         )
+        exponents, own = total * factor, tl.load(row_terms + n + rows, rows < n, 0.0)
         values = _exact_gradient(
-            total, factor, rows, columns, n, m, positive, neither, row_terms, column_terms, pull,
-            GROUP, BOTH,
+            exponents, row_terms, rows, n, 1, positive, own, positive, GROUP
         )
+        if BOTH:
+            own = tl.load(pull + rows, rows < n, 0.0)
+            values += _exact_gradient(
+                exponents, column_terms, columns, m, 0, answer, own, positive, GROUP
+            )
+        values = tl.where(neither, 0.0, values)
         scale_sum = tl.sum(tl.sum(values * total, 1), 0)
     else:
         weights = tl.load(row_terms + 3 * n + rows)[:, None]
@@ -270,7 +289,7 @@ def _inverse_norm(values):
 @triton.jit
 def _softplus(values):
     """Return log(1 + exp(value)) with a relative error of 4e-7: there are many small values."""
-    small = tl.exp2(-LOG2_E * tl.abs(values))
+    small = tl.exp2(-(tl.abs(values) * LOG2_E))
     # log(1 + x) / x on [0, 1], interpolated at Chebyshev points. A logarithm of 1 + x would lose a
     # small x and takes longer.
     ratio = 0.0434938998 - 0.00837115255 * small
@@ -285,7 +304,7 @@ def _softplus(values):
 
 @triton.jit
 def sigmoid_losses(
-    anchors, candidates, partner, itself, row_groups, column_groups,
+    anchors, candidates, partner, inverse, itself, row_groups, column_groups,
     row, column, height, width, n, m, scale, bias, sums,
     WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr,
     BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
@@ -296,9 +315,9 @@ def sigmoid_losses(
         anchors, candidates, down * ROWS, across * COLUMNS, WIDTH, ROWS, COLUMNS, STEP
     )
     logits = total * tl.load(scale) + tl.load(bias)
-    if _special(rows, columns, n, m, partner, itself, ITSELF, GROUP):
-        positive, _ = _entries(
-            rows, columns, n, m, partner, itself, row_groups, column_groups, ITSELF, GROUP
+    if _special(rows, columns, n, m, partner, inverse, itself, ITSELF, GROUP):
+        positive, _, _ = _entries(
+            rows, columns, n, m, partner, inverse, itself, row_groups, column_groups, ITSELF, GROUP
         )
         values = _softplus(tl.where(positive, -logits, logits))
         values = tl.where((rows < n)[:, None] & (columns < m)[None, :], values, 0.0)
@@ -310,26 +329,29 @@ def sigmoid_losses(
 
 @triton.jit
 def sigmoid_gradient(
-    anchors, candidates, partner, itself, row_groups, column_groups,
-    row, column, height, width, n, m, scale, bias, gradient, sums, slots,
+    anchors, candidates, partner, inverse, itself, row_groups, column_groups,
+    row, column, height, width, n, m, scale, bias, weight, gradient, sums, slots,
     WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr,
     BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):
-    """Write the gradient of a chunk of logits; add those of scale and bias to sums [2, slots]."""
+    """Write the gradient of a chunk of logits; add those of scale and bias to sums [2, slots].
+
+    weight: 0-dim, of the loss.
+    """
     down, across, rows, columns = _place(row, column, height, width, BAND, ROWS, COLUMNS)
     total = _products(
         anchors, candidates, down * ROWS, across * COLUMNS, WIDTH, ROWS, COLUMNS, STEP
     )
     logits = total * tl.load(scale) + tl.load(bias)
-    if _special(rows, columns, n, m, partner, itself, ITSELF, GROUP):
-        positive, _ = _entries(
-            rows, columns, n, m, partner, itself, row_groups, column_groups, ITSELF, GROUP
+    if _special(rows, columns, n, m, partner, inverse, itself, ITSELF, GROUP):
+        positive, _, _ = _entries(
+            rows, columns, n, m, partner, inverse, itself, row_groups, column_groups, ITSELF, GROUP
         )
-        values = tl.where(positive, -tl.sigmoid(-logits), tl.sigmoid(logits))
+        values = tl.where(positive, -tl.sigmoid(-logits), tl.sigmoid(logits)) * tl.load(weight)
         values = tl.where((rows < n)[:, None] & (columns < m)[None, :], values, 0.0)
         scale_sum, bias_sum = tl.sum(tl.sum(values * total, 1), 0), tl.sum(tl.sum(values, 1), 0)
     else:
-        values = tl.sigmoid(logits)
+        values = tl.sigmoid(logits) * tl.load(weight)
         scale_sum, bias_sum = tl.sum(tl.sum(values * total, 1), 0), tl.sum(tl.sum(values, 1), 0)
     _add(sums, scale_sum)
     _add(sums + slots, bias_sum)

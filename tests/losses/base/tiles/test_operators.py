@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from diptych.losses import CLIPLoss, NTXentLoss, SigLIPLoss
+from diptych.losses.base.gather import GlobalBatch
 from diptych.losses.base.tiles import operators
 from diptych.losses.base.tiles.operators import TiledLossArguments
 from diptych.losses.base.tiles.torch_blocks import Entries, LossBlocks, TileSettings
@@ -20,16 +21,19 @@ def tiled(bias: torch.Tensor | None = None) -> TiledLossArguments:
     )
     partner = torch.arange(4)
     entries = Entries(partner, valid=torch.ones(4, dtype=torch.bool))
-    return TiledLossArguments(blocks, entries, TileSettings(rows=2, symmetric=True))
+    settings = TileSettings(rows=2, symmetric=True)
+    return TiledLossArguments(blocks, entries, settings, GlobalBatch((4,), 0))
 
 
 def test_the_flat_arguments_are_those_of_the_schema_and_are_restored() -> None:
     arguments = tiled()
 
     names = [argument.name for argument in torch.ops.diptych.contrast.default._schema.arguments]
-    fields = (*LossBlocks._fields, *Entries._fields, *TileSettings._fields)
+    fields = [
+        field for part in (LossBlocks, Entries, TileSettings, GlobalBatch) for field in part._fields
+    ]
 
-    assert names == list(fields)
+    assert names == fields
     assert TiledLossArguments.restored(arguments.flat()) == arguments
 
 
