@@ -32,7 +32,7 @@ class InBatchAccuracy(Handler):
 
     Event: `StepEvents.FORWARD_COMPLETED` every `every` iterations.
     Cost: a product of B x B x D; no synchronisation. In a process group, each rank compares the
-        samples of its own batch, and the value is the ranks' mean.
+        samples of its own batch, and the value is the mean over the samples of all ranks.
 
     Args:
         every: iterations between two values.
@@ -58,4 +58,7 @@ class InBatchAccuracy(Handler):
         outputs = trainer.outputs
         sides = [*sides_of(outputs, self.features, sides=(2,)).values()]
         values = pair_statistics(sides[0], sides[-1], negatives_in(outputs, len(sides[0])))
-        trainer.metrics.update({"train/in_batch_accuracy": values["in_batch_accuracy"]})
+        # The accuracy of no sample is NaN, and counts for none.
+        size = len(sides[0])
+        right = values["in_batch_accuracy"] * size if size else 0.0
+        trainer.metrics.update_sums({"train/in_batch_accuracy": right}, size)

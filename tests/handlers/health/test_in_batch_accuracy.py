@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from diptych.engine import BatchError, Trainer, tasks
+from diptych.engine.distributed.collectives import rank
 from diptych.handlers.health.in_batch_accuracy import InBatchAccuracy
+from tests.losses.ranks import Ranks
 
 
 class Same(nn.Module):
@@ -51,6 +53,18 @@ def test_samples_of_one_group_are_no_negatives_and_a_tie_counts_as_wrong():
     same = {"image": torch.ones(4, 2), "text": torch.ones(4, 2)}
     assert accuracy_of([same]) == [0.0]
     assert accuracy_of([{**same, "group": torch.zeros(4).long()}]) == [1.0]
+
+
+def on_ranks() -> list[float]:
+    """Return the accuracy of two samples on rank 0, all wrong, and four on rank 1, all right."""
+    size = 2 if rank() == 0 else 4
+    image = torch.eye(4)[:size]
+    return accuracy_of([{"image": image, "text": image.flip(0) if rank() == 0 else image}])
+
+
+def test_it_is_the_mean_over_the_samples_of_all_ranks(ranks: Ranks) -> None:
+    for found in ranks.run(on_ranks, [()] * 2):
+        assert found == [pytest.approx(4 / 6)]  # not 1 / 2, the mean of the ranks
 
 
 def test_it_is_published_every_n_iterations():
