@@ -163,9 +163,9 @@ class TrainStep:
         """Count a batch that is too small for the loss; return the last output, of no sample."""
         trainer = self._trainer
         trainer.skipped_batches += 1
-        last: Any = trainer.state.output
-        if not isinstance(last, StepOutput):
-            last = StepOutput(torch.zeros((), device=self.device), {}, 0)
+        found: Any = trainer.state.output
+        nothing = StepOutput(torch.zeros((), device=self.device), {}, 0)
+        last = found if isinstance(found, StepOutput) else nothing
         return last._replace(batch_size=0)
 
     def transformed(self, batch: Any) -> Any:
