@@ -73,7 +73,7 @@ def main(emoji: Sequence[Emoji], epochs: int = EPOCHS) -> tuple[dict[str, float]
         LearningRate(warmup=len(loader)),
         GradientClipping(max_norm=1.0),
         Evaluation(held_out, at_start=True),
-        *default_handlers(new_run("runs", "language_model"), best="val/loss", mode="min"),
+        *default_handlers(new_run("runs", "language_model"), best="val/loss"),
     )
     trainer.run(loader, max_epochs=epochs)
     losses = trainer.metrics.get_history("val/loss")

@@ -1,12 +1,18 @@
-"""Validators of constructor arguments: a number in a range, one of several words."""
+"""Constructor arguments: a number in a range, one of several words, whether more is better."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import attrs
+
+Mode = Literal["max", "min"]
+"""Whether a larger or a smaller value of a metric is better."""
+
+SMALLER_IS_BETTER = ("loss", "mean_rank", "median_rank")
+"""The ends of the names of metrics of which a smaller value is better, unless the user says so."""
 
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
@@ -42,6 +48,11 @@ def one_of(literal: Any) -> Validator:
             raise ValueError(f"{attribute.name} must be one of {', '.join(choices)}, got {value!r}")
 
     return check
+
+
+def usual_mode(metric: str | None) -> Mode:
+    """Return the mode of a metric for which none is given."""
+    return "min" if metric is not None and metric.endswith(SMALLER_IS_BETTER) else "max"
 
 
 positive = number("be > 0 and finite", lambda value: 0 < value < math.inf)

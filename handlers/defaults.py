@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from diptych.engine.handler import Attachable
+from diptych.handlers.argument_checks import Mode, usual_mode
 from diptych.handlers.checkpointing.checkpoint_manager import CheckpointManager
 from diptych.handlers.performance.throughput import Throughput
 from diptych.handlers.run_directory import RunDirectory
@@ -22,7 +23,7 @@ def default_handlers(
     run_dir: str | os.PathLike[str],
     *,
     best: str | None = None,
-    mode: Literal["max", "min"] = "max",
+    mode: Mode | None = None,
     every: int | timedelta | Literal["epoch"] = "epoch",
     keep: int = 3,
     resume: Path | str | None = "auto",
@@ -44,7 +45,8 @@ def default_handlers(
     Args:
         run_dir: the run directory: a new one (`new_run`), or that of a run to resume.
         best: the metric that ranks the best checkpoints, such as "val/recall@1".
-        mode: whether a larger ("max") or a smaller ("min") value of it is better.
+        mode: whether a larger ("max") or a smaller ("min") value of it is better; None: "min" for a
+            name that ends in "loss", "mean_rank" or "median_rank", else "max".
         every: "epoch", iterations, or a `datetime.timedelta` between two checkpoints.
         keep: the number of checkpoints to keep.
         resume: "auto" resumes from the latest checkpoint in the run directory, if there is one; a
@@ -53,7 +55,7 @@ def default_handlers(
     Raises:
         ValueError: if an argument is out of range.
     """
-    run = RunDirectory(run_dir)
+    run, mode = RunDirectory(run_dir), mode or usual_mode(best)
     return [
         RunRecord(run),
         Throughput(),

@@ -20,7 +20,7 @@ from diptych.engine.handler import Handler
 from diptych.engine.state.resume_changes import WhenChanged
 from diptych.engine.trainer import Trainer
 from diptych.engine.trials.trial import Trial
-from diptych.handlers.argument_checks import one_of
+from diptych.handlers.argument_checks import Mode, one_of, usual_mode
 from diptych.handlers.cadence import call_before_first_batch, is_cadence, report_endless
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
 from diptych.handlers.checkpointing.checkpoint_writer import CheckpointWriter
@@ -97,7 +97,8 @@ class CheckpointManager(Handler):
         best: the metric that ranks the checkpoints in the directory; each new value is saved with
             the run. A value that is NaN is not ranked. A run that starts from a checkpoint of
             another directory starts a new ranking, and logs the best one there.
-        mode: whether a larger ("max") or a smaller ("min") value is better.
+        mode: whether a larger ("max") or a smaller ("min") value is better. Default: "min" for a
+            name that ends in "loss", "mean_rank" or "median_rank", else "max".
         keep: checkpoints to keep: with `best`, the best ones and also the latest; without it, the
             latest ones.
         resume: "auto" continues from the latest checkpoint in the directory if there is one. The
@@ -125,9 +126,7 @@ class CheckpointManager(Handler):
         default="epoch", validator=_check_every, kw_only=True
     )
     best: str | None = attrs.field(default=None, kw_only=True)
-    mode: Literal["max", "min"] = attrs.field(
-        default="max", validator=one_of(Literal["max", "min"]), kw_only=True
-    )
+    mode: Mode = attrs.field(validator=one_of(Mode), kw_only=True)
     keep: int = attrs.field(default=3, validator=whole_number(of="checkpoints"), kw_only=True)
     resume: Path | str | None = attrs.field(
         default="auto",
@@ -143,6 +142,10 @@ class CheckpointManager(Handler):
     _store: CheckpointStore = attrs.field(init=False, repr=False)
     _saver: DirectorySaver = attrs.field(init=False, repr=False)
     _savers: RunSavers | None = attrs.field(default=None, init=False, repr=False)
+
+    @mode.default
+    def _usual_mode(self) -> Mode:
+        return usual_mode(self.best)
 
     def __attrs_post_init__(self) -> None:
         if self.export:

@@ -6,10 +6,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import attrs
 
+from diptych.handlers.argument_checks import Mode
 from diptych.handlers.contained_paths import check_name
 
 SUFFIX = ".pt"
@@ -175,7 +176,7 @@ class Ranking:
     """
 
     metric: str | None
-    mode: Literal["max", "min"]
+    mode: Mode
     keep: int
 
     def ranked(self, entries: Iterable[Entry]) -> list[Entry]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import attrs
 from ignite.engine import Events
@@ -14,7 +14,7 @@ from diptych.engine.checks import whole_number
 from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.engine.handler import Change, Handler
 from diptych.engine.trainer import Trainer
-from diptych.handlers.argument_checks import not_negative, one_of
+from diptych.handlers.argument_checks import Mode, not_negative, one_of, usual_mode
 from diptych.handlers.cadence import call_before_first_batch, report_endless
 from diptych.handlers.evaluation.watched_metric import (
     is_evaluated,
@@ -24,8 +24,6 @@ from diptych.handlers.evaluation.watched_metric import (
 )
 
 logger = logging.getLogger(__name__)
-
-Mode = Literal["max", "min"]
 
 MEMORY = ("best", "best_iteration", "waited", "stopped")
 """The attributes that a checkpoint keeps."""
@@ -53,7 +51,8 @@ class EarlyStopping(Handler):
     Args:
         metric: the name under which the values are published.
         patience: values in a row without an improvement that end the run, >= 1.
-        mode: whether a larger ("max") or a smaller ("min") value is better.
+        mode: whether a larger ("max") or a smaller ("min") value is better. Default: "min" for a
+            name that ends in "loss", "mean_rank" or "median_rank", else "max".
         min_delta: the least difference that counts as an improvement, >= 0, in units of the metric.
 
     Attributes:
@@ -72,13 +71,17 @@ class EarlyStopping(Handler):
 
     metric: str = "val/recall@1"
     patience: int = attrs.field(default=5, validator=whole_number())
-    mode: Mode = attrs.field(default="max", validator=one_of(Mode))
+    mode: Mode = attrs.field(validator=one_of(Mode))
     min_delta: float = attrs.field(default=0.0, validator=not_negative)
     best: float | None = attrs.field(default=None, init=False)
     best_iteration: int = attrs.field(default=0, init=False)
     waited: int = attrs.field(default=0, init=False)
     stopped: bool = attrs.field(default=False, init=False)
     _judged: int = attrs.field(default=0, init=False, repr=False)
+
+    @mode.default
+    def _usual_mode(self) -> Mode:
+        return usual_mode(self.metric)
 
     @property
     def role(self) -> str:

@@ -15,13 +15,12 @@ from diptych.engine.distributed.collectives import rank
 from diptych.engine.events import EvaluationEvents, MetricsEvents, RunEvents
 from diptych.engine.handler import Change, Handler, contract_of
 from diptych.engine.trainer import Trainer
-from diptych.handlers.argument_checks import not_negative, number, one_of
+from diptych.handlers.argument_checks import Mode, not_negative, number, one_of
 from diptych.handlers.evaluation.watched_metric import missing_metric, published_values
 from diptych.handlers.optimization.schedules import publish_rates
 
 logger = logging.getLogger(__name__)
 
-Mode = Literal["max", "min"]
 ThresholdMode = Literal["rel", "abs"]
 
 MEMORY = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")

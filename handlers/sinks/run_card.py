@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import attrs
 from ignite.engine import Events
@@ -17,7 +17,7 @@ from diptych.engine.data.seeded_loader import SeededLoader
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.events import MetricsEvents, Outcome, RunEvents
 from diptych.engine.modules import unwrapped
-from diptych.handlers.argument_checks import one_of
+from diptych.handlers.argument_checks import Mode, one_of, usual_mode
 from diptych.handlers.components import component_sizes, total_size
 from diptych.handlers.output.output_handler import OutputHandler
 from diptych.handlers.sinks.progress_bar import PLAIN, duration, is_terminal
@@ -70,7 +70,8 @@ class RunCard(OutputHandler):
         directory: the run directory to print; None: none is printed.
         best: the metric whose best value is printed at the end, such as "val/recall@1"; None: the
             last loss is printed.
-        mode: whether a larger ("max") or a smaller ("min") value of it is better.
+        mode: whether a larger ("max") or a smaller ("min") value of it is better. Default: as for
+            `CheckpointManager`.
         stream: to write to; None: the process's standard error.
 
     Raises:
@@ -79,9 +80,7 @@ class RunCard(OutputHandler):
 
     directory: Path | None = attrs.field(default=None, converter=attrs.converters.optional(Path))
     best: str | None = None
-    mode: Literal["max", "min"] = attrs.field(
-        default="max", validator=one_of(Literal["max", "min"])
-    )
+    mode: Mode = attrs.field(validator=one_of(Mode))
     stream: TextIO | None = None
     _best: dict[str, float] = attrs.field(factory=dict, init=False, repr=False)
     _loss: float | None = attrs.field(default=None, init=False, repr=False)
@@ -89,6 +88,10 @@ class RunCard(OutputHandler):
     _samples: float = attrs.field(default=0.0, init=False, repr=False)
     _seconds: float = attrs.field(default=0.0, init=False, repr=False)
     _start_time: float | None = attrs.field(default=None, init=False, repr=False)
+
+    @mode.default
+    def _usual_mode(self) -> Mode:
+        return usual_mode(self.best)
 
     def attach(self, trainer: Trainer) -> None:
         """Print the summaries of the trainer's runs."""

@@ -12,7 +12,7 @@ from diptych.engine.checks import whole_number
 from diptych.engine.tasks import Task
 from diptych.engine.trials.first_batches import FirstBatches
 from diptych.engine.trials.trial import Trial
-from diptych.handlers.argument_checks import one_of
+from diptych.handlers.argument_checks import Mode, one_of, usual_mode
 from diptych.handlers.optimization.parameter_groups import GroupRules, LayerDecay
 from diptych.handlers.optimization.schedules import LearningRate, check_length
 
@@ -63,7 +63,8 @@ class Stage:
         task: the task of this stage. Default: the trainer's.
         metric: the published value that ranks the weights of this stage.
         patience: values of the metric without improvement that end the stage.
-        mode: whether a larger ("max") or a smaller ("min") value is better.
+        mode: whether a larger ("max") or a smaller ("min") value is better. Default: "min" for a
+            name that ends in "loss", "mean_rank" or "median_rank", else "max".
         load: initial weights: "last", the current ones, or "best", those with which the previous
             stage had its best metric.
         optimizer_state: "keep" continues with the optimizer's moments, also those of parameters
@@ -92,9 +93,7 @@ class Stage:
     task: Task | None = attrs.field(default=None, kw_only=True, repr=False)
     metric: str | None = attrs.field(default=None, kw_only=True)
     patience: int | None = attrs.field(default=None, validator=_count, kw_only=True)
-    mode: Literal["max", "min"] = attrs.field(
-        default="max", validator=one_of(Literal["max", "min"]), kw_only=True
-    )
+    mode: Mode = attrs.field(validator=one_of(Mode), kw_only=True)
     load: Literal["last", "best"] = attrs.field(
         default="last", validator=one_of(Literal["last", "best"]), kw_only=True
     )
@@ -102,6 +101,10 @@ class Stage:
         default="keep", validator=one_of(Literal["keep", "reset"]), kw_only=True
     )
     rules: GroupRules = attrs.field(init=False, repr=False)
+
+    @mode.default
+    def _usual_mode(self) -> Mode:
+        return usual_mode(self.metric)
 
     @rules.default
     def _make_rules(self) -> GroupRules:

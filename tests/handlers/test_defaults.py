@@ -15,6 +15,7 @@ from diptych.handlers import (
     CheckpointManager,
     EarlyStopping,
     Evaluation,
+    Stage,
     default_handlers,
     read_records,
 )
@@ -134,8 +135,8 @@ def test_a_trial_of_five_iterations_ends_without_an_error(best, every, tmp_path)
         )
     trainer.attach(
         Evaluation(loader(), every=every),
-        EarlyStopping(metric=best or "train/loss", mode="min"),
-        *default_handlers(tmp_path, best=best, mode="min"),
+        EarlyStopping(metric=best or "train/loss"),
+        *default_handlers(tmp_path, best=best),
     )
     trainer.run(loader(), max_iters=5)
     assert trainer.state.iteration == 5
@@ -143,3 +144,21 @@ def test_a_trial_of_five_iterations_ends_without_an_error(best, every, tmp_path)
     assert manager.get_latest_checkpoint() is not None
     ranked = manager.get_best_checkpoint()
     assert (ranked is not None) == (best == "val/loss" and every == "epoch")
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode"),
+    [
+        ("val/loss", "min"),
+        ("train/contrastive_loss", "min"),
+        ("val/image_to_text/mean_rank", "min"),
+        ("val/recall@1", "max"),
+        ("health/image/effective_rank", "max"),
+    ],
+)
+def test_a_smaller_loss_is_better_unless_the_script_says_otherwise(tmp_path, metric, mode):
+    stage = Stage("all", epochs=1, lr=0.1, metric=metric)
+    handlers = [EarlyStopping(metric=metric), *default_handlers(tmp_path, best=metric)]
+    modes = {type(one).__name__: one.mode for one in (stage, *handlers) if hasattr(one, "mode")}
+    assert modes == dict.fromkeys(("Stage", "EarlyStopping", "RunCard", "CheckpointManager"), mode)
+    assert EarlyStopping(metric=metric, mode="max").mode == "max"
