@@ -111,6 +111,22 @@ class Contender(Protocol):
         ...
 
 
+def looped(step: Callable[[dict[str, Tensor]], object]) -> Contender:
+    """Return a plain loop of a function that makes one update."""
+
+    def run(batch: dict[str, Tensor], warmup: int, steps: int) -> float:
+        for _ in range(warmup):
+            step(batch)
+        finish()
+        start = time.perf_counter()
+        for _ in range(steps):
+            step(batch)
+        finish()
+        return time.perf_counter() - start
+
+    return run
+
+
 def raw(*, compiled: Form, item: bool = False) -> Contender:
     """Return a plain training loop; with `item`, it reads the loss at each step."""
     model, loss, optimizer = parts()
@@ -126,17 +142,7 @@ def raw(*, compiled: Form, item: bool = False) -> Contender:
         if item:
             value.item()
 
-    def run(batch: dict[str, Tensor], warmup: int, steps: int) -> float:
-        for _ in range(warmup):
-            step(batch)
-        finish()
-        start = time.perf_counter()
-        for _ in range(steps):
-            step(batch)
-        finish()
-        return time.perf_counter() - start
-
-    return run
+    return looped(step)
 
 
 def timed(engine: Engine, run: Callable[[], object], first: int, last: int) -> float:

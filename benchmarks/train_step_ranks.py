@@ -1,13 +1,18 @@
-"""The gain from several accelerators of one host: samples/s at the same batch size per rank.
+"""The gain from several accelerators of one host, beside torch's DistributedDataParallel.
 
     torchrun --nproc-per-node=2 benchmarks/train_step_ranks.py
+    torchrun --nproc-per-node=4 benchmarks/train_step_ranks.py --large 32768 --sharded 40
     torchrun --nproc-per-node=2 benchmarks/train_step_ranks.py --samples 8 --steps 3  # on a CPU
 
 The model, loss and optimizer are those of `train_step.py`, in a trainer with the default handlers.
 First rank 0 trains alone while the others wait; then all ranks train together, each with the same
-number of samples. The script also compares losses on one global batch: rank 0 alone trains on all
-of it, then the ranks train on their shares. The losses of a few updates must be equal up to
+number of samples: in the trainer, and in a plain loop with torch's wrapper and the usual form of
+the loss (`peer_loss.py`). The script also compares losses on one global batch: rank 0 alone trains
+on all of it, then the ranks train on their shares. The losses of a few updates must be equal up to
 rounding.
+
+With `--large`, a global batch in micro-batches and tiles; with `--sharded`, a model that the ranks
+share (`sharded_step.py`).
 """
 
 from __future__ import annotations
@@ -20,15 +25,23 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from diptych.engine import Trainer, of_this_rank, process_group, tasks
 from diptych.engine.distributed.collectives import all_reduce_sum, rank, world_size
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # to find `benchmarks` when run as a file
-from benchmarks.train_step import CUDA, diptych, parts, resident
+from benchmarks import sharded_step
+from benchmarks.peer_loss import peer_loss
+from benchmarks.train_step import CUDA, Contender, autocast, diptych, looped, parts, resident
 
 UPDATES = 10
 """The number of updates whose losses are compared."""
+COMPARED = 64
+"""The most samples of a rank in them: rank 0 computes all of them in one piece, in float32."""
+PIECE = 1024 if CUDA else 8
+"""Samples of a micro-batch of the large batch."""
 
 
 @contextmanager
@@ -41,9 +54,40 @@ def alone() -> Iterator[None]:
         dist.is_initialized = is_initialized
 
 
-def rate(samples: int, steps: int, *, compiled: bool) -> float:
-    """Return the seconds per update in this process, the minimum of three turns."""
-    run, batch = diptych(compiled=compiled), resident(samples)
+class Scaled(nn.Module):
+    """Two towers with a learned scale, as torch's wrapper needs them: in one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.towers, loss, _ = parts()
+        self.log_scale = nn.Parameter(-torch.tensor(loss.temperature.value).log())
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the features of both, and the logarithm of the scale."""
+        return *self.towers(image, text), self.log_scale
+
+
+def wrapped(*, compiled: bool) -> Contender:
+    """Return a plain loop with torch's wrapper and the usual form of the loss."""
+    model = Scaled()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=CUDA)
+    if compiled:
+        model.towers.compile()
+    parallel = DistributedDataParallel(model, [torch.cuda.current_device()] if CUDA else None)
+
+    def step(batch: dict[str, Tensor]) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast():
+            value = peer_loss(*parallel(batch["image"], batch["text"]))
+        value.backward()
+        optimizer.step()
+
+    return looped(step)
+
+
+def fastest(run: Contender, samples: int, steps: int) -> float:
+    """Return the seconds per update, the minimum of three turns."""
+    batch = resident(samples)
     return min(run(batch, 10 if turn == 0 else 3, steps) for turn in range(3)) / steps
 
 
@@ -64,47 +108,97 @@ def global_batches(samples: int) -> list[dict[str, torch.Tensor]]:
     return [{**batch, "image": batch["image"].float()}] * UPDATES
 
 
-def measure(samples: int, steps: int, *, compiled: bool) -> None:
-    """Print the samples/s of one rank and of all ranks, and the largest difference in loss."""
-    single = expected = None
+def measure(samples: int, steps: int, *, compiled: bool) -> float:
+    """Print the samples/s of one rank and of all ranks; return the trainer's on one rank."""
+    single = torch.zeros(1, dtype=torch.float64, device="cuda" if CUDA else "cpu")
     if rank() == 0:
         with alone():
-            single = rate(samples, steps, compiled=compiled)
-    dist.barrier()
-    together = rate(samples, steps, compiled=compiled)
-    batches = global_batches(samples)
+            single += fastest(diptych(compiled=compiled), samples, steps)
+    dist.broadcast(single, src=0)
+    one = samples / single.item()
+    loops = {"diptych, one rank": one}
+    for name, make in {"diptych": diptych, "DistributedDataParallel": wrapped}.items():
+        seconds = fastest(make(compiled=compiled), samples, steps)
+        loops[name] = samples * world_size() / seconds
+    if rank() == 0:
+        form = "compiled" if compiled else "eager"
+        for name, rate in loops.items():
+            beside = rate / loops["DistributedDataParallel"] if name == "diptych" else 1
+            ratio = f"{beside:.3f}" if name == "diptych" else ""
+            print(
+                f"| {samples:,} | {form} | {name} | {rate:,.0f} | {rate / one:.2f} | {ratio} |",
+                flush=True,
+            )
+    return one
+
+
+def compare_losses(samples: int) -> None:
+    """Print the largest difference between the losses of one rank and of all ranks."""
+    batches, expected = global_batches(samples), None
     if rank() == 0:
         with alone():
             expected = losses(batches)
     dist.barrier()
     found = losses(list(of_this_rank(batches)))
-    if single is not None and expected is not None:
-        one, all_ranks = samples / single, samples * world_size() / together
+    if expected is not None:
         difference = max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
-        form = "compiled" if compiled else "eager"
         print(
-            f"| {samples:,} | {form} | {one:,.0f} | {all_ranks:,.0f} | {all_ranks / one:.2f} "
-            f"| {difference:.1e} |"
+            f"\n{UPDATES} updates with {samples * world_size()} samples: the losses of one rank "
+            f"and of {world_size()} differ by {difference:.1e}",
+            flush=True,
+        )
+
+
+def large_batch(samples: int, one: float) -> None:
+    """Print the samples/s of a global batch in micro-batches, with the loss in tiles.
+
+    Args:
+        samples: of the global batch.
+        one: samples/s of one rank without micro-batches.
+    """
+    own = samples // world_size()
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = diptych(compiled=False, microbatch_size=PIECE)(resident(own), 1, 2) / 2
+    memory = torch.cuda.max_memory_allocated() / 1e9 if CUDA else 0
+    if rank() == 0:
+        rate = samples / seconds
+        print(
+            f"\nbatch {samples:,} in pieces of {PIECE:,}: {rate:,.0f} samples/s, "
+            f"{rate / one / world_size():.2f} of what {world_size()} single ranks do without "
+            f"pieces, at most {memory:.1f} GB a rank",
+            flush=True,
         )
 
 
 def main() -> None:
-    """Measure, and print the table."""
+    """Measure, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", nargs="+", type=int, default=[256, 1024] if CUDA else [32])
+    parser.add_argument("--samples", nargs="+", type=int, default=[64, 1024] if CUDA else [8])
     parser.add_argument("--steps", type=int, default=50, help="measured updates per turn")
     parser.add_argument("--compile", action="store_true", help="also measure the compiled form")
+    parser.add_argument("--large", type=int, default=0, help="samples of a global batch; 0: none")
+    parser.add_argument("--sharded", type=int, default=0, help="updates of the sharded model")
+    parser.add_argument(
+        "--sharded-samples", type=int, default=16 if CUDA else 2, help="samples of each rank"
+    )
     arguments = parser.parse_args()
     if world_size() == 1:
         parser.error("several ranks are needed: torchrun --nproc-per-node=2 " + sys.argv[0])
     if rank() == 0:
         name = torch.cuda.get_device_name() if CUDA else "CPU"
         print(f"{world_size()} x {name}, torch {torch.__version__}\n")
-        print("| batch per rank | form | 1 rank, samples/s | all | ratio | losses differ by |")
-        print("|---:|---|---:|---:|---:|---:|")
-    for compiled in [False, True] if arguments.compile else [False]:
+        print("| batch per rank | form | loop | samples/s | to one rank | to the wrapper |")
+        print("|---:|---|---|---:|---:|---:|")
+    one = 0.0
+    for compiled in [True, False] if arguments.compile else [False]:
         for samples in arguments.samples:
-            measure(samples, arguments.steps, compiled=compiled)
+            one = measure(samples, arguments.steps, compiled=compiled)
+    compare_losses(min(COMPARED, *arguments.samples))
+    if arguments.large:
+        large_batch(arguments.large, one)
+    if arguments.sharded:
+        sharded_step.compare(arguments.sharded_samples, arguments.sharded)
 
 
 if __name__ == "__main__":
