@@ -59,5 +59,8 @@ from diptych.engine.step.train_step import (
 )
 from diptych.engine.trainer import Trainer as Trainer
 from diptych.engine.trials.dry_run import DryRun as DryRun
+from diptych.engine.trials.microbatch_size import (
+    find_microbatch_size as find_microbatch_size,
+)
 from diptych.engine.trials.overfit import Overfit as Overfit
 from diptych.engine.trials.trial import Trial as Trial
