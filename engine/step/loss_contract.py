@@ -108,14 +108,13 @@ def loss_terms(loss: nn.Module, outputs: Outputs) -> Terms:
     return dict(call_with(terms, outputs))
 
 
-def call_with(function: Callable[..., T], outputs: Outputs) -> T:
+def call_with(function: Callable[..., T], outputs: Mapping[str, Tensor]) -> T:
     """Call a loss, or a method of a loss, with the task's outputs.
 
     Outputs are passed in their order. One that has the name of an optional argument is passed by
     name. An output of a teacher is left out unless the function has an argument of its name.
     """
-    module = isinstance(function, nn.Module)
-    written = function.forward if module else function
+    written: Any = function.forward if isinstance(function, nn.Module) else function
     names = _argument_names(getattr(written, "__func__", written))
     if names is None:
         return function(*outputs.values())

@@ -141,7 +141,7 @@ class HardNegativeMining(Handler):
         # An uninterrupted run does not evaluate there, so a run that continues must not mine.
         self._at_cut = trainer.last_event_name == RunEvents.EPOCH_CUT
 
-    def _keep(self, evaluator: Engine) -> None:
+    def _keep(self, evaluator: Any) -> None:
         """Keep the features and groups of a batch of the evaluation."""
         if self._at_cut:
             return

@@ -20,6 +20,9 @@ from diptych.engine.step.loss_contract import TEACHER
 from diptych.engine.tasks import Outputs, Task
 from diptych.engine.trainer import Trainer
 
+NAMES = ("teacher_first", "teacher_second")
+"""The arguments of the losses on pairs that take a teacher's features."""
+
 
 def _check_model(_: Any, __: attrs.Attribute[Any], model: object) -> None:
     if not isinstance(model, nn.Module):
@@ -127,7 +130,7 @@ class Teacher(Handler):
     model: nn.Module = attrs.field(validator=_check_model)
     task: Task | None = attrs.field(default=None, kw_only=True)
     names: tuple[str, ...] = attrs.field(
-        default=("teacher_first", "teacher_second"),
+        default=NAMES,
         converter=tuple,
         validator=_check_names,
         kw_only=True,
@@ -148,8 +151,7 @@ class Teacher(Handler):
     @property
     def role(self) -> str:
         """The names of the outputs, unless they are the default ones."""
-        default: tuple[str, ...] = attrs.fields(Teacher).names.default
-        return "" if self.names == default else ", ".join(self.names)
+        return "" if self.names == NAMES else ", ".join(self.names)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the teacher's weights if they belong in a checkpoint."""

@@ -73,7 +73,7 @@ class InfoNCELoss(BaseContrastiveLoss):
         self.directions = directions
         self.tile = tile
 
-    def forward(
+    def forward(  # type: ignore[override]  # negatives come before groups
         self,
         first: Tensor,
         second: Tensor,
@@ -97,7 +97,7 @@ class InfoNCELoss(BaseContrastiveLoss):
         """
         return sum_of_terms(self.terms(first, second, negatives, groups, negative_groups))
 
-    def terms(
+    def terms(  # type: ignore[override]  # negatives come before groups
         self,
         first: Tensor,
         second: Tensor,

@@ -35,7 +35,7 @@ class TaughtLoss(BaseContrastiveLoss):
 
     without_gradient = ("teacher_first", "teacher_second")
 
-    def forward(  # type: ignore[override] - two more sides
+    def forward(  # type: ignore[override]  # two more sides
         self,
         first: Tensor,
         second: Tensor,
@@ -58,7 +58,7 @@ class TaughtLoss(BaseContrastiveLoss):
         """
         return sum_of_terms(self.terms(first, second, teacher_first, teacher_second, groups))
 
-    def terms(  # type: ignore[override] - two more sides
+    def terms(  # type: ignore[override]  # two more sides
         self,
         first: Tensor,
         second: Tensor,
