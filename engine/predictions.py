@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from ignite.metrics import Metric, MetricsLambda
 from torch import Tensor
 
-from diptych.engine.tasks import Outputs
+from diptych.engine.tasks import NO_LABEL, Outputs
 
 NAMES = ("y_pred", "y")
 """The names under which Ignite's metrics look for predictions and targets."""
@@ -27,6 +28,8 @@ def predict_labels(outputs: Mapping[str, Tensor]) -> Prediction:
 class NamedOutputs(dict[str, Tensor]):
     """A task's outputs, which Ignite's metrics can also ask for `y_pred` and `y`.
 
+    Both leave out the samples (and tokens) whose label is -100, which have none.
+
     A task may declare a method `prediction` that returns both from its outputs; `None` instead of
     the method says that it has none. A task that declares nothing predicts `logits` for `labels`.
 
@@ -38,6 +41,7 @@ class NamedOutputs(dict[str, Tensor]):
     def __init__(self, outputs: Mapping[str, Tensor], task: object) -> None:
         super().__init__(outputs)
         self._prediction = prediction_of(task)
+        self._labelled: Prediction | None = None
 
     def __contains__(self, name: object) -> bool:
         named = name in NAMES and self.has_prediction
@@ -45,7 +49,9 @@ class NamedOutputs(dict[str, Tensor]):
 
     def __missing__(self, name: str) -> Any:
         if name in NAMES and self._prediction is not None:
-            return self._prediction(self)[NAMES.index(name)]
+            if self._labelled is None:
+                self._labelled = _labelled(*self._prediction(self))
+            return self._labelled[NAMES.index(name)]
         if name == CRITERION_KWARGS:
             return {}
         raise KeyError(name)
@@ -62,6 +68,17 @@ def prediction_of(task: object) -> Callable[[Outputs], Prediction] | None:
     """Return the function from a task's outputs to `y_pred` and `y`; None: the task has none."""
     declared: Callable[[Outputs], Prediction] | None = getattr(task, "prediction", predict_labels)
     return declared
+
+
+def _labelled(y_pred: Tensor, y: Tensor) -> Prediction:
+    """Return predictions and targets without those that have no label."""
+    dims = y_pred.ndim - y.ndim
+    if y.is_floating_point() or y.dtype == torch.bool or dims not in {0, 1}:
+        return y_pred, y
+    known = y != NO_LABEL
+    if bool(known.all()):
+        return y_pred, y
+    return (y_pred.movedim(1, -1) if dims else y_pred)[known], y[known]
 
 
 def metrics_without_prediction(

@@ -8,10 +8,9 @@ import attrs
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from diptych.engine.tasks import NO_LABEL
 
-NO_LABEL = -100
-"""The label or group of a sample that has none: torch's `ignore_index`."""
+logger = logging.getLogger(__name__)
 
 
 @attrs.define

@@ -17,9 +17,9 @@ from diptych.engine.distributed.gathering import gather_values
 from diptych.engine.errors import BatchError
 from diptych.engine.events import MetricsEvents, StepEvents
 from diptych.engine.handler import Handler
-from diptych.engine.tasks import Key, look_up, names_of
+from diptych.engine.tasks import NO_LABEL, Key, look_up, names_of
 from diptych.engine.trainer import Trainer
-from diptych.handlers.evaluation.known_ids import NO_LABEL, KnownIds
+from diptych.handlers.evaluation.known_ids import KnownIds
 from diptych.handlers.evaluation.label_accuracy import Average
 from diptych.handlers.evaluation.outputs_metric import OutputTransform, check_ids, unchanged
 from diptych.handlers.evaluation.probes import ROWS, BankProbe
