@@ -121,6 +121,7 @@ class TrainingPairs(Dataset[dict[str, Any]]):
             "draws": torch.rand(NUMBER_OF_DRAWS),
             "text": text.masked_fill(dropped, 0),
             "group": group,
+            "index": index,
         }
 
 
@@ -129,12 +130,17 @@ def collate(samples: Sequence[dict[str, Any]]) -> Batch:
 
     Returns:
         `image` [B, 3, 32, 32] in [0, 1] up to augmentation, `text` int64 [B, L], `group` int64 [B].
+        An emoji has several drawings and captions, so that evaluations need the ids of both:
+        `image_id` and `caption_id` [B] are the sample's index.
     """
     images = torch.stack([sample["image"] for sample in samples])
+    index = torch.tensor([sample["index"] for sample in samples])
     return {
         "image": augment(images, torch.stack([sample["draws"] for sample in samples])),
         "text": pad_sequence([sample["text"] for sample in samples], batch_first=True),
         "group": torch.tensor([sample["group"] for sample in samples]),
+        "image_id": index,
+        "caption_id": index,
     }
 
 
