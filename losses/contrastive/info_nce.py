@@ -11,14 +11,11 @@ from diptych.losses.base.contrastive import BaseContrastiveLoss, Pairs
 from diptych.losses.base.gather import GlobalBatch, global_batch
 from diptych.losses.base.loss import sum_of_terms
 from diptych.losses.base.objectives import Tile, check_tile, contrast
-from diptych.losses.base.positives import Positives
+from diptych.losses.base.positives import NO_GROUP, Positives
 from diptych.losses.base.validation import check_choice, check_integers, check_views
 from diptych.losses.registry import register_loss
 
 DIRECTIONS = ("both", "first", "second")
-
-NO_ID = torch.iinfo(torch.int64).min
-"""The id of a negative without one; it differs from the group of every query."""
 
 
 @register_loss("info_nce")
@@ -56,6 +53,8 @@ class InfoNCELoss(BaseContrastiveLoss):
         ValueError: If an argument is out of range.
     """
 
+    negatives_in_batch = False
+
     def __init__(
         self,
         *,
@@ -89,7 +88,8 @@ class InfoNCELoss(BaseContrastiveLoss):
             negatives: [b, k, D], k of each query, or [m, D]. With micro-batches it must be
                 [b, k, D].
             groups: Integers [b]; pairs with equal ids are not negatives of one another.
-            negative_groups: Integers [b, k] or [m], the ids of the negatives; needs `groups`.
+            negative_groups: Integers [b, k] or [m], the groups of the negatives, -100 for none;
+                needs `groups`.
 
         Raises:
             ValueError: If shapes do not fit.
@@ -178,7 +178,7 @@ def _check_negatives(
         )
     shape = negatives.shape[:-1]
     if negative_groups is None:
-        return torch.full((shape.numel(),), NO_ID, device=negatives.device)
+        return torch.full((shape.numel(),), NO_GROUP, device=negatives.device)
     if pairs.groups is None:
         raise ValueError("negative_groups needs groups, the ids of the queries, got None")
     check_integers("negative_groups", negative_groups)

@@ -49,6 +49,15 @@ def test_value_is_that_of_the_loop_for_negatives_of_every_query(directions: str)
         assert math.isclose(float(found), expected, rel_tol=1e-12)
 
 
+def test_a_query_or_negative_without_a_group_is_dropped_for_nothing() -> None:
+    ungrouped = torch.tensor([-100, 1, -100, 2, 1, -1])
+    loss = InfoNCELoss(directions="first", temperature=0.2)
+    expected = loop(5.0, [10, 1, 11, 2, 1, 12], [[-7] * 3] * 6)[0]
+    for ids in ([], [torch.full((6, 3), -100)]):
+        found = loss(FIRST, SECOND, NEGATIVES, ungrouped, *ids)
+        assert math.isclose(float(found), expected, rel_tol=1e-12)
+
+
 def test_dot_products_at_temperature_1_are_those_of_dense_passage_retrieval() -> None:
     loss = InfoNCELoss(directions="first", temperature=1.0, normalize=False)
     expected = loop(1.0, list(range(6)), [[-1] * 3] * 6, dot)[0]
