@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -47,6 +47,18 @@ def batch_size(batch: Any) -> int:
         "a batch must hold a tensor whose first dimension is the sample, "
         f"got {type(batch).__name__}"
     )
+
+
+def batch_kind(batch: Any) -> int:
+    """Return a number that is equal in this process for batches of equal structure.
+
+    The structure is the keys, and the leaves' types and numbers of dimensions, not their sizes.
+    """
+    kinds = [
+        (leaf.ndim, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf)
+        for leaf in leaves(batch)
+    ]
+    return hash((tuple(batch) if isinstance(batch, Mapping) else (), *kinds))
 
 
 def split_batch(batch: Any, size: int) -> list[Any]:

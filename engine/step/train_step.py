@@ -30,6 +30,7 @@ from diptych.engine.settings import AUTOCAST, TrainerSettings
 from diptych.engine.step.compilation import keep_gradients, uses_cuda_graphs
 from diptych.engine.step.loss_contract import (
     Terms,
+    announced,
     call_with,
     constrain_parameters,
     couples_samples,
@@ -225,6 +226,7 @@ class TrainStep:
     def coupled(self, trainer: Any, batch: Any, pieces: list[Any]) -> tuple[Terms, Tensor]:
         """Compute the loss of all samples at once, with cached gradients if there are pieces."""
         cache = None
+        exchange = announced(self.loss, batch) if self._ranks > 1 else NOTHING
         # Over several ranks, cache a single piece too: others may have more pieces, and gradients
         # must be averaged after the loss's collectives on all ranks.
         if len(pieces) == 1 and (self.microbatch_size is None or self._ranks == 1):
@@ -234,7 +236,7 @@ class TrainStep:
             outputs = cache.outputs(self.forward, pieces)
         trainer.outputs = outputs
         trainer.fire_event(StepEvents.FORWARD_COMPLETED)
-        with self.autocast():
+        with self.autocast(), exchange:
             terms = loss_terms(self.loss, outputs)
             value = sum_of_terms(terms)
         trainer.terms = terms = {name: apart_from_weights(term) for name, term in terms.items()}

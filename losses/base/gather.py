@@ -208,11 +208,8 @@ _announced: list[AnnouncedSizes] = []
 
 
 @contextmanager
-def announced_sizes(announced: AnnouncedSizes | None) -> Iterator[None]:
+def announced_sizes(announced: AnnouncedSizes) -> Iterator[None]:
     """Make the losses called inside use announced sizes instead of exchanging them."""
-    if announced is None:
-        yield
-        return
     _announced.append(announced)
     try:
         yield

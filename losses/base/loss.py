@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+
+from diptych.losses.base.gather import AnnouncedSizes, announced_sizes, world_size
 
 
 def sum_of_terms(terms: Mapping[str, Tensor]) -> Tensor:
@@ -70,6 +73,22 @@ class Loss(nn.Module):
     def scalars(self) -> dict[str, Tensor]:
         """Return detached values to publish at log points, by name: a temperature, a weight."""
         return {}
+
+    def announce(self, size: int, kind: int) -> AbstractContextManager[None]:
+        """Start to exchange the sizes of all ranks' batches, for the calls inside the context.
+
+        A trainer calls it on all ranks before the forward pass of a batch, so that no call of the
+        loss waits for other hosts. Without it a call exchanges the sizes itself.
+
+        Args:
+            size: The number of samples of this rank's batch.
+            kind: A 64-bit number that is equal for batches of equal structure; see
+                `AnnouncedSizes`.
+        """
+        if world_size() == 1:
+            return nullcontext()
+        checked = self.__dict__.setdefault("_checked_calls", {})
+        return announced_sizes(AnnouncedSizes(size, kind, checked))
 
     @classmethod
     def example(cls) -> Loss:
