@@ -2,7 +2,7 @@
 
 A loss is a module that returns a scalar. These functions are the only code of the engine and the
 handlers that asks what else it has: `terms`, `couples_samples`, `total_and_weight`,
-`minimum_batch`, `announce`, `constrain`, `scalars`, `tile`.
+`minimum_batch`, `constrain`, `scalars`, `tile`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
-from diptych.engine.data.batches import batch_kind, batch_size
 from diptych.engine.distributed.gathering import gather_values
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import BatchError
@@ -139,18 +137,6 @@ def _argument_names(function: Callable[..., Any]) -> tuple[str, ...] | None:
         for name, one in parameters.items()
         if one.default is not inspect.Parameter.empty or name.startswith(TEACHER)
     )
-
-
-def announced(loss: nn.Module, batch: Any) -> AbstractContextManager[None]:
-    """Start to exchange the batch sizes of all ranks; a loss called inside need not do so.
-
-    Call it on all ranks before the forward pass, so that no host waits for another in the loss.
-    """
-    announce = getattr(loss, "announce", None)
-    if announce is None:
-        return nullcontext()
-    exchange: AbstractContextManager[None] = announce(batch_size(batch), batch_kind(batch))
-    return exchange
 
 
 def sum_of_terms(terms: Terms) -> Tensor:

@@ -12,7 +12,7 @@ from ignite.engine import State
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diptych.engine.data.batches import batch_size, cut_batch
+from diptych.engine.data.batches import batch_kind, batch_size, cut_batch
 from diptych.engine.data.prefetch import mover
 from diptych.engine.data.transform import Transform, apply_transform
 from diptych.engine.distributed.collectives import all_reduce_sum, broadcast_buffers, world_size
@@ -30,12 +30,12 @@ from diptych.engine.settings import AUTOCAST, TrainerSettings
 from diptych.engine.step.compilation import keep_gradients, uses_cuda_graphs
 from diptych.engine.step.loss_contract import (
     Terms,
-    announced,
     call_with,
     constrain_parameters,
     couples_samples,
     is_too_small,
     loss_terms,
+    optional,
     sample_mean_of,
     sum_of_terms,
 )
@@ -222,11 +222,19 @@ class TrainStep:
         with self.autocast():
             return call_on(self.task, self.model, batch)
 
+    def announced(self, batch: Any) -> AbstractContextManager[None]:
+        """Start to exchange batch sizes, so that the loss, called inside, waits for no host."""
+        announce = optional(self.loss, "announce") if self._ranks > 1 else None
+        if announce is None:
+            return NOTHING
+        exchange: AbstractContextManager[None] = announce(batch_size(batch), batch_kind(batch))
+        return exchange
+
     @waits_at("the backward pass")
     def coupled(self, trainer: Any, batch: Any, pieces: list[Any]) -> tuple[Terms, Tensor]:
         """Compute the loss of all samples at once, with cached gradients if there are pieces."""
         cache = None
-        exchange = announced(self.loss, batch) if self._ranks > 1 else NOTHING
+        exchange = self.announced(batch)
         # Over several ranks, cache a single piece too: others may have more pieces, and gradients
         # must be averaged after the loss's collectives on all ranks.
         if len(pieces) == 1 and (self.microbatch_size is None or self._ranks == 1):
