@@ -1,4 +1,4 @@
-"""Nested containers of tensors: a function applied to every leaf."""
+"""Nested containers of tensors: a function applied to every leaf, a comparison."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
+import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -68,3 +70,20 @@ def leaves(batch: Any) -> list[Any]:
     found: list[Any] = []
     map_leaves(batch, lambda leaf: found.append(leaf) or leaf)  # type: ignore[func-returns-value]
     return found
+
+
+def same_values(one: Any, other: Any) -> bool:
+    """Say whether two samples are equal; values that cannot be compared, and NaN, are not."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(same_values(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same_values, one, other))
+    if isinstance(one, (Tensor, np.ndarray)):
+        equal = torch.equal if isinstance(one, Tensor) else np.array_equal
+        return one.dtype == other.dtype and bool(equal(one, other))
+    try:
+        return bool(one == other)
+    except (TypeError, ValueError):
+        return False

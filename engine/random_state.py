@@ -81,6 +81,12 @@ def set_random_state(state: Mapping[str, Any]) -> None:
             torch.cuda.set_rng_state(device_state, index)
 
 
+def host_state() -> tuple[object, ...]:
+    """Return the states of Python's, NumPy's and torch's CPU generators, only to be compared."""
+    _, keys, *position = np.random.get_state(legacy=True)
+    return random.getstate(), keys.tobytes(), *position, torch.get_rng_state().numpy().tobytes()
+
+
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
     """Restore every generator at the end of the context.

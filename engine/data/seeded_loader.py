@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -14,10 +15,18 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from diptych.engine.checks import is_whole
+from diptych.engine.containers import same_values
 from diptych.engine.data.loader_contract import Pass
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.errors import ResumeError
-from diptych.engine.random_state import mixed_seed, preserved_random_state, seed_host
+from diptych.engine.random_state import (
+    host_state,
+    mixed_seed,
+    preserved_random_state,
+    seed_host,
+)
+
+logger = logging.getLogger(__name__)
 
 Draw = tuple[int, int]
 """An epoch and the index of a sample: with the seed, they determine the sample's augmentation."""
@@ -39,11 +48,15 @@ class SeededLoader:
     are the same for any number of workers and ranks, and after an interruption. The generators of
     the calling process are not changed.
 
+    A data set with `__getitems__` (Hugging Face's, a `Subset` of one) is read a batch at a time, if
+    its samples draw nothing. The first batch is also read sample by sample and compared; a later
+    batch whose reading draws is read again. From then on, samples are read one by one.
+
     A second pass that starts while the first is read, such as an evaluation on the training data,
     does not affect the first: the loader's position remains that of the first pass.
 
     Args:
-        dataset: has `__len__` and `__getitem__`.
+        dataset: has `__len__` and `__getitem__`; `__getitems__` if it can read several at once.
         batch_size: samples of an update over all ranks; each rank gets its share of them.
         seed: the seed of order and augmentations.
         shuffle: whether each epoch has an order of its own.
@@ -229,18 +242,57 @@ class _Batches:
 
 
 class _SeededSamples(Dataset[Any]):
-    """A data set that seeds the global generators before it reads a sample."""
+    """A data set that seeds the global generators before it reads a sample.
+
+    A data set with `__getitems__` is read a batch at a time as long as this gives the same samples.
+    """
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
         self._dataset, self._seed = dataset, seed
+        self._reads_batches = callable(getattr(dataset, "__getitems__", None))
+        self._compared = False
 
     def __getitems__(self, draws: Sequence[Draw]) -> list[Any]:
         if get_worker_info() is not None:  # nobody else draws in a worker
-            return [self[draw] for draw in draws]
+            return self._read(draws)
         with preserved_random_state():
-            return [self[draw] for draw in draws]
+            return self._read(draws)
 
     def __getitem__(self, draw: Draw) -> Any:
         epoch, index = draw
         seed_host(mixed_seed(self._seed, epoch, index))
         return self._dataset[index]
+
+    def _read(self, draws: Sequence[Draw]) -> list[Any]:
+        together = self._together(draws) if self._reads_batches else None
+        if together is not None and self._compared:
+            return together
+        samples = [self[draw] for draw in draws]
+        # Code may look at a generator's seed without a draw: compare the first batch.
+        if together is not None and not same_values(together, samples):
+            self._read_singly("its samples differ there, or cannot be compared")
+        self._compared = True
+        return samples
+
+    def _together(self, draws: Sequence[Draw]) -> list[Any] | None:
+        """Return the samples read at once; None if each must be read with its own seed."""
+        before = host_state()
+        try:
+            samples = list(self._dataset.__getitems__([index for _, index in draws]))  # type: ignore[attr-defined]
+        except Exception as error:  # noqa: BLE001 - what is wrong with a sample shows when it is read
+            return self._read_singly(f"it raises {type(error).__name__}")
+        if host_state() != before:
+            return self._read_singly("its samples draw random numbers, each from its own seed")
+        if len(samples) != len(draws):
+            return self._read_singly(f"it returns {len(samples)} samples for {len(draws)} indices")
+        return samples
+
+    def _read_singly(self, why: str) -> None:
+        self._reads_batches = False
+        worker = get_worker_info()
+        if rank() == 0 and (worker is None or worker.id == 0):
+            logger.info(
+                "Reading the %s sample by sample, not with its __getitems__: %s.",
+                type(self._dataset).__name__,
+                why,
+            )

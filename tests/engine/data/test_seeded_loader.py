@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from diptych.engine import ResumeError, SeededLoader, in_groups
 
@@ -156,3 +156,110 @@ def test_a_batch_size_that_is_no_whole_number_is_refused(size):
 def test_a_data_set_smaller_than_a_batch_is_refused_with_drop_last():
     with pytest.raises(ValueError, match="fill one batch of 30, got 23"):
         SeededLoader(Noisy(), 30, drop_last=True)
+
+
+# -- data sets that read several samples at once ---------------------------------------------------
+
+
+class Table(Dataset):
+    """Rows that can be read several at once; counts what is read, and how."""
+
+    def __init__(self, draw=None) -> None:
+        self.draw = draw or (lambda: 0.0)
+        self.single = self.together = 0
+
+    def __len__(self) -> int:
+        return 23
+
+    def row(self, index: int):
+        row = np.arange(index, index + 3)
+        return {"index": index, "row": row, "words": [str(index)], "draw": self.draw()}
+
+    def __getitem__(self, index: int):
+        self.single += 1
+        return self.row(index)
+
+    def __getitems__(self, indices: list[int]):
+        self.together += 1
+        return [self.row(index) for index in indices]
+
+
+def plain(table: Table) -> Dataset:
+    """Return the same data set without `__getitems__`."""
+
+    class Plain(Dataset):
+        __len__, __getitem__ = table.__len__, staticmethod(table.__getitem__)
+
+    return Plain()
+
+
+def rows(loader: SeededLoader) -> list[str]:
+    """Return the batches of an epoch as texts."""
+    loader.set_epoch(1)
+    return [str(batch) for batch in loader]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_set_that_draws_nothing_is_read_a_batch_at_a_time(workers: int):
+    table, expected = Table(), rows(SeededLoader(plain(Table()), 4))
+    assert rows(SeededLoader(table, 4, num_workers=workers)) == expected
+    if not workers:
+        assert (table.single, table.together) == (4, 6)  # the first batch is read in both ways
+
+
+def test_a_subset_of_such_a_data_set_is_read_a_batch_at_a_time_too():
+    table = Table()
+    part = Subset(table, range(3, 19))
+    expected = rows(SeededLoader(Subset(plain(Table()), range(3, 19)), 4))
+    assert rows(SeededLoader(part, 4)) == expected
+    assert (table.single, table.together) == (4, 4)
+
+
+DRAWS = {
+    "torch": lambda: torch.rand(()).item(),
+    "NumPy": np.random.normal,
+    "Python": random.random,
+    "the seed": lambda: np.random.default_rng(torch.initial_seed()).random(),
+}
+"""The ways to a random number, of which the last one moves no generator."""
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_what_a_sample_draws_stays_its_own_if_others_are_read_with_it(draw, caplog):
+    caplog.set_level("INFO")
+    table, expected = Table(draw), rows(SeededLoader(plain(Table(draw)), 4))
+    assert rows(SeededLoader(table, 4)) == expected
+    assert (table.single, table.together) == (23, 1)
+    assert [record.message[:35] for record in caplog.records] == [
+        "Reading the Table sample by sample,"
+    ]
+
+
+def test_a_draw_in_a_later_batch_is_found_in_every_order_of_reading():
+    class Late(Table):
+        def row(self, index: int):
+            return {"index": index, "draw": random.random() if index == 11 else 0.0}
+
+    expected = rows(SeededLoader(plain(Late()), 4))
+    assert rows(SeededLoader(Late(), 4)) == expected
+    resumed = SeededLoader(Late(), 4)
+    resumed.load_state_dict({**resumed.state_dict(), "epoch": 1, "batch": 2})
+    assert [str(batch) for batch in resumed] == expected[2:]
+
+
+class Wrong(Table):
+    """A table whose several rows are not its rows."""
+
+    def __getitems__(self, indices: list[int]):
+        if self.fault == "fails":
+            raise OSError
+        rows = super().__getitems__(indices)
+        return {"fewer": rows[:1], "others": rows[::-1], "columns": {"index": indices}}[self.fault]
+
+
+@pytest.mark.parametrize("fault", ["fails", "fewer", "others", "columns"])
+def test_a_data_set_whose_batches_are_not_its_samples_is_read_sample_by_sample(fault):
+    table, expected = Wrong(), rows(SeededLoader(plain(Table()), 4))
+    table.fault = fault
+    assert rows(SeededLoader(table, 4)) == expected
+    assert table.single == 23
