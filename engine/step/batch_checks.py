@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diptych.engine.data.loader_contract import last_batch_size
 from diptych.engine.distributed.collectives import rank
 from diptych.engine.distributed.gathering import gather_values
+from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import BatchError
 from diptych.engine.step.loss_contract import minimum_batch
 from diptych.engine.tasks import NO_LABEL
@@ -19,6 +20,7 @@ from diptych.engine.tasks import NO_LABEL
 logger = logging.getLogger(__name__)
 
 
+@waits_at("the loss, which gathers features")
 def check_first_batch(loss: nn.Module, outputs: Mapping[str, Tensor]) -> None:
     """Check a task's outputs for the first batch; it waits for the device.
 

@@ -76,7 +76,12 @@ def is_too_small(loss: nn.Module, size: int) -> bool:
         size: samples on this rank.
     """
     least = minimum_batch(loss)
-    return least > 1 and sum(gather_values(size)) < least
+    return least > 1 and _global_size(size) < least
+
+
+@waits_at("adding up the sizes of a batch")
+def _global_size(size: int) -> int:
+    return sum(gather_values(size))
 
 
 def sample_mean_of(loss: nn.Module) -> SampleMeanLoss | None:

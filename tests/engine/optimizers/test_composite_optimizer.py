@@ -30,7 +30,7 @@ from diptych.handlers import (
     LossGuard,
     WeightAverage,
 )
-from diptych.losses import CLIPLoss
+from diptych.losses import CLIPLoss, share_logit_scale
 from tests.engine import sharded
 
 
@@ -438,11 +438,12 @@ def test_members_that_do_not_fit_are_refused():
 def composed(shard: bool, folder: Path | None = None) -> dict[str, Any]:
     """Train two towers, each with its own optimizer; return the weights."""
     torch.manual_seed(0)
-    model, loss = sharded.TwoTowers().double(), CLIPLoss().double()
+    model = sharded.TwoTowers().double()
+    loss = share_logit_scale(CLIPLoss(), model)
     optimizer = CompositeOptimizer(
         torch.optim.SGD(model.image.parameters(), lr=0.1, momentum=0.9),
-        torch.optim.AdamW([*model.text.parameters(), model.logit_scale], lr=1e-2),
-        torch.optim.SGD(loss.parameters(), lr=1e-2),
+        torch.optim.AdamW(model.text.parameters(), lr=1e-2),
+        torch.optim.SGD([model.logit_scale], lr=1e-2),
     )
     settings = {"task": tasks.image_text, "device": "cpu", "seed": 0, "shard": shard}
     trainer = Trainer(model, loss, optimizer, **settings)
