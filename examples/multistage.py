@@ -23,7 +23,7 @@ from diptych.handlers import (
 from diptych.losses import CLIPLoss, HardNegativeLoss, NTXentLoss, OneOf
 from examples.emoji.data import TrainingPairs, read_emoji, unseen_drawings, unseen_emoji
 from examples.emoji.fused import FusedTowers, captions, images, pairs, with_second_view
-from examples.emoji.results import RANKS, results_table
+from examples.emoji.results import RANKS, recall_of, results_table
 
 PROJECTIONS = ["encode_image.projection", "encode_text.hidden", "encode_text.shortcut", "loss"]
 UPPER = ["encode_image.blocks.2", *PROJECTIONS, "fusion"]
@@ -74,8 +74,9 @@ def main() -> None:
     print(plan.describe())
     trainer.run(SeededLoader(TrainingPairs(emoji), 256, drop_last=True, collate=with_second_view))
     splits = {"unseen_drawing": unseen_drawings(emoji), "unseen_emoji": unseen_emoji(emoji)}
-    evaluator = Evaluator(model, task=pairs, metrics=[RetrievalRecall(k=RANKS)])
-    print(results_table({s: evaluator.evaluate(batches) for s, batches in splits.items()}, splits))
+    metric = RetrievalRecall(k=RANKS)
+    evaluator = Evaluator(model, task=pairs, metrics=[metric])
+    print(results_table(recall_of(evaluator, metric, splits)))
 
 
 if __name__ == "__main__":

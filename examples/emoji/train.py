@@ -53,7 +53,7 @@ from examples.emoji.data import (
     unseen_emoji,
 )
 from examples.emoji.model import TwoTowers
-from examples.emoji.results import RANKS, results_table
+from examples.emoji.results import RANKS, recall_of, results_table
 
 LOSSES = ("clip", "siglip", "simclr", "decoupled", "hard_negative", "triplet", "vicreg")
 RUNS, NAME = Path("runs"), "emoji"
@@ -124,10 +124,11 @@ def main() -> None:
     )
     trainer.run(loader, max_epochs=flags.epochs)
 
-    evaluator = Evaluator(trainer.model, task=one_side, metrics=[RetrievalRecall(k=RANKS)])
-    results = {split: evaluator.evaluate(batches) for split, batches in shares.items()}
+    metric = RetrievalRecall(k=RANKS)
+    evaluator = Evaluator(trainer.model, task=one_side, metrics=[metric])
+    results = recall_of(evaluator, metric, shares)
     if idist.get_rank() == 0:
-        print(f"\n{results_table(results, splits)}\n\nrun: {run_dir}")
+        print(f"\n{results_table(results)}\n\nrun: {run_dir}")
         print(f"tensorboard --logdir {flags.run_dir or RUNS}")
 
 
