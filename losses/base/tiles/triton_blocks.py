@@ -34,8 +34,15 @@ from diptych.losses.base.tiles.torch_blocks import (
     own_columns,
 )
 
-_TILE = {"ROWS": 128, "COLUMNS": 128, "STEP": 64, "num_warps": 4, "num_stages": 3}
-_BLOCK = [_TILE["ROWS"], _TILE["COLUMNS"]]
+_Tile = dict[str, int]
+"""The shape of a tile, and the warps and stages with which it is computed."""
+
+# The sums of rows and columns, the gradients of chunks, and sums of whole rows of tiles.
+_SUMS: _Tile = {"ROWS": 128, "COLUMNS": 128, "STEP": 64, "num_warps": 4, "num_stages": 3}
+_GRADIENT: _Tile = {"ROWS": 128, "COLUMNS": 128, "STEP": 64, "num_warps": 4, "num_stages": 3}
+_ROW: _Tile = {"ROWS": 128, "COLUMNS": 128, "STEP": 64, "num_warps": 4, "num_stages": 3}
+_ALIGNMENT = 256
+"""Chunks begin at multiples of it, so that tiles of all shapes do."""
 _BAND = 16
 _LOG2_E = 1.4426950408889634
 
@@ -65,10 +72,9 @@ class _Chunk(NamedTuple):
     def columns(self) -> slice:
         return slice(self.column, self.column + self.width)
 
-    @property
-    def tiles(self) -> tuple[int, int]:
-        """Tiles down and across."""
-        return -(-self.height // _TILE["ROWS"]), -(-self.width // _TILE["COLUMNS"])
+    def tiles(self, tile: _Tile) -> tuple[int, int]:
+        """Return the number of tiles down and across."""
+        return -(-self.height // tile["ROWS"]), -(-self.width // tile["COLUMNS"])
 
 
 _Sides = tuple[TensorDescriptor, TensorDescriptor]
@@ -99,21 +105,26 @@ class _KernelProblem:
             "WIDTH": anchors.shape[1],
             "ITSELF": entries.itself is not None,
             "GROUP": group,
-            **_TILE,
         }
 
     def tiles(
-        self, kernel: Any, chunk: _Chunk, sides: _Sides, *arguments: Any, **settings: Any
+        self,
+        kernel: Any,
+        tile: _Tile,
+        chunk: _Chunk,
+        sides: _Sides,
+        *arguments: Any,
+        **settings: Any,
     ) -> None:
         """Run a kernel on every tile of a chunk."""
-        down, across = chunk.tiles
-        self._run(kernel, down * across, chunk, sides, arguments, BAND=_BAND, **settings)
+        down, across = chunk.tiles(tile)
+        self._run(kernel, down * across, chunk, sides, arguments, BAND=_BAND, **tile, **settings)
 
     def rows(self, kernel: Any, *arguments: Any, **settings: Any) -> None:
         """Run a kernel on every row of tiles."""
         chunk = _Chunk(0, 0, self.n, self.m)
-        sides = _sides(self.blocks.anchors, self.whole)
-        self._run(kernel, chunk.tiles[0], chunk, sides, arguments, **settings)
+        sides = _sides(self.blocks.anchors, self.whole, _ROW)
+        self._run(kernel, chunk.tiles(_ROW)[0], chunk, sides, arguments, **_ROW, **settings)
 
     def _run(
         self,
@@ -168,12 +179,12 @@ def contrast_sums(
     column_total = row_total if upper else blocks.scale.new_zeros(m if symmetric else 0)
     height = _rounded_up(max(_CHUNK_ROWS, _FORWARD_LOGITS // m))
     for chunk in problem.chunks(height, _FORWARD_COLUMNS, upper=upper):
-        down, across = chunk.tiles
+        down, across = chunk.tiles(_SUMS)
         both = symmetric or upper
         sums = own.new_zeros(across, chunk.height), own.new_zeros(down, chunk.width * both)
-        sides = _sides(blocks.anchors[chunk.rows], whole[chunk.columns])
+        sides = _sides(blocks.anchors[chunk.rows], whole[chunk.columns], _SUMS)
         arguments = (reference, own, *sums)
-        problem.tiles(kernels.bounded_sums, chunk, sides, *arguments, BOTH=both, UPPER=upper)
+        problem.tiles(kernels.bounded_sums, _SUMS, chunk, sides, *arguments, BOTH=both, UPPER=upper)
         row_total[chunk.rows] += sums[0].sum(0)
         if both:
             column_total[chunk.columns] += sums[1].sum(0)
@@ -254,7 +265,7 @@ def contrast_gradients(
 
     def launch(chunk: _Chunk, sides: _Sides, gradient: TensorDescriptor, sums: Tensor) -> None:
         arguments = (reference, exact, pull, row_terms, column_terms, gradient, sums)
-        problem.tiles(kernels.contrast_gradient, chunk, sides, *arguments, BOTH=both)
+        problem.tiles(kernels.contrast_gradient, _GRADIENT, chunk, sides, *arguments, BOTH=both)
 
     return _gradients(problem, launch, batch, rows)
 
@@ -272,10 +283,10 @@ def sigmoid_sum(
     problem, total = _KernelProblem(blocks, entries, whole), torch.zeros_like(blocks.scale)
     height = _rounded_up(max(_CHUNK_ROWS, _FORWARD_LOGITS // problem.m))
     for chunk in problem.chunks(height, _FORWARD_COLUMNS):
-        down, across = chunk.tiles
+        down, across = chunk.tiles(_SUMS)
         sums = total.new_zeros(down * across)
-        sides = _sides(blocks.anchors[chunk.rows], whole[chunk.columns])
-        problem.tiles(kernels.sigmoid_losses, chunk, sides, sums)
+        sides = _sides(blocks.anchors[chunk.rows], whole[chunk.columns], _SUMS)
+        problem.tiles(kernels.sigmoid_losses, _SUMS, chunk, sides, sums)
         total += sums.sum()
     return total
 
@@ -294,7 +305,7 @@ def sigmoid_gradients(
 
     def launch(chunk: _Chunk, sides: _Sides, gradient: TensorDescriptor, sums: Tensor) -> None:
         arguments = (weight, gradient, sums, sums.shape[1])
-        problem.tiles(kernels.sigmoid_gradient, chunk, sides, *arguments)
+        problem.tiles(kernels.sigmoid_gradient, _GRADIENT, chunk, sides, *arguments)
 
     return _gradients(problem, launch, batch, rows)
 
@@ -336,7 +347,8 @@ def _add_chunks(
     anchors, _, scale, _, normalize = problem.blocks
     height = min(_CHUNK_ROWS, _rounded_up(max(problem.n, 1)))
     width = min(_rounded_up(max(rows * problem.m // height, 1)), _rounded_up(problem.m))
-    sums = scale.new_zeros(2, height // _TILE["ROWS"] * (width // _TILE["COLUMNS"]))
+    down, across = _Chunk(0, 0, height, width).tiles(_GRADIENT)
+    sums = scale.new_zeros(2, down * across)
     memory = anchors.new_empty(height, width, dtype=torch.bfloat16)
     row_total = scale.new_empty(min(height, problem.n), anchors.shape[1])
     spare = anchors.new_empty(width if late else 0, anchors.shape[1])
@@ -351,7 +363,8 @@ def _add_chunks(
             left = normalize_features(left, done) if chunk.column == 0 else done
         if late:
             right = normalize_features(right, spare[: chunk.width])
-        launch(chunk, _sides(left, right), TensorDescriptor.from_tensor(gradient, _BLOCK), sums)
+        written = TensorDescriptor.from_tensor(gradient, [_GRADIENT["ROWS"], _GRADIENT["COLUMNS"]])
+        launch(chunk, _sides(left, right, _GRADIENT), written, sums)
         _add_product(total, gradient, right, first=chunk.column == 0)
         if column_total is not None:
             _add_product(column_total[chunk.columns], gradient.T, left)
@@ -409,11 +422,11 @@ def normalize_features(features: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def _sides(anchors: Tensor, candidates: Tensor) -> _Sides:
+def _sides(anchors: Tensor, candidates: Tensor, tile: _Tile) -> _Sides:
     """Return the descriptors by which the kernels load features."""
     return (
-        TensorDescriptor.from_tensor(anchors, [_TILE["ROWS"], _TILE["STEP"]]),
-        TensorDescriptor.from_tensor(candidates, [_TILE["COLUMNS"], _TILE["STEP"]]),
+        TensorDescriptor.from_tensor(anchors, [tile["ROWS"], tile["STEP"]]),
+        TensorDescriptor.from_tensor(candidates, [tile["COLUMNS"], tile["STEP"]]),
     )
 
 
@@ -458,6 +471,5 @@ def _terms(statistics: Tensor, weight: Tensor, reference: Tensor) -> Tensor:
 
 
 def _rounded_up(count: int) -> int:
-    """Return the next multiple of the side of a tile."""
-    side = _TILE["ROWS"]
-    return -(-count // side) * side
+    """Return the next multiple at which chunks may begin."""
+    return -(-count // _ALIGNMENT) * _ALIGNMENT
