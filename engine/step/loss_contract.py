@@ -68,20 +68,22 @@ def minimum_batch(loss: nn.Module) -> int:
     return int(getattr(loss, "minimum_batch", 1))
 
 
-def is_too_small(loss: nn.Module, size: int) -> bool:
+def is_too_small(loss: nn.Module, size: int, announce: Callable[[], object] = lambda: None) -> bool:
     """Return whether a global batch is below the minimum of a loss, alike on all ranks.
 
     Args:
         loss: collective over ranks if its minimum is above 1.
         size: samples on this rank.
+        announce: returns an exchange of the sizes that has started, if there is one.
     """
     least = minimum_batch(loss)
-    return least > 1 and _global_size(size) < least
+    return least > 1 and _global_size(size, announce()) < least
 
 
 @waits_at("adding up the sizes of a batch")
-def _global_size(size: int) -> int:
-    return sum(gather_values(size))
+def _global_size(size: int, announced: object) -> int:
+    total: int | None = getattr(announced, "total", None)
+    return sum(gather_values(size)) if total is None else total
 
 
 def sample_mean_of(loss: nn.Module) -> SampleMeanLoss | None:

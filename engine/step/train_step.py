@@ -104,6 +104,7 @@ class TrainStep:
         self._is_cut = False
         self.unfinished: StepOutput | None = None
         self._ranks = world_size()
+        self._early: AbstractContextManager[None] | None = None
         self._known = KnownParameters()
         self._piece_counter = PieceCounter(agreed=has_shards(trainer.model))
 
@@ -149,10 +150,10 @@ class TrainStep:
         """
         batch = self.transformed(self.to_device(batch))
         size = batch_size(batch)
-        if is_too_small(self.loss, size):
+        self._ranks, self._early = world_size(), None
+        if is_too_small(self.loss, size, lambda: self._announced_early(batch)):
             return None
         self.clear_gradients()
-        self._ranks = world_size()
         if self._ranks > 1:
             broadcast_buffers(self.model)
         terms, value = self.gradients(trainer, batch)
@@ -230,11 +231,16 @@ class TrainStep:
         exchange: AbstractContextManager[None] = announce(batch_size(batch), batch_kind(batch))
         return exchange
 
+    def _announced_early(self, batch: Any) -> AbstractContextManager[None]:
+        """Start to exchange batch sizes before the forward pass, for a loss with a minimum."""
+        self._early = self.announced(batch)
+        return self._early
+
     @waits_at("the backward pass")
     def coupled(self, trainer: Any, batch: Any, pieces: list[Any]) -> tuple[Terms, Tensor]:
         """Compute the loss of all samples at once, with cached gradients if there are pieces."""
         cache = None
-        exchange = self.announced(batch)
+        exchange, self._early = self._early or self.announced(batch), None
         # Over several ranks, cache a single piece too: others may have more pieces, and gradients
         # must be averaged after the loss's collectives on all ranks.
         if len(pieces) == 1 and (self.microbatch_size is None or self._ranks == 1):

@@ -11,8 +11,6 @@ process group, or with one rank, nothing is communicated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -122,7 +120,7 @@ class GlobalBatch(NamedTuple):
 def global_batch(size: int, **agreed: int) -> GlobalBatch:
     """Return the batch sizes of all ranks, which a loss needs before it gathers.
 
-    They are those that a trainer has announced (`announced_sizes`). Otherwise the ranks exchange
+    They are those that a trainer has announced (`AnnouncedSizes`). Otherwise the ranks exchange
     them through host memory, without waiting for a device.
 
     Args:
@@ -159,7 +157,7 @@ def _agreed_sizes(size: int, agreed: dict[str, int]) -> tuple[int, ...]:
 
 
 class AnnouncedSizes:
-    """The sizes of all ranks' batches, exchanged while the ranks compute their features.
+    """A context with the sizes of all ranks' batches, exchanged while ranks compute features.
 
     The exchange has started when the object exists; the first loss that needs the sizes waits for
     it. Ranks also exchange the kind of their batches, any number that is equal for batches of equal
@@ -182,12 +180,29 @@ class AnnouncedSizes:
         self._checked = checked
         self._calls = 0
 
-    def sizes(self, size: int, agreed: dict[str, int]) -> tuple[int, ...]:
-        """Return the sizes for the next call of a loss; arguments as for `global_batch`."""
+    def __enter__(self) -> None:
+        """Make the losses called inside use these sizes instead of exchanging them."""
+        _announced.append(self)
+
+    def __exit__(self, *_: object) -> None:
+        """Let losses exchange sizes again."""
+        _announced.pop()
+
+    @property
+    def total(self) -> int:
+        """Number of samples on all ranks; it waits for the exchange."""
+        return sum(size for size, _ in self._rows())
+
+    def _rows(self) -> list[list[int]]:
+        """Return the size and the kind of each rank's batch."""
         if self._work is not None:
             self._work.wait()
             self._work = None
-        announced, kinds = zip(*(row.tolist() for row in self._received), strict=True)
+        return [row.tolist() for row in self._received]
+
+    def sizes(self, size: int, agreed: dict[str, int]) -> tuple[int, ...]:
+        """Return the sizes for the next call of a loss; arguments as for `global_batch`."""
+        announced, kinds = zip(*self._rows(), strict=True)
         call = (kinds, self._calls, *agreed)
         self._calls += 1
         if not self._checked.get(call, False):
@@ -205,17 +220,6 @@ class AnnouncedSizes:
 
 
 _announced: list[AnnouncedSizes] = []
-
-
-@contextmanager
-def announced_sizes(announced: AnnouncedSizes) -> Iterator[None]:
-    """Make the losses called inside use announced sizes instead of exchanging them."""
-    _announced.append(announced)
-    try:
-        yield
-    finally:
-        _announced.pop()
-
 
 _host_groups: dict[str, Any] = {}
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from diptych.losses.base.gather import AnnouncedSizes, announced_sizes, world_size
+from diptych.losses.base.gather import AnnouncedSizes, world_size
 
 
 def sum_of_terms(terms: Mapping[str, Tensor]) -> Tensor:
@@ -88,7 +88,7 @@ class Loss(nn.Module):
         if world_size() == 1:
             return nullcontext()
         checked = self.__dict__.setdefault("_checked_calls", {})
-        return announced_sizes(AnnouncedSizes(size, kind, checked))
+        return AnnouncedSizes(size, kind, checked)
 
     @classmethod
     def example(cls) -> Loss:
