@@ -66,7 +66,8 @@ class RunningMedian:
         if lists:
             kept = [list(values)[-self.size :] for values in lists]
             self.values = torch.tensor(
-                [[torch.nan] * (self.size - len(values)) + values for values in kept]
+                [[torch.nan] * (self.size - len(values)) + values for values in kept],
+                dtype=torch.float64,  # exact for series of any type
             )
 
     def _window(self, like: Tensor) -> Tensor:

@@ -60,3 +60,13 @@ def test_windows_can_be_saved_and_loaded_as_lists():
     assert torch.equal(again.limits(torch.zeros(2)), median.limits(torch.zeros(2)))
     again.reset()
     assert again.to_lists() == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_restored_values_give_the_same_limits_bit_for_bit(dtype):
+    median, again = RunningMedian(3, 2.0), RunningMedian(3, 2.0)
+    for value in (0.1, 0.3, 0.2):
+        median.add(torch.tensor([value], dtype=dtype), TRUE)
+    again.from_lists(median.to_lists())
+    like = torch.zeros(1, dtype=dtype)
+    assert again.limits(like).equal(median.limits(like))
