@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from diptych.engine.distributed.hang_report import waits_at
+from diptych.engine.modules import parts_of
 
 
 def world_size() -> int:
@@ -43,13 +44,14 @@ def broadcast_buffers(model: nn.Module) -> None:
     if world_size() == 1:
         return
     by_type: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
-    for buffer in model.buffers():
+    buffers = [one for part in parts_of(model) for one in part._buffers.values()]  # noqa: SLF001
+    for buffer in {id(one): one for one in buffers if one is not None}.values():
         by_type[buffer.dtype].append(buffer.detach())
-    for buffers in by_type.values():
-        packed = torch.cat([buffer.reshape(-1) for buffer in buffers])
+    for alike in by_type.values():
+        packed = torch.cat([buffer.reshape(-1) for buffer in alike])
         dist.broadcast(packed, src=0)
-        parts = packed.split([buffer.numel() for buffer in buffers])
-        for buffer, part in zip(buffers, parts, strict=True):
+        parts = packed.split([buffer.numel() for buffer in alike])
+        for buffer, part in zip(alike, parts, strict=True):
             buffer.copy_(part.view_as(buffer))
 
 

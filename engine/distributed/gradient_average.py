@@ -18,7 +18,7 @@ from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.distributed.comparison import check_equal_over_ranks, listed
 from diptych.engine.distributed.dtensor import has_shards, is_sharded
 from diptych.engine.distributed.hang_report import waits_at
-from diptych.engine.modules import named_parameters
+from diptych.engine.modules import KnownParameters, named_parameters
 
 BUCKET = 2**23
 """Elements of a bucket: enough to use the bandwidth, few enough to start early."""
@@ -45,7 +45,7 @@ class _Bucket:
     def launch(self) -> None:
         """Start the all-reduce of this rank's gradients; a missing gradient counts as 0."""
         gradients = [_dense(parameter) for parameter in self.parameters]
-        packed = torch.cat([*(g.reshape(-1) for g in gradients), self._present(gradients[0])])
+        packed = torch.cat([*[g.reshape(-1) for g in gradients], self._present(gradients[0])])
         # Divided before the sum, so that half precision does not overflow.
         packed[: -len(gradients)].div_(world_size())
         self.packed, self.stale = packed, False
@@ -68,7 +68,7 @@ class _Bucket:
             raise RuntimeError("a bucket must be launched before it is received")
         count = len(self.parameters)
         present = [1.0] * count
-        if any(p.grad is None for p in self.parameters):
+        if [p for p in self.parameters if p.grad is None]:
             present = self.packed[-count:].tolist()
         parts = self.packed[:-count].split([p.numel() for p in self.parameters])
         for parameter, part, ranks in zip(self.parameters, parts, present, strict=True):
@@ -103,6 +103,7 @@ class GradientAverage:
         self._launched = 0
         self._hooks: list[RemovableHandle] = []
         self._trained: list[nn.Parameter] = []
+        self._of_model, self._of_loss = KnownParameters(), KnownParameters()
         self._listening = False
 
     @contextmanager
@@ -132,12 +133,12 @@ class GradientAverage:
 
     def _prepare(self) -> None:
         model, loss = self._modules()
-        during, after = _trained(model), list[nn.Parameter]()
+        during, after = _trained(self._of_model.of(model)), list[nn.Parameter]()
         if has_shards(model):
             # Its backward pass has collectives of its own: send the whole gradients after them.
             during, after = after, [p for p in during if not is_sharded(p)]
         of_model = {id(parameter) for parameter in (*during, *after)}
-        after += [p for p in _trained(loss) if id(p) not in of_model]
+        after += [p for p in _trained(self._of_loss.of(loss)) if id(p) not in of_model]
         trained = [*during, *after]
         if [*map(id, trained)] != [*map(id, self._trained)]:
             self._agree(trained)
@@ -185,6 +186,8 @@ class GradientAverage:
             return
         bucket.missing.discard(index)
         bucket.stale = bucket.work is not None
+        if bucket.missing:
+            return
         ready = self._launched
         while ready < len(self._buckets) and not self._buckets[ready].missing:
             ready += 1
@@ -196,8 +199,8 @@ class GradientAverage:
         self._launched = max(self._launched, end)
 
 
-def _trained(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return [parameter for parameter in parameters if parameter.requires_grad]
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> list[_Bucket]:

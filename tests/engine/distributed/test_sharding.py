@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -208,6 +210,77 @@ def test_an_evaluation_sees_the_whole_model_and_training_goes_on(ranks):
     for rank in ranks.run(evaluated, [(True,)] * 2):
         for own, other in zip(rank, expected, strict=True):
             torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-9)
+
+
+# -- what it holds --------------------------------------------------------------------------------
+
+
+def tensor_bytes() -> int:
+    """Return the memory of all tensors that Python knows, those in reference cycles included."""
+    parts = [local_part(o) for o in gc.get_objects() if issubclass(type(o), Tensor)]
+    return sum(
+        {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parts}.values()
+    )
+
+
+def held_by(make: Callable[[Any], Callable[[], None]]) -> list[int]:
+    """Return the memory that updates have added, after the first and after the third."""
+    batch = sharded.all_pairs()
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensor_bytes()
+        update, held = make(batch), []
+        for _ in range(3):
+            update()
+            held.append(tensor_bytes() - before)
+    finally:
+        gc.enable()
+    return held[::2]
+
+
+def by_hand(batch: Any) -> Callable[[], None]:
+    """Return the update of a plain loop with torch's own functions."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    model = sharded.TwoTowers().double()
+    whole = {model.logit_scale}
+    for block in (*model.image.blocks, *model.text.blocks, model):
+        fully_shard(block, ignored_params=whole)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+
+    def update() -> None:
+        optimizer.zero_grad()
+        image, text = model(*batch.values())
+        ((image * text).sum() * model.logit_scale).backward()
+        with implicit_replication():
+            optimizer.step()
+
+    return update
+
+
+def in_a_trainer(batch: Any) -> Callable[[], None]:
+    """Return the update of a trainer."""
+    trainer = make_trainer(True, foreach=False)
+
+    def update() -> None:
+        trainer.run([batch], max_epochs=trainer.state.epoch + 1)
+        trainer.outputs = {}
+
+    return update
+
+
+def memory() -> list[list[int]]:
+    """Return the memory of both, after a first loop whose imports leave cycles behind."""
+    held_by(by_hand)
+    return [held_by(by_hand), held_by(in_a_trainer)]
+
+
+def test_updates_hold_no_more_memory_than_those_of_a_plain_loop(ranks):
+    for hand, trainer in ranks.run(memory, [()] * 2):
+        assert trainer[0] - hand[0] < 100 < hand[0]  # a scalar or two that is not logged yet
+        assert trainer[1] - hand[1] < 100
 
 
 # -- what is refused ------------------------------------------------------------------------------
