@@ -146,25 +146,17 @@ class RetrievalMetric(OutputsMetric):
         self.chance = _of_both(*map(self.expected, ranks))
         return _of_both(*map(self.summarise, ranks))
 
-    def _check_matchable(
-        self, output: Outputs, images: Tensor | None, texts: Tensor | None
-    ) -> None:
+    def _check_matchable(self, output: Outputs, *sides: Tensor | None) -> None:
         """Check that a batch says which items match, in the same way as those before it."""
         if self.relevance is not None:
-            sides = zip(IDS, (images, texts), strict=True)
-            lacking = [name for name, rows in sides if rows is not None and name not in output]
-            if lacking:
-                raise BatchError(
-                    f"the batch must have {' and '.join(lacking)} if relevance is given, got none. "
-                    "Number the items, and return the numbers with the batch"
-                )
+            _check_has_ids(output, *sides)
             return
         grouped = not {"groups", "text_groups", IDS[0]}.isdisjoint(output)
         if self._grouped not in (None, grouped):
             raise BatchError("groups must be in all batches or in none, got both kinds")
         self._grouped = grouped
-        if not grouped and (images is None or texts is None or len(images) != len(texts)):
-            sizes = [0 if side is None else len(side) for side in (images, texts)]
+        sizes = [0 if side is None else len(side) for side in sides]
+        if not grouped and (0 in sizes or len(set(sizes)) > 1):
             raise BatchError(
                 "without groups a batch must hold as many images as texts, got "
                 f"{sizes[0]} and {sizes[1]}. Return groups to say which items match"
@@ -398,6 +390,16 @@ def _of_both(first: dict[str, float], second: dict[str, float]) -> dict[str, flo
         **{f"image_to_text/{name}": value for name, value in first.items()},
         **{f"text_to_image/{name}": value for name, value in second.items()},
     }
+
+
+def _check_has_ids(output: Outputs, *sides: Tensor | None) -> None:
+    given = zip(IDS, sides, strict=True)
+    lacking = [name for name, rows in given if rows is not None and name not in output]
+    if lacking:
+        raise BatchError(
+            f"the batch must have {' and '.join(lacking)} if relevance is given, got none. Number "
+            "the items, and return the numbers with the batch"
+        )
 
 
 def _ids_or(rows: Tensor, name: str, ids: Tensor | None) -> Tensor:

@@ -31,25 +31,28 @@ def cosine(a: Vector, b: Vector) -> float:
     return round(sum(x * y for x, y in zip(a, b, strict=True)) / norms, 9) if norms else 0.0
 
 
+def precisions(order: Sequence[float]) -> list[float]:
+    """Return the precision at each of the first results that match."""
+    hits = [rank for rank, grade in enumerate(order, start=1) if grade > 0]
+    return [(place + 1) / rank for place, rank in enumerate(hits)]
+
+
+def gain(order: Sequence[float], k: int) -> float:
+    return sum(grade / math.log2(rank + 2) for rank, grade in enumerate(order[:k]))
+
+
 def of_query(similarities: Sequence[float], grades: Sequence[float]) -> dict[str, float]:
     """Sort the results of one query; of equally similar ones, those with low grades come first."""
     order = [g for _, g in sorted((-s, g) for s, g in zip(similarities, grades, strict=True))]
-    relevant = sum(g > 0 for g in order)
-    values = {}
-    for k in KS:
-        values[f"precision@{k}"] = sum(g > 0 for g in order[:k]) / k
-        gain, best = (
-            sum(g / math.log2(rank + 2) for rank, g in enumerate(grades[:k]))
-            for grades in (order, sorted(order, reverse=True))
-        )
-        values[f"ndcg@{k}"] = gain / best
-    first = order[:relevant]
-    values["r_precision"] = sum(g > 0 for g in first) / relevant
-    values["map@r"] = (
-        sum(sum(g > 0 for g in first[: i + 1]) / (i + 1) for i, g in enumerate(first) if g > 0)
-        / relevant
-    )
-    return values
+    ideal = sorted(order, reverse=True)
+    relevant = len(precisions(order))
+    first = precisions(order[:relevant])
+    return {
+        **{f"precision@{k}": len(precisions(order[:k])) / k for k in KS},
+        **{f"ndcg@{k}": gain(order, k) / gain(ideal, k) for k in KS},
+        "r_precision": len(first) / relevant,
+        "map@r": sum(first) / relevant,
+    }
 
 
 def brute_force(
@@ -156,24 +159,22 @@ def of_shard(batches: Sequence[dict[str, Tensor]], grades: Tensor | None) -> dic
     return computed([*metrics_of(grades), RetrievalRecall(KS, relevance=grades)], batches)
 
 
-@pytest.mark.parametrize("is_graded", [True, False])
-def test_uneven_and_empty_shards_give_the_value_of_one_process(ranks, is_graded):
-    generator = torch.Generator().manual_seed(0)
-    sides = [torch.randn(count, 4, generator=generator) for count in (30, 50)]
-    grades = torch.randint(0, 3, (30, 50), generator=generator)
-    groups = [torch.randint(0, 5, (len(side),), generator=generator) for side in sides]
+def shard_batches(*, grouped: bool) -> list[dict[str, Tensor]]:
     batches = []
-    for side, name, rows, own in zip(
-        ("image", "text"), ("image_id", "caption_id"), sides, groups, strict=True
-    ):
-        ids = {name: torch.arange(len(rows))}
-        for part in torch.arange(len(rows)).split(20):
-            batch = {f"{side}_features": rows, **ids, **({} if is_graded else {"groups": own})}
-            batches.append({key: value[part] for key, value in batch.items()})
-    relevance = grades if is_graded else None
-    expected = of_shard(batches, relevance)
+    for side, name, count in (("image", "image_id", 30), ("text", "caption_id", 50)):
+        rows = {f"{side}_features": torch.randn(count, 4), name: torch.arange(count)}
+        rows |= {"groups": torch.randint(0, 5, (count,))} if grouped else {}
+        parts = torch.arange(count).split(20)
+        batches += [{key: value[part] for key, value in rows.items()} for part in parts]
+    return batches
+
+
+@pytest.mark.parametrize("grades", [None, torch.arange(1500).view(30, 50) % 7 % 3])
+def test_uneven_and_empty_shards_give_the_value_of_one_process(ranks, grades):
+    batches = shard_batches(grouped=grades is None)
+    expected = of_shard(batches, grades)
     for shards in ((batches[:1], batches[1:]), (batches, [])):
-        for found in ranks.run(of_shard, [(shard, relevance) for shard in shards]):
+        for found in ranks.run(of_shard, [(shard, grades) for shard in shards]):
             assert found == pytest.approx(expected, abs=1e-12)
 
 
