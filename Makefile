@@ -7,7 +7,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 LOWER := .venv-lower
-PACKAGES := face engine handlers losses
+PACKAGES := face engine handlers losses recipes
 MODULES := build/modules.txt
 
 PIP := -m pip install --quiet --disable-pip-version-check

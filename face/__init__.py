@@ -2,6 +2,7 @@
 
 `diptych.engine` has the trainer and its step, `diptych.handlers` everything that happens around the
 step, `diptych.losses` the objectives. Every public name of the three can be imported from here too.
+`diptych.recipes` has whole jobs on a user's own data.
 """
 
 if __name__ == "diptych":  # not as `face`, which `python -m face` imports before `diptych` is found

@@ -25,10 +25,22 @@ COMMANDS = {
     "certify": ("diptych.commands.certify", "check what changes the result of a training"),
     "replay": ("diptych.commands.replay", "repeat an update that a LossGuard recorded"),
     "compare": ("diptych.commands.compare", "compare the settings and the curves of runs"),
+    "train": ("diptych.commands.train", "train two towers on your own images and captions"),
+    "evaluate": ("diptych.commands.evaluate", "evaluate a trained model on images"),
+    "embed": ("diptych.commands.embed", "write the features of images"),
+    "search": ("diptych.commands.search", "find the images that match a text"),
+    "zero-shot": ("diptych.commands.zero_shot", "label images without training"),
+    "export": ("diptych.commands.export", "write a trained model for other programs"),
 }
-"""Module and one-line help of each command. A module has `add_arguments` and `run`."""
+"""Module and one-line help of each command. A module has `add_arguments` and `run`, or a `main`
+that takes the arguments, if the extra `recipes` parses them."""
 
-EXPECTED = (CheckpointError, LostRankError, ResumeError, OSError, TypeError, ValueError)
+RECIPES = {"tyro", "yaml", "PIL"}
+"""What commands with `main` import from the extra `recipes`."""
+
+EXPECTED = (
+    *(CheckpointError, LostRankError, ResumeError, ImportError, OSError, TypeError, ValueError),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,22 +59,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         sys.stderr.write(f"diptych: error: {_unknown(name)}\n")
         return 2
-    command = import_module(COMMANDS[name][0])
-    parser = argparse.ArgumentParser(prog=f"diptych {name}", description=command.__doc__)
-    command.add_arguments(parser)
-    options = parser.parse_args(rest)
     try:
-        return int(command.run(options))
+        return _run(name, rest)
     except EXPECTED as error:
-        if not _raised_by_diptych(error):
+        if isinstance(error, ImportError) and error.name in RECIPES:
+            error = ImportError(f"it needs {error.name}: pip install 'diptych[recipes]'")
+        elif not _raised_by_diptych(error):
             raise  # from the user's own code, where the traceback is what helps
         sys.stderr.write(f"diptych {name}: error: {error}\n")
         return 2
 
 
+def _run(name: str, arguments: Sequence[str]) -> int:
+    command = import_module(COMMANDS[name][0])
+    if hasattr(command, "main"):
+        return int(command.main(arguments))
+    parser = argparse.ArgumentParser(prog=f"diptych {name}", description=command.__doc__)
+    command.add_arguments(parser)
+    return int(command.run(parser.parse_args(arguments)))
+
+
 def _table() -> str:
     """Return the list of commands."""
-    rows = "".join(f"  {name:<9}{text}\n" for name, (_, text) in COMMANDS.items())
+    rows = "".join(f"  {name:<10} {text}\n" for name, (_, text) in COMMANDS.items())
     return f"usage: diptych COMMAND ...\n\n{rows}\ndiptych COMMAND --help lists its arguments.\n"
 
 

@@ -11,19 +11,25 @@ from functools import cache, cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("face", "engine", "handlers", "losses")
+PACKAGES = ("face", "engine", "handlers", "losses", "recipes")
 SCRIPTS = ("examples", "benchmarks")
 
 # Beside the standard library and one another (tests/import_map.py): what a package may import
 # anywhere, and, of the extras that not everybody installs, inside a function only.
 MAY_IMPORT = {
-    "face": {"torch"},
+    # tyro parses the arguments of the commands of the extra `recipes`.
+    "face": {"torch", "attrs", "tyro"},
     "losses": {"torch"},
     # NumPy for its random state, which is part of a run's.
     "engine": {"torch", "ignite", "attrs", "numpy"},
     "handlers": {"torch", "ignite", "attrs", "tensorboard"},
+    # Those of the extra `recipes`, apart from Pillow, are imported in functions.
+    "recipes": {"torch", "ignite", "attrs", "numpy"},
 }
-MAY_IMPORT_LATE = {"handlers": {"PIL", "matplotlib", "mlflow", "safetensors"}}
+MAY_IMPORT_LATE = {
+    "handlers": {"PIL", "matplotlib", "mlflow", "safetensors"},
+    "recipes": {"PIL", "yaml", "safetensors", "peft", "transformers", "webdataset"},
+}
 
 FILE_LINES = 600
 FUNCTION_LINES = 40
@@ -135,11 +141,19 @@ def imported_by(node: ast.AST) -> list[str]:
 
 
 def imports(source: Source) -> Iterator[tuple[int, str, bool]]:
-    """Yield (line, module, inside a function) for each absolute import."""
-    late = {node for function in source.functions for node in ast.walk(function)}
+    """Yield (line, module, whether it is late) for each absolute import.
+
+    Late are those in functions, and those for type checkers alone.
+    """
+    typing = [n for n in ast.walk(source.tree) if isinstance(n, ast.If) and _for_types(n.test)]
+    late = {node for part in (*source.functions, *typing) for node in ast.walk(part)}
     for node in ast.walk(source.tree):
         for module in imported_by(node):
             yield getattr(node, "lineno", 1), module, node in late
+
+
+def _for_types(test: ast.expr) -> bool:
+    return last_name(test) == "TYPE_CHECKING"
 
 
 def last_name(node: ast.expr) -> str:

@@ -70,6 +70,8 @@ ALLOWED: dict[str, set[str]] = {
         "handlers",
         "handlers.loss_guard",
         "handlers.reports",
+        "recipes",
+        "recipes.data",
     },
     "handlers": {
         "engine",
@@ -175,6 +177,30 @@ ALLOWED: dict[str, set[str]] = {
     },
     "losses.self_supervised": {"losses", "losses.base"},
     "losses.supervised": {"losses", "losses.base"},
+    "recipes": {
+        "engine",
+        "engine.data",
+        "engine.distributed",
+        "handlers",
+        "handlers.checkpointing",
+        "handlers.evaluation",
+        "handlers.optimization",
+        "losses",
+        "losses.base",
+        "recipes.data",
+        "recipes.towers",
+    },
+    "recipes.data": {
+        "engine",
+        "engine.data",
+        "engine.distributed",
+        "handlers",
+        "recipes",
+        "recipes.towers",
+    },
+    "recipes.towers": {
+        "handlers",
+    },
 }
 """The folders from which the modules of a folder may import, beside their own: no more, no less.
 
@@ -324,9 +350,9 @@ def layers(graph: Graph) -> dict[str, int]:
 
 
 def library_layers() -> dict[str, int]:
-    """Return the layers of all modules but those of the command line, which is on top of them."""
-    graph = import_graph()
-    return layers({name: graph[name] for name in graph if not paths()[name].startswith("face/")})
+    """Return the layers of all modules but recipes and the command line, which are on top."""
+    graph, on_top = import_graph(), ("face/", "recipes/")
+    return layers({name: graph[name] for name in graph if not paths()[name].startswith(on_top)})
 
 
 def folder_sizes() -> Counter[str]:

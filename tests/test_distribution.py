@@ -21,7 +21,8 @@ from packaging.utils import canonicalize_name
 import diptych
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = {"diptych": "face"} | {f"diptych.{n}": n for n in ("engine", "handlers", "losses")}
+FOLDERS = ("engine", "handlers", "losses", "recipes")
+PACKAGES = {"diptych": "face"} | {f"diptych.{name}": name for name in FOLDERS}
 """The installed name and the folder of each package."""
 BUILT = ("build", "dist", "site", "runs", "*.egg-info", "__pycache__")
 
@@ -159,8 +160,8 @@ def test_an_installation_imports_from_where_it_is(installed: tuple[Path, Path]) 
     python, here = installed
     script = (
         "from diptych import Trainer, CLIPLoss, default_handlers\n"
-        "import diptych.engine, diptych.handlers, diptych.losses\n"
-        "for package in (diptych, diptych.engine, diptych.handlers, diptych.losses):\n"
+        "import diptych.engine, diptych.handlers, diptych.losses, diptych.recipes as last\n"
+        "for package in (diptych, diptych.engine, diptych.handlers, diptych.losses, last):\n"
         "    print(package.__file__)\n"
     )
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from diptych.recipes.towers.small_towers import tokenize
 from examples.emoji.augment import NUMBER_OF_DRAWS, augment
 from examples.emoji.splits import SEEN, UNSEEN_DRAWING, UNSEEN_EMOJI
-from examples.emoji.text import tokenize
 
 ARCHIVE = Path(__file__).parent / "data" / "emoji.tar.gz"
 IMAGE_SIZE = 32

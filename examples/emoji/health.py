@@ -21,10 +21,10 @@ from torch.nn.utils.rnn import pad_sequence
 from diptych.engine import MetricsEvents, SeededLoader, Trainer, tasks
 from diptych.handlers import Finding, GradientClipping, LearningRate, RepresentationHealth
 from diptych.losses import CLIPLoss
+from diptych.recipes.towers.small_towers import tokenize
 from examples.emoji.curves import picture
 from examples.emoji.data import Emoji, TrainingPairs, collate, read_emoji
 from examples.emoji.model import TwoTowers
-from examples.emoji.text import tokenize
 
 PICTURES = Path(__file__).resolve().parents[2] / "docs" / "guide" / "pictures"
 BATCH_SIZE, WARMUP = 64, 10

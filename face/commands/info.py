@@ -19,12 +19,15 @@ EXTRAS = {
     "images": "pillow",
     "plots": "matplotlib",
     "safetensors": "safetensors",
+    "recipes": "tyro",
     "wandb": "wandb",
     "mlflow": "mlflow",
     "clearml": "clearml",
     "transformers": "transformers",
     "open-clip": "open_clip_torch",
     "timm": "timm",
+    "peft": "peft",
+    "onnx": "onnx",
     "kornia": "kornia",
 }
 """The package that each extra installs."""

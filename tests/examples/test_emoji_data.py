@@ -22,7 +22,7 @@ from examples.emoji.data import (
     unseen_emoji,
 )
 from examples.emoji.splits import UNSEEN_DRAWING, UNSEEN_EMOJI
-from examples.emoji.text import BUCKETS, tokenize
+from diptych.recipes.towers.small_towers import BUCKETS, tokenize
 
 DIGEST = "9d50bed9f454f15884dd0e3d38161b80e7d5e821bf4d81997396a2be0e079bc6"
 

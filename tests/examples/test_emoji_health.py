@@ -16,7 +16,7 @@ from diptych.handlers.health.representation_health import RepresentationHealth
 from diptych.losses import CLIPLoss
 from examples.emoji.data import TrainingPairs, collate
 from examples.emoji.model import TwoTowers
-from examples.emoji.text import tokenize
+from diptych.recipes.towers.small_towers import tokenize
 
 BATCH_SIZE = 32
 

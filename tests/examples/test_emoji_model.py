@@ -10,7 +10,8 @@ from torch import nn
 
 from diptych.engine import Trainer, tasks
 from diptych.losses import CLIPLoss
-from examples.emoji.model import ScaledConv2d, TwoTowers
+from diptych.recipes.towers.small_towers import ScaledConv2d
+from examples.emoji.model import TwoTowers
 
 
 @pytest.fixture

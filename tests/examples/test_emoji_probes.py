@@ -19,7 +19,7 @@ from diptych.losses import CLIPLoss
 from examples.emoji.data import TrainingPairs, collate, training_drawings
 from examples.emoji.model import TwoTowers
 from examples.emoji.splits import UNSEEN_EMOJI
-from examples.emoji.text import tokenize
+from diptych.recipes.towers.small_towers import tokenize
 
 WORDS = {
     "smileys-emotion": "face smile",

@@ -1,0 +1,38 @@
+"""Write the features of the images in a folder to a safetensors file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+from diptych.commands.encoder_options import EncoderOptions
+
+
+def embed(
+    run: Positional[Path],
+    *,
+    images: Path,
+    out: Path,
+    options: OmitArgPrefixes[EncoderOptions] = EncoderOptions(),  # noqa: B008 - it is frozen
+) -> int:
+    """Write the features of the images in a folder to a safetensors file.
+
+    Args:
+        run: directory of a run of diptych train.
+        images: folder of the images.
+        out: file to write; search reads it instead of the folder.
+        options: of the model.
+    """
+    found = options.load(run).embed(images)
+    found.save(out)
+    sys.stdout.write(f"Wrote {len(found.names):,} features to {out}.\n")
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; return 0."""
+    return tyro.cli(embed, args=arguments, prog="diptych embed")

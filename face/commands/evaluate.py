@@ -1,0 +1,55 @@
+"""Print what a model reaches: retrieval both ways for captions, accuracies for classes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+from diptych.commands.encoder_options import EncoderOptions
+from diptych.handlers.files import write_atomically
+from diptych.recipes.data.image_table import image_rows
+from diptych.recipes.data.rows import problem_report
+from diptych.recipes.evaluation import evaluate as evaluated
+
+
+def evaluate(
+    run: Positional[Path],
+    *,
+    images: Path,
+    captions: Path | None = None,
+    part: Literal["all", "train", "val", "test"] = "all",
+    out: Path | None = None,
+    options: OmitArgPrefixes[EncoderOptions] = EncoderOptions(),  # noqa: B008 - it is frozen
+) -> int:
+    """Print what a model reaches: retrieval both ways for captions, accuracies for classes.
+
+    Args:
+        run: directory of a run of diptych train.
+        images: folder of the images.
+        captions: file of captions; none: metadata in the folder, or its subfolders as classes.
+        part: part of the data, if they name parts.
+        out: file to write the values to, as JSON.
+        options: of the model.
+    """
+    table = image_rows(images, captions)
+    if table.problems:
+        report = problem_report(table.problems, len(table.rows))
+        sys.stderr.write(f"{report}\nThese rows are left out.\n")
+    values = evaluated(options.load(run), table, part=part)
+    width = max(map(len, values))
+    for name, value in values.items():
+        sys.stdout.write(f"{name:{width}}  {value:.4f}\n")
+    if out is not None:
+        write_atomically(out, json.dumps(values, indent=2) + "\n")
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; return 0."""
+    return tyro.cli(evaluate, args=arguments, prog="diptych evaluate")

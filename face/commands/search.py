@@ -1,0 +1,42 @@
+"""Print the names of the images that match a text best, with their cosine similarities."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+from diptych.commands.encoder_options import EncoderOptions
+from diptych.recipes.encoder import Embeddings
+
+
+def search(
+    run: Positional[Path],
+    query: Positional[str],
+    *,
+    images: Path,
+    top: int = 12,
+    options: OmitArgPrefixes[EncoderOptions] = EncoderOptions(),  # noqa: B008 - it is frozen
+) -> int:
+    """Print the names of the images that match a text best, with their cosine similarities.
+
+    Args:
+        run: directory of a run of diptych train.
+        query: text.
+        images: folder of the images, or a file that diptych embed wrote.
+        top: images to print.
+        options: of the model.
+    """
+    encoder = options.load(run)
+    found = Embeddings.load(images) if images.is_file() else encoder.embed(images)
+    for hit in encoder.search(query, found, top=top):
+        sys.stdout.write(f"{hit.score:.4f}  {hit.name}\n")
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; return 0."""
+    return tyro.cli(search, args=arguments, prog="diptych search")

@@ -1,0 +1,44 @@
+"""Print the most probable class of each image in a folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+from diptych.commands.encoder_options import EncoderOptions
+from diptych.recipes.encoder import TEMPLATES
+
+
+def zero_shot(
+    run: Positional[Path],
+    *,
+    images: Path,
+    classes: Path,
+    templates: tuple[str, ...] = TEMPLATES,
+    options: OmitArgPrefixes[EncoderOptions] = EncoderOptions(),  # noqa: B008 - it is frozen
+) -> int:
+    """Print the most probable class of each image in a folder.
+
+    Args:
+        run: directory of a run of diptych train.
+        images: folder of the images.
+        classes: text file with the name of a class on each line.
+        templates: texts with {} where the name of a class goes.
+        options: of the model.
+    """
+    names = [line.strip() for line in classes.read_text("utf-8-sig").splitlines() if line.strip()]
+    encoder = options.load(run)
+    found = encoder.embed(images)
+    best = encoder.zero_shot(found.features, names, templates=templates).max(dim=1)
+    for name, index, probability in zip(found.names, best.indices, best.values, strict=True):
+        sys.stdout.write(f"{probability:.3f}  {names[index]}  {name}\n")
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; return 0."""
+    return tyro.cli(zero_shot, args=arguments, prog="diptych zero-shot")

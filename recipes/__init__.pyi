@@ -1,0 +1,14 @@
+from diptych.recipes.data.image_table import ImageTable as ImageTable
+from diptych.recipes.data.image_table import image_rows as image_rows
+from diptych.recipes.data.rows import DataError as DataError
+from diptych.recipes.encoder import Embeddings as Embeddings
+from diptych.recipes.encoder import Encoder as Encoder
+from diptych.recipes.encoder import Hit as Hit
+from diptych.recipes.evaluation import evaluate as evaluate
+from diptych.recipes.export import export as export
+from diptych.recipes.settings import Settings as Settings
+from diptych.recipes.towers.parts import ImageTower as ImageTower
+from diptych.recipes.towers.parts import TextTower as TextTower
+from diptych.recipes.towers.parts import TowerError as TowerError
+from diptych.recipes.towers.parts import Towers as Towers
+from diptych.recipes.training import train as train

@@ -1,0 +1,1 @@
+"""A user's images and captions: layouts, checks, pixels, batches."""

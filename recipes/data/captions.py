@@ -1,0 +1,127 @@
+"""Reads the captions of images, in the layouts that people have, recognised by content."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+
+from diptych.recipes.data.json_captions import read_json
+from diptych.recipes.data.rows import DataError, Listing, Problem, Row, listing, split_named
+from diptych.recipes.data.text_tables import Columns, is_image_name, read_text
+
+MOST_BYTES = 1_000_000_000
+"""The largest caption file that is read."""
+METADATA = ("metadata.jsonl", "metadata.csv")
+"""The files in a folder of images that list its captions, as in Hugging Face's imagefolder."""
+MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def read_captions(path: Path, *, columns: Columns = (None, None)) -> Listing:
+    """Return the rows of a file of captions.
+
+    The layout is recognised by the content, whatever the file's name: COCO's `captions_*.json`,
+    Karpathy's `dataset_*.json`, records in JSON or JSON lines, Flickr8k's `captions.txt` and
+    `Flickr8k.token.txt`, Flickr30k's `results.csv`, and CSV, TSV and semicolon-separated files with
+    or without a header. UTF-8 and UTF-16 are read, with any line ends.
+
+    Args:
+        path: the file.
+        columns: the names of the image column and the caption column; None: recognised.
+
+    Raises:
+        DataError: if the file cannot be read, or its layout is unknown.
+    """
+    text = _decoded(path)
+    if text.lstrip()[:1] in {"{", "["}:
+        return read_json(path, text, columns)
+    return read_text(path, text, columns)
+
+
+def read_folder(folder: Path, *, columns: Columns = (None, None)) -> Listing:
+    """Return the rows of a folder of images.
+
+    If the folder, or each of its parts such as `train/` and `test/`, has a `metadata.jsonl` or
+    `metadata.csv`, the rows are those of the file. Otherwise they are the images themselves; an
+    image in a subfolder has the subfolder's name as its label.
+
+    Raises:
+        DataError: if a file of metadata cannot be read.
+    """
+    parts = {folder: "", **{p: split_named(p.name) for p in _subfolders(folder)}}
+    described = {
+        part / name: split
+        for part, split in parts.items()
+        for name in METADATA
+        if (part / name).is_file()
+    }
+    if described:
+        return _of_metadata(folder, described, columns)
+    return listing("images in folders by class", images_in(folder))
+
+
+def _of_metadata(folder: Path, files: dict[Path, str], columns: Columns) -> Listing:
+    found: list[Row | Problem] = []
+    for path, split in files.items():
+        one, inside = read_captions(path, columns=columns), path.parent.relative_to(folder)
+        found += one.problems
+        for row in one.rows:
+            name = (inside / row.image).as_posix()
+            where = (inside / row.where).as_posix()
+            part = row.split or split
+            found.append(attrs.evolve(row, where=where, image=name, split=part))
+    return listing("imagefolder with metadata", found)
+
+
+def images_in(folder: Path) -> Iterator[Row]:
+    """Yield the images below a folder; the folder in which one lies is its class."""
+    for path in sorted(folder.rglob("*")):
+        if is_image_name(path.name) and path.is_file():
+            name = path.relative_to(folder)
+            parents = list(name.parts[:-1])
+            split = split_named(parents[0]) if parents else ""
+            inner = parents[1:] if split else parents
+            label = inner[0] if inner else ""
+            yield Row(name.as_posix(), name.as_posix(), "", label, split)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+def _decoded(path: Path) -> str:
+    """Return the text of a file, in UTF-8 or UTF-16.
+
+    Raises:
+        DataError: if it is too large, cannot be read, or is in another encoding.
+    """
+    try:
+        size = path.stat().st_size
+        data = path.read_bytes() if size <= MOST_BYTES else b""
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} cannot be read: {reason}. Check the path.") from error
+    if size > MOST_BYTES:
+        raise DataError(f"{path} must have at most {MOST_BYTES:,} bytes, got {size:,}. Split it.")
+    encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), None)
+    try:
+        return data.decode(encoding or _without_mark(data))
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{path} must be in UTF-8 or UTF-16, got other bytes on line {line}. Save it as UTF-8."
+        ) from error
+
+
+def _without_mark(data: bytes) -> str:
+    """Return the encoding of a text without a byte order mark."""
+    first = data[:4]
+    if len(first) == 4 and first[1] == first[3] == 0 and first[0]:
+        return "utf-16-le"
+    return "utf-16-be" if len(first) == 4 and first[0] == first[2] == 0 and first[1] else "utf-8"

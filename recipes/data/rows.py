@@ -1,0 +1,118 @@
+"""Rows of a data set of images, and the report of those that cannot be used."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+import attrs
+
+LETTERS, SHOWN, KINDS = 80, 5, 8
+"""What a message quotes: letters of a text, rows of each kind of problem, and kinds."""
+LINES = 16
+"""Lines of a report between its first and its last one."""
+
+SPLITS = {
+    "train": ("train", "training", "restval"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+"""The three parts of a data set, each with the names that files and folders use for it."""
+
+
+class DataError(ValueError):
+    """A user's data cannot be used; the message has at most 20 lines."""
+
+
+@attrs.frozen
+class Row:
+    """An image and one caption or label of it, as a file lists them.
+
+    Attributes:
+        where: the file and the line (in JSON, the entry): `captions.csv:8`.
+        image: the name of the image.
+        caption: the caption; empty if there is none.
+        label: the class; empty if there is none.
+        split: "train", "val" or "test"; empty if the file does not say.
+    """
+
+    where: str
+    image: str
+    caption: str = ""
+    label: str = ""
+    split: str = ""
+
+
+@attrs.frozen
+class Problem:
+    """An unusable row.
+
+    Attributes:
+        where: the file and the line.
+        kind: the kind of problem, in words.
+        detail: the wrong value.
+    """
+
+    where: str
+    kind: str
+    detail: str
+
+
+@attrs.frozen
+class Listing:
+    """The rows of a file of captions, or of a folder of images.
+
+    Attributes:
+        layout: the name of the layout that was recognised.
+        rows: the rows that can be read, in order.
+        problems: those that cannot.
+    """
+
+    layout: str
+    rows: tuple[Row, ...]
+    problems: tuple[Problem, ...] = ()
+
+
+def listing(layout: str, found: Iterable[Row | Problem]) -> Listing:
+    """Return the rows and the problems among what a reader has found."""
+    rows: list[Row] = []
+    problems: list[Problem] = []
+    for one in found:
+        if isinstance(one, Row):
+            rows.append(one)
+        else:
+            problems.append(one)
+    return Listing(layout, tuple(rows), tuple(problems))
+
+
+def split_named(name: str) -> str:
+    """Return the part of a data set that a name stands for; empty if it stands for none."""
+    return next((split for split, names in SPLITS.items() if name.strip().lower() in names), "")
+
+
+def shortened(text: object) -> str:
+    """Return a value as text on one line, or its beginning if it is too long for a message."""
+    line = " ".join(str(text)[: LETTERS + 1].split())
+    line = line if line.isprintable() else ascii(line)[1:-1]  # a terminal would obey the others
+    return line if len(line) <= LETTERS else f"{line[:LETTERS]}..."
+
+
+def problem_report(problems: Sequence[Problem], usable: int) -> str:
+    """Return a report of unusable rows: their number, and the first ones of each kind."""
+    total = usable + len(problems)
+    return "\n".join([f"{len(problems):,} of {total:,} rows cannot be used:", *_lines(problems)])
+
+
+def _lines(problems: Sequence[Problem]) -> Iterator[str]:
+    kinds = Counter(problem.kind for problem in problems).most_common()
+    shown = kinds[:KINDS]
+    each = min(SHOWN, max(1, LINES // len(shown) - 1)) if shown else 0
+    for kind, count in shown:
+        yield f"  {count:,}: {kind}"
+        first = [problem for problem in problems if problem.kind == kind][:each]
+        for number, problem in enumerate(first, start=1):
+            more = f" (and {count - each:,} more)" if number == each and count > each else ""
+            yield f"      {problem.where}: {problem.detail}{more}"
+    if len(kinds) > KINDS:
+        others = sum(count for _, count in kinds[KINDS:])
+        yield f"  {others:,} with {len(kinds) - KINDS} other problems"

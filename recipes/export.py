@@ -1,0 +1,214 @@
+"""A trained model as files for other programs, with a model card."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
+from diptych.handlers.checkpointing.entries import Entry
+from diptych.handlers.checkpointing.export import export_weights
+from diptych.handlers.extras import check_extra
+from diptych.handlers.files import make_folder, write_atomically
+from diptych.handlers.run_directory import WEIGHTS, RunDirectory
+from diptych.recipes.data.rows import DataError
+from diptych.recipes.encoder import Encoder, Which, weights_file
+from diptych.recipes.settings import RECIPE, Settings
+from diptych.recipes.training import CLASSES, DATA, TOWERS, Factory
+
+Format = Literal["safetensors", "huggingface", "onnx"]
+CARD = "README.md"
+EXAMPLES = ("a red bicycle", "two dogs in the snow")
+"""Texts with which the text tower is traced for ONNX."""
+DECIDES = ("task", "image_tower", "text_tower", "pretrained", "loss_name", "epochs", "batch_size")
+"""The settings that a card shows."""
+LICENCE = {
+    "small": "built into Diptych, under its licence",
+    "own": "of the user's own code",
+}
+
+
+def export(
+    run: Path | str,
+    to: Format,
+    out: Path | str,
+    *,
+    factory: Factory | None = None,
+    checkpoint: Which = "best",
+) -> Path:
+    """Write a trained model for other programs, with a card of its data, settings and results.
+
+    `safetensors` writes the weights and all that `Encoder.load` needs. `huggingface` writes a model
+    of transformers, if both towers are those of one CLIP (`hf:NAME`). `onnx` writes `image.onnx`
+    (pixels, uint8 [B, 3, S, S], to features) and `text.onnx` (tokens to features); the batch and
+    the length of the texts may vary.
+
+    Args:
+        run: the run's directory.
+        to: the format.
+        out: the folder to write; it must be new or empty.
+        factory: the function that built the towers, if they are of own code.
+        checkpoint: the best one, or the last one.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DataError: if the folder is in use, or the model has no such format.
+        ImportError: if the format needs a package that is not installed.
+    """
+    folder = Path(out)
+    if folder.exists() and any(folder.iterdir()):
+        raise DataError(
+            f"--out must be a new or empty folder, got {folder}, which has files in it."
+        )
+    encoder = Encoder.load(run, factory=factory, checkpoint=checkpoint, device="cpu")
+    make_folder(folder)
+    WRITERS[to](encoder, Path(run), folder)
+    write_atomically(folder / CARD, model_card(Path(run), encoder, to, checkpoint))
+    return folder
+
+
+def _write_safetensors(encoder: Encoder, run: Path, folder: Path) -> None:
+    check_extra("safetensors", "safetensors", needed_by="export")
+    for name in (RECIPE, CLASSES, DATA):
+        if (run / name).is_file():
+            write_atomically(folder / name, (run / name).read_bytes())
+    if (run / TOWERS).is_dir():
+        shutil.copytree(run / TOWERS, folder / TOWERS)
+    export_weights(encoder.model.state_dict(), folder / WEIGHTS)
+
+
+def _write_huggingface(encoder: Encoder, run: Path, folder: Path) -> None:
+    whole = encoder.towers.whole
+    if whole is None:
+        raise DataError(
+            "--to huggingface must be given for a run with both towers of one CLIP of "
+            f"transformers (--image-tower hf:NAME), got {run}. Use --to safetensors or --to onnx."
+        )
+    whole.save_pretrained(folder)
+    for saved in sorted((run / TOWERS / "image").iterdir()):
+        if saved.is_file() and not (folder / saved.name).exists():
+            write_atomically(folder / saved.name, saved.read_bytes())
+
+
+def _write_onnx(encoder: Encoder, _: Path, folder: Path) -> None:
+    check_extra("onnx", "onnxscript", needed_by="export to onnx")
+    size = encoder.towers.image.size
+    pixels = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    encode: Any = encoder.model.encode_image
+    _to_onnx(encode, {"pixels": pixels}, folder / "image.onnx")
+    text = encoder.towers.text
+    if text is not None and hasattr(encoder.model, "encode_text"):
+        tokens = text.tokenize(list(EXAMPLES))
+        given = {"tokens": tokens} if isinstance(tokens, Tensor) else tokens
+        side = _OnTokens(encoder.model.encode_text, list(given), whole=isinstance(tokens, Tensor))
+        _to_onnx(side, given, folder / "text.onnx")
+
+
+WRITERS: Mapping[Format, Callable[[Encoder, Path, Path], None]] = {
+    "safetensors": _write_safetensors,
+    "huggingface": _write_huggingface,
+    "onnx": _write_onnx,
+}
+
+
+class _OnTokens(nn.Module):
+    """A text tower that takes its tokens as separate arguments, as ONNX does."""
+
+    def __init__(self, encode: Any, names: list[str], *, whole: bool) -> None:
+        super().__init__()
+        self.encode, self._names, self._whole = encode, names, whole
+
+    def forward(self, *tokens: Tensor) -> Tensor:
+        """Return features."""
+        given = tokens[0] if self._whole else dict(zip(self._names, tokens, strict=True))
+        features: Tensor = self.encode(given)
+        return features
+
+
+def _to_onnx(module: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> None:
+    """Trace a module, with a batch and lengths that may vary."""
+    dims = {0: "batch"} if "pixels" in inputs else {0: "batch", 1: "length"}
+    shapes = tuple(dict.fromkeys(dims, torch.export.Dim.DYNAMIC) for _ in inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter about itself
+        program = torch.onnx.export(
+            module.eval(),
+            tuple(inputs.values()),
+            dynamo=True,
+            input_names=list(inputs),
+            output_names=["features"],
+            dynamic_shapes=shapes,
+            verbose=False,
+        )
+    assert program is not None
+    write_atomically(path, lambda temporary: program.save(temporary, external_data=False))
+
+
+def model_card(run: Path, encoder: Encoder, to: Format, checkpoint: Which) -> str:
+    """Return a card in Markdown: data, settings, results, and the licence of the towers."""
+    settings = encoder.settings
+    assert settings is not None
+    data = (run / DATA).read_text("utf-8") if (run / DATA).is_file() else "not recorded\n"
+    shown = {name: getattr(settings, name) for name in DECIDES}
+    entry = _entry(run, checkpoint)
+    results = {} if entry is None else {k: v for k, v in entry.metrics.items() if "val/" in k}
+    lines = [
+        "---",
+        "library_name: diptych",
+        "tags: [contrastive-learning, image-text]",
+        "---",
+        f"# {RunDirectory(run).name}",
+        "",
+        f"Trained with Diptych; exported as {to}. Features are compared after normalisation to "
+        "unit length.",
+        "",
+        "## Data",
+        "",
+        "```text",
+        data.rstrip(),
+        "```",
+        "",
+        "## Settings",
+        "",
+        *_table(("setting", "value"), {name: value for name, value in shown.items() if value}),
+        "",
+        "## Results",
+        "",
+        *(_table(("metric", "value"), {k: f"{v:.4f}" for k, v in results.items()}) or ["none"]),
+        "",
+        "## Licence of the towers",
+        "",
+        *(f"- {text}" for text in _licences(settings)),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> list[str]:
+    if not rows:
+        return []
+    return [f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())]
+
+
+def _licences(settings: Settings) -> list[str]:
+    towers = {settings.image_tower, settings.text_tower or settings.image_tower}
+    return [
+        f"`{name}`: {LICENCE.get(name, 'see the page of the model; the library does not say')}"
+        for name in sorted(towers)
+    ]
+
+
+def _entry(run: Path, checkpoint: Which) -> Entry | None:
+    """Return the entry of the checkpoint that was exported."""
+    directory = RunDirectory(run)
+    file = weights_file(directory, checkpoint).name
+    entries = CheckpointStore(directory.checkpoints).entries()
+    return next((entry for entry in entries if entry.file == file), None)

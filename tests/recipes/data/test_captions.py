@@ -1,0 +1,187 @@
+"""Captions in the layouts that people have, recognised by content, and what cannot be read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from diptych.recipes.data import captions as captions_module
+from diptych.recipes.data.captions import read_captions, read_folder
+from diptych.recipes.data.image_table import image_rows
+from diptych.recipes.data.rows import DataError, Problem, problem_report
+from tests.recipes.emoji_files import LAYOUTS, captions, write_images
+
+
+def written(folder: Path, content: str | bytes, name: str = "captions.csv") -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def pairs(path: Path) -> list[tuple[str, str]]:
+    return [(row.image, row.caption) for row in read_captions(path).rows]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_gives_every_caption_of_every_image(layout, tmp_path):
+    name, write = LAYOUTS[layout]
+    images = write_images(tmp_path / "images")
+    write(tmp_path / name, captions())
+
+    table = image_rows(images, tmp_path / name)
+
+    expected = [(image, text) for image, texts in captions().items() for text in texts]
+    assert (table.layout, table.problems) == (layout, ())
+    assert [(row.name, row.caption) for row in table.rows] == expected
+
+
+def test_the_splits_of_karpathy_are_kept_and_restval_is_for_training(tmp_path):
+    images = write_images(tmp_path / "images")
+    LAYOUTS["Karpathy's splits"][1](tmp_path / "dataset.json", captions())
+
+    parts = image_rows(images, tmp_path / "dataset.json").parts(held_out=0.5)
+
+    names = {part: list(dict.fromkeys(row.name for row in rows)) for part, rows in parts.items()}
+    everything = list(captions())
+    assert names == {"train": everything[2:], "val": everything[:2], "test": []}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("image;caption\na.jpg;one; two\n", []),
+        ('image;caption\na.jpg;"one; two"\n', [("a.jpg", "one; two")]),
+        ("image,caption\r\na.jpg,one\r\n", [("a.jpg", "one")]),
+        ("image,caption\ra.jpg,one\rb.jpg,two\r", [("a.jpg", "one"), ("b.jpg", "two")]),
+        ("\ufeffimage,caption\na.jpg,one\n", [("a.jpg", "one")]),
+        ('image,caption\na.jpg,"a ""big"" dog,\nasleep"\n', [("a.jpg", 'a "big" dog,\nasleep')]),
+        ('image\tcaption\na.jpg\t"Stop" sign\n', [("a.jpg", '"Stop" sign')]),
+        ('image\tcaption\na.jpg\t"the ""Stop"" sign"\n', [("a.jpg", 'the "Stop" sign')]),
+        ("Title\tFilePath\none\ta.jpg\n", [("a.jpg", "one")]),
+        ("a.jpg,one\nb.jpg,two\n", [("a.jpg", "one"), ("b.jpg", "two")]),
+        ("one\ta.JPG\n", [("a.JPG", "one")]),
+        ("image,caption\n\n\na.jpg,one\n\n", [("a.jpg", "one")]),
+        ('[{"image": "a.jpg", "caption": "one"}]', [("a.jpg", "one")]),
+        ('{"data": [{"file": "a.jpg", "text": "one"}]}', [("a.jpg", "one")]),
+        ('{"file_name": "a.jpg", "text": "one"}', [("a.jpg", "one")]),
+        (
+            '{"images": [{"id": "7", "file_name": "a.jpg"}], '
+            '"annotations": [{"image_id": 7, "caption": "one"}]}',
+            [("a.jpg", "one")],
+        ),
+    ],
+)
+def test_variants_of_separators_quotes_line_ends_and_columns_are_read(tmp_path, content, expected):
+    path = written(tmp_path, content)
+    assert pairs(path) == expected
+    assert all(row.where.startswith("captions.csv:") for row in read_captions(path).rows)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_encodings_give_the_same_rows(tmp_path, encoding):
+    path = written(tmp_path, "image,caption\ncafé.jpg,ein Café\n".encode(encoding))
+
+    assert pairs(path) == [("café.jpg", "ein Café")]
+
+
+def test_other_columns_are_named(tmp_path):
+    path = written(tmp_path, "one,two\na red square,red.png\n")
+
+    listed = read_captions(path, columns=("two", "one"))
+
+    assert [(row.image, row.caption) for row in listed.rows] == [("red.png", "a red square")]
+    with pytest.raises(DataError, match=r"got 'one', 'two'\. Name yours with --image-column"):
+        read_captions(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "an empty first line"),
+        ("image,caption\na.jpg,caf\xe9\n".encode("latin-1"), "other bytes on line 2"),
+        ('image,caption\na.jpg,one\nb.jpg,"two\nc.jpg,three\n', "an invalid row from line 3"),
+        ('{"images": [', "must be valid JSON"),
+        ("[" * 100_000, "JSON"),
+        ('{"a": 1, "b": 2}', "got 'a', 'b'"),
+        (",".join(f"column {number}" for number in range(5000)) + "\n", "and 4,992 more"),
+        ("x" * 100_000 + ",y\n", "must have a column"),
+    ],
+    ids=range(8),
+)
+def test_a_file_that_is_none_of_captions_gets_a_short_message(tmp_path, content, message):
+    with pytest.raises(DataError, match=message) as raised:
+        read_captions(written(tmp_path, content))
+
+    assert len(str(raised.value).splitlines()) < 5
+    assert len(str(raised.value)) < 1200
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(captions_module, "MOST_BYTES", 10)
+
+    with pytest.raises(DataError, match=r"at most 10 bytes, got 23\. Split it"):
+        read_captions(written(tmp_path, "image,caption\na.jpg,one"))
+
+
+def test_rows_that_cannot_be_read_are_problems_with_their_lines(tmp_path):
+    lines = ["image_name| comment_number| comment", "a.jpg| 0| one", "b.jpg| 1 two", "c.jpg| 2| x"]
+    listed = read_captions(written(tmp_path, "\n".join(lines)))
+    assert [row.image for row in listed.rows] == ["a.jpg", "c.jpg"]
+    assert [problem.where for problem in listed.problems] == ["captions.csv:3"]
+
+    jsonl = '{"file_name": "a.jpg", "text": "one"}\nno json\n{"text": "two"}\n'
+    listed = read_captions(written(tmp_path, jsonl))
+    assert [problem.where for problem in listed.problems] == ["captions.csv:2", "captions.csv:3"]
+
+    coco = {"images": [], "annotations": [{"image_id": 4, "caption": "x"}, "nothing"]}
+    listed = read_captions(written(tmp_path, json.dumps(coco)))
+    places = [problem.where for problem in listed.problems]
+    assert places == ["captions.csv: annotations[0]", "captions.csv: annotations[1]"]
+
+
+def test_a_folder_without_captions_has_its_subfolders_as_classes(tmp_path):
+    for name in ("train/big_cat/1.JPG", "train/dog/deep/2.png", "test/dog/3.jpeg", "train/no.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name, format="PNG")
+
+    rows = read_folder(tmp_path).rows
+
+    assert [(row.image, row.label, row.split) for row in rows] == [
+        ("test/dog/3.jpeg", "dog", "test"),
+        ("train/big_cat/1.JPG", "big_cat", "train"),
+        ("train/dog/deep/2.png", "dog", "train"),
+    ]
+    table = image_rows(tmp_path)
+    assert [(row.caption, row.group) for row in table.rows][1] == ("big cat", "big cat")
+
+
+def test_an_imagefolder_has_its_captions_and_its_parts_in_files_of_metadata(tmp_path):
+    for part in ("train", "test"):
+        images = write_images(tmp_path / part)
+        LAYOUTS["JSON lines"][1](images / "metadata.jsonl", captions())
+
+    listed = read_folder(tmp_path)
+
+    first = next(iter(captions()))
+    assert (listed.layout, len(listed.rows)) == ("imagefolder with metadata", 32)
+    assert {row.split for row in listed.rows} == {"train", "test"}
+    assert (listed.rows[0].image, listed.rows[0].where) == (
+        f"test/{first}",
+        "test/metadata.jsonl:1",
+    )
+
+
+def test_no_report_is_longer_than_twenty_lines():
+    kinds = [Problem(f"file:{n}", f"kind {n % 30}", "x" * 10) for n in range(500)]
+    one = [Problem(f"file:{n}", "the file is missing", "x") for n in range(500)]
+
+    assert len(problem_report(kinds, 0).splitlines()) <= 18
+    assert problem_report(one, 7).splitlines() == [
+        "500 of 507 rows cannot be used:",
+        "  500: the file is missing",
+        *(f"      file:{n}: x" for n in range(4)),
+        "      file:4: x (and 495 more)",
+    ]
