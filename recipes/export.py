@@ -102,14 +102,14 @@ def _write_onnx(encoder: Encoder, _: Path, folder: Path) -> None:
     check_extra("onnx", "onnxscript", needed_by="export to onnx")
     size = encoder.towers.image.size
     pixels = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-    encode: Any = encoder.model.encode_image
-    _to_onnx(encode, {"pixels": pixels}, folder / "image.onnx")
-    text = encoder.towers.text
-    if text is not None and hasattr(encoder.model, "encode_text"):
+    encode_image: Any = encoder.model.encode_image
+    _to_onnx(encode_image, {"pixels": pixels}, folder / "image.onnx", varies={0: "batch"})
+    text, encode_text = encoder.towers.text, getattr(encoder.model, "encode_text", None)
+    if text is not None and encode_text is not None:
         tokens = text.tokenize(list(EXAMPLES))
         given = {"tokens": tokens} if isinstance(tokens, Tensor) else tokens
-        side = _OnTokens(encoder.model.encode_text, list(given), whole=isinstance(tokens, Tensor))
-        _to_onnx(side, given, folder / "text.onnx")
+        side = _ByPosition(encode_text, [] if isinstance(tokens, Tensor) else list(given))
+        _to_onnx(side, given, folder / "text.onnx", varies={0: "batch", 1: "length"})
 
 
 WRITERS: Mapping[Format, Callable[[Encoder, Path, Path], None]] = {
@@ -119,24 +119,30 @@ WRITERS: Mapping[Format, Callable[[Encoder, Path, Path], None]] = {
 }
 
 
-class _OnTokens(nn.Module):
-    """A text tower that takes its tokens as separate arguments, as ONNX does."""
+class _ByPosition(nn.Module):
+    """A text tower that takes its tokens one by one, as ONNX does.
 
-    def __init__(self, encode: Any, names: list[str], *, whole: bool) -> None:
+    Args:
+        encode: the tower.
+        names: the names under which it takes them; none: it takes a tensor.
+    """
+
+    def __init__(self, encode: Any, names: list[str]) -> None:
         super().__init__()
-        self.encode, self._names, self._whole = encode, names, whole
+        self.encode, self._names = encode, names
 
-    def forward(self, *tokens: Tensor) -> Tensor:
+    def forward(self, first: Tensor, second: Tensor | None = None) -> Tensor:
         """Return features."""
-        given = tokens[0] if self._whole else dict(zip(self._names, tokens, strict=True))
+        given = dict(zip(self._names, (first, second), strict=False)) or first
         features: Tensor = self.encode(given)
         return features
 
 
-def _to_onnx(module: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> None:
-    """Trace a module, with a batch and lengths that may vary."""
-    dims = {0: "batch"} if "pixels" in inputs else {0: "batch", 1: "length"}
-    shapes = tuple(dict.fromkeys(dims, torch.export.Dim.DYNAMIC) for _ in inputs)
+def _to_onnx(
+    module: nn.Module, inputs: Mapping[str, Tensor], path: Path, *, varies: Mapping[int, str]
+) -> None:
+    """Trace a module whose inputs may vary in some of their dimensions."""
+    shapes = dict.fromkeys(varies, torch.export.Dim.DYNAMIC)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
         program = torch.onnx.export(
@@ -145,7 +151,7 @@ def _to_onnx(module: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> Non
             dynamo=True,
             input_names=list(inputs),
             output_names=["features"],
-            dynamic_shapes=shapes,
+            dynamic_shapes=tuple(shapes for _ in inputs),
             verbose=False,
         )
     assert program is not None

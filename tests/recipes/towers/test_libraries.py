@@ -1,0 +1,199 @@
+"""Towers of transformers, open_clip and peft, where they are installed, and their exports."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from diptych.recipes import DataError, Encoder, Settings, export, train
+from diptych.recipes.towers.models import add_lora, checkpoint_gradients
+from diptych.recipes.towers.parts import ImageTower, TowerError, TowerOptions
+from diptych.recipes.towers.registry import build_towers
+from diptych.recipes.training import build_training
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "face", "smile", "grin", "eye", "joy", "tear", "a"]
+UNKNOWN, PADDING = {"unk_token": "[UNK]"}, {"pad_token": "[PAD]"}
+QUICK = {"batch_size": 4, "epochs": 1, "log_every": 1}
+
+
+def save_tokenizer(folder: Path) -> None:
+    transformers, tokenizers = map(pytest.importorskip, ("transformers", "tokenizers"))
+    words = {word: number for number, word in enumerate(WORDS)}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, **UNKNOWN))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    plain.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain, **PADDING, **UNKNOWN
+    ).save_pretrained(folder)
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    """Return a folder with a small CLIP of transformers, as a hub would hold it."""
+    transformers = pytest.importorskip("transformers")
+    layer = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    layer["num_attention_heads"] = 2
+    config = transformers.CLIPConfig(
+        text_config={**layer, "vocab_size": len(WORDS), "max_position_embeddings": 16}
+        | {"eos_token_id": 3, "bos_token_id": 2, "pad_token_id": 0},
+        vision_config={**layer, "image_size": 32, "patch_size": 16},
+        projection_dim=12,
+    )
+    transformers.CLIPModel(config).save_pretrained(tmp_path / "clip")
+    save_tokenizer(tmp_path / "clip")
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(
+        '{"crop_size": {"height": 32, "width": 32}, "image_mean": [0.1, 0.2, 0.3], '
+        '"image_std": [0.4, 0.5, 0.6], "image_processor_type": "CLIPImageProcessor"}'
+    )
+    return tmp_path / "clip"
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    """Return a folder with a small text model of transformers."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+    save_tokenizer(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def trained(photos: Path, run: Path, **settings: object) -> None:
+    texts = photos / "captions.txt"
+    train(Settings(images=photos / "images", captions=texts, **QUICK, **settings), run)
+
+
+def test_a_clip_of_transformers_trains_its_own_weights_and_exports_to_them(photos, clip, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    run, out = tmp_path / "run", tmp_path / "out"
+    trained(photos, run, image_tower=f"hf:{clip}", pretrained="default")
+    shutil.rmtree(clip)  # the run is complete without it
+
+    encoder = Encoder.load(run)
+    export(run, "huggingface", out)
+
+    model = transformers.AutoModel.from_pretrained(out).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    texts = ["a smile", "joy"]
+    pixels = torch.rand(3, 3, 32, 32).mul(255).to(torch.uint8)
+    mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]))
+    with torch.no_grad():
+        theirs = model(
+            **tokenizer(texts, padding=True, return_tensors="pt"),
+            pixel_values=(pixels / 255 - mean) / std,
+        )
+        ours = nn.functional.normalize(encoder.model.encode_image(pixels), dim=1)
+    torch.testing.assert_close(theirs.image_embeds, ours, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        theirs.text_embeds, encoder.encode_texts(texts), rtol=1e-4, atol=1e-5
+    )
+    assert torch.equal(model.logit_scale, encoder.model.logit_scale)
+    assert encoder.model.logit_scale.item() != pytest.approx(2.6592, abs=1e-6)  # it was trained
+
+
+def test_a_text_model_of_transformers_beside_the_small_image_tower(photos, bert, tmp_path):
+    trained(photos, tmp_path / "run", text_tower=f"hf:{bert}", image_size=32, dim=8)
+    shutil.rmtree(bert)
+
+    encoder = Encoder.load(tmp_path / "run")
+
+    alone, padded = encoder.encode_texts(["a smile"]), encoder.encode_texts(["a smile", "a a a a"])
+    torch.testing.assert_close(alone[0], padded[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(DataError, match="both towers of one CLIP"):
+        export(tmp_path / "run", "huggingface", tmp_path / "out")
+
+
+def test_lora_trains_few_weights_and_reloads(photos, clip, tmp_path):
+    pytest.importorskip("peft")
+    images, texts = photos / "images", photos / "captions.txt"
+    settings = Settings(
+        images=images,
+        captions=texts,
+        image_tower=f"hf:{clip}",
+        lora=2,
+        pretrained="default",
+        **QUICK,
+    )
+    training = build_training(settings)
+    names = [n for n, p in training.trainer.model.named_parameters() if p.requires_grad]
+
+    assert names
+    assert all("lora_" in name or name == "logit_scale" for name in names)
+    train(settings, tmp_path / "run")
+    assert Encoder.load(tmp_path / "run").encode_texts(["joy"]).shape == (1, 12)
+
+
+def test_recomputed_activations_give_the_same_gradients(clip):
+    torch.manual_seed(0)
+    towers = build_towers(f"hf:{clip}", None, TowerOptions(pretrained="default"))
+    pixels, gradients = torch.rand(2, 3, 32, 32), []
+    for tower, given in ((towers.image, pixels), (towers.text, towers.text.tokenize(["joy", "a"]))):
+        for recompute in (False, True):
+            if recompute:
+                checkpoint_gradients(tower)
+            tower.module.train().zero_grad()
+            tower.module(given).square().sum().backward()
+            gradients.append([p.grad for p in tower.module.parameters() if p.grad is not None])
+        for before, after in zip(*gradients[-2:], strict=True):
+            torch.testing.assert_close(before, after)
+
+
+@pytest.mark.parametrize("kind", ["small", "hf"])
+def test_onnx_computes_the_features_for_any_batch_and_length(kind, photos, request, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    import onnxruntime
+
+    tower = "small" if kind == "small" else f"hf:{request.getfixturevalue('clip')}"
+    trained(photos, tmp_path / "run", image_tower=tower, image_size=32, dim=12)
+    encoder = Encoder.load(tmp_path / "run")
+
+    export(tmp_path / "run", "onnx", tmp_path / "out")
+
+    image, text = (
+        onnxruntime.InferenceSession(str(tmp_path / "out" / f"{side}.onnx"))
+        for side in ("image", "text")
+    )
+    pixels = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    tokens = encoder.towers.text.tokenize(["a smile with joy", "tear", "a"])
+    given = {"tokens": tokens} if isinstance(tokens, torch.Tensor) else tokens
+    with torch.no_grad():
+        expected = [encoder.model.encode_image(pixels), encoder.model.encode_text(tokens)]
+    [found_image] = image.run(None, {"pixels": pixels.numpy()})
+    [found_text] = text.run(None, {name: value.numpy() for name, value in given.items()})
+    torch.testing.assert_close(torch.from_numpy(found_image), expected[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.from_numpy(found_text), expected[1], rtol=1e-3, atol=1e-4)
+
+
+def test_a_tower_that_cannot_adapt_says_so():
+    tower = ImageTower(module=nn.Flatten(), width=4, size=2)
+
+    with pytest.raises(TowerError, match="gradient_checkpointing must be off"):
+        checkpoint_gradients(tower)
+    pytest.importorskip("peft")
+    with pytest.raises(TowerError, match="linear layers to adapt"):
+        add_lora(tower, 2)
+
+
+def test_a_model_that_the_machine_does_not_have_is_an_error_in_a_few_lines(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    with pytest.raises(TowerError, match="that this machine has or can fetch") as raised:
+        build_towers(f"hf:{tmp_path / 'nothing'}", None, TowerOptions())
+
+    assert len(str(raised.value).splitlines()) < 5
