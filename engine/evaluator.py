@@ -27,8 +27,7 @@ from diptych.engine.loop.event_loop import EventLoop
 from diptych.engine.predictions import NamedOutputs, metrics_without_prediction, prediction_of
 from diptych.engine.random_state import preserved_random_state
 from diptych.engine.settings import AUTOCAST, Precision, TrainerSettings
-from diptych.engine.step.batch_checks import check_not_logits
-from diptych.engine.tasks import Outputs, Task
+from diptych.engine.tasks import Outputs, Task, check_not_logits
 
 SHARED = ("diptych.", "ignite.")
 """The packages whose metrics are computed over all ranks."""

@@ -265,6 +265,32 @@ class NextToken(KeyedTask):
         return outputs["logits"].transpose(1, 2), outputs["labels"]
 
 
+def check_not_logits(outputs: Mapping[str, Tensor]) -> None:
+    """Check that the first two outputs are not a matrix of logits and its transpose.
+
+    Raises:
+        BatchError: if they are, as those of OpenAI's CLIP: `logits_per_image`, `logits_per_text`.
+    """
+    names = list(outputs)[:2]
+    if len(names) < 2 or not _are_square(one := outputs[names[0]], other := outputs[names[1]]):
+        return
+    size = one.shape[1]  # with micro-batches, the matrices of one after the other
+    one, other = one[:size], other[:size]
+    near = 4 * torch.finfo(one.dtype).eps * one.abs().max()
+    if (one - other.T).abs().max() <= near < (one - other).abs().max():
+        raise BatchError(
+            f"{' and '.join(names)} must be features [B, D], got logits [{size}, {size}], each the "
+            "transpose of the other. Let the model return features, such as (encode_image(image), "
+            "encode_text(text)), in its forward or in a task of your own"
+        )
+
+
+def _are_square(one: Tensor, other: Tensor) -> bool:
+    """Return whether two outputs of one shape begin with a square matrix of real numbers."""
+    alike = one.shape == other.shape and one.dtype == other.dtype and one.is_floating_point()
+    return alike and one.ndim == 2 and 1 < one.shape[1] <= len(one)
+
+
 def _with_groups(outputs: Outputs, groups: Any) -> Outputs:
     return outputs if groups is None else {**outputs, "groups": _numbers(groups, "groups")}
 

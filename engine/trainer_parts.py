@@ -44,32 +44,40 @@ def check_parts(model: nn.Module, loss: nn.Module, optimizer: Optimizer, task: T
 
 
 def report_scales(model: nn.Module, loss: nn.Module) -> None:
-    """Warn, on rank 0, of logit scales that a training would leave as they are.
+    """Warn, on rank 0, of logit scales that a training would leave as they are."""
+    if rank() == 0:
+        _report_two_scales(model, loss)
+        _report_half_precision(model, loss)
 
-    A model's own beside another one of the loss, and one in half precision.
-    """
-    if rank():
-        return
-    of_model, of_loss = _single(model), _single(loss)
-    own = [(path, p) for path, p in of_model if path.endswith("logit_scale")]
-    other = [p for path, p in of_loss if path.endswith("logit_scale")]
-    if own and other and {id(p) for p in other}.isdisjoint(id(p) for _, p in own):
+
+def _report_two_scales(model: nn.Module, loss: nn.Module) -> None:
+    own, other = (
+        [(path, p) for path, p in _single(part) if path.endswith("logit_scale")]
+        for part in (model, loss)
+    )
+    if own and other and {id(p) for _, p in other}.isdisjoint(id(p) for _, p in own):
         warnings.warn(
             f"model has a logit scale of its own, {own[0][0]}, but {type(loss).__name__} trains "
             "another: the model's stays as it is, in its export too. For a single scale, call "
-            f"share_logit_scale(loss, model) before the optimizer is built.",
-            stacklevel=4,
+            "share_logit_scale(loss, model) before the optimizer is built.",
+            stacklevel=5,
         )
-    named = [one for one in of_model if one[0].endswith(("logit_scale", "logit_bias"))]
-    learned = {id(p): (path, p) for path, p in (*of_loss, *named) if p.requires_grad}.values()
-    half = [(path, p.dtype) for path, p in learned if p.dtype in (torch.bfloat16, torch.float16)]
+
+
+def _report_half_precision(model: nn.Module, loss: nn.Module) -> None:
+    names = ("logit_scale", "logit_bias")
+    scales = [*_single(loss), *(one for one in _single(model) if one[0].endswith(names))]
+    half = {
+        id(p): path
+        for path, p in scales
+        if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
+    }
     if half:
         warnings.warn(
-            f"{', '.join(path for path, _ in half)} must be float32 to be trained, got "
-            f"{half[0][1]}: updates below {torch.finfo(half[0][1]).eps / 2:.1%} of a value are "
-            "lost, and it may never move. Keep parameters in float32; precision='bf16' computes "
-            "in bfloat16.",
-            stacklevel=4,
+            f"{', '.join(half.values())} must be float32 to be trained, got half precision: "
+            "small updates are rounded away, and it may never move. Keep parameters in float32; "
+            "precision='bf16' computes in bfloat16.",
+            stacklevel=5,
         )
 
 

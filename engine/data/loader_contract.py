@@ -23,8 +23,6 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from diptych.engine.distributed.collectives import world_size
-
 SAMPLERS: set[type] = {
     DistributedSampler,
     RandomSampler,
@@ -131,21 +129,6 @@ def length_of(loader: object) -> int | None:
         return len(loader) if isinstance(loader, Sized) else None
     except TypeError:  # a DataLoader over an iterable data set has __len__ and no length
         return None
-
-
-def last_batch_size(loader: object) -> int | None:
-    """Return the samples of a pass's last batch, over all ranks; None if the loader cannot tell.
-
-    It can if it has `batch_size` and `drop_last`, and its sampler or data set has a length.
-    """
-    size, sampler = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
-    if not isinstance(size, int) or getattr(loader, "drop_last", True):
-        return None
-    # A sampler has this rank's samples; a loader without one draws from the data set of all ranks.
-    samples = length_of(getattr(loader, "dataset", None) if sampler is None else sampler)
-    if not samples:
-        return None
-    return (samples % size or size) * (1 if sampler is None else world_size())
 
 
 def set_epoch(loader: object, epoch: int) -> None:

@@ -9,13 +9,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from diptych.engine.data.loader_contract import last_batch_size
-from diptych.engine.distributed.collectives import rank
+from diptych.engine.data.loader_contract import length_of
+from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.distributed.gathering import gather_values
 from diptych.engine.distributed.hang_report import waits_at
-from diptych.engine.errors import BatchError
 from diptych.engine.step.loss_contract import minimum_batch
-from diptych.engine.tasks import NO_LABEL
+from diptych.engine.tasks import NO_LABEL, check_not_logits
 
 logger = logging.getLogger(__name__)
 
@@ -43,32 +42,6 @@ def check_first_batch(loss: nn.Module, outputs: Mapping[str, Tensor]) -> None:
             )
 
 
-def check_not_logits(outputs: Mapping[str, Tensor]) -> None:
-    """Check that the first two outputs are not a matrix of logits and its transpose.
-
-    Raises:
-        BatchError: if they are, as those of OpenAI's CLIP: `logits_per_image`, `logits_per_text`.
-    """
-    names = list(outputs)[:2]
-    if len(names) < 2 or not _are_square(one := outputs[names[0]], other := outputs[names[1]]):
-        return
-    size = one.shape[1]  # with micro-batches, the matrices of one after the other
-    one, other = one[:size], other[:size]
-    near = 4 * torch.finfo(one.dtype).eps * one.abs().max()
-    if (one - other.T).abs().max() <= near < (one - other).abs().max():
-        raise BatchError(
-            f"{' and '.join(names)} must be features [B, D], got logits [{size}, {size}], each the "
-            "transpose of the other. Let the model return features, such as (encode_image(image), "
-            "encode_text(text)), in its forward or in a task of your own"
-        )
-
-
-def _are_square(one: Tensor, other: Tensor) -> bool:
-    """Return whether two outputs of one shape begin with a square matrix of real numbers."""
-    alike = one.shape == other.shape and one.dtype == other.dtype and one.is_floating_point()
-    return alike and one.ndim == 2 and 1 < one.shape[1] <= len(one)
-
-
 def _report_unlabelled(loss: nn.Module, outputs: Mapping[str, Tensor]) -> None:
     for name in ("groups", "labels"):
         ids = outputs.get(name)
@@ -82,6 +55,21 @@ def _report_unlabelled(loss: nn.Module, outputs: Mapping[str, Tensor]) -> None:
                 "a class.",
                 stacklevel=2,
             )
+
+
+def last_batch_size(loader: object) -> int | None:
+    """Return the samples of a pass's last batch, over all ranks; None if the loader cannot tell.
+
+    It can if it has `batch_size` and `drop_last`, and its sampler or data set has a length.
+    """
+    size, sampler = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
+    if not isinstance(size, int) or getattr(loader, "drop_last", True):
+        return None
+    # A sampler has this rank's samples; a loader without one draws from the data set of all ranks.
+    samples = length_of(getattr(loader, "dataset", None) if sampler is None else sampler)
+    if not samples:
+        return None
+    return (samples % size or size) * (1 if sampler is None else world_size())
 
 
 def report_last_batch(loss: nn.Module, loader: object, purpose: str) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from diptych.engine import MetricsEvents, SeededLoader, StepEvents, Trainer
-from diptych.engine.data.loader_contract import last_batch_size
 from diptych.engine.distributed.collectives import rank
 from diptych.engine.errors import BatchError
 from diptych.engine.state.run_state import load_run_state, run_state
+from diptych.engine.step.batch_checks import last_batch_size
 from diptych.handlers import Evaluation
 from diptych.losses import CLIPLoss, MoCoLoss, VICRegLoss, WeightedSum
 from tests.engine.models import TwoTower, paired, sgd, trainer_of
