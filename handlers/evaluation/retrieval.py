@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import attrs
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from diptych.engine.checks import is_whole
 from diptych.engine.distributed.collectives import rank, world_size
-from diptych.engine.distributed.gathering import gather_rows
+from diptych.engine.distributed.gathering import gather_rows, gather_values
 from diptych.engine.errors import BatchError
 from diptych.engine.tasks import look_up
 from diptych.handlers.evaluation.known_ids import KnownIds
@@ -77,7 +78,7 @@ class RetrievalMetric(OutputsMetric):
 
     @abstractmethod
     def summarise(self, ranks: MatchRanks) -> dict[str, float]:
-        """Return the values of one direction, by name."""
+        """Return the means of values over the queries of one direction, by name."""
 
     def expected(self, ranks: MatchRanks) -> dict[str, float]:
         """Return the expected values of random features; a value without a closed form is left out.
@@ -142,9 +143,22 @@ class RetrievalMetric(OutputsMetric):
             raise NotComputableError("retrieval needs at least one image and one text")
         self._known_groups.report(type(self).__name__)
         self._warn_of_repeated_rows(images, texts)
-        ranks = match_ranks(images, texts, self.depth(), self.relevance)
-        self.chance = _of_both(*map(self.expected, ranks))
-        return _of_both(*map(self.summarise, ranks))
+        both = match_ranks(images, texts, self.depth(), self.relevance)
+        (first, first_chance), (second, second_chance) = map(self._means, both)
+        self.chance = _of_both(first_chance, second_chance)
+        return _of_both(first, second)
+
+    def _means(self, parts: Iterable[MatchRanks]) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the values of one direction and those of chance, over the parts of all ranks."""
+        own = [
+            (len(ranks.matches), self.summarise(ranks), self.expected(ranks))
+            for ranks in parts
+            if len(ranks.matches)
+        ]
+        # With a depth, each rank has all queries.
+        found = own if self.depth() is not None else list(chain(*gather_values(own)))
+        counts, values, chance = zip(*found, strict=True)
+        return _weighted(counts, values), _weighted(counts, chance)
 
     def _check_matchable(self, output: Outputs, *sides: Tensor | None) -> None:
         """Check that a batch says which items match, in the same way as those before it."""
@@ -381,6 +395,13 @@ def average_precision(ranks: MatchRanks, within: int | Tensor) -> Tensor:
     nth = torch.arange(1, len(ranks.ranks) + 1, device=ranks.ranks.device)[:, None]
     precision = torch.where(ranks.ranks <= within, nth / ranks.ranks.double(), 0.0)
     return precision.sum(0) / ranks.matches.clamp(max=within)
+
+
+def _weighted(counts: Sequence[int], parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the means of values over parts, each of which counts as many times."""
+    shares = [count / sum(counts) for count in counts]
+    pairs = list(zip(shares, parts, strict=True))
+    return {name: sum(share * part[name] for share, part in pairs) for name in parts[0]}
 
 
 def _of_both(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:

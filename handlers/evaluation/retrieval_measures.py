@@ -100,9 +100,8 @@ class RetrievalRPrecision(RetrievalMetric):
     Source: Musgrave et al. 2020, "A Metric Learning Reality Check", arXiv:2003.08505.
 
     Event: as for `RetrievalRecall`.
-    Cost: as for `RetrievalMetrics`, for all matches of a query; with more than 32, a binary search
-        for each similarity instead of the passes. It keeps a few numbers for each query times the
-        largest number of matches.
+    Cost: as for `RetrievalMetrics`, for all matches of a query; if a query has more than 32, two
+        products, in strips of 64 queries, each of whose results are sorted.
 
     Args:
         relevance: as in `RetrievalRecall`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ STRIP = (64, 1024)
 """Rows and columns of a tile within groups: with few rows, it holds few groups."""
 
 FEW = 32
-"""Up to this many matches, comparing a tile with each of them is faster than a binary search."""
+"""Up to this many matches, comparing with each of them is faster than sorting all results."""
 
 Relevance = Callable[[Tensor, Tensor], Tensor]
 """A function of image and text ids, [N] and [M], that returns grades >= 0 [N, M]."""
@@ -166,8 +166,11 @@ class BestMatches(NamedTuple):
 
 def match_ranks(
     images: Items, texts: Items, depth: int | None, relevance: Relevance | None = None
-) -> tuple[MatchRanks, MatchRanks]:
+) -> tuple[Iterator[MatchRanks], Iterator[MatchRanks]]:
     """Return the ranks of the best `depth` matches of each image and of each text.
+
+    Each direction is an iterator of parts: one part with all queries, the same on all ranks; or, if
+    all matches are asked for and there are many, tiles of queries, of which each rank has its own.
 
     Args:
         images: the items of one side.
@@ -183,10 +186,59 @@ def match_ranks(
         Direction(texts, images, relevance, reverse=True),
     )
     counted = [side.count_matches() for side in sides]
-    best = [_best_matches(side, *count, depth) for side, count in zip(sides, counted, strict=True)]
+    _check_match(sides[0], counted[0][0])
+    most = [int(counts.max()) for counts, _ in counted]
+    if depth is None and max(most) > FEW:
+        first, second = map(_sorted_ranks, sides)
+        return first, second
+    best = [
+        _best_matches(side, own if depth is None else min(depth, own))
+        for side, own in zip(sides, most, strict=True)
+    ]
     below = _count_below(sides[0], best[0].bounds, best[1].bounds)
-    first, second = map(_as_ranks, sides, counted, best, below)
+    first, second = (iter([one]) for one in map(_as_ranks, sides, counted, best, below))
     return first, second
+
+
+def _check_match(direction: Direction, counts: Tensor) -> None:
+    if bool(counts.any()):
+        return
+    both = len(counts), len(direction.gallery.groups)
+    raise BatchError(
+        "groups must occur on both sides, got no image that matches any text: none of "
+        f"{both[0]} ids on one side is among the {both[1]} on the other. Use the same ids for "
+        "images and texts"
+        if direction.relevance is None
+        else f"relevance must be above 0 for some pair, got 0 for all {both[0]} x {both[1]}"
+    )
+
+
+def _sorted_ranks(direction: Direction) -> Iterator[MatchRanks]:
+    """Yield the ranks of all matches for this rank's tiles of queries; sort all their results."""
+    gallery, results = direction.gallery, len(direction.gallery.groups)
+    for own, _ in direction.tiles(STRIP[0]):
+        queries = direction.queries.unit(own)
+        tiles = _tiles(results, STRIP[1])
+        scores = torch.cat([queries @ gallery.unit(others).T for others in tiles], dim=1)
+        grades = direction.grades(own, slice(0, results)).double()
+        # As in `_best_matches` and `_count_below`: a NaN ranks last as a match, first otherwise.
+        lost = torch.where(grades > 0, -torch.inf, torch.inf)
+        scores = torch.where(scores.isnan(), lost, scores - TIE * _handicap(grades))
+        ordered = grades.gather(1, scores.argsort(1, descending=True))
+        matches = (ordered > 0).sum(1)
+        places = torch.arange(1, results + 1, device=ordered.device)
+        ranks = torch.where(ordered > 0, places, ABSENT).sort(1).values[:, : int(matches.max())]
+        at_rank = ordered.gather(1, (ranks - 1).clamp(max=results - 1)) * (ranks < ABSENT)
+        ideal = grades.topk(ranks.shape[1]).values
+        kept = matches > 0
+        total = grades.sum(1)[kept]
+        ranks, at_rank, ideal = (part[kept].T for part in (ranks, at_rank, ideal))
+        yield MatchRanks(ranks, matches[kept], total, at_rank, ideal, results)
+
+
+def _handicap(grades: Tensor) -> Tensor:
+    """Return by how many ties matches rank later: of equal ones, a lower grade comes first."""
+    return (grades > 0) + grades / (1 + grades)
 
 
 def _count_below(
@@ -222,38 +274,18 @@ def _add_below(tile: Tensor, bounds: Tensor, counts: Tensor, memory: Tensor) -> 
 
     Args:
         tile: similarities [Q, N].
-        bounds: [J, Q], descending.
+        bounds: [J, Q].
         counts: int64 [J, Q], to which the numbers are added.
         memory: a tensor like the tile, to overwrite.
     """
-    if len(bounds) <= FEW:
-        for nth, bound in enumerate(bounds):
-            counts[nth] += torch.lt(tile, bound[:, None], out=memory).sum(1).long()
-        return
-    ascending = bounds.flip(0).T.contiguous()
-    # The number of bounds that a similarity is not below; all of them if it is NaN.
-    passed = torch.searchsorted(ascending, tile.contiguous(), right=True)
-    found = passed.new_zeros(len(tile), len(bounds) + 1)
-    found.scatter_add_(1, passed, torch.ones_like(passed))
-    counts += found[:, :-1].cumsum(1).T.flip(0)
+    for nth, bound in enumerate(bounds):
+        counts[nth] += torch.lt(tile, bound[:, None], out=memory).sum(1).long()
 
 
-def _best_matches(
-    direction: Direction, counts: Tensor, total: Tensor, depth: int | None
-) -> BestMatches:
-    """Return the best `depth` matches of each query, all of them with None."""
-    most = int(counts.max())
-    if most == 0:
-        both = len(counts), len(direction.gallery.groups)
-        raise BatchError(
-            "groups must occur on both sides, got no image that matches any text: none of "
-            f"{both[0]} ids on one side is among the {both[1]} on the other. Use the same ids for "
-            "images and texts"
-            if direction.relevance is None
-            else f"relevance must be above 0 for some pair, got 0 for all {both[0]} x {both[1]}"
-        )
-    depth = most if depth is None else min(depth, most)
-    found, grades, ideal = total.new_zeros(3, len(counts), depth)
+def _best_matches(direction: Direction, depth: int) -> BestMatches:
+    """Return the best `depth` matches of each query."""
+    groups = direction.queries.groups
+    found, grades, ideal = groups.new_zeros(3, len(groups), depth, dtype=torch.float64)
     for own, span in direction.tiles(STRIP[0]):
         found[own] = -torch.inf
         queries = direction.queries.unit(own)
@@ -263,8 +295,7 @@ def _best_matches(
             scores = scores.masked_fill((new == 0) | scores.isnan(), -torch.inf)
             ideal[own] = torch.cat([ideal[own], new], dim=1).topk(depth).values
             scores, new = torch.cat([found[own], scores], 1), torch.cat([grades[own], new], 1)
-            # Of equally similar matches, one with a lower grade comes first.
-            order = (scores - TIE * new / (1 + new)).topk(depth).indices
+            order = (scores - TIE * _handicap(new)).topk(depth).indices
             found[own], grades[own] = scores.gather(1, order), new.gather(1, order)
     found, grades, ideal = (all_reduce_sum(rows).T for rows in (found, grades, ideal))
     bounds = (found - TIE).cummin(0).values.contiguous()

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diptych.engine import BatchError, Evaluator, tasks
 from diptych.handlers.evaluation import retrieval, retrieval_ranks
 from diptych.handlers.evaluation.retrieval import RetrievalMetrics, RetrievalRecall
+from diptych.handlers.evaluation.retrieval_measures import RetrievalRPrecision
 
 Item = tuple[tuple[float, ...], int]
 KS = (1, 2, 5)
@@ -305,12 +306,14 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_no_tensor_grows_with_images_times_texts():
-    metric = RetrievalMetrics()
-    metric.update({"image_features": torch.randn(3000, 4), "text_features": torch.randn(3000, 4)})
+@pytest.mark.parametrize("build", [RetrievalMetrics, RetrievalRPrecision])
+def test_no_tensor_grows_with_images_times_texts(build):
+    metric, rows = build(), torch.randn(2, 1500, 4)
+    groups = torch.arange(1500) // (2 if build is RetrievalMetrics else 750)
+    metric.update({"image_features": rows[0], "text_features": rows[1], "groups": groups})
     with Largest() as largest:
         metric.compute()
-    assert largest.size <= 2 * 512 * 512 < 3000 * 3000
+    assert largest.size <= 2 * 512 * 512 < 1500 * 1500 / 4
 
 
 def test_the_metric_is_reset_by_each_evaluation():
