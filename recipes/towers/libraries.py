@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diptych.handlers.extras import check_extra
@@ -55,7 +56,7 @@ def timm_image(name: str, options: TowerOptions) -> Towers:
     except TypeError:  # a convolutional network takes any size, and no argument for it
         model = timm.create_model(name, pretrained=bool(options.pretrained), num_classes=0)
     except RuntimeError as error:
-        raise TowerError(f"image_tower must be a model of timm, got {name!r}: {error}") from error
+        raise TowerError(f"the tower must be timm's, got {name!r}: {error!s:.300}") from error
     config = timm.data.resolve_model_data_config(model)
     return Towers(
         image=ImageTower(
@@ -71,13 +72,25 @@ def timm_image(name: str, options: TowerOptions) -> Towers:
 def open_clip_towers(name: str, options: TowerOptions) -> Towers:
     """Return both towers of a model of open_clip, with its scale."""
     open_clip = _library("open-clip", "open_clip", "open_clip", name)
+    tags = [None, *open_clip.list_pretrained_tags_by_model(name)]
+    if options.pretrained not in tags:
+        known = ", ".join(map(str, tags[1:])) or "none"
+        raise TowerError(
+            f"pretrained must be a tag of open_clip's {name} ({known:.300}), got "
+            f"{options.pretrained!r}"
+        )
     try:
-        model = open_clip.create_model(name, pretrained=options.pretrained)
+        model = open_clip.create_model(
+            name, pretrained=options.pretrained, force_image_size=options.image_size
+        )
     except RuntimeError as error:
-        raise TowerError(f"image_tower must be open_clip's, got {name!r}: {error}") from error
+        reason = str(error).partition(" Available")[0]
+        raise TowerError(f"the tower must be open_clip's, got {name!r}: {reason:.300}") from error
     size = model.visual.image_size
     config = open_clip.get_model_preprocess_cfg(model)
-    width = int(getattr(model.visual, "output_dim", 0) or model.text_projection.shape[-1])
+    tokenizer = open_clip.get_tokenizer(name)
+    with torch.no_grad():  # its models name the dimension in different ways
+        width = model.encode_text(tokenizer(["a"])).shape[-1]
     visual, model.visual = model.visual, nn.Identity()
     return Towers(
         image=ImageTower(
@@ -91,7 +104,7 @@ def open_clip_towers(name: str, options: TowerOptions) -> Towers:
         text=TextTower(
             module=_OpenClipText(model),
             width=width,
-            tokenize=open_clip.get_tokenizer(name),
+            tokenize=tokenizer,
             projected=True,
         ),
         logit_scale=model.logit_scale,
@@ -113,7 +126,10 @@ class _OpenClipText(nn.Module):
 
     def set_grad_checkpointing(self) -> None:
         """Recompute activations in the backward pass."""
-        self.model.set_grad_checkpointing(True)
+        if hasattr(self.model, "text"):
+            self.model.text.set_grad_checkpointing(True)
+        else:
+            self.model.transformer.grad_checkpointing = True
 
 
 def hf_image(name: str, options: TowerOptions) -> Towers:
