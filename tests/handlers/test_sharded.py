@@ -36,7 +36,7 @@ from diptych.handlers import (
     parameter_groups,
 )
 from diptych.handlers.loss_guard.replay import replay
-from diptych.losses import CLIPLoss
+from diptych.losses import CLIPLoss, share_logit_scale
 from tests.engine import sharded
 from tests.engine.sharded import assert_equal_runs, make_trainer, train, weights_of
 
@@ -206,7 +206,8 @@ def test_a_learning_rate_search_restores_the_shards(ranks):
 def grouped(shard: bool) -> dict[str, Any]:
     """Train with layer-wise rates; return the weights."""
     torch.manual_seed(0)
-    model, loss = sharded.TwoTowers().double(), CLIPLoss().double()
+    model = sharded.TwoTowers().double()
+    loss = share_logit_scale(CLIPLoss(), model)
     layers = {"image.blocks": 0.5, "text.blocks": 0.5}
     groups = parameter_groups(model, 0.1, {"text": 1e-3}, layers, lr=1e-2, loss=loss)
     trainer = Trainer(
