@@ -21,6 +21,7 @@ from diptych.engine.settings import AUTOCAST, Precision
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
 from diptych.handlers.checkpointing.entries import Ranking
 from diptych.handlers.checkpointing.warm_start import load_weights
+from diptych.handlers.contained_paths import is_plain_file
 from diptych.handlers.files import write_atomically
 from diptych.handlers.run_directory import WEIGHTS, RunDirectory
 from diptych.recipes.data.captions import images_in
@@ -168,7 +169,7 @@ class Encoder:
             )
         settings = read_settings(path / RECIPE)
         names = path / CLASSES
-        classes = names.read_text("utf-8").splitlines() if names.is_file() else []
+        classes = names.read_text("utf-8").splitlines() if is_plain_file(names) else []
         towers = towers_of(settings, factory=factory, saved=path / TOWERS)
         # Features are the same; activations are not kept here anyway.
         plain = attrs.evolve(settings, gradient_checkpointing=False)

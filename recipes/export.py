@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
 from diptych.handlers.checkpointing.entries import Entry
 from diptych.handlers.checkpointing.export import export_weights
+from diptych.handlers.contained_paths import is_plain_file
 from diptych.handlers.extras import check_extra
 from diptych.handlers.files import make_folder, write_atomically
 from diptych.handlers.run_directory import WEIGHTS, RunDirectory
@@ -78,10 +78,11 @@ def export(
 def _write_safetensors(encoder: Encoder, run: Path, folder: Path) -> None:
     check_extra("safetensors", "safetensors", needed_by="export")
     for name in (RECIPE, CLASSES, DATA):
-        if (run / name).is_file():
-            write_atomically(folder / name, (run / name).read_bytes())
-    if (run / TOWERS).is_dir():
-        shutil.copytree(run / TOWERS, folder / TOWERS)
+        _copy(run / name, folder)
+    for part in ("image", "text"):
+        for saved in _files(run / TOWERS / part):
+            make_folder(folder / TOWERS / part)
+            _copy(saved, folder / TOWERS / part)
     export_weights(encoder.model.state_dict(), folder / WEIGHTS)
 
 
@@ -93,9 +94,19 @@ def _write_huggingface(encoder: Encoder, run: Path, folder: Path) -> None:
             f"transformers (--image-tower hf:NAME), got {run}. Use --to safetensors or --to onnx."
         )
     whole.save_pretrained(folder)
-    for saved in sorted((run / TOWERS / "image").iterdir()):
-        if saved.is_file() and not (folder / saved.name).exists():
-            write_atomically(folder / saved.name, saved.read_bytes())
+    for saved in _files(run / TOWERS / "image"):
+        if not (folder / saved.name).exists():
+            _copy(saved, folder)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _copy(file: Path, folder: Path) -> None:
+    """Copy a file of a run; a link, which may lead out of the run, is left out."""
+    if is_plain_file(file):
+        write_atomically(folder / file.name, file.read_bytes())
 
 
 def _write_onnx(encoder: Encoder, _: Path, folder: Path) -> None:
@@ -162,7 +173,7 @@ def model_card(run: Path, encoder: Encoder, to: Format, checkpoint: Which) -> st
     """Return a card in Markdown: data, settings, results, and the licence of the towers."""
     settings = encoder.settings
     assert settings is not None
-    data = (run / DATA).read_text("utf-8") if (run / DATA).is_file() else "not recorded\n"
+    data = (run / DATA).read_text("utf-8") if is_plain_file(run / DATA) else "not recorded\n"
     shown = {name: getattr(settings, name) for name in DECIDES}
     entry = _entry(run, checkpoint)
     results = {} if entry is None else {k: v for k, v in entry.metrics.items() if "val/" in k}

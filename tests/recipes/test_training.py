@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from diptych.engine.errors import CheckpointError
 from diptych.recipes import (
     DataError,
     Encoder,
@@ -19,6 +21,7 @@ from diptych.recipes import (
     TowerError,
     Towers,
     evaluate,
+    export,
     image_rows,
     train,
 )
@@ -52,6 +55,16 @@ class Scaled(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         features: torch.Tensor = self.bag(tokens)
         return features
+
+
+class Malicious:
+    """An object that makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (self.folder,)
 
 
 def build(_: Settings) -> Towers:
@@ -222,13 +235,29 @@ def test_settings_of_somebody_else_are_checked(tmp_path):
             read_settings(path)
 
 
-def test_a_run_that_was_moved_is_still_loaded(run, photos, tmp_path):
-    shutil.copytree(run, tmp_path / "copy")
-    path = min((photos / "images").iterdir())
+def test_a_run_of_somebody_else_executes_nothing_and_leads_nowhere(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    (tmp_path / "secret").write_text("secret")
+    (copy / "towers" / "image").mkdir(parents=True)
+    (copy / "towers" / "image" / "config.json").symlink_to(tmp_path / "secret")
+    (copy / "classes.txt").symlink_to(tmp_path / "secret")
+    export(copy, "safetensors", tmp_path / "out")
+    assert not any("secret" in f.read_text("latin-1") for f in (tmp_path / "out").rglob("*.*"))
 
-    here, there = (Encoder.load(one).encode_images([path]) for one in (run, tmp_path / "copy"))
-
-    assert torch.equal(here, there)
+    recipe = copy / "recipe.yaml"
+    for name in ("os:system", "timm:hf-hub:somebody/model", "tests.recipes.test_training:build"):
+        recipe.write_text(recipe.read_text().replace("image_tower: small", f"image_tower: {name}"))
+        with pytest.raises((TowerError, ImportError)):
+            Encoder.load(copy)
+        recipe.write_text((run / "recipe.yaml").read_text())
+    latest, here = (Encoder.load(one, checkpoint="last") for one in (copy, run))
+    assert torch.equal(latest.encode_texts(["a"]), here.encode_texts(["a"]))  # but it is loaded
+    assert latest.classes == ()
+    for file in (copy / "checkpoints").glob("*.pt"):
+        torch.save({"model": Malicious(tmp_path / "made")}, file)
+    with pytest.raises(CheckpointError):
+        Encoder.load(copy)
+    assert not (tmp_path / "made").exists()
 
 
 def test_features_are_those_that_training_computed(run, photos):
