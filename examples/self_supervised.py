@@ -128,7 +128,7 @@ METHODS = {  # the loss, its arguments, the task, and the model
 
 
 def loader_of(method: str, emoji: Sequence[Emoji], seed: int) -> SeededLoader:
-    """Return batches of two views, or of two large and two small crops."""
+    """Return batches of two views, or of two large and two small crops: four views."""
     crops = METHODS[method][2] is tasks.multi_crop
     views = labels.ManyViews(emoji, 4 if crops else 2)
     collate = labels.collate_crops if crops else labels.collate_views

@@ -21,9 +21,6 @@ from examples.emoji.data import (
 )
 from examples.emoji.splits import UNSEEN_EMOJI
 
-DETAIL = 1.5
-"""The zoom of small crops."""
-
 
 def category_names(emoji: Sequence[Emoji]) -> list[str]:
     """Return the names of the categories; the index of a name is its label."""
@@ -111,11 +108,12 @@ def collate_views(samples: Sequence[dict[str, Any]]) -> Batch:
 
 
 def collate_crops(samples: Sequence[dict[str, Any]]) -> Batch:
-    """Return two views, `large` [B, 2, 3, 32, 32], and details, `small` [B, V - 2, 3, 32, 32]."""
-    views = list(zip(*_views(samples), strict=True))
-    large = [augment(images, draws) for images, draws in views[:2]]
-    small = [augment(images, draws, zoom=DETAIL) for images, draws in views[2:]]
-    return {"large": torch.stack(large, dim=1), "small": torch.stack(small, dim=1)}
+    """Return `large` [B, 2, 3, 32, 32] and `small` [B, V - 2, 3, 32, 32], augmented independently.
+
+    The drawings are too small for crops of two sizes, so that all views show the whole drawing.
+    """
+    views = torch.stack([augment(*view) for view in zip(*_views(samples), strict=True)], dim=1)
+    return {"large": views[:, :2], "small": views[:, 2:]}
 
 
 def _views(samples: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
