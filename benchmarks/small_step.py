@@ -203,6 +203,11 @@ def lightning_default(folder: Path) -> Loop:
     return run
 
 
+def features(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    """Return the features of both sides by name, a task."""
+    return dict(zip(("image_features", "text_features"), model(*batch), strict=True))
+
+
 def _diptych(handlers: Callable[[Path], list[Any]]) -> Callable[[Path], Loop]:
     def build(folder: Path) -> Loop:
         from diptych.engine import Trainer
@@ -212,7 +217,7 @@ def _diptych(handlers: Callable[[Path], list[Any]]) -> Callable[[Path], Loop]:
             parts.model,
             parts.loss,
             parts.optimizer,
-            task=lambda model, batch: dict(zip(("image", "text"), model(*batch), strict=True)),
+            task=features,
             device=DEVICE,
             log_every=LOG_EVERY,
         ).attach(*handlers(folder))

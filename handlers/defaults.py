@@ -10,6 +10,8 @@ from typing import Literal
 from diptych.engine.handler import Attachable
 from diptych.handlers.argument_checks import Mode, usual_mode
 from diptych.handlers.checkpointing.checkpoint_manager import CheckpointManager
+from diptych.handlers.health.representation_health import RepresentationHealth
+from diptych.handlers.optimization.gradient_diagnostics import GradientDiagnostics
 from diptych.handlers.performance.throughput import Throughput
 from diptych.handlers.run_directory import RunDirectory
 from diptych.handlers.sinks.jsonl import JsonLines
@@ -27,6 +29,7 @@ def default_handlers(
     every: int | timedelta | Literal["epoch"] = "epoch",
     keep: int = 3,
     resume: Path | str | None = "auto",
+    health: bool = True,
 ) -> list[Attachable]:
     """Return handlers that save, resume, log and show a run, as a list to extend.
 
@@ -39,8 +42,10 @@ def default_handlers(
     ```
 
     They change no weight. Attach handlers that do, such as a schedule or gradient clipping,
-    yourself. The run directory will hold `checkpoints/`, `metrics.jsonl`, `metrics.measured.jsonl`,
-    `settings.json`, `identity.json` and TensorBoard's event files; `RunDirectory` names them.
+    yourself. At the log points they measure the features and the gradients of each component, with
+    `RepresentationHealth` and `GradientDiagnostics`. The run directory will hold `checkpoints/`,
+    `metrics.jsonl`, `metrics.measured.jsonl`, `settings.json`, `identity.json` and TensorBoard's
+    event files; `RunDirectory` names them.
 
     Args:
         run_dir: the run directory: a new one (`new_run`), or that of a run to resume.
@@ -51,12 +56,16 @@ def default_handlers(
         keep: the number of checkpoints to keep.
         resume: "auto" resumes from the latest checkpoint in the run directory, if there is one; a
             path resumes from that file; None starts a new run.
+        health: whether to measure features and gradients. Pass False to attach these two handlers
+            yourself, with other arguments.
 
     Raises:
         ValueError: if an argument is out of range.
     """
     run, mode = RunDirectory(run_dir), mode or usual_mode(best)
+    measuring = [RepresentationHealth(every=None), GradientDiagnostics(every=None, updates=False)]
     return [
+        *(measuring if health else ()),
         RunRecord(run),
         Throughput(),
         TensorBoard(run),

@@ -32,7 +32,7 @@ class ScalarBuffer:
 
     Scalars that are published together are appended to one list, row by row, a copied row as one
     vector: a step with five scalars costs one lookup in a dictionary, and one operation combines
-    all rows.
+    all rows of a kind.
     """
 
     def __init__(self) -> None:
@@ -165,13 +165,9 @@ class ScalarBuffer:
 
     def _column_sums(self) -> list[Tensor]:
         """Return the sums of each kind of row, in float64 to make rounding negligible."""
-        tensors = [tensor for values in self._rows.values() for tensor in values]
-        if not tensors:
-            return []
-        parts = _flat(tensors).split([_count(values) for values in self._rows.values()])
         return [
-            part.view(-1, len(tags)).sum(0, dtype=torch.float64)
-            for tags, part in zip(self._rows, parts, strict=True)
+            _flat(values).view(-1, len(tags)).sum(0, dtype=torch.float64)
+            for tags, values in self._rows.items()
         ]
 
 

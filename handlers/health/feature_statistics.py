@@ -42,14 +42,18 @@ def unit(features: Tensor) -> Tensor:
 
 
 def moments(side: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each dimension over the batch of all ranks, [D] each.
+    """Return mean and standard deviation of each dimension over the batch of all ranks.
 
     Args:
-        side: this rank's features, [B, D].
+        side: this rank's features, [B, D], or those of several sides, [S, B, D].
+
+    Returns:
+        Two tensors [D] or [S, D].
     """
-    count = side.new_full((1,), len(side))
-    sums = all_reduce_sum(torch.cat([count, side.sum(0), side.square().sum(0)]))
-    mean, square = (sums[1:] / sums[0]).chunk(2)
+    sums = torch.stack([side.sum(-2), side.square().sum(-2)])
+    count = side.new_full((1,), side.shape[-2])
+    total = all_reduce_sum(torch.cat([count, sums.flatten()]))
+    mean, square = (total[1:] / total[0]).view_as(sums)
     return mean, (square - mean.square()).clamp(min=0).sqrt()
 
 
@@ -62,10 +66,11 @@ def spread(deviation: Tensor) -> dict[str, Tensor]:
     units.
 
     Args:
-        deviation: the standard deviation of each dimension, [D].
+        deviation: the standard deviation of each dimension, [D], or of several sides, [S, D].
     """
-    relative = deviation * len(deviation) ** 0.5
-    return {"spread": relative.mean(), "dead_dimensions": (relative < DEAD).to(relative).mean()}
+    relative = deviation * deviation.shape[-1] ** 0.5
+    dead = (relative < DEAD).to(relative)
+    return {"spread": relative.mean(-1), "dead_dimensions": dead.mean(-1)}
 
 
 def uniformity(side: Tensor) -> Tensor:
@@ -74,11 +79,12 @@ def uniformity(side: Tensor) -> Tensor:
     Source: Wang and Isola 2020, arXiv:2005.10242.
 
     Args:
-        side: unit features [B, D].
+        side: unit features [B, D], or those of several sides, [S, B, D].
     """
-    potential = (4 * (side @ side.T) - 4).exp()
-    others = len(side) * (len(side) - 1)
-    return ((potential.sum() - potential.diagonal().sum()) / others).log()
+    potential = (4 * (side @ side.mT) - 4).exp()
+    others = side.shape[-2] * (side.shape[-2] - 1)
+    own = potential.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return ((potential.sum((-2, -1)) - own) / others).log()
 
 
 def negative_mask(rows: int, groups: Tensor | None, device: torch.device) -> Tensor:
@@ -133,7 +139,7 @@ def sides_of(
 
 
 def _fit(sides: Sequence[Tensor]) -> bool:
-    return all(side.ndim == 2 and len(side) == len(sides[0]) for side in sides)
+    return all(side.ndim == 2 and side.shape == sides[0].shape for side in sides)
 
 
 def _shapes(outputs: Outputs) -> str:
@@ -157,39 +163,33 @@ def pair_statistics(first: Tensor, second: Tensor, negatives: Tensor) -> dict[st
     similarity = first @ second.T
     own = similarity.diagonal()
     weights = negatives.to(similarity)
-    negative = (similarity * weights).sum() / weights.sum()
-    below, best = [], []
-    for scores in (similarity, similarity.T):
-        gap = own[:, None] - scores
-        share = (gap.sign() + 1) / 2 * weights
-        below.append(share.sum() / weights.sum())
-        best.append(((gap > 0) | ~negatives).all(1).to(gap).mean())
+    count = weights.sum()
+    positive, negative = own.mean(), (similarity * weights).sum() / count
+    gap = own[:, None] - torch.stack([similarity, similarity.T])  # both directions
     return {
-        "positive_similarity": own.mean(),
+        "positive_similarity": positive,
         "negative_similarity": negative,
-        "margin": own.mean() - negative,
+        "margin": positive - negative,
         "alignment": (first - second).square().sum(1).mean(),
-        "auroc": torch.stack(below).mean(),
-        "in_batch_accuracy": torch.stack(best).mean(),
+        "auroc": (weights * (gap.sign() + 1) / 2).sum() / (2 * count),
+        "in_batch_accuracy": ((gap > 0) | ~negatives).all(-1).to(gap).mean(),
     }
 
 
-def duplicates(sides: Sequence[Tensor], ids: Sequence[Tensor], negatives: Tensor) -> Tensor:
+def duplicates(sides: Tensor, ids: Sequence[Tensor], negatives: Tensor) -> Tensor:
     """Return the share of rows with a negative of the same content.
 
     Args:
-        sides: unit features [B, D]; two rows have the same content if the cosine of their centred
-            features is above `SAME`.
+        sides: unit features [S, B, D]; two rows have the same content if the cosine of their
+            centred features is above `SAME`.
         ids: numbers [B]; two rows have the same content if their numbers are equal.
         negatives: which pairs of rows are negatives, bool [B, B].
     """
-    same = torch.zeros_like(negatives)
-    for side in sides:
-        centred = F.normalize(side - side.mean(0), dim=1)
-        same |= centred @ centred.T > SAME
+    centred = F.normalize(sides - sides.mean(1, keepdim=True), dim=2)
+    same = (centred @ centred.mT > SAME).any(0)
     for numbers in ids:
         same |= numbers[:, None] == numbers
-    return (same & negatives).any(1).to(sides[0]).mean()
+    return (same & negatives).any(1).to(sides).mean()
 
 
 def text_ids(texts: Any) -> Tensor | None:
@@ -211,9 +211,12 @@ def text_ids(texts: Any) -> Tensor | None:
 
 
 def gram(side: Tensor) -> Tensor:
-    """Return Z^T Z [D, D] over the rows of all ranks, in float64, which its square root needs."""
+    """Return Z^T Z [..., D, D] of rows [..., N, D] over all ranks.
+
+    It is in float64, which its square root needs.
+    """
     wide = side.double()
-    return all_reduce_sum(wide.T @ wide)
+    return all_reduce_sum(wide.mT @ wide)
 
 
 def rankme(moment: Tensor) -> Tensor:
@@ -224,7 +227,7 @@ def rankme(moment: Tensor) -> Tensor:
     Source: Garrido et al. 2023, arXiv:2210.02885.
 
     Args:
-        moment: Z^T Z of the features Z [N, D], [D, D].
+        moment: Z^T Z of the features Z [N, D], [D, D], or of several sides, [S, D, D].
     """
     return _effective_rank(_eigenvalues(moment).sqrt())
 
@@ -256,12 +259,13 @@ def lidar(views: Sequence[Tensor], regularization: float = 1e-4) -> Tensor:
 
 
 def _eigenvalues(matrix: Tensor) -> Tensor:
-    """Return the eigenvalues of a positive semidefinite matrix; NaN if an entry is not finite."""
-    finite = matrix.isfinite().all()
+    """Return the eigenvalues of positive semidefinite matrices; NaN if an entry is not finite."""
+    finite = matrix.isfinite().all(-1).all(-1, keepdim=True)
     values = torch.linalg.eigvalsh(matrix.nan_to_num(posinf=0, neginf=0)).clamp(min=0)
     return torch.where(finite, values, torch.nan)
 
 
 def _effective_rank(values: Tensor) -> Tensor:
-    entropy: Tensor = torch.special.entr(values / values.sum()).sum()
+    shares = values / values.sum(-1, keepdim=True)
+    entropy: Tensor = torch.special.entr(shares).sum(-1)
     return entropy.exp()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diptych.engine.checks import whole_number
 from diptych.engine.distributed.collectives import all_reduce_sum, rank
+from diptych.engine.errors import BatchError
 from diptych.engine.evaluator import EvaluatesModel, Evaluator
 from diptych.engine.events import MetricsEvents, StepEvents
 from diptych.engine.handler import Finding, Handler
@@ -66,16 +67,16 @@ class RepresentationHealth(Handler):
 
     Event: `StepEvents.LOSS_COMPUTED` every `every` iterations; `MetricsEvents.LOGGED`; the
         iterations of evaluations.
-    Cost: every `every` iterations, four products of at most `samples` x `samples` x D, without a
-        synchronisation; at each log point two decompositions of D x D (of `samples` rows if these
-        are fewer) and the norms of all weights. In a process group, pair statistics are those of
+    Cost: every `every` iterations, some 90 operations, among them products of at most `samples` x
+        `samples` x D, without a synchronisation; at each log point a decomposition of D x D for
+        each side and the norms of all weights. In a process group, pair statistics are those of
         each rank's batch, averaged; spread, gap and spectra are those of the global batch, with one
         all-reduce of D numbers (D x D at log points).
 
     Args:
-        every: iterations between two measurements.
+        every: iterations between two measurements; None: the trainer's `log_every`.
         features: names of one or two of the task's outputs, [B, D]; None: the first two that end in
-            "_features".
+            "_features". If there are none of that shape, nothing is measured, which is logged.
         samples: the most pairs of this rank's batch to measure, >= 2.
         warmup: iterations after the last rise of the learning rate in which no rule fires.
         patience: the number of records in a row that must agree.
@@ -86,12 +87,13 @@ class RepresentationHealth(Handler):
 
     Raises:
         ValueError: if an argument is out of range.
-        BatchError: while running: if the task's outputs lack the features, or they are not [B, D].
+        BatchError: while running: if the task's outputs lack the features that are named, or they
+            are not [B, D].
     """
 
     collective: ClassVar[bool] = True
 
-    every: int = attrs.field(default=10, validator=whole_number())
+    every: int | None = attrs.field(default=10, validator=attrs.validators.optional(whole_number()))
     features: Sequence[str] | None = attrs.field(default=None, validator=name_count(1, 2))
     samples: int = attrs.field(default=1024, validator=whole_number(2))
     warmup: int = attrs.field(default=200, validator=whole_number(0))
@@ -101,6 +103,8 @@ class RepresentationHealth(Handler):
     _metrics: MetricsCollector = attrs.field(init=False, repr=False)
     _log_point_features: dict[str, Tensor] = attrs.field(factory=dict, init=False, repr=False)
     _spectra: dict[str, float] = attrs.field(factory=dict, init=False, repr=False)
+    _new_spectra: dict[str, Tensor] = attrs.field(factory=dict, init=False, repr=False)
+    _has_told: bool = attrs.field(default=False, init=False, repr=False)
     _moving: dict[str, MovingShare] = attrs.field(factory=dict, init=False, repr=False)
     _records: deque[Record] = attrs.field(init=False, repr=False)
     _first: Record | None = attrs.field(default=None, init=False, repr=False)
@@ -123,8 +127,9 @@ class RepresentationHealth(Handler):
         """Measure the trainer's outputs and judge its records."""
         self._metrics = trainer.metrics
         trainer.add_event_handler(Events.STARTED, self._start)
-        trainer.every(self.every, self._measure, StepEvents.LOSS_COMPUTED)
-        trainer.every(trainer.settings.log_every, self._keep_features, StepEvents.LOSS_COMPUTED)
+        at_log_points = trainer.settings.log_every
+        trainer.every(self.every or at_log_points, self._measure, StepEvents.LOSS_COMPUTED)
+        trainer.every(at_log_points, self._keep_features, StepEvents.LOSS_COMPUTED)
         trainer.add_event_handler(MetricsEvents.LOGGED, self._judge)
         for name, position in temperature_positions(trainer.loss).items():
             trainer.metrics.gauge(f"health/{name}", position)
@@ -156,32 +161,45 @@ class RepresentationHealth(Handler):
     @torch.no_grad()
     def _measure(self, trainer: Trainer) -> None:
         sides = self._sides(trainer.outputs)
-        values: dict[str, Tensor] = {}
-        means = []
-        for name, side in sides.items():
-            mean, deviation = feature_statistics.moments(side)
-            means.append(mean)
-            for key, value in feature_statistics.spread(deviation).items():
-                values[f"{name}/{key}"] = value
-            values[f"{name}/uniformity"] = feature_statistics.uniformity(side)
+        if not sides:
+            return
+        stacked = torch.stack([*sides.values()])
+        means, deviations = feature_statistics.moments(stacked)
+        of_sides = feature_statistics.spread(deviations)
+        of_sides["uniformity"] = feature_statistics.uniformity(stacked)
+        values = {
+            f"{name}/{key}": value
+            for key, each in of_sides.items()
+            for name, value in zip(sides, each.unbind(), strict=True)
+        }
         if len(sides) == 2:
-            first, second = sides.values()
+            first, second = stacked
             negatives = feature_statistics.negatives_in(trainer.outputs, len(first))
             values.update(feature_statistics.pair_statistics(first, second, negatives))
             values["modality_gap"] = (means[0] - means[1]).norm()
             values["loss_over_chance"] = _loss_over_chance(trainer)
             ids = _text_ids(trainer, self.samples)
-            values["duplicates"] = feature_statistics.duplicates([first, second], ids, negatives)
+            values["duplicates"] = feature_statistics.duplicates(stacked, ids, negatives)
         trainer.metrics.update({f"health/{name}": value for name, value in values.items()})
 
     def _sides(self, outputs: Outputs) -> dict[str, Tensor]:
-        return feature_statistics.sides_of(outputs, self.features, rows=self.samples)
+        """Return the features by side; none if no output fits and none was named."""
+        try:
+            return feature_statistics.sides_of(outputs, self.features, rows=self.samples)
+        except BatchError as error:
+            if self.features is not None:
+                raise
+            if not self._has_told:
+                self._has_told = True
+                logger.info("RepresentationHealth measures nothing: %s.", error)
+            return {}
 
     @torch.no_grad()
     def _keep_features(self, trainer: Trainer) -> None:
         # The log point of this same iteration uses the features, so no checkpoint has to hold them.
         self._log_point_features = self._sides(trainer.outputs)
-        if not self._spectra:
+        self._new_spectra = {}
+        if self._log_point_features and not self._spectra:
             sides = [*self._log_point_features]
             names = [f"{side}/{name}" for side in sides for name in ("rankme", "rank_share")]
             if sides == ["first", "second"]:
@@ -193,19 +211,25 @@ class RepresentationHealth(Handler):
         for name in self._spectra:
             self._metrics.gauge(f"health/{name}", partial(self._spectrum, name))
 
-    @torch.no_grad()
     def _spectrum(self, name: str) -> Tensor | float:
         if not self._log_point_features:
             return self._spectra[name]
-        if name == "lidar":
-            return feature_statistics.lidar([*self._log_point_features.values()])
-        side, _, kind = name.partition("/")
-        features = self._log_point_features[side]
-        effective = feature_statistics.rankme(feature_statistics.gram(features))
-        if kind == "rankme":
-            return effective
-        rows = all_reduce_sum(effective.new_tensor(float(len(features))))
-        return effective / rows.clamp(max=features.shape[1])
+        if not self._new_spectra:
+            self._new_spectra = self._spectra_of(self._log_point_features)
+        return self._new_spectra[name]
+
+    @torch.no_grad()
+    def _spectra_of(self, sides: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the values of all names of `_spectra`."""
+        stacked = torch.stack([*sides.values()])
+        ranks = feature_statistics.rankme(feature_statistics.gram(stacked))
+        rows = all_reduce_sum(ranks.new_full((), float(stacked.shape[1])))
+        found = {f"{side}/rankme": one for side, one in zip(sides, ranks, strict=True)}
+        shares = ranks / rows.clamp(max=stacked.shape[2])
+        found |= {f"{side}/rank_share": one for side, one in zip(sides, shares, strict=True)}
+        if "lidar" in self._spectra:
+            found["lidar"] = feature_statistics.lidar([*stacked])
+        return found
 
     # -- held-out pairs --------------------------------------------------------------------------
 
@@ -241,7 +265,10 @@ class RepresentationHealth(Handler):
         names = self.features or [name for name in outputs if name.endswith("_features")]
         if len(names) < 2 or not set(names) <= set(outputs):
             return None
-        first, second = self._sides(outputs).values()
+        sides = self._sides(outputs)
+        if len(sides) < 2:
+            return None
+        first, second = sides.values()
         negatives = feature_statistics.negatives_in(outputs, len(first))
         return feature_statistics.pair_statistics(first, second, negatives)
 

@@ -40,7 +40,8 @@ class GradientDiagnostics(Handler):
       it publishes this value, in every iteration, and this handler does not.
     - `gradients/norm/<component>`: the norm of a component's gradients.
     - `gradients/ratio/<first>_to_<component>`: the norm of the first component over that of each
-      other one; with the default components, without the loss.
+      other one; with the default components, without the loss. A component without any gradient,
+      as a frozen one, has no ratio.
     - `gradients/largest`, `gradients/smallest`: the largest and the smallest nonzero norm of the
       gradient of one parameter.
     - `gradients/zero`, `gradients/nonfinite`, `gradients/missing`: the number of parameters whose
@@ -58,7 +59,7 @@ class GradientDiagnostics(Handler):
         per parameter.
 
     Args:
-        every: iterations between two measurements, >= 1.
+        every: iterations between two measurements, >= 1; None: the trainer's `log_every`.
         components: names and paths of parameters; see `Components`. Default: the model's top-level
             children, and the loss.
         updates: whether to publish the update-to-weight ratios, which need the copy.
@@ -69,7 +70,9 @@ class GradientDiagnostics(Handler):
 
     collective: ClassVar[bool] = True
 
-    every: int = attrs.field(default=10, validator=whole_number(of="iterations"))
+    every: int | None = attrs.field(
+        default=10, validator=attrs.validators.optional(whole_number(of="iterations"))
+    )
     components: Components | None = attrs.field(default=None, validator=_check_components)
     updates: bool = True
     _members: dict[str, set[int]] = attrs.field(factory=dict, init=False, repr=False)
@@ -82,9 +85,10 @@ class GradientDiagnostics(Handler):
         self._find(trainer)
         shared_norms(trainer).attach(trainer)
         trainer.add_event_handler(Events.STARTED, self._find)
-        trainer.every(self.every, self._publish_gradients, StepEvents.GRADIENTS_READY)
+        every = self.every or trainer.settings.log_every
+        trainer.every(every, self._publish_gradients, StepEvents.GRADIENTS_READY)
         if self.updates:
-            trainer.every(self.every, self._publish_updates, StepEvents.OPTIMIZER_STEPPED)
+            trainer.every(every, self._publish_updates, StepEvents.OPTIMIZER_STEPPED)
 
     def _find(self, trainer: Trainer) -> None:
         self._members = find_components(trainer, self.components)
@@ -92,12 +96,13 @@ class GradientDiagnostics(Handler):
     def _publish_gradients(self, trainer: Trainer) -> None:
         measured = shared_norms(trainer).measure(trainer)
         device = measured.total.device
-        scalars: dict[str, Tensor | float] = {"gradients/missing": float(len(measured.missing))}
+        trainer.metrics.update({"gradients/missing": float(len(measured.missing))})
+        scalars: dict[str, Tensor] = {}
         if not trainer.handlers_of(GradientClipping):
             scalars["gradients/norm"] = measured.total
         by_component = self._by_component(measured.parameters, measured.norms, device)
         scalars.update({f"gradients/norm/{name}": norm for name, norm in by_component.items()})
-        scalars.update(self._ratios(by_component))
+        scalars.update(self._ratios(by_component, {id(p) for p in measured.parameters}))
         if measured.norms:
             scalars.update(_extremes(torch.stack([norm.to(device) for norm in measured.norms])))
         trainer.metrics.update(scalars)
@@ -116,8 +121,9 @@ class GradientDiagnostics(Handler):
             for component, members in self._members.items()
         }
 
-    def _ratios(self, norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _ratios(self, norms: Mapping[str, Tensor], measured: set[int]) -> dict[str, Tensor]:
         names = [name for name in norms if self.components is not None or name != "loss"]
+        names = [name for name in names if self._members[name] & measured]
         return {
             f"gradients/ratio/{names[0]}_to_{name}": norms[names[0]] / norms[name]
             for name in names[1:]

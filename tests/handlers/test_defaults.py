@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from torch import Tensor, nn
 
 from diptych.engine import StepEvents, StepOutput, Trainer
 from diptych.handlers import (
@@ -75,7 +76,43 @@ def test_attaching_them_changes_no_value(tmp_path):
     )
     for expected, record in zip(*values, strict=True):
         assert {t: v for t, v in record.values.items() if t in expected.values} == expected.values
-        assert all(t in expected.values or t.startswith("time/") for t in record.values)
+        own = ("time/", "health/", "gradients/")
+        assert all(t in expected.values or t.startswith(own) for t in record.values)
+
+
+class Towers(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(3, width)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        image = batch["image"] + torch.arange(3)
+        return {"first_features": self.first(image), "second_features": self.second(image)}
+
+
+def distance(first: Tensor, second: Tensor) -> Tensor:
+    return (first.mean(1) - second.mean(1)).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("width", "health"),
+    [(4, True), (5, True), (4, False)],
+    ids=["pairs of features", "no such pair", "health=False"],
+)
+def test_they_measure_features_that_fit_and_gradients_at_log_points(width, health, tmp_path):
+    model = Towers(width)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = nn.Module()
+    loss.forward = distance
+    trainer = Trainer(model, loss, optimizer, task=lambda m, b: m(b), device="cpu", log_every=3)
+    trainer.attach(*default_handlers(tmp_path, health=health))
+    records = kept_records(trainer)
+    trainer.run(loader(), max_iters=6)
+
+    for record in records[:2]:
+        assert ("gradients/norm/second" in record.values) == health
+        for tag in ("health/first/spread", "health/first/rankme", "health/auroc"):
+            assert (tag in record.values) == (health and width == 4)
 
 
 def test_the_options_of_checkpoints_are_passed_on(tmp_path):

@@ -104,16 +104,16 @@ def test_duplicates_are_rows_with_the_content_of_another_group():
     side[1] = side[0]  # equal features
     numbers = torch.tensor([0, 1, 2, 2, 4, 5])  # equal texts
     alone = statistics.negative_mask(6, None, side.device)
-    found = statistics.duplicates([side], [numbers], alone)
+    found = statistics.duplicates(side[None], [numbers], alone)
     assert float(found) == pytest.approx(4 / 6)
     grouped = statistics.negative_mask(6, torch.tensor([0, 0, 2, 3, 4, 5]), side.device)
-    assert float(statistics.duplicates([side], [numbers], grouped)) == pytest.approx(2 / 6)
+    assert float(statistics.duplicates(side[None], [numbers], grouped)) == pytest.approx(2 / 6)
 
 
 def test_collapsed_features_are_no_duplicates():
     point = statistics.unit(torch.ones(6, 4))
     alone = statistics.negative_mask(6, None, point.device)
-    assert float(statistics.duplicates([point], [], alone)) == 0
+    assert float(statistics.duplicates(point[None], [], alone)) == 0
 
 
 @given(seed=st.integers(0, 30), rows=st.sampled_from([3, 20]))
