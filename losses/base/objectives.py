@@ -192,7 +192,7 @@ def contrast(
     """
     others = None if candidates is anchors and positives.itself is not None else candidates
     blocks = LossBlocks(anchors, others, scale, normalize=normalize)
-    rows = resolve_tile(tile, anchors, candidates, batch)
+    rows = resolve_tile(tile, anchors, candidates, batch=batch, dtype=dtype)
     if rows is not None:
         settings = TileSettings(rows, decoupled, label_smoothing, symmetric)
         return tiled_contrast(blocks, positives, kind, settings, dtype=dtype, batch=batch)
@@ -233,7 +233,7 @@ def sigmoid_contrast(
         dtype: As for `contrast`.
     """
     blocks = LossBlocks(anchors, candidates, scale, bias, normalize)
-    rows = resolve_tile(tile, anchors, candidates, batch)
+    rows = resolve_tile(tile, anchors, candidates, batch=batch, dtype=dtype)
     if rows is not None:
         return tiled_sigmoid_contrast(blocks, positives, rows, dtype=dtype, batch=batch)
     return sigmoid(_logits(blocks, dtype, batch), positives.matches()).sum()

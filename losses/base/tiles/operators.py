@@ -21,7 +21,6 @@ from diptych.losses.base.tiles.torch_blocks import (
     Entries,
     LossBlocks,
     TileSettings,
-    losses_of_sums,
 )
 from diptych.losses.base.validation import HALF, working_dtype
 
@@ -171,7 +170,7 @@ def _contrast(*flat: Any) -> tuple[Tensor, ...]:
         )
         total, statistics = given.scale.new_zeros(()), []
         for direction in sums[: 1 + settings.symmetric]:
-            loss, kept = losses_of_sums(direction, entries, settings)
+            loss, kept = backend.losses_of_sums(direction, entries, settings)
             total += loss
             statistics.append(kept)
     if not settings.symmetric:
@@ -214,12 +213,11 @@ def _contrast_gradient(
     given, entries, settings, batch = TiledLossArguments.restored(flat)
     with torch.autocast(given.anchors.device.type, enabled=False):
         backend, blocks = _backend(given)
-        columns = column_statistics if settings.symmetric else None
-        if given.candidates is None:  # the columns are the rows of all ranks
-            columns = row_statistics
-        if columns is not None:
-            columns = torch.cat([columns, weight.expand(1, columns.shape[1])])
-            columns = batch.gather(columns.T).T.contiguous()
+        columns = None
+        if settings.symmetric or given.candidates is None:
+            # The anchors of all ranks, if there are no candidates, are the columns.
+            statistics = column_statistics if settings.symmetric else row_statistics
+            columns = _gathered_columns(statistics, weight, batch)
         gradients = backend.contrast_gradients(
             blocks,
             entries,
@@ -231,6 +229,16 @@ def _contrast_gradient(
             rows=settings.rows,
         )
     return _as_features(gradients, given.anchors)
+
+
+def _gathered_columns(
+    statistics: Tensor, weight: Tensor, batch: GlobalBatch
+) -> tuple[Tensor, Tensor]:
+    """Return the statistics of all ranks' columns, [3, m], and the weights of their losses."""
+    if batch.world_size == 1:
+        return statistics, weight
+    gathered = batch.gather(torch.cat([statistics, weight.expand(1, statistics.shape[1])]).T).T
+    return gathered[:3].contiguous(), gathered[3].contiguous()
 
 
 @torch.library.custom_op(

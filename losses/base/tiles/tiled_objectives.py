@@ -23,6 +23,7 @@ from diptych.losses.base.tiles.torch_blocks import Entries, LossBlocks, TileSett
 from diptych.losses.base.validation import working_dtype
 
 _PLAIN_LOGITS = {"cpu": 2**24, "cuda": 2**26}
+_PLAIN_LOGITS_ON_RANKS = 2**23
 _BLOCK_LOGITS = {"cpu": 2**22, "cuda": 2**25}
 _LEAST_ROWS = {"cpu": 32, "cuda": 512}
 _ALL = GlobalBatch((0,), 0)
@@ -30,13 +31,18 @@ _ALL = GlobalBatch((0,), 0)
 
 
 def resolve_tile(
-    tile: int | str | None, anchors: Tensor, candidates: Tensor, batch: GlobalBatch | None = None
+    tile: int | str | None,
+    anchors: Tensor,
+    candidates: Tensor,
+    *,
+    batch: GlobalBatch | None = None,
+    dtype: torch.dtype | None = None,
 ) -> int | None:
     """Return the number of rows of a block, or None for the whole matrix.
 
     ``"auto"`` means the whole matrix up to 8192 x 8192 logits on an accelerator and 4096 x 4096 on
-    a CPU, where memory is no concern. Above that, blocks have 32 Mi and 4 Mi logits, and at least
-    512 and 32 rows.
+    a CPU, where memory is no concern; over ranks with half-precision kernels, which exchange less,
+    up to 8 Mi logits. Above that, blocks have 32 Mi and 4 Mi logits, and at least 512 and 32 rows.
 
     Args:
         tile: ``"auto"``, None (whole) or a number of rows.
@@ -44,14 +50,17 @@ def resolve_tile(
         candidates: [m, D], or this rank's piece of them.
         batch: Sizes of all ranks' candidates; None: `candidates` are all. The ranks choose alike,
             by the largest piece.
+        dtype: The dtype in which the features entered.
     """
     if not isinstance(tile, str):
         return tile
     kind = "cpu" if anchors.device.type == "cpu" else "cuda"
-    rows, columns = anchors.shape[0], candidates.shape[0]
+    rows, columns, most = anchors.shape[0], candidates.shape[0], _PLAIN_LOGITS[kind]
     if batch is not None:
         rows, columns = max(batch.sizes), batch.total
-    if rows * columns <= _PLAIN_LOGITS[kind]:
+        if batch.world_size > 1 and kernels_take(anchors, dtype):
+            most = _PLAIN_LOGITS_ON_RANKS
+    if rows * columns <= most:
         return None
     return max(_LEAST_ROWS[kind], _BLOCK_LOGITS[kind] // columns)
 
@@ -92,7 +101,8 @@ def tiled_contrast(
     for own, others in directions[: 1 + settings.symmetric]:
         whole = batch.gather(others.to(scale.dtype))
         point = _linear_part(whole, positives, kind, decoupled=decoupled, smoothing=smoothing)
-        linear = (own.to(scale.dtype) * point).sum(1).masked_fill(~valid, 0.0)
+        linear = (own.to(scale.dtype) * point).sum(1)
+        linear = linear if valid is None else linear.masked_fill(~valid, 0.0)
         loss = loss + scale * linear.sum()
     return loss
 
@@ -183,8 +193,10 @@ def _entries(positives: Positives, kind: str = "inside", *, decoupled: bool = Fa
     )
 
 
-def _valid(positives: Positives, *, decoupled: bool) -> Tensor:
-    """Return which anchors have a positive and a denominator, bool [n]."""
+def _valid(positives: Positives, *, decoupled: bool) -> Tensor | None:
+    """Return which anchors have a positive and a denominator, bool [n]; None: all."""
+    if not positives.grouped and not decoupled:
+        return None
     counts = positives.counts()
     valid = counts > 0
     if decoupled:

@@ -220,8 +220,7 @@ def losses_of_sums(
         The sum, and [3, n]: normalizer, pull and positive. The gradient of a negative's logit l is
         exp(l - normalizer), of a positive's -pull * exp(l - positive).
     """
-    assert entries.valid is not None
-    invalid, smoothing = ~entries.valid, settings.smoothing
+    smoothing = settings.smoothing
     negatives, positives = sums
     gap = (negatives.maximum - positives.maximum) + (negatives.total.log() - positives.total.log())
     positive = positives.maximum + positives.total.log()
@@ -229,11 +228,13 @@ def losses_of_sums(
         loss, pull = gap, torch.ones_like(gap)
     else:
         loss, pull = torch.logaddexp(gap, torch.zeros_like(gap)), gap.sigmoid()
-    # An infinite normalizer turns the gradient of a whole row into zeros.
-    normalizer = (positive + loss).masked_fill(invalid, torch.inf)
-    pull = (pull - smoothing).masked_fill(invalid, 0.0)
-    total = (loss + smoothing * positive).masked_fill(invalid, 0.0).sum()
-    return total, torch.stack([normalizer, pull, positive])
+    normalizer, pull, losses = positive + loss, pull - smoothing, loss + smoothing * positive
+    if entries.valid is not None:
+        invalid = ~entries.valid
+        # An infinite normalizer turns the gradient of a whole row into zeros.
+        normalizer = normalizer.masked_fill(invalid, torch.inf)
+        pull, losses = pull.masked_fill(invalid, 0.0), losses.masked_fill(invalid, 0.0)
+    return losses.sum(), torch.stack([normalizer, pull, positive])
 
 
 def contrast_sums(
@@ -299,7 +300,7 @@ def contrast_gradients(
     blocks: LossBlocks,
     entries: Entries,
     row_statistics: Tensor,
-    columns: Tensor | None,
+    columns: tuple[Tensor, Tensor] | None,
     *,
     whole: Tensor,
     batch: GlobalBatch,
@@ -312,8 +313,8 @@ def contrast_gradients(
         blocks: Factors of the logits [n, m].
         entries: The kind of each entry.
         row_statistics: [3, n], from `losses_of_sums`.
-        columns: [4, m], the statistics of all ranks' columns and the weights of their losses; None
-            if the columns are not anchors.
+        columns: The statistics of all ranks' columns, [3, m], and the weights of their losses, [m]
+            or on one rank 0-dim; None if the columns are not anchors.
         whole: The candidates of all ranks, [m, D].
         batch: Sizes of all ranks' candidates.
         weight: 0-dim, the weight of the rows' losses.
@@ -330,10 +331,12 @@ def contrast_gradients(
         gradient = _direction_gradient(values, own, partner, group, out=spare)
         if columns is not None:
             inverse = partner if entries.inverse is None else entries.inverse[block, None]
-            others = columns[:3] if group is not None else [columns[0], columns[1][inverse], None]
+            others = (
+                columns[0] if group is not None else [columns[0][0], columns[0][1][inverse], None]
+            )
             others = _direction_gradient(values, others, inverse, group, out=values)
             if weighted:
-                gradient.mul_(weight).addcmul_(others, columns[3])
+                gradient.mul_(weight).addcmul_(others, columns[1])
             else:
                 gradient += others
         gradients.add(blocks, whole, block, gradient, common)

@@ -31,18 +31,19 @@ from diptych.losses.base.tiles.torch_blocks import (
     Entries,
     LogSum,
     LossBlocks,
+    TileSettings,
     own_columns,
 )
+
+_SIDE = 128
+"""Rows and columns of a tile; chunks begin at multiples of it."""
 
 _Tile = dict[str, int]
 """The shape of a tile, and the warps and stages with which it is computed."""
 
-# The sums of rows and columns, the gradients of chunks, and sums of whole rows of tiles.
-_SUMS: _Tile = {"ROWS": 128, "COLUMNS": 128, "STEP": 64, "num_warps": 4, "num_stages": 3}
-_GRADIENT: _Tile = {"ROWS": 128, "COLUMNS": 128, "STEP": 64, "num_warps": 4, "num_stages": 3}
-_ROW: _Tile = {"ROWS": 128, "COLUMNS": 128, "STEP": 64, "num_warps": 4, "num_stages": 3}
-_ALIGNMENT = 256
-"""Chunks begin at multiples of it, so that tiles of all shapes do."""
+_TILE: _Tile = {"ROWS": _SIDE, "COLUMNS": _SIDE, "STEP": 64, "num_warps": 4, "num_stages": 3}
+# The logistic function takes longer than an exponential: more warps hide it.
+_SIGMOID: _Tile = {**_TILE, "num_warps": 8}
 _BAND = 16
 _LOG2_E = 1.4426950408889634
 
@@ -72,9 +73,9 @@ class _Chunk(NamedTuple):
     def columns(self) -> slice:
         return slice(self.column, self.column + self.width)
 
-    def tiles(self, tile: _Tile) -> tuple[int, int]:
+    def tiles(self) -> tuple[int, int]:
         """Return the number of tiles down and across."""
-        return -(-self.height // tile["ROWS"]), -(-self.width // tile["COLUMNS"])
+        return _blocks(self.height), _blocks(self.width)
 
 
 _Sides = tuple[TensorDescriptor, TensorDescriptor]
@@ -93,17 +94,26 @@ class _KernelProblem:
         self.whole = whole
         self.n, self.m = anchors.shape[0], whole.shape[0]
         self.scalars = [scale] if bias is None else [scale, bias]
-        partner = entries.partner.to(torch.int32)
-        inverse = partner if entries.inverse is None else entries.inverse.to(torch.int32)
-        itself = partner if entries.itself is None else entries.itself.to(torch.int32)
+        partner = entries.partner
+        inverse = partner if entries.inverse is None else entries.inverse
+        itself = partner if entries.itself is None else entries.itself
         group, groups = kernels.NEGATIVE, [partner, partner]  # placeholders: not read
         if entries.row_groups is not None and entries.column_groups is not None:
             group = kernels.POSITIVE if entries.group_matches else kernels.NEITHER
             groups = [entries.row_groups.contiguous(), entries.column_groups.contiguous()]
-        self.inputs = [partner, inverse, itself, *groups]
+        indices = partner.new_empty(3, self.n, dtype=torch.int32)
+        bounds = partner.new_empty(_blocks(self.n), 6, dtype=torch.int32)
+        is_candidate = entries.itself is not None
+        _launch(
+            kernels.describe_rows,
+            bounds,
+            *(partner, inverse, itself, indices, bounds, self.n),
+            ITSELF=is_candidate,
+        )
+        self.inputs = [*indices, bounds, *groups]
         self.settings = {
             "WIDTH": anchors.shape[1],
-            "ITSELF": entries.itself is not None,
+            "ITSELF": is_candidate,
             "GROUP": group,
         }
 
@@ -117,14 +127,16 @@ class _KernelProblem:
         **settings: Any,
     ) -> None:
         """Run a kernel on every tile of a chunk."""
-        down, across = chunk.tiles(tile)
+        down, across = chunk.tiles()
         self._run(kernel, down * across, chunk, sides, arguments, BAND=_BAND, **tile, **settings)
 
     def rows(self, kernel: Any, *arguments: Any, **settings: Any) -> None:
         """Run a kernel on every row of tiles."""
+        if not self.n or not self.m:  # a rank without samples
+            return
         chunk = _Chunk(0, 0, self.n, self.m)
-        sides = _sides(self.blocks.anchors, self.whole, _ROW)
-        self._run(kernel, chunk.tiles(_ROW)[0], chunk, sides, arguments, **_ROW, **settings)
+        sides = _sides(self.blocks.anchors, self.whole)
+        self._run(kernel, chunk.tiles()[0], chunk, sides, arguments, **_TILE, **settings)
 
     def _run(
         self,
@@ -135,8 +147,6 @@ class _KernelProblem:
         arguments: tuple[Any, ...],
         **settings: Any,
     ) -> None:
-        if not self.n or not self.m:  # a rank without rows
-            return
         shape = (*chunk, self.n, self.m)
         with torch.cuda.device(self.scalars[0].device):
             kernel[(programs,)](
@@ -179,18 +189,17 @@ def contrast_sums(
     column_total = row_total if upper else blocks.scale.new_zeros(m if symmetric else 0)
     height = _rounded_up(max(_CHUNK_ROWS, _FORWARD_LOGITS // m))
     for chunk in problem.chunks(height, _FORWARD_COLUMNS, upper=upper):
-        down, across = chunk.tiles(_SUMS)
+        down, across = chunk.tiles()
         both = symmetric or upper
         sums = own.new_zeros(across, chunk.height), own.new_zeros(down, chunk.width * both)
-        sides = _sides(blocks.anchors[chunk.rows], whole[chunk.columns], _SUMS)
+        sides = _sides(blocks.anchors[chunk.rows], whole[chunk.columns])
         arguments = (reference, own, *sums)
-        problem.tiles(kernels.bounded_sums, _SUMS, chunk, sides, *arguments, BOTH=both, UPPER=upper)
+        problem.tiles(kernels.bounded_sums, _TILE, chunk, sides, *arguments, BOTH=both, UPPER=upper)
         row_total[chunk.rows] += sums[0].sum(0)
         if both:
             column_total[chunk.columns] += sums[1].sum(0)
-    exact = _leaves_range(row_total, column_total, over_ranks=symmetric and batch.world_size > 1)
-    finished = partial(_row_sums, entries=entries, reference=reference, own=own, exact=exact)
-    row_sums = finished(problem, row_total)
+    finished = partial(_row_sums, entries=entries, reference=reference, own=own)
+    row_sums = finished(problem, row_total, row_total)
     if not symmetric:
         return row_sums, None
     # The columns as rows: the own pair of a column is the anchor in its place, if it is here.
@@ -199,53 +208,62 @@ def contrast_sums(
         partner=place, row_groups=entries.column_groups, column_groups=entries.row_groups
     )
     turned_blocks = LossBlocks(whole, None, blocks.scale)
-    columns = finished(_KernelProblem(turned_blocks, turned, blocks.anchors), column_total)
-    return row_sums, own_columns(columns, row_sums, entries, batch)
-
-
-def _leaves_range(rows: Tensor, columns: Tensor, *, over_ranks: bool) -> Tensor:
-    """Return whether a sum is so small that terms may be lost, as a number on the device.
-
-    Args:
-        rows: Sums of rows.
-        columns: Sums of columns, over this rank's rows.
-        over_ranks: Whether sums of columns are completed over ranks, which then decide alike.
-    """
-    columns = sum_over_ranks(columns) if over_ranks else columns
-    totals = torch.cat([rows, columns, rows.new_full((1,), torch.inf)])  # there may be no sum
-    small = (~(totals.amin() >= 2**-_DEPTH)).to(torch.int32)
-    return max_over_ranks(small) if over_ranks else small
+    # All ranks know the whole sums, so they decide alike which to compute again.
+    known = column_total if batch.world_size == 1 else sum_over_ranks(column_total)
+    problem = _KernelProblem(turned_blocks, turned, blocks.anchors)
+    return row_sums, own_columns(finished(problem, column_total, known), row_sums, entries, batch)
 
 
 def _row_sums(
     problem: _KernelProblem,
     totals: Tensor,
+    known: Tensor,
     *,
     entries: Entries,
     reference: Tensor,
     own: Tensor,
-    exact: Tensor,
 ) -> DirectionSums:
     """Return the sums of rows from those of negatives relative to the reference.
 
-    The latter are computed again if `exact` is not 0 on the device.
+    Those of rows whose known sums, over all ranks, may have lost terms are computed again.
     """
     negatives = LogSum.empty(totals, problem.n)
     if problem.m:
         negatives = LogSum((reference / _LOG2_E).repeat(problem.n), totals)
-    problem.rows(kernels.online_sums, exact, *negatives, POSITIVES=False)
+    least = 2.0**-_DEPTH
+    problem.rows(kernels.online_sums, known, *negatives, POSITIVES=False, LEAST=least)
     if not entries.group_matches:
         return DirectionSums(negatives, LogSum(own, torch.ones_like(own)))
     positives = LogSum.empty(own, problem.n)
-    problem.rows(kernels.online_sums, torch.ones_like(exact), *positives, POSITIVES=True)
+    problem.rows(kernels.online_sums, known, *positives, POSITIVES=True, LEAST=least)
     return DirectionSums(negatives, positives)
+
+
+def losses_of_sums(
+    sums: DirectionSums, entries: Entries, settings: TileSettings
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of one direction's losses, and their statistics, as in `torch_blocks`."""
+    negatives, positives = sums
+    n = len(negatives.maximum)
+    statistics = negatives.maximum.new_empty(3, n)
+    partial_sums = negatives.maximum.new_empty(_blocks(n))
+    valid = entries.partner if entries.valid is None else entries.valid  # a placeholder: not read
+    _launch(
+        kernels.losses,
+        partial_sums,
+        *(*negatives, *positives, valid, statistics, partial_sums, n, settings.smoothing),
+        POSITIVES=entries.group_matches,
+        VALID=entries.valid is not None,
+        DECOUPLED=settings.decoupled,
+    )
+    return partial_sums.sum(), statistics
 
 
 def contrast_gradients(
     blocks: LossBlocks,
     entries: Entries,
     row_statistics: Tensor,
-    columns: Tensor | None,
+    columns: tuple[Tensor, Tensor] | None,
     *,
     whole: Tensor,
     batch: GlobalBatch,
@@ -255,17 +273,14 @@ def contrast_gradients(
     """Return the gradients of the weighted losses, as in `torch_blocks`."""
     problem, reference = _KernelProblem(blocks, entries, whole), _reference(blocks, whole)
     both = columns is not None
-    row_terms = column_terms = _terms(row_statistics, weight, reference)
-    pull = row_terms[1]
+    row_terms, row_exact = column_terms, column_exact = _terms(row_statistics, weight, reference)
     if columns is not None:
-        column_terms = _terms(columns[:3], columns[3], reference)
-        pull = column_terms[1][entries.partner if entries.inverse is None else entries.inverse]
-    normalizers = torch.cat([row_terms[0], column_terms[0], reference.reshape(1)])
-    exact = (~(normalizers.amin() >= reference - _DEPTH)).to(torch.int32)
+        column_terms, column_exact = _terms(*columns, reference)
 
     def launch(chunk: _Chunk, sides: _Sides, gradient: TensorDescriptor, sums: Tensor) -> None:
-        arguments = (reference, exact, pull, row_terms, column_terms, gradient, sums)
-        problem.tiles(kernels.contrast_gradient, _GRADIENT, chunk, sides, *arguments, BOTH=both)
+        terms = row_terms, column_terms, row_exact, column_exact
+        arguments = (reference, *terms, gradient, sums)
+        problem.tiles(kernels.contrast_gradient, _TILE, chunk, sides, *arguments, BOTH=both)
 
     return _gradients(problem, launch, batch, rows)
 
@@ -283,10 +298,10 @@ def sigmoid_sum(
     problem, total = _KernelProblem(blocks, entries, whole), torch.zeros_like(blocks.scale)
     height = _rounded_up(max(_CHUNK_ROWS, _FORWARD_LOGITS // problem.m))
     for chunk in problem.chunks(height, _FORWARD_COLUMNS):
-        down, across = chunk.tiles(_SUMS)
+        down, across = chunk.tiles()
         sums = total.new_zeros(down * across)
-        sides = _sides(blocks.anchors[chunk.rows], whole[chunk.columns], _SUMS)
-        problem.tiles(kernels.sigmoid_losses, _SUMS, chunk, sides, sums)
+        sides = _sides(blocks.anchors[chunk.rows], whole[chunk.columns])
+        problem.tiles(kernels.sigmoid_losses, _SIGMOID, chunk, sides, sums)
         total += sums.sum()
     return total
 
@@ -305,7 +320,7 @@ def sigmoid_gradients(
 
     def launch(chunk: _Chunk, sides: _Sides, gradient: TensorDescriptor, sums: Tensor) -> None:
         arguments = (weight, gradient, sums, sums.shape[1])
-        problem.tiles(kernels.sigmoid_gradient, _GRADIENT, chunk, sides, *arguments)
+        problem.tiles(kernels.sigmoid_gradient, _SIGMOID, chunk, sides, *arguments)
 
     return _gradients(problem, launch, batch, rows)
 
@@ -347,7 +362,7 @@ def _add_chunks(
     anchors, _, scale, _, normalize = problem.blocks
     height = min(_CHUNK_ROWS, _rounded_up(max(problem.n, 1)))
     width = min(_rounded_up(max(rows * problem.m // height, 1)), _rounded_up(problem.m))
-    down, across = _Chunk(0, 0, height, width).tiles(_GRADIENT)
+    down, across = _Chunk(0, 0, height, width).tiles()
     sums = scale.new_zeros(2, down * across)
     memory = anchors.new_empty(height, width, dtype=torch.bfloat16)
     row_total = scale.new_empty(min(height, problem.n), anchors.shape[1])
@@ -363,8 +378,8 @@ def _add_chunks(
             left = normalize_features(left, done) if chunk.column == 0 else done
         if late:
             right = normalize_features(right, spare[: chunk.width])
-        written = TensorDescriptor.from_tensor(gradient, [_GRADIENT["ROWS"], _GRADIENT["COLUMNS"]])
-        launch(chunk, _sides(left, right, _GRADIENT), written, sums)
+        written = TensorDescriptor.from_tensor(gradient, [_TILE["ROWS"], _TILE["COLUMNS"]])
+        launch(chunk, _sides(left, right), written, sums)
         _add_product(total, gradient, right, first=chunk.column == 0)
         if column_total is not None:
             _add_product(column_total[chunk.columns], gradient.T, left)
@@ -422,11 +437,11 @@ def normalize_features(features: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def _sides(anchors: Tensor, candidates: Tensor, tile: _Tile) -> _Sides:
+def _sides(anchors: Tensor, candidates: Tensor) -> _Sides:
     """Return the descriptors by which the kernels load features."""
     return (
-        TensorDescriptor.from_tensor(anchors, [tile["ROWS"], tile["STEP"]]),
-        TensorDescriptor.from_tensor(candidates, [tile["COLUMNS"], tile["STEP"]]),
+        TensorDescriptor.from_tensor(anchors, [_TILE["ROWS"], _TILE["STEP"]]),
+        TensorDescriptor.from_tensor(candidates, [_TILE["COLUMNS"], _TILE["STEP"]]),
     )
 
 
@@ -456,20 +471,38 @@ def _reference(blocks: LossBlocks, whole: Tensor, *, over_ranks: bool = False) -
     return (max_over_ranks(bound) if over_ranks else bound) - _HEADROOM
 
 
-def _terms(statistics: Tensor, weight: Tensor, reference: Tensor) -> Tensor:
-    """Return the terms of the rows for `kernels.contrast_gradient`, [5, n].
+def _terms(statistics: Tensor, weights: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `kernels.gradient_terms` of rows, [5, n], and which tiles are exact.
 
     Args:
         statistics: [3, n], from `losses_of_sums`.
-        weight: 0-dim or [n], the weights of the rows' losses.
+        weights: 0-dim or [n], the weights of the rows' losses.
         reference: 0-dim.
     """
-    normalizer, pull, positive = statistics
-    normalizer, weight = normalizer * _LOG2_E, weight.expand(len(normalizer))
-    factor = weight * torch.exp2(reference - normalizer)
-    return torch.stack([normalizer, weight * pull, positive * _LOG2_E, factor, weight])
+    n = statistics.shape[1]
+    terms, exact = statistics.new_empty(5, n), statistics.new_empty(_blocks(n), dtype=torch.int32)
+    _launch(
+        kernels.gradient_terms,
+        exact,
+        *(statistics.contiguous(), weights, reference, terms, exact, n),
+        WEIGHTED=weights.dim() > 0,
+        DEPTH=_DEPTH,
+    )
+    return terms, exact
+
+
+def _launch(kernel: Any, blocks: Tensor, *arguments: Any, **settings: Any) -> None:
+    """Run a kernel on every block of rows; `blocks` has one entry for each."""
+    if len(blocks):
+        with torch.cuda.device(blocks.device):
+            kernel[(len(blocks),)](*arguments, **settings, ROWS=_SIDE)
+
+
+def _blocks(rows: int) -> int:
+    """Return the number of blocks of rows."""
+    return -(-rows // _SIDE)
 
 
 def _rounded_up(count: int) -> int:
     """Return the next multiple at which chunks may begin."""
-    return -(-count // _ALIGNMENT) * _ALIGNMENT
+    return _blocks(count) * _SIDE

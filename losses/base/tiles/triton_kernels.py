@@ -8,13 +8,14 @@ Arguments that all kernels share:
         tiles of ROWS and COLUMNS in steps of STEP.
     partner, inverse, itself, row_groups, column_groups: As in `torch_blocks.Entries`; ITSELF and
         GROUP select those that are read.
+    bounds: From `describe_rows`: the range of partner, inverse and itself in each tile's rows.
     row, column, height, width: The chunk of logits that a launch computes, one tile per program.
     scale, bias, reference: 0-dim.
 """
 
 # Triton compiles these functions; Python's checkers cannot type their arguments.
 # mypy: ignore-errors
-# ruff: noqa: ANN001, ANN201, ANN202, PLR0917
+# ruff: noqa: ANN001, ANN201, ANN202, ARG001, PLR0917
 # fmt: off
 
 import triton
@@ -43,6 +44,33 @@ def _place(row, column, height, width, BAND, ROWS, COLUMNS):
 
 
 @triton.jit
+def describe_rows(
+    partner, inverse, itself, indices, bounds, n, ITSELF: tl.constexpr, ROWS: tl.constexpr
+):
+    """Write the indices as int32, [3, n], and their least and largest of each tile's rows.
+
+    bounds: [tiles, 6]; negative indices are no columns and are left out.
+    """
+    tile = tl.program_id(0)
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    inside = rows < n
+    _describe(tl.load(partner + rows, inside, -1), rows, inside, indices, bounds + 6 * tile)
+    indices += n
+    _describe(tl.load(inverse + rows, inside, -1), rows, inside, indices, bounds + 6 * tile + 2)
+    if ITSELF:
+        indices += n
+        _describe(tl.load(itself + rows, inside, -1), rows, inside, indices, bounds + 6 * tile + 4)
+
+
+@triton.jit
+def _describe(columns, rows, inside, indices, bounds):
+    columns = columns.to(tl.int32)
+    tl.store(indices + rows, columns, inside)
+    tl.store(bounds, tl.min(tl.where(columns < 0, 2147483647, columns), 0))
+    tl.store(bounds + 1, tl.max(columns, 0))
+
+
+@triton.jit
 def _products(anchors, candidates, row, column, WIDTH, ROWS, COLUMNS, STEP):
     """Return the dot products of ROWS anchors with COLUMNS candidates; 0 beyond the edge."""
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -53,20 +81,15 @@ def _products(anchors, candidates, row, column, WIDTH, ROWS, COLUMNS, STEP):
 
 
 @triton.jit
-def _meets(indices, columns):
-    """Return whether the range of the indices (without negative ones) overlaps the columns'."""
-    least = tl.min(tl.where(indices < 0, 2147483647, indices), 0)
-    return (least <= tl.max(columns, 0)) & (tl.max(indices, 0) >= tl.min(columns, 0))
-
-
-@triton.jit
-def _special(rows, columns, n, m, partner, inverse, itself, ITSELF, GROUP):
-    """Return whether a tile may hold entries other than negatives."""
-    special = (tl.max(rows, 0) >= n) | (tl.max(columns, 0) >= m) | (GROUP != 0)
-    special = special | _meets(tl.load(partner + rows, rows < n, -1), columns)
-    special = special | _meets(tl.load(inverse + rows, rows < n, -1), columns)
+def _special(row, column, n, m, bounds, ITSELF, GROUP, ROWS, COLUMNS):
+    """Return whether the tile at a row and column may hold entries other than negatives."""
+    special = (row + ROWS > n) | (column + COLUMNS > m) | (GROUP != 0)
+    bounds += row // ROWS * 6
+    last = column + COLUMNS - 1
+    special = special | ((tl.load(bounds) <= last) & (tl.load(bounds + 1) >= column))
+    special = special | ((tl.load(bounds + 2) <= last) & (tl.load(bounds + 3) >= column))
     if ITSELF:
-        special = special | _meets(tl.load(itself + rows, rows < n, -1), columns)
+        special = special | ((tl.load(bounds + 4) <= last) & (tl.load(bounds + 5) >= column))
     return special
 
 
@@ -93,7 +116,7 @@ def _entries(
 
 @triton.jit
 def bounded_sums(
-    anchors, candidates, partner, inverse, itself, row_groups, column_groups,
+    anchors, candidates, partner, inverse, itself, bounds, row_groups, column_groups,
     row, column, height, width, n, m, scale, reference, own, row_sums, column_sums,
     WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr, BOTH: tl.constexpr,
     UPPER: tl.constexpr,
@@ -108,11 +131,14 @@ def bounded_sums(
     down, across, rows, columns = _place(row, column, height, width, BAND, ROWS, COLUMNS)
     if (tl.max(columns, 0) <= tl.min(rows, 0)) & UPPER:
         return
+    special = _special(
+        row + down * ROWS, column + across * COLUMNS, n, m, bounds, ITSELF, GROUP, ROWS, COLUMNS
+    )
     total = _products(
         anchors, candidates, down * ROWS, across * COLUMNS, WIDTH, ROWS, COLUMNS, STEP
     )
     factor, least = tl.load(scale) * LOG2_E, tl.load(reference)
-    if _special(rows, columns, n, m, partner, inverse, itself, ITSELF, GROUP):
+    if special:
         positive, answer, neither = _entries(
             rows, columns, n, m, partner, inverse, itself, row_groups, column_groups, ITSELF, GROUP
         )
@@ -137,19 +163,22 @@ def bounded_sums(
 
 @triton.jit
 def online_sums(
-    anchors, candidates, partner, inverse, itself, row_groups, column_groups,
-    row, column, height, width, n, m, scale, needed, maxima, totals,
+    anchors, candidates, partner, inverse, itself, bounds, row_groups, column_groups,
+    row, column, height, width, n, m, scale, known, maxima, totals,
     WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr, POSITIVES: tl.constexpr,
+    LEAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):
     """Write each row's maximum and sum of exp(logit - maximum), over its negatives or positives.
 
-    Exact for any logits. Does nothing if `needed`, read on the device, is 0.
+    Exact for any logits. Negatives are computed only for tiles of rows in which a known sum, [n],
+    is below LEAST and may have lost terms.
     """
-    if tl.load(needed) == 0:
-        return
     first = tl.program_id(0) * ROWS
     rows = row + first + tl.arange(0, ROWS)
+    least = tl.min(tl.load(known + rows, rows < n, float("inf")), 0)
+    if (least >= LEAST) & (POSITIVES == 0):
+        return
     factor = tl.load(scale) * LOG2_E
     maximum = tl.full((ROWS,), -3.0e38, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -194,27 +223,30 @@ def _exact_gradient(
 
 @triton.jit
 def contrast_gradient(
-    anchors, candidates, partner, inverse, itself, row_groups, column_groups,
-    row, column, height, width, n, m, scale, reference, exact, pull, row_terms, column_terms,
-    gradient, sums,
+    anchors, candidates, partner, inverse, itself, bounds, row_groups, column_groups,
+    row, column, height, width, n, m, scale, reference, row_terms, column_terms, row_exact,
+    column_exact, gradient, sums,
     WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr, BOTH: tl.constexpr,
     BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):
     """Write the gradient of a chunk of logits, [height, width]; add that of the scale to sums.
 
-    If the range of the logits allows (`exact` is 0), one exponential serves both directions:
-    2**(logit - reference) times the sum of a row's factor and a column's. The terms, [5, n] and
-    [5, m], are normalizer, pull and positive, as exponents of 2, that factor, and the weight of the
-    loss, by which pull and factor are multiplied already; pull, [n], is that of the columns whose
-    own pair is the row.
+    If the range of the logits allows (a tile's row_exact and column_exact are 0), one exponential
+    serves both directions: 2**(logit - reference) times the sum of a row's factor and a column's.
+    The terms, [5, n] and [5, m], are those of `gradient_terms`.
     """
     down, across, rows, columns = _place(row, column, height, width, BAND, ROWS, COLUMNS)
+    special = _special(
+        row + down * ROWS, column + across * COLUMNS, n, m, bounds, ITSELF, GROUP, ROWS, COLUMNS
+    )
     total = _products(
         anchors, candidates, down * ROWS, across * COLUMNS, WIDTH, ROWS, COLUMNS, STEP
     )
     factor = tl.load(scale) * LOG2_E
-    special = _special(rows, columns, n, m, partner, inverse, itself, ITSELF, GROUP)
-    if special | (tl.load(exact) != 0):
+    exact = tl.load(row_exact + row // ROWS + down)
+    if BOTH:
+        exact = exact | tl.load(column_exact + column // COLUMNS + across)
+    if special | (exact != 0):
         positive, answer, neither = _entries(
             rows, columns, n, m, partner, inverse, itself, row_groups, column_groups, ITSELF, GROUP
         )
@@ -223,7 +255,8 @@ def contrast_gradient(
             exponents, row_terms, rows, n, 1, positive, own, positive, GROUP
         )
         if BOTH:
-            own = tl.load(pull + rows, rows < n, 0.0)
+            answering = tl.load(inverse + rows, rows < n, 0)
+            own = tl.load(column_terms + m + answering, rows < n, 0.0)
             values += _exact_gradient(
                 exponents, column_terms, columns, m, 0, answer, own, positive, GROUP
             )
@@ -237,6 +270,66 @@ def contrast_gradient(
         scale_sum = tl.sum(tl.sum(values * total, 1), 0)
     _add(sums, scale_sum)
     gradient.store([down * ROWS, across * COLUMNS], values.to(tl.bfloat16))
+
+
+@triton.jit
+def gradient_terms(
+    statistics, weights, reference, terms, exact, n,
+    WEIGHTED: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
+):
+    """Write what `contrast_gradient` reads of the rows of a tile, [5, n], from their statistics.
+
+    These are normalizer, pull and positive, as exponents of 2, the factor 2**(reference -
+    normalizer), and the weight of the loss, by which pull and factor are multiplied. weights: [n]
+    if WEIGHTED, else 0-dim. exact: [tiles], whether a factor leaves float32's range.
+    """
+    tile = tl.program_id(0)
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    inside = rows < n
+    normalizer = tl.load(statistics + rows, inside, float("inf")) * LOG2_E
+    pull = tl.load(statistics + n + rows, inside, 0.0)
+    positive = tl.load(statistics + 2 * n + rows, inside, 0.0) * LOG2_E
+    weight = tl.load(weights + rows, inside, 0.0) if WEIGHTED else tl.load(weights)
+    least = tl.load(reference)
+    tl.store(exact + tile, (tl.min(normalizer, 0) < least - DEPTH).to(tl.int32))
+    tl.store(terms + rows, normalizer, inside)
+    tl.store(terms + n + rows, weight * pull, inside)
+    tl.store(terms + 2 * n + rows, positive, inside)
+    tl.store(terms + 3 * n + rows, weight * tl.exp2(least - normalizer), inside)
+    tl.store(terms + 4 * n + rows, weight + tl.zeros_like(pull), inside)
+
+
+@triton.jit
+def losses(
+    negative_maxima, negative_totals, positive_maxima, positive_totals, valid, statistics, sums,
+    n, smoothing,
+    POSITIVES: tl.constexpr, VALID: tl.constexpr, DECOUPLED: tl.constexpr, ROWS: tl.constexpr,
+):
+    """Write statistics [3, n] and sums of losses, as `torch_blocks.losses_of_sums`.
+
+    Without POSITIVES each row has one positive, without VALID every row has a loss.
+    """
+    tile = tl.program_id(0)
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    inside = rows < n
+    counted = inside
+    if VALID:
+        counted = tl.load(valid + rows, inside, 0) != 0
+    positive = tl.load(positive_maxima + rows, inside, 0.0)
+    gap = tl.load(negative_maxima + rows, inside, 0.0) - positive
+    total = tl.log(tl.load(negative_totals + rows, inside, 1.0))
+    if POSITIVES:
+        others = tl.log(tl.load(positive_totals + rows, inside, 1.0))
+        positive, total = positive + others, total - others
+    gap += total
+    if DECOUPLED:
+        loss, pull = gap, tl.full((ROWS,), 1.0, tl.float32)
+    else:
+        loss, pull = _softplus(gap), 1.0 / (1.0 + tl.exp(-gap))
+    tl.store(statistics + rows, tl.where(counted, positive + loss, float("inf")), inside)
+    tl.store(statistics + n + rows, tl.where(counted, pull - smoothing, 0.0), inside)
+    tl.store(statistics + 2 * n + rows, positive, inside)
+    tl.store(sums + tile, tl.sum(tl.where(counted, loss + smoothing * positive, 0.0), 0))
 
 
 @triton.jit
@@ -287,6 +380,14 @@ def _inverse_norm(values):
 
 
 @triton.jit
+def _sigmoid(values):
+    """Return 1 / (1 + exp(-value)); a square root's inverse takes less time than a division."""
+    small = tl.exp2(-(tl.abs(values) * LOG2_E))
+    root = tl.rsqrt(1.0 + small)
+    return tl.where(values < 0.0, small, 1.0) * root * root
+
+
+@triton.jit
 def _softplus(values):
     """Return log(1 + exp(value)) with a relative error of 4e-7: there are many small values."""
     small = tl.exp2(-(tl.abs(values) * LOG2_E))
@@ -304,18 +405,21 @@ def _softplus(values):
 
 @triton.jit
 def sigmoid_losses(
-    anchors, candidates, partner, inverse, itself, row_groups, column_groups,
+    anchors, candidates, partner, inverse, itself, bounds, row_groups, column_groups,
     row, column, height, width, n, m, scale, bias, sums,
     WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr,
     BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):
     """Add the sum of each tile's losses to sums."""
     down, across, rows, columns = _place(row, column, height, width, BAND, ROWS, COLUMNS)
+    special = _special(
+        row + down * ROWS, column + across * COLUMNS, n, m, bounds, ITSELF, GROUP, ROWS, COLUMNS
+    )
     total = _products(
         anchors, candidates, down * ROWS, across * COLUMNS, WIDTH, ROWS, COLUMNS, STEP
     )
     logits = total * tl.load(scale) + tl.load(bias)
-    if _special(rows, columns, n, m, partner, inverse, itself, ITSELF, GROUP):
+    if special:
         positive, _, _ = _entries(
             rows, columns, n, m, partner, inverse, itself, row_groups, column_groups, ITSELF, GROUP
         )
@@ -329,7 +433,7 @@ def sigmoid_losses(
 
 @triton.jit
 def sigmoid_gradient(
-    anchors, candidates, partner, inverse, itself, row_groups, column_groups,
+    anchors, candidates, partner, inverse, itself, bounds, row_groups, column_groups,
     row, column, height, width, n, m, scale, bias, weight, gradient, sums, slots,
     WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr,
     BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
@@ -339,19 +443,23 @@ def sigmoid_gradient(
     weight: 0-dim, of the loss.
     """
     down, across, rows, columns = _place(row, column, height, width, BAND, ROWS, COLUMNS)
+    special = _special(
+        row + down * ROWS, column + across * COLUMNS, n, m, bounds, ITSELF, GROUP, ROWS, COLUMNS
+    )
     total = _products(
         anchors, candidates, down * ROWS, across * COLUMNS, WIDTH, ROWS, COLUMNS, STEP
     )
     logits = total * tl.load(scale) + tl.load(bias)
-    if _special(rows, columns, n, m, partner, inverse, itself, ITSELF, GROUP):
+    if special:
         positive, _, _ = _entries(
             rows, columns, n, m, partner, inverse, itself, row_groups, column_groups, ITSELF, GROUP
         )
-        values = tl.where(positive, -tl.sigmoid(-logits), tl.sigmoid(logits)) * tl.load(weight)
+        signs = tl.where(positive, -1.0, 1.0)
+        values = signs * _sigmoid(signs * logits) * tl.load(weight)
         values = tl.where((rows < n)[:, None] & (columns < m)[None, :], values, 0.0)
         scale_sum, bias_sum = tl.sum(tl.sum(values * total, 1), 0), tl.sum(tl.sum(values, 1), 0)
     else:
-        values = tl.sigmoid(logits) * tl.load(weight)
+        values = _sigmoid(logits) * tl.load(weight)
         scale_sum, bias_sum = tl.sum(tl.sum(values * total, 1), 0), tl.sum(tl.sum(values, 1), 0)
     _add(sums, scale_sum)
     _add(sums + slots, bias_sum)
