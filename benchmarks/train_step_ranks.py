@@ -171,8 +171,8 @@ def large_batch(samples: int, one: float) -> None:
         )
 
 
-def main() -> None:
-    """Measure, and print the tables."""
+def parsed() -> argparse.Namespace:
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", nargs="+", type=int, default=[64, 1024] if CUDA else [8])
     parser.add_argument("--steps", type=int, default=50, help="measured updates per turn")
@@ -182,9 +182,14 @@ def main() -> None:
     parser.add_argument(
         "--sharded-samples", type=int, default=16 if CUDA else 2, help="samples of each rank"
     )
-    arguments = parser.parse_args()
     if world_size() == 1:
         parser.error("several ranks are needed: torchrun --nproc-per-node=2 " + sys.argv[0])
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, and print the tables."""
+    arguments = parsed()
     if rank() == 0:
         name = torch.cuda.get_device_name() if CUDA else "CPU"
         print(f"{world_size()} x {name}, torch {torch.__version__}\n")

@@ -80,10 +80,15 @@ def same_values(one: Any, other: Any) -> bool:
         return one.keys() == other.keys() and all(same_values(one[k], other[k]) for k in one)
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(same_values, one, other))
-    if isinstance(one, (Tensor, np.ndarray)):
-        equal = torch.equal if isinstance(one, Tensor) else np.array_equal
-        return one.dtype == other.dtype and bool(equal(one, other))
     try:
-        return bool(one == other)
+        return _same_leaves(one, other)
     except (TypeError, ValueError):
         return False
+
+
+def _same_leaves(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other)
+    return bool(one == other)

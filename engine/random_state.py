@@ -84,7 +84,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 def host_state() -> tuple[object, ...]:
     """Return the states of Python's, NumPy's and torch's CPU generators, only to be compared."""
     _, keys, *position = np.random.get_state(legacy=True)
-    return random.getstate(), keys.tobytes(), *position, torch.get_rng_state().numpy().tobytes()
+    words = np.asarray(keys).tobytes(), torch.get_rng_state().numpy().tobytes()
+    return random.getstate(), *position, *words
 
 
 @contextmanager

@@ -264,28 +264,32 @@ class _SeededSamples(Dataset[Any]):
         return self._dataset[index]
 
     def _read(self, draws: Sequence[Draw]) -> list[Any]:
-        together = self._together(draws) if self._reads_batches else None
-        if together is not None and self._compared:
+        if not self._reads_batches:
+            return [self[draw] for draw in draws]
+        together, why = self._together(draws)
+        if self._compared and not why:
             return together
         samples = [self[draw] for draw in draws]
         # Code may look at a generator's seed without a draw: compare the first batch.
-        if together is not None and not same_values(together, samples):
-            self._read_singly("its samples differ there, or cannot be compared")
+        if not why and not same_values(together, samples):
+            why = "its samples differ there, or cannot be compared"
+        if why:
+            self._read_singly(why)
         self._compared = True
         return samples
 
-    def _together(self, draws: Sequence[Draw]) -> list[Any] | None:
-        """Return the samples read at once; None if each must be read with its own seed."""
+    def _together(self, draws: Sequence[Draw]) -> tuple[list[Any], str]:
+        """Return the samples read at once, or why each must be read with its own seed."""
         before = host_state()
         try:
             samples = list(self._dataset.__getitems__([index for _, index in draws]))  # type: ignore[attr-defined]
         except Exception as error:  # noqa: BLE001 - what is wrong with a sample shows when it is read
-            return self._read_singly(f"it raises {type(error).__name__}")
+            return [], f"it raises {type(error).__name__}"
         if host_state() != before:
-            return self._read_singly("its samples draw random numbers, each from its own seed")
+            return [], "its samples draw random numbers, each from its own seed"
         if len(samples) != len(draws):
-            return self._read_singly(f"it returns {len(samples)} samples for {len(draws)} indices")
-        return samples
+            return [], f"it returns {len(samples)} samples for {len(draws)} indices"
+        return samples, ""
 
     def _read_singly(self, why: str) -> None:
         self._reads_batches = False
