@@ -29,7 +29,7 @@ def copy(tmp_path: Path) -> Path:
     """A copy of the repository, whose packages are the installed ones for its processes."""
     repository = tmp_path / "repository"
     unwanted = shutil.ignore_patterns("__pycache__")
-    for folder in ("face", "engine", "handlers", "losses", "tests", "docs"):
+    for folder in ("face", "engine", "handlers", "losses", "recipes", "tests", "docs"):
         shutil.copytree(ROOT / folder, repository / folder, ignore=unwanted)
     shutil.copy(ROOT / "pyproject.toml", repository)
     return repository
