@@ -9,6 +9,7 @@ from itertools import chain
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -89,6 +90,29 @@ class KnownParameters:
         living = all(isinstance(one, dict) for one in held)  # a scripted module's are copies
         self._held = [one.values() for one in held]
         self._content = [*roots, *others, *chain.from_iterable(self._held)] if living else []
+
+
+class SavedBuffers:
+    """Copies of all buffers of modules, to restore them once: for two passes over one batch.
+
+    Torch does not show which ones a forward pass changes: batch norm's changes raise no version.
+
+    Args:
+        modules: the modules, those of their parts included.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self._held = [(p._buffers, dict(p._buffers)) for p in parts_of(*modules)]  # noqa: SLF001 - torch's own
+        buffers = {id(b): b for _, held in self._held for b in held.values() if b is not None}
+        self._copies = [(buffer, buffer.detach().clone()) for buffer in buffers.values()]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Restore the buffers, also those that a module has replaced."""
+        for held, before in self._held:
+            held.update(before)
+        for buffer, copy in self._copies:
+            buffer.copy_(copy)
 
 
 class TrainingModes:

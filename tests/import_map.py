@@ -77,6 +77,8 @@ ALLOWED: dict[str, set[str]] = {
         "engine",
         "engine.distributed",
         "handlers.checkpointing",
+        "handlers.health",
+        "handlers.optimization",
         "handlers.performance",
         "handlers.sinks",
     },

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from diptych.engine.modules import parts_of
+
 LARGE = 2**16
 """Elements of a buffer above which it is copied only if it has changed.
 
@@ -68,10 +70,9 @@ class BufferCopies:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        parts = {id(part): part for module in modules for part in module.modules()}
         places = [
             _Place(part._buffers, name)  # noqa: SLF001 - the module's own dictionary
-            for part in parts.values()
+            for part in parts_of(*modules)
             for name, buffer in part._buffers.items()  # noqa: SLF001
             if buffer is None or not is_lazy(buffer)
         ]

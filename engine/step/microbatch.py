@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from diptych.engine.data.batches import batch_size
 from diptych.engine.distributed.collectives import exchange_timeout
 from diptych.engine.errors import BatchError
+from diptych.engine.modules import SavedBuffers
 from diptych.engine.random_state import (
     ForwardRandomState,
     forward_random_state,
@@ -31,29 +32,6 @@ from diptych.engine.tasks import Outputs
 
 Forward = Callable[[Any], Outputs]
 """The task on one piece, under the step's autocast."""
-
-
-class SavedBuffers:
-    """Copies of a model's buffers, to restore them between the two passes over the pieces.
-
-    The second pass repeats the changes of the first (a batch norm's statistics, the vectors of a
-    spectral norm). With the buffers restored, they count once, and every piece sees the same
-    values in both passes. All buffers are copied: torch does not show which ones a forward pass
-    changes (batch norm's changes do not raise a version counter).
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._saved = [
-            (module, name, buffer, buffer.detach().clone())
-            for module in model.modules()
-            for name, buffer in module.named_buffers(recurse=False)
-        ]
-
-    def restore(self) -> None:
-        """Restore the buffers, also those that a module has replaced."""
-        with torch.no_grad():
-            for module, name, buffer, value in self._saved:
-                setattr(module, name, buffer.copy_(value))
 
 
 @attrs.define(eq=False)

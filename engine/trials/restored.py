@@ -12,6 +12,7 @@ from ignite.metrics import Metric
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diptych.engine.modules import SavedBuffers
 from diptych.engine.predictions import parts_of
 
 CONTAINERS = (dict, list, set)
@@ -81,14 +82,11 @@ def modules_restored(*modules: nn.Module) -> Iterator[None]:
 @contextmanager
 def buffers_restored(*modules: nn.Module) -> Iterator[None]:
     """Restore the buffers of modules, which a forward pass may change or replace."""
-    parts = [part for module in modules for part in module.modules()]
-    held = [(part._buffers, dict(part._buffers)) for part in parts]  # noqa: SLF001 - torch's own
-    with _tensors_restored(_buffers(modules)):
-        try:
-            yield
-        finally:
-            for buffers, before in held:
-                buffers.update(before)
+    saved = SavedBuffers(*modules)
+    try:
+        yield
+    finally:
+        saved.restore()
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from weakref import WeakKeyDictionary
 
 import attrs
 import torch
-from ignite.engine import Events
 from torch import Tensor, nn
 
 from diptych.engine.distributed.dtensor import norms
@@ -50,12 +49,11 @@ class SharedNorms:
 
     def __init__(self) -> None:
         self._cached: GradientNorms | None = None
+        self._attempt = 0  # at which they were measured: a failed update is made again
 
     def attach(self, trainer: Trainer) -> None:
         """Invalidate the cache after each of the trainer's updates; a second call does nothing."""
-        # Also before the gradients: an update that fails half way is made again, without its start.
-        events = (Events.ITERATION_STARTED, StepEvents.LOSS_COMPUTED, StepEvents.OPTIMIZER_STEPPED)
-        for event in events:
+        for event in (StepEvents.LOSS_COMPUTED, StepEvents.OPTIMIZER_STEPPED):
             if not trainer.has_event_handler(self.invalidate, event):
                 trainer.add_event_handler(event, self.invalidate)
 
@@ -64,14 +62,16 @@ class SharedNorms:
 
         The host does not wait for the device.
         """
-        return self._cached or self.measure_again(trainer)
+        if self._cached is None or self._attempt != trainer.attempts:
+            return self.measure_again(trainer)
+        return self._cached
 
     def measure_again(self, trainer: Trainer) -> GradientNorms:
         """Measure the gradients as they are now, and cache the result.
 
         Call it before acting on gradients that an earlier handler may have changed.
         """
-        self._cached = _measure(trainer)
+        self._cached, self._attempt = _measure(trainer), trainer.attempts
         return self._cached
 
     def invalidate(self, *_: object) -> None:
