@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,14 +26,16 @@ from diptych.handlers.contained_paths import is_plain_file
 from diptych.handlers.files import write_atomically
 from diptych.handlers.run_directory import WEIGHTS, RunDirectory
 from diptych.recipes.data.captions import images_in
-from diptych.recipes.data.image_files import ImageFolder, read_image, square
-from diptych.recipes.data.rows import DataError
+from diptych.recipes.data.image_files import ImageError, ImageFolder, read_image, square
+from diptych.recipes.data.rows import DataError, Problem, problem_report
 from diptych.recipes.settings import RECIPE, Settings, read_settings
 from diptych.recipes.towers.parts import Towers
 from diptych.recipes.training import CLASSES, TOWERS, Factory, build_model, towers_of
 
 if TYPE_CHECKING:
     from PIL import Image
+
+logger = logging.getLogger(__name__)
 
 Which = Literal["best", "last"]
 NAMES = "diptych.names"
@@ -184,12 +187,12 @@ class Encoder:
             images: paths, or images of Pillow in RGB.
 
         Raises:
-            ImageError: if a file cannot be read as an image.
+            ImageError: if a file cannot be read as an image; the message names it.
         """
-        pixels = _Pixels(list(images), self.towers.image.size)
-        loader = DataLoader(pixels, self.batch_size, num_workers=self.workers)
-        encode: Any = self.model.encode_image
-        return self._encoded(encode, loader)
+        features, problems = self._encode_files(list(images))
+        for image, problem in problems.items():
+            raise ImageError(f"{image}: {problem}")
+        return features
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Return the unit features of texts, float32 [N, D], on the CPU.
@@ -213,6 +216,8 @@ class Encoder:
     def embed(self, folder: Path | str) -> Embeddings:
         """Return the features of all images in a folder and its subfolders, by name.
 
+        Images that cannot be read are left out, and reported in the log.
+
         Raises:
             DataError: if it is not a folder of images.
         """
@@ -223,7 +228,12 @@ class Encoder:
         files = {name: path for name, path in found.items() if isinstance(path, Path)}
         if not files:
             raise DataError(f"--images must have images in it, got {folder}, which has none.")
-        return Embeddings(tuple(files), self.encode_images(files.values()))
+        features, problems = self._encode_files(list(files.values()))
+        if problems:
+            rows = [Problem(str(path), kind, "") for path, kind in problems.items()]
+            logger.warning("Left out: %s", problem_report(rows, len(features)))
+        names = [name for name, path in files.items() if path not in problems]
+        return Embeddings(tuple(names), features)
 
     def search(self, query: str, images: Embeddings, *, top: int = 12) -> list[Hit]:
         """Return the images that are most similar to a text, the best first."""
@@ -256,6 +266,23 @@ class Encoder:
         scale = getattr(self.model, "logit_scale", None)
         return (logits * (1.0 if scale is None else scale.detach().cpu().exp())).softmax(dim=1)
 
+    def _encode_files(self, images: list[Any]) -> tuple[Tensor, dict[Any, str]]:
+        """Return the features of the images that can be read, and the problems of the others."""
+        pixels = _Pixels(images, self.towers.image.size)
+        loader = DataLoader(pixels, self.batch_size, num_workers=self.workers)
+        problems: list[str] = []
+
+        def readable() -> Iterator[Tensor]:
+            for batch, kinds in loader:
+                problems.extend(kinds)
+                kept = [number for number, kind in enumerate(kinds) if not kind]
+                if kept:
+                    yield batch[kept]
+
+        encode: Any = self.model.encode_image
+        features = self._encoded(encode, readable())
+        return features, {i: kind for i, kind in zip(images, problems, strict=True) if kind}
+
     @torch.no_grad()
     def _encoded(self, encode: Callable[[Any], Tensor], batches: Iterable[Any]) -> Tensor:
         """Return the unit features of batches."""
@@ -286,8 +313,8 @@ def weights_file(run: RunDirectory, which: Which) -> Path:
     return run.checkpoints / (best[0] if best else latest).file
 
 
-class _Pixels(Dataset[Tensor]):
-    """The pixels of images, as the image tower takes them."""
+class _Pixels(Dataset[tuple[Tensor, str]]):
+    """The pixels of images, as the image tower takes them, and what is wrong with each."""
 
     def __init__(self, images: Sequence[Any], size: int) -> None:
         self._images, self._size = images, size
@@ -295,8 +322,11 @@ class _Pixels(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
         image = self._images[index]
-        if isinstance(image, (str, Path)):
-            image = read_image(Path(image), self._size)
-        return square(image, self._size)
+        try:
+            if isinstance(image, (str, Path)):
+                image = read_image(Path(image), self._size)
+        except ImageError as error:
+            return torch.zeros(3, self._size, self._size, dtype=torch.uint8), str(error)
+        return square(image, self._size), ""

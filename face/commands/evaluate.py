@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from diptych.commands.encoder_options import EncoderOptions
 from diptych.handlers.files import write_atomically
+from diptych.recipes.data.image_files import unreadable
 from diptych.recipes.data.image_table import image_rows
 from diptych.recipes.data.rows import problem_report
 from diptych.recipes.evaluation import evaluate as evaluated
@@ -23,6 +25,8 @@ def evaluate(
     *,
     images: Path,
     captions: Path | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
     part: Literal["all", "train", "val", "test"] = "all",
     out: Path | None = None,
     options: OmitArgPrefixes[EncoderOptions] = EncoderOptions(),  # noqa: B008 - it is frozen
@@ -33,15 +37,19 @@ def evaluate(
         run: directory of a run of diptych train.
         images: folder of the images.
         captions: file of captions; none: metadata in the folder, or its subfolders as classes.
+        image_column: column of the image names; none: recognised.
+        caption_column: column of the captions; none: recognised.
         part: part of the data, if they name parts.
         out: file to write the values to, as JSON.
         options: of the model.
     """
-    table = image_rows(images, captions)
+    encoder = options.load(run)
+    decode = partial(unreadable, size=encoder.towers.image.size, workers=options.workers)
+    table = image_rows(images, captions, columns=(image_column, caption_column), decode=decode)
     if table.problems:
         report = problem_report(table.problems, len(table.rows))
         sys.stderr.write(f"{report}\nThese rows are left out.\n")
-    values = evaluated(options.load(run), table, part=part)
+    values = evaluated(encoder, table, part=part)
     width = max(map(len, values))
     for name, value in values.items():
         sys.stdout.write(f"{name:{width}}  {value:.4f}\n")

@@ -112,7 +112,8 @@ def _lines(problems: Sequence[Problem]) -> Iterator[str]:
         first = [problem for problem in problems if problem.kind == kind][:each]
         for number, problem in enumerate(first, start=1):
             more = f" (and {count - each:,} more)" if number == each and count > each else ""
-            yield f"      {problem.where}: {problem.detail}{more}"
+            detail = f": {problem.detail}" if problem.detail else ""
+            yield f"      {problem.where}{detail}{more}"
     if len(kinds) > KINDS:
         others = sum(count for _, count in kinds[KINDS:])
         yield f"  {others:,} with {len(kinds) - KINDS} other problems"

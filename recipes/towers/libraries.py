@@ -136,8 +136,11 @@ def hf_image(name: str, options: TowerOptions) -> Towers:
     """Return an image model of transformers; with its text tower, if it is a CLIP."""
     transformers = _library("transformers", "transformers", "hf", name)
     model, source = _hf_model(transformers, name, options, "image")
-    pixels = _pixels(source, options)
     config = model.config
+    pixels = _pixels(source, options)
+    side = getattr(getattr(config, "vision_config", config), "image_size", pixels["size"])
+    if pixels["size"] != side:
+        raise TowerError(f"image_size must be {side} for hf:{name}, got {pixels['size']}")
 
     def save(folder: Path) -> None:
         config.save_pretrained(folder / "image")

@@ -281,6 +281,22 @@ def test_features_are_those_that_training_computed(run, photos):
         )
 
 
+def test_an_image_that_cannot_be_read_is_named_and_left_out_of_a_folder(run, tmp_path, caplog):
+    image = next(iter(emoji().values()))[0]
+    for name in ("a.png", "c.png"):
+        image.save(tmp_path / name)
+    (tmp_path / "b.png").write_text("no image")
+    encoder = Encoder.load(run, batch_size=1)
+
+    found = encoder.embed(tmp_path)
+
+    assert (found.names, found.features.shape) == (("a.png", "c.png"), (2, 16))
+    assert "1 of 3 rows cannot be used" in caplog.text
+    assert "b.png" in caplog.text
+    with pytest.raises(DataError, match=r"b\.png: the file cannot be read as an image"):
+        encoder.encode_images([tmp_path / "a.png", tmp_path / "b.png"])
+
+
 def test_batches_precision_and_pillow_images_give_the_same_features(run, photos):
     paths = sorted((photos / "images").iterdir())
     whole = Encoder.load(run).encode_images(paths)

@@ -179,6 +179,11 @@ def test_onnx_computes_the_features_for_any_batch_and_length(kind, photos, reque
     torch.testing.assert_close(torch.from_numpy(found_text), expected[1], rtol=1e-3, atol=1e-4)
 
 
+def test_an_image_size_that_a_model_does_not_take_is_refused(clip):
+    with pytest.raises(TowerError, match="image_size must be 32"):
+        build_towers(f"hf:{clip}", None, TowerOptions(image_size=64))
+
+
 def test_a_tower_that_cannot_adapt_says_so():
     tower = ImageTower(module=nn.Flatten(), width=4, size=2)
 
