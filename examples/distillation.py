@@ -17,6 +17,7 @@ from torch import nn
 from diptych.engine import Evaluator, SeededLoader, Trainer, tasks
 from diptych.handlers import GradientClipping, LearningRate, RetrievalRecall, Teacher
 from diptych.losses import CLIPDistillationLoss, CLIPLoss, WeightedSum
+from diptych.recipes.towers.small_towers import TextEncoder
 from examples.emoji.data import (
     Emoji,
     TrainingPairs,
@@ -25,10 +26,11 @@ from examples.emoji.data import (
     unseen_drawings,
     unseen_emoji,
 )
-from examples.emoji.model import ImageEncoder, TextEncoder, TwoTowers
+from examples.emoji.model import ImageEncoder, TwoTowers
 from examples.emoji.train import one_side
 
 K = (1, 10)
+SOFT = 0.1  # twice what the contrastive loss learns, so that other pairs than the own one count
 
 
 class Student(TwoTowers):
@@ -53,10 +55,11 @@ def train(
     """Train a model alone, or with a teacher, and return it."""
     loss: nn.Module = CLIPLoss()
     if teacher is not None:
-        # The task's outputs are images, texts and groups; behind them are those of the teacher.
+        distillation = CLIPDistillationLoss(temperature=SOFT, teacher_temperature=SOFT)
         loss = WeightedSum(
-            losses={"clip": loss, "distillation": CLIPDistillationLoss(teacher_temperature=0.05)},
+            losses={"clip": loss, "distillation": distillation},
             weights={"clip": 1.0, "distillation": flags.weight},
+            # The task's outputs are images, texts and groups; behind them are the teacher's two.
             inputs={"clip": (0, 1, 2), "distillation": (0, 1, 3, 4)},
         )
     optimizer = torch.optim.Adam(
@@ -87,28 +90,36 @@ def recall(model: nn.Module, emoji: Sequence[Emoji]) -> Mapping[str, float]:
     }
 
 
-def report(name: str, model: nn.Module, emoji: Sequence[Emoji]) -> None:
-    """Print the size and the recall of a model."""
-    size = sum(parameter.numel() for parameter in model.parameters())
-    values = ", ".join(f"{key} {value:.1%}" for key, value in recall(model, emoji).items())
-    print(f"{name}, {size:,} parameters: {values}", flush=True)
+def compare(emoji: Sequence[Emoji], flags: argparse.Namespace) -> dict[str, Mapping[str, float]]:
+    """Return the recall of the teacher, the student alone, and the student with the teacher."""
+    teacher = trained_teacher(emoji, flags)
+    models = {"teacher": teacher}
+    for name, taught_by in (("student alone", None), ("student with teacher", teacher)):
+        torch.manual_seed(flags.seed)
+        models[name] = train(Student(), emoji, flags, taught_by)
+    return {name: recall(model, emoji) for name, model in models.items()}
 
 
-def main() -> None:
-    """Train the teacher, the student alone, and the student with the teacher."""
-    flags = parse_flags()
-    emoji = read_emoji()
+def trained_teacher(emoji: Sequence[Emoji], flags: argparse.Namespace) -> nn.Module:
+    """Return the teacher from its file, which is written if it is missing."""
     torch.manual_seed(0)
-    teacher: nn.Module = TwoTowers()
+    teacher = TwoTowers()
     if flags.teacher.exists():
         teacher.load_state_dict(torch.load(flags.teacher, weights_only=True))
     else:
-        train(teacher, emoji, argparse.Namespace(epochs=45, seed=0))
+        train(teacher, emoji, argparse.Namespace(epochs=flags.teacher_epochs, seed=0))
         torch.save(teacher.state_dict(), flags.teacher)
-    report("teacher", teacher, emoji)
-    for name, taught_by in (("student alone", None), ("student with teacher", teacher)):
-        torch.manual_seed(flags.seed)
-        report(name, train(Student(), emoji, flags, taught_by), emoji)
+    return teacher
+
+
+def main() -> None:
+    """Train and print a table."""
+    flags = parse_flags()
+    for model in (TwoTowers(), Student()):
+        size = sum(parameter.numel() for parameter in model.parameters())
+        print(f"{type(model).__name__}: {size:,} parameters")
+    for name, values in compare(read_emoji(), flags).items():
+        print(f"{name:20}", ", ".join(f"{key} {value:.1%}" for key, value in values.items()))
 
 
 def parse_flags() -> argparse.Namespace:
@@ -119,8 +130,9 @@ def parse_flags() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--teacher", type=Path, default=Path("teacher.pt"), help="weights; trained if missing")
+    add("--teacher-epochs", type=int, default=45, help="passes over the drawings, of the teacher")
     add("--epochs", type=int, default=45, help="passes over the training drawings, of a student")
-    add("--weight", type=float, default=1.0, help="of the distillation; the other loss has 1")
+    add("--weight", type=float, default=5.0, help="of the distillation; the other loss has 1")
     add("--seed", type=int, default=0, help="seed of the student, the order and the augmentation")
     return parser.parse_args()
 
