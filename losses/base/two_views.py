@@ -1,4 +1,4 @@
-"""Two views of each sample as one set of anchors and candidates."""
+"""Views of each sample as one set of anchors and candidates."""
 
 from __future__ import annotations
 
@@ -32,3 +32,24 @@ def two_views(pairs: Pairs) -> tuple[Tensor, Positives, GlobalBatch]:
         column_groups=None if row_groups is None else batch.gather(row_groups),
     )
     return anchors, positives, batch
+
+
+def view_positives(
+    groups: Tensor, batch: GlobalBatch, own: int, seen: int, *, among_candidates: bool = True
+) -> Positives:
+    """Return the matches of this rank's anchors among the candidates of all ranks.
+
+    Args:
+        groups: Integer ids [b], or multi-hot labels [b, C].
+        batch: Sizes of all ranks.
+        own: The number of views that are anchors; a rank's anchors come view after view.
+        seen: The number of views that are candidates, rank after rank.
+        among_candidates: Whether the anchors are the candidates.
+    """
+    candidates = batch.of_views(seen)
+    return Positives(
+        candidates.total,
+        itself=candidates.positions(groups.device) if among_candidates else None,
+        row_groups=torch.cat([groups] * own),
+        column_groups=candidates.gather(torch.cat([groups] * seen)),
+    )

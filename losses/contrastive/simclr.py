@@ -1,12 +1,17 @@
-"""NTXentLoss: two views of each sample, contrasted with all other views in the batch."""
+"""NTXentLoss: views of each sample, contrasted with all other views in the batch."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from diptych.losses.base.contrastive import BaseContrastiveLoss, Pairs
+from diptych.losses.base.gather import GlobalBatch, global_batch
+from diptych.losses.base.loss import sum_of_terms
 from diptych.losses.base.objectives import Tile, check_tile, contrast
-from diptych.losses.base.two_views import two_views
+from diptych.losses.base.positives import Positives, with_own_groups
+from diptych.losses.base.two_views import two_views, view_positives
+from diptych.losses.base.validation import check_groups, check_two_views, check_views
 from diptych.losses.registry import register_loss
 
 
@@ -19,8 +24,11 @@ class NTXentLoss(BaseContrastiveLoss):
     a single sample gives 0 without gradient. With `groups`, all views of the group are positives,
     and their log-probabilities are averaged (SupCon's outer form).
 
-    Across ranks: both views are gathered, with gradient; a rank computes its 2b rows against all 2B
-    columns. Exact for uneven local batches.
+    Called ``loss(first, second)``, or with more than two views in either argument, [B, V, D]; then
+    an anchor's positives are all other views of its sample, averaged as those of a group.
+
+    Across ranks: all views are gathered; a rank computes the rows of its own against all columns.
+    Exact for uneven local batches.
 
     Source: Chen et al. 2020, arXiv:2002.05709.
 
@@ -52,9 +60,64 @@ class NTXentLoss(BaseContrastiveLoss):
         check_tile(tile)
         self.tile = tile
 
+    def forward(
+        self, first: Tensor, second: Tensor | None = None, groups: Tensor | None = None
+    ) -> Tensor:
+        """Return the loss, a scalar that averages over ranks to that of the global batch.
+
+        Args:
+            first: [b, D] or [b, V, D], floating point.
+            second: More views, [b, D] or [b, V', D]; None: `first` has all of them.
+            groups: Integers [b]; samples with equal ids match one another. -100: no group.
+
+        Raises:
+            ValueError: If shapes do not fit, or there is only one view.
+            TypeError: If features are not floating point or groups not integers.
+        """
+        return sum_of_terms(self.terms(first, second, groups))
+
+    def terms(
+        self, first: Tensor, second: Tensor | None = None, groups: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return {"contrastive": the loss}. Arguments as for `forward`."""
+        if second is not None and second.dim() == first.dim() == 2:
+            return super().terms(first, second, groups)
+        sides = [first] if second is None else [first, second]
+        for side in sides:
+            check_views("first" if side is first else "second", side)
+        if second is not None:
+            check_two_views(self.sides, first, second)
+        views = torch.cat([side if side.dim() == 3 else side[:, None] for side in sides], dim=1)
+        size, count, dim = views.shape
+        if count == 1:
+            raise ValueError(
+                "first must have two views at least, got one. Pass [batch, views, features], or"
+                " second."
+            )
+        if count == 2:
+            return super().terms(views[:, 0], views[:, 1], groups)
+        check_groups("groups", groups, size)
+        given = int(groups is not None)
+        batch = global_batch(size, feature_dimension=dim, views=count, groups_given=given)
+        ids = batch.positions(views.device) if groups is None else with_own_groups(groups, batch)
+        with torch.autocast(views.device.type, enabled=False):
+            anchors = self.normalize_features(torch.cat(views.unbind(1)))
+            positives = view_positives(ids, batch, count, count)
+            return self._mean(anchors, positives, batch.of_views(count), dtype=views.dtype)
+
     def objective(self, pairs: Pairs) -> dict[str, Tensor]:
         """Return {"contrastive": the loss}."""
-        anchors, positives, batch = two_views(pairs)
+        return self._mean(*two_views(pairs), normalize=pairs.normalize, dtype=pairs.dtype)
+
+    def _mean(
+        self,
+        anchors: Tensor,
+        positives: Positives,
+        batch: GlobalBatch,
+        *,
+        dtype: torch.dtype,
+        normalize: bool = False,
+    ) -> dict[str, Tensor]:
         losses = contrast(
             anchors,
             anchors,
@@ -62,7 +125,7 @@ class NTXentLoss(BaseContrastiveLoss):
             positives,
             batch=batch,
             tile=self.tile,
-            normalize=pairs.normalize,
-            dtype=pairs.dtype,
+            normalize=normalize,
+            dtype=dtype,
         )
         return {"contrastive": batch.mean(losses)}

@@ -11,6 +11,7 @@ from diptych.losses.base.loss import sum_of_terms
 from diptych.losses.base.normalization import normalize
 from diptych.losses.base.objectives import Tile, check_tile, contrast, masked_info_nce
 from diptych.losses.base.positives import Positives, with_own_groups
+from diptych.losses.base.two_views import view_positives
 from diptych.losses.base.validation import (
     check_choice,
     check_fraction,
@@ -121,7 +122,7 @@ class SupervisedContrastiveLoss(BaseContrastiveLoss):
                 loss, has_positive = self._contrast(
                     rows,
                     rows if same else torch.cat([anchors[:, view] for view in seen]),
-                    _positives(labels, batch, len(own), len(seen), among_candidates=same),
+                    view_positives(labels, batch, len(own), len(seen), among_candidates=same),
                     batch.of_views(len(seen)),
                     views.dtype,
                 )
@@ -170,27 +171,6 @@ class SupervisedContrastiveLoss(BaseContrastiveLoss):
         """Return features [batch, 2, dim] and labels [batch] for the contract test."""
         features = torch.randn(batch, 2, dim, generator=generator)
         return features, torch.randint(3, (batch,), generator=generator)
-
-
-def _positives(
-    labels: Tensor, batch: GlobalBatch, own: int, seen: int, *, among_candidates: bool
-) -> Positives:
-    """Return the matches of this rank's anchors among the candidates of all ranks.
-
-    Args:
-        labels: [b] or [b, C].
-        batch: Sizes of all ranks.
-        own: The number of views that are anchors; a rank's anchors come view after view.
-        seen: The number of views that are candidates, rank after rank.
-        among_candidates: Whether the anchors are the candidates.
-    """
-    candidates = batch.of_views(seen)
-    return Positives(
-        candidates.total,
-        itself=candidates.positions(labels.device) if among_candidates else None,
-        row_groups=torch.cat([labels] * own),
-        column_groups=candidates.gather(torch.cat([labels] * seen)),
-    )
 
 
 def jaccard(rows: Tensor, columns: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from diptych.losses import NTXentLoss
 from diptych.losses.contract import check_loss
 from tests.losses.oracles import draw, logits, lse, mean
+from tests.losses.ranks import Ranks, assert_same_on_ranks
 
 FIRST, SECOND = draw(5, 4), draw(5, 4, seed=1)
 
@@ -48,6 +49,37 @@ def test_a_single_sample_gives_zero_and_chance_gives_the_log_of_the_candidates()
     assert float(NTXentLoss()(FIRST[:1], SECOND[:1])) == 0
     same = torch.ones(4, 3)
     assert math.isclose(float(NTXentLoss()(same, same)), math.log(7), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("tile", [None, 2])
+@pytest.mark.parametrize("groups", [None, [0, 1, 0, 2, -100]])
+def test_all_other_views_of_a_sample_are_positives(
+    groups: list[int] | None, tile: int | None
+) -> None:
+    first, second = draw(5, 2, 4), draw(5, 4, seed=1)
+    views = torch.cat([first[:, 0], first[:, 1], second])
+    rows = logits(views, views, 0.5)
+    ids = ([0, 1, 0, 2, 3] if groups else list(range(5))) * 3
+    expected = mean(
+        lse(row[k] for k in range(15) if k != i)
+        - mean(row[k] for k in range(15) if k != i and ids[k] == ids[i])
+        for i, row in enumerate(rows)
+    )
+    given = None if groups is None else torch.tensor(groups)
+    loss = NTXentLoss(tile=tile)
+    assert math.isclose(float(loss(first, second, given)), expected, rel_tol=1e-12)
+    together = torch.cat([first, second[:, None]], dim=1)
+    assert math.isclose(float(loss(together, None, given)), expected, rel_tol=1e-12)
+
+
+def test_two_views_in_one_argument_are_two_arguments() -> None:
+    assert NTXentLoss()(torch.stack([FIRST, SECOND], dim=1)) == NTXentLoss()(FIRST, SECOND)
+    with pytest.raises(ValueError, match="first must have two views at least, got one"):
+        NTXentLoss()(FIRST)
+
+
+def test_more_views_are_the_same_on_ranks(ranks: Ranks) -> None:
+    assert_same_on_ranks(ranks, NTXentLoss, (draw(6, 3, 4),), splits=[(2, 4), (3, 0, 3)])
 
 
 def test_a_learned_temperature_keeps_the_contract() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diptych.losses import CLIPLoss, NTXentLoss, SigLIPLoss
+from diptych.losses import CLIPLoss, DecoupledContrastiveLoss, NTXentLoss, SigLIPLoss
 
 pytestmark = pytest.mark.gpu
 
@@ -20,6 +20,8 @@ LOSSES = {
     "clip smoothed": partial(CLIPLoss, label_smoothing=0.1),
     "siglip": SigLIPLoss,
     "simclr": partial(NTXentLoss, learn_temperature=True),
+    "decoupled": partial(DecoupledContrastiveLoss, learn_temperature=True),
+    "not normalised": partial(CLIPLoss, normalize=False, temperature=1.0, learn_temperature=False),
 }
 
 
