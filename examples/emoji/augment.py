@@ -14,25 +14,26 @@ COLOR = 0.3
 GRAY_PROBABILITY = 0.1
 
 
-def augment(images: Tensor, draws: Tensor) -> Tensor:
+def augment(images: Tensor, draws: Tensor, *, zoom: float = 1.0) -> Tensor:
     """Shift, scale, rotate and recolour each drawing slightly; no flips, because of arrows.
 
     Args:
         images: uint8 [B, 3, H, W], on white.
         draws: uniform in [0, 1), [B, NUMBER_OF_DRAWS].
+        zoom: of the window around the centre that fills the image, before the random changes.
 
     Returns:
         Float [B, 3, H, W], about [0, 1]; colours may exceed it.
     """
     signed = 2 * draws - 1
-    warped = _warp(images.float() / 255, signed[:, :4])
+    warped = _warp(images.float() / 255, signed[:, :4], zoom)
     colored = _recolor(warped, signed[:, 4:10])
     gray = draws[:, 10, None, None, None] < GRAY_PROBABILITY
     return torch.where(gray, colored.mean(dim=1, keepdim=True), colored)
 
 
-def _warp(images: Tensor, signed: Tensor) -> Tensor:
-    scale, angle = 1 + SCALE * signed[:, 0], ROTATION * signed[:, 1]
+def _warp(images: Tensor, signed: Tensor, zoom: float) -> Tensor:
+    scale, angle = (1 + SCALE * signed[:, 0]) / zoom, ROTATION * signed[:, 1]
     cos, sin, shift = scale * angle.cos(), scale * angle.sin(), SHIFT * signed[:, 2:]
     rows = [
         torch.stack([cos, -sin, shift[:, 0]], dim=1),

@@ -107,13 +107,17 @@ def collate_views(samples: Sequence[dict[str, Any]]) -> Batch:
     return {"first": first, "second": second, "group": groups}
 
 
-def collate_crops(samples: Sequence[dict[str, Any]]) -> Batch:
-    """Return `large` [B, 2, 3, 32, 32] and `small` [B, V - 2, 3, 32, 32], augmented independently.
+def collate_crops(samples: Sequence[dict[str, Any]], *, zoom: float) -> Batch:
+    """Return two views, `large` [B, 2, 3, 32, 32], and the others, `small` [B, V - 2, 3, 32, 32].
 
-    The drawings are too small for crops of two sizes, so that all views show the whole drawing.
+    Args:
+        samples: those of `ManyViews`.
+        zoom: of the small crops, which have the size of the large ones and show less of a drawing.
     """
-    views = torch.stack([augment(*view) for view in zip(*_views(samples), strict=True)], dim=1)
-    return {"large": views[:, :2], "small": views[:, 2:]}
+    views = list(zip(*_views(samples), strict=True))
+    large = [augment(images, draws) for images, draws in views[:2]]
+    small = [augment(images, draws, zoom=zoom) for images, draws in views[2:]]
+    return {"large": torch.stack(large, dim=1), "small": torch.stack(small, dim=1)}
 
 
 def _views(samples: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from examples.emoji import characters, labels, names
-from examples.emoji.augment import augment
+from examples.emoji.augment import NUMBER_OF_DRAWS, augment
 from examples.emoji.data import STYLES, training_drawings
 from examples.emoji.splits import SEEN, UNSEEN_DRAWING, UNSEEN_EMOJI
 
@@ -64,14 +64,22 @@ def test_a_batch_of_views_is_augmented_view_by_view(emoji):
     assert batch["group"].tolist() == list(range(len(views)))
 
 
-def test_the_first_two_views_are_the_large_crops(emoji):
+def test_the_first_two_views_are_the_large_crops_and_the_others_are_zoomed(emoji):
     views = labels.ManyViews(emoji[:3], 5)
     samples = [views[i] for i in range(3)]
-    batch = labels.collate_crops(samples)
+    batch = labels.collate_crops(samples, zoom=2)
     for view in range(5):
         images, draws = (torch.stack([s[key][view] for s in samples]) for key in ("image", "draws"))
         crop = batch["large"][:, view] if view < 2 else batch["small"][:, view - 2]
-        torch.testing.assert_close(crop, augment(images, draws))
+        torch.testing.assert_close(crop, augment(images, draws, zoom=1 if view < 2 else 2))
+
+
+def test_a_zoom_of_two_fills_the_image_with_the_inner_half():
+    image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    image[:, :, 8:24, 8:24] = 255
+    still = torch.full((1, NUMBER_OF_DRAWS), 0.5)
+    assert augment(image, still).mean() < 0.3
+    assert augment(image, still, zoom=2)[:, :, 2:-2, 2:-2].min() > 0.99
 
 
 def test_labelled_drawings_come_with_their_labels(emoji):
