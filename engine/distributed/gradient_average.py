@@ -11,6 +11,7 @@ import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.utils.hooks import RemovableHandle
 
 from diptych.engine.distributed.agreement import wait_for_all_ranks
@@ -44,8 +45,10 @@ class _Bucket:
 
     def launch(self) -> None:
         """Start the all-reduce of this rank's gradients; a missing gradient counts as 0."""
-        gradients = [_dense(parameter) for parameter in self.parameters]
-        packed = torch.cat([*[g.reshape(-1) for g in gradients], self._present(gradients[0])])
+        held = [(parameter, parameter.grad) for parameter in self.parameters]
+        # `_dense` is called for few parameters: calls for all of them would be noticed.
+        gradients = [_dense(p) if g is None or g.is_sparse else g for p, g in held]
+        packed = _flatten_dense_tensors([*gradients, self._present(gradients[0])])
         # Divided before the sum, so that half precision does not overflow.
         packed[: -len(gradients)].div_(world_size())
         self.packed, self.stale = packed, False
@@ -70,10 +73,15 @@ class _Bucket:
         present = [1.0] * count
         if [p for p in self.parameters if p.grad is None]:
             present = self.packed[-count:].tolist()
-        parts = self.packed[:-count].split([p.numel() for p in self.parameters])
-        for parameter, part, ranks in zip(self.parameters, parts, present, strict=True):
-            if ranks:
-                _put(parameter, part.view(parameter.shape))
+        parts = _unflatten_dense_tensors(self.packed[:-count], self.parameters)
+        for parameter, average, ranks in zip(self.parameters, parts, present, strict=True):
+            gradient = parameter.grad
+            if not ranks:
+                continue
+            if gradient is None or gradient.is_contiguous():
+                parameter.grad = average
+            else:  # keep a layout such as channels_last
+                gradient.copy_(average)
         self.packed = self.work = None
 
 
@@ -233,11 +241,3 @@ def _dense(parameter: nn.Parameter) -> Tensor:
             f"{tuple(gradient.shape)}. Build the embedding with sparse=False."
         )
     return gradient
-
-
-def _put(parameter: nn.Parameter, average: Tensor) -> None:
-    gradient = parameter.grad
-    if gradient is None or gradient.is_contiguous():
-        parameter.grad = average
-    else:  # keep a layout such as channels_last
-        gradient.copy_(average)
