@@ -39,6 +39,10 @@ def _path(value: str | Path | None) -> Path | None:
     return None if value is None else Path(value).absolute()
 
 
+def _pattern(value: str | None) -> str | None:
+    return None if value is None else str(Path(value).absolute())  # a run is repeated from anywhere
+
+
 def _names(value: Sequence[str] | None) -> tuple[str, ...] | None:
     return tuple(value) if isinstance(value, (list, tuple)) else value  # type: ignore[return-value]
 
@@ -96,7 +100,7 @@ class Settings:
 
     images: Path | None = attrs.field(default=None, converter=_path)
     captions: Path | None = attrs.field(default=None, converter=_path)
-    shards: str | None = attrs.field(default=None, validator=_optional(_text))
+    shards: str | None = attrs.field(default=None, converter=_pattern)
     shard_samples: int | None = attrs.field(
         default=None, validator=_optional(whole_number(of="samples"))
     )

@@ -66,6 +66,8 @@ def bert(tmp_path: Path) -> Path:
         num_attention_heads=2,
         intermediate_size=16,
         max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     transformers.BertModel(config).save_pretrained(tmp_path / "bert")
     save_tokenizer(tmp_path / "bert")
@@ -115,6 +117,21 @@ def test_a_text_model_of_transformers_beside_the_small_image_tower(photos, bert,
     torch.testing.assert_close(alone[0], padded[0], rtol=1e-4, atol=1e-5)
     with pytest.raises(DataError, match="both towers of one CLIP"):
         export(tmp_path / "run", "huggingface", tmp_path / "out")
+
+
+def test_micro_batches_of_tokens_with_masks_change_nothing(photos, bert):
+    losses = []
+    for size in (None, 1):
+        data = {"images": photos / "images", "captions": photos / "captions.txt"}
+        settings = Settings(
+            **data, text_tower=f"hf:{bert}", image_size=32, microbatch_size=size, **QUICK
+        )
+        training = build_training(settings)
+        training.trainer.run(training.loader, max_epochs=1)
+        losses.append(training.trainer.metrics.get_history("train/loss"))
+
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len(losses[0]) > 0
 
 
 def test_lora_trains_few_weights_and_reloads(photos, clip, tmp_path):
