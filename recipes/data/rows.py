@@ -110,10 +110,9 @@ def _lines(problems: Sequence[Problem]) -> Iterator[str]:
     for kind, count in shown:
         yield f"  {count:,}: {kind}"
         first = [problem for problem in problems if problem.kind == kind][:each]
-        for number, problem in enumerate(first, start=1):
-            more = f" (and {count - each:,} more)" if number == each and count > each else ""
-            detail = f": {problem.detail}" if problem.detail else ""
-            yield f"      {problem.where}{detail}{more}"
+        lines = [": ".join(filter(None, (one.where, one.detail))) for one in first]
+        lines[-1] += f" (and {count - each:,} more)" if count > each else ""
+        yield from (f"      {line}" for line in lines)
     if len(kinds) > KINDS:
         others = sum(count for _, count in kinds[KINDS:])
         yield f"  {others:,} with {len(kinds) - KINDS} other problems"
