@@ -52,10 +52,9 @@ class SharedNorms:
         self._attempt = 0  # at which they were measured: a failed update is made again
 
     def attach(self, trainer: Trainer) -> None:
-        """Invalidate the cache after each of the trainer's updates; a second call does nothing."""
-        for event in (StepEvents.LOSS_COMPUTED, StepEvents.OPTIMIZER_STEPPED):
-            if not trainer.has_event_handler(self.invalidate, event):
-                trainer.add_event_handler(event, self.invalidate)
+        """Invalidate the cache before the handlers of gradients; a second call does nothing."""
+        if not trainer.has_event_handler(self.invalidate, StepEvents.GRADIENTS_READY):
+            trainer.add_event_handler(StepEvents.GRADIENTS_READY, self.invalidate)
 
     def measure(self, trainer: Trainer) -> GradientNorms:
         """Return the norms of this update; measure them if no handler has yet.

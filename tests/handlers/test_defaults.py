@@ -25,8 +25,12 @@ from tests.handlers.runs import kept_records, loader, make_trainer, report_each_
 ITERATIONS = 10_000
 """As in the benchmark: start and end of a run (the last save) cost as much as 500 iterations."""
 
-LIMIT = 12.0
-"""Times the cost of a bare Ignite engine; 7 to 9.5 were measured on a machine with other work."""
+LIMIT = 15.0
+"""Times the cost of a bare Ignite engine.
+
+Measured on a machine with other work: 10 to 12, of which 2 to 3 are the measurements of features
+and gradients, and the nine values that these add to each record.
+"""
 
 
 def run(folder: Path | None, epochs: int = 2, **options: object) -> Trainer:

@@ -200,6 +200,21 @@ def test_norms_of_a_failed_update_are_not_reused():
     assert records[0].values["gradients/norm/body"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_each_of_two_updates_in_one_step_has_its_own_norm():
+    def step(trainer: Trainer, _: object) -> None:
+        for size in (1.0, 2.0):
+            for parameter in trainer.model.parameters():
+                parameter.grad = torch.full_like(parameter, size)
+            trainer.fire_event(StepEvents.GRADIENTS_READY)
+
+    trainer = make_trainer(step=step)
+    trainer.attach(GradientDiagnostics(every=1, updates=False))
+    records = kept_records(trainer)
+    trainer.run(make_loader(1), max_epochs=1)
+    count = sum(parameter.numel() for parameter in trainer.model.parameters())
+    assert records[0].values["gradients/norm"] == pytest.approx(1.5 * count**0.5)
+
+
 def test_norms_are_measured_in_each_update_after_a_failed_attach():
     class Refused:
         def attach(self, _: Trainer) -> None:
