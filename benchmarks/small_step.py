@@ -4,6 +4,7 @@
 
 Two MLP towers of 2 and 8 layers, CLIP's loss, batches of 64 that are already on the device, AdamW.
 All loops run in turn in one process with the same loss; the figure is the minimum of their turns.
+`--calls` counts the calls of Python functions instead, which no other work on the machine changes.
 Libraries that this interpreter lacks are measured with another one, beside a raw loop of its own.
 """
 
@@ -17,6 +18,7 @@ import json
 import logging
 import os
 import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -30,8 +32,8 @@ from torch import Tensor, nn
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDTH, BATCH, LOG_EVERY = 64, 64, 50
 
-WARM_UP = 10
-"""Updates before the time is taken."""
+WARM_UP = 60
+"""Updates before the time is taken, the first log point among them."""
 
 
 class Batches:
@@ -41,12 +43,17 @@ class Batches:
 
     Args:
         updates: requests between the two.
+        calls: whether to count calls of Python functions instead.
+
+    Attributes:
+        cost: seconds of an update, or calls in millions, so that both are printed alike.
     """
 
-    def __init__(self, updates: int) -> None:
-        self._updates = updates
+    def __init__(self, updates: int, *, calls: bool = False) -> None:
+        self._updates, self._counts = updates, calls
         self._batch = tuple(torch.randn(BATCH, WIDTH, device=DEVICE) for _ in range(2))
-        self.seconds = 0.0
+        self._calls = 0
+        self.cost = 0.0
 
     def __len__(self) -> int:
         return WARM_UP + self._updates + 1
@@ -56,9 +63,15 @@ class Batches:
         for number in range(len(self)):
             if number == WARM_UP:
                 start = _now()
+                sys.setprofile(self._count if self._counts else None)
             if number == WARM_UP + self._updates:
-                self.seconds = (_now() - start) / self._updates
+                sys.setprofile(None)
+                spent = self._calls / 1e6 if self._counts else _now() - start
+                self.cost = spent / self._updates
             yield self._batch
+
+    def _count(self, _: object, event: str, __: object) -> None:
+        self._calls += event == "call"
 
 
 def _now() -> float:
@@ -233,6 +246,13 @@ def default(folder: Path) -> list[Any]:
     return default_handlers(folder, every=10**9)
 
 
+def unmeasured(folder: Path) -> list[Any]:
+    """Return the default handlers without those that measure features and gradients."""
+    from diptych.handlers import default_handlers
+
+    return default_handlers(folder, every=10**9, health=False)
+
+
 def with_optimization(folder: Path) -> list[Any]:
     """Return the default handlers, a rate, clipping, and an average of the weights."""
     from diptych.handlers import GradientClipping, LearningRate, WeightAverage
@@ -248,24 +268,25 @@ LOOPS: dict[str, tuple[Callable[[Path], Loop], tuple[str, ...]]] = {
     "Lightning default": (lightning_default, ("lightning", "tensorboard")),
     "Diptych bare": (_diptych(lambda _: []), ("diptych",)),
     "Diptych default": (_diptych(default), ("diptych", "tensorboard")),
+    "Diptych default, health=False": (_diptych(unmeasured), ("diptych", "tensorboard")),
     "Diptych default, rate + clipping + average": (_diptych(with_optimization), ("diptych",)),
 }
 """Name to the function that builds a loop, and the packages that it needs."""
 
 
-def measured(names: list[str], turns: int, updates: int) -> dict[str, float]:
-    """Return the seconds of an update of each loop that this interpreter can run."""
+def measured(names: list[str], options: argparse.Namespace) -> dict[str, float]:
+    """Return the cost of an update of each loop that this interpreter can run."""
     able = [n for n in names if all(importlib.util.find_spec(p) for p in LOOPS[n][1])]
     with contextlib.ExitStack() as stack:
         stack.enter_context(silence())
         folders = [Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in able]
         loops = {n: LOOPS[n][0](folder) for n, folder in zip(able, folders, strict=True)}
         times: dict[str, list[float]] = {name: [] for name in able}
-        for _ in range(turns):
+        for _ in range(options.turns):
             for name, loop in loops.items():
-                batches = Batches(updates)
+                batches = Batches(options.updates, calls=options.calls)
                 loop(batches)
-                times[name].append(batches.seconds)
+                times[name].append(batches.cost)
     return {name: min(values) for name, values in times.items()}
 
 
@@ -283,8 +304,9 @@ def silence() -> Iterator[None]:
 
 
 def measured_by(python: str, names: list[str], options: argparse.Namespace) -> dict[str, float]:
-    """Return the seconds of these loops, and of a raw one, measured with another interpreter."""
+    """Return the cost of these loops, and of a raw one, measured with another interpreter."""
     sizes = ["--turns", str(options.turns), "--updates", str(options.updates)]
+    sizes += ["--calls"] if options.calls else []
     command = [python, __file__, "--json", *sizes, "--only", "raw", *names]
     output = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
     return dict(json.loads(output.stdout))
@@ -296,11 +318,12 @@ def main() -> None:
     parser.add_argument("--peers", help="an interpreter with pytorch-ignite, tqdm, lightning")
     parser.add_argument("--turns", type=int, default=10, help="turns of each loop")
     parser.add_argument("--updates", type=int, default=200, help="updates in a turn")
+    parser.add_argument("--calls", action="store_true", help="count Python calls, not the time")
     parser.add_argument("--only", nargs="+", choices=LOOPS, help="measure only these")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
     names = list(dict.fromkeys(["raw", *(options.only or LOOPS)]))
-    results = measured(names, options.turns, options.updates)
+    results = measured(names, options)
     if options.json:
         print(json.dumps(results))
         return
@@ -310,12 +333,15 @@ def main() -> None:
         others = measured_by(options.peers, absent, options)
         results |= {name: others[name] for name in absent if name in others}
         ratios |= {name: others[name] / others["raw"] for name in absent if name in others}
-    print_table(names, results, ratios)
+    print_table(names, results, ratios, "Python calls" if options.calls else "us")
 
 
-def print_table(names: list[str], results: dict[str, float], ratios: dict[str, float]) -> None:
+def print_table(
+    names: list[str], results: dict[str, float], ratios: dict[str, float], unit: str
+) -> None:
     """Print the results as a Markdown table."""
-    print("| loop | us per update | relative to raw |\n|---|---:|---:|")
+    print(f"on {torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'the CPU'}\n")
+    print(f"| loop | {unit} per update | relative to raw |\n|---|---:|---:|")
     for name in names:
         if name in results:
             print(f"| {name} | {results[name] * 1e6:,.0f} | {ratios[name]:.3f} |")
