@@ -7,7 +7,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import attrs
 import torch
@@ -93,7 +93,9 @@ class RepresentationHealth(Handler):
 
     collective: ClassVar[bool] = True
 
-    every: int | None = attrs.field(default=10, validator=attrs.validators.optional(whole_number()))
+    every: int | None = attrs.field(
+        default=cast("int | None", 10), validator=attrs.validators.optional(whole_number())
+    )
     features: Sequence[str] | None = attrs.field(default=None, validator=name_count(1, 2))
     samples: int = attrs.field(default=1024, validator=whole_number(2))
     warmup: int = attrs.field(default=200, validator=whole_number(0))

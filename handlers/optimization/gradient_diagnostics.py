@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import attrs
 import torch
@@ -71,7 +71,8 @@ class GradientDiagnostics(Handler):
     collective: ClassVar[bool] = True
 
     every: int | None = attrs.field(
-        default=10, validator=attrs.validators.optional(whole_number(of="iterations"))
+        default=cast("int | None", 10),
+        validator=attrs.validators.optional(whole_number(of="iterations")),
     )
     components: Components | None = attrs.field(default=None, validator=_check_components)
     updates: bool = True
