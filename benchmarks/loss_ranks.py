@@ -42,6 +42,11 @@ class Figures(NamedTuple):
     memory: float
 
 
+def place() -> tuple[int, int]:
+    """Return this rank and the number of ranks."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def usual(loss: str) -> Pair:
     """Return the usual form: gathered features, local logits, a cross entropy a direction."""
     scale = SCALE[loss]
@@ -50,9 +55,8 @@ def usual(loss: str) -> Pair:
         return batch.gather(features)
 
     def call(first: Tensor, second: Tensor) -> Tensor:
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        batch = GlobalBatch((len(first),) * world, rank)
+        rank, ranks = place()
+        batch = GlobalBatch((len(first),) * ranks, rank)
         sides = F.normalize(first, dim=-1), F.normalize(second, dim=-1)
         own = torch.arange(batch.offset, batch.offset + batch.size, device=first.device)
         if loss == "simclr":
@@ -76,8 +80,7 @@ def usual(loss: str) -> Pair:
 
 def measured(call: Pair, pairs: int, options: argparse.Namespace) -> Figures:
     """Return this rank's figures on its part of the global batch; infinite if it does not fit."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank, ranks = place()
     device = torch.device("cuda", rank) if options.gpu else torch.device("cpu")
     dtype = torch.bfloat16 if options.gpu else torch.float32
     generator = torch.Generator(device).manual_seed(rank)

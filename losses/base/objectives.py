@@ -254,22 +254,26 @@ def masks(positives: Positives, kind: str, *, decoupled: bool) -> tuple[Tensor, 
 
 def _logits(blocks: LossBlocks, dtype: torch.dtype | None, batch: GlobalBatch | None) -> Tensor:
     """Return scale * anchors @ candidates.T + bias for all candidates, float32 or float64."""
-    anchors, candidates, scale, bias, normalize = blocks
-    logits: Tensor
-    half = dtype is not None and kernels_take(anchors, dtype)
+    half = dtype is not None and kernels_take(blocks.anchors, dtype)
     several = batch is not None and batch.world_size > 1
-    if normalize and (several or not half):  # ranks exchange gradients in float32
-        anchors = normalize_in_float32(anchors)
-        candidates = None if candidates is None else normalize_in_float32(candidates)
-        normalize = False
-    candidates = anchors if candidates is None else candidates
-    if batch is not None:
-        candidates = batch.gather(candidates)
+    if blocks.normalize and (several or not half):  # ranks exchange gradients in float32
+        blocks = _at_norm(blocks)
+    anchors, _, scale, bias, normalize = blocks
+    candidates = blocks.piece if batch is None else batch.gather(blocks.piece)
+    logits: Tensor
     if half:
         logits = half_logits(anchors.to(dtype), candidates.to(dtype), scale, normalize)
     else:
         logits = (scale * anchors) @ candidates.T
     return logits if bias is None else logits + bias
+
+
+def _at_norm(blocks: LossBlocks) -> LossBlocks:
+    """Return the blocks with normalised features."""
+    anchors, candidates = normalize_in_float32(blocks.anchors), blocks.candidates
+    if candidates is not None:
+        candidates = normalize_in_float32(candidates)
+    return blocks._replace(anchors=anchors, candidates=candidates, normalize=False)
 
 
 def _row_losses(

@@ -82,18 +82,8 @@ class NTXentLoss(BaseContrastiveLoss):
         """Return {"contrastive": the loss}. Arguments as for `forward`."""
         if second is not None and second.dim() == first.dim() == 2:
             return super().terms(first, second, groups)
-        sides = [first] if second is None else [first, second]
-        for side in sides:
-            check_views("first" if side is first else "second", side)
-        if second is not None:
-            check_two_views(self.sides, first, second)
-        views = torch.cat([side if side.dim() == 3 else side[:, None] for side in sides], dim=1)
+        views = _joined(first, second)
         size, count, dim = views.shape
-        if count == 1:
-            raise ValueError(
-                "first must have two views at least, got one. Pass [batch, views, features], or"
-                " second."
-            )
         if count == 2:
             return super().terms(views[:, 0], views[:, 1], groups)
         check_groups("groups", groups, size)
@@ -129,3 +119,19 @@ class NTXentLoss(BaseContrastiveLoss):
             dtype=dtype,
         )
         return {"contrastive": batch.mean(losses)}
+
+
+def _joined(first: Tensor, second: Tensor | None) -> Tensor:
+    """Return the validated views of both arguments, [b, V, D]."""
+    if second is None:
+        check_views("first", first)
+        sides = [first]
+    else:
+        check_two_views(("first", "second"), first, second)
+        sides = [first, second]
+    views = torch.cat([side if side.dim() == 3 else side[:, None] for side in sides], dim=1)
+    if views.shape[1] == 1:
+        raise ValueError(
+            "first must have two views at least, got one. Pass [batch, views, features], or second."
+        )
+    return views

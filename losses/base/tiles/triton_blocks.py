@@ -202,16 +202,21 @@ def contrast_sums(
     row_sums = finished(problem, row_total, row_total)
     if not symmetric:
         return row_sums, None
-    # The columns as rows: the own pair of a column is the anchor in its place, if it is here.
-    place = torch.arange(m, device=own.device) - batch.own.start
+    # All ranks know the whole sums, so they decide alike which to compute again.
+    known = column_total if batch.world_size == 1 else sum_over_ranks(column_total)
+    problem = _turned(problem, entries, batch)
+    return row_sums, own_columns(finished(problem, column_total, known), row_sums, entries, batch)
+
+
+def _turned(problem: _KernelProblem, entries: Entries, batch: GlobalBatch) -> _KernelProblem:
+    """Return the problem with columns as rows."""
+    # The own pair of a column is the anchor in its place, if that is on this rank.
+    place = torch.arange(problem.m, device=entries.partner.device) - batch.own.start
     turned = entries._replace(
         partner=place, row_groups=entries.column_groups, column_groups=entries.row_groups
     )
-    turned_blocks = LossBlocks(whole, None, blocks.scale)
-    # All ranks know the whole sums, so they decide alike which to compute again.
-    known = column_total if batch.world_size == 1 else sum_over_ranks(column_total)
-    problem = _KernelProblem(turned_blocks, turned, blocks.anchors)
-    return row_sums, own_columns(finished(problem, column_total, known), row_sums, entries, batch)
+    blocks = LossBlocks(problem.whole, None, problem.blocks.scale)
+    return _KernelProblem(blocks, turned, problem.blocks.anchors)
 
 
 def _row_sums(
