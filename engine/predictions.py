@@ -75,7 +75,7 @@ def _labelled(y_pred: Tensor, y: Tensor) -> Prediction:
     dims = y_pred.ndim - y.ndim
     if y.is_floating_point() or y.dtype == torch.bool or dims not in {0, 1}:
         return y_pred, y
-    known = y != NO_LABEL
+    known = y.long() != NO_LABEL  # 156 == -100 in uint8
     if bool(known.all()):
         return y_pred, y
     return (y_pred.movedim(1, -1) if dims else y_pred)[known], y[known]

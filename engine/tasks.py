@@ -275,9 +275,14 @@ def check_not_logits(outputs: Mapping[str, Tensor]) -> None:
     if len(names) < 2 or not _are_square(one := outputs[names[0]], other := outputs[names[1]]):
         return
     size = one.shape[1]  # with micro-batches, the matrices of one after the other
-    one, other = one[:size], other[:size]
+    one, other = (one[:size], other[:size]) if size > 1 else (one, other)
     near = 4 * torch.finfo(one.dtype).eps * one.abs().max()
-    if (one - other.T).abs().max() <= near < (one - other).abs().max():
+    equal = bool((one - other).abs().max() <= near)
+    if size > 1:
+        is_turned = not equal and bool((one - other.T).abs().max() <= near)
+    else:  # micro-batches of one sample: names tell that the two should be features
+        is_turned = equal and len(one) > 1 and all(name.endswith("_features") for name in names)
+    if is_turned:
         raise BatchError(
             f"{' and '.join(names)} must be features [B, D], got logits [{size}, {size}], each the "
             "transpose of the other. Let the model return features, such as (encode_image(image), "
@@ -288,7 +293,7 @@ def check_not_logits(outputs: Mapping[str, Tensor]) -> None:
 def _are_square(one: Tensor, other: Tensor) -> bool:
     """Return whether two outputs of one shape begin with a square matrix of real numbers."""
     alike = one.shape == other.shape and one.dtype == other.dtype and one.is_floating_point()
-    return alike and one.ndim == 2 and 1 < one.shape[1] <= len(one)
+    return alike and one.ndim == 2 and 1 <= one.shape[1] <= len(one)
 
 
 def _with_groups(outputs: Outputs, groups: Any) -> Outputs:

@@ -31,7 +31,7 @@ def check_first_batch(loss: nn.Module, outputs: Mapping[str, Tensor]) -> None:
     check_not_logits(outputs)
     if rank() == 0:
         _report_unlabelled(loss, outputs)
-    if getattr(loss, "negatives_in_batch", False):
+    if getattr(loss, "negatives_in_batch", False) and "negatives" not in outputs:
         size = next((len(value) for value in outputs.values() if value.ndim), 0)
         if sum(gather_values(size)) == 1 and rank() == 0:
             warnings.warn(
@@ -48,7 +48,7 @@ def _report_unlabelled(loss: nn.Module, outputs: Mapping[str, Tensor]) -> None:
         if ids is None or ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim != 1:
             continue
         ignored = {getattr(part, "ignore_index", None) for part in loss.modules()}
-        if -1 not in ignored and bool((ids == -1).any()):
+        if -1 not in ignored and bool((ids.long() == -1).any()):
             warnings.warn(
                 f"{name} of the first batch hold -1. Samples without a label or group must have "
                 f"{NO_LABEL}, torch's ignore_index: losses with groups take -1 for it, others for "

@@ -142,10 +142,17 @@ def join_outputs(parts: Sequence[Outputs], pieces: Sequence[Any]) -> Outputs:
                 f"an output of the task must have the {size} samples of the piece as its first "
                 f"dimension, or no dimension if all samples share it, got {wrong}"
             )
-    return {name: _join([part[name] for part in parts]) for name in names}
+    return {name: _join(name, [part[name] for part in parts]) for name in names}
 
 
-def _join(values: Sequence[Tensor]) -> Tensor:
+def _join(name: str, values: Sequence[Tensor]) -> Tensor:
+    shapes = sorted({tuple(value.shape[1:]) for value in values})
+    if len(shapes) > 1:
+        raise BatchError(
+            f"an output of the task must have the same shape for each sample of every piece, got "
+            f"{name} with {' and '.join(map(str, shapes))}. If it is a matrix of logits, return "
+            "features, from which the loss computes the logits of the whole batch"
+        )
     return torch.cat(list(values)) if values[0].ndim else values[-1]
 
 

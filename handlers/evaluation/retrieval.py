@@ -10,6 +10,7 @@ from itertools import chain
 from typing import Any
 
 import attrs
+import numpy as np
 import torch
 from ignite.engine import Engine
 from ignite.exceptions import NotComputableError
@@ -99,7 +100,7 @@ class RetrievalMetric(OutputsMetric):
     @torch.no_grad()
     def iteration_completed(self, engine: Engine) -> None:
         """Add the output of an evaluator's iteration, with the ids of its batch."""
-        ids = {name: _as_ids(look_up(engine.state.batch, name)) for name in IDS}
+        ids = {name: _as_ids(name, look_up(engine.state.batch, name)) for name in IDS}
         found = {name: own for name, own in ids.items() if own is not None}
         self.update({**found, **self._output_transform(engine.state.output)})
 
@@ -432,13 +433,14 @@ def _ids_or(rows: Tensor, name: str, ids: Tensor | None) -> Tensor:
     return torch.where(ids >= 0, ids, rows)
 
 
-def _as_ids(value: Any) -> Tensor | None:
-    """Return ids in a batch as numbers, also texts; None if they are neither."""
-    if isinstance(value, Tensor):
-        return value.flatten()
-    if not isinstance(value, (list, tuple)) or not all(isinstance(i, (int, str)) for i in value):
-        return None
-    return torch.tensor([i if isinstance(i, int) else _number_of(i) for i in value])
+def _as_ids(name: str, value: Any) -> Tensor | None:
+    """Return ids in a batch as numbers, also texts; None if the batch has none."""
+    if value is None or isinstance(value, Tensor):
+        return None if value is None else value.flatten()
+    ids = np.asarray(value).ravel().tolist()  # also of NumPy's numbers, which are no int
+    if not all(isinstance(i, (int, str)) for i in ids):
+        raise BatchError(f"{name} must be whole numbers or texts, one for each row, got {value!r}")
+    return torch.tensor([i if isinstance(i, int) else _number_of(i) for i in ids])
 
 
 def _number_of(text: str) -> int:

@@ -95,6 +95,7 @@ def negative_mask(rows: int, groups: Tensor | None, device: torch.device) -> Ten
     others = ~torch.eye(rows, dtype=torch.bool, device=device)
     if groups is None:
         return others
+    groups = groups.long()  # 156 == -100 in uint8
     alone = (groups == NO_LABEL) | (groups == -1)
     return others & ((groups[:, None] != groups) | alone)
 

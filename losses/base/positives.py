@@ -25,7 +25,8 @@ def with_own_groups(groups: Tensor, batch: GlobalBatch) -> Tensor:
         batch: Sizes of all ranks; the new ids differ over the global batch.
     """
     own = batch.positions(groups.device) + _FIRST_OWN
-    return torch.where((groups == NO_GROUP) | (groups == _UNLABELLED), own, groups.long())
+    groups = groups.long()  # 156 == -100 in uint8
+    return torch.where((groups == NO_GROUP) | (groups == _UNLABELLED), own, groups)
 
 
 def without_own_groups(groups: Tensor) -> Tensor:

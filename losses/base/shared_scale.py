@@ -93,12 +93,14 @@ def _parameter(model: nn.Module, path: str) -> nn.Parameter:
     """Return the parameter of one element at a path."""
     named = dict(model.named_parameters())
     ends = [name for name in named if f".{name}".endswith(f".{path}")]
-    if path not in named and len(ends) == 1:
-        path = ends[0]
+    trained = [name for name in ends if named[name].requires_grad] or ends  # not a momentum copy's
+    if path not in named and len(trained) == 1:
+        path = trained[0]
     if path not in named:
         single = [name for name, parameter in named.items() if parameter.numel() == 1]
         raise ValueError(
-            f"model must have a parameter {path!r}, got none. Its parameters of one element are:"
+            f"model must have a parameter {path!r}, got {'several' if ends else 'none'}. Pass the"
+            " whole path. Its parameters of one element are:"
             f" {', '.join(single[:8]) or 'none'}."
         )
     if named[path].numel() != 1 or not torch.is_floating_point(named[path]):

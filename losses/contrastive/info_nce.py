@@ -53,8 +53,6 @@ class InfoNCELoss(BaseContrastiveLoss):
         ValueError: If an argument is out of range.
     """
 
-    negatives_in_batch = False
-
     def __init__(
         self,
         *,

@@ -18,7 +18,7 @@ from diptych.engine.errors import BatchError
 from diptych.engine.state.run_state import load_run_state, run_state
 from diptych.engine.step.batch_checks import last_batch_size
 from diptych.handlers import Evaluation
-from diptych.losses import CLIPLoss, MoCoLoss, VICRegLoss, WeightedSum
+from diptych.losses import CLIPLoss, InfoNCELoss, MoCoLoss, VICRegLoss, WeightedSum
 from tests.engine.models import TwoTower, paired, sgd, trainer_of
 from tests.losses.ranks import Ranks
 
@@ -47,7 +47,7 @@ class LogitsOf(nn.Module):
         return logits, turned
 
 
-@pytest.mark.parametrize("size", [None, 4])
+@pytest.mark.parametrize("size", [None, 4, 1])
 @pytest.mark.parametrize("way", ["view", "copy", "product", "named"])
 def test_logits_in_place_of_features_are_refused_before_the_first_update(
     way: str, size: int | None
@@ -95,7 +95,7 @@ def test_minus_one_as_an_id_is_reported_in_the_first_batch(name: str, *, told: b
 
 
 def test_a_first_batch_of_one_pair_is_told_that_it_has_no_negatives() -> None:
-    for loss in (CLIPLoss(), WeightedSum(losses={"clip": CLIPLoss()})):
+    for loss in (CLIPLoss(), InfoNCELoss(), WeightedSum(losses={"clip": CLIPLoss()})):
         with pytest.warns(UserWarning, match="one pair, so that there are no negatives"):
             trainer_with(loss).run([paired(1), paired(4)])
     trainer_with(MoCoLoss(dim=4, queue_size=8)).run([paired(1), paired(4)])

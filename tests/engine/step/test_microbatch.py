@@ -246,6 +246,15 @@ def test_pieces_that_name_different_outputs_are_a_clear_error():
         trainer_of(task=fickle, microbatch_size=4).run([paired(8)], max_epochs=1)
 
 
+def test_outputs_whose_width_is_the_number_of_samples_are_a_clear_error():
+    def logits(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        image, text = model(batch["image"], batch["text"])
+        return {"logits": image @ text.T, "turned": text @ image.T}
+
+    with pytest.raises(BatchError, match=r"logits with \(2,\) and \(3,\).*return features"):
+        trainer_of(task=logits, microbatch_size=3).run([paired(8)], max_epochs=1)
+
+
 @pytest.mark.parametrize("size", [None, 3])
 def test_a_loss_that_is_no_scalar_is_a_clear_error(size):
     class Rows(nn.Module):

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -151,7 +152,15 @@ def test_an_image_repeated_for_each_of_its_captions_is_one_image():
     assert updated(RetrievalMetrics(), grouped).compute() == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("written", [torch.tensor, lambda ids: [f"{i:012}.jpg" for i in ids]])
+@pytest.mark.parametrize(
+    "written",
+    [
+        torch.tensor,
+        lambda ids: [f"{i:012}.jpg" for i in ids],
+        np.array,
+        lambda ids: [*np.array(ids)],
+    ],
+)
 def test_ids_are_read_from_the_batch(written):
     batches, once = captioned_batches()
     rows = [
@@ -167,6 +176,8 @@ def test_ids_are_read_from_the_batch(written):
     )
     expected = updated(RetrievalMetrics(), [once]).compute()
     assert evaluator.evaluate(rows) == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(BatchError, match="image_id must be whole numbers or texts"):
+        evaluator.evaluate([{**rows[0], "image_id": [0.5] * 32}])
 
 
 def test_captions_that_an_untrained_model_cannot_tell_apart_are_all_counted():

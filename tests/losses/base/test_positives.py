@@ -62,6 +62,11 @@ def test_samples_without_a_group_have_ids_of_their_own_on_all_ranks() -> None:
     assert without_own_groups(ids).tolist() == [-100, 4, -100, 4, -100, -2]
 
 
+def test_ids_of_eight_bits_are_all_groups() -> None:
+    ids = torch.tensor([156, 255, 156], dtype=torch.uint8)  # -100 and -1 in eight bits
+    assert with_own_groups(ids, GlobalBatch((3,), 0)).tolist() == [156, 255, 156]
+
+
 def test_without_groups_only_the_own_pair_matches() -> None:
     positives = Positives(4, torch.tensor([2, 0]))
     assert positives.matches().tolist() == [[False, False, True, False], [True] + [False] * 3]

@@ -90,11 +90,19 @@ def test_the_bounds_of_the_loss_apply_to_the_models_scale():
     assert "the model's logit_scale" in repr(loss)
 
 
+def test_the_scale_that_is_trained_is_shared_not_that_of_a_frozen_copy():
+    towers = nn.ModuleDict({"target": Scaled().requires_grad_(False), "student": Scaled()})
+    loss = share_logit_scale(CLIPLoss(), towers)
+    assert loss.temperature.logit_scale is towers["student"].logit_scale
+    with pytest.raises(ValueError, match="'logit_scale', got several"):
+        share_logit_scale(CLIPLoss(), towers.requires_grad_(True))
+
+
 def test_wrong_arguments_are_refused():
     with pytest.raises(TypeError, match="loss must have a temperature"):
         share_logit_scale(NegativeCosineLoss(), Scaled())
     with pytest.raises(
-        ValueError, match=r"'scale', got none. Its parameters of one element are: logit_scale"
+        ValueError, match=r"'scale', got none. .*Its parameters of one element are: logit_scale"
     ):
         share_logit_scale(CLIPLoss(), Scaled(), scale="scale")
     with pytest.raises(ValueError, match=r"must be one floating-point number, got torch.float32"):
