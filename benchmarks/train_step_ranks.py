@@ -69,7 +69,7 @@ class Scaled(nn.Module):
 
 def wrapped(*, compiled: bool) -> Contender:
     """Return a plain loop with torch's wrapper and the usual form of the loss."""
-    model = Scaled()
+    model = Scaled().cuda() if CUDA else Scaled()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=CUDA)
     if compiled:
         model.towers.compile()

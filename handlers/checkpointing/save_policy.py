@@ -100,11 +100,14 @@ def decide_at_restore(state: SaveState, status: RunStatus) -> SaveDecision:
 
 
 def decide_at_end(state: SaveState, status: RunStatus) -> SaveDecision:
-    """Decide whether to save at the end of a run: always, unless the last save holds this state."""
+    """Decide whether to save at the end of a run: always, unless the last save holds this state.
+
+    It does not hold a score that was published since, by an evaluation that is repeated here.
+    """
     missing = status.missing if status.is_finished else None
-    if state.saved == status.at and not status.save_failed:
-        return SaveDecision(state, missing=missing)
     state, score = _judge(state, status)
+    if score is None and state.saved == status.at and not status.save_failed:
+        return SaveDecision(state, missing=missing)
     return SaveDecision(_saved(state, status), True, score, missing)
 
 

@@ -69,8 +69,9 @@ class PreviousPolicy:
 
     def at_end(self, status: RunStatus) -> None:
         self.actions = []
-        if status.save_failed or self._saved != status.at:
-            self._save(status, self._new_score(status))
+        score = self._new_score(status)  # amended: it was left out where the state was saved before
+        if score is not None or status.save_failed or self._saved != status.at:
+            self._save(status, score)
         if status.missing is not None and status.is_finished:
             self.actions.append(("raise", status.missing))
 

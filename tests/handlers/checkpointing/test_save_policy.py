@@ -123,6 +123,11 @@ def test_a_signal_saves_and_ends_the_run():
     assert (decision.save, decision.signal) == (True, 15)
 
 
+def test_a_score_that_comes_after_the_last_save_is_saved_at_the_end():
+    decision = decide_at_end(SaveState(saved=(6, 0)), RunStatus(at=(6, 0), values=[0.5]))
+    assert (decision.save, decision.score) == (True, 0.5)
+
+
 def test_the_end_is_saved_unless_the_last_save_holds_it():
     assert decide_at_end(SaveState(saved=(5, 5)), RunStatus(at=(6, 0))).save
     assert not decide_at_end(SaveState(saved=(6, 0)), RunStatus(at=(6, 0))).save
