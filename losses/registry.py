@@ -99,7 +99,7 @@ def get_loss(name: str, **arguments: object) -> nn.Module:
     accepted = {
         parameter.name: parameter
         for parameter in inspect.signature(loss).parameters.values()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        if parameter.kind not in {parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL}
     }
     for argument in arguments:
         if argument not in accepted:

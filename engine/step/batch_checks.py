@@ -57,6 +57,18 @@ def _report_unlabelled(loss: nn.Module, outputs: Mapping[str, Tensor]) -> None:
             )
 
 
+def report_skipped(loss: nn.Module, iteration: int) -> None:
+    """Log, on rank 0, that a batch is skipped."""
+    if rank() == 0:
+        logger.warning(
+            "The batch of iteration %d has fewer samples than the %d that %s needs: it is skipped, "
+            "without an update. train/skipped_batches counts such batches.",
+            iteration,
+            minimum_batch(loss),
+            type(loss).__name__,
+        )
+
+
 def last_batch_size(loader: object) -> int | None:
     """Return the samples of a pass's last batch, over all ranks; None if the loader cannot tell.
 

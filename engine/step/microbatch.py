@@ -59,7 +59,7 @@ class PieceCounter:
         Raises:
             BatchError: on all ranks, if one has fewer samples than there are pieces.
         """
-        own = -(-samples // size)
+        own = max(1, -(-samples // size))  # a rank without samples takes part too
         if not self.agreed:
             return own
         if self._group is None:

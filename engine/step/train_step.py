@@ -27,6 +27,7 @@ from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.events import StepEvents
 from diptych.engine.modules import KnownParameters
 from diptych.engine.settings import AUTOCAST, TrainerSettings
+from diptych.engine.step.batch_checks import report_skipped
 from diptych.engine.step.compilation import keep_gradients, uses_cuda_graphs
 from diptych.engine.step.loss_contract import (
     Terms,
@@ -165,6 +166,8 @@ class TrainStep:
         """Count a batch that is too small for the loss; return the last output, of no sample."""
         trainer = self._trainer
         trainer.skipped_batches += 1
+        if trainer.skipped_batches == 1:
+            report_skipped(self.loss, trainer.state.iteration)
         found: Any = trainer.state.output
         nothing = StepOutput(torch.zeros((), device=self.device), {}, 0)
         last = found if isinstance(found, StepOutput) else nothing

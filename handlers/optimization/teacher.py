@@ -46,7 +46,7 @@ class TaughtTask:
         teacher: the teacher's model, in eval mode.
         teacher_task: the teacher's task; None: the student's.
         names: names of the teacher's first outputs.
-        weights: a digest of the teacher's weights, for the run's identity.
+        teacher_weights: a digest of them, for the run's identity.
 
     Attributes:
         task: the student's task.
@@ -58,10 +58,10 @@ class TaughtTask:
         teacher: nn.Module,
         teacher_task: Task | None,
         names: tuple[str, ...],
-        weights: str,
+        teacher_weights: str,
     ) -> None:
         self.task, self.teacher_task = task, teacher_task
-        self.names, self.weights = names, weights
+        self.names, self.teacher_weights = names, teacher_weights
         self._teacher = teacher
 
     def __call__(self, model: nn.Module, batch: Any, /) -> Outputs:

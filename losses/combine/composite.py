@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -76,11 +77,29 @@ def weighted_terms(
     name: str, loss: nn.Module, weight: float | Tensor, *inputs: Tensor | None
 ) -> dict[str, Tensor]:
     """Return a loss's terms times a weight, named `name`, or ``name/term`` if there are several."""
-    terms = with_defaults(loss).terms(*inputs)
+    terms_of = with_defaults(loss).terms
+    try:
+        terms = terms_of(*inputs)
+    except TypeError as error:
+        if _takes(terms_of, len(inputs)):
+            raise
+        raise TypeError(
+            f"inputs must give the positions of the outputs that {name!r} takes, which cannot take"
+            f" all {len(inputs)}. Pass inputs={{{name!r}: (0, 1)}}, for example."
+        ) from error
     if len(terms) == 1:
         (value,) = terms.values()
         return {name: weight * value}
     return {f"{name}/{term}": weight * value for term, value in terms.items()}
+
+
+def _takes(terms: Callable[..., object], inputs: int) -> bool:
+    """Return whether a function can be called with so many arguments."""
+    try:
+        inspect.signature(terms).bind(*range(inputs))
+    except TypeError:
+        return False
+    return True
 
 
 class MultipleLosses(CompositeLoss):

@@ -122,3 +122,9 @@ def test_a_class_without_a_docstring_is_listed_by_its_name() -> None:
     register_loss("mine")(loss)
     assert available_losses()["mine"] == "Silent"
     assert isinstance(get_loss("mine"), loss)
+
+
+def test_a_class_without_a_constructor_needs_no_arguments() -> None:
+    loss = type("Bare", (nn.Module,), {})  # nn.Module takes *args
+    register_loss("bare")(loss)
+    assert isinstance(get_loss("bare"), loss)

@@ -130,10 +130,13 @@ def test_a_batch_below_the_minimum_is_an_iteration_without_an_update() -> None:
     assert resumed.skipped_batches == 2
 
 
-def test_a_run_of_batches_that_are_too_small_changes_nothing() -> None:
+def test_a_run_of_batches_that_are_too_small_changes_nothing_and_says_so_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     trainer = trainer_with(VICRegLoss())
     before = [p.clone() for p in trainer.model.parameters()]
     trainer.run([paired(1)] * 2)
+    assert caplog.text.count("iteration 1 has fewer samples than the 2 that VICRegLoss needs") == 1
     assert all(p.equal(q) for p, q in zip(trainer.model.parameters(), before, strict=True))
     assert trainer.skipped_batches == 2
 
@@ -184,14 +187,14 @@ def global_batches() -> list[dict[str, Tensor]]:
     return [paired(sum(sizes)) for sizes in SIZES]
 
 
-def on_ranks() -> tuple[int, list[Tensor]]:
+def on_ranks(size: int | None) -> tuple[int, list[Tensor]]:
     """Run this rank's shares; return the skipped batches and the weights."""
     starts = [sum(sizes[: rank()]) for sizes in SIZES]
     shares = [
         {key: value[start : start + sizes[rank()]] for key, value in batch.items()}
         for batch, start, sizes in zip(global_batches(), starts, SIZES, strict=True)
     ]
-    trainer = trainer_with(VICRegLoss())
+    trainer = trainer_with(VICRegLoss(), microbatch_size=size)
     trainer.run(shares)
     return trainer.skipped_batches, [p.detach() for p in trainer.model.parameters()]
 
@@ -200,7 +203,8 @@ def test_the_global_batch_decides_and_all_ranks_decide_alike(ranks: Ranks) -> No
     alone = trainer_with(VICRegLoss())
     alone.run(global_batches())
     assert alone.skipped_batches == 1
-    for skipped, weights in ranks.run(on_ranks, [()] * 2):
-        assert skipped == 1
-        for one, parameter in zip(weights, alone.model.parameters(), strict=True):
-            torch.testing.assert_close(one, parameter.detach(), rtol=1e-10, atol=1e-12)
+    for size in (None, 2):  # in pieces, a rank without samples has one too
+        for skipped, weights in ranks.run(on_ranks, [(size,)] * 2):
+            assert skipped == 1
+            for one, parameter in zip(weights, alone.model.parameters(), strict=True):
+                torch.testing.assert_close(one, parameter.detach(), rtol=1e-10, atol=1e-12)

@@ -140,7 +140,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_reports_another_teacher(
             found = weights_after(make_trainer().attach(Teacher(make_teacher(seed)), manager))
         same = all(torch.equal(found[name], value) for name, value in expected.items())
         assert same == (seed == 7)
-        assert ("task.weights" in caplog.text) == (seed == 8), caplog.text
+        assert ("task.teacher_weights" in caplog.text) == (seed == 8), caplog.text
 
 
 def test_a_stage_with_a_task_of_its_own_is_taught_too():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.losses import (
+    CLIPDistillationLoss,
     CLIPLoss,
     ConsistencyLoss,
     CrossEntropyLoss,
@@ -162,6 +163,14 @@ def test_sums_may_hold_sums() -> None:
 def test_wrong_arguments_are_refused(arguments: Mapping[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         WeightedSum(**arguments)
+
+
+def test_outputs_that_a_part_cannot_take_are_told_with_the_way_out() -> None:
+    loss = WeightedSum(losses={"clip": CLIPLoss(), "near": CLIPDistillationLoss()})
+    with pytest.raises(TypeError, match=r"'clip' takes, which cannot take all 4. Pass inputs="):
+        loss(*SIDES, *SIDES)
+    with pytest.raises(TypeError, match="second must be floating point"):
+        loss(SIDES[0], GROUPS)
 
 
 def test_a_part_that_is_not_a_module_and_a_missing_input_are_refused() -> None:
