@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diptych.engine import SeededLoader
+from diptych.recipes.towers.small_towers import BUCKETS, tokenize
 from examples.emoji.augment import NUMBER_OF_DRAWS, augment
 from examples.emoji.data import (
     ARCHIVE,
@@ -22,7 +23,6 @@ from examples.emoji.data import (
     unseen_emoji,
 )
 from examples.emoji.splits import UNSEEN_DRAWING, UNSEEN_EMOJI
-from diptych.recipes.towers.small_towers import BUCKETS, tokenize
 
 DIGEST = "9d50bed9f454f15884dd0e3d38161b80e7d5e821bf4d81997396a2be0e079bc6"
 

@@ -14,9 +14,9 @@ from diptych.handlers import GradientClipping, LearningRate
 from diptych.handlers.evaluation.evaluation import Evaluation
 from diptych.handlers.health.representation_health import RepresentationHealth
 from diptych.losses import CLIPLoss
+from diptych.recipes.towers.small_towers import tokenize
 from examples.emoji.data import TrainingPairs, collate
 from examples.emoji.model import TwoTowers
-from diptych.recipes.towers.small_towers import tokenize
 
 BATCH_SIZE = 32
 

@@ -16,10 +16,10 @@ from diptych.handlers import (
     ZeroShotAccuracy,
 )
 from diptych.losses import CLIPLoss
+from diptych.recipes.towers.small_towers import tokenize
 from examples.emoji.data import TrainingPairs, collate, training_drawings
 from examples.emoji.model import TwoTowers
 from examples.emoji.splits import UNSEEN_EMOJI
-from diptych.recipes.towers.small_towers import tokenize
 
 WORDS = {
     "smileys-emotion": "face smile",
