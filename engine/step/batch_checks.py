@@ -29,8 +29,7 @@ def check_first_batch(loss: nn.Module, outputs: Mapping[str, Tensor]) -> None:
         BatchError: if the outputs are logits where features are expected.
     """
     check_not_logits(outputs)
-    if rank() == 0:
-        _report_unlabelled(loss, outputs)
+    _report_unlabelled(loss, outputs)  # each rank has samples of its own
     if getattr(loss, "negatives_in_batch", False) and "negatives" not in outputs:
         size = next((len(value) for value in outputs.values() if value.ndim), 0)
         if sum(gather_values(size)) == 1 and rank() == 0:

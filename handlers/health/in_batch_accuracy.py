@@ -58,7 +58,7 @@ class InBatchAccuracy(Handler):
         outputs = trainer.outputs
         sides = [*sides_of(outputs, self.features, sides=(2,)).values()]
         values = pair_statistics(sides[0], sides[-1], negatives_in(outputs, len(sides[0])))
-        # The accuracy of no sample is NaN, and counts for none.
+        # The accuracy of no sample is NaN, and counts for none; a tensor, as on other ranks.
         size = len(sides[0])
-        right = values["in_batch_accuracy"] * size if size else 0.0
+        right = values["in_batch_accuracy"].nan_to_num() * size
         trainer.metrics.update_sums({"train/in_batch_accuracy": right}, size)

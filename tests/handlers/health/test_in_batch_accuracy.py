@@ -59,12 +59,14 @@ def on_ranks() -> list[float]:
     """Return the accuracy of two samples on rank 0, all wrong, and four on rank 1, all right."""
     size = 2 if rank() == 0 else 4
     image = torch.eye(4)[:size]
-    return accuracy_of([{"image": image, "text": image.flip(0) if rank() == 0 else image}])
+    uneven = {"image": image, "text": image.flip(0) if rank() == 0 else image}
+    last = {"image": image[: 2 * rank()], "text": image[: 2 * rank()]}  # none on rank 0
+    return accuracy_of([uneven, last])
 
 
 def test_it_is_the_mean_over_the_samples_of_all_ranks(ranks: Ranks) -> None:
     for found in ranks.run(on_ranks, [()] * 2):
-        assert found == [pytest.approx(4 / 6)]  # not 1 / 2, the mean of the ranks
+        assert found == [pytest.approx(4 / 6), 1.0]  # not 1 / 2, the mean of the ranks
 
 
 def test_it_is_published_every_n_iterations():
