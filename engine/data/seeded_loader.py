@@ -85,7 +85,7 @@ class SeededLoader:
         self._place = self._next = _PassPosition()
         self._pass: weakref.ref[Generator[Any, None, None]] | None = None
         self._workers, self._collate = num_workers, collate
-        self._batches = _Batches(self)
+        self._batches = _Batches()
         self._loader = self._reader(self._batches, persistent=num_workers > 0)
 
     def _reader(self, batches: _Batches, *, persistent: bool = False) -> DataLoader[Any]:
@@ -158,7 +158,7 @@ class SeededLoader:
         place, self._next = self._next, _PassPosition(self._next.epoch)
         position = partial(self._position, place)
         if self._is_read:  # persistent workers serve one pass at a time
-            batches = _Batches(self)
+            batches = _Batches()
             return Pass(self._read(place, batches, self._reader(batches)), position)
         own = self._read(place, self._batches, self._loader)
         self._place, self._pass = place, weakref.ref(own)
@@ -173,7 +173,7 @@ class SeededLoader:
     def _read(
         self, place: _PassPosition, batches: _Batches, reader: DataLoader[Any]
     ) -> Generator[Any, None, None]:
-        batches.place = place
+        batches.shares = self.batches(place.epoch, place.batch)
         for batch in reader:
             place.batch += 1
             yield batch
@@ -208,18 +208,15 @@ class SeededLoader:
         self._pass = None
 
     def batches(self, epoch: int | None = None, start: int | None = None) -> Iterator[list[Draw]]:
-        """Yield this rank's share of each batch of an epoch.
+        """Return an iterator over this rank's share of each batch of an epoch.
 
         Args:
             epoch: counted from 0; None: the epoch of the position.
             start: the first batch; None: the batch of the position.
         """
         epoch = self._place.epoch if epoch is None else epoch
-        order = self._order(epoch)
-        for number in range(self._place.batch if start is None else start, len(self)):
-            whole = order[number * self.batch_size : (number + 1) * self.batch_size]
-            bounds = [len(whole) * r // world_size() for r in (rank(), rank() + 1)]
-            yield [(epoch, index) for index in whole[bounds[0] : bounds[1]]]
+        numbers = range(self._place.batch if start is None else start, len(self))
+        return _shares(self._order(epoch), self.batch_size, epoch, numbers)
 
     def _order(self, epoch: int) -> list[int]:
         if not self._shuffle:
@@ -229,16 +226,28 @@ class SeededLoader:
 
 
 class _Batches:
-    """The batch sampler of the DataLoader inside a `SeededLoader`."""
+    """The batch sampler of the DataLoader inside a `SeededLoader`.
 
-    def __init__(self, loader: SeededLoader) -> None:
-        self._owner, self.place = loader, _PassPosition()
+    It does not hold the loader: in a cycle the workers would end only when Python looks for
+    cycles, each after five seconds.
+
+    Attributes:
+        shares: this rank's share of each batch of the next pass.
+    """
+
+    def __init__(self) -> None:
+        self.shares: Iterator[list[Draw]] = iter(())
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        return self._owner.batches(self.place.epoch, self.place.batch)
+        return self.shares
 
-    def __len__(self) -> int:
-        return len(self._owner)
+
+def _shares(order: list[int], size: int, epoch: int, numbers: range) -> Iterator[list[Draw]]:
+    """Yield this rank's share of some batches of an epoch."""
+    for number in numbers:
+        whole = order[number * size : (number + 1) * size]
+        bounds = [len(whole) * r // world_size() for r in (rank(), rank() + 1)]
+        yield [(epoch, index) for index in whole[bounds[0] : bounds[1]]]
 
 
 class _SeededSamples(Dataset[Any]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 
 import numpy as np
@@ -263,3 +264,16 @@ def test_a_data_set_whose_batches_are_not_its_samples_is_read_sample_by_sample(f
     table.fault = fault
     assert rows(SeededLoader(table, 4)) == expected
     assert table.single == 23
+
+
+def test_the_workers_of_an_abandoned_pass_end_with_the_loader_and_no_cycle_keeps_them():
+    loader = SeededLoader(Noisy(), 4, num_workers=1)
+    iterator = iter(loader)
+    next(iterator)
+    (worker,) = loader._loader._iterator._workers
+    gc.disable()
+    try:
+        del loader, iterator
+        assert not worker.is_alive()
+    finally:
+        gc.enable()
