@@ -10,7 +10,6 @@ from itertools import chain
 from typing import Any
 
 import attrs
-import numpy as np
 import torch
 from ignite.engine import Engine
 from ignite.exceptions import NotComputableError
@@ -437,10 +436,17 @@ def _as_ids(name: str, value: Any) -> Tensor | None:
     """Return ids in a batch as numbers, also texts; None if the batch has none."""
     if value is None or isinstance(value, Tensor):
         return None if value is None else value.flatten()
-    ids = np.asarray(value).ravel().tolist()  # also of NumPy's numbers, which are no int
-    if not all(isinstance(i, (int, str)) for i in ids):
+    listed = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(listed, (list, tuple)):
         raise BatchError(f"{name} must be whole numbers or texts, one for each row, got {value!r}")
-    return torch.tensor([i if isinstance(i, int) else _number_of(i) for i in ids])
+    return torch.tensor([_as_id(name, one) for one in listed])
+
+
+def _as_id(name: str, value: Any) -> int:
+    own = value.item() if hasattr(value, "item") else value  # NumPy's numbers are no int
+    if not isinstance(own, (int, str)):
+        raise BatchError(f"{name} must be whole numbers or texts, one for each row, got {value!r}")
+    return own if isinstance(own, int) else _number_of(own)
 
 
 def _number_of(text: str) -> int:

@@ -92,20 +92,23 @@ def _sharing(loss: nn.Module) -> list[BaseContrastiveLoss]:
 def _parameter(model: nn.Module, path: str) -> nn.Parameter:
     """Return the parameter of one element at a path."""
     named = dict(model.named_parameters())
-    ends = [name for name in named if f".{name}".endswith(f".{path}")]
-    trained = [name for name in ends if named[name].requires_grad] or ends  # not a momentum copy's
-    if path not in named and len(trained) == 1:
-        path = trained[0]
-    if path not in named:
-        single = [name for name, parameter in named.items() if parameter.numel() == 1]
-        raise ValueError(
-            f"model must have a parameter {path!r}, got {'several' if ends else 'none'}. Pass the"
-            " whole path. Its parameters of one element are:"
-            f" {', '.join(single[:8]) or 'none'}."
-        )
+    ends = [path] if path in named else [x for x in named if f".{x}".endswith(f".{path}")]
+    if len(ends) > 1:  # of a momentum model, the trained one
+        ends = [x for x in ends if named[x].requires_grad] or ends
+    if len(ends) != 1:
+        raise _none_or_several(path, ends, named)
+    path = ends[0]
     if named[path].numel() != 1 or not torch.is_floating_point(named[path]):
         raise ValueError(
             f"{path} must be one floating-point number, got {named[path].dtype}"
             f" {tuple(named[path].shape)}"
         )
     return named[path]
+
+
+def _none_or_several(path: str, found: list[str], named: dict[str, nn.Parameter]) -> ValueError:
+    single = [name for name, parameter in named.items() if parameter.numel() == 1]
+    return ValueError(
+        f"model must have a parameter {path!r}, got {'several' if found else 'none'}. Pass the"
+        f" whole path. Its parameters of one element are: {', '.join(single[:8]) or 'none'}."
+    )
