@@ -28,19 +28,22 @@ def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
     if kind is dict or isinstance(batch, Mapping):
         items = {key: map_leaves(value, function) for key, value in batch.items()}
         return _rebuild_mapping(batch, items)
+    return _map_fields(batch, function)
+
+
+def _map_fields(batch: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply the function to the fields of an attrs class or a dataclass, or to another leaf."""
+    kind = type(batch)
     if attrs.has(kind):
         taken = {f.alias: f.name for f in attrs.fields(kind) if f.init}
-        return attrs.evolve(batch, **_map_fields(batch, taken, function))
-    if _is_dataclass(batch):
+    elif _is_dataclass(batch):
         taken = {f.name: f.name for f in dataclasses.fields(batch) if f.init}
-        return dataclasses.replace(batch, **_map_fields(batch, taken, function))
-    return function(batch)
-
-
-def _map_fields(
-    batch: Any, taken: Mapping[str, str], function: Callable[[Any], Any]
-) -> dict[str, Any]:
-    return {key: map_leaves(getattr(batch, name), function) for key, name in taken.items()}
+    else:
+        return function(batch)
+    fields = {key: map_leaves(getattr(batch, name), function) for key, name in taken.items()}
+    return (
+        attrs.evolve(batch, **fields) if attrs.has(kind) else dataclasses.replace(batch, **fields)
+    )
 
 
 def _is_dataclass(value: Any) -> bool:

@@ -15,7 +15,7 @@ from diptych.handlers import (
     new_run,
 )
 from diptych.losses import CLIPLoss
-from examples.emoji.data import TrainingPairs, collate, read_emoji, unseen_emoji
+from examples.emoji.data import TrainingPairs, collate, read_emoji
 from examples.emoji.model import TwoTowers
 
 EPOCHS = 5  # 30 updates: more than the warm-up
@@ -25,8 +25,10 @@ def main(epochs: int = EPOCHS, root: str = "runs") -> Trainer:
     """Train for a few epochs and return the trainer."""
     torch.manual_seed(0)
     emoji = read_emoji()
-    loader = SeededLoader(TrainingPairs(emoji), batch_size=512, seed=0, collate=collate)
-    held_out = unseen_emoji(emoji)
+    unseen = emoji[::10]
+    seen = [one for index, one in enumerate(emoji) if index % 10]
+    loader = SeededLoader(TrainingPairs(seen), batch_size=512, seed=0, collate=collate)
+    held_out = SeededLoader(TrainingPairs(unseen), batch_size=512, shuffle=False, collate=collate)
     # README: begin
     model, loss = TwoTowers(), CLIPLoss()
     optimizer = torch.optim.AdamW([*model.parameters(), *loss.parameters()], lr=2e-3)

@@ -61,7 +61,8 @@ class Mining(handlers.HardNegativeMining):
             logits = model(batch["image"])
             return {"image_features": logits, "text_features": logits, "groups": batch["label"]}
 
-        trainer.attach(handlers.Evaluation(make_loader(), task=sides, prefix=self.evaluation))
+        if self.evaluation not in {one.prefix for one in trainer.handlers_of(handlers.Evaluation)}:
+            trainer.attach(handlers.Evaluation(make_loader(), task=sides, prefix=self.evaluation))
         super().attach(trainer)
 
 
