@@ -43,7 +43,7 @@ def check(tmp_path: Path, ranks: int, kills: int, **environment: str) -> None:
 
 
 def test_a_run_killed_a_few_times_ends_like_the_uninterrupted_run(tmp_path):
-    check(tmp_path, ranks=1, kills=3)
+    check(tmp_path, ranks=1, kills=2)
 
 
 def test_a_run_killed_on_two_ranks_ends_like_the_uninterrupted_run(tmp_path):
