@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diptych.engine import Trainer, tasks
+from diptych.engine import SeededLoader, Trainer, tasks
 from diptych.handlers import (
     CheckpointManager,
     EarlyStopping,
@@ -52,6 +52,25 @@ def trainer(model: nn.Module | None = None, **settings: Any) -> Trainer:
 
 def run(batch: dict[str, Tensor], model: nn.Module | None = None) -> None:
     trainer(model).run([batch])
+
+
+class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {key: value[index] for key, value in BATCH.items()}
+
+
+def sgd() -> torch.optim.Optimizer:
+    return torch.optim.SGD(TwoTowers().parameters(), lr=0.1)
+
+
+def frozen(_: Path) -> None:
+    trained = trainer()
+    trained.model.requires_grad_(False)
+    trained.loss.requires_grad_(False)
+    trained.run([BATCH])
 
 
 def loss_without_its_parameters(_: Path) -> None:
@@ -171,6 +190,46 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a model that returns one feature": (
         lambda _: run(BATCH, OneFeature()),
         ["model must return (image_features, text_features)", "one tensor (4, 4)"],
+    ),
+    "a data set instead of a loader": (
+        lambda _: trainer().run(Samples(), max_epochs=1),
+        ["data must be iterable, got Samples", "SeededLoader(dataset, batch_size=...)"],
+    ),
+    "a loader in a loader": (
+        lambda _: SeededLoader(torch.utils.data.DataLoader(Samples()), 2),
+        ["dataset must be a map-style data set", "got a DataLoader", "as it is"],
+    ),
+    "an iterator as a data set": (
+        lambda _: SeededLoader(iter([1]), 2),
+        ["dataset must be a map-style data set", "list_iterator"],
+    ),
+    "NumPy arrays in a batch": (
+        lambda _: run({key: value.numpy() for key, value in BATCH.items()}),
+        ["must hold a tensor", "dict of ndarray", "torch.from_numpy"],
+    ),
+    "labels for a contrastive loss": (
+        lambda _: CLIPLoss()(torch.randn(4, 3), torch.arange(4)),
+        ["second must be floating point", "CrossEntropyLoss or SupervisedContrastiveLoss"],
+    ),
+    "a loss's class": (
+        lambda _: Trainer(TwoTowers(), CLIPLoss, sgd(), task=print),
+        ["loss must be a torch Module", "the class CLIPLoss", "CLIPLoss(...)"],
+    ),
+    "loss and optimizer in each other's place": (
+        lambda _: Trainer(TwoTowers(), sgd(), CLIPLoss(), task=print),
+        ["loss must be a torch Module, got a SGD", "Trainer(model, loss, optimizer, task=...)"],
+    ),
+    "everything is frozen": (
+        frozen,
+        ["the loss must depend on a trainable parameter", "requires_grad_(True)"],
+    ),
+    "a batch size for the trainer": (
+        lambda _: trainer(batch_size=8),
+        ["got batch_size", "SeededLoader(dataset, batch_size=...)"],
+    ),
+    "a callback for the trainer": (
+        lambda _: trainer(callbacks=[]),
+        ["got callbacks", "trainer.attach(handler, ...)"],
     ),
     "a model that returns no tensor": (
         lambda _: run(BATCH, NoTensor()),

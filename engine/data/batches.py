@@ -40,12 +40,15 @@ def batch_size(batch: Any) -> int:
         first = next(iter(batch.values() if type(batch) is dict else batch))
         if type(first) is Tensor and first.ndim:
             return first.shape[0]
-    for leaf in leaves(batch):
+    found = leaves(batch)
+    for leaf in found:
         if isinstance(leaf, Tensor) and leaf.ndim:
             return leaf.shape[0]
+    kinds = ", ".join(dict.fromkeys(type(leaf).__name__ for leaf in found))
     raise BatchError(
-        "a batch must hold a tensor whose first dimension is the sample, "
-        f"got {type(batch).__name__}"
+        "a batch must hold a tensor whose first dimension is the sample, got "
+        f"{type(batch).__name__} of {kinds or 'nothing'}. NumPy arrays become tensors by "
+        "torch.from_numpy, or in a loader that collates"
     )
 
 

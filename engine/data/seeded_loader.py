@@ -65,6 +65,7 @@ class SeededLoader:
         collate: a function from a list of samples to a batch; None: torch's default.
 
     Raises:
+        TypeError: if the data set has no length or no index.
         ValueError: if `batch_size` leaves a rank without a sample, or the data set is too small.
     """
 
@@ -79,6 +80,14 @@ class SeededLoader:
         num_workers: int = 0,
         collate: Callable[[list[Any]], Any] | None = None,
     ) -> None:
+        if isinstance(dataset, DataLoader) or not (
+            hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        ):
+            raise TypeError(
+                "dataset must be a map-style data set, with __len__ and __getitem__, got a "
+                f"{type(dataset).__name__}. Data without an index go to the trainer in a loader of "
+                "torch; a loader goes there as it is"
+            )
         self.dataset, self.seed = dataset, seed
         self._shuffle, self._drop_last = shuffle, drop_last
         self.batch_size = batch_size
@@ -142,7 +151,7 @@ class SeededLoader:
 
     @property
     def _samples(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
+        return len(self.dataset)
 
     def __len__(self) -> int:
         whole = self._samples / self.batch_size

@@ -27,6 +27,12 @@ def epoch_length_of(data: Iterable[Any] | None, count: int | None) -> int | None
     return length
 
 
+def _way_to_load(data: object) -> str:
+    """Return what to do with a data set that was passed as a loader."""
+    is_data_set = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    return ". Pass a loader of it: SeededLoader(dataset, batch_size=...)" if is_data_set else ""
+
+
 def check_limits(
     data: Iterable[Any] | None,
     max_epochs: int | None,
@@ -40,7 +46,7 @@ def check_limits(
         ValueError: if a limit is below 1, or `max_epochs` and `max_iters` are both given.
     """
     if data is not None and not isinstance(data, Iterable):
-        raise TypeError(f"data must be iterable, got {type(data).__name__}")
+        raise TypeError(f"data must be iterable, got {type(data).__name__}{_way_to_load(data)}")
     if max_epochs is not None and max_iters is not None:
         raise ValueError(
             f"max_epochs and max_iters are mutually exclusive, got {max_epochs} and {max_iters}. "

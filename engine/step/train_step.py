@@ -350,7 +350,17 @@ class TrainStep:
         self._is_cut = False
 
     def scaled(self, value: Tensor) -> Tensor:
-        """Return the value for the backward pass: multiplied by the loss scale in fp16."""
+        """Return the value for the backward pass: multiplied by the loss scale in fp16.
+
+        Raises:
+            ValueError: if no trainable parameter has a part in it.
+        """
+        if not value.requires_grad:
+            raise ValueError(
+                "the loss must depend on a trainable parameter, got one without a gradient: "
+                "everything is frozen, or the outputs were computed without a graph. Set "
+                "requires_grad_(True) on what is to be trained"
+            )
         return value if self.scaler is None else self.scaler.scale(value)
 
     def autocast(self) -> Any:

@@ -16,9 +16,13 @@ def check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
-        raise TypeError(
-            f"{name} must be floating point, got {tensor.dtype}. Convert it with .float()."
-        )
+        way_out = "Convert it with .float()."
+        if tensor.dim() == 1:  # what a task for classification returns
+            way_out = (
+                "One integer a sample is a label or an id: a loss that takes labels is "
+                "CrossEntropyLoss or SupervisedContrastiveLoss; ids of matching samples are groups."
+            )
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}. {way_out}")
 
 
 def check_features(name: str, features: Tensor) -> None:
