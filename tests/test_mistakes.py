@@ -205,7 +205,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "NumPy arrays in a batch": (
         lambda _: run({key: value.numpy() for key, value in BATCH.items()}),
-        ["must hold a tensor", "dict of ndarray", "torch.from_numpy"],
+        ["must hold a tensor", "dict of [ndarray]", "torch.from_numpy"],
     ),
     "labels for a contrastive loss": (
         lambda _: CLIPLoss()(torch.randn(4, 3), torch.arange(4)),

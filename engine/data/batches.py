@@ -44,10 +44,10 @@ def batch_size(batch: Any) -> int:
     for leaf in found:
         if isinstance(leaf, Tensor) and leaf.ndim:
             return leaf.shape[0]
-    kinds = ", ".join(dict.fromkeys(type(leaf).__name__ for leaf in found))
+    kinds = ", ".join({type(leaf).__name__: None for leaf in found})
     raise BatchError(
         "a batch must hold a tensor whose first dimension is the sample, got "
-        f"{type(batch).__name__} of {kinds or 'nothing'}. NumPy arrays become tensors by "
+        f"{type(batch).__name__} of [{kinds}]. NumPy arrays become tensors by "
         "torch.from_numpy, or in a loader that collates"
     )
 
