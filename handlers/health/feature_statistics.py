@@ -44,6 +44,8 @@ def unit(features: Tensor) -> Tensor:
 def moments(side: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each dimension over the batch of all ranks.
 
+    A batch of one sample has no deviation: NaN, not the 0 of features that are all equal.
+
     Args:
         side: this rank's features, [B, D], or those of several sides, [S, B, D].
 
@@ -54,7 +56,8 @@ def moments(side: Tensor) -> tuple[Tensor, Tensor]:
     count = side.new_full((1,), side.shape[-2])
     total = all_reduce_sum(torch.cat([count, sums.flatten()]))
     mean, square = (total[1:] / total[0]).view_as(sums)
-    return mean, (square - mean.square()).clamp(min=0).sqrt()
+    deviation = (square - mean.square()).clamp(min=0).sqrt()
+    return mean, deviation.masked_fill(total[0] < 2, torch.nan)
 
 
 def spread(deviation: Tensor) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -70,8 +70,8 @@ class RepresentationHealth(Handler):
     Cost: every `every` iterations, some 90 operations, among them products of at most `samples` x
         `samples` x D, without a synchronisation; at each log point a decomposition of D x D for
         each side and the norms of all weights. In a process group, pair statistics are those of
-        each rank's batch, averaged; spread, gap and spectra are those of the global batch, with one
-        all-reduce of D numbers (D x D at log points).
+        each rank's batch, averaged over all samples; spread, gap and spectra are those of the
+        global batch, with one all-reduce of D numbers (D x D at log points).
 
     Args:
         every: iterations between two measurements; None: the trainer's `log_every`.
@@ -167,22 +167,33 @@ class RepresentationHealth(Handler):
             return
         stacked = torch.stack([*sides.values()])
         means, deviations = feature_statistics.moments(stacked)
-        of_sides = feature_statistics.spread(deviations)
-        of_sides["uniformity"] = feature_statistics.uniformity(stacked)
-        values = {
-            f"{name}/{key}": value
-            for key, each in of_sides.items()
-            for name, value in zip(sides, each.unbind(), strict=True)
-        }
+        rows = stacked.shape[1]
+        uniformity = {"uniformity": feature_statistics.uniformity(stacked)}
+        self._publish_means(_by_side(sides, uniformity), rows if rows > 1 else 0)
+        spread = _by_side(sides, feature_statistics.spread(deviations))
+        self._publish_means(spread, deviations.isfinite().all().to(deviations))
+        values: dict[str, Tensor] = {}
         if len(sides) == 2:
             first, second = stacked
-            negatives = feature_statistics.negatives_in(trainer.outputs, len(first))
-            values.update(feature_statistics.pair_statistics(first, second, negatives))
+            negatives = feature_statistics.negatives_in(trainer.outputs, rows)
+            pairs = feature_statistics.pair_statistics(first, second, negatives)
+            ids = _text_ids(trainer, self.samples)
+            pairs["duplicates"] = feature_statistics.duplicates(stacked, ids, negatives)
+            self._publish_means(pairs, negatives.any(1).sum())
             values["modality_gap"] = (means[0] - means[1]).norm()
             values["loss_over_chance"] = _loss_over_chance(trainer)
-            ids = _text_ids(trainer, self.samples)
-            values["duplicates"] = feature_statistics.duplicates(stacked, ids, negatives)
         trainer.metrics.update({f"health/{name}": value for name, value in values.items()})
+
+    def _publish_means(self, values: dict[str, Tensor], count: Tensor | int) -> None:
+        """Publish statistics of a batch, to be averaged over all batches and ranks.
+
+        Args:
+            values: by name; NaN if the batch is too small for them.
+            count: their weight: this rank's samples that have something to be compared with, 1 for
+                a statistic of all ranks; 0 if the batch is too small.
+        """
+        sums = {f"health/{name}": value.nan_to_num() * count for name, value in values.items()}
+        self._metrics.update_sums(sums, count)
 
     def _sides(self, outputs: Outputs) -> dict[str, Tensor]:
         """Return the features by side; none if no output fits and none was named."""
@@ -358,9 +369,19 @@ def _loss_over_chance(trainer: Trainer) -> Tensor:
     return loss / all_reduce_sum(loss.new_full((), float(size))).log()
 
 
+def _by_side(sides: Iterable[str], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return values [S] by side and name."""
+    return {
+        f"{side}/{name}": value
+        for name, each in values.items()
+        for side, value in zip(sides, each.unbind(), strict=True)
+    }
+
+
 def _text_ids(trainer: Trainer, samples: int) -> list[Tensor]:
     """Return a number for each of the batch's first texts, in a list; empty if it has no texts."""
-    if not isinstance(trainer.task, ImageText):
+    task = getattr(trainer.task, "task", trainer.task)  # the student's, beside a teacher
+    if not isinstance(task, ImageText):
         return []
-    ids = feature_statistics.text_ids(trainer.task.optional_part(trainer.state.batch, "text"))
+    ids = feature_statistics.text_ids(task.optional_part(trainer.state.batch, "text"))
     return [] if ids is None else [ids[:samples].to(trainer.device, non_blocking=True)]

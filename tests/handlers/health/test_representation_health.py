@@ -249,13 +249,14 @@ def test_a_run_that_starts_over_forgets_its_findings():
     assert [finding.step for finding in health.findings] == [2]
 
 
-def in_group(sizes: list[int]) -> dict[str, float]:
+def in_group(sizes: list[int], part: int | None = None) -> dict[str, float]:
     from diptych.engine.distributed.collectives import rank
 
     trainer = make_trainer(log_every=1)
     trainer.attach(RepresentationHealth(every=1))
-    start = sum(sizes[: rank()])
-    samples = [Pairs()[i] for i in range(start, start + sizes[rank()])]
+    part = rank() if part is None else part
+    start = sum(sizes[:part])
+    samples = [Pairs()[i] for i in range(start, start + sizes[part])]
     trainer.run([{k: torch.stack([s[k] for s in samples]) for k in samples[0]}], max_epochs=1)
     return trainer.metrics.record.values
 
@@ -263,12 +264,15 @@ def in_group(sizes: list[int]) -> dict[str, float]:
 def test_spread_gap_and_spectra_are_those_of_all_ranks(ranks):
     # Dropout draws per rank, so look at the text alone.
     alone = in_group([12])
+    parts = [in_group([5, 7], part)["health/text/uniformity"] for part in (0, 1)]
     for found in ranks.run(in_group, [([5, 7],)] * 2):
         for tag in ("health/text/spread", "health/text/rankme", "health/text/rank_share"):
             assert found[tag] == pytest.approx(alone[tag], rel=1e-5), tag
         assert found["health/loss_over_chance"] == pytest.approx(
             found["train/loss"] / math.log(12), rel=1e-5
         )
+        mean = (5 * parts[0] + 7 * parts[1]) / 12  # over samples: seven count more than five
+        assert found["health/text/uniformity"] == pytest.approx(mean, rel=1e-5)
 
 
 def test_several_temperatures_have_different_names():
