@@ -81,6 +81,7 @@ def _serve(rank: int, pipe: Any) -> None:
             world_size=ranks,
             timeout=timedelta(seconds=30),
         )
+        dist.barrier()  # a function without a collective must not end before the others connect
         try:
             answer = (function(*arguments), "")
         except Exception:  # noqa: BLE001 - the parent raises it
