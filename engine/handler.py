@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import attrs
 
+from diptych._argument_names import names_the_right_arguments_of
+
 
 class Change(enum.Enum):
     """A part of a run that a handler may change; the value is the word for people."""
@@ -100,6 +102,11 @@ class Handler(ABC):
     leaves_traces: ClassVar[bool] = False
     collective: ClassVar[bool] = False
     makes_weights: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "__attrs_attrs__" in vars(cls):  # attrs makes a class anew, with a constructor
+            names_the_right_arguments_of(cls)
 
     @abstractmethod
     def attach(self, trainer: Any, /) -> object:

@@ -18,7 +18,7 @@ from ignite.utils import manual_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diptych.engine.argument_names import FOR_RUN, FOR_TRAINER, names_the_right_argument
+from diptych._argument_names import names_the_right_argument
 from diptych.engine.data.transform import Transform, placed_transform
 from diptych.engine.distributed.agreement import wait_for_all_ranks
 from diptych.engine.distributed.collectives import (
@@ -112,7 +112,7 @@ class Trainer(ExactSteps):
             the optimizer lacks a parameter of the loss, or has no parameter of model or loss.
     """
 
-    @names_the_right_argument(FOR_TRAINER)
+    @names_the_right_argument
     def __init__(
         self,
         model: nn.Module,
@@ -264,7 +264,7 @@ class Trainer(ExactSteps):
             self._identity, self._described_loader = RunIdentity.of(self), self.state.dataloader
         return self._identity
 
-    @names_the_right_argument(FOR_RUN)
+    @names_the_right_argument
     def run(
         self,
         data: Iterable[Any] | None = None,
@@ -432,7 +432,7 @@ class Trainer(ExactSteps):
         """
         return overfit(self, loader, batches, updates)
 
-    @names_the_right_argument({**FOR_RUN, **dict.fromkeys(("epochs", "max_epochs"), "num_epochs")})
+    @names_the_right_argument
     def train(self, loader: Iterable[Any], num_epochs: int) -> list[float]:
         """Run until `num_epochs` epochs are done, and return the mean loss of each epoch."""
         self.run(loader, max_epochs=num_epochs)

@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
+from diptych._argument_names import names_the_right_argument
 from diptych.engine.handler import Attachable
 from diptych.handlers.argument_checks import Mode, usual_mode
 from diptych.handlers.checkpointing.checkpoint_manager import CheckpointManager
@@ -21,6 +22,7 @@ from diptych.handlers.sinks.run_record import RunRecord
 from diptych.handlers.sinks.tensorboard import TensorBoard
 
 
+@names_the_right_argument
 def default_handlers(
     run_dir: str | os.PathLike[str],
     *,

@@ -19,6 +19,8 @@ LAYERS = 16
 FOLDER_MODULES = range(2, 16)
 LAZY = "diptych._lazy"
 """All that a facade, the `__init__` of a package with public names, imports."""
+SHARED = frozenset({LAZY, "diptych._argument_names"})
+"""The modules that every folder may import; they import nothing of the library."""
 
 Graph = Mapping[str, Set[str]]
 
@@ -274,14 +276,14 @@ def forbidden_imports(source: Source) -> Iterator[str]:
     allowed = ALLOWED.get(here, set()) | {here}
     for line, target in imports_of(source):
         there = folder_of(paths()[target])
-        if there not in allowed and target != LAZY:
+        if there not in allowed and target not in SHARED:
             yield source.at(line, f"{here} must not import from {there}")
 
 
 def import_graph() -> dict[str, set[str]]:
     """Return the modules that each module imports; packages are left out."""
     sources = {module_name(source.path): source for source in read(*PACKAGES)}
-    modules = {name for name in paths() if not is_facade(name)}
+    modules = {name for name in paths() if not is_facade(name) and name not in SHARED}
     return {
         name: {target for _, target in imports_of(sources[name]) if target in modules} - {name}
         for name in modules

@@ -14,6 +14,7 @@ import attrs
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from diptych._argument_names import names_the_right_argument
 from diptych.engine.checks import is_whole
 from diptych.engine.containers import same_values
 from diptych.engine.data.loader_contract import Pass
@@ -69,6 +70,7 @@ class SeededLoader:
         ValueError: if `batch_size` leaves a rank without a sample, or the data set is too small.
     """
 
+    @names_the_right_argument
     def __init__(
         self,
         dataset: Dataset[Any],

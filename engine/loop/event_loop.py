@@ -9,7 +9,7 @@ from typing import Any
 
 from ignite.engine import Engine, Events, State
 
-from diptych.engine.argument_names import FOR_RUN, names_the_right_argument
+from diptych._argument_names import names_the_right_argument
 from diptych.engine.data.loader_contract import length_of
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import ResumeError
@@ -67,7 +67,7 @@ class EventLoop(PositionedEvents):
 
     # -- starting a run --------------------------------------------------------------------------
 
-    @names_the_right_argument(FOR_RUN)
+    @names_the_right_argument
     def run(
         self,
         data: Iterable[Any] | None = None,

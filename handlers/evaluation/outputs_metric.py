@@ -11,6 +11,7 @@ from ignite.engine import Engine
 from ignite.metrics import Metric
 from torch import Tensor
 
+from diptych._argument_names import names_the_right_arguments_of
 from diptych.engine.errors import BatchError
 
 Outputs = Mapping[str, Tensor]
@@ -30,6 +31,10 @@ class OutputsMetric(Metric):
     """
 
     required_output_keys = None
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        names_the_right_arguments_of(cls)
 
     @torch.no_grad()
     def iteration_completed(self, engine: Engine) -> None:

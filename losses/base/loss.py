@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from diptych._argument_names import names_the_right_arguments_of
 from diptych.losses.base.gather import AnnouncedSizes, world_size
 
 
@@ -31,6 +32,10 @@ class Loss(nn.Module):
 
     without_gradient: ClassVar[tuple[str, ...]] = ()
     exempt: ClassVar[Mapping[str, str]] = {}
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        names_the_right_arguments_of(cls)
 
     @property
     def couples_samples(self) -> bool:
