@@ -1,7 +1,8 @@
 """The update of a sharded model in a trainer, and in a plain loop with torch's `fully_shard`.
 
-`train_step_ranks.py --sharded 40` prints the table. The model has 1.04 G parameters (24 and 12
-blocks of width 1536; on a CPU a tiny one). The trainer moves it to the device block by block.
+`train_step_ranks.py --samples --sharded 40` prints the table. The model has 1.04 G parameters (24
+and 12 blocks of width 1536; on a CPU a tiny one); it is made on the device, where its random values
+take no time.
 Python's garbage collector is off, so that the memory held by reference cycles shows.
 """
 
@@ -30,15 +31,19 @@ WARMUP = 3
 GB = 1e9
 
 
-def wide_model() -> ImageText:
-    """Return the model on the CPU, the same each time."""
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+def wide_model(device: str = DEVICE) -> ImageText:
+    """Return the model, the same each time."""
     torch.manual_seed(0)
-    return ImageText(**(WIDE if CUDA else TINY))
+    with torch.device(device):
+        return ImageText(**(WIDE if CUDA else TINY))
 
 
 def ours(batch: dict[str, Tensor], updates: int, stamp: Callable[[], None]) -> None:
     """Run a trainer with `shard=True`."""
-    model, loss = wide_model(), CLIPLoss()
+    model, loss = wide_model(), CLIPLoss().to(DEVICE)
     weights = [*model.parameters(), *loss.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=CUDA)
     precision: Any = "bf16" if CUDA else "fp32"
@@ -67,13 +72,12 @@ def _loop(
 ) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    device = "cuda" if CUDA else "cpu"
-    model = wide_model().to(device)
+    model = wide_model()
     for tower in (model.image, model.text):
         for block in tower.layers.layers:
             fully_shard(block, **options)
     fully_shard(model, **options)
-    log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07), device=device))
+    log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07), device=DEVICE))
     groups = [{"params": [*model.parameters()]}, {"params": [log_scale]}]
     optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=CUDA)
     for _ in range(updates):
@@ -137,10 +141,10 @@ def compare(samples: int, updates: int) -> None:
     """
     batch = resident(samples)
     if rank() == 0:
-        count = sum(p.numel() for p in wide_model().parameters())
+        count = sum(p.numel() for p in wide_model("meta").parameters())
         print(f"\nsharded: {count:,} parameters, {samples} samples a rank\n")
         print("| loop | updates | ms | GB after the first | after the last | at most |")
-        print("|---|---:|---:|---:|---:|---:|")
+        print("|---|---:|---:|---:|---:|---:|", flush=True)
     hand = row("fully_shard", by_hand, batch, updates)
     trainer = row("diptych, shard=True", ours, batch, updates)
     if CUDA:

@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/small_step.py --peers /path/to/peers/bin/python
 
 Two MLP towers of 2 and 8 layers, CLIP's loss, batches of 64 that are already on the device, AdamW.
-All loops run in turn in one process with the same loss; the figure is the minimum of their turns.
+All loops run in turn in one process with the same loss, until the turns are done or `--seconds` are
+over; the figure is the median of their turns.
 `--calls` counts the calls of Python functions instead, which no other work on the machine changes.
 Libraries that this interpreter lacks are measured with another one, beside a raw loop of its own.
 """
@@ -12,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import io
 import json
 import logging
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,8 +35,10 @@ from torch import Tensor, nn
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDTH, BATCH, LOG_EVERY = 64, 64, 50
 
-WARM_UP = 60
-"""Updates before the time is taken, the first log point among them."""
+WARM_UP = 20
+"""Updates before the time is taken; the first turn of all loops is not counted."""
+
+LIGHTNING = "lightning" if importlib.util.find_spec("lightning") else "pytorch_lightning"
 
 
 class Batches:
@@ -186,11 +191,10 @@ def ignite_usual(folder: Path) -> Loop:
 
 def lightning_default(folder: Path) -> Loop:
     """Return a Lightning trainer with default settings, which logs the loss."""
-    from lightning import LightningModule, Trainer
-
+    lightning = importlib.import_module(LIGHTNING)
     parts = Parts()
 
-    class Module(LightningModule):
+    class Module(lightning.LightningModule):  # type: ignore[name-defined,misc]
         def __init__(self) -> None:
             super().__init__()
             self.model, self.loss = parts.model, parts.loss
@@ -204,7 +208,7 @@ def lightning_default(folder: Path) -> Loop:
             return parts.optimizer
 
     def run(batches: Batches) -> None:
-        trainer = Trainer(
+        trainer = lightning.Trainer(
             max_epochs=1,
             accelerator="gpu" if DEVICE.type == "cuda" else "cpu",
             devices=1,
@@ -265,7 +269,7 @@ LOOPS: dict[str, tuple[Callable[[Path], Loop], tuple[str, ...]]] = {
     "raw": (raw, ()),
     "raw, rate + clipping + average": (raw_clipped, ()),
     "Ignite usual": (ignite_usual, ("ignite", "tqdm", "tensorboard")),
-    "Lightning default": (lightning_default, ("lightning", "tensorboard")),
+    "Lightning default": (lightning_default, (LIGHTNING,)),
     "Diptych bare": (_diptych(lambda _: []), ("diptych",)),
     "Diptych default": (_diptych(default), ("diptych", "tensorboard")),
     "Diptych default, health=False": (_diptych(unmeasured), ("diptych", "tensorboard")),
@@ -282,12 +286,15 @@ def measured(names: list[str], options: argparse.Namespace) -> dict[str, float]:
         folders = [Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in able]
         loops = {n: LOOPS[n][0](folder) for n, folder in zip(able, folders, strict=True)}
         times: dict[str, list[float]] = {name: [] for name in able}
-        for _ in range(options.turns):
+        start = time.monotonic()
+        for turn in range(options.turns + 1):
             for name, loop in loops.items():
                 batches = Batches(options.updates, calls=options.calls)
                 loop(batches)
                 times[name].append(batches.cost)
-    return {name: min(values) for name, values in times.items()}
+            if turn and time.monotonic() - start > options.seconds * turn / (turn + 1):
+                break  # the next turn would take too long
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
 @contextlib.contextmanager
@@ -306,6 +313,7 @@ def silence() -> Iterator[None]:
 def measured_by(python: str, names: list[str], options: argparse.Namespace) -> dict[str, float]:
     """Return the cost of these loops, and of a raw one, measured with another interpreter."""
     sizes = ["--turns", str(options.turns), "--updates", str(options.updates)]
+    sizes += ["--seconds", str(options.seconds)]
     sizes += ["--calls"] if options.calls else []
     command = [python, __file__, "--json", *sizes, "--only", "raw", *names]
     output = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
@@ -317,7 +325,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", help="an interpreter with pytorch-ignite, tqdm, lightning")
     parser.add_argument("--turns", type=int, default=10, help="turns of each loop")
-    parser.add_argument("--updates", type=int, default=200, help="updates in a turn")
+    parser.add_argument("--updates", type=int, default=100, help="updates in a turn")
+    parser.add_argument("--seconds", type=float, default=40, help="about the longest time")
     parser.add_argument("--calls", action="store_true", help="count Python calls, not the time")
     parser.add_argument("--only", nargs="+", choices=LOOPS, help="measure only these")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -1,7 +1,8 @@
 """The gain from several accelerators of one host, beside torch's DistributedDataParallel.
 
     torchrun --nproc-per-node=2 benchmarks/train_step_ranks.py
-    torchrun --nproc-per-node=4 benchmarks/train_step_ranks.py --large 32768 --sharded 40
+    torchrun --nproc-per-node=4 benchmarks/train_step_ranks.py --large 32768
+    torchrun --nproc-per-node=4 benchmarks/train_step_ranks.py --samples --sharded 40
     torchrun --nproc-per-node=2 benchmarks/train_step_ranks.py --samples 8 --steps 3  # on a CPU
 
 The model, loss and optimizer are those of `train_step.py`, in a trainer with the default handlers.
@@ -18,6 +19,7 @@ share (`sharded_step.py`).
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,10 +87,20 @@ def wrapped(*, compiled: bool) -> Contender:
     return looped(step)
 
 
-def fastest(run: Contender, samples: int, steps: int) -> float:
-    """Return the seconds per update, the minimum of three turns."""
+def medians(loops: dict[str, Contender], samples: int, steps: int) -> dict[str, float]:
+    """Return the seconds per update of each loop: the median of three turns, in turn."""
     batch = resident(samples)
-    return min(run(batch, 10 if turn == 0 else 3, steps) for turn in range(3)) / steps
+    times: dict[str, list[float]] = {name: [] for name in loops}
+    for turn in range(3):
+        for name, run in loops.items():
+            times[name].append(run(batch, 2 if turn else 5, steps) / steps)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def print_row(samples: int, name: str, rate: float, one: float, beside: str = "") -> None:
+    """Print a row of the table, on rank 0."""
+    if rank() == 0:
+        print(f"| {samples:,} | {name} | {rate:,.0f} | {rate / one:.2f} | {beside} |", flush=True)
 
 
 def losses(batches: list[dict[str, torch.Tensor]]) -> list[float]:
@@ -110,25 +122,23 @@ def global_batches(samples: int) -> list[dict[str, torch.Tensor]]:
 
 def measure(samples: int, steps: int, *, compiled: bool) -> float:
     """Print the samples/s of one rank and of all ranks; return the trainer's on one rank."""
+    form = "compiled" if compiled else "eager"
     single = torch.zeros(1, dtype=torch.float64, device="cuda" if CUDA else "cpu")
     if rank() == 0:
         with alone():
-            single += fastest(diptych(compiled=compiled), samples, steps)
+            (seconds,) = medians({"": diptych(compiled=compiled)}, samples, steps).values()
+        single += seconds
     dist.broadcast(single, src=0)
     one = samples / single.item()
-    loops = {"diptych, one rank": one}
-    for name, make in {"diptych": diptych, "DistributedDataParallel": wrapped}.items():
-        seconds = fastest(make(compiled=compiled), samples, steps)
-        loops[name] = samples * world_size() / seconds
-    if rank() == 0:
-        form = "compiled" if compiled else "eager"
-        for name, rate in loops.items():
-            beside = rate / loops["DistributedDataParallel"] if name == "diptych" else 1
-            ratio = f"{beside:.3f}" if name == "diptych" else ""
-            print(
-                f"| {samples:,} | {form} | {name} | {rate:,.0f} | {rate / one:.2f} | {ratio} |",
-                flush=True,
-            )
+    print_row(samples, f"{form} | diptych, one rank", one, one)
+    loops = {"diptych": diptych(compiled=compiled), "wrapper": wrapped(compiled=compiled)}
+    rates = {
+        name: samples * world_size() / seconds
+        for name, seconds in medians(loops, samples, steps).items()
+    }
+    beside = f"{rates['diptych'] / rates['wrapper']:.3f}"
+    print_row(samples, f"{form} | diptych", rates["diptych"], one, beside)
+    print_row(samples, f"{form} | DistributedDataParallel", rates["wrapper"], one)
     return one
 
 
@@ -154,7 +164,7 @@ def large_batch(samples: int, one: float) -> None:
 
     Args:
         samples: of the global batch.
-        one: samples/s of one rank without micro-batches.
+        one: samples/s of one rank without micro-batches; 0 if it was not measured.
     """
     own = samples // world_size()
     if CUDA:
@@ -163,10 +173,10 @@ def large_batch(samples: int, one: float) -> None:
     memory = torch.cuda.max_memory_allocated() / 1e9 if CUDA else 0
     if rank() == 0:
         rate = samples / seconds
+        beside = f"{rate / one / world_size():.2f} of what {world_size()} single ranks do without "
         print(
             f"\nbatch {samples:,} in pieces of {PIECE:,}: {rate:,.0f} samples/s, "
-            f"{rate / one / world_size():.2f} of what {world_size()} single ranks do without "
-            f"pieces, at most {memory:.1f} GB a rank",
+            f"{beside + 'pieces, ' if one else ''}at most {memory:.1f} GB a rank",
             flush=True,
         )
 
@@ -174,8 +184,8 @@ def large_batch(samples: int, one: float) -> None:
 def parsed() -> argparse.Namespace:
     """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", nargs="+", type=int, default=[64, 1024] if CUDA else [8])
-    parser.add_argument("--steps", type=int, default=50, help="measured updates per turn")
+    parser.add_argument("--samples", nargs="*", type=int, default=[64, 1024] if CUDA else [8])
+    parser.add_argument("--steps", type=int, default=10, help="measured updates per turn")
     parser.add_argument("--compile", action="store_true", help="also measure the compiled form")
     parser.add_argument("--large", type=int, default=0, help="samples of a global batch; 0: none")
     parser.add_argument("--sharded", type=int, default=0, help="updates of the sharded model")
@@ -194,12 +204,13 @@ def main() -> None:
         name = torch.cuda.get_device_name() if CUDA else "CPU"
         print(f"{world_size()} x {name}, torch {torch.__version__}\n")
         print("| batch per rank | form | loop | samples/s | to one rank | to the wrapper |")
-        print("|---:|---|---|---:|---:|---:|")
+        print("|---:|---|---|---:|---:|---:|", flush=True)
     one = 0.0
     for compiled in [True, False] if arguments.compile else [False]:
         for samples in arguments.samples:
             one = measure(samples, arguments.steps, compiled=compiled)
-    compare_losses(min(COMPARED, *arguments.samples))
+    if arguments.samples:
+        compare_losses(min(COMPARED, *arguments.samples))
     if arguments.large:
         large_batch(arguments.large, one)
     if arguments.sharded:
