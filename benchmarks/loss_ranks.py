@@ -4,7 +4,8 @@
     python benchmarks/loss_ranks.py --loss simclr --ranks 1 2 4 --sizes 16384 65536
 
 Each row is one forward and backward pass on given features of the global batch, [B, 512], of which
-each rank has an equal part: bfloat16 on GPUs (NCCL), float32 on a CPU (gloo, one thread a rank).
+each rank has an equal part (whose sizes are announced before, as a trainer does): bfloat16 on GPUs
+(NCCL), float32 on a CPU (gloo, one thread a rank).
 *Usual* is the form of most training code: gather with gradient, the rank's logits [b, B], and a
 cross entropy for each direction. Time is that of the slowest rank, the minimum of a few rounds;
 memory is the largest peak of a rank beyond its features. On a CPU, where ranks share the cores, the
@@ -19,6 +20,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any, NamedTuple
@@ -30,7 +32,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # to find `benchmarks` when run as a file
 from benchmarks.loss_memory import SCALE, diptych, wait
-from diptych.losses.base.gather import GlobalBatch
+from diptych.losses.base.gather import AnnouncedSizes, GlobalBatch
 
 Pair = Callable[[Tensor, Tensor], Tensor]
 
@@ -88,14 +90,17 @@ def measured(call: Pair, pairs: int, options: argparse.Namespace) -> Figures:
     sides = [torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in "ab"]
     first, second = (side.requires_grad_() for side in sides)
     clock = perf_counter if options.gpu else process_time
+    checked: dict[Any, bool] = {}
 
     def once() -> float:
         first.grad = second.grad = None
+        sizes: Any = AnnouncedSizes(len(first), 0, checked) if ranks > 1 else nullcontext()
         wait(device)
         if ranks > 1:
             dist.barrier()
         started = clock()
-        call(first, second).backward()
+        with sizes:
+            call(first, second).backward()
         wait(device)
         return clock() - started
 

@@ -17,6 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_c10d: Any = dist
+# torch 2.13 has other names for the collectives on one tensor.
+_ALL_GATHER: Any = getattr(_c10d, "all_gather_single", _c10d.all_gather_into_tensor)
+_REDUCE_SCATTER: Any = getattr(_c10d, "reduce_scatter_single", _c10d.reduce_scatter_tensor)
+
 
 def world_size() -> int:
     """Return the number of ranks; 1 without a process group."""
@@ -38,6 +43,16 @@ def max_over_ranks(local: Tensor) -> Tensor:
     largest = local.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest
+
+
+def stack_over_ranks(local: Tensor) -> Tensor:
+    """Return the tensors of all ranks, of equal shapes, as one [ranks, ...], without gradient."""
+    stacked = local.new_empty(world_size(), *local.shape)
+    if _moves_whole_tensors(local.device):
+        _ALL_GATHER(stacked.flatten(0, 1), local.contiguous())
+    else:
+        dist.all_gather(list(stacked), local.contiguous())
+    return stacked
 
 
 class GlobalBatch(NamedTuple):
@@ -65,6 +80,11 @@ class GlobalBatch(NamedTuple):
     def total(self) -> int:
         """Number of samples on all ranks, B."""
         return sum(self.sizes)
+
+    @property
+    def even(self) -> bool:
+        """Whether all ranks have equally many samples."""
+        return len(set(self.sizes)) == 1
 
     @property
     def offset(self) -> int:
@@ -113,7 +133,8 @@ class GlobalBatch(NamedTuple):
             no sample counts.
         """
         if valid is None:
-            return values.sum() / (self.total / self.world_size)
+            total = values.sum() if values.dim() else values
+            return total / (self.total / self.world_size)
         return values.sum() * self.world_size / sum_over_ranks(valid.sum()).clamp_min(1)
 
 
@@ -241,7 +262,7 @@ def _timeout() -> Any:
     Without it, torch gives a new group 30 minutes, even if the default group has less.
     """
     device = torch.device("cuda")
-    if not _scatters(device):
+    if not _moves_whole_tensors(device):
         return None
     world: Any = dist.group.WORLD
     return world._get_backend(device).options._timeout  # noqa: SLF001 - torch has no public name
@@ -255,8 +276,8 @@ def _exchange(numbers: list[int]) -> list[list[int]]:
     return [row.tolist() for row in gathered]
 
 
-def _scatters(device: torch.device) -> bool:
-    """Return whether the default group's backend for a device has a reduce-scatter."""
+def _moves_whole_tensors(device: torch.device) -> bool:
+    """Return whether a device's backend gathers into one tensor, and sums and scatters from one."""
     return f"{device.type}:nccl" in dist.get_backend_config(dist.group.WORLD)
 
 
@@ -267,12 +288,13 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, local: Tensor, batch: GlobalBatch) -> Tensor:
         ctx.batch = batch
         largest = max(batch.sizes)
-        padded = local.contiguous()
+        padded = local
         if local.shape[0] < largest:
             padded = local.new_zeros(largest, *local.shape[1:])
             padded[: local.shape[0]] = local
-        pieces = [torch.empty_like(padded) for _ in batch.sizes]
-        dist.all_gather(pieces, padded)
+        pieces = stack_over_ranks(padded)
+        if batch.even:
+            return pieces.flatten(0, 1)
         return torch.cat([piece[:size] for piece, size in zip(pieces, batch.sizes, strict=True)])
 
     @staticmethod
@@ -287,9 +309,9 @@ class _Scatter(torch.autograd.Function):
     def forward(ctx: Any, whole: Tensor, batch: GlobalBatch) -> Tensor:
         ctx.batch = batch
         whole = whole.contiguous()
-        if len(set(batch.sizes)) == 1 and _scatters(whole.device):
+        if batch.even and _moves_whole_tensors(whole.device):
             own = torch.empty_like(whole[: batch.size])
-            dist.reduce_scatter(own, list(whole.split(batch.size)))
+            _REDUCE_SCATTER(own, whole)
             return own
         # Some backends have no reduce-scatter, and none takes uneven pieces: sum, then slice.
         summed = whole.clone()

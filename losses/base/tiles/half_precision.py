@@ -29,7 +29,7 @@ def half_logits(
         scale: 0-dim, float32.
         normalize: Whether to divide the features by their norms.
     """
-    with torch.autocast(anchors.device.type, enabled=False):
+    with torch.autocast(anchors.device.type, enabled=False), torch.cuda.device(anchors.device):
         left, right = _prepared(anchors, candidates, normalize=normalize)
         return torch.mm(left, right.T, out_dtype=torch.float32).mul_(scale)
 
@@ -54,7 +54,7 @@ def half_logits_gradient(
     """Return the gradients for anchors, candidates and scale from that of the logits, [n, m]."""
     from diptych.losses.base.tiles import triton_blocks  # noqa: PLC0415 - needs Triton
 
-    with torch.autocast(anchors.device.type, enabled=False):
+    with torch.autocast(anchors.device.type, enabled=False), torch.cuda.device(anchors.device):
         left, right = (
             side.to(torch.bfloat16) for side in _prepared(anchors, candidates, normalize=normalize)
         )

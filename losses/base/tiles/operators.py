@@ -7,8 +7,10 @@ flattens the arguments and restores them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -104,6 +106,15 @@ def kernels_take(features: Tensor, dtype: torch.dtype | None) -> bool:
     return dtype in HALF and features.shape[1] % 8 == 0 and triton_runs_on(features.device)
 
 
+@contextlib.contextmanager
+def _on_device(features: Tensor) -> Iterator[None]:
+    """Compute without autocast; kernels are launched on the features' device."""
+    device = features.device
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with torch.autocast(device.type, enabled=False), guard:
+        yield
+
+
 def _backend(blocks: LossBlocks) -> tuple[Any, LossBlocks]:
     """Return the module that computes the blocks, and the blocks in the form that it takes."""
     anchors, candidates, scale, bias, normalize = blocks
@@ -153,11 +164,11 @@ def _as_features(gradients: BlockGradients, features: Tensor) -> tuple[Tensor, .
 def _contrast(*flat: Any) -> tuple[Tensor, ...]:
     """Return the summed loss and what its gradient needs.
 
-    These are the statistics of rows [3, n] and of this rank's columns ([3, b] or [3, 0]), and over
+    These are the statistics of rows [n, 3] and of this rank's columns ([b, 3] or [0, 3]), and over
     several ranks all candidates [m, D].
     """
     given, entries, settings, batch = TiledLossArguments.restored(flat)
-    with torch.autocast(given.anchors.device.type, enabled=False):
+    with _on_device(given.anchors):
         backend, blocks = _backend(given)
         whole = _gathered(backend, blocks, batch)
         sums = backend.contrast_sums(
@@ -168,14 +179,12 @@ def _contrast(*flat: Any) -> tuple[Tensor, ...]:
             symmetric=settings.symmetric,
             rows=settings.rows,
         )
-        total, statistics = given.scale.new_zeros(()), []
-        for direction in sums[: 1 + settings.symmetric]:
-            loss, kept = backend.losses_of_sums(direction, entries, settings)
-            total += loss
-            statistics.append(kept)
-    if not settings.symmetric:
-        statistics.append(given.scale.new_empty(3, 0))
-    return total, statistics[0], statistics[1], _kept(whole, batch)
+        total, row_statistics = backend.losses_of_sums(sums[0], entries, settings)
+        column_statistics = row_statistics.new_empty(0, 3)
+        if settings.symmetric:
+            losses, column_statistics = backend.losses_of_sums(sums[1], entries, settings)
+            total = total + losses
+    return total, row_statistics, column_statistics, _kept(whole, batch)
 
 
 def _kept(whole: Tensor, batch: GlobalBatch) -> Tensor:
@@ -188,7 +197,7 @@ def _(*flat: Any) -> tuple[Tensor, ...]:
     arguments = TiledLossArguments.restored(flat)
     blocks, _, settings, _ = arguments
     new, rows = blocks.scale.new_empty, blocks.anchors.shape[0]
-    return new(()), new(3, rows), new(3, rows if settings.symmetric else 0), _fake_kept(arguments)
+    return new(()), new(rows, 3), new(rows if settings.symmetric else 0, 3), _fake_kept(arguments)
 
 
 def _fake_kept(arguments: TiledLossArguments) -> Tensor:
@@ -211,7 +220,7 @@ def _contrast_gradient(
     The losses of other ranks reach this rank's features with the weights that they have there.
     """
     given, entries, settings, batch = TiledLossArguments.restored(flat)
-    with torch.autocast(given.anchors.device.type, enabled=False):
+    with _on_device(given.anchors):
         backend, blocks = _backend(given)
         columns = None
         if settings.symmetric or given.candidates is None:
@@ -234,11 +243,11 @@ def _contrast_gradient(
 def _gathered_columns(
     statistics: Tensor, weight: Tensor, batch: GlobalBatch
 ) -> tuple[Tensor, Tensor]:
-    """Return the statistics of all ranks' columns, [3, m], and the weights of their losses."""
+    """Return the statistics of all ranks' columns, [m, 3], and the weights of their losses."""
     if batch.world_size == 1:
         return statistics, weight
-    gathered = batch.gather(torch.cat([statistics, weight.expand(1, statistics.shape[1])]).T).T
-    return gathered[:3].contiguous(), gathered[3].contiguous()
+    gathered = batch.gather(torch.cat([statistics, weight.expand(len(statistics), 1)], dim=1))
+    return gathered[:, :3], gathered[:, 3]
 
 
 @torch.library.custom_op(
@@ -247,7 +256,7 @@ def _gathered_columns(
 def _sigmoid_contrast(*flat: Any) -> tuple[Tensor, Tensor]:
     """Return the summed loss and, over several ranks, all candidates [m, D]."""
     given, entries, settings, batch = TiledLossArguments.restored(flat)
-    with torch.autocast(given.anchors.device.type, enabled=False):
+    with _on_device(given.anchors):
         backend, blocks = _backend(given)
         whole = _gathered(backend, blocks, batch)
         total: Tensor = backend.sigmoid_sum(
@@ -270,7 +279,7 @@ def _(*flat: Any) -> tuple[Tensor, Tensor]:
 def _sigmoid_contrast_gradient(weight: Tensor, whole: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     """Return `weight` times the gradients of the summed loss: anchors, candidates, scale, bias."""
     given, entries, settings, batch = TiledLossArguments.restored(flat)
-    with torch.autocast(given.anchors.device.type, enabled=False):
+    with _on_device(given.anchors):
         backend, blocks = _backend(given)
         gradients = backend.sigmoid_gradients(
             blocks,

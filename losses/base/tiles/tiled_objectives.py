@@ -24,7 +24,7 @@ from diptych.losses.base.validation import working_dtype
 
 _PLAIN_LOGITS = {"cpu": 2**24, "cuda": 2**26}
 _PLAIN_LOGITS_ON_RANKS = 2**23
-_BLOCK_LOGITS = {"cpu": 2**22, "cuda": 2**25}
+_BLOCK_LOGITS = {"cpu": 2**22, "cuda": 2**26}
 _LEAST_ROWS = {"cpu": 32, "cuda": 512}
 _ALL = GlobalBatch((0,), 0)
 """The batch of one process, or of one rank that has all candidates: nothing is gathered."""
@@ -42,7 +42,7 @@ def resolve_tile(
 
     ``"auto"`` means the whole matrix up to 8192 x 8192 logits on an accelerator and 4096 x 4096 on
     a CPU, where memory is no concern; over ranks with half-precision kernels, which exchange less,
-    up to 8 Mi logits. Above that, blocks have 32 Mi and 4 Mi logits, and at least 512 and 32 rows.
+    up to 8 Mi logits. Above that, blocks have 64 Mi and 4 Mi logits, and at least 512 and 32 rows.
 
     Args:
         tile: ``"auto"``, None (whole) or a number of rows.

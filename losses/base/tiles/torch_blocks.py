@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diptych.losses.base.gather import GlobalBatch, max_over_ranks, sum_over_ranks
+from diptych.losses.base.gather import GlobalBatch, stack_over_ranks
 
 
 class LossBlocks(NamedTuple):
@@ -141,14 +141,11 @@ class LogSum(NamedTuple):
         """Return the logsumexps of several blocks as one."""
         return cls(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
 
-    def over_ranks(self) -> LogSum:
-        """Return the logsumexp over the terms of all ranks."""
-        maximum = max_over_ranks(self.maximum)
-        return LogSum(maximum, sum_over_ranks(self.total * (self.maximum - maximum).exp()))
-
-    def part(self, part: slice) -> LogSum:
-        """Return some of the logsumexps."""
-        return LogSum(self.maximum[part], self.total[part])
+    def over_ranks(self, batch: GlobalBatch) -> LogSum:
+        """Return this rank's part [b] of the logsumexps [m] over the terms of all ranks."""
+        maxima, totals = stack_over_ranks(torch.stack(self))[:, :, batch.own].unbind(1)
+        maximum = maxima.amax(0)
+        return LogSum(maximum, (totals * (maxima - maximum).exp()).sum(0))
 
     def joined(self, other: LogSum) -> LogSum:
         """Return the logsumexp over the terms of both."""
@@ -217,7 +214,7 @@ def losses_of_sums(
         settings: Whether positives are in the denominator, and the label smoothing.
 
     Returns:
-        The sum, and [3, n]: normalizer, pull and positive. The gradient of a negative's logit l is
+        The sum, and [n, 3]: normalizer, pull and positive. The gradient of a negative's logit l is
         exp(l - normalizer), of a positive's -pull * exp(l - positive).
     """
     smoothing = settings.smoothing
@@ -234,7 +231,7 @@ def losses_of_sums(
         # An infinite normalizer turns the gradient of a whole row into zeros.
         normalizer = normalizer.masked_fill(invalid, torch.inf)
         pull, losses = pull.masked_fill(invalid, 0.0), losses.masked_fill(invalid, 0.0)
-    return losses.sum(), torch.stack([normalizer, pull, positive])
+    return losses.sum(), torch.stack([normalizer, pull, positive], dim=1)
 
 
 def contrast_sums(
@@ -292,8 +289,8 @@ def own_columns(
         return columns
     negatives, positives = columns
     if entries.group_matches:
-        positives = positives.over_ranks().part(batch.own)
-    return DirectionSums(negatives.over_ranks().part(batch.own), positives)
+        positives = positives.over_ranks(batch)
+    return DirectionSums(negatives.over_ranks(batch), positives)
 
 
 def contrast_gradients(
@@ -312,8 +309,8 @@ def contrast_gradients(
     Args:
         blocks: Factors of the logits [n, m].
         entries: The kind of each entry.
-        row_statistics: [3, n], from `losses_of_sums`.
-        columns: The statistics of all ranks' columns, [3, m], and the weights of their losses, [m]
+        row_statistics: [n, 3], from `losses_of_sums`.
+        columns: The statistics of all ranks' columns, [m, 3], and the weights of their losses, [m]
             or on one rank 0-dim; None if the columns are not anchors.
         whole: The candidates of all ranks, [m, D].
         batch: Sizes of all ranks' candidates.
@@ -324,10 +321,12 @@ def contrast_gradients(
     # One process has one weight. It multiplies the products, which saves a pass over the blocks.
     weighted = columns is not None and batch.world_size > 1
     common = torch.ones_like(weight) if weighted else weight
+    if columns is not None:
+        columns = columns[0].T.contiguous(), columns[1].contiguous()
     for block, values, spare in blocks.by_rows(rows, whole):
         group = entries.group(block) if entries.group_matches else None
         entries.remove_neutral(values, block)
-        partner, own = entries.partner[block, None], row_statistics[:, block, None]
+        partner, own = entries.partner[block, None], row_statistics.T[:, block, None]
         gradient = _direction_gradient(values, own, partner, group, out=spare)
         if columns is not None:
             inverse = partner if entries.inverse is None else entries.inverse[block, None]

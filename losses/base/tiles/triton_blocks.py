@@ -15,7 +15,6 @@ The kernels read that decision on the device; the host never waits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from diptych.losses.base.gather import GlobalBatch, max_over_ranks, sum_over_ranks
+from diptych.losses.base.gather import GlobalBatch, max_over_ranks
 from diptych.losses.base.tiles import triton_kernels as kernels
 from diptych.losses.base.tiles.torch_blocks import (
     BlockGradients,
@@ -87,9 +86,16 @@ argument and adds each tile's gradients of scale and bias to the fourth, [2, til
 
 
 class _KernelProblem:
-    """The arguments of the kernels, for features at unit norm."""
+    """The arguments of the kernels, for features at unit norm.
 
-    def __init__(self, blocks: LossBlocks, entries: Entries, whole: Tensor) -> None:
+    Attributes:
+        reference: 0-dim, the exponent of 2 to which all sums are relative: a bound on the logits,
+            less a headroom. The argument `bound` is one on the products of features; None: 1.
+    """
+
+    def __init__(
+        self, blocks: LossBlocks, entries: Entries, whole: Tensor, bound: Tensor | None = None
+    ) -> None:
         anchors, _, scale, bias, _ = self.blocks = blocks
         self.whole = whole
         self.n, self.m = anchors.shape[0], whole.shape[0]
@@ -102,13 +108,17 @@ class _KernelProblem:
             group = kernels.POSITIVE if entries.group_matches else kernels.NEITHER
             groups = [entries.row_groups.contiguous(), entries.column_groups.contiguous()]
         indices = partner.new_empty(3, self.n, dtype=torch.int32)
-        bounds = partner.new_empty(_blocks(self.n), 6, dtype=torch.int32)
+        bounds = partner.new_empty(max(_blocks(self.n), 1), 6, dtype=torch.int32)
         is_candidate = entries.itself is not None
+        self.reference = torch.empty_like(scale)
         _launch(
             kernels.describe_rows,
             bounds,
-            *(partner, inverse, itself, indices, bounds, self.n),
+            *(partner, inverse, itself, indices, bounds),
+            *(scale, scale if bound is None else bound, self.reference, self.n),
             ITSELF=is_candidate,
+            BOUNDED=bound is not None,
+            HEADROOM=_HEADROOM,
         )
         self.inputs = [*indices, bounds, *groups]
         self.settings = {
@@ -130,13 +140,12 @@ class _KernelProblem:
         down, across = chunk.tiles()
         self._run(kernel, down * across, chunk, sides, arguments, BAND=_BAND, **tile, **settings)
 
-    def rows(self, kernel: Any, *arguments: Any, **settings: Any) -> None:
-        """Run a kernel on every row of tiles."""
-        if not self.n or not self.m:  # a rank without samples
-            return
+    def lines(self, kernel: Any, axis: int, *arguments: Any, **settings: Any) -> None:
+        """Run a kernel on every row of tiles (axis 1) or every column of tiles (axis 0)."""
         chunk = _Chunk(0, 0, self.n, self.m)
         sides = _sides(self.blocks.anchors, self.whole)
-        self._run(kernel, chunk.tiles()[0], chunk, sides, arguments, **_TILE, **settings)
+        count = chunk.tiles()[1 - axis]
+        self._run(kernel, count, chunk, sides, arguments, AXIS=axis, **_TILE, **settings)
 
     def _run(
         self,
@@ -148,10 +157,9 @@ class _KernelProblem:
         **settings: Any,
     ) -> None:
         shape = (*chunk, self.n, self.m)
-        with torch.cuda.device(self.scalars[0].device):
-            kernel[(programs,)](
-                *sides, *self.inputs, *shape, *self.scalars, *arguments, **settings, **self.settings
-            )
+        kernel[(programs,)](
+            *sides, *self.inputs, *shape, *self.scalars, *arguments, **settings, **self.settings
+        )
 
     def chunks(self, height: int, width: int, *, upper: bool = False) -> Iterator[_Chunk]:
         """Yield chunks of the logits, along the columns first.
@@ -180,67 +188,57 @@ def contrast_sums(
 
     If the candidates of one rank are its anchors, the matrix is symmetric: half of it is computed.
     """
-    reference = _reference(blocks, whole, over_ranks=symmetric and batch.world_size > 1)
+    bound = _bound(blocks, whole, over_ranks=symmetric and batch.world_size > 1)
     upper = blocks.candidates is None and batch.world_size == 1
+    both = symmetric or upper
     blocks, whole = _at_norm(blocks, whole, batch)
-    problem = _KernelProblem(blocks, entries, whole)
+    problem = _KernelProblem(blocks, entries, whole, bound)
     n, m = problem.n, problem.m
     own, row_total = blocks.scale.new_zeros(2, n)
     column_total = row_total if upper else blocks.scale.new_zeros(m if symmetric else 0)
+    new = own.new_zeros if upper else own.new_empty  # tiles below the diagonal write nothing
     height = _rounded_up(max(_CHUNK_ROWS, _FORWARD_LOGITS // m))
     for chunk in problem.chunks(height, _FORWARD_COLUMNS, upper=upper):
         down, across = chunk.tiles()
-        both = symmetric or upper
-        sums = own.new_zeros(across, chunk.height), own.new_zeros(down, chunk.width * both)
+        sums = new(across, chunk.height), new(down, chunk.width * both)
         sides = _sides(blocks.anchors[chunk.rows], whole[chunk.columns])
-        arguments = (reference, own, *sums)
+        arguments = (problem.reference, own, *sums)
         problem.tiles(kernels.bounded_sums, _TILE, chunk, sides, *arguments, BOTH=both, UPPER=upper)
         row_total[chunk.rows] += sums[0].sum(0)
         if both:
             column_total[chunk.columns] += sums[1].sum(0)
-    finished = partial(_row_sums, entries=entries, reference=reference, own=own)
-    row_sums = finished(problem, row_total, row_total)
+    row_sums = _line_sums(problem, 1, row_total, own, entries)
     if not symmetric:
         return row_sums, None
-    # All ranks know the whole sums, so they decide alike which to compute again.
-    known = column_total if batch.world_size == 1 else sum_over_ranks(column_total)
-    problem = _turned(problem, entries, batch)
-    return row_sums, own_columns(finished(problem, column_total, known), row_sums, entries, batch)
-
-
-def _turned(problem: _KernelProblem, entries: Entries, batch: GlobalBatch) -> _KernelProblem:
-    """Return the problem with columns as rows."""
-    # The own pair of a column is the anchor in its place, if that is on this rank.
-    place = torch.arange(problem.m, device=entries.partner.device) - batch.own.start
-    turned = entries._replace(
-        partner=place, row_groups=entries.column_groups, column_groups=entries.row_groups
+    return row_sums, own_columns(
+        _line_sums(problem, 0, column_total, own, entries), row_sums, entries, batch
     )
-    blocks = LossBlocks(problem.whole, None, problem.blocks.scale)
-    return _KernelProblem(blocks, turned, problem.blocks.anchors)
 
 
-def _row_sums(
-    problem: _KernelProblem,
-    totals: Tensor,
-    known: Tensor,
-    *,
-    entries: Entries,
-    reference: Tensor,
-    own: Tensor,
+def _line_sums(
+    problem: _KernelProblem, axis: int, totals: Tensor, own: Tensor, entries: Entries
 ) -> DirectionSums:
-    """Return the sums of rows from those of negatives relative to the reference.
+    """Return the sums of rows (axis 1) or of columns (axis 0).
 
-    Those of rows whose known sums, over all ranks, may have lost terms are computed again.
+    Args:
+        problem: The arguments of the kernels.
+        axis: The axis that is summed.
+        totals: The sums of negatives relative to the reference. Where terms may be lost, they are
+            computed again.
+        own: [n], the logits of own pairs.
+        entries: Whether whole groups are positives.
     """
-    negatives = LogSum.empty(totals, problem.n)
-    if problem.m:
-        negatives = LogSum((reference / _LOG2_E).repeat(problem.n), totals)
-    least = 2.0**-_DEPTH
-    problem.rows(kernels.online_sums, known, *negatives, POSITIVES=False, LEAST=least)
+    if not problem.n or not problem.m:  # a rank without samples
+        return DirectionSums(LogSum.empty(own, len(totals)), LogSum.empty(own, len(totals)))
+    settings = {"LEAST": 2.0**-_DEPTH}
+    negatives = LogSum(torch.empty_like(totals), totals)
+    arguments = (problem.reference, *negatives)
+    problem.lines(kernels.online_sums, axis, *arguments, POSITIVES=False, **settings)
     if not entries.group_matches:
-        return DirectionSums(negatives, LogSum(own, torch.ones_like(own)))
-    positives = LogSum.empty(own, problem.n)
-    problem.rows(kernels.online_sums, known, *positives, POSITIVES=True, LEAST=least)
+        return DirectionSums(negatives, LogSum(own, own))  # a total of one term is not read
+    positives = LogSum(torch.empty_like(totals), torch.empty_like(totals))
+    arguments = (problem.reference, *positives)
+    problem.lines(kernels.online_sums, axis, *arguments, POSITIVES=True, **settings)
     return DirectionSums(negatives, positives)
 
 
@@ -250,7 +248,7 @@ def losses_of_sums(
     """Return the sum of one direction's losses, and their statistics, as in `torch_blocks`."""
     negatives, positives = sums
     n = len(negatives.maximum)
-    statistics = negatives.maximum.new_empty(3, n)
+    statistics = negatives.maximum.new_empty(n, 3)
     partial_sums = negatives.maximum.new_empty(_blocks(n))
     valid = entries.partner if entries.valid is None else entries.valid  # a placeholder: not read
     _launch(
@@ -276,15 +274,16 @@ def contrast_gradients(
     rows: int,
 ) -> BlockGradients:
     """Return the gradients of the weighted losses, as in `torch_blocks`."""
-    problem, reference = _KernelProblem(blocks, entries, whole), _reference(blocks, whole)
+    problem = _KernelProblem(blocks, entries, whole, _bound(blocks, whole))
     both = columns is not None
-    row_terms, row_exact = column_terms, column_exact = _terms(row_statistics, weight, reference)
-    if columns is not None:
-        column_terms, column_exact = _terms(*columns, reference)
+    rows_of, columns_of = (
+        _terms(*statistics, problem.reference)
+        for statistics in ((row_statistics, weight), columns or (row_statistics, weight))
+    )
 
     def launch(chunk: _Chunk, sides: _Sides, gradient: TensorDescriptor, sums: Tensor) -> None:
-        terms = row_terms, column_terms, row_exact, column_exact
-        arguments = (reference, *terms, gradient, sums)
+        terms = rows_of[0], columns_of[0], rows_of[1], columns_of[1]
+        arguments = (problem.reference, *terms, gradient, sums)
         problem.tiles(kernels.contrast_gradient, _TILE, chunk, sides, *arguments, BOTH=both)
 
     return _gradients(problem, launch, batch, rows)
@@ -336,7 +335,8 @@ def _gradients(
     """Return the gradients of features and scalars from those of the logits, chunk by chunk."""
     anchors, candidates, scale, _, normalize = problem.blocks
     row_gradients = torch.empty_like(anchors)
-    column_total = None if candidates is None else scale.new_zeros(problem.whole.shape)
+    new = scale.new_empty if problem.n else scale.new_zeros
+    column_total = None if candidates is None else new(problem.whole.shape)
     late = normalize and batch.world_size == 1
     sums = _add_chunks(problem, launch, row_gradients, column_total, late=late, rows=rows)
     scale_gradient, bias_gradient = (one.sum() for one in sums)
@@ -358,7 +358,7 @@ def _add_chunks(
     late: bool,
     rows: int,
 ) -> Tensor:
-    """Write the rows' gradients, add to the columns' total, and return the sums of the tiles.
+    """Write the rows' gradients and the columns' total, and return the sums of the tiles.
 
     A chunk holds as many logits as `rows` rows have. Features are normalised chunk by chunk too,
     candidates only if `late`; normalised rows are kept in the memory of their gradients until those
@@ -387,7 +387,7 @@ def _add_chunks(
         launch(chunk, _sides(left, right), written, sums)
         _add_product(total, gradient, right, first=chunk.column == 0)
         if column_total is not None:
-            _add_product(column_total[chunk.columns], gradient.T, left)
+            _add_product(column_total[chunk.columns], gradient.T, left, first=chunk.row == 0)
         if chunk.column + chunk.width == problem.m:
             features = anchors[chunk.rows]
             feature_gradients(total, features, scale, normalize=normalize, out=done)
@@ -408,12 +408,9 @@ def feature_gradients(
     """
     out = torch.empty_like(features) if out is None else out
     size = features.shape[1]
-    with torch.cuda.device(features.device):
+    if len(features):
         kernels.feature_gradients[(len(features),)](
-            totals,
-            features,
-            factor,
-            out,
+            *(totals, features, factor, out),
             NORMALIZE=normalize,
             SIZE=size,
             BLOCK=triton.next_power_of_2(size),
@@ -435,7 +432,7 @@ def normalize_features(features: Tensor, out: Tensor | None = None) -> Tensor:
     """Return features [rows, D] divided by their norms; a row without a direction becomes 0."""
     out = torch.empty_like(features) if out is None else out
     size = features.shape[1]
-    with torch.cuda.device(features.device):
+    if len(features):
         kernels.normalize_features[(len(features),)](
             features, out, SIZE=size, BLOCK=triton.next_power_of_2(size)
         )
@@ -459,37 +456,37 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool = Fa
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
 
 
-def _reference(blocks: LossBlocks, whole: Tensor, *, over_ranks: bool = False) -> Tensor:
-    """Return the exponent of 2 to which all sums are relative, 0-dim: a bound less a headroom.
+def _bound(blocks: LossBlocks, whole: Tensor, *, over_ranks: bool = False) -> Tensor | None:
+    """Return a bound on the products of features, 0-dim; None: 1, features have unit norm at most.
 
     Args:
-        blocks: Their features, if they are normalised later, have a norm of at most 1.
+        blocks: The features, normalised later or not.
         whole: The candidates of all ranks.
         over_ranks: Whether all ranks need the same bound.
     """
-    bound = blocks.scale.abs() * _LOG2_E
-    if not blocks.normalize:
-        for side in (blocks.anchors, whole):
-            if len(side):
-                norms = torch.linalg.vector_norm(side, dim=1, dtype=torch.float32)
-                bound = bound * norms.amax()
-    return (max_over_ranks(bound) if over_ranks else bound) - _HEADROOM
+    if blocks.normalize:
+        return None
+    bound = torch.ones_like(blocks.scale)
+    for side in (blocks.anchors, whole):
+        if len(side):
+            bound *= torch.linalg.vector_norm(side, dim=1, dtype=torch.float32).amax()
+    return max_over_ranks(bound) if over_ranks else bound
 
 
 def _terms(statistics: Tensor, weights: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """Return `kernels.gradient_terms` of rows, [5, n], and which tiles are exact.
 
     Args:
-        statistics: [3, n], from `losses_of_sums`.
+        statistics: [n, 3], from `losses_of_sums`.
         weights: 0-dim or [n], the weights of the rows' losses.
         reference: 0-dim.
     """
-    n = statistics.shape[1]
+    n = len(statistics)
     terms, exact = statistics.new_empty(5, n), statistics.new_empty(_blocks(n), dtype=torch.int32)
     _launch(
         kernels.gradient_terms,
         exact,
-        *(statistics.contiguous(), weights, reference, terms, exact, n),
+        *(statistics, statistics.stride(0), weights, reference, terms, exact, n),
         WEIGHTED=weights.dim() > 0,
         DEPTH=_DEPTH,
     )
@@ -499,8 +496,7 @@ def _terms(statistics: Tensor, weights: Tensor, reference: Tensor) -> tuple[Tens
 def _launch(kernel: Any, blocks: Tensor, *arguments: Any, **settings: Any) -> None:
     """Run a kernel on every block of rows; `blocks` has one entry for each."""
     if len(blocks):
-        with torch.cuda.device(blocks.device):
-            kernel[(len(blocks),)](*arguments, **settings, ROWS=_SIDE)
+        kernel[(len(blocks),)](*arguments, **settings, ROWS=_SIDE)
 
 
 def _blocks(rows: int) -> int:

@@ -45,13 +45,21 @@ def _place(row, column, height, width, BAND, ROWS, COLUMNS):
 
 @triton.jit
 def describe_rows(
-    partner, inverse, itself, indices, bounds, n, ITSELF: tl.constexpr, ROWS: tl.constexpr
+    partner, inverse, itself, indices, bounds, scale, bound, reference, n,
+    ITSELF: tl.constexpr, BOUNDED: tl.constexpr, HEADROOM: tl.constexpr, ROWS: tl.constexpr,
 ):
     """Write the indices as int32, [3, n], and their least and largest of each tile's rows.
 
-    bounds: [tiles, 6]; negative indices are no columns and are left out.
+    bounds: [tiles, 6]; negative indices are no columns and are left out. The first program writes
+    the reference: a bound on the logits as exponents of 2, less HEADROOM. bound: on the products of
+    features, 1 unless BOUNDED.
     """
     tile = tl.program_id(0)
+    if tile == 0:
+        largest = tl.abs(tl.load(scale)) * LOG2_E
+        if BOUNDED:
+            largest *= tl.load(bound)
+        tl.store(reference, largest - HEADROOM)
     rows = tile * ROWS + tl.arange(0, ROWS)
     inside = rows < n
     _describe(tl.load(partner + rows, inside, -1), rows, inside, indices, bounds + 6 * tile)
@@ -164,40 +172,49 @@ def bounded_sums(
 @triton.jit
 def online_sums(
     anchors, candidates, partner, inverse, itself, bounds, row_groups, column_groups,
-    row, column, height, width, n, m, scale, known, maxima, totals,
-    WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr, POSITIVES: tl.constexpr,
-    LEAST: tl.constexpr,
+    row, column, height, width, n, m, scale, reference, maxima, totals,
+    WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr, AXIS: tl.constexpr,
+    POSITIVES: tl.constexpr, LEAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):
-    """Write each row's maximum and sum of exp(logit - maximum), over its negatives or positives.
+    """Write the maximum and the sum of exp(logit - maximum) of each row, or of each column.
 
-    Exact for any logits. Negatives are computed only for tiles of rows in which a known sum, [n],
-    is below LEAST and may have lost terms.
+    AXIS is the axis that is summed: 1 for the sums of rows. The sums are over the negatives, or
+    over the positives, and exact for any logits. totals holds the sums of negatives relative to the
+    reference; they are kept if none of a tile's is below LEAST, where terms may be lost.
     """
     first = tl.program_id(0) * ROWS
-    rows = row + first + tl.arange(0, ROWS)
-    least = tl.min(tl.load(known + rows, rows < n, float("inf")), 0)
-    if (least >= LEAST) & (POSITIVES == 0):
+    own = first + tl.arange(0, ROWS)
+    inside = own < (n if AXIS == 1 else m)
+    known = tl.min(tl.load(totals + own, inside, float("inf")), 0)
+    if (known >= LEAST) & (POSITIVES == 0):
+        tl.store(maxima + own, tl.zeros((ROWS,), tl.float32) + tl.load(reference) / LOG2_E, inside)
         return
     factor = tl.load(scale) * LOG2_E
     maximum = tl.full((ROWS,), -3.0e38, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, width, COLUMNS):
-        columns = column + start + tl.arange(0, COLUMNS)
-        exponents = factor * _products(
-            anchors, candidates, first, start, WIDTH, ROWS, COLUMNS, STEP
-        )
-        positive, _, neither = _entries(
-            rows, columns, n, m, partner, inverse, itself, row_groups, column_groups, ITSELF, GROUP
-        )
+    for start in range(0, width if AXIS == 1 else height, COLUMNS):
+        others = start + tl.arange(0, COLUMNS)
+        if AXIS == 1:
+            products = _products(anchors, candidates, first, start, WIDTH, ROWS, COLUMNS, STEP)
+            positive, _, neither = _entries(
+                own, others, n, m, partner, inverse, itself, row_groups, column_groups,
+                ITSELF, GROUP,
+            )
+        else:
+            products = _products(anchors, candidates, start, first, WIDTH, COLUMNS, ROWS, STEP)
+            _, positive, neither = _entries(
+                others, own, n, m, partner, inverse, itself, row_groups, column_groups,
+                ITSELF, GROUP,
+            )
         counted = positive if POSITIVES else ~(positive | neither)
-        exponents = tl.where(counted, exponents, float("-inf"))
-        larger = tl.maximum(maximum, tl.max(exponents, 1))
+        exponents = tl.where(counted, factor * products, float("-inf"))
+        larger = tl.maximum(maximum, tl.max(exponents, AXIS))
         total = total * tl.exp2(maximum - larger)
-        total += tl.sum(tl.exp2(exponents - larger[:, None]), 1)
+        total += tl.sum(tl.exp2(exponents - tl.expand_dims(larger, AXIS)), AXIS)
         maximum = larger
-    tl.store(maxima + rows, maximum / LOG2_E, rows < row + height)
-    tl.store(totals + rows, total, rows < row + height)
+    tl.store(maxima + own, maximum / LOG2_E, inside)
+    tl.store(totals + own, total, inside)
 
 
 @triton.jit
@@ -274,10 +291,12 @@ def contrast_gradient(
 
 @triton.jit
 def gradient_terms(
-    statistics, weights, reference, terms, exact, n,
+    statistics, stride, weights, reference, terms, exact, n,
     WEIGHTED: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
 ):
     """Write what `contrast_gradient` reads of the rows of a tile, [5, n], from their statistics.
+
+    statistics: [n, 3], of rows that are `stride` numbers apart, as the weights are if WEIGHTED.
 
     These are normalizer, pull and positive, as exponents of 2, the factor 2**(reference -
     normalizer), and the weight of the loss, by which pull and factor are multiplied. weights: [n]
@@ -286,10 +305,11 @@ def gradient_terms(
     tile = tl.program_id(0)
     rows = tile * ROWS + tl.arange(0, ROWS)
     inside = rows < n
-    normalizer = tl.load(statistics + rows, inside, float("inf")) * LOG2_E
-    pull = tl.load(statistics + n + rows, inside, 0.0)
-    positive = tl.load(statistics + 2 * n + rows, inside, 0.0) * LOG2_E
-    weight = tl.load(weights + rows, inside, 0.0) if WEIGHTED else tl.load(weights)
+    places = statistics + rows * stride
+    normalizer = tl.load(places, inside, float("inf")) * LOG2_E
+    pull = tl.load(places + 1, inside, 0.0)
+    positive = tl.load(places + 2, inside, 0.0) * LOG2_E
+    weight = tl.load(weights + rows * stride, inside, 0.0) if WEIGHTED else tl.load(weights)
     least = tl.load(reference)
     tl.store(exact + tile, (tl.min(normalizer, 0) < least - DEPTH).to(tl.int32))
     tl.store(terms + rows, normalizer, inside)
@@ -305,7 +325,7 @@ def losses(
     n, smoothing,
     POSITIVES: tl.constexpr, VALID: tl.constexpr, DECOUPLED: tl.constexpr, ROWS: tl.constexpr,
 ):
-    """Write statistics [3, n] and sums of losses, as `torch_blocks.losses_of_sums`.
+    """Write statistics [n, 3] and sums of losses, as `torch_blocks.losses_of_sums`.
 
     Without POSITIVES each row has one positive, without VALID every row has a loss.
     """
@@ -326,9 +346,10 @@ def losses(
         loss, pull = gap, tl.full((ROWS,), 1.0, tl.float32)
     else:
         loss, pull = _softplus(gap), 1.0 / (1.0 + tl.exp(-gap))
-    tl.store(statistics + rows, tl.where(counted, positive + loss, float("inf")), inside)
-    tl.store(statistics + n + rows, tl.where(counted, pull - smoothing, 0.0), inside)
-    tl.store(statistics + 2 * n + rows, positive, inside)
+    places = statistics + 3 * rows
+    tl.store(places, tl.where(counted, positive + loss, float("inf")), inside)
+    tl.store(places + 1, tl.where(counted, pull - smoothing, 0.0), inside)
+    tl.store(places + 2, positive, inside)
     tl.store(sums + tile, tl.sum(tl.where(counted, loss + smoothing * positive, 0.0), 0))
 
 

@@ -87,15 +87,23 @@ def test_uneven_pieces_are_gathered_in_order_with_summed_gradients(
     assert math.isclose(averages["mean of even"], sum(even) / len(even), rel_tol=1e-12)
 
 
-def gather_with_reduce_scatter(sizes: tuple[int, ...]) -> object:
+def gather_whole_tensors(sizes: tuple[int, ...]) -> object:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gather, "_scatters", lambda device: True)
-        return gather_on_rank(sizes)["gradient"]
+        patch.setattr(gather, "_moves_whole_tensors", lambda device: True)
+        answer = gather_on_rank(sizes)
+        return answer["column"], answer["gradient"]
 
 
-def test_the_reduce_scatter_of_other_backends_gives_the_same_gradients(ranks: Ranks) -> None:
-    found = ranks.run(gather_with_reduce_scatter, [((2, 2, 2),)] * 3)
-    assert found == [[6.0, 12.0], [18.0, 24.0], [30.0, 36.0]]
+def test_backends_that_gather_into_one_tensor_give_the_same_gradients(
+    ranks: Ranks,
+) -> None:
+    found = ranks.run(gather_whole_tensors, [((2, 2, 2),)] * 3)
+    whole = [0.0, 1.0, 10.0, 11.0, 20.0, 21.0]
+    assert found == [
+        (whole, [6.0, 12.0]),
+        (whole, [18.0, 24.0]),
+        (whole, [30.0, 36.0]),
+    ]
 
 
 def sum_on_rank(value: float) -> tuple[float, float]:
