@@ -87,6 +87,12 @@ class Evaluator(EventLoop):
                 self.remove_event_handler(metric.completed, Events.EPOCH_COMPLETED)
                 self.add_event_handler(Events.EPOCH_COMPLETED, self._try_to_compute, metric, name)
 
+    @property
+    def chance(self) -> dict[str, float]:
+        """The values of random features, of metrics that know them, by name; after `evaluate`."""
+        known = [getattr(metric, "chance", {}) for metric in self._metrics.values()]
+        return {name: value for values in known for name, value in values.items()}
+
     @waits_at("sharing an evaluation")
     def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
         """Return the value of every metric over one pass of `loader`.
