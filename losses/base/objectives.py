@@ -262,7 +262,7 @@ def _logits(blocks: LossBlocks, dtype: torch.dtype | None, batch: GlobalBatch | 
     candidates = blocks.piece if batch is None else batch.gather(blocks.piece)
     logits: Tensor
     if half:
-        logits = half_logits(anchors.to(dtype), candidates.to(dtype), scale, normalize)
+        logits = half_logits(anchors.to(dtype), candidates.to(dtype), scale, normalize=normalize)
     else:
         logits = (scale * anchors) @ candidates.T
     return logits if bias is None else logits + bias

@@ -2,25 +2,21 @@
 
 Features in bfloat16 or float16 are multiplied as such and summed in float32; the logits are
 float32. The gradient of the logits is rounded to bfloat16, which has float32's range. As in
-`operators`, `half_logits` and its gradient are custom operators, which `torch.compile` keeps whole
-and which are differentiable once.
+`operators`, `torch.compile` sees a custom operator, and the gradient is not differentiable.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diptych.losses.base.tiles.operators import EagerOperator
+
 _FEATURES = "Tensor anchors, Tensor candidates, Tensor scale, bool normalize"
 
 
-@torch.library.custom_op("diptych::half_logits", mutates_args=(), schema=f"({_FEATURES}) -> Tensor")
-def half_logits(
-    anchors: Tensor,
-    candidates: Tensor,
-    scale: Tensor,
-    normalize: bool,  # noqa: FBT001 - an operator's arguments are positional
-) -> Tensor:
+def half_logits(anchors: Tensor, candidates: Tensor, scale: Tensor, *, normalize: bool) -> Tensor:
     """Return scale * anchors @ candidates.T, float32 [n, m].
 
     Args:
@@ -29,22 +25,33 @@ def half_logits(
         scale: 0-dim, float32.
         normalize: Whether to divide the features by their norms.
     """
+    inputs = anchors, candidates, scale, normalize
+    logits: Tensor
+    if torch.compiler.is_compiling():
+        logits = _operator(*inputs)
+    else:
+        differentiate = partial(_differentiate, _gradients)
+        logits = EagerOperator.apply(_logits, _keep, differentiate, *inputs)  # type: ignore[no-untyped-call]
+    return logits
+
+
+def _logits(
+    anchors: Tensor,
+    candidates: Tensor,
+    scale: Tensor,
+    normalize: bool,  # noqa: FBT001 - an operator's arguments are positional
+) -> Tensor:
+    """Return the logits; arguments as for `half_logits`."""
     with torch.autocast(anchors.device.type, enabled=False), torch.cuda.device(anchors.device):
         left, right = _prepared(anchors, candidates, normalize=normalize)
         return torch.mm(left, right.T, out_dtype=torch.float32).mul_(scale)
 
 
-@half_logits.register_fake
-def _(anchors: Tensor, candidates: Tensor, scale: Tensor, _: bool) -> Tensor:  # noqa: FBT001
+def _fake_logits(anchors: Tensor, candidates: Tensor, scale: Tensor, _: bool) -> Tensor:  # noqa: FBT001
     return scale.new_empty(anchors.shape[0], candidates.shape[0])
 
 
-@torch.library.custom_op(
-    "diptych::half_logits_gradient",
-    mutates_args=(),
-    schema=f"(Tensor gradient, {_FEATURES}) -> (Tensor, Tensor, Tensor)",
-)
-def half_logits_gradient(
+def _gradients(
     gradient: Tensor,
     anchors: Tensor,
     candidates: Tensor,
@@ -71,8 +78,9 @@ def half_logits_gradient(
     return gradients[0], gradients[1], scale_gradient
 
 
-@half_logits_gradient.register_fake
-def _(gradient: Tensor, anchors: Tensor, candidates: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _fake_gradients(
+    gradient: Tensor, anchors: Tensor, candidates: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
     sides = anchors.new_empty(anchors.shape), candidates.new_empty(candidates.shape)
     return (*sides, gradient.new_empty((), dtype=torch.float32))
 
@@ -92,8 +100,19 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return (*half_logits_gradient(gradient, *ctx.saved_tensors, ctx.normalize), None)
+def _differentiate(operator: Any, ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return (*operator(gradient, *ctx.saved_tensors, ctx.normalize), None)
 
 
-half_logits.register_autograd(_differentiate, setup_context=_keep)
+_operator = torch.library.custom_op(
+    "diptych::half_logits", _logits, mutates_args=(), schema=f"({_FEATURES}) -> Tensor"
+)
+_operator.register_fake(_fake_logits)
+_gradient_operator = torch.library.custom_op(
+    "diptych::half_logits_gradient",
+    _gradients,
+    mutates_args=(),
+    schema=f"(Tensor gradient, {_FEATURES}) -> (Tensor, Tensor, Tensor)",
+)
+_gradient_operator.register_fake(_fake_gradients)
+_operator.register_autograd(partial(_differentiate, _gradient_operator), setup_context=_keep)

@@ -1,8 +1,9 @@
 """Operators: the tiled losses as custom operators of torch, each with an operator of its gradient.
 
-`torch.compile` keeps a custom operator whole. The gradients are not differentiable: a second
-derivative raises. A schema is a flat list of tensors and numbers; `TiledLoss` is the only code that
-flattens the arguments and restores them.
+`torch.compile` keeps a custom operator whole. Outside of it `EagerOperator` calls the same
+functions, since the way through an operator takes several times as long. The gradients are not
+differentiable: a second derivative raises. A schema is a flat list of tensors and numbers;
+`TiledLossArguments` is the only code that flattens the arguments and restores them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ _ARGUMENTS = (
     " int rows, bool decoupled, float smoothing, bool symmetric,"
     " int[] sizes, int rank"
 )
-_GRADIENTS = "(Tensor, Tensor, Tensor, Tensor)"
 _COUNT = _ARGUMENTS.count(",") + 1
 
 
@@ -67,14 +67,46 @@ class TiledLossArguments(NamedTuple):
 
 def contrast(loss: TiledLossArguments) -> Tensor:
     """Return the sum of the InfoNCE losses."""
-    total: Tensor = _contrast(*loss.flat())[0]
-    return total
+    return _total(_contrast, _contrast_gradient, loss)
 
 
 def sigmoid_contrast(loss: TiledLossArguments) -> Tensor:
     """Return the sum of the pairwise sigmoid losses."""
-    total: Tensor = _sigmoid_contrast(*loss.flat())[0]
+    return _total(_sigmoid_contrast, _sigmoid_contrast_gradient, loss)
+
+
+def _total(operator: Any, gradient: Any, loss: TiledLossArguments) -> Tensor:
+    """Return the loss of an operator."""
+    total: Tensor
+    if torch.compiler.is_compiling():
+        total = _OPERATORS[operator](*loss.flat())[0]
+    else:
+        differentiate = functools.partial(_differentiate, gradient)
+        total = EagerOperator.apply(operator, _keep, differentiate, *loss.flat())  # type: ignore[no-untyped-call]
     return total
+
+
+class EagerOperator(torch.autograd.Function):
+    """An operator with its gradient, from the functions that a custom operator is made of.
+
+    Arguments: the function; `keep(ctx, inputs, output)`; `differentiate(ctx, gradient)`; inputs.
+    The result is the function's, or the first of several.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, operator: Any, keep: Any, differentiate: Any, *inputs: Any) -> Tensor:
+        """Return the result, and keep what its gradient needs."""
+        output = operator(*inputs)
+        keep(ctx, inputs, output)
+        ctx.differentiate = differentiate
+        result: Tensor = output if isinstance(output, Tensor) else output[0]
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients for the inputs."""
+        return (None, None, None, *ctx.differentiate(ctx, *gradients))
 
 
 def triton_runs_on(device: torch.device) -> bool:
@@ -156,11 +188,6 @@ def _as_features(gradients: BlockGradients, features: Tensor) -> tuple[Tensor, .
     return anchors.to(features.dtype), candidates.to(features.dtype), scale, bias
 
 
-@torch.library.custom_op(
-    "diptych::contrast",
-    mutates_args=(),
-    schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
 def _contrast(*flat: Any) -> tuple[Tensor, ...]:
     """Return the summed loss and what its gradient needs.
 
@@ -192,8 +219,7 @@ def _kept(whole: Tensor, batch: GlobalBatch) -> Tensor:
     return whole if batch.world_size > 1 else whole.new_empty(0)
 
 
-@_contrast.register_fake
-def _(*flat: Any) -> tuple[Tensor, ...]:
+def _fake_contrast(*flat: Any) -> tuple[Tensor, ...]:
     arguments = TiledLossArguments.restored(flat)
     blocks, _, settings, _ = arguments
     new, rows = blocks.scale.new_empty, blocks.anchors.shape[0]
@@ -206,12 +232,6 @@ def _fake_kept(arguments: TiledLossArguments) -> Tensor:
     return anchors.new_empty(shape)
 
 
-@torch.library.custom_op(
-    "diptych::contrast_gradient",
-    mutates_args=(),
-    schema="(Tensor weight, Tensor row_statistics, Tensor column_statistics, Tensor whole,"
-    f" {_ARGUMENTS}) -> {_GRADIENTS}",
-)
 def _contrast_gradient(
     weight: Tensor, row_statistics: Tensor, column_statistics: Tensor, whole: Tensor, *flat: Any
 ) -> tuple[Tensor, ...]:
@@ -250,9 +270,6 @@ def _gathered_columns(
     return gathered[:, :3], gathered[:, 3]
 
 
-@torch.library.custom_op(
-    "diptych::sigmoid_contrast", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)"
-)
 def _sigmoid_contrast(*flat: Any) -> tuple[Tensor, Tensor]:
     """Return the summed loss and, over several ranks, all candidates [m, D]."""
     given, entries, settings, batch = TiledLossArguments.restored(flat)
@@ -265,17 +282,11 @@ def _sigmoid_contrast(*flat: Any) -> tuple[Tensor, Tensor]:
     return total, _kept(whole, batch)
 
 
-@_sigmoid_contrast.register_fake
-def _(*flat: Any) -> tuple[Tensor, Tensor]:
+def _fake_sigmoid_contrast(*flat: Any) -> tuple[Tensor, Tensor]:
     arguments = TiledLossArguments.restored(flat)
     return arguments.blocks.scale.new_empty(()), _fake_kept(arguments)
 
 
-@torch.library.custom_op(
-    "diptych::sigmoid_contrast_gradient",
-    mutates_args=(),
-    schema=f"(Tensor weight, Tensor whole, {_ARGUMENTS}) -> {_GRADIENTS}",
-)
 def _sigmoid_contrast_gradient(weight: Tensor, whole: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     """Return `weight` times the gradients of the summed loss: anchors, candidates, scale, bias."""
     given, entries, settings, batch = TiledLossArguments.restored(flat)
@@ -324,9 +335,37 @@ def _differentiate(operator: Any, ctx: Any, *weights: Tensor) -> tuple[Tensor | 
     )
 
 
-for _operator, _gradient in (
-    (_contrast, _contrast_gradient),
-    (_sigmoid_contrast, _sigmoid_contrast_gradient),
-):
-    _gradient.register_fake(_fake_gradients)
-    _operator.register_autograd(functools.partial(_differentiate, _gradient), setup_context=_keep)
+def _registered(function: Any, fake: Any, gradient: Any, outputs: int) -> Any:
+    """Return the custom operator of a function, with an operator of its gradient.
+
+    Args:
+        function: Returns the loss, and tensors that its gradient needs.
+        fake: Returns empty tensors of the same shapes.
+        gradient: The function of the gradient.
+        outputs: The number of tensors that the function returns.
+    """
+    saved = ", ".join(f"Tensor saved{place}" for place in range(outputs - 1))
+    gradient = torch.library.custom_op(
+        f"diptych::{gradient.__name__.lstrip('_')}",
+        gradient,
+        mutates_args=(),
+        schema=f"(Tensor weight, {saved}, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    )
+    gradient.register_fake(_fake_gradients)
+    operator = torch.library.custom_op(
+        f"diptych::{function.__name__.lstrip('_')}",
+        function,
+        mutates_args=(),
+        schema=f"({_ARGUMENTS}) -> ({', '.join(['Tensor'] * outputs)})",
+    )
+    operator.register_fake(fake)
+    operator.register_autograd(functools.partial(_differentiate, gradient), setup_context=_keep)
+    return operator
+
+
+_OPERATORS = {
+    _contrast: _registered(_contrast, _fake_contrast, _contrast_gradient, 4),
+    _sigmoid_contrast: _registered(
+        _sigmoid_contrast, _fake_sigmoid_contrast, _sigmoid_contrast_gradient, 2
+    ),
+}

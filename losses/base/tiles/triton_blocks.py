@@ -204,9 +204,9 @@ def contrast_sums(
         sides = _sides(blocks.anchors[chunk.rows], whole[chunk.columns])
         arguments = (problem.reference, own, *sums)
         problem.tiles(kernels.bounded_sums, _TILE, chunk, sides, *arguments, BOTH=both, UPPER=upper)
-        row_total[chunk.rows] += sums[0].sum(0)
+        _add_sums(row_total[chunk.rows], sums[0], first=chunk.column == 0 and not upper)
         if both:
-            column_total[chunk.columns] += sums[1].sum(0)
+            _add_sums(column_total[chunk.columns], sums[1], first=chunk.row == 0 and not upper)
     row_sums = _line_sums(problem, 1, row_total, own, entries)
     if not symmetric:
         return row_sums, None
@@ -445,6 +445,14 @@ def _sides(anchors: Tensor, candidates: Tensor) -> _Sides:
         TensorDescriptor.from_tensor(anchors, [_TILE["ROWS"], _TILE["STEP"]]),
         TensorDescriptor.from_tensor(candidates, [_TILE["COLUMNS"], _TILE["STEP"]]),
     )
+
+
+def _add_sums(total: Tensor, sums: Tensor, *, first: bool) -> None:
+    """Add the sums of tiles, [tiles, length], to a total [length], in place; to 0 if first."""
+    if first:
+        torch.sum(sums, 0, out=total)
+    else:
+        total += sums.sum(0)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool = False) -> None:
