@@ -193,6 +193,9 @@ class _HFPooled(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        unused = getattr(model, "pooler", None)
+        if unused is not None:  # its output is not used, so that it would have no gradient
+            unused.requires_grad_(requires_grad=False)
 
     def forward(self, given: Tokens) -> Tensor:
         """Return features of tokens, or of images [B, 3, H, W]."""
