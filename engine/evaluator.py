@@ -22,12 +22,13 @@ from diptych.engine.distributed.collectives import world_size
 from diptych.engine.distributed.dtensor import call_on, has_shards
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import BatchError, ResumeError
+from diptych.engine.forward_faults import raise_likely_cause
 from diptych.engine.loop.dispatcher import Dispatcher
 from diptych.engine.loop.event_loop import EventLoop
 from diptych.engine.predictions import NamedOutputs, metrics_without_prediction, prediction_of
 from diptych.engine.random_state import preserved_random_state
 from diptych.engine.settings import AUTOCAST, Precision, TrainerSettings
-from diptych.engine.tasks import Outputs, Task, check_not_logits
+from diptych.engine.tasks import Outputs, Task, check_not_logits, check_outputs
 
 SHARED = ("diptych.", "ignite.")
 """The packages whose metrics are computed over all ranks."""
@@ -130,15 +131,17 @@ class Evaluator(EventLoop):
         """
         dtype = self._autocast_dtype
         autocast = nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+        batch = to_device(batch, self.device)
         with torch.no_grad(), autocast:
-            return call_on(self.task, self.model, to_device(batch, self.device))
+            try:
+                return call_on(self.task, self.model, batch)
+            except Exception as error:
+                raise_likely_cause(error, self.model, batch)
+                raise
 
     def _evaluate_batch(self, _: Engine, batch: Any) -> Outputs:
         outputs = self.outputs(batch)
-        if not isinstance(outputs, Mapping):
-            raise BatchError(
-                f"task must return a mapping of named tensors, got a {type(outputs).__name__}"
-            )
+        check_outputs(outputs)
         named = NamedOutputs(outputs, self.task)
         if self.state.iteration == 1:
             check_not_logits(outputs)
@@ -188,7 +191,7 @@ def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
 
 def named_metrics(metrics: Metrics) -> dict[str, Metric]:
     """Return metrics by their names; those of a sequence have the names of their classes."""
-    if isinstance(metrics, Metric) or not isinstance(metrics, Iterable):
+    if isinstance(metrics, (Metric, str)) or not isinstance(metrics, Iterable):
         # Ignite's metrics accept any index, so iterating one would never end.
         raise TypeError(
             f"metrics must be a sequence or a mapping of metrics, got {metrics!r}. Pass "
@@ -200,10 +203,11 @@ def named_metrics(metrics: Metrics) -> dict[str, Metric]:
         named = [(_snake_case(type(metric).__name__), metric) for metric in metrics]
     for _, metric in named:
         if not isinstance(metric, Metric):
-            raise TypeError(
-                f"a metric must be an ignite.metrics.Metric, got {metric!r}"
-                + (f". Make an instance: {metric.__name__}()" if isinstance(metric, type) else "")
-            )
+            way_out = "RetrievalRecall(k=(1, 5)) is one, for example"
+            if isinstance(metric, type):
+                way_out = f"Make an instance: {metric.__name__}()"
+            got = metric if isinstance(metric, (str, type)) else f"a {type(metric).__name__}"
+            raise TypeError(f"a metric must be an ignite.metrics.Metric, got {got}. {way_out}")
     _check_names([name for name, _ in named])
     return dict(named)
 

@@ -54,7 +54,10 @@ class NamedOutputs(dict[str, Tensor]):
             return self._labelled[NAMES.index(name)]
         if name == CRITERION_KWARGS:
             return {}
-        raise KeyError(name)
+        raise KeyError(
+            f"output_transform must read outputs of the task, which are {', '.join(self)}, got "
+            f"{name!r}"
+        )
 
     @property
     def has_prediction(self) -> bool:

@@ -15,6 +15,13 @@ Precision = Literal["fp32", "bf16", "fp16"]
 """The type that the model computes in: float32, or autocast to bfloat16 or float16. Parameters keep
 their own type."""
 
+OTHER_NAMES: dict[str, tuple[object, ...]] = {
+    "fp32": (32, "32", "32-true", "float32", "no", torch.float32),
+    "bf16": ("bf16-mixed", "bfloat16", "bf16-true", torch.bfloat16),
+    "fp16": (16, "16", "16-mixed", "float16", "half", True, torch.float16),
+}
+"""Other trainers' names of each precision."""
+
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The autocast type of each precision that has one."""
 
@@ -24,8 +31,10 @@ Units = bool | tuple[str, ...]
 
 def _check_precision(_: Any, __: attrs.Attribute[str], value: object) -> None:
     if value not in get_args(Precision):
+        near = [name for name, others in OTHER_NAMES.items() if value in others]
+        way_out = f". Pass {near[0]!r}" if near else ""
         raise ValueError(
-            f"precision must be one of {', '.join(get_args(Precision))}, got {value!r}"
+            f"precision must be one of {', '.join(get_args(Precision))}, got {value!r}{way_out}"
         )
 
 
@@ -54,7 +63,13 @@ def _check_shard(_: Any, __: attrs.Attribute[Any], value: Units) -> None:
 
 
 def _as_device(value: torch.device | str | None) -> torch.device | None:
-    return None if value is None else torch.device(value)
+    try:
+        return None if value is None else torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device must be 'cpu', 'cuda', 'cuda:0' or another device of torch, got {value!r}. "
+            "Without it the trainer takes the accelerator if there is one"
+        ) from error
 
 
 @attrs.frozen(kw_only=True)

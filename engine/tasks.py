@@ -71,6 +71,16 @@ def names_of(batch: Any) -> str:
     return ", ".join(public) or f"a {type(batch).__name__}"
 
 
+def _without(batch: Any, key: Key, name: str) -> str:
+    """Return what a batch has instead of a part, and the way out."""
+    if isinstance(batch, Mapping) and key in batch:
+        return f"None for it. Leave out samples without {key!r}, in the data set or the loader"
+    samples = (Mapping, tuple, list)
+    if isinstance(batch, (tuple, list)) and batch and all(isinstance(b, samples) for b in batch):
+        return f"a list of {len(batch)} samples. Collate them: torch.utils.data.default_collate"
+    return f"{names_of(batch)}. For other keys use with_keys({name}=...)"
+
+
 @attrs.frozen(kw_only=True)
 class KeyedTask:
     """A task that reads the parts of a batch by keys; `with_keys` renames them."""
@@ -102,10 +112,7 @@ class KeyedTask:
         key, names = getattr(self, name), [field.name for field in attrs.fields(type(self))]
         value = look_up(batch, key, names.index(name))
         if value is None:
-            raise BatchError(
-                f"batch must have {key!r}, got {names_of(batch)}. For other keys use "
-                f"with_keys({name}=...)"
-            )
+            raise BatchError(f"batch must have {key!r}, got {_without(batch, key, name)}")
         return value
 
     def optional_part(self, batch: Any, name: str) -> Any:
@@ -194,7 +201,7 @@ class TwoViews(KeyedTask):
 
     def __call__(self, model: nn.Module, batch: Any, /) -> Outputs:
         """Return the features of both views."""
-        first, second = self.part(batch, "first"), self.part(batch, "second")
+        first, second = (_view(self.part(batch, name), name) for name in ("first", "second"))
         if first.shape == second.shape:
             a, b = _tensor(model(torch.cat([first, second])), "two_views").chunk(2)
         else:
@@ -265,6 +272,19 @@ class NextToken(KeyedTask):
         return outputs["logits"].transpose(1, 2), outputs["labels"]
 
 
+def check_outputs(outputs: object) -> None:
+    """Check that a task has returned a mapping.
+
+    Raises:
+        BatchError: if it has not.
+    """
+    if not isinstance(outputs, Mapping):
+        raise BatchError(
+            f"task must return a mapping of named tensors, got {_describe(outputs)}. Return "
+            "{'image_features': ..., 'text_features': ...}, in the order of the loss's arguments"
+        )
+
+
 def check_not_logits(outputs: Mapping[str, Tensor]) -> None:
     """Check that the first two outputs are not a matrix of logits and its transpose.
 
@@ -305,6 +325,15 @@ def _numbers(value: Any, name: str) -> Tensor:
         raise BatchError(
             f"{name} must be a tensor with an integer for each sample, got a "
             f"{type(value).__name__}. Number the {name}, and pass torch.tensor(numbers)"
+        )
+    return value
+
+
+def _view(value: Any, name: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise BatchError(
+            f"{name} must be a tensor with a view of each sample, got {_describe(value)}. Let the "
+            "loader collate {'first': ..., 'second': ...}, or write a task of your own"
         )
     return value
 

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 import torch
@@ -43,7 +43,11 @@ from diptych.engine.settings import Precision, TrainerSettings, Units
 from diptych.engine.state.rank_agreement import check_ranks_agree
 from diptych.engine.state.references import checked_optimizers
 from diptych.engine.state.run_identity import RunIdentity
-from diptych.engine.step.batch_checks import check_first_batch, report_last_batch
+from diptych.engine.step.batch_checks import (
+    check_first_batch,
+    check_tensors,
+    report_last_batch,
+)
 from diptych.engine.step.compilation import CompileMode, compile_in_place
 from diptych.engine.step.exact_steps import ExactSteps
 from diptych.engine.step.loss_contract import minimum_batch, scalars_of
@@ -51,7 +55,14 @@ from diptych.engine.step.step_snapshot import StepSnapshot
 from diptych.engine.step.train_step import TrainStep, check_fp16
 from diptych.engine.step.untrained import Untrained
 from diptych.engine.tasks import Outputs, Task
-from diptych.engine.trainer_parts import check_needs_no_closure, check_parts, report_scales
+from diptych.engine.trainer_parts import (
+    METHODS,
+    check_can_move,
+    check_handler,
+    check_needs_no_closure,
+    check_parts,
+    report_parts,
+)
 from diptych.engine.trials.dry_run import DryRun, dry_run
 from diptych.engine.trials.overfit import Overfit, overfit
 
@@ -142,7 +153,7 @@ class Trainer(ExactSteps):
             shard=shard,
         )
         check_parts(model, loss, optimizer, task)
-        report_scales(model, loss)
+        report_parts(model, loss, optimizer)
         self.device = self.settings.device or idist.device()
         self.optimizer, self.task = optimizer, task
         self.transform = placed_transform(transform, step, self.device)
@@ -180,6 +191,7 @@ class Trainer(ExactSteps):
         """Return the module on this rank's device, with the values of rank 0."""
         if has_shards(module):
             return module
+        check_can_move(module, self.device)
         module = module.to(self.device)
         broadcast_module(module)
         return module
@@ -221,9 +233,11 @@ class Trainer(ExactSteps):
     @outputs.setter
     def outputs(self, outputs: Outputs) -> None:
         """Set the outputs, detached: a reference to the graph would outlive a failed step."""
+        if not self._is_checked:
+            check_tensors(outputs)
         self._outputs = {name: tensor.detach() for name, tensor in outputs.items()}
         if not self._is_checked:
-            check_first_batch(self.loss, self._outputs)
+            check_first_batch(self.loss, self._outputs, self.state.batch)
             self._is_checked = True
 
     def attach(self, *handlers: Attachable) -> Trainer:
@@ -236,13 +250,8 @@ class Trainer(ExactSteps):
 
         Raises:
             TypeError: if one has no `attach`.
+            ValueError: if one is attached already.
         """
-        for handler in handlers:
-            if isinstance(handler, type) or not isinstance(handler, Attachable):
-                raise TypeError(
-                    f"a handler must be an object with attach(trainer), got {handler!r}. "
-                    f"{_way_to_attach(handler)}"
-                )
         before, task = list(self.handlers), self.task
         with ExitStack() as stack:
             for engine in (self, *(h.evaluator for h in self.handlers_of(EvaluatesModel))):
@@ -250,6 +259,7 @@ class Trainer(ExactSteps):
             stack.enter_context(self.metrics.gauges_restored_on_error())
             try:
                 for handler in handlers:
+                    check_handler(handler, self.handlers)
                     handler.attach(self)
                     self.handlers.append(handler)
             except BaseException:
@@ -432,6 +442,14 @@ class Trainer(ExactSteps):
         """
         return overfit(self, loader, batches, updates)
 
+    if not TYPE_CHECKING:  # which would take every attribute for one that exists
+
+        def __getattr__(self, name: str) -> Any:
+            """Raise the error for a missing attribute; others' methods are told in our words."""
+            way_out = f". Use trainer.{METHODS[name]}" if name in METHODS else ""
+            message = f"{type(self).__name__!r} object has no attribute {name!r}{way_out}"
+            raise AttributeError(message, name=name, obj=self)
+
     @names_the_right_argument
     def train(self, loader: Iterable[Any], num_epochs: int) -> list[float]:
         """Run until `num_epochs` epochs are done, and return the mean loss of each epoch."""
@@ -575,12 +593,3 @@ class Trainer(ExactSteps):
 
 def _scalar_of(loss: nn.Module, name: str) -> Tensor:
     return scalars_of(loss)[name]
-
-
-def _way_to_attach(handler: object) -> str:
-    """Return the way out for an object that is not a handler."""
-    if isinstance(handler, type):
-        return f"Make an instance: {handler.__name__}(...)"
-    if isinstance(handler, (list, tuple)):
-        return "Unpack several handlers: trainer.attach(*handlers)"
-    return "For a function, use trainer.add_event_handler(event, function)"

@@ -2,16 +2,56 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import logging
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn.modules.loss import _Loss
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
+from diptych.engine import tasks
 from diptych.engine.distributed.collectives import rank
 from diptych.engine.distributed.dtensor import is_sharded
-from diptych.engine.tasks import Task
+from diptych.engine.handler import Attachable, Handler
+from diptych.engine.tasks import KeyedTask, Task
+
+logger = logging.getLogger(__name__)
+
+WAY_TO_SCHEDULE = (
+    "A scheduler of torch steps at an event: "
+    "trainer.add_event_handler(Events.ITERATION_COMPLETED, scheduler.step)"
+)
+ORDER = "The order is Trainer(model, loss, optimizer, task=...)"
+
+
+METHODS = {
+    **dict.fromkeys(("fit", "start", "loop"), "run(loader, max_epochs=...)"),
+    **dict.fromkeys(
+        ("evaluate", "eval", "validate", "test", "validation"),
+        "attach(Evaluation(loader, metrics=[...])), or the class Evaluator outside of a run",
+    ),
+    **dict.fromkeys(
+        ("save", "save_checkpoint", "save_model"), "attach(CheckpointManager(directory))"
+    ),
+    **dict.fromkeys(
+        ("load", "load_checkpoint", "resume", "restore"),
+        "attach(CheckpointManager(directory)), which resumes, or load_weights(model, path)",
+    ),
+    **dict.fromkeys(("predict", "encode"), "model.eval() and the model itself, or recipes.Encoder"),
+    **dict.fromkeys(("stop", "should_stop", "stop_training"), "terminate()"),
+    **dict.fromkeys(("add_handler", "add_callback", "add", "register"), "attach(handler, ...)"),
+    **dict.fromkeys(("log", "log_metrics", "log_dict"), "metrics.update({'train/name': value})"),
+    **dict.fromkeys(("lr", "learning_rate"), "optimizer.param_groups[0]['lr']"),
+    **dict.fromkeys(("current_epoch", "epoch"), "state.epoch"),
+    **dict.fromkeys(("global_step", "iteration", "step_count"), "state.iteration"),
+}
+"""What other trainers have, and what a `Trainer` has instead."""
 
 
 def check_parts(model: nn.Module, loss: nn.Module, optimizer: Optimizer, task: Task) -> None:
@@ -25,8 +65,12 @@ def check_parts(model: nn.Module, loss: nn.Module, optimizer: Optimizer, task: T
     _check_kind("model", model, nn.Module)
     _check_kind("loss", loss, nn.Module)
     _check_kind("optimizer", optimizer, Optimizer)
-    if not callable(task):
-        raise TypeError(f"task must be a function of model and batch, got {task!r}")
+    if _is_loss(model) and not _is_loss(loss):
+        raise TypeError(
+            f"model must be the model, got the loss {type(model).__name__}, and "
+            f"{type(loss).__name__} as the loss. {ORDER}"
+        )
+    _check_task(task)
     _check_whole(loss)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [n for n, p in _learned(loss) if id(p) not in held]
@@ -35,19 +79,103 @@ def check_parts(model: nn.Module, loss: nn.Module, optimizer: Optimizer, task: T
             f"optimizer must hold the loss's parameters, but lacks {', '.join(missing)}. "
             "Build it with [*model.parameters(), *loss.parameters()]"
         )
-    own = {id(p) for _, p in (*_learned(model), *_learned(loss))}
-    if own and held.isdisjoint(own):
+    _check_built_from(model, loss, held)
+
+
+def report_parts(model: nn.Module, loss: nn.Module, optimizer: Optimizer) -> None:
+    """Warn, on rank 0, of parts that work and are hardly what was intended.
+
+    These are logit scales and parameters that a training would leave as they are, and a model
+    inside a wrapper that does the trainer's work a second time.
+    """
+    if rank() == 0:
+        _report_two_scales(model, loss)
+        _report_half_precision(model, loss)
+        _report_replaced_parts(model, loss, optimizer)
+        _report_wrapper(model)
+        _report_frozen(model, loss)
+
+
+def shown(value: object) -> str:
+    """Return a value for an error message: on one line, without addresses and numbers."""
+    if inspect.isclass(value):
+        return f"the class {value.__name__}"
+    if inspect.isroutine(value):
+        return f"the function {value.__name__}"
+    text = repr(value)
+    short = len(text) <= 80 and "\n" not in text and " at 0x" not in text
+    return text if short else f"a {type(value).__name__}"
+
+
+def _check_task(task: object) -> None:
+    if isinstance(task, str):
+        names = [name for name, found in vars(tasks).items() if isinstance(found, KeyedTask)]
+        near = difflib.get_close_matches(task, names, n=1)
+        way_out = f"Pass tasks.{near[0]}" if near else f"There are tasks.{', tasks.'.join(names)}"
+    elif isinstance(task, type):
+        way_out = f"Make an instance: {task.__name__}()"
+    elif callable(task):
+        try:
+            inspect.signature(task).bind(None, None)
+        except TypeError:
+            way_out = "It is called as task(model, batch)"
+        except ValueError:  # a function without a signature
+            return
+        else:
+            return
+    else:
+        way_out = "diptych.engine.tasks has the usual ones"
+    raise TypeError(f"task must be a function of model and batch, got {shown(task)}. {way_out}")
+
+
+def _is_loss(module: nn.Module) -> bool:
+    return hasattr(module, "couples_samples") or isinstance(module, _Loss)
+
+
+def _check_built_from(model: nn.Module, loss: nn.Module, held: set[int]) -> None:
+    """Check that the optimizer was not built from another model."""
+    of_model, of_loss = ({id(p) for _, p in _learned(part)} for part in (model, loss))
+    others = held - {id(p) for part in (model, loss) for p in part.parameters()}
+    needed = of_model if others and of_model else of_model | of_loss
+    if needed and held.isdisjoint(needed):
         raise ValueError(
-            "optimizer must hold parameters of the model or the loss, got only others. Build it "
+            "optimizer must hold parameters of the model, got those of another model. Build it "
             "from the model that you pass to the trainer, not from a copy of it"
         )
 
 
-def report_scales(model: nn.Module, loss: nn.Module) -> None:
-    """Warn, on rank 0, of logit scales that a training would leave as they are."""
-    if rank() == 0:
-        _report_two_scales(model, loss)
-        _report_half_precision(model, loss)
+def _report_replaced_parts(model: nn.Module, loss: nn.Module, optimizer: Optimizer) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    others = held - {id(p) for part in (model, loss) for p in part.parameters()}
+    missing = [name for name, p in _learned(model) if id(p) not in held]
+    if others and missing:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        warnings.warn(
+            f"optimizer lacks {', '.join(missing[:4])}{more} of the model, and holds "
+            f"{len(others)} parameters that neither model nor loss has: a part was replaced after "
+            "the optimizer was built. Build the optimizer last.",
+            stacklevel=5,
+        )
+
+
+def _report_frozen(model: nn.Module, loss: nn.Module) -> None:
+    scales = _learned(loss)
+    has_parameters = next(model.parameters(), None) is not None
+    if has_parameters and not _learned(model) and scales and all(p.numel() == 1 for _, p in scales):
+        logger.warning(
+            "The model is frozen, so only %s of the loss is trained. Set requires_grad_(True) on "
+            "the parts of the model that are to learn.",
+            ", ".join(name for name, _ in scales),
+        )
+
+
+def _report_wrapper(model: nn.Module) -> None:
+    if isinstance(model, (DataParallel, DistributedDataParallel)):
+        warnings.warn(
+            f"model is wrapped in {type(model).__name__}, and the trainer averages gradients over "
+            "ranks too. Pass the module itself, model.module, and start the script with torchrun.",
+            stacklevel=5,
+        )
 
 
 def _report_two_scales(model: nn.Module, loss: nn.Module) -> None:
@@ -88,13 +216,74 @@ def _single(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def _check_kind(name: str, part: object, kind: type) -> None:
     if isinstance(part, kind):
         return
+    raise TypeError(
+        f"{name} must be a torch {kind.__name__}, got {shown(part)}. {_way(name, part)}"
+    )
+
+
+def _way(name: str, part: object) -> str:
+    """Return the way out for a part of the wrong type."""
     if inspect.isclass(part):
-        got, way_out = f"the class {part.__name__}", f"Make an instance: {part.__name__}(...)"
-    else:
-        text = repr(part)
-        got = text if len(text) <= 80 and "\n" not in text else f"a {type(part).__name__}"
-        way_out = "The order is Trainer(model, loss, optimizer, task=...)"
-    raise TypeError(f"{name} must be a torch {kind.__name__}, got {got}. {way_out}")
+        return f"Make an instance: {part.__name__}(...)"
+    if name == "optimizer":
+        if isinstance(part, LRScheduler):
+            return f"Pass its optimizer. {WAY_TO_SCHEDULE}"
+        if isinstance(part, (list, tuple)):
+            return "Join several in a CompositeOptimizer"
+    elif inspect.isroutine(part):
+        return "Call it in the forward method of a Module"
+    if name == "loss" and isinstance(part, str):
+        return f"Build it by its name: get_loss({part!r})"
+    return ORDER
+
+
+def check_handler(handler: object, attached: Sequence[object]) -> None:
+    """Check that an object can be attached, and is not attached yet: it would act twice.
+
+    Raises:
+        TypeError: if it has no `attach`.
+        ValueError: if it is a handler of this library that is attached.
+    """
+    if isinstance(handler, type) or not isinstance(handler, Attachable):
+        raise TypeError(
+            f"a handler must be an object with attach(trainer), got {shown(handler)}. "
+            f"{_way_to_attach(handler)}"
+        )
+    if isinstance(handler, Handler) and any(one is handler for one in attached):
+        raise ValueError(
+            f"a handler must be attached once, got {shown(handler)} again. Make another instance, "
+            "or leave out the second attach"
+        )
+
+
+def _way_to_attach(handler: object) -> str:
+    """Return the way out for an object that is not a handler."""
+    if isinstance(handler, type):
+        return f"Make an instance: {handler.__name__}(...)"
+    if isinstance(handler, (list, tuple)):
+        return "Unpack several handlers: trainer.attach(*handlers)"
+    if isinstance(handler, LRScheduler):
+        return f"{WAY_TO_SCHEDULE}, and LearningRate(...) is a handler"
+    return "For a function, use trainer.add_event_handler(event, function)"
+
+
+def check_can_move(module: nn.Module, device: torch.device) -> None:
+    """Check that a module can be moved to a device.
+
+    Raises:
+        ValueError: if this machine lacks the device, or the module has no values to move.
+    """
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device must be one that this process has, got {device}, and torch finds no CUDA "
+            "device. Without device= the trainer takes what there is"
+        )
+    empty = [name for name, p in module.named_parameters() if p.is_meta]
+    if empty:
+        raise ValueError(
+            f"model must have values, got {len(empty)} parameters on the meta device, such as "
+            f"{empty[0]}. Call model.to_empty(device=...), and load or initialise its weights"
+        )
 
 
 def check_needs_no_closure(optimizer: Optimizer) -> None:

@@ -71,7 +71,10 @@ def get_loss_class(name: str) -> type[nn.Module]:
 
     Raises:
         UnknownLossError: If the name is unknown; the message lists close names, or all of them.
+        TypeError: If it is not a string.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, such as 'clip', got {name!r}. Call a class itself")
     if name not in _REGISTERED:
         _import_families()
     if name not in _REGISTERED:

@@ -193,7 +193,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "a data set instead of a loader": (
         lambda _: trainer().run(Samples(), max_epochs=1),
-        ["data must be iterable, got Samples", "SeededLoader(dataset, batch_size=...)"],
+        [
+            "data must be an iterable of batches, got a Samples",
+            "SeededLoader(dataset, batch_size=...)",
+        ],
     ),
     "a loader in a loader": (
         lambda _: SeededLoader(torch.utils.data.DataLoader(Samples()), 2),

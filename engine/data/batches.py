@@ -48,7 +48,7 @@ def batch_size(batch: Any) -> int:
     raise BatchError(
         "a batch must hold a tensor whose first dimension is the sample, got "
         f"{type(batch).__name__} of [{kinds}]. NumPy arrays become tensors by "
-        "torch.from_numpy, or in a loader that collates"
+        "torch.from_numpy, or in a loader that collates; a path or a text is no loader"
     )
 
 

@@ -8,10 +8,11 @@ generators. They look attributes up one by one, so that a wrapper may pass them 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, Protocol, TypeGuard
 
 import torch
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -31,6 +32,21 @@ SAMPLERS: set[type] = {
     WeightedRandomSampler,
 }
 """Samplers whose order depends on the generators' states, and on the epoch, alone."""
+
+
+def check_is_loader(name: str, data: object) -> None:
+    """Check that an argument can be a loader: an iterable of batches, not one batch.
+
+    Raises:
+        TypeError: if it cannot.
+    """
+    way_out = "Pass a loader: SeededLoader(dataset, batch_size=...)"
+    if isinstance(data, (Mapping, Tensor)):
+        way_out = f"For a single batch pass a list: [{name}]"
+    elif isinstance(data, Iterable):
+        return
+    got = type(data).__name__
+    raise TypeError(f"{name} must be an iterable of batches, got a {got}. {way_out}")
 
 
 class PositionedLoader(Protocol):

@@ -132,7 +132,8 @@ class SeededLoader:
             )
         if samples == 0 or (self._drop_last and samples < batch_size):
             raise ValueError(
-                f"the data set must fill one batch of {batch_size}, got {samples} samples"
+                f"the data set must fill one batch of {batch_size}, got {samples} samples. Choose "
+                "a smaller batch_size, or drop_last=False"
             )
         if 0 < samples % batch_size < ranks and not self._drop_last:
             raise ValueError(

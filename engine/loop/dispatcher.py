@@ -15,6 +15,7 @@ from ignite.engine.events import RemovableEventHandle
 from torch.optim.lr_scheduler import LRScheduler
 
 from diptych.engine.distributed.hang_report import place_stack, raise_if_lost
+from diptych.engine.loop.event_names import check_event, check_function
 from diptych.engine.loop.handler_table import Edited, HandlerTable
 from diptych.engine.loop.listener import Listener, filter_of
 from diptych.engine.loop.periodic import Periodic
@@ -118,6 +119,7 @@ class Dispatcher(Engine):
         The `step` method of a torch scheduler is called without the engine, which it would take for
         an epoch.
         """
+        check_function(handler)
         if isinstance(getattr(handler, "__self__", None), LRScheduler):
             handler = SchedulerStep(handler)
         handle = super().add_event_handler(event_name, handler, *args, **kwargs)
@@ -125,6 +127,9 @@ class Dispatcher(Engine):
         if filter_of(event_name) is not None:
             self._listeners[event_name][-1].event = event_name
         return handle
+
+    def _assert_allowed_event(self, event_name: Any) -> None:
+        check_event(event_name, self._allowed_events)
 
     def fire_event(self, event_name: Any) -> None:
         """Call the handlers of a registered event.

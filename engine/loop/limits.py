@@ -8,7 +8,7 @@ from typing import Any
 
 from ignite.engine import Events
 
-from diptych.engine.data.loader_contract import length_of
+from diptych.engine.data.loader_contract import check_is_loader, length_of
 from diptych.engine.events import MetricsEvents
 from diptych.engine.loop.listener import Listener
 
@@ -23,14 +23,11 @@ def epoch_length_of(data: Iterable[Any] | None, count: int | None) -> int | None
         raise ValueError("epoch_length must be given if data is None, got neither")
     length = length_of(data) if count is None else count
     if length is not None and length < 1:
-        raise ValueError("data must have at least one batch, got an empty loader")
+        raise ValueError(
+            "data must have at least one batch, got an empty loader. Look at the data set's "
+            "length; with drop_last=True it must be at least batch_size"
+        )
     return length
-
-
-def _way_to_load(data: object) -> str:
-    """Return what to do with a data set that was passed as a loader."""
-    is_data_set = hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    return ". Pass a loader of it: SeededLoader(dataset, batch_size=...)" if is_data_set else ""
 
 
 def check_limits(
@@ -45,19 +42,24 @@ def check_limits(
         TypeError: if `data` is not iterable, or a limit is not a whole number.
         ValueError: if a limit is below 1, or `max_epochs` and `max_iters` are both given.
     """
-    if data is not None and not isinstance(data, Iterable):
-        raise TypeError(f"data must be iterable, got {type(data).__name__}{_way_to_load(data)}")
+    if data is not None:
+        check_is_loader("data", data)
+    limits = {"max_epochs": max_epochs, "max_iters": max_iters, "epoch_length": epoch_length}
+    for name, value in limits.items():
+        if value is not None and not isinstance(value, Integral):
+            is_short = isinstance(value, (str, float))
+            got = repr(value) if is_short else f"a {type(value).__name__}"
+            raise TypeError(f"{name} must be a whole number, got {got}. Write run(data, {name}=10)")
+        if value is not None and value < 1:
+            raise ValueError(
+                f"{name} must be >= 1, got {value}. To try a script without training, call "
+                "trainer.dry_run(loader)"
+            )
     if max_epochs is not None and max_iters is not None:
         raise ValueError(
             f"max_epochs and max_iters are mutually exclusive, got {max_epochs} and {max_iters}. "
             "Pass one of them"
         )
-    limits = {"max_epochs": max_epochs, "max_iters": max_iters, "epoch_length": epoch_length}
-    for name, value in limits.items():
-        if value is not None and not isinstance(value, Integral):
-            raise TypeError(f"{name} must be a whole number, got {value!r}")
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
 
 
 def waiting_for_epochs(listeners: Iterable[Listener]) -> list[str]:

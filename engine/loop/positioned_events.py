@@ -139,6 +139,11 @@ class PositionedEvents(ContinuedEvents):
             TypeError: if it is not a mapping.
             ResumeError: if a key is missing, or keys contradict each other.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                f"state_dict must be a mapping, got a {type(state_dict).__name__}. To resume from "
+                "a file, attach CheckpointManager(directory, resume=path)"
+            )
         keys = self.state_dict_user_keys
         if "epoch_iteration" in state_dict:
             missing = [key for key in ("epoch_length", *keys) if key not in state_dict]

@@ -13,22 +13,46 @@ from diptych.engine.data.loader_contract import length_of
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.distributed.gathering import gather_values
 from diptych.engine.distributed.hang_report import waits_at
+from diptych.engine.errors import BatchError
+from diptych.engine.forward_faults import described
 from diptych.engine.step.loss_contract import minimum_batch
 from diptych.engine.tasks import NO_LABEL, check_not_logits
 
 logger = logging.getLogger(__name__)
 
 
+def check_tensors(outputs: Mapping[str, object]) -> None:
+    """Check that a task's outputs are tensors.
+
+    Raises:
+        BatchError: if one is not.
+    """
+    for name, value in outputs.items():
+        if not isinstance(value, Tensor):
+            raise BatchError(
+                f"the task's output {name} must be a tensor, got {described(value)}. Convert it, "
+                "or leave it out: the loss gets all outputs"
+            )
+
+
 @waits_at("the loss, which gathers features")
-def check_first_batch(loss: nn.Module, outputs: Mapping[str, Tensor]) -> None:
+def check_first_batch(loss: nn.Module, outputs: Mapping[str, Tensor], batch: object = None) -> None:
     """Check a task's outputs for the first batch; it waits for the device.
 
     Over ranks it is collective, if samples of a batch are one another's negatives in the loss.
 
+    Args:
+        loss: the loss.
+        outputs: the task's.
+        batch: the batch that they are of, for a message.
+
     Raises:
-        BatchError: if the outputs are logits where features are expected.
+        BatchError: if the outputs are logits where features are expected, or labels are no classes
+            of the logits.
     """
     check_not_logits(outputs)
+    check_classes(loss, outputs)
+    _report_not_finite(outputs, batch)
     _report_unlabelled(loss, outputs)  # each rank has samples of its own
     if getattr(loss, "negatives_in_batch", False) and "negatives" not in outputs:
         size = next((len(value) for value in outputs.values() if value.ndim), 0)
@@ -39,6 +63,60 @@ def check_first_batch(loss: nn.Module, outputs: Mapping[str, Tensor]) -> None:
                 "microbatch_size bounds the memory that it takes.",
                 stacklevel=2,
             )
+
+
+def check_classes(loss: nn.Module, outputs: Mapping[str, Tensor]) -> None:
+    """Check that labels are classes of the logits, if the loss is a cross entropy.
+
+    Raises:
+        BatchError: if one is not.
+    """
+    ignored = {getattr(part, "ignore_index", None) for part in loss.modules()} - {None}
+    logits, labels = outputs.get("logits"), outputs.get("labels")
+    if not ignored or logits is None or labels is None or labels.is_floating_point():
+        return
+    if labels.shape != logits.shape[:-1]:
+        return
+    known = labels.long()
+    for index in ignored:
+        known = known[known != index]
+    if known.numel():
+        _check_range(int(known.min()), int(known.max()), logits.shape[-1])
+
+
+def _check_range(low: int, high: int, classes: int) -> None:
+    if 0 <= low <= high < classes:
+        return
+    way_out = "Number the classes from 0, or give the model's last layer as many outputs"
+    if low == 1 and high == classes:
+        way_out = "Count the classes from 0: labels - 1"
+    elif low < 0:
+        way_out = f"A sample without a label has {NO_LABEL}"
+    raise BatchError(
+        f"labels must lie in [0, {classes}), the classes of the logits, got {low} to {high}. "
+        f"{way_out}"
+    )
+
+
+def _report_not_finite(outputs: Mapping[str, Tensor], batch: object) -> None:
+    wrong = [name for name, value in outputs.items() if not _is_finite(value)]
+    if not wrong:
+        return
+    parts = batch.items() if isinstance(batch, Mapping) else ()
+    sources = [repr(key) for key, value in parts if not _is_finite(value)]
+    cause = "The batch holds none: look at the model's weights, and at its precision."
+    if sources:
+        cause = f"The batch holds them already, in {', '.join(sources)}: look at the data."
+    logger.warning(
+        "%s of the first batch hold NaN or infinite values. %s LossGuard() leaves such batches "
+        "out.",
+        ", ".join(wrong),
+        cause,
+    )
+
+
+def _is_finite(value: object) -> bool:
+    return not isinstance(value, Tensor) or bool(value.isfinite().all())
 
 
 def _report_unlabelled(loss: nn.Module, outputs: Mapping[str, Tensor]) -> None:

@@ -140,7 +140,8 @@ def join_outputs(parts: Sequence[Outputs], pieces: Sequence[Any]) -> Outputs:
         if wrong:
             raise BatchError(
                 f"an output of the task must have the {size} samples of the piece as its first "
-                f"dimension, or no dimension if all samples share it, got {wrong}"
+                f"dimension, or no dimension if all samples share it, got {wrong}. All parts of a "
+                "batch must have the same number of samples"
             )
     return {name: _join(name, [part[name] for part in parts]) for name in names}
 

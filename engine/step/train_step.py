@@ -25,6 +25,7 @@ from diptych.engine.distributed.dtensor import (
 from diptych.engine.distributed.gradient_average import GradientAverage
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.events import StepEvents
+from diptych.engine.forward_faults import raise_likely_cause
 from diptych.engine.modules import KnownParameters
 from diptych.engine.settings import AUTOCAST, TrainerSettings
 from diptych.engine.step.batch_checks import report_skipped
@@ -41,7 +42,7 @@ from diptych.engine.step.loss_contract import (
     sum_of_terms,
 )
 from diptych.engine.step.microbatch import GradientCache, PieceCounter, join_outputs
-from diptych.engine.tasks import Outputs, Task
+from diptych.engine.tasks import Outputs, Task, check_outputs
 
 NOTHING, PARAMETERS = nullcontext(), itemgetter("params")
 
@@ -224,7 +225,14 @@ class TrainStep:
     def forward(self, batch: Any) -> Outputs:
         """Return the task's outputs for a batch or a piece of it."""
         with self.autocast():
-            return call_on(self.task, self.model, batch)
+            try:
+                outputs = call_on(self.task, self.model, batch)
+            except Exception as error:
+                raise_likely_cause(error, self.model, batch)
+                raise
+        if type(outputs) is not dict:
+            check_outputs(outputs)
+        return outputs
 
     def announced(self, batch: Any) -> AbstractContextManager[None]:
         """Start to exchange batch sizes, so that the loss, called inside, waits for no host."""

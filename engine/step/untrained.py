@@ -48,6 +48,7 @@ class Untrained:
             self._named |= found
             parts = named_parameters(self._trainer.model, self._trainer.loss).items()
             names = [name for name, p in parts if id(p) in found]
+            names += ["parameters of neither model nor loss"] * (len(names) < len(found))
             more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
             logger.warning(
                 "In iterations %d to %d no gradient reached %s%s: the loss does not depend on it. "

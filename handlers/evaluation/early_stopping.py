@@ -20,6 +20,7 @@ from diptych.handlers.evaluation.watched_metric import (
     is_evaluated,
     missing_metric,
     published_values,
+    report_nan,
     unpublished_metric,
 )
 
@@ -36,7 +37,8 @@ class EarlyStopping(Handler):
     Every value counts once: for an evaluation's metric (`val/recall@1`), the value of each
     evaluation; for any other metric (`train/loss`), its mean over each epoch; for a value that only
     `trainer.state.metrics` holds, as an Ignite metric puts it there, the value at the end of each
-    epoch. NaN is no improvement.
+    epoch. NaN counts as a value without an improvement, and each one is logged: `patience`
+    of them in a row end the run too.
 
     A stopped run stays stopped. If it is continued, also from a checkpoint, it ends before its next
     iteration and logs a warning, unless `reset()` was called. A run that starts over starts with an
@@ -149,6 +151,7 @@ class EarlyStopping(Handler):
             self._judge(trainer, value)
 
     def _judge(self, trainer: Trainer, value: float) -> None:
+        report_nan("EarlyStopping", self.metric, value, trainer.state.iteration)
         if self._improves(value):
             self.best, self.best_iteration = value, trainer.state.iteration
             self.waited = 0

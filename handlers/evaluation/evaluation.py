@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 
 from diptych.engine.containers import leaves
 from diptych.engine.data.batches import batch_size
-from diptych.engine.data.loader_contract import length_of
+from diptych.engine.data.loader_contract import check_is_loader, length_of
 from diptych.engine.distributed.agreement import wait_for_all_ranks
-from diptych.engine.distributed.collectives import all_reduce_sum, world_size
+from diptych.engine.distributed.collectives import all_reduce_sum, rank, world_size
 from diptych.engine.distributed.dtensor import has_shards
 from diptych.engine.distributed.gathering import gather_values
 from diptych.engine.distributed.hang_report import waits_at
@@ -45,6 +46,8 @@ from diptych.handlers.argument_checks import one_of
 from diptych.handlers.cadence import call_before_first_batch, call_every, check_every
 from diptych.handlers.evaluation.outputs_metric import Outputs, OutputsMetric
 
+logger = logging.getLogger(__name__)
+
 Weights = Literal["average", "model"]
 
 
@@ -58,11 +61,17 @@ class AveragesWeights(Protocol):
 
 
 def _check_loader(_: Any, __: attrs.Attribute[Any], loader: object) -> None:
-    if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
+    check_is_loader("loader", loader)
+    if isinstance(loader, Iterator):
         raise TypeError(
             "loader must be an object that can be iterated again for each evaluation, got "
             f"{type(loader).__name__}. Pass a DataLoader or a list of batches"
         )
+
+
+def _has_data_of(loader: object, other: object) -> bool:
+    data = getattr(loader, "dataset", None)
+    return loader is other or (data is not None and data is getattr(other, "dataset", None))
 
 
 def _check_prefix(_: Any, __: attrs.Attribute[str], prefix: str) -> None:
@@ -302,6 +311,13 @@ class Evaluation(Handler):
             _check_same_length(self.loader)
 
     def _check_at_start(self, trainer: Trainer) -> None:
+        is_trained_on = _has_data_of(self.loader, trainer.state.dataloader)
+        if is_trained_on and "train" not in self.prefix and rank() == 0:
+            logger.warning(
+                "%s reads the data that the run trains on: its values say nothing about other "
+                "data. Give it held-out data, or a name that says so: prefix='train_data'.",
+                self.key,
+            )
         if self.loss:
             report_last_batch(trainer.loss, self.loader, f"{self.prefix}/loss leaves it out")
         if not (self.at_start and trainer.state.iteration == 0):

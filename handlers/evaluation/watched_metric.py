@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Collection
 
+from diptych.engine.distributed.collectives import rank
 from diptych.engine.evaluator import named_metrics
 from diptych.engine.predictions import parts_of
 from diptych.engine.trainer import Trainer
 from diptych.handlers.evaluation.evaluation import AveragesWeights, Evaluation
+
+logger = logging.getLogger(__name__)
 
 
 def published_values(trainer: Trainer, metric: str) -> list[float]:
@@ -16,6 +21,25 @@ def published_values(trainer: Trainer, metric: str) -> list[float]:
         return trainer.metrics.get_history(metric)
     except KeyError:
         return []
+
+
+def report_nan(handler: str, metric: str, value: float, iteration: int) -> None:
+    """Log, on rank 0, that a value that a handler judges is NaN, and what the handler makes of it.
+
+    Args:
+        handler: the handler's class.
+        metric: the name under which the value is published.
+        value: the value.
+        iteration: the iteration after which it is judged.
+    """
+    if math.isnan(value) and rank() == 0:
+        logger.warning(
+            "%s is NaN after iteration %d: %s counts it as a value without an improvement. "
+            "LossGuard() finds the batch whose loss is the first NaN.",
+            metric,
+            iteration,
+            handler,
+        )
 
 
 def average_behind(trainer: Trainer, metric: str) -> AveragesWeights | None:

@@ -63,7 +63,8 @@ class MomentumEncoder(Handler):
     1 - (1 - momentum) (1 + cos(pi k / K)) / 2 after update k of K, counted from 0. If fp16's scaler
     or a guard skips the update, the target does not change. Attaching this handler sets
     `requires_grad=False` on the target's parameters. Both parts belong to the model, so checkpoints
-    contain them.
+    contain them, and the target is in train mode with the model, as in MoCo and BYOL. A target that
+    you put into eval mode before the run stays there, over evaluations and resumed runs too.
 
     Every rank applies the same change to the same weights; buffers are those of rank 0, as in
     training.

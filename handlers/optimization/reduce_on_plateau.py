@@ -16,7 +16,11 @@ from diptych.engine.events import EvaluationEvents, MetricsEvents, RunEvents
 from diptych.engine.handler import Change, Handler, contract_of
 from diptych.engine.trainer import Trainer
 from diptych.handlers.argument_checks import Mode, not_negative, number, one_of
-from diptych.handlers.evaluation.watched_metric import missing_metric, published_values
+from diptych.handlers.evaluation.watched_metric import (
+    missing_metric,
+    published_values,
+    report_nan,
+)
 from diptych.handlers.optimization.schedules import publish_rates
 
 logger = logging.getLogger(__name__)
@@ -37,10 +41,10 @@ class ReduceOnPlateau(Handler):
 
     The rule is that of torch's `ReduceLROnPlateau`. Every value of the metric counts once: for an
     evaluation's metric (`val/loss`), the value of each evaluation; for any other (`train/loss`),
-    its mean over each epoch. All groups of the optimizer are reduced, those added later included.
-    The rates are part of the optimizer's state, and the values so far part of this handler's: a
-    resumed run continues as the uninterrupted one. `train/learning_rate` is published at each log
-    point, as `LearningRate` does.
+    its mean over each epoch. NaN counts as a value without an improvement, and each one is logged.
+    All groups of the optimizer are reduced, those added later included. The rates are part of the
+    optimizer's state, and the values so far part of this handler's: a resumed run continues as the
+    uninterrupted one. `train/learning_rate` is published at each log point, as `LearningRate` does.
 
     Event: `EvaluationEvents.EVALUATED` and `MetricsEvents.EPOCH_PUBLISHED`; `RunEvents.SAFE_POINT`
         to report a metric that is never published.
@@ -131,6 +135,7 @@ class ReduceOnPlateau(Handler):
         history = published_values(trainer, self.metric)
         groups = trainer.optimizer.param_groups
         for value in history[self._judged :]:
+            report_nan("ReduceOnPlateau", self.metric, value, trainer.state.iteration)
             before = [float(group["lr"]) for group in groups]
             self._scheduler.step(value)
             after = [float(group["lr"]) for group in groups]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 
 from diptych.engine.errors import BatchError
 from diptych.engine.handler import Handler
-from diptych.engine.modules import unwrapped
+from diptych.engine.modules import TRAINING, parts_of, unwrapped
 from diptych.engine.predictions import prediction_of
 from diptych.engine.state.description import tensor_digest
 from diptych.engine.step.loss_contract import TEACHER
 from diptych.engine.tasks import Outputs, Task
 from diptych.engine.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 NAMES = ("teacher_first", "teacher_second")
 """The arguments of the losses on pairs that take a teacher's features."""
@@ -62,11 +65,17 @@ class TaughtTask:
     ) -> None:
         self.task, self.teacher_task = task, teacher_task
         self.names, self.teacher_weights = names, teacher_weights
-        self._teacher = teacher
+        self._teacher, self._parts = teacher, parts_of(teacher)
 
     def __call__(self, model: nn.Module, batch: Any, /) -> Outputs:
         """Return the outputs of the student, then those of the teacher."""
         outputs = self.task(model, batch)
+        if any(map(TRAINING, self._parts)):
+            logger.warning(
+                "The teacher was put into train mode. It is in eval mode again, as a Teacher always"
+                " is: its outputs must not depend on dropout or on the batch."
+            )
+            self._teacher.eval()
         with torch.no_grad():
             taught = (self.teacher_task or self.task)(self._teacher, batch)
         values = [value for value in taught.values() if isinstance(value, Tensor)]
@@ -99,10 +108,10 @@ class Teacher(Handler):
     ```
 
     The teacher sees the batch that the student sees, in micro-batches and evaluations too, in eval
-    mode and without a graph. Its first outputs are called `teacher_first` and `teacher_second`. The
-    loss gets them by these names; a loss without such arguments does not get them. They are in
-    `trainer.outputs`, where metrics find them. An `Evaluation` with a task of its own has no
-    teacher.
+    mode and without a graph; if code puts it into train mode, its next use puts it back and logs
+    that. Its first outputs are called `teacher_first` and `teacher_second`. The loss gets them by
+    these names; a loss without such arguments does not get them. They are in `trainer.outputs`,
+    where metrics find them. An `Evaluation` with a task of its own has no teacher.
 
     The teacher is moved to the trainer's device, and its parameters get `requires_grad=False`.
     Neither the optimizer nor a checkpoint holds it. A digest of its weights is part of the run's
@@ -110,7 +119,8 @@ class Teacher(Handler):
 
     Event: `Events.ITERATION_STARTED`, to teach the task of a new stage too.
     Cost: a forward pass of the teacher for each forward pass of the student, of which micro-batches
-        of a loss that couples samples need two; when attached, one read of its weights.
+        of a loss that couples samples need two; the modes of its parts are read before each. When
+        attached, one read of its weights.
 
     Args:
         model: the teacher.

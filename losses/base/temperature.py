@@ -38,7 +38,7 @@ class Temperature(nn.Module):
         max_scale: float | None = None,
     ) -> None:
         super().__init__()
-        check_positive("temperature", value)
+        _check(value)
         self.min_scale = min_scale
         self.max_scale = max_scale
         self._check_bounds(value, learn=learn)
@@ -65,7 +65,8 @@ class Temperature(nn.Module):
             raise ValueError(
                 "temperature must, if learned, lie in"
                 f" [{1 / high:g}, {1 / low if low else math.inf:g}], got {value}."
-                " Widen the bounds of the scale, or do not learn the temperature."
+                f" {_other_scale(value)}Widen the bounds of the scale, or do not learn the"
+                " temperature."
             )
 
     @property
@@ -83,7 +84,7 @@ class Temperature(nn.Module):
     @value.setter
     def value(self, value: float) -> None:
         """Set tau, > 0."""
-        check_positive("temperature", value)
+        _check(value)
         if self.logit_scale is None:
             self._fixed = float(value)
         else:
@@ -118,3 +119,26 @@ class Temperature(nn.Module):
         if not self.learned:
             return f"{self._fixed:g}"
         return f"learned from {self._initial:g}, scale in [{self.min_scale}, {self.max_scale}]"
+
+
+def _check(value: float) -> None:
+    if isinstance(value, nn.Parameter) or not isinstance(value, (int, float, Tensor)):
+        raise TypeError(
+            f"temperature must be a number, got a {type(value).__name__}. The loss makes the"
+            " parameter itself, with learn_temperature=True"
+        )
+    if value <= 0:
+        raise ValueError(
+            f"temperature must be > 0, got {value}. Similarities are divided by it; 0.01 to 0.5"
+            " are usual"
+        )
+    check_positive("temperature", value)
+
+
+def _other_scale(value: float) -> str:
+    """Return what a value above 1 looks like: ln(1 / temperature), or 1 / temperature."""
+    if not 1 < value <= 1000:
+        return ""
+    if value < 7:
+        return f"If it is the logarithm of a scale, pass exp(-{value}) = {math.exp(-value):.4g}. "
+    return f"If it is a scale, pass 1 / {value} = {1 / value:.4g}. "

@@ -40,9 +40,12 @@ def check_pair(names: tuple[str, str], first: Tensor, second: Tensor) -> None:
     check_features(names[0], first)
     check_features(names[1], second)
     if first.shape != second.shape:
+        way_out = "All parts of a batch need as many samples."
+        if len(first) == len(second):
+            way_out = "Project both sides to one number of features."
         raise ValueError(
             f"{names[0]} and {names[1]} must have equal shapes, one row for each pair, got"
-            f" {tuple(first.shape)} and {tuple(second.shape)}"
+            f" {tuple(first.shape)} and {tuple(second.shape)}. {way_out}"
         )
 
 

@@ -21,11 +21,20 @@ def check_classification(logits: Tensor, labels: Tensor) -> None:
     check_floating("logits", logits)
     if logits.dim() < 2:
         raise ValueError(f"logits must be [batch, ..., classes], got shape {tuple(logits.shape)}")
+    expected = logits.shape[:-1]
+    if isinstance(labels, Tensor) and labels.shape == logits.shape:
+        raise TypeError(
+            f"labels must be one class number a sample, {tuple(expected)}, got {labels.dtype}"
+            f" {tuple(labels.shape)}. One-hot labels become numbers by labels.argmax(-1); two sides"
+            " of features are for a contrastive loss, such as CLIPLoss."
+        )
     check_integers("labels", labels)
-    if labels.shape != logits.shape[:-1]:
+    if labels.shape != expected:
+        is_column = labels.dim() == logits.dim() and labels.shape[-1] == 1
+        way_out = "Pass labels.squeeze(-1)." if is_column else "Put the classes last."
         raise ValueError(
             "labels must have the logits' shape without the classes,"
-            f" {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}. Put the classes last."
+            f" {tuple(expected)}, got {tuple(labels.shape)}. {way_out}"
         )
 
 

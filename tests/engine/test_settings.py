@@ -65,5 +65,5 @@ def test_compile_is_a_switch_or_a_mode():
 
 
 def test_an_unknown_device_is_refused():
-    with pytest.raises(RuntimeError, match="nowhere"):
+    with pytest.raises(ValueError, match=r"device must be .*got 'nowhere'"):
         TrainerSettings(device="nowhere")

@@ -382,7 +382,7 @@ def test_a_wrong_argument_is_named(wrong, error, message):
 
 def test_an_optimizer_of_another_model_is_a_clear_error():
     loss = nn.MSELoss()
-    with pytest.raises(ValueError, match="optimizer must hold parameters of the model or the loss"):
+    with pytest.raises(ValueError, match="optimizer must hold parameters of the model, got those"):
         Trainer(TwoTower(), loss, sgd(TwoTower()), task=tasks.image_text, device="cpu")
 
 

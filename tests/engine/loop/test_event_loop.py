@@ -234,7 +234,7 @@ def test_max_epochs_may_follow_max_iters():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"data": 5}, TypeError, "data must be iterable, got int"),
+        ({"data": 5}, TypeError, "data must be an iterable of batches, got a int"),
         ({"data": [1], "max_epochs": 1, "max_iters": 1}, ValueError, "mutually exclusive"),
         ({"data": [1], "max_epochs": 0}, ValueError, "max_epochs must be >= 1, got 0"),
         ({"data": [1], "max_iters": -1}, ValueError, "max_iters must be >= 1, got -1"),
@@ -408,7 +408,7 @@ def test_an_event_of_ones_own_is_registered_fired_and_filtered():
 
 
 def test_firing_an_event_that_is_not_registered_is_refused():
-    with pytest.raises(ValueError, match="not a valid event"):
+    with pytest.raises(ValueError, match="event must be one that this engine fires, got nothing"):
         Tape().fire_event("nothing")
 
 

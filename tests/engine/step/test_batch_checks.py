@@ -163,7 +163,7 @@ def test_a_loader_whose_last_batch_will_be_too_small_is_reported_at_the_start(
         trainer.run(whole)
         found = [one.getMessage() for one in caplog.records]
         assert [one for one in found if "last batch of a pass will have 1 sample, and VICR" in one]
-        assert all("val/loss leaves it out" in one for one in found)
+        assert all("val/loss leaves it out" in one for one in found if "last batch" in one)
         caplog.clear()
         trainer_with(VICRegLoss()).run(loader)
         assert "it is skipped, without an update" in caplog.text

@@ -11,6 +11,7 @@ from ignite.engine import Events
 from ignite.metrics import Accuracy, Metric
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from diptych.engine import BatchError, EvaluationEvents, MetricsEvents, Trainer, tasks
 from diptych.handlers.evaluation import evaluation
@@ -294,10 +295,22 @@ def test_an_argument_out_of_range_is_refused(arguments, message):
         Evaluation(make_loader(), **arguments)
 
 
-@pytest.mark.parametrize("loader", [iter([{}]), 5])
-def test_a_loader_that_can_be_iterated_only_once_is_refused(loader):
+def test_a_loader_that_can_be_iterated_only_once_is_refused():
     with pytest.raises(TypeError, match="can be iterated again for each evaluation"):
-        Evaluation(loader)
+        Evaluation(iter([{}]))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "held_out", "told"), [("val", 0, True), ("train_data", 0, False), ("val", 1, False)]
+)
+def test_an_evaluation_on_the_training_data_is_logged_unless_its_name_says_so(
+    prefix, held_out, told, caplog
+):
+    data = [batch for batch in make_loader() for _ in range(2)]
+    loaders = [DataLoader(data, batch_size=None), DataLoader(list(data), batch_size=None)]
+    trainer = make_trainer().attach(Evaluation(loaders[held_out], prefix=prefix))
+    trainer.run(DataLoader(data, batch_size=None), max_epochs=1)
+    assert ("reads the data that the run trains on" in caplog.text) == told
 
 
 def evaluate_shard(loss: nn.Module, sizes: list[int], start: int) -> float:

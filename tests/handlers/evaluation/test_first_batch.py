@@ -32,6 +32,13 @@ from diptych.handlers import (
 Batch = dict[str, Tensor]
 
 
+class Broken(nn.Module):
+    """Multiplies sizes that do not fit, for which its inputs are not to blame."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image.T @ torch.zeros(7)
+
+
 def make_loader(samples: int = 12, seed: int = 0) -> list[Batch]:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(samples, 3, generator=generator)
@@ -291,11 +298,20 @@ def test_the_name_that_other_trainers_give_a_validation_loss_is_reported_too():
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions take notes from 3.11 on")
 def test_an_error_of_torch_says_which_evaluation_has_raised_it():
     trainer = make_trainer()
+    trainer.attach(Evaluation(make_loader(), model=Broken(), prefix="wide"))
+    with pytest.raises(RuntimeError, match="size mismatch") as raised:
+        trainer.run(make_loader(), max_epochs=1)
+    notes = " ".join(raised.value.__notes__)
+    assert "Evaluation[wide]" in notes
+    assert "the model (Broken) was called with float32 [4, 3]" in notes
+
+
+def test_an_evaluation_batch_that_the_model_cannot_take_is_named():
+    trainer = make_trainer()
     wide = [{"image": torch.randn(4, 5), "label": torch.zeros(4, dtype=torch.int64)}]
     trainer.attach(Evaluation(wide, prefix="wide"))
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as raised:
+    with pytest.raises(BatchError, match=r"Evaluation\[wide\]: batch\['image'\] must have 3"):
         trainer.run(make_loader(), max_epochs=1)
-    assert "Evaluation[wide]" in " ".join(raised.value.__notes__)
 
 
 def test_a_best_value_that_is_not_published_says_how_to_publish_it(tmp_path):

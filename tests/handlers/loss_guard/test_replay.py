@@ -81,7 +81,8 @@ def test_a_record_of_another_model_is_refused(tmp_path):
     def other() -> Trainer:
         trainer = make_trainer()
         trainer.model.text = torch.nn.Linear(5, 7)
-        return trainer
+        parameters = [*trainer.model.parameters(), *trainer.loss.parameters()]
+        return trainer.replica(optimizer=torch.optim.SGD(parameters, lr=0.1))
 
     with pytest.raises(CheckpointError, match="record is of another model"):
         replay(caught(tmp_path), other)

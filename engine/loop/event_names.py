@@ -1,0 +1,80 @@
+"""The error for an event that an engine does not fire, which names the event that was meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+OTHERS = {
+    "validation": "EVALUATED",
+    "evaluat": "EVALUATED",
+    "test_": "EVALUATED",
+    "optimizer_step": "OPTIMIZER_STEPPED",
+    "before_optimizer": "GRADIENTS_READY",
+    "after_backward": "GRADIENTS_READY",
+    "zero_grad": "GRADIENTS_READY",
+    "checkpoint": "SAVED",
+    "exception": "EXCEPTION_RAISED",
+}
+"""Parts of the names of other trainers' hooks, and the event that fires there; the last one that
+fits counts."""
+
+WORDS = {
+    **dict.fromkeys(("batch", "step"), "ITERATION"),
+    **dict.fromkeys(("end", "finish", "finished", "complete", "done"), "COMPLETED"),
+    **dict.fromkeys(("start", "begin", "starts"), "STARTED"),
+    **dict.fromkeys(("on", "train", "training", "fit", "run"), ""),
+}
+
+
+def check_event(event: Any, allowed: Iterable[Any]) -> None:
+    """Check that an event is one of those that an engine fires.
+
+    Raises:
+        ValueError: if it is not; the message names the nearest one.
+    """
+    events = list(allowed)
+    if event in events:
+        return
+    name = str(getattr(event, "name", event))
+    near = _nearest(name, {getattr(one, "name", str(one)): one for one in events})
+    way_out = "diptych.engine.events shows all of them"
+    if isinstance(event, type):
+        name = f"the class {event.__name__}"
+        way_out = f"Choose one of its members: {event.__name__}.NAME"
+    elif callable(event) and not hasattr(event, "filter"):
+        name = f"the function {getattr(event, '__name__', event)}"
+        way_out = "Write add_event_handler(event, function)"
+    elif near is not None:
+        way_out = f"Did you mean {_shown(near)}?"
+    raise ValueError(f"event must be one that this engine fires, got {name}. {way_out}")
+
+
+def check_function(function: Any) -> None:
+    """Check that a function of an event can be called.
+
+    Raises:
+        TypeError: if it cannot.
+    """
+    if not callable(function):
+        raise TypeError(
+            f"handler must be a function, got a {type(function).__name__}. Pass the function "
+            "itself, not its result: add_event_handler(event, function)"
+        )
+
+
+def _nearest(name: str, events: dict[str, Any]) -> Any:
+    meant = [to for part, to in OTHERS.items() if part in name.lower() and to in events]
+    if name.upper() not in events and meant:
+        return events[meant[-1]]
+    words = [WORDS.get(word, word.upper()) for word in name.lower().split("_")]
+    for tried in (name.upper(), "_".join(filter(None, words))):
+        near = difflib.get_close_matches(tried, events, n=1, cutoff=0.75)
+        if near:
+            return events[near[0]]
+    return None
+
+
+def _shown(event: Any) -> str:
+    return f"{type(event).__name__}.{event.name}" if hasattr(event, "name") else repr(event)
