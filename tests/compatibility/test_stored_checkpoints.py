@@ -10,9 +10,17 @@ import pytest
 import torch
 from ignite.engine import Events
 
+from diptych.engine.state.checkpoint_structure import FORMAT
 from tests.compatibility.training import EPOCHS, STOP, build, run_to_the_stop
 
 STORED = sorted(Path(__file__).parent.glob("format_*"))
+
+
+def test_a_run_of_each_format_is_stored() -> None:
+    assert {folder.name for folder in STORED} == {f"format_{n}" for n in range(1, FORMAT + 1)}
+    for folder in STORED:
+        for path in folder.glob("checkpoint_*.pt"):
+            assert f"format_{torch.load(path, weights_only=True)['format']}" == folder.name
 
 
 def skip_if_others_are_drawn(stored: Path, folder: Path) -> None:

@@ -1,7 +1,11 @@
-"""The training whose checkpoint is stored beside this file, and the command that stored it.
+"""The training whose checkpoints are stored beside this file, and the command that stored them.
 
 `python -m tests.compatibility.training FOLDER` runs it to the middle of an epoch and leaves the
-run's directory in FOLDER, with the weights of the run that nobody interrupted.
+run's directory in FOLDER, with the weights of the run that nobody interrupted. A new format of
+checkpoints gets a folder of its own, `format_<number>`, made by the first commit that writes it;
+the stored ones stay as they are. For an older format, check its commit out into another folder and
+run the command there with PYTHONPATH=<folder>/face/uninstalled:<folder>; commit 1ce2fac wrote
+format 2.
 """
 
 from __future__ import annotations
@@ -76,13 +80,21 @@ def run_to_the_stop(folder: Path) -> None:
 
 
 def store(folder: Path) -> None:
-    """Write the directory of a run that stops inside its second epoch, and the whole run's end."""
+    """Write the directory of a run that stops inside its second epoch, and the whole run's end.
+
+    Args:
+        folder: empty, or not there yet.
+    """
     run_to_the_stop(folder)
     with TemporaryDirectory() as elsewhere:
         whole, loader = build(Path(elsewhere))
         whole.run(loader, max_epochs=EPOCHS)
     torch.save(whole.model.state_dict(), folder / "end.pt")
+    (folder / "run.lock").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
-    store(Path(sys.argv[1]))
+    # Imported again, so that the run's identity names this module and not `__main__`.
+    from tests.compatibility import training
+
+    training.store(Path(sys.argv[1]))
