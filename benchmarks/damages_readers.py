@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from diptych.engine import SeededLoader, Trainer, tasks
-from diptych.handlers import HistoryPlots, LossGuard, Throughput, default_handlers
+from diptych.handlers import LossGuard, Throughput, default_handlers
 from diptych.handlers.loss_guard.fault_records import read_record
-from diptych.handlers.reports.history_plots import page
+from diptych.handlers.reports.page import page
 from diptych.handlers.reports.run_history import read_run
 from diptych.losses import CrossEntropyLoss
 
@@ -38,7 +38,7 @@ class Samples(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
 
 def complete(directory: Path) -> None:
-    """Train with the default handlers, a report and a guard, which catches a batch."""
+    """Train with the default handlers and a guard, which catches a batch."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     trainer = Trainer(
@@ -52,7 +52,7 @@ def complete(directory: Path) -> None:
     )
     written = [h for h in default_handlers(directory) if type(h).__name__ not in SHOWN]
     guard = LossGuard(directory / "caught", records=1)
-    trainer.attach(guard, Throughput(), *written, HistoryPlots(directory))
+    trainer.attach(guard, Throughput(), *written)
     trainer.run(SeededLoader(Samples(), 16, seed=0), max_epochs=6)
 
 

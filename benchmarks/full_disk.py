@@ -20,7 +20,7 @@ from ignite.engine import Events
 from torch import nn
 
 from diptych.engine import SeededLoader, Trainer, tasks
-from diptych.handlers import HistoryPlots, default_handlers
+from diptych.handlers import default_handlers
 from diptych.losses import CrossEntropyLoss
 
 FIRST, LAST, EPOCHS = 7, 21, 6
@@ -52,7 +52,7 @@ def train(directory: Path, *, full: bool) -> tuple[int, dict[str, torch.Tensor],
         trainer.add_event_handler(Events.ITERATION_STARTED(once=FIRST), lambda: limit(0))
         trainer.add_event_handler(Events.ITERATION_STARTED(once=LAST), lambda: limit(soft))
     handlers = [h for h in default_handlers(directory, every=2) if type(h).__name__ not in SHOWN]
-    trainer.attach(*handlers, HistoryPlots(directory))
+    trainer.attach(*handlers)
     try:
         trainer.run(SeededLoader(data, 8, seed=0), max_epochs=EPOCHS)
     finally:

@@ -14,6 +14,7 @@ from diptych.handlers.checkpointing.checkpoint_manager import CheckpointManager
 from diptych.handlers.health.representation_health import RepresentationHealth
 from diptych.handlers.optimization.gradient_diagnostics import GradientDiagnostics
 from diptych.handlers.performance.throughput import Throughput
+from diptych.handlers.reports.history_plots import HistoryPlots
 from diptych.handlers.run_directory import RunDirectory
 from diptych.handlers.sinks.jsonl import JsonLines
 from diptych.handlers.sinks.progress_bar import ProgressBar
@@ -46,8 +47,8 @@ def default_handlers(
     They change no weight. Attach handlers that do, such as a schedule or gradient clipping,
     yourself. At the log points they measure the features and the gradients of each component, with
     `RepresentationHealth` and `GradientDiagnostics`. The run directory will hold `checkpoints/`,
-    `metrics.jsonl`, `metrics.measured.jsonl`, `settings.json`, `identity.json` and TensorBoard's
-    event files; `RunDirectory` names them.
+    `metrics.jsonl`, `metrics.measured.jsonl`, `settings.json`, `identity.json`, `report.html` and
+    TensorBoard's event files; `RunDirectory` names them.
 
     Args:
         run_dir: the run directory: a new one (`new_run`), or that of a run to resume.
@@ -72,6 +73,7 @@ def default_handlers(
         Throughput(),
         TensorBoard(run),
         JsonLines(run),
+        HistoryPlots(run),
         ProgressBar(),
         RunCard(directory=Path(run_dir), best=best, mode=mode),
         CheckpointManager(

@@ -82,6 +82,7 @@ ALLOWED: dict[str, set[str]] = {
         "handlers.health",
         "handlers.optimization",
         "handlers.performance",
+        "handlers.reports",
         "handlers.sinks",
     },
     "handlers.checkpointing": {
@@ -145,6 +146,7 @@ ALLOWED: dict[str, set[str]] = {
         "engine.state",
         "handlers",
         "handlers.output",
+        "handlers.pictures",
         "handlers.sinks",
     },
     "handlers.sinks": {

@@ -1,7 +1,7 @@
 """Compare runs by their directories.
 
-Prints what decides the runs' results and differs between them, then the last value of each metric,
-and writes both, with the curves, into one page of HTML.
+Prints what decides the runs' results and differs between them, then the best value of each
+evaluation's metrics, and writes both, the curves and the last values into one page of HTML.
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from diptych.handlers.files import write_atomically
-from diptych.handlers.reports.history_plots import (
-    differing_settings,
-    final_values,
-    page,
-)
+from diptych.handlers.reports.comparison import best_texts, best_values, differing_settings
+from diptych.handlers.reports.page import page
 from diptych.handlers.reports.run_history import read_run
 
 
@@ -37,8 +34,10 @@ def run(options: argparse.Namespace) -> int:
     """Print two tables, and write the page."""
     runs = [read_run(directory) for directory in (options.first, *options.others)]
     names = [run.name for run in runs]
-    sys.stdout.write(_table("what differs", names, differing_settings(runs)))
-    sys.stdout.write(_table("last values", names, final_values(runs)))
+    different = differing_settings(runs) or {"nothing that decides the results": [""] * len(runs)}
+    best = {tag: best_texts(tag, row) for tag, row in best_values(runs).items()}
+    sys.stdout.write(_table("what differs", names, different))
+    sys.stdout.write(_table("best values", names, best))
     try:
         write_atomically(options.output, page(runs))
     except OSError as error:

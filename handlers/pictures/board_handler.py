@@ -10,6 +10,10 @@ from diptych.engine.trainer import Trainer
 from diptych.handlers.output.output_handler import OutputHandler
 from diptych.handlers.sinks.tensorboard import TensorBoard
 
+VISUAL = "visual"
+"""The first part of the tags of pictures: TensorBoard's first tab orders groups of tags by name,
+and pictures come after the curves."""
+
 
 @attrs.define(eq=False)
 class BoardHandler(OutputHandler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
@@ -142,6 +143,16 @@ def save_png(picture: Tensor, path: Path) -> None:
     _, height, width = picture.shape
     pixels = picture.permute(1, 2, 0).contiguous().numpy().tobytes()
     Image.frombytes("RGB", (width, height), pixels).save(path, format="PNG")
+
+
+def jpeg(image: Tensor, side: int) -> bytes:
+    """Return an image [C, H, W], scaled to fit into a square on white, as a JPEG."""
+    from PIL import Image  # noqa: PLC0415
+
+    pixels = thumbnails(image[None], side)[0].permute(1, 2, 0).contiguous().numpy().tobytes()
+    file = io.BytesIO()
+    Image.frombytes("RGB", (side, side), pixels).save(file, format="JPEG", quality=85)
+    return file.getvalue()
 
 
 def _put(picture: Any, content: Tensor | str, place: tuple[int, int], width: int) -> None:

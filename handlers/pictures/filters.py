@@ -14,7 +14,7 @@ from diptych.engine.distributed.dtensor import full_tensor
 from diptych.engine.trainer import Trainer
 from diptych.handlers.cadence import call_every, check_every
 from diptych.handlers.extras import check_extra
-from diptych.handlers.pictures.board_handler import BoardHandler
+from diptych.handlers.pictures.board_handler import VISUAL, BoardHandler
 from diptych.handlers.pictures.drawing import image_grid, thumbnails
 
 SIDE, MOST_FILTERS, COLUMNS = 32, 64, 8
@@ -22,7 +22,7 @@ SIDE, MOST_FILTERS, COLUMNS = 32, 64, 8
 
 @attrs.define(kw_only=True, eq=False)
 class FirstLayerFilters(BoardHandler):
-    """Shows the filters of the model's first layer in TensorBoard, as the image `filters`.
+    """Shows the filters of the model's first layer in TensorBoard, as the image `visual/filters`.
 
     The layer is the first `Conv2d` with 1 or 3 input channels and a kernel larger than one pixel:
     the stem of a convolutional network, or the patch embedding of a vision transformer. Each of its
@@ -61,7 +61,7 @@ class FirstLayerFilters(BoardHandler):
         if rank() == 0:
             board = self._board_of(trainer)
             with self.tolerated(lost=1), board.open_writer() as writer:
-                writer.add_image("filters", picture, trainer.state.iteration)
+                writer.add_image(f"{VISUAL}/filters", picture, trainer.state.iteration)
 
     def _start(self, trainer: Trainer) -> None:
         self._board_of(trainer)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import attrs
 import torch
@@ -16,24 +16,30 @@ from diptych.engine.trainer import Trainer
 from diptych.handlers.cadence import call_every, check_every
 from diptych.handlers.evaluation.retrieval_ranks import TIE
 from diptych.handlers.extras import check_extra
-from diptych.handlers.pictures.board_handler import BoardHandler
+from diptych.handlers.pictures.board_handler import VISUAL, BoardHandler
 from diptych.handlers.pictures.drawing import QueryResults, RetrievedItem, draw_results, heat_map
 from diptych.handlers.pictures.pair_samples import PairFeatures, PairSamples
-from diptych.handlers.sinks.markdown_tables import markdown_table
 
+IMAGE_TO_TEXT, TEXT_TO_IMAGE = "image_to_text", "text_to_image"
 MOST_GROUPS = 96
 """The largest number of groups in the similarity matrix."""
+
+FoundRow = tuple[int, int | None, list[tuple[int, bool]]]
+"""The index of a query, the rank of its best match, and its results: index, and if it matches."""
 
 
 @attrs.define(eq=False)
 class RetrievalGallery(BoardHandler):
     """Shows queries with their best results, and the similarity matrix, in TensorBoard.
 
-    - Images: `<prefix>/text_to_image` and `<prefix>/image_to_text` show, for each query, the rank
-      of its best match and its `k` best results, with matches in green. `<prefix>/similarity` has a
-      row for an image and a column for a text of each group, at most 96, in the order of the
-      groups; dark is 0 or less, light is 1. The diagonal holds the matches.
-    - Text: `<prefix>/image_to_text` shows the same results as a table.
+    - Images: `visual/<prefix>/text_to_image` and `visual/<prefix>/image_to_text` show, for each
+      query, the rank of its best match and its `k` best results, with matches in green.
+      `visual/<prefix>/similarity` has a row for an image and a column for a text of each group, at
+      most 96, in the order of the groups; dark is 0 or less, light is 1. The diagonal holds the
+      matches.
+    - Text: `visual/<prefix>/image_to_text` shows the same results as a list.
+
+    `HistoryPlots` shows the last results too, in `report.html`.
 
     Ranks are among these samples only, so they are better than those on a full data set.
     TensorBoard keeps ten pictures of a tag by default; `--samples_per_plugin images=100` keeps
@@ -66,6 +72,8 @@ class RetrievalGallery(BoardHandler):
     k: int = attrs.field(default=5, validator=whole_number(), kw_only=True)
     queries: int = attrs.field(default=8, validator=whole_number(), kw_only=True)
     prefix: str = attrs.field(default="gallery", kw_only=True)
+    _step: int = attrs.field(default=0, init=False, repr=False)
+    _found: dict[str, list[FoundRow]] = attrs.field(factory=dict, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         check_extra("images", "PIL", needed_by="RetrievalGallery")
@@ -85,52 +93,81 @@ class RetrievalGallery(BoardHandler):
         features, step = self.samples.features(trainer), trainer.state.iteration
         if rank() != 0:
             return
-        images, captions = list(self.samples.images), list(self.samples.captions)
         matches = features.image_groups[:, None] == features.text_groups
         similarity = features.images.double() @ features.texts.double().T
-        to_text = self._rows(similarity, matches, images, captions)
-        to_image = self._rows(similarity.T, matches.T, captions, images)
+        to_text, to_image = IMAGE_TO_TEXT, TEXT_TO_IMAGE
+        self._step = step
+        self._found = {
+            to_text: self._best(similarity, matches),
+            to_image: self._best(similarity.T, matches.T),
+        }
+        results, tag = self.results, f"{VISUAL}/{self.prefix}"
         matrix = heat_map(similarity_of_groups(features), 0.0, 1.0)
         board = self._board_of(trainer)
         with self.tolerated(lost=1), board.open_writer() as writer:
-            writer.add_image(f"{self.prefix}/image_to_text", draw_results(to_text), step)
-            writer.add_image(f"{self.prefix}/text_to_image", draw_results(to_image), step)
-            writer.add_image(f"{self.prefix}/similarity", matrix, step)
-            writer.add_text(f"{self.prefix}/image_to_text", self._table(to_text), step)
+            writer.add_image(f"{tag}/{to_text}", draw_results(results[to_text]), step)
+            writer.add_image(f"{tag}/{to_image}", draw_results(results[to_image]), step)
+            writer.add_image(f"{tag}/similarity", matrix, step)
+            writer.add_text(f"{tag}/{to_text}", _as_list(results[to_text]), step)
+
+    @property
+    def step(self) -> int:
+        """The iteration of the last drawing."""
+        return self._step
+
+    @property
+    def results(self) -> dict[str, list[QueryResults]]:
+        """The queries and results of the last drawing, by direction; empty before the first."""
+        images, captions = list(self.samples.images), list(self.samples.captions)
+        sides = {IMAGE_TO_TEXT: (images, captions), TEXT_TO_IMAGE: (captions, images)}
+        return {
+            direction: [
+                QueryResults(
+                    sides[direction][0][query],
+                    place,
+                    [RetrievedItem(sides[direction][1][i], match) for i, match in best],
+                )
+                for query, place, best in rows
+            ]
+            for direction, rows in self._found.items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the results of the last drawing, as indices of the samples."""
+        sizes = [len(self.samples.images), len(self.samples.captions)]
+        return {"step": self._step, "sizes": sizes, "found": dict(self._found)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a state that `state_dict` returned; one of other samples is dropped."""
+        sizes = [len(self.samples.images), len(self.samples.captions)]
+        fits = list(state_dict["sizes"]) == sizes
+        self._step = state_dict["step"] if fits else 0
+        self._found = dict(state_dict["found"]) if fits else {}
 
     def _start(self, trainer: Trainer) -> None:
         self._board_of(trainer)
         if trainer.state.iteration == 0:
             self.draw(trainer)
 
-    def _rows(
-        self,
-        similarity: Tensor,
-        matches: Tensor,
-        queries: Sequence[Tensor | str],
-        results: Sequence[Tensor | str],
-    ) -> list[QueryResults]:
-        chosen = evenly_spaced(len(queries), self.queries)
+    def _best(self, similarity: Tensor, matches: Tensor) -> list[FoundRow]:
+        """Return the best results of evenly spaced queries; they are the rows."""
+        chosen = evenly_spaced(len(similarity), self.queries)
         ranks = ranks_of_best(similarity[chosen], matches[chosen])
-        best = similarity[chosen].topk(min(self.k, len(results))).indices
+        best = similarity[chosen].topk(min(self.k, similarity.shape[1])).indices
         return [
-            QueryResults(
-                queries[query],
-                place,
-                [RetrievedItem(results[i], bool(matches[query, i])) for i in indices],
-            )
+            (query, place, [(i, bool(matches[query, i])) for i in indices])
             for query, place, indices in zip(chosen, ranks, best.tolist(), strict=True)
         ]
 
-    def _table(self, rows: Sequence[QueryResults]) -> str:
-        head = ["query", *(str(place + 1) for place in range(len(rows[0].results)))]
-        lines = []
-        for number, row in enumerate(rows):
-            texts = [f"**{r.content}**" if r.matches else str(r.content) for r in row.results]
-            # The rank shares a cell: TensorBoard breaks words in narrow columns.
-            found = "no match" if row.rank is None else f"rank {row.rank}"
-            lines.append([f"{number + 1}, {found}", *texts])
-        return markdown_table(head, lines)
+
+def _as_list(rows: Sequence[QueryResults]) -> str:
+    """Return results as a numbered list: TensorBoard breaks words in the columns of a table."""
+    lines = []
+    for number, row in enumerate(rows, start=1):
+        texts = [f"**{r.content}**" if r.matches else str(r.content) for r in row.results]
+        found = "no match" if row.rank is None else f"rank {row.rank}"
+        lines.append(f"{number}. {found}: {' | '.join(' '.join(t.split()) for t in texts)}")
+    return "\n".join(lines)
 
 
 def evenly_spaced(count: int, wanted: int) -> list[int]:

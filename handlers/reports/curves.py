@@ -1,24 +1,32 @@
-"""Charts of curves: their layout in pixels, and the layout as SVG."""
+"""Charts of curves: their layout in pixels, and the layout as SVG.
+
+The SVG takes its colours from the page: the text's colour, `--axis`, `--grid`, and `--c0` to `--c7`
+for the curves. A page that sets none of them gets those of a light page.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Literal
 
 import attrs
 
 SVG = "http://www.w3.org/2000/svg"
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 360, 180, 56, 24, 22
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 200, 52, 14, 24, 24
 LEGEND_LINE, LETTER = 13, 5.6  # height of a legend's line and mean width of a letter, in pixels
-INK, AXIS = "#222222", "#bbbbbb"
+INK, AXIS, GRID = "#222222", "#999999", "#e4e4e4"
 SMALL, LARGE = 10, 12  # heights of letters, in pixels
 COLORS = ("#3949ab", "#e65100", "#2e7d32", "#8e24aa", "#00838f", "#c62828", "#6d4c41", "#546e7a")
 POINTS = 400  # of a curve; more cannot be distinguished
+MARGIN = 0.04  # above and below the curves, as a share of their range
+INTERVALS = 3  # between the marks of an axis, at least; at most two and a half times as many
 
 StepAndValue = tuple[int, float]
 Curve = Sequence[StepAndValue]
 Point = tuple[float, float]
+Anchor = Literal["start", "middle", "end"]
 
 
 @attrs.frozen
@@ -27,17 +35,17 @@ class Label:
 
     Attributes:
         text: the text.
-        point: the start of its base line; with `right_aligned`, the end.
+        point: on its base line.
         color: of the letters.
         size: height of the letters, in pixels.
-        right_aligned: whether the text ends at the point.
+        anchor: whether the text starts at the point, ends there, or is centred on it.
     """
 
     text: str
     point: Point
     color: str = INK
     size: int = SMALL
-    right_aligned: bool = False
+    anchor: Anchor = "start"
 
 
 @attrs.frozen
@@ -56,8 +64,9 @@ class ChartDrawing:
     Attributes:
         title: also one of the labels.
         height: in pixels; the width is `WIDTH`.
-        labels: the title, the legend, and the ends of both axes.
+        labels: the title, the legend, and the marks of both axes.
         axis: the corners of the axes: down, then to the right.
+        grid: a line for each mark of the axis of values.
         lines: the curves.
     """
 
@@ -65,6 +74,7 @@ class ChartDrawing:
     height: int
     labels: list[Label]
     axis: list[Point]
+    grid: list[list[Point]]
     lines: list[Line]
 
 
@@ -77,29 +87,51 @@ def draw_chart(title: str, curves: Mapping[str, Curve], legend: Sequence[str] = 
         legend: the names under the title, in the order of the curves; empty: no legend.
     """
     keys, top = _legend(legend, TOP)
-    bottom = top + HEIGHT - TOP - BOTTOM
+    bottom, end = top + HEIGHT - TOP - BOTTOM, WIDTH - RIGHT
     (first, last), (low, high) = _ranges(curves)
+    low, high = low - MARGIN * (high - low), high + MARGIN * (high - low)
 
     def at(x: float, y: float) -> Point:
-        right = LEFT + (WIDTH - LEFT - 8) * (x - first) / ((last - first) or 1)
+        right = LEFT + (end - LEFT) * (x - first) / ((last - first) or 1)
         share = (y - low) / (high - low) if high > low else 0.5
         return right, bottom - (bottom - top) * share
 
+    heights = {value: at(first, value)[1] for value in _marks(low, high)}
+    steps = {step: at(step, low)[0] for step in _marks(first, last, least=1.0)}
     labels = [
         Label(title, (LEFT, 14), size=LARGE),
         *keys,
-        Label(_short_number(high), (LEFT - 4, top + 8), right_aligned=True),
-        Label(_short_number(low), (LEFT - 4, bottom), right_aligned=True),
-        Label(f"{first:g}", (LEFT, bottom + 14)),
-        Label(f"{last:g}", (WIDTH - 8, bottom + 14), right_aligned=True),
+        *_labels_of_values(heights),
+        *_labels_of_steps(steps, bottom + 14),
     ]
     lines = [
         Line(name, color_of(number), [at(x, y) for x, y in piece])
         for number, (name, curve) in enumerate(curves.items())
         for piece in _pieces(_thinned(curve))
     ]
-    axis: list[Point] = [(LEFT, top), (LEFT, bottom), (WIDTH - 8, bottom)]
-    return ChartDrawing(title, bottom + BOTTOM, labels, axis, lines)
+    axis: list[Point] = [(LEFT, top), (LEFT, bottom), (end, bottom)]
+    grid: list[list[Point]] = [[(LEFT, y), (end, y)] for y in heights.values()]
+    return ChartDrawing(title, bottom + BOTTOM, labels, axis, grid, lines)
+
+
+def _labels_of_values(heights: Mapping[float, float]) -> list[Label]:
+    return [Label(_short_number(v), (LEFT - 5, y + 3), anchor="end") for v, y in heights.items()]
+
+
+def _labels_of_steps(places: Mapping[float, float], height: float) -> list[Label]:
+    marks = [Label(f"{s:,.0f}", (x, height), anchor="middle") for s, x in places.items()]
+    return [*marks, Label("step", (LEFT - 22, height), AXIS, anchor="end")]
+
+
+def _marks(low: float, high: float, least: float = 0.0) -> list[float]:
+    """Return round numbers in a range, at equal distances of at least `least`; or its only one."""
+    width = (high - low) / INTERVALS
+    if not abs(high) * 1e-12 < width < math.inf:
+        return [low]
+    unit = 10.0 ** math.floor(math.log10(width))
+    distance = max(least, *(unit * m for m in (1, 2, 5) if unit * m <= width))
+    numbers = range(math.ceil(low / distance - 1e-9), math.floor(high / distance + 1e-9) + 1)
+    return [number * distance for number in numbers]
 
 
 def color_of(number: int) -> str:
@@ -109,11 +141,11 @@ def color_of(number: int) -> str:
 
 def svg(drawing: ChartDrawing) -> str:
     """Return a chart as SVG; pointing at a curve shows its name."""
-    corners = " ".join(map(_coordinates, drawing.axis))
     parts = [
         f'<svg xmlns="{SVG}" viewBox="0 0 {WIDTH} {drawing.height}" role="img">',
         f"<title>{escape(drawing.title)}</title>",
-        f'<polyline points="{corners}" fill="none" stroke="{AXIS}"/>',
+        *(_stroke(points, GRID, 'stroke-width="1"') for points in drawing.grid),
+        _stroke(drawing.axis, AXIS, 'stroke-width="1"'),
         *map(_text, drawing.labels),
         *map(_line, drawing.lines),
     ]
@@ -121,19 +153,32 @@ def svg(drawing: ChartDrawing) -> str:
 
 
 def _text(label: Label) -> str:
-    (x, y), anchor = label.point, ' text-anchor="end"' if label.right_aligned else ""
-    style = f'font-size="{label.size}" fill="{label.color}"{anchor}'
-    return f'<text x="{x:g}" y="{y:g}" {style}>{escape(label.text)}</text>'
+    x, y = label.point
+    anchor = "" if label.anchor == "start" else f' text-anchor="{label.anchor}"'
+    style = f'font-size="{label.size}" fill="{_paint(label.color)}"{anchor}'
+    return f'<text x="{x:.4g}" y="{y:.4g}" {style}>{escape(label.text)}</text>'
 
 
 def _line(line: Line) -> str:
     name = f"<title>{escape(line.name)}</title>"
     if len(line.points) == 1:
         ((x, y),) = line.points
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{line.color}">{name}</circle>'
-    points = " ".join(map(_coordinates, line.points))
-    style = f'fill="none" stroke="{line.color}" stroke-width="1.5"'
-    return f'<polyline class="curve" points="{points}" {style}>{name}</polyline>'
+        color = _paint(line.color)
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{color}">{name}</circle>'
+    return _stroke(line.points, line.color, 'class="curve" stroke-width="1.5"', name)
+
+
+def _stroke(points: Sequence[Point], color: str, style: str, inside: str = "") -> str:
+    joined = " ".join(map(_coordinates, points))
+    end = f">{inside}</polyline>" if inside else "/>"
+    return f'<polyline points="{joined}" fill="none" stroke="{_paint(color)}" {style}{end}'
+
+
+def _paint(color: str) -> str:
+    """Return a colour of a drawing as the page's colour for it."""
+    if color in COLORS:
+        return f"var(--c{COLORS.index(color)},{color})"
+    return {AXIS: f"var(--axis,{AXIS})", GRID: f"var(--grid,{GRID})"}.get(color, "currentColor")
 
 
 def _short_number(value: float) -> str:

@@ -7,9 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from diptych.handlers.files import write_atomically
-from diptych.handlers.reports.curves import AXIS, LARGE, WIDTH, ChartDrawing, Label, Line, Point
+from diptych.handlers.reports.curves import (
+    AXIS,
+    GRID,
+    LARGE,
+    WIDTH,
+    ChartDrawing,
+    Label,
+    Line,
+    Point,
+)
 
 COLUMNS, MARGIN, HEADING = 4, 12, 30
+ALIGNMENT = {"start": "left", "middle": "center", "end": "right"}
 PIXELS_PER_INCH, SHARPNESS = 72, 2  # at 72 a point is a pixel; drawn with two pixels for each
 
 
@@ -59,7 +69,8 @@ def _placed(
 def _draw(axes: Any, drawing: ChartDrawing, corner: Point) -> None:
     from matplotlib.collections import LineCollection  # noqa: PLC0415
 
-    lines = [Line("axis", AXIS, drawing.axis), *drawing.lines]
+    grid = [Line("mark", GRID, points) for points in drawing.grid]
+    lines = [*grid, Line("axis", AXIS, drawing.axis), *drawing.lines]
     long = [line for line in lines if len(line.points) > 1]
     curves = [[_moved(point, corner) for point in line.points] for line in long]
     colors = [line.color for line in long]
@@ -77,7 +88,7 @@ def _write(axes: Any, label: Label, corner: Point = (0, 0)) -> None:
         label.text,
         color=label.color,
         fontsize=label.size,
-        horizontalalignment="right" if label.right_aligned else "left",
+        horizontalalignment=ALIGNMENT[label.anchor],
         parse_math=False,  # a tag may contain a dollar sign
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from diptych.handlers.output.records import RecordReader, check_lines
 from diptych.handlers.output.sealed_json import read_sealed
 from diptych.handlers.reports.curves import StepAndValue, extremes
 from diptych.handlers.run_directory import RunDirectory
+from diptych.handlers.sinks.run_record import read_identity
 
 MOST_BUCKETS = 512
 """Buckets of a curve, an even number; each keeps at most three points."""
@@ -32,12 +32,14 @@ class RunHistory:
             which the lowest, the highest and the last point are kept.
         identity: what decides the run's result, from `identity.json`; None if there is no such
             file.
+        starts: when the run was started and resumed, and what had changed, from `settings.json`.
     """
 
     name: str
     settings: dict[str, Any]
     curves: dict[str, list[StepAndValue]]
     identity: RunIdentity | None = None
+    starts: Sequence[Mapping[str, Any]] = ()
 
 
 class BoundedCurve:
@@ -109,9 +111,9 @@ class RunReader:
                     for tag, value in record.values.items():
                         self._curves.setdefault(tag, BoundedCurve()).add((record.step, value))
         curves = {tag: curve.points for tag, curve in self._curves.items()}
-        settings = read_settings(self._directory.settings)
+        settings, starts = read_settings(self._directory.settings)
         identity = read_identity(self._directory.identity)
-        return RunHistory(self._directory.name, settings, curves, identity)
+        return RunHistory(self._directory.name, settings, curves, identity, starts)
 
 
 def read_run(directory: str | os.PathLike[str]) -> RunHistory:
@@ -133,35 +135,21 @@ def read_run(directory: str | os.PathLike[str]) -> RunHistory:
     return RunReader(run).read()
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """Return the content of `settings.json`, flat; empty if there is no such file.
+def read_settings(path: Path) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
+    """Return the settings in `settings.json`, flat, and the run's starts; empty without the file.
 
     Raises:
         OSError: naming the file, if it cannot be read.
         ValueError: naming the file, if it is damaged.
     """
     try:
-        return _flat(read_sealed(path, without="the run is then shown without its settings"))
+        settings = read_sealed(path, without="the run is then shown without its settings")
+        starts = [start for start in settings.pop("starts", ()) if isinstance(start, Mapping)]
+        return _flat(settings), starts
     except FileNotFoundError:
-        return {}
+        return {}, []
     except (TypeError, RecursionError) as error:
         raise ValueError(f"{path} must hold the settings of a run: {error}. Remove it.") from error
-
-
-def read_identity(path: Path) -> RunIdentity | None:
-    """Return the identity in `identity.json`; None if there is no such file.
-
-    Raises:
-        OSError: naming the file, if it cannot be read.
-        ValueError: naming the file, if it is damaged.
-    """
-    try:
-        content = read_sealed(path, without="the runs' settings are then compared")
-        return RunIdentity.from_json(json.dumps(content))
-    except FileNotFoundError:
-        return None
-    except (TypeError, RecursionError) as error:
-        raise ValueError(f"{path} must hold the identity of a run: {error}. Remove it.") from error
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

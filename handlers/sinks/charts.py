@@ -1,7 +1,8 @@
 """The charts of a run, under three questions, for TensorBoard's Custom Scalars and the report.
 
 A chart shows every tag that its patterns match. The patterns are the same in every run, so
-TensorBoard draws the charts of several runs on top of each other.
+TensorBoard draws the charts of several runs on top of each other. They match a tag with and without
+the prefix of its evaluation, which TensorBoard shows as the name of a run.
 """
 
 from __future__ import annotations
@@ -39,11 +40,14 @@ NOT_A_TERM = (
     r"loss$|learning_rate|stage$|skipped_(steps|batches)$|momentum$|in_batch_accuracy$|linear_probe_"
     r"|(.*/)?(temperature|logit_scale|logit_bias|bias)$"
 )
+# Tags that no evaluation has published.
+NO_RESULT = re.compile(
+    r"(?!train/loss$)(train|health|time|memory|gradients|updates|weights|guard)/"
+)
+DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 
 CHARTS = (
-    Chart(LEARNS, "Loss: train and validation", [r"(?!health/)[^/]+/loss$"]),
-    Chart(LEARNS, "Retrieval: image to text", [r".+/image_to_text/recall@\d+$"]),
-    Chart(LEARNS, "Retrieval: text to image", [r".+/text_to_image/recall@\d+$"]),
+    Chart(LEARNS, "Loss: train and validation", [r"(?!health/)([^/]+/)?loss$"]),
     Chart(LEARNS, "Accuracy", [r".*accuracy[^/]*$"]),
     Chart(LEARNS, "Terms of the loss", [rf"train/(?!{NOT_A_TERM})"]),
     Chart(FAST, "Samples per second", [r"time/samples_per_second$"]),
@@ -65,7 +69,19 @@ CHARTS = (
 def charts_of(tags: Iterable[str]) -> tuple[Chart, ...]:
     """Return the charts that have a curve for at least one of the tags."""
     tags = list(tags)
-    return tuple(chart for chart in CHARTS if any(map(chart.shows, tags)))
+    found = (re.search(r"recall@(\d+)$", tag) for tag in tags)
+    recalls = [
+        Chart(LEARNS, f"Recall@{k}, {words}", [rf"(.+/)?{direction}/recall@{k}$"])
+        for k in sorted({int(match[1]) for match in found if match})
+        for direction, words in DIRECTIONS.items()
+    ]
+    loss, *others = CHARTS
+    return tuple(c for c in (loss, *recalls, *others) if any(map(c.shows, tags)))
+
+
+def results_of(tags: Iterable[str]) -> list[str]:
+    """Return the training loss and the tags of evaluations, recall@5 before recall@10."""
+    return sorted((tag for tag in tags if not NO_RESULT.match(tag)), key=_natural_order)
 
 
 def curves_by_question(tags: Iterable[str]) -> dict[str, list[tuple[str, list[str]]]]:

@@ -1,4 +1,4 @@
-"""Markdown tables of a run: its identity, its model's parameters, and its handlers' findings."""
+"""Markdown of a run: its identity, its model's parameters, and its handlers' findings."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def identity_table(identity: RunIdentity) -> str:
     return markdown_table(("name", "value"), [*rows, *off.items()])
 
 
-def findings_table(findings: Sequence[Finding]) -> str:
-    """Return findings, one per row, with their iterations."""
-    rows = [(str(f.step), f.rule, f.evidence, f.remedy) for f in findings]
-    return markdown_table(("step", "finding", "evidence", "remedy"), rows)
+def findings_list(findings: Sequence[Finding]) -> str:
+    """Return findings as a list: TensorBoard breaks words in the narrow columns of a table."""
+    lines = [f"**{f.rule}**, step {f.step}: {f.evidence}. {f.remedy}" for f in findings]
+    return "\n".join(f"- {' '.join(line.split())}" for line in lines)
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -169,7 +169,7 @@ class RunCard(OutputHandler):
         directory = None if self.directory is None else str(self.directory)
         missing = "\n        ".join(_missing(trainer)) or None
         self._write(
-            {_ending_word(trainer): ending, **self._result(), "run": directory, "missing": missing}
+            {ending_word(trainer): ending, **self._result(), "run": directory, "missing": missing}
         )
 
     def _result(self) -> dict[str, str]:
@@ -206,7 +206,8 @@ def _missing(trainer: Trainer) -> list[str]:
     ]
 
 
-def _ending_word(trainer: Trainer) -> str:
+def ending_word(trainer: Trainer) -> str:
+    """Return how a run ended, in one word."""
     signalled = isinstance(sys.exc_info()[1], (KeyboardInterrupt, SystemExit))
     if trainer.outcome is Outcome.FAILED and signalled:
         return "stopped"

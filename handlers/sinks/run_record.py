@@ -18,10 +18,12 @@ from torch.optim import Optimizer
 
 from diptych.engine.distributed.collectives import world_size
 from diptych.engine.events import MetricsEvents, RunEvents
+from diptych.engine.state.differences import as_lines, differences
+from diptych.engine.state.run_identity import RunIdentity
 from diptych.handlers.components import ComponentSize, component_sizes, total_size
 from diptych.handlers.files import make_folder, write_atomically
 from diptych.handlers.output.output_handler import OutputHandler
-from diptych.handlers.output.sealed_json import sealed
+from diptych.handlers.output.sealed_json import read_sealed, sealed
 from diptych.handlers.run_directory import RunDirectory
 from diptych.handlers.sinks.json_values import as_json, class_name
 
@@ -34,8 +36,9 @@ class RunRecord(OutputHandler):
     """Writes the settings of a run into `settings.json`, and its identity into `identity.json`.
 
     `run_settings` describes the settings, `RunIdentity` what decides the run's result. A resumed
-    run replaces the files, atomically. If one cannot be written (a full disk), it is tried
-    again at each log point and at the end.
+    run replaces the files, atomically. `settings.json` lists under `starts` when the run was
+    started and resumed, and what had changed in its identity since the start before. If a file
+    cannot be written (a full disk), it is tried again at each log point and at the end.
 
     Event: `STARTED`, `MetricsEvents.LOGGED`, `RunEvents.ENDED`. Writes on rank 0 only.
     Cost: a few milliseconds, once.
@@ -59,13 +62,36 @@ class RunRecord(OutputHandler):
         return {str(path): 1 for path in self._unwritten}
 
     def _start(self, trainer: Trainer) -> None:
-        text = json.dumps(run_settings(trainer), indent=2, allow_nan=False) + "\n"
         identity = trainer.identity.as_json()
+        settings = {**run_settings(trainer), "starts": self._starts(trainer, identity)}
+        text = json.dumps(settings, indent=2, allow_nan=False) + "\n"
         texts = {self.directory.settings: text, self.directory.identity: identity}
         self._unwritten = {path: sealed(text, path.name) for path, text in texts.items()}
         with self.tolerated(str(self.directory), starting=True):
             make_folder(self.directory.path)
         self._write()
+
+    def _starts(self, trainer: Trainer, identity: str) -> list[dict[str, Any]]:
+        """Return the starts of the run so far, and this one."""
+        state = trainer.state
+        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now: dict[str, Any] = {
+            "started": started,
+            "iteration": state.iteration,
+            "epoch": state.epoch,
+        }
+        if state.iteration == 0:
+            return [now]
+        try:
+            before = read_identity(self.directory.identity)
+            earlier = read_sealed(self.directory.settings, without="it is written again")
+            starts = list(earlier.get("starts", [{"started": earlier["started"]}]))
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return [now]  # missing, or damaged: this start writes new ones
+        if before is not None:
+            changes = differences(before, RunIdentity.from_json(identity))
+            now["changes"] = as_lines(changes)
+        return [*starts, now]
 
     def _write(self) -> None:
         if all(self.may_retry(str(path)) for path in self._unwritten):
@@ -77,6 +103,22 @@ class RunRecord(OutputHandler):
                 make_folder(path.parent)
                 write_atomically(path, text)
                 del self._unwritten[path]
+
+
+def read_identity(path: Path) -> RunIdentity | None:
+    """Return the identity in `identity.json`; None if there is no such file.
+
+    Raises:
+        OSError: naming the file, if it cannot be read.
+        ValueError: naming the file, if it is damaged.
+    """
+    try:
+        content = read_sealed(path, without="the runs' settings are then compared")
+        return RunIdentity.from_json(json.dumps(content))
+    except FileNotFoundError:
+        return None
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"{path} must hold the identity of a run: {error}. Remove it.") from error
 
 
 def run_settings(trainer: Trainer) -> dict[str, Any]:

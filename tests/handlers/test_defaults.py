@@ -53,6 +53,7 @@ def test_a_run_directory_holds_all_files_of_the_run(tmp_path):
         "metrics.digest.json",
         "metrics.jsonl",
         "metrics.measured.jsonl",
+        "report.html",
         "settings.json",
     }
 

@@ -183,8 +183,8 @@ def test_pictures_and_counts_describe_the_whole_model(ranks, tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     (histogram,) = events.Histograms("weights/image.stem.weight")
     assert histogram.histogram_value.num == sharded.WIDTH * sharded.IMAGE
-    assert "gallery/image_to_text" in events.Tags()["images"]
-    assert "filters" in EventAccumulator(str(tmp_path / "filters")).Reload().Tags()["images"]
+    assert "visual/gallery/image_to_text" in events.Tags()["images"]
+    assert "visual/filters" in EventAccumulator(str(tmp_path / "filters")).Reload().Tags()["images"]
 
 
 def searched(shard: bool) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def shown(folder: Path) -> list[Any]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
-    return list(events.Images("filters"))
+    return list(events.Images("visual/filters"))
 
 
 def test_the_filters_are_drawn_before_training_and_after_each_epoch(tmp_path):

@@ -61,20 +61,19 @@ def test_pictures_of_both_directions_and_the_matrix_are_drawn_before_training_an
 
     events = read(tmp_path)
     for tag in ("image_to_text", "text_to_image", "similarity"):
-        pictures = events.Images(f"gallery/{tag}")
+        pictures = events.Images(f"visual/gallery/{tag}")
         assert [picture.step for picture in pictures] == [0, 6, 12]
         with Image.open(io.BytesIO(pictures[0].encoded_image_string)) as image:
             assert min(image.size) > 100
 
 
-def test_the_table_marks_what_is_right_and_names_the_rank(tmp_path):
+def test_the_list_marks_what_is_right_and_names_the_rank(tmp_path):
     run(tmp_path, k=2, every=5)
 
-    event = read(tmp_path).Tensors("gallery/image_to_text/text_summary")[0]
+    event = read(tmp_path).Tensors("visual/gallery/image_to_text/text_summary")[0]
     lines = event.tensor_proto.string_val[0].decode().splitlines()
-    assert lines[0] == "| query | 1 | 2 |"
-    assert lines[2].startswith("| 1, rank 1 | **a red heart** |")
-    assert lines[3] == "| 2, rank 2 | a cat | **a dog** |"
+    assert lines[0].startswith("1. rank 1: **a red heart** | ")
+    assert lines[1] == "2. rank 2: a cat | **a dog**"
 
 
 def test_one_sided_batches_with_groups_need_not_pair_up(tmp_path):

@@ -39,6 +39,37 @@ def test_a_chart_reaches_from_its_lowest_value_to_its_highest():
     assert middle == pytest.approx([(first[0] + last[0]) / 2, (first[1] + last[1]) / 2], abs=0.1)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "steps", "values", "marks"),
+    [
+        (
+            0.0,
+            1.0,
+            100,
+            ["0", "0.2", "0.4", "0.6", "0.8", "1"],
+            ["0", "20", "40", "60", "80", "100"],
+        ),
+        (1.0, 4000.0, 2, ["0", "1000", "2000", "3000", "4000"], ["0", "1", "2"]),
+        (-0.3, -0.3, 0, ["-0.3"], ["0"]),
+        (
+            -1e308,
+            1e308,
+            10**6,
+            None,
+            ["0", "200,000", "400,000", "600,000", "800,000", "1,000,000"],
+        ),
+    ],
+)
+def test_the_axes_have_a_few_round_numbers(low, high, steps, values, marks):
+    drawing = draw_chart("x", {"a": [(0, low), (steps, high)]})
+
+    ends = [label.text for label in drawing.labels if label.anchor == "end"]
+    assert ends[-1] == "step"
+    assert values in (None, ends[:-1])
+    assert [label.text for label in drawing.labels if label.anchor == "middle"] == marks
+    assert len(drawing.grid) == len(ends) - 1
+
+
 def test_values_that_are_not_finite_leave_a_gap():
     curve = [(0, 1.0), (1, 2.0), (2, float("nan")), (3, float("inf")), (4, 1.0), (5, 2.0)]
 

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
+import torch
 from ignite.engine import Events
+from torch import Tensor, nn
 
-from diptych.engine import RunEvents
-from diptych.handlers import CheckpointManager, HistoryPlots, JsonLines, ProgressBar, RunRecord
-from diptych.handlers.reports.history_plots import (
-    differing_settings,
-    drawings,
-    final_values,
-    page,
+from diptych.engine import RunEvents, Trainer, tasks
+from diptych.handlers import (
+    CheckpointManager,
+    Evaluation,
+    Finding,
+    HistoryPlots,
+    JsonLines,
+    PairSamples,
+    ProgressBar,
+    RepresentationHealth,
+    RetrievalGallery,
+    RetrievalRecall,
+    RunRecord,
+    default_handlers,
 )
+from diptych.handlers.reports.comparison import (
+    best_texts,
+    best_values,
+    differing_settings,
+    final_values,
+)
+from diptych.handlers.reports.page import drawings, page
 from diptych.handlers.reports.run_history import RunHistory, read_run
 from tests.handlers.runs import Stop, loader, make_trainer, report_each_epoch, reported_run, stop_at
 
@@ -26,10 +44,15 @@ def test_a_run_leaves_a_report_with_every_tag_and_setting(tmp_path):
     for tag in ("train/loss", "val/recall@1"):
         assert f"<title>{tag}</title>" in text
     assert "<td>trainer.precision</td><td>fp32</td>" in text
+    assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport" content="width=device-width' in text
     assert "<script" not in text
-    headings = ("Does it learn?", "Everything else", "Last values", "Settings")
-    places = [text.index(f"<h2>{heading}") for heading in headings]
+    headings = ("Results", "Findings", "Starts and", "Does it learn?", "Last values", "Settings")
+    places = [text.index(f">{heading}") for heading in headings]
     assert places == sorted(places)
+    assert "done, epoch 2, step 12" in text
+    assert "No rule has found a problem." in text
+    assert "<td>val/<wbr>recall@1</td><td>0.75</td><td>12</td><td>0.75</td>" in text
     assert "http" not in text.replace('xmlns="http://www.w3.org/2000/svg"', "")
     HTMLParser().feed(text)
 
@@ -42,6 +65,65 @@ def test_an_interrupted_run_has_its_report(tmp_path):
         trainer.run(loader(), max_epochs=3)
 
     assert "train/loss" in (tmp_path / "report.html").read_text("utf-8")
+
+
+def paired_trainer(folder: Path, end: int, *, rate: float = 0.5) -> Trainer:
+    """Return a trainer of pairs, with a gallery, that is stopped in an iteration."""
+    model = nn.Sequential(nn.Linear(3, 3))
+    task = {"task": lambda m, batch: {"image_features": m(batch["image"]), **shown_texts(batch)}}
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    trainer = Trainer(model, nn.CrossEntropyLoss(), optimizer, task=tasks.classification)
+    samples = PairSamples(
+        batches=list(loader()),
+        images=torch.rand(11, 3, 40, 40, generator=torch.Generator().manual_seed(0)),
+        captions=[f"<script>alert({number})</script> & more" for number in range(11)],
+        **task,
+    )
+    metrics = [RetrievalRecall(k=(1, 5))]
+    health = RepresentationHealth(features=("logits",), rules=())
+    trainer.attach(
+        Evaluation(loader(), metrics=metrics, **task),
+        RetrievalGallery(samples, queries=3, prefix="<i>"),
+        health,
+        *default_handlers(folder, health=False),
+    )
+    finding = Finding("a <b>", 2, "spread 0.01", "Lower the rate")
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED(once=2), lambda: health.findings.append(finding)
+    )
+    stop_at(trainer, end)
+    return trainer
+
+
+def shown_texts(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"text_features": batch["image"] + 0.1}
+
+
+def test_an_interrupted_and_resumed_run_has_one_report_of_its_whole_history(tmp_path):
+    with pytest.raises(Stop):
+        paired_trainer(tmp_path, 8).run(loader(), max_epochs=2)
+    assert "failed, epoch 2, step 8" in (tmp_path / "report.html").read_text("utf-8")
+
+    paired_trainer(tmp_path, 99, rate=0.25).run(loader(), max_epochs=2)
+    paired_trainer(tmp_path, 99, rate=0.25).run(loader(), max_epochs=2)  # nothing is left to do
+
+    text = (tmp_path / "report.html").read_text("utf-8")
+    assert "done, epoch 2, step 12" in text
+    starts = text[text.index("<h2>Starts") :]
+    assert starts.count(": started</li>") == 1
+    assert starts.count(": resumed after step 6, in epoch 1") == 1
+    assert "0.lr 0.5 -&gt; 0.25 (changed in the script)" in starts
+    assert text.count('<b class="warn">a &lt;b&gt;</b>, step 2: spread 0.01. Lower the rate') == 1
+    # Of 11 pairs, a random image is among the first five texts of five in 11 queries.
+    assert f"<td>{1 / 11:.2g}</td>" in text
+    assert f"<td>{5 / 11:.2g}</td>" in text
+    assert text.count("&lt;script&gt;alert") == 3 * 5 + 3
+    assert text.count("data:image/jpeg;base64") == 3 + 3 * 5
+    assert "<script" not in text
+    assert "&lt;i&gt;: image to text, step 12" in text
+    curve = r'points="([^"]*)"[^>]*class="curve"[^>]*><title>val/image_to_text/recall@1<'
+    assert len(re.search(curve, text)[1].split()) == 2
+    assert len(text) < 150_000
 
 
 def test_the_folder_may_be_given_below_the_working_directory(tmp_path, monkeypatch):
@@ -91,6 +173,17 @@ def test_the_table_tells_the_last_value_and_the_range(tmp_path):
     assert rows["val/recall@1"] == ["0.5 (0.25 to 0.75)"]
 
 
+def test_the_best_value_has_its_step_and_the_best_run_has_a_star():
+    losses, recalls = ([(2, 0.5), (4, 0.25), (6, 0.75)], [(2, 0.1), (4, 0.4)])
+    first = RunHistory("a", {}, {"val/loss": losses, "val/recall@1": recalls, "train/x": losses})
+    second = RunHistory("b", {}, {"val/loss": [(2, 1.0)]})
+    best = best_values([first, second])
+
+    assert best == {"val/loss": [(4, 0.25), (2, 1.0)], "val/recall@1": [(4, 0.4), None]}
+    assert best_texts("val/loss", best["val/loss"]) == ["0.25 (step 4) *", "1 (step 2)"]
+    assert best_texts("val/recall@1", best["val/recall@1"]) == ["0.4 (step 4)", "-"]
+
+
 def test_a_tag_that_one_run_lacks_is_drawn_in_the_others_colour(tmp_path):
     folder = tmp_path / "c"
     make_trainer().attach(JsonLines(folder)).run(loader(), max_epochs=1)
@@ -138,14 +231,15 @@ def test_the_report_is_drawn_at_each_checkpoint_with_all_that_was_logged_by_then
         if (tmp_path / "report.html").exists():
             curve = read_run(tmp_path).curves["train/loss"]
             text = (tmp_path / "report.html").read_text("utf-8")
-            seen.append((trainer.state.iteration, text.count(","), len(curve)))
+            drawn = re.search(r'points="([^"]*)"[^>]*class="curve"[^>]*><title>train/loss', text)
+            seen.append((trainer.state.iteration, len(drawn[1].split()), len(curve)))
 
     trainer.add_event_handler(RunEvents.SAVED, look)
     trainer.run(loader(), max_epochs=2)
 
     assert [iteration for iteration, _, _ in seen] == [4, 8, 12]
     assert [logged for _, _, logged in seen] == [4, 8, 12]
-    assert seen[0][1] < seen[1][1] < seen[2][1]
+    assert [drawn for _, drawn, _ in seen] == [4, 8, 12]
 
 
 def test_every_so_many_epochs_replaces_the_checkpoints_cadence(tmp_path):

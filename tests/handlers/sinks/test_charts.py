@@ -9,6 +9,7 @@ from diptych.handlers.sinks.charts import (
     charts_of,
     curves_by_question,
     custom_scalars_layout,
+    results_of,
 )
 
 
@@ -21,8 +22,9 @@ def titles(*tags: str) -> list[str]:
     [
         ("train/loss", "Loss: train and validation"),
         ("val/loss", "Loss: train and validation"),
-        ("val/image_to_text/recall@10", "Retrieval: image to text"),
-        ("val/text_to_image/recall@1", "Retrieval: text to image"),
+        ("val/image_to_text/recall@10", "Recall@10, image to text"),
+        ("image_to_text/recall@10", "Recall@10, image to text"),
+        ("val/text_to_image/recall@1", "Recall@1, text to image"),
         ("train/in_batch_accuracy", "Accuracy"),
         ("val/accuracy", "Accuracy"),
         ("train/contrastive", "Terms of the loss"),
@@ -52,8 +54,16 @@ def test_a_tag_that_answers_no_question_has_no_chart(tag):
     assert titles(tag) == []
 
 
-def test_training_and_validation_share_a_chart():
-    assert titles("train/loss", "val/loss", "test/loss") == ["Loss: train and validation"]
+def test_training_and_validation_share_a_chart_and_so_do_test_sets_with_one_k():
+    assert titles("train/loss", "val/loss", "loss") == ["Loss: train and validation"]
+    sets = [f"{name}/text_to_image/recall@{k}" for name in ("a", "b") for k in (5, 1)]
+    assert titles(*sets) == ["Recall@1, text to image", "Recall@5, text to image"]
+
+
+def test_results_are_the_training_loss_and_what_evaluations_publish():
+    others = ["train/temperature", "health/auroc", "time/step", "gradients/norm", "train/lossy"]
+    results = ["mine", "train/loss", "val/loss", "val/recall@5", "val/recall@10"]
+    assert results_of([*others, *reversed(results)]) == results
 
 
 def test_charts_keep_their_order_whatever_came_first():
@@ -92,7 +102,9 @@ def test_every_tag_has_a_heading_and_numbers_are_in_order():
     assert headings == {
         "Does it learn?": [
             ("Loss: train and validation", ["train/loss"]),
-            ("Retrieval: image to text", recall[::-1]),
+            ("Recall@1, image to text", recall[2:]),
+            ("Recall@5, image to text", recall[1:2]),
+            ("Recall@10, image to text", recall[:1]),
         ],
         "Is it healthy?": [("Gradient norms", ["gradients/norm"])],
         "Everything else": [("x/y", ["x/y"])],

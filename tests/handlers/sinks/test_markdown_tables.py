@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from diptych.handlers import Finding
-from diptych.handlers.sinks.markdown_tables import findings_table, markdown_table, model_table
+from diptych.handlers.sinks.markdown_tables import findings_list, markdown_table, model_table
 from tests.handlers.runs import make_trainer
 
 
@@ -21,10 +21,10 @@ def test_the_model_is_counted_by_component():
     ]
 
 
-def test_a_finding_is_a_row_with_its_step():
-    table = findings_table([Finding("collapse", 120, "spread 0.01", "Lower the rate.")])
+def test_a_finding_is_a_line_with_its_step():
+    lines = findings_list([Finding("collapse", 120, "spread\n0.01", "Lower the rate.")])
 
-    assert table.splitlines()[-1] == "| 120 | collapse | spread 0.01 | Lower the rate. |"
+    assert lines == "- **collapse**, step 120: spread 0.01. Lower the rate."
 
 
 def test_a_cell_cannot_break_the_table():

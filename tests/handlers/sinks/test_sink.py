@@ -95,7 +95,9 @@ def of_tensorboard(folder: Path) -> Example:
 
     def written() -> set[tuple[int, str]]:
         events = EventAccumulator(str(folder)).Reload()
-        return {(e.step, tag) for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
+        points = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+        points["train/loss"] = points.pop("loss", [])
+        return {(event.step, tag) for tag, own in points.items() for event in own}
 
     sink = TensorBoard(folder)
     return Example(sink, lambda: sink._writer is not None, written)

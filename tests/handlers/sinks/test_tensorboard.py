@@ -17,6 +17,7 @@ from ignite.engine import Events
 from diptych.engine import Trainer
 from diptych.handlers import (
     CheckpointManager,
+    Evaluation,
     Finding,
     Histograms,
     JsonLines,
@@ -37,10 +38,15 @@ def read(folder: Path) -> Any:
 
 
 def scalars(folder: Path) -> Points:
-    events = read(folder)
-    return {
-        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-    }
+    """Return the points by the records' tags: evaluations are the runs in folders."""
+    points: Points = {}
+    for place in sorted({path.parent for path in folder.rglob("events.out.*")}):
+        events, run = read(place), place.relative_to(folder).as_posix()
+        for tag in events.Tags()["scalars"]:
+            name = tag if run == "." else f"{run}/{tag}"
+            whole = "train/loss" if name == "loss" else name
+            points[whole] = [(e.step, e.value) for e in events.Scalars(tag)]
+    return points
 
 
 def float32(value: float) -> float:
@@ -49,8 +55,8 @@ def float32(value: float) -> float:
 
 def in_json(folder: Path) -> Points:
     points: Points = {}
-    for name in ("metrics.jsonl", "metrics.measured.jsonl"):
-        for record in read_records(folder / name):
+    for path in folder.glob("metrics*.jsonl"):
+        for record in read_records(path):
             for tag, value in record.values.items():
                 points.setdefault(tag, []).append((record.step, float32(value)))
     return points
@@ -88,6 +94,36 @@ def test_no_point_is_double_after_an_interruption(tmp_path, stop):
     assert scalars(tmp_path / "interrupted") == scalars(tmp_path / "untouched")
 
 
+def evaluated_trainer(folder: Path) -> Trainer:
+    trainer = make_trainer()
+    trainer.attach(
+        Evaluation(loader(), every=2, at_start=True),
+        Evaluation(loader(), every=6, prefix="test/a", loss=True),
+        Evaluation(loader(), prefix="../outside"),
+        TensorBoard(folder),
+        JsonLines(folder),
+    )
+    return trainer.attach(CheckpointManager(folder / "checkpoints", every=5))
+
+
+def test_an_evaluation_is_a_run_of_its_own_that_shares_the_chart_of_the_training_loss(tmp_path):
+    trainer = evaluated_trainer(tmp_path / "run")
+    stop_at(trainer, 9)  # after the evaluation at 8, which the resumed run repeats
+    with pytest.raises(Stop):
+        trainer.run(loader(), max_epochs=2)
+
+    resumed = evaluated_trainer(tmp_path / "run")
+    resumed.run(loader(), max_epochs=2)
+    resumed.metrics.report(12, {"val/after": 1.0})
+
+    assert scalars(tmp_path / "run") == in_json(tmp_path / "run")
+    for run in (".", "val", "test/a"):
+        assert "loss" in read(tmp_path / "run" / run).Tags()["scalars"]
+    losses = read(tmp_path / "run" / "val").Scalars("loss")
+    assert [point.step for point in losses] == [0, 2, 4, 6, 8, 10, 12]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]  # a prefix leads nowhere else
+
+
 def test_settings_and_versions_are_shown_as_text(tmp_path):
     make_trainer().attach(TensorBoard(tmp_path)).run(loader(), max_epochs=1)
 
@@ -121,7 +157,7 @@ def test_the_layout_grows_with_the_first_curve_of_a_chart_alone(tmp_path):
 
     trainer.run(loader(), max_epochs=2)
 
-    loss, recall = "Loss: train and validation", "Retrieval: image to text"
+    loss, recall = "Loss: train and validation", "Recall@1, image to text"
     assert layouts(tmp_path) == [(4, [loss]), (6, [loss, recall])]
 
 
@@ -182,9 +218,9 @@ def test_findings_of_health_are_shown_at_the_step_at_which_they_were_made(tmp_pa
 
     (first_step, first), (second_step, second) = text_of(tmp_path, "findings")
     assert (first_step, second_step) == (2, 7)
-    assert "| 2 | collapse" in first
-    assert "| 7 |" not in first
-    assert "| 7 | collapse" in second
+    assert "**collapse**, step 2:" in first
+    assert "step 7" not in first
+    assert "**collapse**, step 7:" in second
 
 
 @attrs.define(eq=False)

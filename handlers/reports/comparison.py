@@ -1,0 +1,108 @@
+"""Comparisons of runs: the settings that differ, and the best and last values of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from diptych.engine.state.differences import differences
+from diptych.engine.state.run_identity import RunIdentity
+from diptych.handlers.argument_checks import usual_mode
+from diptych.handlers.reports.curves import Curve, StepAndValue
+from diptych.handlers.reports.run_history import RunHistory
+from diptych.handlers.sinks.charts import results_of
+
+ALWAYS_DIFFERENT = ("started", "command")
+PATHS = (".directory", ".path")
+LENGTHS = ("trainer.max_epochs", "trainer.max_iters", "trainer.epoch_length")
+
+
+def differing_settings(runs: Sequence[RunHistory]) -> dict[str, list[Any]]:
+    """Return the settings in which the runs differ, each with its value in every run.
+
+    If every run has an identity, its values come first: they decide the results. The time of the
+    start, the command and the paths of files are left out. A setting that a run lacks is "-".
+    """
+    identities = [run.identity for run in runs if run.identity is not None]
+    if len(identities) < len(runs):
+        identities = []
+    rows = _differing_identities(identities)
+    handlers = [key for one in identities for key in one.values["handlers"]]
+    deciding = {key.partition("[")[0] for key in handlers} if identities else None
+    for name, row in _differing_rows(runs).items():
+        if _is_shown(name, deciding):
+            rows.setdefault(name, row)
+    return rows
+
+
+def _differing_rows(runs: Sequence[RunHistory]) -> dict[str, list[Any]]:
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    rows = {name: [run.settings.get(name, "-") for run in runs] for name in names}
+    return {name: row for name, row in rows.items() if any(value != row[0] for value in row)}
+
+
+def _is_shown(name: str, deciding: Collection[str] | None) -> bool:
+    """Return whether a setting is shown, beside the identities of the runs if they have some.
+
+    Args:
+        name: of the setting.
+        deciding: the classes of the handlers in the identities; None without identities.
+    """
+    section, _, rest = name.partition(".")
+    if section in ALWAYS_DIFFERENT or name.endswith(PATHS):
+        return False
+    of_reporter = section == "handlers" and rest.partition(".")[0] not in (deciding or ())
+    return deciding is None or of_reporter or name in LENGTHS
+
+
+def _differing_identities(identities: Sequence[RunIdentity]) -> dict[str, list[Any]]:
+    """Return the values in which identities differ from the first one, each in every run."""
+    rows: dict[str, list[Any]] = {}
+    for number, identity in enumerate(identities[1:], start=1):
+        for one in differences(identities[0], identity):
+            row = rows.setdefault(one.name, [one.before] * len(identities))
+            row[number] = one.now
+    return rows
+
+
+def final_values(runs: Sequence[RunHistory]) -> dict[str, list[str]]:
+    """Return the last value of every tag in each run, and its range if it has several values."""
+    tags = sorted({tag for run in runs for tag in run.curves})
+    return {tag: [_last_and_range(run.curves.get(tag, [])) for run in runs] for tag in tags}
+
+
+def _last_and_range(curve: Sequence[tuple[int, float]]) -> str:
+    if not curve:
+        return "-"
+    finite = [value for _, value in curve if math.isfinite(value)]
+    span = f" ({min(finite):.4g} to {max(finite):.4g})" if len(finite) > 1 else ""
+    return f"{curve[-1][1]:.4g}{span}"
+
+
+def best_values(runs: Sequence[RunHistory]) -> dict[str, list[StepAndValue | None]]:
+    """Return the best value of each evaluation's tag in each run, with its step.
+
+    The training loss is one of the tags. A value is None if the run has no finite one.
+    """
+    tags = results_of({tag for run in runs for tag in run.curves})
+    return {tag: [_best(tag, run.curves.get(tag, [])) for run in runs] for tag in tags}
+
+
+def _best(tag: str, curve: Curve) -> StepAndValue | None:
+    finite = [point for point in curve if math.isfinite(point[1])]
+    pick = min if usual_mode(tag) == "min" else max
+    return pick(finite, key=lambda point: point[1]) if finite else None
+
+
+def best_texts(tag: str, row: Sequence[StepAndValue | None]) -> list[str]:
+    """Return a row of `best_values` as text; of several runs that differ, the best has a star."""
+    values = {found[1] for found in row if found is not None}
+    first = _best(tag, [(0, value) for value in values]) if len(values) > 1 else None
+    return [
+        "-"
+        if found is None
+        else f"{found[1]:.4g} (step {found[0]:,})"
+        + (" *" if first is not None and found[1] == first[1] else "")
+        for found in row
+    ]
