@@ -21,6 +21,8 @@ def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
     kind = type(batch)
     if kind is Tensor:  # first, since the tests below take microseconds
         return function(batch)
+    if kind in {tuple, list} and {Tensor}.issuperset(map(type, batch)) and batch:
+        return kind(map(function, batch))
     if isinstance(batch, (tuple, list)) and _holds_containers(batch):
         # A named tuple takes its values one by one.
         rebuild = getattr(batch, "_make", kind)

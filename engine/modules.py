@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 logger = logging.getLogger(__name__)
 
 TRAINING = attrgetter("training")
+T = TypeVar("T")
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -61,35 +63,53 @@ def parts_of(*roots: nn.Module) -> list[nn.Module]:
     return found
 
 
-class KnownParameters:
-    """The parameters of modules, found again if a module or a parameter has come, gone or moved.
+class KnownParts(Generic[T]):
+    """What was found in modules, found again if what they hold has come, gone or moved.
 
     What the modules' dictionaries hold is compared with what they held: a tenth of a walk.
+
+    Args:
+        find: returns what is looked for in some modules and all of their parts.
+        kind: the dictionary of a part, beside that of its modules, that is compared.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, find: Callable[[list[nn.Module]], list[T]], kind: str = "_modules") -> None:
+        self._find, self._kind = find, kind
         self._held: list[Any] = []  # living views of the dictionaries of all parts
         self._content: list[Any] = []  # what they held, and what was not theirs
-        self._parameters: list[nn.Parameter] = []
+        self._found: list[T] = []
 
-    def of(self, *roots: nn.Module, others: Sequence[nn.Parameter] = ()) -> list[nn.Parameter]:
-        """Return the parameters of modules, in the order of `Module.parameters`, and others.
+    def of(self, *roots: nn.Module, others: Sequence[T] = ()) -> list[T]:
+        """Return what is found in modules, in the order of `Module.modules`, and others.
 
         Each is returned once.
         """
         now = [*roots, *others, *chain.from_iterable(self._held)]
         if len(now) != len(self._content) or not all(map(operator.is_, now, self._content)):
-            self._find(roots, others)
-        return self._parameters
+            self._search(roots, others)
+        return self._found
 
-    def _find(self, roots: Sequence[nn.Module], others: Sequence[nn.Parameter]) -> None:
+    def _search(self, roots: Sequence[nn.Module], others: Sequence[T]) -> None:
         parts = parts_of(*roots)
-        own = [one for part in parts for one in part._parameters.values() if one is not None]  # noqa: SLF001
-        self._parameters = [*{id(one): one for one in (*own, *others)}.values()]
-        held: list[Any] = [p._parameters for p in parts] + [p._modules for p in parts]  # noqa: SLF001
+        self._found = [*{id(one): one for one in (*self._find(parts), *others)}.values()]
+        held = [vars(part).get(kind) for part in parts for kind in {self._kind, "_modules"}]
         living = all(isinstance(one, dict) for one in held)  # a scripted module's are copies
-        self._held = [one.values() for one in held]
+        self._held = [one.values() for one in held if one is not None]
         self._content = [*roots, *others, *chain.from_iterable(self._held)] if living else []
+
+
+def known_parameters() -> KnownParts[nn.Parameter]:
+    """Return a cache of the parameters of modules."""
+    return KnownParts(partial(_held, "_parameters"), "_parameters")
+
+
+def known_buffers() -> KnownParts[Tensor]:
+    """Return a cache of the buffers of modules."""
+    return KnownParts(partial(_held, "_buffers"), "_buffers")
+
+
+def _held(kind: str, parts: list[nn.Module]) -> list[Any]:
+    return [one for part in parts for one in getattr(part, kind).values() if one is not None]
 
 
 class SavedBuffers:

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
@@ -203,16 +204,7 @@ class Trainer(ExactSteps):
             return TrainStep(self)
         return step(self) if isinstance(step, type) else step
 
-    @property
-    def loss(self) -> nn.Module:
-        """The loss. It can be replaced between two updates.
-
-        The optimizer must hold the parameters of the new loss by then.
-        """
-        return self._loss
-
-    @loss.setter
-    def loss(self, loss: nn.Module) -> None:
+    def _set_loss(self, loss: nn.Module) -> None:
         """Replace the loss; its scalars are published instead of those of the earlier one.
 
         Raises:
@@ -225,13 +217,16 @@ class Trainer(ExactSteps):
             loss.train()
         self._publish_gauges()
 
-    @property
-    def outputs(self) -> Outputs:
-        """The task's outputs for the last batch, detached."""
-        return self._outputs
+    loss: nn.Module = property(  # type: ignore[assignment]
+        attrgetter("_loss"),  # no call in Python, since an update reads it often
+        _set_loss,
+        doc="""The loss. It can be replaced between two updates.
 
-    @outputs.setter
-    def outputs(self, outputs: Outputs) -> None:
+        The optimizer must hold the parameters of the new loss by then.
+        """,
+    )
+
+    def _set_outputs(self, outputs: Outputs) -> None:
         """Set the outputs, detached: a reference to the graph would outlive a failed step."""
         if not self._is_checked:
             check_tensors(outputs)
@@ -239,6 +234,10 @@ class Trainer(ExactSteps):
         if not self._is_checked:
             check_first_batch(self.loss, self._outputs, self.state.batch)
             self._is_checked = True
+
+    outputs: Outputs = property(  # type: ignore[assignment]
+        attrgetter("_outputs"), _set_outputs, doc="The task's outputs for the last batch, detached."
+    )
 
     def attach(self, *handlers: Attachable) -> Trainer:
         """Attach handlers; those of one event run in the order in which they were attached.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from diptych.engine.distributed.hang_report import waits_at
-from diptych.engine.modules import parts_of
 
 
 def world_size() -> int:
@@ -35,8 +34,8 @@ def broadcast_module(module: nn.Module) -> None:
 
 
 @waits_at("broadcasting the model's buffers")
-def broadcast_buffers(model: nn.Module) -> None:
-    """Broadcast the buffers of a model from rank 0, with one collective for each of their types.
+def broadcast_buffers(buffers: Iterable[Tensor]) -> None:
+    """Broadcast buffers of a model from rank 0, with one collective for each of their types.
 
     Call it at the start of an update, not in a forward pass: both passes of a cached gradient must
     start from the same values.
@@ -44,8 +43,7 @@ def broadcast_buffers(model: nn.Module) -> None:
     if world_size() == 1:
         return
     by_type: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
-    buffers = [one for part in parts_of(model) for one in part._buffers.values()]  # noqa: SLF001
-    for buffer in {id(one): one for one in buffers if one is not None}.values():
+    for buffer in buffers:
         by_type[buffer.dtype].append(buffer.detach())
     for alike in by_type.values():
         packed = torch.cat([buffer.reshape(-1) for buffer in alike])

@@ -21,6 +21,8 @@ Value = TypeVar("Value")
 Result = TypeVar("Result")
 WHOLE = frozenset({Tensor, nn.Parameter})
 """Types of tensors that are not sharded."""
+NOTHING = nullcontext()
+
 ROOT = "_diptych_root"
 """The key in `vars(model)` of the `ShardedRoot` of a sharded model."""
 
@@ -74,7 +76,7 @@ def call_on(
 def mixed_tensors_allowed(model: nn.Module) -> AbstractContextManager[None]:
     """Allow sharded and whole tensors in one list for torch's operations on lists."""
     if not has_shards(model):
-        return nullcontext()
+        return NOTHING
     from torch.distributed.tensor.experimental import implicit_replication  # noqa: PLC0415
 
     return cast(AbstractContextManager[None], implicit_replication())

@@ -19,7 +19,7 @@ from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.distributed.comparison import check_equal_over_ranks, listed
 from diptych.engine.distributed.dtensor import has_shards, is_sharded
 from diptych.engine.distributed.hang_report import waits_at
-from diptych.engine.modules import KnownParameters, named_parameters
+from diptych.engine.modules import known_parameters, named_parameters
 
 BUCKET = 2**23
 """Elements of a bucket: enough to use the bandwidth, few enough to start early."""
@@ -111,7 +111,7 @@ class GradientAverage:
         self._launched = 0
         self._hooks: list[RemovableHandle] = []
         self._trained: list[nn.Parameter] = []
-        self._of_model, self._of_loss = KnownParameters(), KnownParameters()
+        self._of_model, self._of_loss = known_parameters(), known_parameters()
         self._listening = False
 
     @contextmanager

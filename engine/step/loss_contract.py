@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from diptych.engine.distributed.gathering import gather_values
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import BatchError
-from diptych.engine.modules import parts_of
 from diptych.engine.tasks import Outputs
 
 T = TypeVar("T")
@@ -122,15 +121,24 @@ def call_with(function: Callable[..., T], outputs: Mapping[str, Tensor]) -> T:
     name. An output of a teacher is left out unless the function has an argument of its name.
     """
     written: Any = function.forward if isinstance(function, nn.Module) else function
-    names = _argument_names(getattr(written, "__func__", written))
-    if names is None:
-        return function(*outputs.values())
-    by_name = {name: outputs[name] for name in names if name in outputs}
-    others = (n for n in outputs if n not in by_name and not n.startswith(TEACHER))
-    return function(*(outputs[name] for name in others), **by_name)
+    in_order, by_name = _arguments_of(getattr(written, "__func__", written), tuple(outputs))
+    named = {name: outputs[name] for name in by_name} if by_name else {}
+    return function(*map(outputs.__getitem__, in_order), **named)
 
 
 @functools.lru_cache(maxsize=64)
+def _arguments_of(
+    function: Callable[..., Any], outputs: tuple[str, ...]
+) -> tuple[list[str], list[str]]:
+    """Return the names of the outputs that are passed in their order, and of those by name."""
+    names = _argument_names(function)
+    if names is None:
+        return list(outputs), []
+    by_name = [name for name in names if name in outputs]
+    others = (name for name in outputs if name not in by_name)
+    return [name for name in others if not name.startswith(TEACHER)], by_name
+
+
 def _argument_names(function: Callable[..., Any]) -> tuple[str, ...] | None:
     """Return the names by which outputs are passed; None if the function takes any number."""
     try:
@@ -166,12 +174,18 @@ def scalars_of(loss: nn.Module) -> Mapping[str, Tensor]:
     return {} if scalars is None else scalars()
 
 
-def constrain_parameters(loss: nn.Module) -> None:
-    """Call `constrain()` of the loss and its parts, which clamps their parameters."""
-    for module in parts_of(loss):  # a runtime protocol would cost 10 microseconds a module
-        constrain = optional(module, "constrain")
-        if callable(constrain):
-            constrain()
+class Constrained(Protocol):
+    """A part of a loss that clamps its parameters."""
+
+    def constrain(self) -> None:
+        """Clamp the parameters to their bounds."""
+        ...
+
+
+def constrained(parts: list[nn.Module]) -> list[Constrained]:
+    """Return the parts of a loss that clamp their parameters after an update."""
+    # A runtime protocol would cost 10 microseconds a module.
+    return [cast(Constrained, part) for part in parts if callable(optional(part, "constrain"))]
 
 
 def tiled_parts(loss: nn.Module) -> list[TiledLoss]:

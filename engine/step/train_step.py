@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,14 +26,14 @@ from diptych.engine.distributed.gradient_average import GradientAverage
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.events import StepEvents
 from diptych.engine.forward_faults import raise_likely_cause
-from diptych.engine.modules import KnownParameters
+from diptych.engine.modules import KnownParts, known_buffers, known_parameters
 from diptych.engine.settings import AUTOCAST, TrainerSettings
 from diptych.engine.step.batch_checks import report_skipped
 from diptych.engine.step.compilation import keep_gradients, uses_cuda_graphs
 from diptych.engine.step.loss_contract import (
     Terms,
     call_with,
-    constrain_parameters,
+    constrained,
     couples_samples,
     is_too_small,
     loss_terms,
@@ -87,9 +87,19 @@ class TrainStep:
     Each phase is a method that a subclass can override.
 
     Attributes:
+        model: the trainer's model.
+        loss: the trainer's loss.
+        optimizer: the trainer's optimizer.
+        task: the trainer's task.
         unfinished: the result of an update after which an exception was raised. The next call with
             the same batch continues there.
     """
+
+    # Read without a call in Python: an update reads them a dozen times.
+    model: nn.Module = property(attrgetter("_trainer.model"))  # type: ignore[assignment]
+    loss: nn.Module = property(attrgetter("_trainer.loss"))  # type: ignore[assignment]
+    optimizer: Optimizer = property(attrgetter("_trainer.optimizer"))  # type: ignore[assignment]
+    task: Task = property(attrgetter("_trainer.task"))  # type: ignore[assignment]
 
     def __init__(self, trainer: TrainerParts) -> None:
         settings = trainer.settings
@@ -107,28 +117,9 @@ class TrainStep:
         self.unfinished: StepOutput | None = None
         self._ranks = world_size()
         self._early: AbstractContextManager[None] | None = None
-        self._known = KnownParameters()
+        self._known, self._buffers = known_parameters(), known_buffers()
+        self._constrained = KnownParts(constrained)
         self._piece_counter = PieceCounter(agreed=has_shards(trainer.model))
-
-    @property
-    def model(self) -> nn.Module:
-        """The trainer's model."""
-        return self._trainer.model
-
-    @property
-    def loss(self) -> nn.Module:
-        """The trainer's loss."""
-        return self._trainer.loss
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The trainer's optimizer."""
-        return self._trainer.optimizer
-
-    @property
-    def task(self) -> Task:
-        """The trainer's task."""
-        return self._trainer.task
 
     def __call__(self, trainer: Any, batch: Any) -> StepOutput:
         """Make one update with `batch`; after an exception behind an update, do what is left."""
@@ -157,7 +148,7 @@ class TrainStep:
             return None
         self.clear_gradients()
         if self._ranks > 1:
-            broadcast_buffers(self.model)
+            broadcast_buffers(self._buffers.of(self.model))
         terms, value = self.gradients(trainer, batch)
         self.finish_gradients()
         trainer.fire_event(StepEvents.GRADIENTS_READY)
@@ -270,7 +261,7 @@ class TrainStep:
             self.scaled(value).backward()
         if cache is not None:
             cache.backward(self.forward, pieces, outputs)
-        return terms, apart_from_weights(value)
+        return terms, apart_from_weights(value) if len(terms) > 1 else next(iter(terms.values()))
 
     @waits_at("the loss and the backward pass")
     def accumulated(self, trainer: Any, pieces: list[Any], divisor: int) -> tuple[Terms, Tensor]:
@@ -339,7 +330,11 @@ class TrainStep:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.skipped_steps += _loss_scale(self.scaler) < before
-        constrain_parameters(self.loss)
+        self._constrain()
+
+    def _constrain(self) -> None:
+        for part in self._constrained.of(self.loss):
+            part.constrain()
 
     def keep_update(self) -> bool:
         """Let the next call continue behind the update; return whether it can.
@@ -354,7 +349,7 @@ class TrainStep:
         """Do what an exception in `update` left to do after the optimizer's step."""
         if self.scaler is not None and self._unscaled and has_found_overflows(self.scaler):
             self.scaler.update()
-        constrain_parameters(self.loss)
+        self._constrain()
         self._is_cut = False
 
     def scaled(self, value: Tensor) -> Tensor:

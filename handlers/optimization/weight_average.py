@@ -123,7 +123,7 @@ class WeightAverage(Handler):
             with torch.no_grad():
                 for key, tensor in inside.items():
                     tensor.copy_(self._average[key])
-                broadcast_buffers(model)
+                broadcast_buffers(model.buffers())
             yield
         finally:
             with torch.no_grad():

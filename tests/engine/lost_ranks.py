@@ -120,7 +120,7 @@ CASES: dict[str, Case] = {
     "weights": (1, lambda _: broadcast_module(nn.Linear(1, 1)), "broadcasting the first"),
     "buffers": (
         1,
-        lambda _: broadcast_buffers(nn.BatchNorm1d(2)),
+        lambda _: broadcast_buffers(nn.BatchNorm1d(2).buffers()),
         "broadcasting the model's buffers",
     ),
     "start": (0, lambda _: start(), "the start of a run"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from diptych.engine.modules import KnownParameters, parts_of
+from diptych.engine.modules import known_parameters, parts_of
 
 
 class Shared(nn.Module):
@@ -30,14 +30,14 @@ def identities(objects: object) -> list[int]:
 def test_parts_and_parameters_are_those_of_torch_in_its_order():
     for module in (Shared(), nn.Identity(), nn.ModuleList([Shared(), nn.ModuleDict()])):
         assert identities(parts_of(module)) == identities(module.modules())
-        assert identities(KnownParameters().of(module)) == identities(module.parameters())
+        assert identities(known_parameters().of(module)) == identities(module.parameters())
 
 
 def test_what_several_modules_share_is_found_once():
     module, other = Shared(), nn.Parameter(torch.ones(()))
     both = nn.ModuleList([module, module.tied])
     expected = [*both.parameters(), other]
-    found = KnownParameters().of(module, module.tied, others=[*expected[::-1]])
+    found = known_parameters().of(module, module.tied, others=[*expected[::-1]])
     assert identities(found) == identities(expected)
 
 
@@ -76,13 +76,13 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_known_parameters_follow_every_change_of_the_modules(change):
-    module, known = Shared(), KnownParameters()
+    module, known = Shared(), known_parameters()
     assert known.of(module) is known.of(module)
     change(module)
     assert identities(known.of(module)) == identities(module.parameters())
 
 
 def test_known_parameters_follow_another_root():
-    module, known = Shared(), KnownParameters()
+    module, known = Shared(), known_parameters()
     known.of(module)
     assert identities(known.of(module.tied)) == identities(module.tied.parameters())

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from diptych.engine import BatchError
+from diptych.engine.modules import parts_of
 from diptych.engine.step.loss_contract import (
     call_with,
-    constrain_parameters,
+    constrained,
     couples_samples,
     loss_terms,
     sample_mean_of,
@@ -53,7 +54,8 @@ def test_the_parts_of_a_loss_are_clamped_too():
     parameter = next(loss.parameters())
     with torch.no_grad():
         parameter.fill_(100.0)
-    constrain_parameters(loss)
+    for part in constrained(parts_of(loss)):
+        part.constrain()
     assert float(parameter.detach()) < 100.0
 
 
