@@ -37,6 +37,9 @@ class ContinuedEvents(Dispatcher):
         # Whether a subclass fires Ignite's events in its own way, as Ignite allows.
         own = getattr(type(self), "_fire_event")  # noqa: B009 - a name of Ignite's
         self._is_overridden = own is not getattr(Dispatcher, "_fire_event")  # noqa: B009
+        self._skips_unheard = (
+            not self._is_overridden and type(self).fire_event is Dispatcher.fire_event
+        )
         self._forget_failure()
 
     def _forget_failure(self) -> None:
@@ -92,6 +95,10 @@ class ContinuedEvents(Dispatcher):
             event: a registered event.
             again: whether it fires a second time in this iteration; see `fire_again`.
         """
+        unheard = not self._edited.since_read and self._found.get(id(event)) == []
+        if unheard and self._skips_unheard and not self._stopped_at:
+            self.last_event_name = event
+            return
         done = self._stopped_at.pop(event.name, ()) if self._stopped_at else ()
         if done:
             self._skipped = named(self._listeners.get(event, ()), done)

@@ -106,8 +106,8 @@ class ScalarBuffer:
 
     def mark(self) -> BufferMark:
         """Return the number of values so far, for `drop_since`."""
-        rows = {tags: len(values) for tags, values in self._rows.items()}
-        numbers = {tag: len(values) for tag, values in self._numbers.items()}
+        rows = dict(zip(self._rows, map(len, self._rows.values()), strict=True))
+        numbers = dict(zip(self._numbers, map(len, self._numbers.values()), strict=True))
         return rows, numbers
 
     def drop_since(self, mark: BufferMark) -> None:

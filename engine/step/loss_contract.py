@@ -64,7 +64,7 @@ def couples_samples(loss: nn.Module, *, default: bool = True) -> bool:
 
 def minimum_batch(loss: nn.Module) -> int:
     """Return the smallest global batch for which a loss is defined; 1 if it declares none."""
-    return int(getattr(loss, "minimum_batch", 1))
+    return int(optional(loss, "minimum_batch") or 1)
 
 
 def is_too_small(loss: nn.Module, size: int, announce: Callable[[], object] = lambda: None) -> bool:

@@ -130,8 +130,10 @@ class RepresentationHealth(Handler):
         self._metrics = trainer.metrics
         trainer.add_event_handler(Events.STARTED, self._start)
         at_log_points = trainer.settings.log_every
-        trainer.every(self.every or at_log_points, self._measure, StepEvents.LOSS_COMPUTED)
-        trainer.every(at_log_points, self._keep_features, StepEvents.LOSS_COMPUTED)
+        every = self.every or at_log_points
+        trainer.every(every, self._measure, StepEvents.LOSS_COMPUTED)
+        if at_log_points % every:  # else `_measure` keeps them
+            trainer.every(at_log_points, self._keep_features, StepEvents.LOSS_COMPUTED)
         trainer.add_event_handler(MetricsEvents.LOGGED, self._judge)
         for name, position in temperature_positions(trainer.loss).items():
             trainer.metrics.gauge(f"health/{name}", position)
@@ -162,7 +164,10 @@ class RepresentationHealth(Handler):
 
     @torch.no_grad()
     def _measure(self, trainer: Trainer) -> None:
-        sides = self._sides(trainer.outputs)
+        if trainer.state.iteration % trainer.settings.log_every:
+            sides = self._sides(trainer.outputs)
+        else:
+            sides = self._keep_features(trainer)
         if not sides:
             return
         stacked = torch.stack([*sides.values()])
@@ -192,8 +197,11 @@ class RepresentationHealth(Handler):
             count: their weight: this rank's samples that have something to be compared with, 1 for
                 a statistic of all ranks; 0 if the batch is too small.
         """
-        sums = {f"health/{name}": value.nan_to_num() * count for name, value in values.items()}
-        self._metrics.update_sums(sums, count)
+        found = torch.stack([*values.values()])  # at once: each operation has its price
+        weight = count.to(found) if isinstance(count, Tensor) else found.new_full((), count)
+        sums = (found.nan_to_num() * weight).unbind()
+        tags = (f"health/{name}" for name in values)
+        self._metrics.update_sums(dict(zip(tags, sums, strict=True)), weight)
 
     def _sides(self, outputs: Outputs) -> dict[str, Tensor]:
         """Return the features by side; none if no output fits and none was named."""
@@ -208,7 +216,7 @@ class RepresentationHealth(Handler):
             return {}
 
     @torch.no_grad()
-    def _keep_features(self, trainer: Trainer) -> None:
+    def _keep_features(self, trainer: Trainer) -> dict[str, Tensor]:
         # The log point of this same iteration uses the features, so no checkpoint has to hold them.
         self._log_point_features = self._sides(trainer.outputs)
         self._new_spectra = {}
@@ -219,6 +227,7 @@ class RepresentationHealth(Handler):
                 names.append("lidar")
             self._spectra = dict.fromkeys(names, math.nan)
             self._publish_spectra()
+        return self._log_point_features
 
     def _publish_spectra(self) -> None:
         for name in self._spectra:
