@@ -26,10 +26,11 @@ from diptych.handlers.contained_paths import is_plain_file
 from diptych.handlers.files import write_atomically
 from diptych.handlers.run_directory import WEIGHTS, RunDirectory
 from diptych.recipes.data.captions import images_in
-from diptych.recipes.data.image_files import ImageError, ImageFolder, read_image, square
+from diptych.recipes.data.image_files import ImageError, ImageFolder, read_image, to_tensor
 from diptych.recipes.data.rows import DataError, Problem, problem_report
 from diptych.recipes.settings import RECIPE, Settings, read_settings
 from diptych.recipes.towers.parts import Towers
+from diptych.recipes.towers.resize import Resize
 from diptych.recipes.training import CLASSES, TOWERS, Factory, build_model, towers_of
 
 if TYPE_CHECKING:
@@ -268,7 +269,7 @@ class Encoder:
 
     def _encode_files(self, images: list[Any]) -> tuple[Tensor, dict[Any, str]]:
         """Return the features of the images that can be read, and the problems of the others."""
-        pixels = _Pixels(images, self.towers.image.size)
+        pixels = _Pixels(images, self.towers.image.resize)
         loader = DataLoader(pixels, self.batch_size, num_workers=self.workers)
         problems: list[str] = []
 
@@ -316,8 +317,8 @@ def weights_file(run: RunDirectory, which: Which) -> Path:
 class _Pixels(Dataset[tuple[Tensor, str]]):
     """The pixels of images, as the image tower takes them, and what is wrong with each."""
 
-    def __init__(self, images: Sequence[Any], size: int) -> None:
-        self._images, self._size = images, size
+    def __init__(self, images: Sequence[Any], resize: Resize) -> None:
+        self._images, self._resize = images, resize
 
     def __len__(self) -> int:
         return len(self._images)
@@ -326,7 +327,8 @@ class _Pixels(Dataset[tuple[Tensor, str]]):
         image = self._images[index]
         try:
             if isinstance(image, (str, Path)):
-                image = read_image(Path(image), self._size)
+                image = read_image(Path(image), self._resize.resized)
         except ImageError as error:
-            return torch.zeros(3, self._size, self._size, dtype=torch.uint8), str(error)
-        return square(image, self._size), ""
+            side = self._resize.size
+            return torch.zeros(3, side, side, dtype=torch.uint8), str(error)
+        return to_tensor(self._resize(image)), ""

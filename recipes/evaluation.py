@@ -104,7 +104,7 @@ def _probes(encoder: Encoder, table: ImageTable, rows: Sequence[ImageRow]) -> di
 
 
 def _labelled_rows(encoder: Encoder, rows: Sequence[ImageRow], classes: Sequence[str]) -> ImageRows:
-    return ImageRows(rows, encoder.towers.image.size, classes=classes)
+    return ImageRows(rows, encoder.towers.image.resize, classes=classes)
 
 
 def _evaluated(

@@ -99,7 +99,7 @@ class TableData:
         rows = self.table.parts(settings.held_out)["train"]
         dataset = ImageRows(
             rows,
-            towers.image.size,
+            towers.image.resize,
             augment=settings.augmentations,
             classes=self.classes,
             views=2 if settings.task == "two_views" else 1,
@@ -118,7 +118,7 @@ class TableData:
         rows = self.table.parts(self.settings.held_out)["val"]
         if not rows or self.settings.task == "two_views":
             return None
-        dataset = ImageRows(rows, towers.image.size, classes=self.classes)
+        dataset = ImageRows(rows, towers.image.resize, classes=self.classes)
         return evaluation_loader(dataset, self._collate(towers), workers=self.settings.workers)
 
     def _collate(self, towers: Towers) -> Any:
@@ -190,7 +190,7 @@ class ShardData:
     def _reader(self, towers: Towers) -> ShardReader:
         settings = self.settings
         return ShardReader(
-            size=towers.image.size, augment=settings.augmentations, seed=settings.seed
+            resize=towers.image.resize, augment=settings.augmentations, seed=settings.seed
         )
 
     def _collate(self, towers: Towers) -> PairBatch:

@@ -12,11 +12,13 @@ from torch.utils.data import Dataset
 
 from diptych.engine.data.seeded_loader import SeededLoader
 from diptych.engine.distributed.collectives import world_size
+from diptych.engine.tasks import NO_LABEL
 from diptych.recipes.data.augmentations import augmentations
-from diptych.recipes.data.image_files import ImageError, read_image, square
+from diptych.recipes.data.image_files import ImageError, read_image, to_tensor
 from diptych.recipes.data.image_table import ImageRow
 from diptych.recipes.data.rows import DataError
 from diptych.recipes.towers.parts import Tokens
+from diptych.recipes.towers.resize import Resize
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,7 +34,7 @@ class ImageRows(Dataset[dict[str, Any]]):
 
     Args:
         rows: the rows.
-        size: the side of the images.
+        resize: makes the images square.
         augment: names of augmentations.
         classes: the names of the classes, in the order of their numbers.
         views: views of each image.
@@ -41,14 +43,15 @@ class ImageRows(Dataset[dict[str, Any]]):
     def __init__(
         self,
         rows: Sequence[ImageRow],
-        size: int,
+        resize: Resize,
         *,
         augment: Sequence[str] = (),
         classes: Sequence[str] = (),
         views: int = 1,
     ) -> None:
-        self._rows, self._size, self._views = rows, size, views
+        self._rows, self._views = rows, views
         self._augment = augmentations(augment)
+        self._resize = resize
         groups = dict.fromkeys(row.group for row in rows)
         self._groups = {group: number for number, group in enumerate(groups)}
         images = dict.fromkeys(row.name for row in rows)
@@ -61,24 +64,25 @@ class ImageRows(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self._rows[index]
         try:
-            image = read_image(row.path, self._size)
+            image = read_image(row.path, self._resize.resized)
         except ImageError as error:
             raise DataError(f"{row.path} can no longer be used: {error}") from error
         return {
-            "views": [view(image, self._augment, self._size) for _ in range(self._views)],
+            "views": [view(image, self._augment, self._resize) for _ in range(self._views)],
             "caption": row.caption,
             "group": self._groups[row.group],
             "image_id": self._images[row.name],
             "caption_id": index,
-            "label": self._labels.get(row.label, -1),
+            "label": self._labels.get(row.label, NO_LABEL),
         }
 
 
-def view(image: Image.Image, augment: Sequence[Augmentation], size: int) -> Tensor:
-    """Return an augmented image as uint8 [3, size, size]."""
+def view(image: Image.Image, augment: Sequence[Augmentation], resize: Resize) -> Tensor:
+    """Return an image as uint8 [3, size, size]; all that augmentations have left of it is kept."""
     for change in augment:
         image = change(image)
-    return square(image, size)
+    resize = attrs.evolve(resize, kept=1.0) if augment else resize
+    return to_tensor(resize(image))
 
 
 @attrs.frozen

@@ -160,14 +160,6 @@ def read_image(path: Path | BinaryIO, size: int) -> Image.Image:
         raise ImageError(UNREADABLE) from error
 
 
-def square(image: Image.Image, size: int) -> Tensor:
-    """Return an image as uint8 [3, size, size], scaled and cropped at the centre."""
-    from PIL import Image, ImageOps  # noqa: PLC0415 - an extra
-
-    fitted = ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
-    return to_tensor(fitted)
-
-
 def to_tensor(image: Image.Image) -> Tensor:
     """Return an RGB image as uint8 [3, H, W]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -25,6 +25,7 @@ from diptych.recipes.data.image_batches import Batch, view
 from diptych.recipes.data.image_files import MOST_BYTES, TOO_LARGE, ImageError, read_image
 from diptych.recipes.data.rows import DataError
 from diptych.recipes.data.text_tables import CAPTION, SUFFIXES
+from diptych.recipes.towers.resize import Resize
 
 logger = logging.getLogger(__name__)
 
@@ -133,12 +134,12 @@ class ShardReader:
     """Turns samples of shards into samples of a batch.
 
     Attributes:
-        size: the side of the images.
+        resize: makes the images square.
         augment: names of augmentations.
         seed: the seed of the order and of the augmentations.
     """
 
-    size: int
+    resize: Resize
     augment: Sequence[str] = ()
     seed: int = 0
 
@@ -155,13 +156,13 @@ class ShardReader:
                 continue
             number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
             try:
-                picture = read_image(io.BytesIO(image), self.size)
+                picture = read_image(io.BytesIO(image), self.resize.resized)
             except ImageError as error:
                 skipped[str(error)] += 1
                 continue
             with preserved_random_state():
                 seed_host(mixed_seed(self.seed, epoch, number))
-                pixels = view(picture, changes, self.size)
+                pixels = view(picture, changes, self.resize)
             ids = dict.fromkeys(("group", "image_id", "caption_id"), number)
             yield {"views": [pixels], "caption": caption, **ids}
 

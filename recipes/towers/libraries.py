@@ -1,4 +1,4 @@
-"""Towers of timm, open_clip and transformers; each library is imported when a tower needs it.
+"""Towers of timm and open_clip; each library is imported when a tower needs it.
 
 A tower of a saved run is built from its name and from the folder that the run wrote. No code comes
 from either: names that lead to a hub or a folder, and code of models, are not accepted there.
@@ -6,39 +6,46 @@ from either: names that lead to a hub or a folder, and code of models, are not a
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from diptych.handlers.extras import check_extra
-from diptych.handlers.files import write_atomically
 from diptych.recipes.towers.parts import (
-    HALF,
     ImageTower,
     TextTower,
-    Tokens,
     TowerError,
     TowerOptions,
     Towers,
 )
+from diptych.recipes.towers.resize import Interpolation, Mode, Resize
 
 NAME = re.compile(r"[\w.\-/]+", re.ASCII)
 """Names without a colon: with one, the libraries read from a hub or a folder."""
-PIXELS = "preprocessor.json"
-"""The file with size, mean and deviation of the images of a transformers model."""
-SIDE = 224
-"""The side of the images if the model does not say."""
-LONGEST = 128
-"""The most tokens of a text if the model allows more."""
+MODES: Mapping[str | None, Mode] = {
+    "center": "crop",
+    "squash": "squash",
+    "border": "pad",
+    "shortest": "crop",
+    "longest": "pad",
+}
+"""The modes of a resize, as timm and open_clip name them."""
+UNUSABLE = (RuntimeError, OSError, ValueError, UnpicklingError)
+"""What libraries raise for a name that they do not have, or a file of weights of another model."""
 
 
-def _library(extra: str, package: str, tower: str, name: str) -> Any:
+def library(extra: str, package: str, tower: str, name: str) -> Any:
+    """Import the library of a tower.
+
+    Raises:
+        TowerError: if the tower's name leads elsewhere.
+        ImportError: if the library is not installed.
+    """
     check_extra(extra, package, needed_by=f"the tower {tower}:{name}")
     if not NAME.fullmatch(name):
         raise TowerError(
@@ -49,46 +56,85 @@ def _library(extra: str, package: str, tower: str, name: str) -> Any:
 
 def timm_image(name: str, options: TowerOptions) -> Towers:
     """Return an image model of timm without its classifier."""
-    timm = _library("timm", "timm", "timm", name)
+    timm = library("timm", "timm", "timm", name)
+    _check_weights("timm", name, options)
+    given = {"pretrained": bool(options.pretrained), "num_classes": 0}
+    if options.file:
+        given["pretrained_cfg_overlay"] = {"file": options.file}
     sized = {} if options.image_size is None else {"img_size": options.image_size}
     try:
-        model = timm.create_model(name, pretrained=bool(options.pretrained), num_classes=0, **sized)
-    except TypeError:  # a convolutional network takes any size, and no argument for it
-        model = timm.create_model(name, pretrained=bool(options.pretrained), num_classes=0)
-    except RuntimeError as error:
+        try:
+            model = timm.create_model(name, **given, **sized)
+        except TypeError:  # a convolutional network takes any size, and no argument for it
+            model = timm.create_model(name, **given)
+    except UNUSABLE as error:
         raise TowerError(f"the tower must be timm's, got {name!r}: {error!s:.300}") from error
     config = timm.data.resolve_model_data_config(model)
+    size = options.image_size or config["input_size"][-1]
     return Towers(
         image=ImageTower(
             module=model,
             width=model.num_features,
-            size=options.image_size or config["input_size"][-1],
+            size=size,
             mean=config["mean"],
             std=config["std"],
+            resize=Resize(
+                size,
+                interpolation=_interpolation(config["interpolation"]),
+                kept=config["crop_pct"],
+                mode=MODES.get(config.get("crop_mode"), "crop"),
+                fill=round(255 * config["mean"][0]),
+            ),
+            licence=_pretrained_licence(options, model.pretrained_cfg.get("license")),
         )
     )
 
 
+def _check_weights(library: str, name: str, options: TowerOptions) -> None:
+    """Check that a library with one set of weights a name is asked for no others.
+
+    Raises:
+        TowerError: if it is.
+    """
+    if options.pretrained not in (None, "default") and not options.file:
+        raise TowerError(
+            f"pretrained must be default or a file of weights for {library}:{name}, got "
+            f"{options.pretrained!r}"
+        )
+
+
+def _interpolation(name: str) -> Interpolation:
+    """Return an interpolation's name; timm's "random", for training, is evaluated as bilinear."""
+    known: Sequence[Interpolation] = get_args(Interpolation)
+    return next((one for one in known if one == name), "bilinear")
+
+
+def _pretrained_licence(options: TowerOptions, stated: str | None) -> str:
+    """Return the licence of the weights of a name, if its library states one."""
+    return (stated or "") if options.pretrained and not options.file else ""
+
+
 def open_clip_towers(name: str, options: TowerOptions) -> Towers:
     """Return both towers of a model of open_clip, with its scale."""
-    open_clip = _library("open-clip", "open_clip", "open_clip", name)
+    open_clip = library("open-clip", "open_clip", "open_clip", name)
     tags = [None, *open_clip.list_pretrained_tags_by_model(name)]
-    if options.pretrained not in tags:
+    if options.pretrained not in tags and not options.file:
         known = ", ".join(map(str, tags[1:])) or "none"
         raise TowerError(
-            f"pretrained must be a tag of open_clip's {name} ({known:.300}), got "
+            f"pretrained must be a file or a tag of open_clip's {name} ({known:.300}), got "
             f"{options.pretrained!r}"
         )
     try:
         model = open_clip.create_model(
             name, pretrained=options.pretrained, force_image_size=options.image_size
         )
-    except RuntimeError as error:
+        tokenizer = open_clip.get_tokenizer(name)
+    except UNUSABLE as error:
         reason = str(error).partition(" Available")[0]
         raise TowerError(f"the tower must be open_clip's, got {name!r}: {reason:.300}") from error
-    size = model.visual.image_size
+    found = model.visual.image_size
+    size = found[0] if isinstance(found, (tuple, list)) else found
     config = open_clip.get_model_preprocess_cfg(model)
-    tokenizer = open_clip.get_tokenizer(name)
     with torch.no_grad():  # its models name the dimension in different ways
         width = model.encode_text(tokenizer(["a"])).shape[-1]
     visual, model.visual = model.visual, nn.Identity()
@@ -96,9 +142,15 @@ def open_clip_towers(name: str, options: TowerOptions) -> Towers:
         image=ImageTower(
             module=visual,
             width=width,
-            size=size[0] if isinstance(size, (tuple, list)) else size,
+            size=size,
             mean=config["mean"],
             std=config["std"],
+            resize=Resize(
+                size,
+                interpolation=_interpolation(config["interpolation"]),
+                mode=MODES[config["resize_mode"]],
+                fill=config["fill_color"],
+            ),
             projected=True,
         ),
         text=TextTower(
@@ -130,172 +182,3 @@ class _OpenClipText(nn.Module):
             self.model.text.set_grad_checkpointing(True)
         else:
             self.model.transformer.grad_checkpointing = True
-
-
-def hf_image(name: str, options: TowerOptions) -> Towers:
-    """Return an image model of transformers; with its text tower, if it is a CLIP."""
-    transformers = _library("transformers", "transformers", "hf", name)
-    model, source = _hf_model(transformers, name, options, "image")
-    config = model.config
-    pixels = _pixels(source, options)
-    side = getattr(getattr(config, "vision_config", config), "image_size", pixels["size"])
-    if pixels["size"] != side:
-        raise TowerError(f"image_size must be {side} for hf:{name}, got {pixels['size']}")
-
-    def save(folder: Path) -> None:
-        config.save_pretrained(folder / "image")
-        write_atomically(folder / "image" / PIXELS, json.dumps(pixels))
-
-    vision = getattr(config, "vision_config", None)
-    shape = {"size": pixels["size"], "mean": pixels["mean"], "std": pixels["std"], "save": save}
-    if vision is None:
-        return Towers(image=ImageTower(module=_HFPooled(model), width=config.hidden_size, **shape))
-    tokenize, save_tokenizer = _hf_tokenizer(
-        transformers, name, options, "image", config.text_config
-    )
-    width = model.text_projection.out_features
-    return Towers(
-        image=ImageTower(
-            module=_HFSide(model.vision_model, model.visual_projection),
-            width=width,
-            projected=True,
-            **shape,
-        ),
-        text=TextTower(
-            module=_HFSide(model.text_model, model.text_projection),
-            width=width,
-            tokenize=tokenize,
-            projected=True,
-            save=save_tokenizer,
-        ),
-        logit_scale=model.logit_scale,
-        whole=model,
-    )
-
-
-def hf_text(name: str, options: TowerOptions) -> TextTower:
-    """Return a text model of transformers; its features are the mean over a text's tokens."""
-    transformers = _library("transformers", "transformers", "hf", name)
-    model, _ = _hf_model(transformers, name, options, "text")
-    tokenize, save_tokenizer = _hf_tokenizer(transformers, name, options, "text", model.config)
-
-    def save(folder: Path) -> None:
-        model.config.save_pretrained(folder / "text")
-        save_tokenizer(folder)
-
-    width = int(model.config.hidden_size)
-    return TextTower(module=_HFPooled(model), width=width, tokenize=tokenize, save=save)
-
-
-class _HFPooled(nn.Module):
-    """A model of transformers, and the mean of its last hidden states."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        unused = getattr(model, "pooler", None)
-        if unused is not None:  # its output is not used, so that it would have no gradient
-            unused.requires_grad_(requires_grad=False)
-
-    def forward(self, given: Tokens) -> Tensor:
-        """Return features of tokens, or of images [B, 3, H, W]."""
-        if isinstance(given, Tensor):
-            hidden: Tensor = self.model(pixel_values=given).last_hidden_state
-            return hidden.flatten(2).mean(dim=2) if hidden.ndim == 4 else hidden.mean(dim=1)
-        hidden = self.model(**given).last_hidden_state
-        mask = given["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-        return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute activations in the backward pass."""
-        _checkpoint(self.model)
-
-
-class _HFSide(nn.Module):
-    """One side of a CLIP of transformers: an encoder and its projection."""
-
-    def __init__(self, encoder: nn.Module, projection: nn.Module) -> None:
-        super().__init__()
-        self.encoder, self.projection = encoder, projection
-
-    def forward(self, given: Tokens) -> Tensor:
-        """Return features of tokens, or of images [B, 3, H, W]."""
-        called = {"pixel_values": given} if isinstance(given, Tensor) else given
-        features: Tensor = self.projection(self.encoder(**called).pooler_output)
-        return features
-
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute activations in the backward pass."""
-        _checkpoint(self.encoder)
-
-
-def _checkpoint(model: Any) -> None:
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def _hf_model(
-    transformers: Any, name: str, options: TowerOptions, side: str
-) -> tuple[Any, Path | str]:
-    """Return a model and where its files are."""
-    saved = options.folder is not None
-    source = options.folder / side if options.folder is not None else name
-    try:
-        if options.pretrained and not saved:
-            return transformers.AutoModel.from_pretrained(source, trust_remote_code=False), source
-        config = transformers.AutoConfig.from_pretrained(
-            source, trust_remote_code=False, local_files_only=saved
-        )
-        return transformers.AutoModel.from_config(config, trust_remote_code=False), source
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise TowerError(
-            f"{side}_tower must be a model of transformers that this machine has or can fetch, got "
-            f"{str(source)!r:.200}: {reason:.300}"
-        ) from error
-
-
-def _hf_tokenizer(
-    transformers: Any, name: str, options: TowerOptions, side: str, config: Any
-) -> tuple[Any, Any]:
-    """Return a function from texts to tokens, and one that saves the tokenizer."""
-    saved = options.folder is not None
-    source = options.folder / side if options.folder is not None else name
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        source, trust_remote_code=False, local_files_only=saved
-    )
-    most = min(LONGEST, int(getattr(config, "max_position_embeddings", LONGEST)))
-
-    def tokenize(texts: Sequence[str]) -> dict[str, Tensor]:
-        found: Mapping[str, Tensor] = tokenizer(
-            list(texts), padding=True, truncation=True, max_length=most, return_tensors="pt"
-        )
-        return {key: found[key] for key in ("input_ids", "attention_mask")}
-
-    def save(folder: Path) -> None:
-        tokenizer.save_pretrained(folder / side)
-
-    return tokenize, save
-
-
-def _pixels(source: Path | str, options: TowerOptions) -> dict[str, Any]:
-    """Return size, mean and deviation of the images, as the model's files say."""
-    if options.folder is not None:
-        saved: dict[str, Any] = json.loads((Path(source) / PIXELS).read_text("utf-8"))
-        return saved
-    base = import_module("transformers.image_processing_base")
-    try:
-        config, _ = base.ImageProcessingMixin.get_image_processor_dict(str(source))
-    except OSError:
-        config = {}
-    return {
-        "size": options.image_size or _side(config),
-        "mean": list(config.get("image_mean") or HALF),
-        "std": list(config.get("image_std") or HALF),
-    }
-
-
-def _side(config: Mapping[str, Any]) -> int:
-    size = config.get("crop_size") or config.get("size") or SIDE
-    if isinstance(size, int):
-        return size
-    return int(size.get("height") or size.get("shortest_edge") or SIDE)

@@ -7,9 +7,10 @@ from typing import TypeVar
 
 import attrs
 
-from diptych.recipes.towers.libraries import hf_image, hf_text, open_clip_towers, timm_image
+from diptych.recipes.towers.libraries import open_clip_towers, timm_image
 from diptych.recipes.towers.parts import ImageTower, TextTower, TowerError, TowerOptions, Towers
 from diptych.recipes.towers.small_towers import ImageEncoder, TextEncoder, tokenize_all
+from diptych.recipes.towers.transformers_towers import hf_image, hf_text
 
 Built = TypeVar("Built", Towers, TextTower)
 

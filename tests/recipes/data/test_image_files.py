@@ -11,7 +11,14 @@ import pytest
 from PIL import Image
 
 from diptych.recipes.data import image_files
-from diptych.recipes.data.image_files import ImageError, ImageFolder, read_image, square, unreadable
+from diptych.recipes.data.image_files import (
+    ImageError,
+    ImageFolder,
+    read_image,
+    to_tensor,
+    unreadable,
+)
+from diptych.recipes.towers.resize import Resize
 
 
 @pytest.fixture
@@ -186,9 +193,9 @@ def test_every_mode_becomes_rgb_and_transparency_lies_on_white(tmp_path):
         suffix = "jpg" if mode in {"CMYK", "YCbCr"} else "tif"
         path = tmp_path / f"{mode.replace(';', '')}.{suffix}"
         Image.new(mode, (6, 4)).save(path)
-        assert square(read_image(path, 4), 4).shape == (3, 4, 4), mode
+        assert to_tensor(Resize(4)(read_image(path, 4))).shape == (3, 4, 4), mode
     Image.new("RGBA", (6, 6), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert square(read_image(tmp_path / "clear.png", 4), 4).unique().tolist() == [255]
+    assert to_tensor(Resize(4)(read_image(tmp_path / "clear.png", 4))).unique().tolist() == [255]
 
 
 def test_an_image_is_turned_as_its_exif_says_and_the_first_of_several_is_read(tmp_path):

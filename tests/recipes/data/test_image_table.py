@@ -15,6 +15,7 @@ from diptych.recipes.data.image_batches import ImageRows, PairBatch, evaluation_
 from diptych.recipes.data.image_table import image_rows, read_table
 from diptych.recipes.data.rows import DataError, problem_report
 from diptych.recipes.settings import Settings
+from diptych.recipes.towers.resize import Resize
 from diptych.recipes.towers.small_towers import tokenize_all
 
 COLORS = ("red", "green", "blue", "yellow", "black", "white", "purple", "orange")
@@ -84,7 +85,7 @@ def test_the_names_alone_are_checked_if_the_settings_say_so(images, broken):
     with pytest.raises(
         DataError, match=r"text\.png can no longer be used: the file cannot be read"
     ):
-        ImageRows(table.rows, 32)[8]
+        ImageRows(table.rows, Resize(32))[8]
 
 
 def test_a_missing_folder_file_or_image_is_named(images, captions, tmp_path):
@@ -118,7 +119,7 @@ def test_captions_of_an_image_share_a_group_however_its_name_is_written(images, 
     rows = [("red.png", "a"), ("./red.png", "b"), ("x/../blue.png", "c"), ("blue.PNG", "d")]
     (images / "x").mkdir()
     table = image_rows(images, write_csv(tmp_path / "names.csv", rows))
-    dataset = ImageRows(table.rows, 32)
+    dataset = ImageRows(table.rows, Resize(32))
 
     batch = PairBatch(tokenize_all)([dataset[index] for index in range(4)])
 
@@ -170,7 +171,9 @@ def test_classification_needs_a_class_and_two_views_nothing(images):
 
 def test_augmentations_depend_on_the_sample_and_the_seed_alone(images, captions):
     rows = image_rows(images, captions).rows
-    dataset = ImageRows(rows, 32, augment=("crop:0.2", "flip", "color", "blur:1", "gray"), views=2)
+    dataset = ImageRows(
+        rows, Resize(32), augment=("crop:0.2", "flip", "color", "blur:1", "gray"), views=2
+    )
 
     torch.manual_seed(3)
     first = dataset[0]["views"]
@@ -184,7 +187,7 @@ def test_augmentations_depend_on_the_sample_and_the_seed_alone(images, captions)
 
 def test_an_evaluation_reads_every_row_once_in_order(images, captions):
     rows = image_rows(images, captions).rows
-    loader = evaluation_loader(ImageRows(rows, 32), PairBatch(tokenize_all))
+    loader = evaluation_loader(ImageRows(rows, Resize(32)), PairBatch(tokenize_all))
 
     groups = torch.cat([batch["group"] for batch in loader])
 

@@ -24,6 +24,7 @@ from diptych.recipes.data.shards import (
     samples_of,
     shard_paths,
 )
+from diptych.recipes.towers.resize import Resize
 from diptych.recipes.towers.small_towers import tokenize_all
 
 
@@ -57,7 +58,9 @@ def shards(tmp_path: Path) -> list[Path]:
 
 
 def loader(paths: list[Path], **options: int) -> ShardLoader:
-    reader = ShardReader(size=32, augment=("crop:0.5", "flip"), seed=options.pop("seed", 0))
+    reader = ShardReader(
+        resize=Resize(32), augment=("crop:0.5", "flip"), seed=options.pop("seed", 0)
+    )
     given = {"batch_size": 4, "batches": 3, **options}
     return ShardLoader(paths, reader=reader, collate=PairBatch(tokenize_all), **given)
 
