@@ -194,8 +194,8 @@ def named_metrics(metrics: Metrics) -> dict[str, Metric]:
     if isinstance(metrics, (Metric, str)) or not isinstance(metrics, Iterable):
         # Ignite's metrics accept any index, so iterating one would never end.
         raise TypeError(
-            f"metrics must be a sequence or a mapping of metrics, got {metrics!r}. Pass "
-            "metrics=[...]"
+            "metrics must be a sequence or a mapping of metrics, got a "
+            f"{type(metrics).__name__}. Pass metrics=[...]"
         )
     if isinstance(metrics, Mapping):
         named = list(metrics.items())

@@ -155,6 +155,8 @@ def _no_tensor(call: FailedCall) -> str | None:
     first = value[0] if isinstance(value, (list, tuple)) and value else value
     if isinstance(first, str):
         return f"{start}Tokenize captions in the data set, or in the loader's collate function"
+    if isinstance(call.batch, list) and isinstance(value, Mapping):
+        return f"{start}A list of samples must be collated: torch.utils.data.default_collate"
     if type(first).__module__.startswith("PIL."):
         return f"{start}Convert images to tensors in the data set"
     return f"{start}Convert it in the loader's collate function, or unpack it in a task of your own"

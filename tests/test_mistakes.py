@@ -1,254 +1,171 @@
-"""Plausible mistakes: each raises an error that names the argument, the value and what to do."""
+"""Plausible mistakes: each is told before the first update, shortly, with the way out.
+
+`MISTAKES` are errors, `REPORTED` are warnings and log lines about what works and is hardly meant.
+"""
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from diptych.engine import SeededLoader, Trainer, tasks
+from diptych.engine import SeededLoader, TrainStep
 from diptych.handlers import (
     CheckpointManager,
     EarlyStopping,
     Evaluation,
-    JsonLines,
+    GradientClipping,
+    LearningRate,
+    MomentumEncoder,
     RetrievalRecall,
     TensorBoard,
-    default_handlers,
+    WeightAverage,
 )
-from diptych.losses import CLIPLoss, get_loss
+from diptych.losses import (
+    CLIPLoss,
+    CrossEntropyLoss,
+    MoCoLoss,
+    SigLIPLoss,
+)
+from tests.mistakes.errors import MISTAKES
+from tests.mistakes.makers import (
+    BATCH,
+    IMAGES,
+    Samples,
+    TwoTowers,
+    part_replaced_after_the_optimizer,
+    run,
+    see,
+    trainer,
+)
 
-BATCH = {"image": torch.randn(4, 3), "text": torch.randn(4, 5)}
+LONGEST = 420
+"""Characters of a message."""
 
+FOREIGN: dict[str, tuple[Callable[..., object], str]] = {
+    "accumulate_grad_batches": (trainer, "Pass microbatch_size= instead"),
+    "gradient_accumulation_steps": (trainer, "Pass microbatch_size= instead"),
+    "max_epochs": (trainer, "trainer.run(loader, max_epochs=...)"),
+    "criterion": (trainer, "Pass loss= instead"),
+    "amp": (trainer, "Pass precision= instead"),
+    "gradient_clip_val": (trainer, "Attach GradientClipping(max_norm=...)"),
+    "val_loader": (trainer, "Attach Evaluation(loader)"),
+    "lr_scheduler": (trainer, "Attach LearningRate(...)"),
+    "default_root_dir": (trainer, "Attach default_handlers(directory)"),
+    "tokenizer": (trainer, "Tokenize in the data set"),
+    "save_top_k": (lambda **one: CheckpointManager("a", **one), "Pass keep= instead"),
+    "dirpath": (CheckpointManager, "Pass directory= instead"),
+    "monitor": (EarlyStopping, "Pass metric= instead"),
+    "every_n_epochs": (lambda **one: Evaluation([BATCH], **one), "Pass every= instead"),
+    "warmup_steps": (LearningRate, "Pass warmup= instead"),
+    "max_grad_norm": (GradientClipping, "Pass max_norm= instead"),
+    "ema_decay": (WeightAverage, "Pass decay= instead"),
+    "decay": (MomentumEncoder, "Pass momentum= instead"),
+    "log_dir": (TensorBoard, "Pass directory= instead"),
+    "top_k": (RetrievalRecall, "Pass k= instead"),
+    "collate_fn": (lambda **one: SeededLoader(Samples(), 2, **one), "Pass collate= instead"),
+    "tau": (CLIPLoss, "Pass temperature= instead"),
+    "gather_with_grad": (CLIPLoss, "features of all are gathered"),
+    "smoothing": (CrossEntropyLoss, "Pass label_smoothing= instead"),
+    "reduction": (CrossEntropyLoss, "Leave it out"),
+    "memory_bank_size": (MoCoLoss, "Pass queue_size= instead"),
+    "logit_bias": (SigLIPLoss, "Pass bias= instead"),
+}
 
-class TwoTowers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.image, self.text = nn.Linear(3, 4), nn.Linear(5, 4)
-
-    def forward(self, image: Tensor, text: Tensor) -> Any:
-        return self.image(image), self.text(text)
-
-
-class OneFeature(TwoTowers):
-    def forward(self, image: Tensor, text: Tensor) -> Any:
-        return self.image(image) + self.text(text)
-
-
-class NoTensor(TwoTowers):
-    def forward(self, image: Tensor, text: Tensor) -> Any:
-        return "features"
-
-
-def trainer(model: nn.Module | None = None, **settings: Any) -> Trainer:
-    model, loss = model or TwoTowers(), CLIPLoss()
-    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
-    return Trainer(model, loss, optimizer, task=tasks.image_text, device="cpu", **settings)
-
-
-def run(batch: dict[str, Tensor], model: nn.Module | None = None) -> None:
-    trainer(model).run([batch])
-
-
-class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {key: value[index] for key, value in BATCH.items()}
-
-
-def sgd() -> torch.optim.Optimizer:
-    return torch.optim.SGD(TwoTowers().parameters(), lr=0.1)
-
-
-def frozen(_: Path) -> None:
-    trained = trainer()
-    trained.model.requires_grad_(False)
-    trained.loss.requires_grad_(False)
-    trained.run([BATCH])
-
-
-def loss_without_its_parameters(_: Path) -> None:
-    model = TwoTowers()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    Trainer(model, CLIPLoss(), optimizer, task=tasks.image_text, device="cpu")
-
-
-def unpublished_best_metric(folder: Path) -> None:
-    evaluation = Evaluation([BATCH], metrics=[RetrievalRecall(k=(1,))])
-    manager = CheckpointManager(folder, best="val/recal@1")
-    trainer().attach(evaluation, manager).run([BATCH])
-
-
-def folder_that_is_a_file(folder: Path) -> None:
-    (folder / "runs").write_text("a file")
-    trainer().attach(*default_handlers(folder / "runs" / "a")).run([BATCH])
-
-
-def file_in(folder: Path) -> Path:
-    path = folder / "a_file"
-    path.write_text("not a folder")
-    return path
-
-
-def unpublished_patience_metric(_: Path) -> None:
-    trainer().attach(EarlyStopping(metric="val/nothing", patience=1)).run([BATCH])
-
-
-MISTAKES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "a wrong key": (
-        lambda _: run({"picture": BATCH["image"], "text": BATCH["text"]}),
-        ["'image'", "'picture', 'text'", "with_keys(image=...)"],
+REPORTED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "a part replaced after the optimizer was built": (
+        part_replaced_after_the_optimizer,
+        ["optimizer lacks text.weight, text.bias of the model", "Build the optimizer last"],
     ),
-    "images and texts of different number": (
-        lambda _: run({"image": torch.randn(4, 3), "text": torch.randn(3, 5)}),
-        ["one row for each pair", "(4, 4) and (3, 4)"],
+    "a model in a wrapper for several GPUs": (
+        lambda _: trainer(nn.DataParallel(TwoTowers())),
+        ["model is wrapped in DataParallel", "model.module", "torchrun"],
     ),
-    "a loss whose parameters the optimizer lacks": (
-        loss_without_its_parameters,
-        ["optimizer must hold the loss's parameters", "*loss.parameters()"],
+    "a frozen model": (
+        lambda _: trainer(TwoTowers().requires_grad_(False)),
+        ["The model is frozen, so only", "logit_scale", "requires_grad_(True)"],
     ),
-    "a misspelt loss": (lambda _: get_loss("clipp"), ["'clipp'", "Did you mean 'clip'"]),
-    "a best metric that is never published": (
-        unpublished_best_metric,
-        ["best must be a metric that the run publishes", "'val/recal@1'", "val/recall@1"],
+    "held-out data that is the training data": (
+        lambda _: (loader := [BATCH]) and trainer().attach(Evaluation(loader)).run(loader),
+        ["Evaluation[val] reads the data that the run trains on", "held-out data"],
     ),
-    "an early-stopping metric that is never published": (
-        unpublished_patience_metric,
-        ["metric must be a metric that the run publishes", "'val/nothing'", "train/loss"],
+    "NaN in the images": (
+        lambda _: see(image=IMAGES.where(IMAGES < 0.9, torch.nan)),
+        ["image_features of the first batch hold NaN", "already, in 'image'", "LossGuard()"],
     ),
-    "an empty loader": (
-        lambda _: trainer().run([]),
-        ["data must have at least one batch", "an empty loader"],
+    "a batch of one pair": (
+        lambda _: run({key: value[:1] for key, value in BATCH.items()}),
+        ["first batch has one pair", "larger batch_size"],
     ),
-    "a folder that cannot be written": (
-        folder_that_is_a_file,
-        [
-            "directory",
-            "runs/a/checkpoints",
-            "cannot be written",
-            "Not a directory",
-            "Use another directory",
-        ],
-    ),
-    "a handler without attach": (
-        lambda _: trainer().attach(print),
-        ["attach(trainer)", "print", "trainer.add_event_handler(event, function)"],
-    ),
-    "a metric that is not in a list": (
-        lambda _: trainer().attach(Evaluation([BATCH], metrics=RetrievalRecall())).run([BATCH]),
-        ["metrics must be a sequence or a mapping", "RetrievalRecall", "metrics=[...]"],
-    ),
-    "a metric's class": (
-        lambda _: trainer().attach(Evaluation([BATCH], metrics=[RetrievalRecall])).run([BATCH]),
-        ["a metric must be", "RetrievalRecall()"],
-    ),
-    "a best metric without its prefix": (
-        lambda folder: (
-            trainer()
-            .attach(
-                Evaluation([BATCH], metrics=[RetrievalRecall(k=(1,))]),
-                CheckpointManager(folder, best="recall@1"),
-            )
-            .run([BATCH])
-        ),
-        ["'recall@1'", "val/recall@1"],
-    ),
-    "groups that are names": (
-        lambda _: run({**BATCH, "group": ["a", "b", "c", "d"]}),
-        ["groups must be a tensor with an integer for each sample", "a list", "Number the groups"],
-    ),
-    "labels that are names": (
-        lambda _: tasks.classification(nn.Linear(3, 2), {"image": torch.ones(1, 3), "label": "a"}),
-        ["labels must be a tensor with an integer for each sample", "got a str"],
-    ),
-    "epochs as a text": (
-        lambda _: trainer().run([BATCH], max_epochs="3"),
-        ["max_epochs must be a whole number, got '3'"],
-    ),
-    "a handler's class": (
-        lambda _: trainer().attach(EarlyStopping),
-        ["attach(trainer)", "Make an instance: EarlyStopping(...)"],
-    ),
-    "a list of handlers": (
-        lambda folder: trainer().attach(default_handlers(folder)),
-        ["attach(trainer)", "trainer.attach(*handlers)"],
-    ),
-    "TensorBoard on a file": (
-        lambda folder: trainer().attach(TensorBoard(file_in(folder))).run([BATCH]),
-        ["a_file cannot be", "File exists", "another"],
-    ),
-    "JSON lines below a file": (
-        lambda folder: trainer().attach(JsonLines(file_in(folder) / "run")).run([BATCH]),
-        ["a_file/run cannot be", "Not a directory", "another"],
-    ),
-    "a model that returns one feature": (
-        lambda _: run(BATCH, OneFeature()),
-        ["model must return (image_features, text_features)", "one tensor (4, 4)"],
-    ),
-    "a data set instead of a loader": (
-        lambda _: trainer().run(Samples(), max_epochs=1),
-        [
-            "data must be an iterable of batches, got a Samples",
-            "SeededLoader(dataset, batch_size=...)",
-        ],
-    ),
-    "a loader in a loader": (
-        lambda _: SeededLoader(torch.utils.data.DataLoader(Samples()), 2),
-        ["dataset must be a map-style data set", "got a DataLoader", "as it is"],
-    ),
-    "an iterator as a data set": (
-        lambda _: SeededLoader(iter([1]), 2),
-        ["dataset must be a map-style data set", "list_iterator"],
-    ),
-    "NumPy arrays in a batch": (
-        lambda _: run({key: value.numpy() for key, value in BATCH.items()}),
-        ["must hold a tensor", "dict of [ndarray]", "torch.from_numpy"],
-    ),
-    "labels for a contrastive loss": (
-        lambda _: CLIPLoss()(torch.randn(4, 3), torch.arange(4)),
-        ["second must be floating point", "CrossEntropyLoss or SupervisedContrastiveLoss"],
-    ),
-    "a loss's class": (
-        lambda _: Trainer(TwoTowers(), CLIPLoss, sgd(), task=print),
-        ["loss must be a torch Module", "the class CLIPLoss", "CLIPLoss(...)"],
-    ),
-    "loss and optimizer in each other's place": (
-        lambda _: Trainer(TwoTowers(), sgd(), CLIPLoss(), task=print),
-        ["loss must be a torch Module, got a SGD", "Trainer(model, loss, optimizer, task=...)"],
-    ),
-    "everything is frozen": (
-        frozen,
-        ["the loss must depend on a trainable parameter", "requires_grad_(True)"],
-    ),
-    "a batch size for the trainer": (
-        lambda _: trainer(batch_size=8),
-        ["got batch_size", "SeededLoader(dataset, batch_size=...)"],
-    ),
-    "a callback for the trainer": (
-        lambda _: trainer(callbacks=[]),
-        ["got callbacks", "trainer.attach(handler, ...)"],
-    ),
-    "a model that returns no tensor": (
-        lambda _: run(BATCH, NoTensor()),
-        ["model must return (image_features, text_features)", "got a str"],
+    "no number of epochs": (
+        lambda _: run(BATCH),
+        ["The run does one epoch, since neither max_epochs nor max_iters was passed"],
     ),
 }
 
 
+@pytest.fixture(autouse=True)
+def updates(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Count the updates, in `made`."""
+    step = TrainStep.update
+
+    def update(self: TrainStep) -> None:
+        update.made += 1
+        step(self)
+
+    update.made = 0
+    monkeypatch.setattr(TrainStep, "update", update)
+    return update
+
+
+def judge(message: str, words: list[str]) -> None:
+    assert [word for word in words if word not in message] == []
+    assert len(message) <= LONGEST, message
+    assert message.count("\n") < 6, message
+    assert " at 0x" not in message
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_an_error_with_the_value_and_what_to_do(mistake, tmp_path):
+def test_a_mistake_is_a_short_error_with_the_way_out_before_the_first_update(
+    mistake, tmp_path, updates
+):
     make, words = MISTAKES[mistake]
 
     with pytest.raises(Exception) as caught:  # noqa: PT011 - the words are what is checked
         make(tmp_path)
 
-    assert [word for word in words if word not in str(caught.value)] == []
+    judge(str(caught.value), words)
+    assert updates.made == 0
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_another_librarys_argument_is_an_error_that_names_ours(name):
+    call, way_out = FOREIGN[name]
+
+    with pytest.raises(TypeError) as caught:
+        call(**{name: 1})
+
+    judge(str(caught.value), ["must be among", f"got {name}. ", way_out])
+
+
+@pytest.mark.parametrize("mistake", REPORTED)
+def test_what_is_hardly_meant_is_reported_with_the_way_out(mistake, tmp_path, caplog):
+    make, words = REPORTED[mistake]
+
+    with warnings.catch_warnings(record=True) as warned, caplog.at_level(logging.INFO):
+        warnings.simplefilter("always")
+        make(tmp_path)
+
+    messages = [*(str(one.message) for one in warned), *(r.getMessage() for r in caplog.records)]
+    told = [message for message in messages if words[0] in message]
+    assert len(told) == 1, messages
+    judge(told[0], words)
 
 
 def test_fp16_on_a_cpu_without_it_is_an_error_with_the_precisions_it_has(monkeypatch):

@@ -119,7 +119,7 @@ class Dispatcher(Engine):
         The `step` method of a torch scheduler is called without the engine, which it would take for
         an epoch.
         """
-        check_function(handler)
+        check_function(event_name, handler)
         if isinstance(getattr(handler, "__self__", None), LRScheduler):
             handler = SchedulerStep(handler)
         handle = super().add_event_handler(event_name, handler, *args, **kwargs)

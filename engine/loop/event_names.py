@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -51,17 +52,21 @@ def check_event(event: Any, allowed: Iterable[Any]) -> None:
     raise ValueError(f"event must be one that this engine fires, got {name}. {way_out}")
 
 
-def check_function(function: Any) -> None:
+def check_function(event: Any, function: Any) -> None:
     """Check that a function of an event can be called.
 
     Raises:
         TypeError: if it cannot.
     """
-    if not callable(function):
-        raise TypeError(
-            f"handler must be a function, got a {type(function).__name__}. Pass the function "
-            "itself, not its result: add_event_handler(event, function)"
-        )
+    if callable(function):
+        return
+    way_out = "Pass the function itself, not its result"
+    if inspect.isroutine(event):
+        way_out = f"The event comes first, before {event.__name__}"
+    raise TypeError(
+        f"handler must be a function, got a {type(function).__name__}. {way_out}: "
+        "add_event_handler(event, function)"
+    )
 
 
 def _nearest(name: str, events: dict[str, Any]) -> Any:

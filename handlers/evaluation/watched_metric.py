@@ -83,9 +83,9 @@ def missing_metric(trainer: Trainer, argument: str, metric: str) -> str | None:
 def unpublished_metric(trainer: Trainer, argument: str, metric: str) -> str | None:
     """Return an error message if it is known, when a run starts, that nothing publishes a metric.
 
-    It is known for the prefix of an attached evaluation, for `val`, and for `val_loss`, as others
-    spell it, if only this library's objects listen to the run: a function of the user may publish
-    under any name.
+    It is known for the prefix of an attached evaluation, for `val`, for `val_loss`, as others spell
+    it, and for an evaluation's metric without its prefix, if only this library's objects listen to
+    the run: a function of the user may publish under any name.
 
     Args:
         trainer: the trainer whose run starts.
@@ -94,7 +94,8 @@ def unpublished_metric(trainer: Trainer, argument: str, metric: str) -> str | No
     """
     evaluations = _publishers(trainer, metric)
     known = bool(evaluations) or metric.startswith(("val/", "val_"))
-    if not known or trainer.leaves_out or _has_foreign_publishers(trainer):
+    may_lack_prefix = "/" not in metric
+    if not (known or may_lack_prefix) or trainer.leaves_out or _has_foreign_publishers(trainer):
         return None
     names: set[str] = set()
     for evaluation in evaluations or trainer.handlers_of(Evaluation):
@@ -102,6 +103,8 @@ def unpublished_metric(trainer: Trainer, argument: str, metric: str) -> str | No
         if found is None or metric in found:
             return None
         names |= found
+    if not known and not any(name.endswith(f"/{metric}") for name in names):
+        return None
     return _message(argument, metric, {"train/loss", *names})
 
 

@@ -89,14 +89,21 @@ class CrossEntropyLoss(BaseSupervisedLoss):
         labels = labels.reshape(-1).long()
         weight = None if self.weight is None else self.weight.to(logits.dtype)
         with torch.autocast(logits.device.type, enabled=False):
-            total = F.cross_entropy(
-                logits,
-                labels,
-                weight=weight,
-                ignore_index=self.ignore_index,
-                reduction="sum",
-                label_smoothing=self.label_smoothing,
-            )
+            try:
+                total = F.cross_entropy(
+                    logits,
+                    labels,
+                    weight=weight,
+                    ignore_index=self.ignore_index,
+                    reduction="sum",
+                    label_smoothing=self.label_smoothing,
+                )
+            except IndexError as error:  # only on the CPU
+                raise IndexError(
+                    f"labels must lie in [0, {classes}), the classes of the logits, or be"
+                    f" {self.ignore_index}, got {int(labels.min())} to {int(labels.max())}. Number"
+                    " the classes from 0, or let the model return as many logits."
+                ) from error
         counted = labels != self.ignore_index
         if weight is None:
             return total, counted.sum().to(logits.dtype)
