@@ -23,7 +23,7 @@ fits counts."""
 
 WORDS = {
     **dict.fromkeys(("batch", "step"), "ITERATION"),
-    **dict.fromkeys(("end", "finish", "finished", "complete", "done"), "COMPLETED"),
+    **dict.fromkeys(("end", "ended", "finish", "finished", "complete", "done"), "COMPLETED"),
     **dict.fromkeys(("start", "begin", "starts"), "STARTED"),
     **dict.fromkeys(("on", "train", "training", "fit", "run"), ""),
 }

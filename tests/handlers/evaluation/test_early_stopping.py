@@ -43,6 +43,26 @@ def publish(trainer: Trainer, *values: float) -> None:
         trainer.fire_event(EvaluationEvents.EVALUATED)
 
 
+def test_each_nan_is_logged_once_also_in_a_resumed_run(caplog, tmp_path):
+    def run(epochs: int) -> None:
+        trainer = make_trainer()
+        trainer.attach(
+            EarlyStopping(metric=NAME, patience=9), CheckpointManager(tmp_path, every="epoch")
+        )
+        publish(trainer, 0.1, math.nan, 0.2, math.nan)
+        trainer.run(make_loader(), max_epochs=epochs)
+
+    run(2)
+    run(4)
+
+    told = [one.getMessage() for one in caplog.records if "NaN" in one.getMessage()]
+    assert [text.split(":")[0] for text in told] == [
+        f"{NAME} is NaN after iteration 4",
+        f"{NAME} is NaN after iteration 8",
+    ]
+    assert "EarlyStopping counts it as a value without an improvement" in told[0]
+
+
 @pytest.mark.parametrize(
     ("mode", "values", "epochs", "best"),
     [

@@ -12,9 +12,9 @@ import torch
 from ignite.engine import Events
 from torch import Tensor, nn
 
-from diptych.engine import SeededLoader, Trainer, certify
+from diptych.engine import SeededLoader, StepEvents, Trainer, certify
 from diptych.engine.handler import Change, contract_of
-from diptych.handlers import CheckpointManager
+from diptych.handlers import CheckpointManager, Evaluation
 from diptych.handlers.optimization.momentum_encoder import MomentumEncoder
 from diptych.losses import MoCoLoss
 from tests.handlers.runs import Squares, Stop, kept_records, stop_at
@@ -125,6 +125,24 @@ def test_a_skipped_update_does_not_move_the_target():
     trainer.run(make_loader(), max_epochs=1)
     weights = [state["target"]["0.weight"] for state in states]
     assert [torch.equal(a, b) for a, b in itertools.pairwise(weights)].index(True) == 2
+
+
+def test_the_target_keeps_the_mode_that_the_user_gave_it_over_evaluations_and_a_resume(tmp_path):
+    def modes(epochs: int) -> set[tuple[bool, bool]]:
+        model, found = TwoEncoders(), set[tuple[bool, bool]]()
+        model.target.eval()
+        trainer = make_trainer(model)
+        held_out = Evaluation(make_loader(1), loss=False)
+        trainer.attach(MomentumEncoder(momentum=0.9), held_out, CheckpointManager(tmp_path))
+        trainer.add_event_handler(
+            StepEvents.LOSS_COMPUTED,
+            lambda: found.add((model.online.training, model.target[1].training)),
+        )
+        trainer.run(make_loader(2), max_epochs=epochs)
+        return found
+
+    assert modes(2) == {(True, False)}
+    assert modes(3) == {(True, False)}
 
 
 def test_the_momentum_is_published():

@@ -117,7 +117,7 @@ def test_a_resumed_run_has_the_rates_of_an_uninterrupted_one(at, tmp_path):
         assert torch.equal(second.model.state_dict()[key], value)
 
 
-def test_a_nan_counts_as_no_improvement():
+def test_a_nan_counts_as_no_improvement_and_is_logged(caplog):
     trainer = make_trainer()
     trainer.attach(ReduceOnPlateau(metric="score", patience=1, factor=0.5))
     trainer.add_event_handler(
@@ -125,6 +125,10 @@ def test_a_nan_counts_as_no_improvement():
     )
     trainer.run(make_loader(), max_epochs=2)
     assert trainer.optimizer.param_groups[0]["lr"] == 0.5
+    told = [one.getMessage() for one in caplog.records if "NaN" in one.getMessage()]
+    assert [text.split(" counts")[0] for text in told] == [
+        f"score is NaN after iteration {iteration}: ReduceOnPlateau" for iteration in (3, 6)
+    ]
 
 
 def test_a_group_added_during_the_run_is_reduced_too():

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ignite.engine import Events
 from torch import Tensor, nn
 
 from diptych.engine import BatchError, Trainer, certify, tasks
@@ -153,6 +154,30 @@ def test_a_stage_with_a_task_of_its_own_is_taught_too():
     weights_after(trainer)
     batch, teacher = make_loader()[-1], make_teacher()
     assert torch.equal(trainer.outputs["teacher_first"], teacher.text(batch["text"]))
+
+
+@pytest.mark.parametrize("part", ["all of it", "a dropout"])
+def test_a_teacher_that_is_put_into_train_mode_teaches_in_eval_mode(part, caplog):
+    def features(disturbed: bool) -> list[Tensor]:
+        teacher, found = make_teacher(), list[Tensor]()
+        trainer = make_trainer().attach(Teacher(teacher))
+        chosen = teacher if part == "all of it" else teacher.image[0]
+
+        @trainer.on(Events.ITERATION_STARTED)
+        def disturb() -> None:
+            chosen.train(disturbed)
+
+        trainer.add_event_handler(
+            Events.ITERATION_COMPLETED, lambda t: found.append(t.outputs["teacher_first"])
+        )
+        trainer.run(make_loader(2), max_epochs=1)
+        assert not any(module.training for module in teacher.modules())
+        return found
+
+    calm = features(disturbed=False)
+    assert "train mode" not in caplog.text
+    torch.testing.assert_close(features(disturbed=True), calm, rtol=0, atol=0)
+    assert caplog.text.count("The teacher was put into train mode") == 2
 
 
 def test_it_keeps_the_invariances_and_a_dry_run_leaves_it_as_it_was():

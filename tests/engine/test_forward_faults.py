@@ -1,0 +1,85 @@
+"""A failed forward pass names the part of the model and of the batch that do not fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diptych.engine import BatchError, Evaluator, Trainer, tasks
+from diptych.engine.forward_faults import described, raise_likely_cause
+from diptych.losses import CLIPLoss
+
+
+class Tokenizing(nn.Module):
+    """Takes captions as strings; its second layer fits only words of two letters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 2), nn.Linear(2, 2)
+
+    def forward(self, image: Tensor, text: list[str]) -> tuple[Tensor, Tensor]:
+        letters = torch.tensor([[float(ord(letter)) for letter in word] for word in text])
+        return self.first(image), self.second(letters)
+
+
+def make_trainer(model: nn.Module) -> Trainer:
+    loss = CLIPLoss()
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
+    return Trainer(model, loss, optimizer, task=tasks.image_text, device="cpu")
+
+
+def batch_of(*words: str) -> dict[str, object]:
+    return {"image": torch.randn(len(words), 3), "text": list(words)}
+
+
+def test_a_model_that_takes_strings_gets_them():
+    make_trainer(Tokenizing()).run([batch_of("ab", "cd")])
+
+
+def test_the_innermost_part_that_fails_is_named_not_what_another_one_takes():
+    with pytest.raises(BatchError) as caught:
+        make_trainer(Tokenizing()).run([batch_of("abc", "def")])
+    assert str(caught.value) == (
+        "the input of second (Linear) must have 2 numbers in its last dimension for second "
+        "(Linear), got float32 [2, 3]. Flatten it, or build the model for this size"
+    )
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize("expected", [BatchError, RuntimeError, TypeError, ValueError])
+def test_code_that_expects_what_torch_raises_catches_it(expected):
+    with pytest.raises(expected):
+        make_trainer(Tokenizing()).run([batch_of("abc", "def")])
+
+
+def test_an_evaluation_names_the_part_too():
+    evaluator = Evaluator(Tokenizing(), task=tasks.image_text, device="cpu")
+    with pytest.raises(BatchError, match=r"the input of second \(Linear\) must have 2 numbers"):
+        evaluator.evaluate([batch_of("abc", "def")])
+
+
+def test_an_error_of_another_cause_is_left_as_it_is_with_the_inputs_in_a_note():
+    model = Tokenizing()
+    with pytest.raises(ValueError, match="expected sequence of length 2") as caught:
+        make_trainer(model).run([batch_of("ab", "c")])
+    assert not isinstance(caught.value, BatchError)
+    if hasattr(caught.value, "__notes__"):  # from Python 3.11 on
+        assert caught.value.__notes__ == [
+            "the model (Tokenizing) was called with float32 [2, 3], a list of 2 strings. The "
+            "batch: {'image': float32 [2, 3], 'text': a list of 2 strings}."
+        ]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("full"), BatchError("named"), KeyboardInterrupt()]
+)
+def test_exceptions_that_others_handle_or_that_are_named_are_left(error):
+    raise_likely_cause(error, nn.Linear(1, 1), {"image": ["a"]})
+
+
+def test_a_description_has_no_numbers_of_a_tensor():
+    batch = {"image": torch.randn(2, 3), "views": [torch.zeros(2), torch.zeros(3)], "names": ("a",)}
+    assert described(batch) == (
+        "{'image': float32 [2, 3], 'views': a list of 2 tensors, 'names': a tuple of 1 strings}"
+    )
