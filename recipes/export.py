@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,10 +18,15 @@ from diptych.handlers.contained_paths import is_plain_file
 from diptych.handlers.extras import check_extra
 from diptych.handlers.files import make_folder, write_atomically
 from diptych.handlers.run_directory import WEIGHTS, RunDirectory
-from diptych.recipes.data.rows import DataError
+from diptych.recipes.data.rows import DataError, shortened
 from diptych.recipes.encoder import Encoder, Which, weights_file
-from diptych.recipes.settings import RECIPE, Settings
+from diptych.recipes.settings import RECIPE
+from diptych.recipes.towers.models import merge_lora
+from diptych.recipes.towers.parts import LICENCES
+from diptych.recipes.towers.registry import OWN, SMALL
+from diptych.recipes.towers.small_towers import TextEncoder
 from diptych.recipes.training import CLASSES, DATA, TOWERS, Factory
+from diptych.recipes.transformers_export import write_preprocessor, write_two_towers
 
 Format = Literal["safetensors", "huggingface", "onnx"]
 CARD = "README.md"
@@ -29,9 +35,11 @@ EXAMPLES = ("a red bicycle", "two dogs in the snow")
 DECIDES = ("task", "image_tower", "text_tower", "pretrained", "loss_name", "epochs", "batch_size")
 """The settings that a card shows."""
 LICENCE = {
-    "small": "built into Diptych, under its licence",
-    "own": "of the user's own code",
+    SMALL: "built into Diptych, under its licence",
+    OWN: "of the user's own code",
 }
+UNKNOWN = "unknown: see the page of the model"
+RANDOM = "trained from random weights"
 
 
 def export(
@@ -44,8 +52,9 @@ def export(
 ) -> Path:
     """Write a trained model for other programs, with a card of its data, settings and results.
 
-    `safetensors` writes the weights and all that `Encoder.load` needs. `huggingface` writes a model
-    of transformers, if both towers are those of one CLIP (`hf:NAME`). `onnx` writes `image.onnx`
+    `safetensors` writes the weights and all that `Encoder.load` needs. `huggingface` writes a CLIP
+    of transformers, or two models of it if the towers are from two names (`hf:NAME`, or `timm:NAME`
+    for images); the card has the code that encodes with them. `onnx` writes `image.onnx`
     (pixels, uint8 [B, 3, S, S], to features) and `text.onnx` (tokens to features); the batch and
     the length of the texts may vary.
 
@@ -70,33 +79,46 @@ def export(
         )
     encoder = Encoder.load(run, factory=factory, checkpoint=checkpoint, device="cpu")
     make_folder(folder)
-    WRITERS[to](encoder, Path(run), folder)
-    write_atomically(folder / CARD, model_card(Path(run), encoder, to, checkpoint))
+    use = WRITERS[to](encoder, Path(run), folder)
+    write_atomically(folder / CARD, model_card(Path(run), encoder, use, checkpoint))
     return folder
 
 
-def _write_safetensors(encoder: Encoder, run: Path, folder: Path) -> None:
+def _write_safetensors(encoder: Encoder, run: Path, folder: Path) -> str:
     check_extra("safetensors", "safetensors", needed_by="export")
     for name in (RECIPE, CLASSES, DATA):
         _copy(run / name, folder)
-    for part in ("image", "text"):
+    for part in (".", "image", "text"):
         for saved in _files(run / TOWERS / part):
             make_folder(folder / TOWERS / part)
             _copy(saved, folder / TOWERS / part)
     export_weights(encoder.model.state_dict(), folder / WEIGHTS)
+    return _python("from diptych.recipes import Encoder", "", 'encoder = Encoder.load(".")')
 
 
-def _write_huggingface(encoder: Encoder, run: Path, folder: Path) -> None:
+def _write_huggingface(encoder: Encoder, run: Path, folder: Path) -> str:
     whole = encoder.towers.whole
-    if whole is None:
-        raise DataError(
-            "--to huggingface must be given for a run with both towers of one CLIP of "
-            f"transformers (--image-tower hf:NAME), got {run}. Use --to safetensors or --to onnx."
-        )
+    for tower in (encoder.towers.image, encoder.towers.text):
+        if tower is not None:
+            merge_lora(tower)
+    added = getattr(encoder.model, "encode_text", None)
+    if whole is None or added is None or not isinstance(added[-1], nn.Identity):
+        return write_two_towers(encoder, run, folder)
     whole.save_pretrained(folder)
+    write_preprocessor(encoder.towers.image, folder)
     for saved in _files(run / TOWERS / "image"):
         if not (folder / saved.name).exists():
             _copy(saved, folder)
+    return _python(
+        "from transformers import AutoModel, AutoTokenizer",
+        "",
+        'model = AutoModel.from_pretrained(".")',
+        'tokenizer = AutoTokenizer.from_pretrained(".")',
+    )
+
+
+def _python(*lines: str) -> str:
+    return "\n".join(["```python", *lines, "```"])
 
 
 def _files(folder: Path) -> list[Path]:
@@ -109,7 +131,7 @@ def _copy(file: Path, folder: Path) -> None:
         write_atomically(folder / file.name, file.read_bytes())
 
 
-def _write_onnx(encoder: Encoder, _: Path, folder: Path) -> None:
+def _write_onnx(encoder: Encoder, _: Path, folder: Path) -> str:
     check_extra("onnx", "onnxscript", needed_by="export to onnx")
     size = encoder.towers.image.size
     pixels = torch.zeros(2, 3, size, size, dtype=torch.uint8)
@@ -121,9 +143,13 @@ def _write_onnx(encoder: Encoder, _: Path, folder: Path) -> None:
         given = {"tokens": tokens} if isinstance(tokens, Tensor) else tokens
         side = _ByPosition(encode_text, [] if isinstance(tokens, Tensor) else list(given))
         _to_onnx(side, given, folder / "text.onnx", varies={0: "batch", 1: "length"})
+    return (
+        "`image.onnx` maps pixels, uint8 [B, 3, S, S], to features; `text.onnx`, if the model has "
+        "a text tower, maps tokens to features."
+    )
 
 
-WRITERS: Mapping[Format, Callable[[Encoder, Path, Path], None]] = {
+WRITERS: Mapping[Format, Callable[[Encoder, Path, Path], str]] = {
     "safetensors": _write_safetensors,
     "huggingface": _write_huggingface,
     "onnx": _write_onnx,
@@ -169,8 +195,8 @@ def _to_onnx(
     write_atomically(path, lambda temporary: program.save(temporary, external_data=False))
 
 
-def model_card(run: Path, encoder: Encoder, to: Format, checkpoint: Which) -> str:
-    """Return a card in Markdown: data, settings, results, and the licence of the towers."""
+def model_card(run: Path, encoder: Encoder, use: str, checkpoint: Which) -> str:
+    """Return a card in Markdown: use, data, settings, results, and the licence of the towers."""
     settings = encoder.settings
     assert settings is not None
     data = (run / DATA).read_text("utf-8") if is_plain_file(run / DATA) else "not recorded\n"
@@ -184,8 +210,11 @@ def model_card(run: Path, encoder: Encoder, to: Format, checkpoint: Which) -> st
         "---",
         f"# {RunDirectory(run).name}",
         "",
-        f"Trained with Diptych; exported as {to}. Features are compared after normalisation to "
-        "unit length.",
+        "Trained with Diptych. Features are compared after normalisation to unit length.",
+        "",
+        "## Use",
+        "",
+        use,
         "",
         "## Data",
         "",
@@ -203,7 +232,7 @@ def model_card(run: Path, encoder: Encoder, to: Format, checkpoint: Which) -> st
         "",
         "## Licence of the towers",
         "",
-        *(f"- {text}" for text in _licences(settings)),
+        *(f"- {text}" for text in _licences(encoder, run / TOWERS / LICENCES)),
         "",
     ]
     return "\n".join(lines)
@@ -215,11 +244,19 @@ def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> list[str]:
     return [f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())]
 
 
-def _licences(settings: Settings) -> list[str]:
-    towers = {settings.image_tower, settings.text_tower or settings.image_tower}
+def _licences(encoder: Encoder, file: Path) -> list[str]:
+    """Return the licence of each tower: as its files stated it when the run began, if they did."""
+    settings, text = encoder.settings, encoder.towers.text
+    assert settings is not None
+    stated = json.loads(file.read_text("utf-8")) if is_plain_file(file) else []
+    names = {"image": settings.image_tower}
+    if text is not None:
+        is_small = isinstance(text.module, TextEncoder)
+        names["text"] = settings.text_tower or (SMALL if is_small else settings.image_tower)
+    start = RANDOM if settings.pretrained is None else UNKNOWN
     return [
-        f"`{name}`: {LICENCE.get(name, 'see the page of the model; the library does not say')}"
-        for name in sorted(towers)
+        f"{side} tower `{name}`: {LICENCE.get(name) or shortened(licence or '') or start}"
+        for (side, name), licence in zip(names.items(), [*stated, "", ""], strict=False)
     ]
 
 

@@ -105,6 +105,14 @@ def add_lora(tower: ImageTower | TextTower, rank: int) -> None:
     peft.inject_adapter_in_model(config, tower.module)
 
 
+def merge_lora(tower: ImageTower | TextTower) -> None:
+    """Add the low-rank updates of a tower to its weights; it is then a plain model again."""
+    for name, part in list(tower.module.named_modules()):
+        if hasattr(part, "lora_A"):
+            part.merge()
+            tower.module.set_submodule(name, part.base_layer)
+
+
 def checkpoint_gradients(tower: ImageTower | TextTower) -> None:
     """Make a tower recompute its activations in the backward pass, which takes less memory.
 

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diptych.handlers.files import write_atomically
@@ -74,10 +75,18 @@ def hf_image(name: str, options: TowerOptions) -> Towers:
         "licence": _hf_licence(transformers, name, options),
     }
     if vision is None:
-        return Towers(image=ImageTower(module=HFPooled(model), width=config.hidden_size, **shape))
+        module = HFPooled(model).eval()
+        with torch.no_grad():  # its configurations name the dimension in different ways
+            width = module(torch.zeros(1, 3, resize.size, resize.size)).shape[-1]
+        return Towers(image=ImageTower(module=module.train(), width=width, **shape))
     tokenize, save_tokenizer = _hf_tokenizer(
         transformers, name, options, "image", config.text_config
     )
+    if not hasattr(model, "visual_projection"):
+        raise TowerError(
+            f"hf:NAME must be an image model or a CLIP, got hf:{name}, which is another model of "
+            "images and texts. Use open_clip:NAME if open_clip has it."
+        )
     width = model.text_projection.out_features
     return Towers(
         image=ImageTower(
@@ -216,7 +225,7 @@ def _hf_tokenizer(
         )
     except (OSError, ValueError) as error:
         raise _not_there("text", source, error) from error
-    most = min(LONGEST, int(getattr(config, "max_position_embeddings", LONGEST)))
+    most = longest_text(config)
 
     def tokenize(texts: Sequence[str]) -> dict[str, Tensor]:
         found: Mapping[str, Tensor] = tokenizer(
@@ -228,6 +237,11 @@ def _hf_tokenizer(
         tokenizer.save_pretrained(folder / side)
 
     return tokenize, save
+
+
+def longest_text(config: Any) -> int:
+    """Return the most tokens of a text."""
+    return min(LONGEST, int(getattr(config, "max_position_embeddings", LONGEST)))
 
 
 def _pixels(source: Path | str, options: TowerOptions) -> dict[str, Any]:
