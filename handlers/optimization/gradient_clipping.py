@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import attrs
-from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_value_
 
-from diptych.engine.distributed.dtensor import mixed_tensors_allowed
+from diptych.engine.distributed.dtensor import local_parts, mixed_tensors_allowed
 from diptych.engine.events import StepEvents
 from diptych.engine.handler import Change, Handler
 from diptych.engine.trainer import Trainer
 from diptych.handlers.argument_checks import positive
 from diptych.handlers.optimization.gradient_norms import shared_norms
+
+EPSILON = 1e-6
+"""Added to a norm that divides, as in torch's `clip_grad_norm_`."""
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -59,9 +65,19 @@ class GradientClipping(Handler):
         measured = shared_norms(trainer).measure_again(trainer)
         if not measured.parameters:  # an earlier handler has removed all gradients
             return
-        trainer.metrics.update({"gradients/norm": measured.total})
-        with mixed_tensors_allowed(trainer.model):
-            if self.max_norm is not None:
-                clip_grads_with_norm_(measured.parameters, self.max_norm, measured.total)
-            if self.max_value is not None:
+        trainer.metrics.update_uncopied({"gradients/norm": measured.total})
+        if self.max_norm is not None:
+            gradients = [p.grad for p in measured.parameters if p.grad is not None]
+            _scale(gradients, (self.max_norm / (measured.total + EPSILON)).clamp(max=1.0))
+        if self.max_value is not None:
+            with mixed_tensors_allowed(trainer.model):
                 clip_grad_value_(measured.parameters, self.max_value)
+
+
+def _scale(gradients: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply gradients by a number: what `clip_grads_with_norm_` does in forty calls."""
+    parts = local_parts(gradients)
+    devices = {part.device for part in parts}
+    for device in devices:
+        alike = parts if len(devices) == 1 else [one for one in parts if one.device == device]
+        torch._foreach_mul_(alike, factor.to(device))

@@ -83,7 +83,7 @@ _SHARED: WeakKeyDictionary[Trainer, SharedNorms] = WeakKeyDictionary()
 
 def shared_norms(trainer: Trainer) -> SharedNorms:
     """Return the one `SharedNorms` of a trainer; handlers that use it attach it too."""
-    return _SHARED.setdefault(trainer, SharedNorms())
+    return _SHARED.get(trainer) or _SHARED.setdefault(trainer, SharedNorms())
 
 
 def held_parameters(trainer: Trainer) -> list[nn.Parameter]:
@@ -94,8 +94,12 @@ def held_parameters(trainer: Trainer) -> list[nn.Parameter]:
 
 def any_gradient(trainer: Trainer) -> bool:
     """Say whether a parameter of the trainer's optimizers has a gradient."""
-    groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
-    return any(p.grad is not None for group in groups for p in group["params"])
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:  # nearly always the first one has
+                if parameter.grad is not None:
+                    return True
+    return False
 
 
 def norm_of(parts: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import attrs
 import torch
 from ignite.engine import Events
-from torch import nn
+from torch import Tensor, nn
 
 from diptych.engine.events import StepEvents
 from diptych.engine.handler import Change, Handler
@@ -24,6 +24,7 @@ from diptych.handlers.optimization.moving_average import (
     differing_keys,
     module_tensors,
     move_towards,
+    tensors_of,
 )
 
 LARGEST_EPSILON = torch.finfo(torch.float32).eps
@@ -165,8 +166,8 @@ class MomentumEncoder(Handler):
                 "total to MomentumEncoder, or run with an epoch_length"
             )
         if trainer.state.iteration == 0:
-            for online, target in self._pairs:
-                target.tensor.copy_(online.tensor)
+            for value, average in self._tensors():
+                average.copy_(value)
 
     @torch.no_grad()
     def _update(self, trainer: Trainer) -> None:
@@ -174,14 +175,18 @@ class MomentumEncoder(Handler):
         if made is False:
             return
         averages, values = [], []
-        for online, target in self._pairs:
-            if can_be_averaged(target.tensor):
-                averages.append(target.tensor)
-                values.append(online.tensor)
+        for value, average in self._tensors():
+            if can_be_averaged(average):
+                averages.append(average)
+                values.append(value)
             else:
-                target.tensor.copy_(online.tensor)
+                average.copy_(value)
         weight = 1 - self._momentum(trainer)
         move_towards(averages, values, weight if made is True else weight * made)
+
+    def _tensors(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return the current tensors of online and target, pair by pair."""
+        return zip(*(tensors_of(side) for side in zip(*self._pairs, strict=True)), strict=True)
 
 
 def _part(model: nn.Module, part: Part) -> nn.Module:

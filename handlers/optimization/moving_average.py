@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -36,10 +36,16 @@ class ModuleTensor(NamedTuple):
     @property
     def tensor(self) -> Tensor:
         """The current tensor; a module may replace a buffer by another tensor."""
-        module = self.module
-        held: Mapping[str, Any] = module._buffers if self.is_buffer else module._parameters  # noqa: SLF001
-        found: Tensor | None = held.get(self.name)  # torch's own look-up is slow
-        return getattr(module, self.name) if found is None else found
+        return tensors_of([self])[0]
+
+
+def tensors_of(entries: Iterable[ModuleTensor]) -> list[Tensor]:
+    """Return the current tensors of entries; torch's own look-up is slow."""
+    found: list[tuple[ModuleTensor, Tensor | None]] = [
+        (one, (one.module._buffers if one.is_buffer else one.module._parameters).get(one.name))  # noqa: SLF001
+        for one in entries
+    ]
+    return [getattr(one.module, one.name) if held is None else held for one, held in found]
 
 
 def module_tensors(module: nn.Module) -> dict[str, ModuleTensor]:

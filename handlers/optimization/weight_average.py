@@ -29,6 +29,7 @@ from diptych.handlers.optimization.moving_average import (
     differing_keys,
     module_tensors,
     move_towards,
+    tensors_of,
 )
 
 
@@ -87,7 +88,8 @@ class WeightAverage(Handler):
     buffers: Literal["average", "copy"] = attrs.field(
         default="average", validator=one_of(Literal["average", "copy"])
     )
-    updates: int = attrs.field(default=0, init=False)
+    # Set in each iteration, so without attrs' validators.
+    updates: int = attrs.field(default=0, init=False, on_setattr=attrs.setters.NO_OP)
     _skipped: Tensor | float = attrs.field(default=0.0, init=False, repr=False)
     _average: dict[str, Tensor] = attrs.field(factory=dict, init=False, repr=False)
     _tensors: dict[str, ModuleTensor] = attrs.field(factory=dict, init=False, repr=False)
@@ -230,8 +232,7 @@ class WeightAverage(Handler):
         if made is not True:
             weight = weight * made
             self._skipped = self._skipped + 1 - made
-        values = [entry.tensor for entry in self._tensors.values()]
-        move_towards([*self._average.values()], values, weight)
+        move_towards([*self._average.values()], tensors_of(self._tensors.values()), weight)
         self.updates += 1
 
     def _decay_after(self, updates: Tensor | float) -> Tensor | float:
