@@ -162,6 +162,28 @@ def unseen_captions(emoji: Sequence[Emoji]) -> list[str]:
     return [evaluation_caption(one) for one in emoji if one.split == UNSEEN_EMOJI]
 
 
+def unseen_pairs(emoji: Sequence[Emoji]) -> list[dict[str, Any]]:
+    """Return the drawings of `unseen_drawings` as samples with their captions, for the loss."""
+    return [
+        {
+            "image": one.drawings["twemoji"].float() / 255,
+            "text": tokenize(evaluation_caption(one)),
+            "group": i,
+        }
+        for i, one in enumerate(emoji)
+        if one.split == UNSEEN_DRAWING
+    ]
+
+
+def collate_pairs(samples: Sequence[dict[str, Any]]) -> Batch:
+    """Return a batch of `unseen_pairs`."""
+    return {
+        "image": torch.stack([sample["image"] for sample in samples]),
+        "text": pad_sequence([sample["text"] for sample in samples], batch_first=True),
+        "group": torch.tensor([sample["group"] for sample in samples]),
+    }
+
+
 def evaluation_caption(one: Emoji) -> str:
     """Return the name and all keywords."""
     return " ".join([one.name, *one.keywords])

@@ -47,10 +47,12 @@ from examples.emoji.data import (
     Emoji,
     TrainingPairs,
     collate,
+    collate_pairs,
     read_emoji,
     unseen_captions,
     unseen_drawings,
     unseen_emoji,
+    unseen_pairs,
 )
 from examples.emoji.model import TwoTowers
 from examples.emoji.results import RANKS, recall_of, results_table
@@ -100,6 +102,9 @@ def main() -> None:
         TrainingPairs(emoji), flags.batch_size, seed=flags.seed, drop_last=True, collate=collate
     )
     splits = {"unseen_drawing": unseen_drawings(emoji), "unseen_emoji": unseen_emoji(emoji)}
+    # One batch as large as those of training: a contrastive loss depends on the batch size.
+    pairs = unseen_pairs(emoji)[: flags.batch_size]
+    held_out = SeededLoader(pairs, len(pairs), shuffle=False, collate=collate_pairs)
     samples = unseen_samples(emoji, splits["unseen_emoji"])
     shares = {split: of_this_rank(batches) for split, batches in splits.items()}
 
@@ -107,6 +112,7 @@ def main() -> None:
     trainer.attach(
         LearningRate(warmup=len(loader) * flags.epochs // 10, decay="cosine"),
         GradientClipping(max_norm=1.0),
+        Evaluation(held_out, prefix="val", every=5 * len(loader)),
         *(
             Evaluation(
                 batches,

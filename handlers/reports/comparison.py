@@ -39,7 +39,16 @@ def differing_settings(runs: Sequence[RunHistory]) -> dict[str, list[Any]]:
 def _differing_rows(runs: Sequence[RunHistory]) -> dict[str, list[Any]]:
     names = dict.fromkeys(name for run in runs for name in run.settings)
     rows = {name: [run.settings.get(name, "-") for run in runs] for name in names}
-    return {name: row for name, row in rows.items() if any(value != row[0] for value in row)}
+    different = {name: row for name, row in rows.items() if any(value != row[0] for value in row)}
+    for name, row in list(different.items()):
+        handler = name.removesuffix(".class")
+        if name.startswith("handlers.") and handler != name and "-" in row:
+            # A handler that a run lacks is one row.
+            own = [other for other in different if other.startswith(f"{handler}.")]
+            for setting in own:
+                del different[setting]
+            different[handler] = [value if value == "-" else "attached" for value in row]
+    return different
 
 
 def _is_shown(name: str, deciding: Collection[str] | None) -> bool:

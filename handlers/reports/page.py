@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -26,6 +27,8 @@ from diptych.handlers.sinks.charts import REST, curves_by_question
 LIGHTER = ("#8c9eff", "#ffab66", "#7bd389", "#d69cf0", "#4dd0e1", "#ff8a80", "#c9a798", "#a9bcc6")
 """The colours of the curves on a dark page."""
 PARTS = ("model", "loss")
+PAUSES, WITH_BREAK = re.compile(r"([/.])"), r"\1<wbr>"
+"""Where the name of a value may break on a narrow page."""
 THUMBNAIL = 64
 MOST_QUERIES = 8
 """Queries of a direction that the gallery shows."""
@@ -220,7 +223,7 @@ def _differences(runs: Sequence[RunHistory]) -> list[str]:
 def _table(names: Sequence[str], rows: Mapping[str, Sequence[Any]], style: str = "") -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in ("", *names))
     body = "\n".join(
-        f"<tr><td>{escape(name).replace('/', '/<wbr>')}</td>"
+        f"<tr><td>{PAUSES.sub(WITH_BREAK, escape(name))}</td>"
         + "".join(f"<td>{escape(str(value))}</td>" for value in values)
         + "</tr>"
         for name, values in rows.items()

@@ -34,6 +34,7 @@ class Chart:
 
 
 LEARNS, FAST, HEALTHY = "Does it learn?", "How fast?", "Is it healthy?"
+RETRIEVAL = "Retrieval in detail"
 REST = "Everything else"
 # Tags under train/ that are not terms of the loss.
 NOT_A_TERM = (
@@ -70,13 +71,22 @@ def charts_of(tags: Iterable[str]) -> tuple[Chart, ...]:
     """Return the charts that have a curve for at least one of the tags."""
     tags = list(tags)
     found = (re.search(r"recall@(\d+)$", tag) for tag in tags)
-    recalls = [
-        Chart(LEARNS, f"Recall@{k}, {words}", [rf"(.+/)?{direction}/recall@{k}$"])
-        for k in sorted({int(match[1]) for match in found if match})
+    numbers = sorted({int(match[1]) for match in found if match})
+    loss, *others = CHARTS
+    first = _recall_charts(LEARNS, numbers[0])[:1] if numbers else []
+    rest = [chart for k in numbers for chart in _recall_charts(RETRIEVAL, k)]
+    charts = (loss, *first, *others, *rest[len(first) :])
+    return tuple(chart for chart in charts if any(map(chart.shows, tags)))
+
+
+def _recall_charts(heading: str, k: int) -> list[Chart]:
+    """Return a chart of the mean of both directions, and one of each."""
+    mean = rf"((?!{'|'.join(DIRECTIONS)})[^/]+/)?recall@{k}$"
+    directions = [
+        Chart(heading, f"Recall@{k}, {words}", [rf"(.+/)?{direction}/recall@{k}$"])
         for direction, words in DIRECTIONS.items()
     ]
-    loss, *others = CHARTS
-    return tuple(c for c in (loss, *recalls, *others) if any(map(c.shows, tags)))
+    return [Chart(heading, f"Recall@{k}", [mean]), *directions]
 
 
 def results_of(tags: Iterable[str]) -> list[str]:

@@ -43,7 +43,7 @@ def test_a_run_leaves_a_report_with_every_tag_and_setting(tmp_path):
 
     for tag in ("train/loss", "val/recall@1"):
         assert f"<title>{tag}</title>" in text
-    assert "<td>trainer.precision</td><td>fp32</td>" in text
+    assert "<td>trainer.<wbr>precision</td><td>fp32</td>" in text
     assert "prefers-color-scheme: dark" in text
     assert 'name="viewport" content="width=device-width' in text
     assert "<script" not in text
@@ -165,6 +165,17 @@ def test_handlers_are_compared_by_name_wherever_they_stand(tmp_path):
     different = differing_settings([read_run(folder) for folder in folders])
 
     assert different == {"handlers.ProgressBar.interval": [1.0, 2.0]}
+
+
+def test_a_handler_that_a_run_lacks_is_one_row(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder, more in zip(folders, ([], [ProgressBar()]), strict=True):
+        trainer = make_trainer().attach(RunRecord(folder), JsonLines(folder), *more)
+        trainer.run(loader(), max_epochs=1)
+
+    different = differing_settings([read_run(folder) for folder in folders])
+
+    assert different == {"handlers.ProgressBar": ["-", "attached"]}
 
 
 def test_the_table_tells_the_last_value_and_the_range(tmp_path):

@@ -25,6 +25,7 @@ def titles(*tags: str) -> list[str]:
         ("val/image_to_text/recall@10", "Recall@10, image to text"),
         ("image_to_text/recall@10", "Recall@10, image to text"),
         ("val/text_to_image/recall@1", "Recall@1, text to image"),
+        ("val/recall@5", "Recall@5"),
         ("train/in_batch_accuracy", "Accuracy"),
         ("val/accuracy", "Accuracy"),
         ("train/contrastive", "Terms of the loss"),
@@ -85,7 +86,7 @@ def test_a_layout_has_its_charts_under_their_questions():
     layout = custom_scalars_layout(charts_of(["train/loss", "val/recall@1", "time/step"]))
 
     assert {question: list(charts) for question, charts in layout.items()} == {
-        "Does it learn?": ["Loss: train and validation"],
+        "Does it learn?": ["Loss: train and validation", "Recall@1"],
         "How fast?": ["Seconds: an update, and waiting for its data"],
     }
     assert layout["Does it learn?"]["Loss: train and validation"] == [
@@ -97,15 +98,21 @@ def test_a_layout_has_its_charts_under_their_questions():
 def test_every_tag_has_a_heading_and_numbers_are_in_order():
     recall = [f"val/image_to_text/recall@{k}" for k in (10, 5, 1)]
 
-    headings = curves_by_question(["x/y", "gradients/norm", *recall, "train/loss"])
+    means = ["a/recall@5", "a/recall@1", "b/recall@1"]
+
+    headings = curves_by_question(["x/y", "gradients/norm", *recall, "train/loss", *means])
 
     assert headings == {
         "Does it learn?": [
             ("Loss: train and validation", ["train/loss"]),
+            ("Recall@1", means[1:]),
+        ],
+        "Is it healthy?": [("Gradient norms", ["gradients/norm"])],
+        "Retrieval in detail": [
             ("Recall@1, image to text", recall[2:]),
+            ("Recall@5", means[:1]),
             ("Recall@5, image to text", recall[1:2]),
             ("Recall@10, image to text", recall[:1]),
         ],
-        "Is it healthy?": [("Gradient norms", ["gradients/norm"])],
         "Everything else": [("x/y", ["x/y"])],
     }
