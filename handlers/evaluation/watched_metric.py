@@ -92,20 +92,31 @@ def unpublished_metric(trainer: Trainer, argument: str, metric: str) -> str | No
         argument: the argument through which a handler was given the metric.
         metric: the name under which its values are published.
     """
-    evaluations = _publishers(trainer, metric)
-    known = bool(evaluations) or metric.startswith(("val/", "val_"))
-    may_lack_prefix = "/" not in metric
-    if not (known or may_lack_prefix) or trainer.leaves_out or _has_foreign_publishers(trainer):
+    if trainer.leaves_out or _has_foreign_publishers(trainer):
         return None
-    names: set[str] = set()
-    for evaluation in evaluations or trainer.handlers_of(Evaluation):
+    names = _names_of_first_batches(trainer, metric)
+    return _message(argument, metric, {"train/loss", *names}) if names else None
+
+
+def _names_of_first_batches(trainer: Trainer, metric: str) -> set[str]:
+    """Return the names that are there instead of a metric; none if it may be published."""
+    evaluations, every = _publishers(trainer, metric), trainer.handlers_of(Evaluation)
+    if evaluations or metric.startswith(("val/", "val_")):
+        return _first_names(trainer, evaluations or every, metric)
+    if "/" in metric:
+        return set()
+    names = _first_names(trainer, every, metric)
+    return names if any(name.endswith(f"/{metric}") for name in names - {"train/loss"}) else set()
+
+
+def _first_names(trainer: Trainer, evaluations: list[Evaluation], metric: str) -> set[str]:
+    names = {"train/loss"}
+    for evaluation in evaluations:
         found = evaluation.check(trainer) if evaluation.check_first_batch else None
         if found is None or metric in found:
-            return None
+            return set()
         names |= found
-    if not known and not any(name.endswith(f"/{metric}") for name in names):
-        return None
-    return _message(argument, metric, {"train/loss", *names})
+    return names
 
 
 def _message(argument: str, metric: str, there: Collection[str]) -> str:

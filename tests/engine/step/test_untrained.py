@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.engine import Trainer
+from diptych.handlers import LossGuard
 from tests.engine.models import CoupledLoss, TwoTower, paired, trainer_of
 
 NAME = "diptych.engine.step.untrained"
@@ -70,3 +71,30 @@ def test_a_window_without_any_update_names_nothing(caplog: pytest.LogCaptureFixt
         minimum_batch = 5
 
     assert not messages(trainer_of(Extra().double(), Large().double()), caplog)
+
+
+class BreaksAt(CoupledLoss):
+    """Is NaN from one of its calls on."""
+
+    def __init__(self, call: int) -> None:
+        super().__init__()
+        self.left = call
+
+    def terms(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        self.left -= 1
+        factor = 1.0 if self.left > 0 else torch.nan
+        return {name: factor * term for name, term in super().terms(image, text).items()}
+
+
+def test_the_first_nan_of_the_loss_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    trainer = trainer_of(TwoTower().double(), BreaksAt(6).double(), log_every=2)
+    found = messages(trainer, caplog, max_epochs=3)
+    assert len(found) == 1
+    assert found[0].startswith("train/loss is NaN in iterations 5 to 6")
+    assert "LossGuard()" in found[0]
+
+
+def test_a_guard_that_leaves_nan_out_needs_no_report(caplog: pytest.LogCaptureFixture) -> None:
+    guarded = trainer_of(TwoTower().double(), BreaksAt(1).double(), log_every=2)
+    guarded.attach(LossGuard(policy="skip"))
+    assert not messages(guarded, caplog)
