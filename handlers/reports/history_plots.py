@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer
 
 
+PAUSE = 100.0
+"""Time between two drawings at checkpoints, in durations of the first one."""
+
+
 @attrs.define(eq=False)
 class HistoryPlots(OutputHandler):
     """Draws the run into `report.html`, one file without scripts that opens anywhere.
@@ -42,15 +47,17 @@ class HistoryPlots(OutputHandler):
     history. Of a long curve it draws the lowest, the highest and the last value of each of at most
     132 parts. To compare runs, call `diptych compare runs/a runs/b`.
 
-    Event: `RunEvents.SAVED`, so that the report shows the same run as the checkpoint beside it; or,
-        with `every`, `EPOCH_COMPLETED`; and `RunEvents.ENDED`. Writes on rank 0 only.
-    Cost: some COST milliseconds each time, and a few for a thousand records since the last drawing;
-        when a run resumes, all its records are read once. `png` adds half a second, and half a
+    Event: `RunEvents.SAVED`, or with `every` `EPOCH_COMPLETED`; and `RunEvents.ENDED`. Writes on
+        rank 0 only.
+    Cost: ten milliseconds of the processor each time, and a few for a thousand records since the
+        last drawing; a disk that writes a checkpoint meanwhile can make it wait longer. At
+        checkpoints at most a hundredth of the time: others are skipped. When a run resumes, all its
+        records are read once. `png` adds half a second, and half a
         second for the first import of matplotlib. No synchronisation.
 
     Args:
         directory: the run directory, to which a `JsonLines` of the trainer writes.
-        every: epochs between two drawings, >= 1; None: draw at each checkpoint.
+        every: epochs between two drawings, >= 1; None: draw at checkpoints.
         png: whether to draw `curves.png` too. Needs the extra `plots`.
 
     Raises:
@@ -64,6 +71,7 @@ class HistoryPlots(OutputHandler):
     )
     png: bool = attrs.field(default=False, kw_only=True)
     _reader: RunReader = attrs.field(init=False, repr=False)
+    _next: float = attrs.field(default=0.0, init=False, repr=False)
     _chance: dict[str, float] = attrs.field(factory=dict, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -75,9 +83,10 @@ class HistoryPlots(OutputHandler):
         """Draw the trainer's runs; called on rank 0 only."""
         trainer.add_event_handler(Events.STARTED, self._check)
         trainer.add_event_handler(EvaluationEvents.EVALUATED, self._keep_chance)
-        trainer.add_event_handler(
-            Events.EPOCH_COMPLETED(every=self.every) if self.every else RunEvents.SAVED, self._draw
-        )
+        if self.every:
+            trainer.add_event_handler(Events.EPOCH_COMPLETED(every=self.every), self._draw)
+        else:
+            trainer.add_event_handler(RunEvents.SAVED, self._draw_if_due)
         trainer.add_event_handler(RunEvents.ENDED, self._draw)
 
     @property
@@ -112,6 +121,13 @@ class HistoryPlots(OutputHandler):
                 f"{', '.join(map(str, written)) or 'none'}. Attach "
                 f"JsonLines({str(self.directory)!r})."
             )
+
+    def _draw_if_due(self, trainer: Trainer) -> None:
+        begin = time.monotonic()
+        if begin >= self._next:
+            self._draw(trainer)
+            end = time.monotonic()
+            self._next = end + PAUSE * (end - begin)
 
     def _draw(self, trainer: Trainer) -> None:
         if self.directory.metrics.exists():

@@ -152,7 +152,7 @@ def test_the_settings_that_differ_come_first(tmp_path):
 
     assert different == {"trainer.microbatch_size": [None, 1]}
     text = page(runs)
-    assert text.index("trainer.microbatch_size") < text.index("<svg")
+    assert text.index("trainer.<wbr>microbatch_size") < text.index("<svg")
 
 
 def test_handlers_are_compared_by_name_wherever_they_stand(tmp_path):
@@ -233,7 +233,10 @@ def test_runs_side_by_side_have_each_tag_in_a_chart_of_its_own():
     assert [[line.name for line in chart.lines] for chart in charts] == [["a", "b"]] * 2
 
 
-def test_the_report_is_drawn_at_each_checkpoint_with_all_that_was_logged_by_then(tmp_path):
+def test_the_report_is_drawn_at_each_checkpoint_with_all_that_was_logged_by_then(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("diptych.handlers.reports.history_plots.PAUSE", 0.0)
     trainer, seen = make_trainer(log_every=1), []
     plots = HistoryPlots(tmp_path)
     trainer.attach(JsonLines(tmp_path), plots, CheckpointManager(tmp_path / "c", every=4))
@@ -251,6 +254,21 @@ def test_the_report_is_drawn_at_each_checkpoint_with_all_that_was_logged_by_then
     assert [iteration for iteration, _, _ in seen] == [4, 8, 12]
     assert [logged for _, _, logged in seen] == [4, 8, 12]
     assert [drawn for _, drawn, _ in seen] == [4, 8, 12]
+
+
+def test_checkpoints_that_follow_each_other_closely_share_a_drawing(tmp_path, monkeypatch):
+    monkeypatch.setattr("diptych.handlers.reports.history_plots.PAUSE", 1e6)
+    trainer, seen = make_trainer(log_every=1), []
+    manager = CheckpointManager(tmp_path / "c", every=4)
+    trainer.attach(JsonLines(tmp_path), HistoryPlots(tmp_path), manager)
+    trainer.add_event_handler(
+        RunEvents.SAVED,
+        lambda: seen.append("epoch 1, step 4<" in (tmp_path / "report.html").read_text()),
+    )
+    trainer.run(loader(), max_epochs=2)
+
+    assert seen == [True, True, True]
+    assert "done, epoch 2, step 12" in (tmp_path / "report.html").read_text()
 
 
 def test_every_so_many_epochs_replaces_the_checkpoints_cadence(tmp_path):
