@@ -92,13 +92,23 @@ def raise_likely_cause(error: Exception, model: nn.Module, batch: Any) -> None:
     call = _failed_call(error, model, batch)
     if call is None:
         return
-    for cause in CAUSES:
-        message = cause(call)
-        if message is not None:
-            raise ForwardError(message) from error
+    message = _likely_cause(call)
+    if message is not None:
+        raise ForwardError(message) from error
     if hasattr(error, "add_note"):
         got = ", ".join(map(described, call.inputs)) or "nothing"
         error.add_note(f"{call.part} was called with {got}. The batch: {described(batch)}.")
+
+
+def _likely_cause(call: FailedCall) -> str | None:
+    for cause in CAUSES:
+        try:
+            message = cause(call)
+        except Exception:  # noqa: BLE001, S112 - the search must not hide the error
+            continue
+        if message is not None:
+            return message
+    return None
 
 
 def described(value: Any) -> str:

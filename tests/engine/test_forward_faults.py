@@ -78,6 +78,17 @@ def test_exceptions_that_others_handle_or_that_are_named_are_left(error):
     raise_likely_cause(error, nn.Linear(1, 1), {"image": ["a"]})
 
 
+def test_an_input_that_cannot_be_looked_at_leaves_the_error_as_it_is():
+    class Awkward(nn.BatchNorm1d):
+        def forward(self, image: Tensor, text: Tensor) -> Tensor:
+            raise RuntimeError(f"{image.ndim} and {text.ndim} dimensions")
+
+    batch = {"image": torch.zeros(2), "text": torch.zeros(2)}
+    with pytest.raises(RuntimeError, match="1 and 1 dimensions") as caught:
+        make_trainer(Awkward(2)).run([batch])
+    assert not isinstance(caught.value, BatchError)
+
+
 def test_a_description_has_no_numbers_of_a_tensor():
     batch = {"image": torch.randn(2, 3), "views": [torch.zeros(2), torch.zeros(3)], "names": ("a",)}
     assert described(batch) == (
