@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import attrs
 from ignite.metrics import Accuracy, Metric
 from torch import Tensor, nn
 
@@ -30,6 +31,19 @@ NEIGHBOURS = 20
 """The neighbours that vote for a class, if there are so many images."""
 
 
+@attrs.frozen
+class Results:
+    """What a model reaches, beside what chance does.
+
+    Attributes:
+        values: the values by name.
+        chance: the expected values of random features or guesses, of those that have one.
+    """
+
+    values: dict[str, float]
+    chance: dict[str, float]
+
+
 def evaluate(encoder: Encoder, table: ImageTable, *, part: Part = "all") -> dict[str, float]:
     """Return what a model reaches on data.
 
@@ -46,6 +60,11 @@ def evaluate(encoder: Encoder, table: ImageTable, *, part: Part = "all") -> dict
     Raises:
         DataError: if there is nothing to evaluate in the part.
     """
+    return evaluate_with_chance(encoder, table, part=part).values
+
+
+def evaluate_with_chance(encoder: Encoder, table: ImageTable, *, part: Part = "all") -> Results:
+    """Return what a model reaches on data, as `evaluate` does, and what chance does."""
     rows = [row for row in table.rows if part in ("all", row.split or "train")]
     has_text = isinstance(encoder.model, TwoTowers)
     captioned = has_text and any(row.has_caption for row in rows)
@@ -55,19 +74,20 @@ def evaluate(encoder: Encoder, table: ImageTable, *, part: Part = "all") -> dict
             f"the part {part!r} of {table.source} must have captions for a model with a text "
             "tower, or classes, got neither"
         )
-    values = _retrieval(encoder, rows) if captioned else {}
+    found = _retrieval(encoder, rows) if captioned else Results({}, {})
     if labelled:
-        values |= _own_classes(encoder, labelled, table.classes, has_text=has_text)
-        values |= _probes(encoder, table, labelled)
-    return values
+        guessed = _own_classes(encoder, labelled, table.classes, has_text=has_text)
+        guessed |= _probes(encoder, table, labelled)
+        found.values.update(guessed)
+        found.chance.update(dict.fromkeys(guessed, 1 / len(table.classes)))
+    return found
 
 
-def _retrieval(encoder: Encoder, rows: Sequence[ImageRow]) -> dict[str, float]:
+def _retrieval(encoder: Encoder, rows: Sequence[ImageRow]) -> Results:
     assert encoder.towers.text is not None
-    collate = PairBatch(encoder.towers.text.tokenize)
-    return _evaluated(
-        encoder, rows, task=tasks.image_text, metrics=[RetrievalMetrics()], collate=collate
-    )
+    collate, metric = PairBatch(encoder.towers.text.tokenize), RetrievalMetrics()
+    values = _evaluated(encoder, rows, task=tasks.image_text, metrics=[metric], collate=collate)
+    return Results(values, metric.chance)
 
 
 def _own_classes(

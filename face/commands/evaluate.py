@@ -17,7 +17,7 @@ from diptych.handlers.files import write_atomically
 from diptych.recipes.data.image_files import unreadable
 from diptych.recipes.data.image_table import image_rows
 from diptych.recipes.data.rows import problem_report
-from diptych.recipes.evaluation import evaluate as evaluated
+from diptych.recipes.evaluation import evaluate_with_chance
 
 
 def evaluate(
@@ -49,12 +49,15 @@ def evaluate(
     if table.problems:
         report = problem_report(table.problems, len(table.rows))
         sys.stderr.write(f"{report}\nThese rows are left out.\n")
-    values = evaluated(encoder, table, part=part)
-    width = max(map(len, values))
-    for name, value in values.items():
-        sys.stdout.write(f"{name:{width}}  {value:.4f}\n")
+    found = evaluate_with_chance(encoder, table, part=part)
+    width = max(map(len, found.values))
+    sys.stdout.write(f"{'':{width}} {'reached':>9} {'chance':>9}\n")
+    for name, value in found.values.items():
+        chance = f"{found.chance[name]:9.4f}" if name in found.chance else f"{'-':>9}"
+        sys.stdout.write(f"{name:{width}} {value:9.4f} {chance}\n")
     if out is not None:
-        write_atomically(out, json.dumps(values, indent=2) + "\n")
+        chances = {f"chance/{name}": value for name, value in found.chance.items()}
+        write_atomically(out, json.dumps(found.values | chances, indent=2) + "\n")
     return 0
 
 

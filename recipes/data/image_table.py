@@ -11,6 +11,7 @@ from pathlib import Path
 import attrs
 
 from diptych.engine.distributed.agreement import on_rank_zero
+from diptych.engine.distributed.collectives import rank
 from diptych.recipes.data.captions import read_captions, read_folder
 from diptych.recipes.data.image_files import ImageFolder, unreadable
 from diptych.recipes.data.rows import DataError, Listing, Problem, Row, problem_report, shortened
@@ -128,9 +129,11 @@ def read_table(settings: Settings) -> ImageTable:
             `skip_broken` is set; or if fewer than two images are left.
     """
     found = on_rank_zero(lambda: _table_or_error(settings))
-    if isinstance(found, DataError):  # raised on every rank, since none continues alone
+    if not isinstance(found, DataError):
+        return found
+    if rank() == 0:
         raise found
-    return found
+    raise DataError("the data cannot be used, for the reason that rank 0 reports")
 
 
 def image_rows(

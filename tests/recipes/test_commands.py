@@ -175,9 +175,13 @@ def test_evaluate_prints_retrieval_both_ways_and_writes_json(run, photos, tmp_pa
 
     values = json.loads(out.read_text())
     assert {"image_to_text/recall@1", "text_to_image/recall@5", "recall@10"} <= set(values)
-    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
-    assert printed == {name: f"{value:.4f}" for name, value in values.items()}
+    head, *lines = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert head == ["reached", "chance"]
+    reached = {name: value for name, value in values.items() if not name.startswith("chance/")}
+    assert [line[:2] for line in lines] == [[n, f"{value:.4f}"] for n, value in reached.items()]
     assert values["text_to_image/recall@10"] == 1.0  # of 8 images, each counted once
+    assert values["chance/text_to_image/recall@1"] == pytest.approx(1 / 8)
+    assert "0.1250" in {line[2] for line in lines if line[0] == "text_to_image/recall@1"}
 
 
 def test_an_export_loads_like_the_run_and_has_a_card(run, photos, tmp_path, capsys):

@@ -192,3 +192,20 @@ def test_an_evaluation_reads_every_row_once_in_order(images, captions):
     groups = torch.cat([batch["group"] for batch in loader])
 
     assert groups.tolist() == [number // 2 for number in range(16)]
+
+
+def refusal(folder: str) -> str:
+    try:
+        read_table(Settings(images=folder, captions=f"{folder}/captions.tsv"))
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def test_the_first_rank_alone_reports_the_rows_and_all_ranks_stop(ranks, tmp_path):
+    (tmp_path / "captions.tsv").write_text("image\tcaption\ngone.png\tlost\n")
+
+    first, second = ranks.run(refusal, [(str(tmp_path),)] * 2)
+
+    assert "captions.tsv:2: gone.png" in first
+    assert second == "the data cannot be used, for the reason that rank 0 reports"
