@@ -1,11 +1,13 @@
-"""The cost of a trainer where the host is the limit: a small step, relative to a raw loop.
+"""The cost of a trainer where the host is the limit: a small step, or none, beside a raw loop.
 
     OMP_NUM_THREADS=1 python benchmarks/small_step.py --peers /path/to/peers/bin/python
 
 Two MLP towers of 2 and 8 layers, CLIP's loss, batches of 64 that are already on the device, AdamW.
 All loops run in turn in one process with the same loss, until the turns are done or `--seconds` are
 over; the figure is the median of their turns.
-`--calls` counts the calls of Python functions instead, which no other work on the machine changes.
+`--empty` leaves the step out: what remains is the cost of the engine. Diptych's step still fires
+its four events and publishes five values, as the real one does. `--calls` counts the calls of
+Python functions instead, which no other work on the machine changes.
 Libraries that this interpreter lacks are measured with another one, beside a raw loop of its own.
 """
 
@@ -125,16 +127,23 @@ class PlainLoss(nn.Module):
 
 
 class Parts:
-    """A model, its loss and optimizer."""
+    """A model, its loss and optimizer.
 
-    def __init__(self) -> None:
+    Args:
+        empty: whether the step does nothing.
+    """
+
+    def __init__(self, *, empty: bool) -> None:
         torch.manual_seed(0)
+        self.empty, self.value = empty, torch.zeros((), device=DEVICE)
         self.model, self.loss = Towers().to(DEVICE), PlainLoss().to(DEVICE)
         weights = [*self.model.parameters(), *self.loss.parameters()]
         self.optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=DEVICE.type == "cuda" or None)
 
     def step(self, _: object, batch: Any) -> Tensor:
         """Make an update; return its loss."""
+        if self.empty:
+            return self.value
         self.optimizer.zero_grad(set_to_none=True)
         loss: Tensor = self.loss(*self.model(*batch))
         loss.backward()
@@ -142,9 +151,8 @@ class Parts:
         return loss.detach()
 
 
-def raw(_: Path) -> Loop:
+def raw(parts: Parts, _: Path) -> Loop:
     """Return a Python loop."""
-    parts = Parts()
 
     def run(batches: Batches) -> None:
         for batch in batches:
@@ -153,11 +161,10 @@ def raw(_: Path) -> Loop:
     return run
 
 
-def raw_clipped(_: Path) -> Loop:
+def raw_clipped(parts: Parts, _: Path) -> Loop:
     """Return a Python loop with a rate schedule, clipping, and an average of the weights."""
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-    parts = Parts()
     average = AveragedModel(parts.model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(parts.optimizer, 10**6)
     weights = [*parts.model.parameters(), *parts.loss.parameters()]
@@ -174,13 +181,21 @@ def raw_clipped(_: Path) -> Loop:
     return run
 
 
-def ignite_usual(folder: Path) -> Loop:
+def ignite_bare(parts: Parts, _: Path) -> Loop:
+    """Return an Ignite engine without handlers."""
+    from ignite.engine import Engine
+
+    engine = Engine(parts.step)
+    return lambda batches: engine.run(batches, max_epochs=1)
+
+
+def ignite_usual(parts: Parts, folder: Path) -> Loop:
     """Return an Ignite engine with RunningAverage, ProgressBar and TensorboardLogger."""
     from ignite.engine import Engine, Events
     from ignite.handlers import ProgressBar, TensorboardLogger
     from ignite.metrics import RunningAverage
 
-    engine = Engine(Parts().step)
+    engine = Engine(parts.step)
     RunningAverage(output_transform=lambda output: output).attach(engine, "loss")
     ProgressBar().attach(engine, ["loss"])
     TensorboardLogger(log_dir=str(folder)).attach_output_handler(
@@ -189,20 +204,20 @@ def ignite_usual(folder: Path) -> Loop:
     return lambda batches: engine.run(batches, max_epochs=1)
 
 
-def lightning_default(folder: Path) -> Loop:
+def lightning_default(parts: Parts, folder: Path) -> Loop:
     """Return a Lightning trainer with default settings, which logs the loss."""
     lightning = importlib.import_module(LIGHTNING)
-    parts = Parts()
 
     class Module(lightning.LightningModule):  # type: ignore[name-defined,misc]
         def __init__(self) -> None:
             super().__init__()
             self.model, self.loss = parts.model, parts.loss
+            self.automatic_optimization = not parts.empty
 
-        def training_step(self, batch: Any) -> Tensor:
-            loss: Tensor = self.loss(*self.model(*batch))
+        def training_step(self, batch: Any) -> Tensor | None:
+            loss = parts.value if parts.empty else self.loss(*self.model(*batch))
             self.log("train/loss", loss, prog_bar=True)
-            return loss
+            return None if parts.empty else loss
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return parts.optimizer
@@ -225,11 +240,26 @@ def features(model: nn.Module, batch: Any) -> dict[str, Tensor]:
     return dict(zip(("image_features", "text_features"), model(*batch), strict=True))
 
 
-def _diptych(handlers: Callable[[Path], list[Any]]) -> Callable[[Path], Loop]:
-    def build(folder: Path) -> Loop:
+def empty_step(parts: Parts) -> Callable[[Any, Any], Any]:
+    """Return a step that fires its events, publishes five values, and does nothing else."""
+    from diptych.engine import StepEvents, StepOutput
+
+    events, values = [*StepEvents], dict.fromkeys(["train/loss", *"abcd"], parts.value)
+    output = StepOutput(parts.value, {}, BATCH)
+
+    def step(trainer: Any, _: object) -> Any:
+        for event in events:
+            trainer.fire_event(event)
+        trainer.metrics.update_uncopied(values)
+        return output
+
+    return step
+
+
+def _diptych(handlers: Callable[[Path], list[Any]]) -> Callable[[Parts, Path], Loop]:
+    def build(parts: Parts, folder: Path) -> Loop:
         from diptych.engine import Trainer
 
-        parts = Parts()
         trainer = Trainer(
             parts.model,
             parts.loss,
@@ -237,6 +267,7 @@ def _diptych(handlers: Callable[[Path], list[Any]]) -> Callable[[Path], Loop]:
             task=features,
             device=DEVICE,
             log_every=LOG_EVERY,
+            step=empty_step(parts) if parts.empty else None,
         ).attach(*handlers(folder))
         return lambda batches: trainer.run(batches, max_epochs=trainer.state.epoch + 1)
 
@@ -265,9 +296,10 @@ def with_optimization(folder: Path) -> list[Any]:
     return [*own, WeightAverage(decay=0.999), *default(folder)]
 
 
-LOOPS: dict[str, tuple[Callable[[Path], Loop], tuple[str, ...]]] = {
+LOOPS: dict[str, tuple[Callable[[Parts, Path], Loop], tuple[str, ...]]] = {
     "raw": (raw, ()),
     "raw, rate + clipping + average": (raw_clipped, ()),
+    "Ignite bare": (ignite_bare, ("ignite",)),
     "Ignite usual": (ignite_usual, ("ignite", "tqdm", "tensorboard")),
     "Lightning default": (lightning_default, (LIGHTNING,)),
     "Diptych bare": (_diptych(lambda _: []), ("diptych",)),
@@ -277,6 +309,9 @@ LOOPS: dict[str, tuple[Callable[[Path], Loop], tuple[str, ...]]] = {
 }
 """Name to the function that builds a loop, and the packages that it needs."""
 
+WITH_STEP = {name for name in LOOPS if "average" in name or "health" in name}
+"""Loops of which nothing is left without a step."""
+
 
 def measured(names: list[str], options: argparse.Namespace) -> dict[str, float]:
     """Return the cost of an update of each loop that this interpreter can run."""
@@ -284,7 +319,10 @@ def measured(names: list[str], options: argparse.Namespace) -> dict[str, float]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(silence())
         folders = [Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in able]
-        loops = {n: LOOPS[n][0](folder) for n, folder in zip(able, folders, strict=True)}
+        loops = {
+            name: LOOPS[name][0](Parts(empty=options.empty), folder)
+            for name, folder in zip(able, folders, strict=True)
+        }
         times: dict[str, list[float]] = {name: [] for name in able}
         start = time.monotonic()
         for turn in range(options.turns + 1):
@@ -314,7 +352,7 @@ def measured_by(python: str, names: list[str], options: argparse.Namespace) -> d
     """Return the cost of these loops, and of a raw one, measured with another interpreter."""
     sizes = ["--turns", str(options.turns), "--updates", str(options.updates)]
     sizes += ["--seconds", str(options.seconds)]
-    sizes += ["--calls"] if options.calls else []
+    sizes += [f"--{name}" for name in ("calls", "empty") if getattr(options, name)]
     command = [python, __file__, "--json", *sizes, "--only", "raw", *names]
     output = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
     return dict(json.loads(output.stdout))
@@ -328,10 +366,13 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=100, help="updates in a turn")
     parser.add_argument("--seconds", type=float, default=40, help="about the longest time")
     parser.add_argument("--calls", action="store_true", help="count Python calls, not the time")
+    parser.add_argument("--empty", action="store_true", help="without a model's step")
     parser.add_argument("--only", nargs="+", choices=LOOPS, help="measure only these")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
     names = list(dict.fromkeys(["raw", *(options.only or LOOPS)]))
+    if options.empty:
+        names = [name for name in names if name not in WITH_STEP]
     results = measured(names, options)
     if options.json:
         print(json.dumps(results))
@@ -353,7 +394,7 @@ def print_table(
     print(f"| loop | {unit} per update | relative to raw |\n|---|---:|---:|")
     for name in names:
         if name in results:
-            print(f"| {name} | {results[name] * 1e6:,.0f} | {ratios[name]:.3f} |")
+            print(f"| {name} | {results[name] * 1e6:,.1f} | {ratios[name]:.3f} |")
         else:
             print(f"| {name} | not installed | |")
 
