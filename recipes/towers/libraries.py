@@ -67,6 +67,11 @@ def timm_image(name: str, options: TowerOptions) -> Towers:
             model = timm.create_model(name, **given, **sized)
         except TypeError:  # a convolutional network takes any size, and no argument for it
             model = timm.create_model(name, **given)
+        # Weights that the file lacks are left random, for the sake of classifiers.
+        if options.file and not {*timm.models.load_state_dict(options.file)} & {
+            *model.state_dict()
+        }:
+            raise ValueError(f"{options.file} has none of its weights")
     except UNUSABLE as error:
         raise TowerError(f"the tower must be timm's, got {name!r}: {error!s:.300}") from error
     config = timm.data.resolve_model_data_config(model)

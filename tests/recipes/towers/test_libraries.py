@@ -271,3 +271,81 @@ def test_a_model_that_the_machine_does_not_have_is_an_error_in_a_few_lines(tmp_p
         build_towers(f"hf:{tmp_path / 'nothing'}", None, TowerOptions())
 
     assert len(str(raised.value).splitlines()) < 5
+
+
+@pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "timm:resnet10t"])
+def test_a_tower_of_timm_starts_from_a_file_of_weights(name, photos, tmp_path):
+    pytest.importorskip("torchvision")
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model(name.partition(":")[2], num_classes=7)  # with a classifier
+    file = tmp_path / "weights.pth"
+    torch.save(theirs.state_dict(), file)
+
+    tower = build_towers(name, None, TowerOptions(pretrained=str(file))).image
+    trained(photos, tmp_path / "run", image_tower=name, pretrained=str(file), image_size=32)
+    file.unlink()
+
+    weights = theirs.state_dict()
+    for key, value in tower.module.state_dict().items():
+        assert torch.equal(value, weights[key]), key
+    assert tower.licence == ""
+    card = export(tmp_path / "run", "safetensors", tmp_path / "out") / "README.md"
+    assert f"image tower `{name}`: unknown: see the page of the model" in card.read_text()
+    assert "text tower `small`: built into Diptych" in card.read_text()
+    paths = sorted((photos / "images").iterdir())[:2]
+    first, again = (Encoder.load(tmp_path / one, device="cpu") for one in ("run", "out"))
+    assert torch.equal(first.encode_images(paths), again.encode_images(paths))
+
+
+def test_both_towers_of_open_clip_start_from_a_file_and_search(photos, tmp_path):
+    pytest.importorskip("torchvision")
+    open_clip = pytest.importorskip("open_clip")
+    theirs, _, transform = open_clip.create_model_and_transforms("RN50", force_image_size=64)
+    file = tmp_path / "weights.pt"
+    torch.save(theirs.state_dict(), file)
+    settings = {"image_tower": "open_clip:RN50", "image_size": 64, "learning_rate": 0.0}
+    paths, texts = sorted((photos / "images").iterdir())[:2], ["a smile", "joy"]
+
+    trained(photos, tmp_path / "run", pretrained=str(file), lock_image=True, **settings)
+    encoder = Encoder.load(tmp_path / "run", device="cpu")
+
+    theirs.eval()
+    with torch.no_grad():
+        pixels = torch.stack([transform(read_image(path, 64)) for path in paths])
+        images = theirs.encode_image(pixels, normalize=True)
+        found = theirs.encode_text(open_clip.get_tokenizer("RN50")(texts), normalize=True)
+    torch.testing.assert_close(encoder.encode_texts(texts), found, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(encoder.encode_images(paths), images, rtol=0, atol=0.02)
+    assert encoder.model.logit_scale.item() == pytest.approx(theirs.logit_scale.item())
+
+
+@pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "open_clip:RN50"])
+@pytest.mark.parametrize("content", ["another model", "no weights"])
+def test_a_file_of_weights_of_another_model_is_refused(name, content, tmp_path):
+    pytest.importorskip("torchvision")
+    pytest.importorskip(name.partition(":")[0])
+    file = tmp_path / "weights.pth"
+    torch.save({"layer.weight": torch.zeros(3)}, file)
+    if content == "no weights":
+        file.write_text("<html>")
+
+    with pytest.raises(TowerError, match="the tower must be") as raised:
+        build_towers(name, None, TowerOptions(pretrained=str(file)))
+
+    assert len(str(raised.value).splitlines()) < 10
+
+
+def test_weights_and_licence_of_a_folder_that_the_machine_has(clip, photos, tmp_path):
+    (clip / "README.md").write_text("---\nlicense: mit\n---\n# A CLIP\n")
+
+    trained(photos, tmp_path / "run", image_tower=f"hf:{clip}", pretrained="default")
+    shutil.rmtree(clip)
+
+    first = export(tmp_path / "run", "safetensors", tmp_path / "first")
+    card = (export(first, "huggingface", tmp_path / "second") / "README.md").read_text()
+    assert f"image tower `hf:{clip}`: mit" in card
+    assert f"text tower `hf:{clip}`: mit" in card
+    with pytest.raises(TowerError, match="pretrained must be default for hf:some"):
+        build_towers("hf:some/model", None, TowerOptions(pretrained="laion2b"))
+    with pytest.raises(TowerError, match="pretrained must be default or a file"):
+        build_towers("timm:resnet18", None, TowerOptions(pretrained="laion2b"))
