@@ -55,7 +55,8 @@ def evaluate(encoder: Encoder, table: ImageTable, *, part: Part = "all") -> dict
     Args:
         encoder: the model.
         table: the data.
-        part: the part of the data to evaluate on.
+        part: the part of the data to evaluate on: a part that the data name, else one of the
+            run: val is what was held out.
 
     Raises:
         DataError: if there is nothing to evaluate in the part.
@@ -65,7 +66,8 @@ def evaluate(encoder: Encoder, table: ImageTable, *, part: Part = "all") -> dict
 
 def evaluate_with_chance(encoder: Encoder, table: ImageTable, *, part: Part = "all") -> Results:
     """Return what a model reaches on data, as `evaluate` does, and what chance does."""
-    rows = [row for row in table.rows if part in ("all", row.split or "train")]
+    held_out = 0.0 if encoder.settings is None else encoder.settings.held_out
+    rows = table.rows if part == "all" else table.parts(held_out)[part]
     has_text = isinstance(encoder.model, TwoTowers)
     captioned = has_text and any(row.has_caption for row in rows)
     labelled = [row for row in rows if row.label]

@@ -43,6 +43,12 @@ def _pattern(value: str | None) -> str | None:
     return None if value is None else str(Path(value).absolute())  # a run is repeated from anywhere
 
 
+def _weights(value: str | None) -> str | None:
+    """Return the absolute path of a file of weights; another value as it is."""
+    is_file = isinstance(value, str) and Path(value).is_file()
+    return str(Path(value).absolute()) if is_file else value  # type: ignore[arg-type]
+
+
 def _names(value: Sequence[str] | None) -> tuple[str, ...] | None:
     return tuple(value) if isinstance(value, (list, tuple)) else value  # type: ignore[return-value]
 
@@ -76,7 +82,8 @@ class Settings:
         image_tower: small, timm:NAME, open_clip:NAME or hf:NAME.
         text_tower: small, open_clip:NAME or hf:NAME; none: the one that the image tower comes with,
             else small.
-        pretrained: weights of the towers: default, or a tag of open_clip; none: random ones.
+        pretrained: weights of the towers: default, a tag of open_clip, or a file of the image
+            tower's; none: random ones.
         dim: dimension of the features; none: the towers' own, else 256.
         image_size: side of the images in pixels; none: the tower's own.
         lock_image: keep the image tower as it is (LiT).
@@ -113,7 +120,9 @@ class Settings:
     held_out: float = attrs.field(default=0.1, validator=share_below_one)
     image_tower: str = attrs.field(default=SMALL, validator=_text)
     text_tower: str | None = attrs.field(default=None, validator=_optional(_text))
-    pretrained: str | None = attrs.field(default=None, validator=_optional(_text))
+    pretrained: str | None = attrs.field(
+        default=None, converter=_weights, validator=_optional(_text)
+    )
     dim: int | None = attrs.field(default=None, validator=_optional(whole_number(of="features")))
     image_size: int | None = attrs.field(
         default=None, validator=_optional(whole_number(of="pixels"))

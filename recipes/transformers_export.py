@@ -6,7 +6,7 @@ import json
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -111,9 +111,9 @@ def _pooled(tower: ImageTower) -> str:
     """Return the code of an image's features before the projection."""
     if not isinstance(tower.module, HFPooled):
         return "output.pooler_output"
-    size = tower.size
+    size, model = tower.size, cast("Any", tower.module.model)
     with torch.no_grad():
-        hidden = tower.module.model(pixel_values=torch.zeros(1, 3, size, size)).last_hidden_state
+        hidden = model(pixel_values=torch.zeros(1, 3, size, size)).last_hidden_state
     maps = ".flatten(2).mean(2)" if hidden.ndim == 4 else ".mean(1)"
     return f"output.last_hidden_state{maps}"
 

@@ -39,7 +39,7 @@ def evaluate(
         captions: file of captions; none: metadata in the folder, or its subfolders as classes.
         image_column: column of the image names; none: recognised.
         caption_column: column of the captions; none: recognised.
-        part: part of the data, if they name parts.
+        part: part that the data name; if they name none, that of the run: val was held out.
         out: file to write the values to, as JSON.
         options: of the model.
     """

@@ -58,7 +58,7 @@ def timm_image(name: str, options: TowerOptions) -> Towers:
     """Return an image model of timm without its classifier."""
     timm = library("timm", "timm", "timm", name)
     _check_weights("timm", name, options)
-    given = {"pretrained": bool(options.pretrained), "num_classes": 0}
+    given: dict[str, Any] = {"pretrained": bool(options.pretrained), "num_classes": 0}
     if options.file:
         given["pretrained_cfg_overlay"] = {"file": options.file}
     sized = {} if options.image_size is None else {"img_size": options.image_size}

@@ -268,11 +268,11 @@ def _shape(config: Mapping[str, Any], asked: int | None) -> dict[str, Any]:
     A side that is asked for instead keeps the proportions of resize and crop.
     """
     size, crop = config.get("size") or SIDE, config.get("crop_size")
-    has_crop = crop is not None and config.get("do_center_crop", True)
+    crop = crop if config.get("do_center_crop", True) else None
     if isinstance(size, int):  # in old files; alone, it is that of both sides
-        size = {"shortest_edge": size} if has_crop or not config else {"height": size}
+        size = {"shortest_edge": size} if crop or not config else {"height": size}
     resized = int(size.get("height") or size.get("shortest_edge") or SIDE)
-    final = int(crop if isinstance(crop, int) else crop["height"]) if has_crop else resized
+    final = int(crop["height"] if isinstance(crop, Mapping) else crop or resized)
     return {
         "size": asked or final,
         "interpolation": RESAMPLE.get(config.get("resample"), "bicubic"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,26 @@ FIVE = (
     *("Flickr8k.token.txt", "Flickr30k results.csv", "COCO captions", "Karpathy's splits"),
     "tab-separated with a header",
 )
+
+
+@pytest.mark.slow
+def test_the_five_commands_of_the_page_run_as_they_are_written(tmp_path, capsys, monkeypatch):
+    page = Path("docs/how_to/own_data.md").read_text("utf-8")
+    commands = page.partition("```bash\n")[2].partition("```")[0].splitlines()
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "photos")
+    LAYOUTS["tab-separated with a header"][1](tmp_path / "captions.tsv", captions())
+
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert (program, main(arguments)) == ("diptych", 0), command
+
+    printed = capsys.readouterr().out
+    assert [line.split()[1] for line in commands] == [
+        *("train", "evaluate", "embed", "search", "export")
+    ]
+    assert "Wrote 8 features to photos.safetensors." in printed
+    assert Encoder.load("runs/photos/safetensors").encode_texts(["a"]).shape == (1, 256)
 
 
 @pytest.mark.parametrize("layout", FIVE)
@@ -182,6 +203,10 @@ def test_evaluate_prints_retrieval_both_ways_and_writes_json(run, photos, tmp_pa
     assert values["text_to_image/recall@10"] == 1.0  # of 8 images, each counted once
     assert values["chance/text_to_image/recall@1"] == pytest.approx(1 / 8)
     assert "0.1250" in {line[2] for line in lines if line[0] == "text_to_image/recall@1"}
+
+    assert main(["evaluate", str(run), *flags, "--part", "val"]) == 0
+    values = json.loads(out.read_text())
+    assert values["chance/text_to_image/recall@1"] == pytest.approx(1 / 2)  # 0.3 were held out
 
 
 def test_an_export_loads_like_the_run_and_has_a_card(run, photos, tmp_path, capsys):
