@@ -26,8 +26,8 @@ from PIL import Image
 PICTURES = Path(__file__).resolve().parents[2] / "docs" / "guide" / "pictures"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 OVERVIEW = "#custom_scalars&_smoothingWeight=0"
-WIDTH, HEIGHT = 1100, 1180
-COLORS = 64  # of a picture, which is a quarter as large as one with all of them
+WIDTH, HEIGHT = 1100, 1400
+COLORS = 256  # of a picture, which is half as large as one with all of them
 PATIENCE = 60  # seconds that TensorBoard may take to start
 
 

@@ -59,6 +59,7 @@ from examples.emoji.results import RANKS, recall_of, results_table
 
 LOSSES = ("clip", "siglip", "simclr", "decoupled", "hard_negative", "triplet", "vicreg")
 RUNS, NAME = Path("runs"), "emoji"
+OVERVIEW = "http://localhost:6006/#custom_scalars&_smoothingWeight=0"
 
 
 def one_side(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -134,7 +135,8 @@ def main() -> None:
     evaluator = Evaluator(trainer.model, task=one_side, metrics=[metric])
     results = recall_of(evaluator, metric, shares)
     if idist.get_rank() == 0:
-        print(f"\n{results_table(results)}\n\nrun: {run_dir}")
+        print(f"\n{results_table(results)}\n\nreport: {run_dir}/report.html")
+        print(f"curves: {OVERVIEW}, after:")
         print(f"tensorboard --logdir {flags.run_dir or RUNS}")
 
 

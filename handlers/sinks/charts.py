@@ -49,7 +49,7 @@ DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"
 
 CHARTS = (
     Chart(LEARNS, "Loss: train and validation", [r"(?!health/)([^/]+/)?loss$"]),
-    Chart(LEARNS, "Accuracy", [r".*accuracy[^/]*$"]),
+    Chart(LEARNS, "Accuracy", [r"(?!health/).*accuracy[^/]*$"]),
     Chart(LEARNS, "Terms of the loss", [rf"train/(?!{NOT_A_TERM})"]),
     Chart(FAST, "Samples per second", [r"time/samples_per_second$"]),
     Chart(FAST, "Seconds: an update, and waiting for its data", [r"time/(step|data)$"]),
@@ -61,6 +61,7 @@ CHARTS = (
     Chart(HEALTHY, "Similarity of pairs", [r"health/(positive_similarity|negative_similarity)$"]),
     Chart(HEALTHY, "Pairs against strangers", [r"health/(.*/)?auroc$"]),
     Chart(HEALTHY, "Dimensions in use, as a share", [r"health/.+/rank_share$"]),
+    Chart(HEALTHY, "Accuracy within the batch", [r"health/in_batch_accuracy$"]),
     Chart(HEALTHY, "Loss over chance", [r"health/loss_over_chance$"]),
     Chart(HEALTHY, "Weights that move, as a share", [r"health/.+/moving$"]),
     Chart(HEALTHY, "Batches that were kept out", [r"guard/", r"train/skipped_"]),

@@ -39,7 +39,9 @@ def test_two_epochs_end_with_a_table_the_folder_and_the_tensorboard_line(small, 
     lines = capsys.readouterr().out.strip().splitlines()
     (run_dir,) = (tmp_path / "runs" / "emoji").iterdir()
     assert lines[-1] == "tensorboard --logdir runs"
-    assert lines[-2] == f"run: {run_dir.relative_to(tmp_path)}"
+    assert lines[-2] == f"curves: {train.OVERVIEW}, after:"
+    assert lines[-3] == f"report: {run_dir.relative_to(tmp_path)}/report.html"
+    assert (run_dir / "report.html").exists()
     table = [line for line in lines if line.startswith("unseen")]
     assert [line.split("  ")[0] for line in table] == [
         "unseen drawing, image to text",

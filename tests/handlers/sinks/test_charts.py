@@ -28,6 +28,7 @@ def titles(*tags: str) -> list[str]:
         ("val/recall@5", "Recall@5"),
         ("train/in_batch_accuracy", "Accuracy"),
         ("val/accuracy", "Accuracy"),
+        ("health/in_batch_accuracy", "Accuracy within the batch"),
         ("train/contrastive", "Terms of the loss"),
         ("time/samples_per_second", "Samples per second"),
         ("time/data", "Seconds: an update, and waiting for its data"),
