@@ -41,8 +41,6 @@ _Tile = dict[str, int]
 """The shape of a tile, and the warps and stages with which it is computed."""
 
 _TILE: _Tile = {"ROWS": _SIDE, "COLUMNS": _SIDE, "STEP": 64, "num_warps": 4, "num_stages": 3}
-# The logistic function takes longer than an exponential: more warps hide it.
-_SIGMOID: _Tile = {**_TILE, "num_warps": 8}
 _BAND = 16
 _LOG2_E = 1.4426950408889634
 
@@ -305,7 +303,7 @@ def sigmoid_sum(
         down, across = chunk.tiles()
         sums = total.new_zeros(down * across)
         sides = _sides(blocks.anchors[chunk.rows], whole[chunk.columns])
-        problem.tiles(kernels.sigmoid_losses, _SIGMOID, chunk, sides, sums)
+        problem.tiles(kernels.sigmoid_losses, _TILE, chunk, sides, sums)
         total += sums.sum()
     return total
 
@@ -324,7 +322,7 @@ def sigmoid_gradients(
 
     def launch(chunk: _Chunk, sides: _Sides, gradient: TensorDescriptor, sums: Tensor) -> None:
         arguments = (weight, gradient, sums, sums.shape[1])
-        problem.tiles(kernels.sigmoid_gradient, _SIGMOID, chunk, sides, *arguments)
+        problem.tiles(kernels.sigmoid_gradient, _TILE, chunk, sides, *arguments)
 
     return _gradients(problem, launch, batch, rows)
 

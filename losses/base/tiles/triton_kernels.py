@@ -278,13 +278,13 @@ def contrast_gradient(
                 exponents, column_terms, columns, m, 0, answer, own, positive, GROUP
             )
         values = tl.where(neither, 0.0, values)
-        scale_sum = tl.sum(tl.sum(values * total, 1), 0)
+        scale_sum = tl.sum(values * total)
     else:
         weights = tl.load(row_terms + 3 * n + rows)[:, None]
         if BOTH:
             weights = weights + tl.load(column_terms + 3 * m + columns)[None, :]
         values = tl.exp2(total * factor - tl.load(reference)) * weights
-        scale_sum = tl.sum(tl.sum(values * total, 1), 0)
+        scale_sum = tl.sum(values * total)
     _add(sums, scale_sum)
     gradient.store([down * ROWS, across * COLUMNS], values.to(tl.bfloat16))
 
@@ -403,9 +403,9 @@ def _inverse_norm(values):
 @triton.jit
 def _sigmoid(values):
     """Return 1 / (1 + exp(-value)); a square root's inverse takes less time than a division."""
-    small = tl.exp2(-(tl.abs(values) * LOG2_E))
+    small = tl.exp2(tl.minimum(values * LOG2_E, 64.0))  # beyond 2**64 the result is 1
     root = tl.rsqrt(1.0 + small)
-    return tl.where(values < 0.0, small, 1.0) * root * root
+    return small * root * root
 
 
 @triton.jit
@@ -446,9 +446,9 @@ def sigmoid_losses(
         )
         values = _softplus(tl.where(positive, -logits, logits))
         values = tl.where((rows < n)[:, None] & (columns < m)[None, :], values, 0.0)
-        loss = tl.sum(tl.sum(values, 1), 0)
+        loss = tl.sum(values)
     else:
-        loss = tl.sum(tl.sum(_softplus(logits), 1), 0)
+        loss = tl.sum(_softplus(logits))
     _add(sums, loss)
 
 
@@ -478,10 +478,10 @@ def sigmoid_gradient(
         signs = tl.where(positive, -1.0, 1.0)
         values = signs * _sigmoid(signs * logits) * tl.load(weight)
         values = tl.where((rows < n)[:, None] & (columns < m)[None, :], values, 0.0)
-        scale_sum, bias_sum = tl.sum(tl.sum(values * total, 1), 0), tl.sum(tl.sum(values, 1), 0)
+        scale_sum, bias_sum = tl.sum(values * total), tl.sum(values)
     else:
         values = _sigmoid(logits) * tl.load(weight)
-        scale_sum, bias_sum = tl.sum(tl.sum(values * total, 1), 0), tl.sum(tl.sum(values, 1), 0)
+        scale_sum, bias_sum = tl.sum(values * total), tl.sum(values)
     _add(sums, scale_sum)
     _add(sums + slots, bias_sum)
     gradient.store([down * ROWS, across * COLUMNS], values.to(tl.bfloat16))

@@ -49,8 +49,7 @@ def patched() -> None:
         module.kernels_take = take
     torch.cuda.device = lambda device: contextlib.nullcontext()  # type: ignore[assignment,misc]
     triton_blocks._add_product = add_product
-    for tile in (triton_blocks._TILE, triton_blocks._SIGMOID):
-        tile.update(ROWS=TILE, COLUMNS=TILE, STEP=TILE)
+    triton_blocks._TILE.update(ROWS=TILE, COLUMNS=TILE, STEP=TILE)
     triton_blocks._SIDE, triton_blocks._CHUNK_ROWS = TILE, CHUNK
     triton_blocks._FORWARD_COLUMNS, triton_blocks._FORWARD_LOGITS = 2 * CHUNK, 1
 
