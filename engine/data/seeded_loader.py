@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 import math
@@ -107,6 +108,7 @@ class SeededLoader:
             collate_fn=self._collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=persistent,
+            worker_init_fn=_leave_garbage,
             generator=torch.Generator().manual_seed(self.seed),
         )
 
@@ -260,6 +262,15 @@ def _shares(order: list[int], size: int, epoch: int, numbers: range) -> Iterator
         whole = order[number * size : (number + 1) * size]
         bounds = [len(whole) * r // world_size() for r in (rank(), rank() + 1)]
         yield [(epoch, index) for index in whole[bounds[0] : bounds[1]]]
+
+
+def _leave_garbage(_: int) -> None:
+    """Keep a worker from collecting what its parent left in cycles.
+
+    The memory of batches that the parent copied to a GPU cannot be freed in a process of its own:
+    the attempt ends it.
+    """
+    gc.freeze()
 
 
 class _SeededSamples(Dataset[Any]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 
 import numpy as np
@@ -277,3 +278,32 @@ def test_the_workers_of_an_abandoned_pass_end_with_the_loader_and_no_cycle_keeps
         assert not worker.is_alive()
     finally:
         gc.enable()
+
+
+class Collecting(Dataset):
+    """A data set that collects garbage, as any code in a worker may."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        gc.collect()
+        return index
+
+
+def test_a_worker_leaves_the_garbage_of_its_parent_alone(tmp_path):
+    class Note:
+        def __del__(self):
+            (tmp_path / str(os.getpid())).touch()
+
+    gc.collect()
+    gc.disable()
+    try:
+        note = Note()
+        note.cycle = note
+        del note
+        list(SeededLoader(Collecting(), 2, num_workers=1))
+    finally:
+        gc.enable()
+    gc.collect()
+    assert [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]
