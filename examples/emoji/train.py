@@ -76,6 +76,12 @@ def unseen_samples(emoji: list[Emoji], batches: list[Batch]) -> PairSamples:
     return PairSamples(batches=batches, images=images, captions=captions, task=one_side)
 
 
+def held_out_pairs(emoji: list[Emoji], size: int) -> SeededLoader:
+    """Return one batch as large as those of training: a contrastive loss depends on the size."""
+    pairs = unseen_pairs(emoji)[:size]
+    return SeededLoader(pairs, len(pairs), shuffle=False, collate=collate_pairs)
+
+
 def build_trainer(flags: argparse.Namespace) -> Trainer:
     """Return a trainer with model, loss and optimizer, without handlers."""
     torch.manual_seed(flags.seed)
@@ -103,9 +109,6 @@ def main() -> None:
         TrainingPairs(emoji), flags.batch_size, seed=flags.seed, drop_last=True, collate=collate
     )
     splits = {"unseen_drawing": unseen_drawings(emoji), "unseen_emoji": unseen_emoji(emoji)}
-    # One batch as large as those of training: a contrastive loss depends on the batch size.
-    pairs = unseen_pairs(emoji)[: flags.batch_size]
-    held_out = SeededLoader(pairs, len(pairs), shuffle=False, collate=collate_pairs)
     samples = unseen_samples(emoji, splits["unseen_emoji"])
     shares = {split: of_this_rank(batches) for split, batches in splits.items()}
 
@@ -113,7 +116,7 @@ def main() -> None:
     trainer.attach(
         LearningRate(warmup=len(loader) * flags.epochs // 10, decay="cosine"),
         GradientClipping(max_norm=1.0),
-        Evaluation(held_out, prefix="val", every=5 * len(loader)),
+        Evaluation(held_out_pairs(emoji, flags.batch_size), every=5 * len(loader)),
         *(
             Evaluation(
                 batches,
