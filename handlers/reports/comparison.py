@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from diptych.engine.state.differences import differences
@@ -40,15 +40,24 @@ def _differing_rows(runs: Sequence[RunHistory]) -> dict[str, list[Any]]:
     names = dict.fromkeys(name for run in runs for name in run.settings)
     rows = {name: [run.settings.get(name, "-") for run in runs] for name in names}
     different = {name: row for name, row in rows.items() if any(value != row[0] for value in row)}
-    for name, row in list(different.items()):
-        handler = name.removesuffix(".class")
-        if name.startswith("handlers.") and handler != name and "-" in row:
-            # A handler that a run lacks is one row.
-            own = [other for other in different if other.startswith(f"{handler}.")]
-            for setting in own:
-                del different[setting]
-            different[handler] = [value if value == "-" else "attached" for value in row]
-    return different
+    lacking = [
+        name.removesuffix(".class")
+        for name, row in different.items()
+        if name.startswith("handlers.") and name.endswith(".class") and "-" in row
+    ]
+    return _with_one_row_each(different, lacking)
+
+
+def _with_one_row_each(
+    rows: Mapping[str, list[Any]], handlers: Sequence[str]
+) -> dict[str, list[Any]]:
+    """Return rows in which each handler that a run lacks has one row, instead of its settings."""
+    beginnings = tuple(f"{handler}." for handler in handlers)
+    kept = {name: row for name, row in rows.items() if not name.startswith(beginnings)}
+    for handler in handlers:
+        row = rows[f"{handler}.class"]
+        kept[handler] = ["-" if value == "-" else "attached" for value in row]
+    return kept
 
 
 def _is_shown(name: str, deciding: Collection[str] | None) -> bool:

@@ -10,7 +10,6 @@ import attrs
 from ignite.engine import Events
 
 from diptych.engine.checks import whole_number
-from diptych.engine.evaluator import EvaluatesModel
 from diptych.engine.events import EvaluationEvents, RunEvents
 from diptych.engine.state.handler_states import attached
 from diptych.handlers.extras import check_extra
@@ -23,6 +22,7 @@ from diptych.handlers.reports.page import RunNotes, drawings, page
 from diptych.handlers.reports.run_history import RunReader
 from diptych.handlers.run_directory import RunDirectory
 from diptych.handlers.sinks.jsonl import JsonLines
+from diptych.handlers.sinks.progress_bar import chance_values
 from diptych.handlers.sinks.run_card import ending_word
 
 if TYPE_CHECKING:
@@ -108,9 +108,7 @@ class HistoryPlots(OutputHandler):
         self._chance = dict(state_dict["chance"])
 
     def _keep_chance(self, trainer: Trainer) -> None:
-        for handler in trainer.handlers_of(EvaluatesModel):
-            values = handler.evaluator.chance
-            self._chance |= {f"{handler.prefix}/{name}": value for name, value in values.items()}
+        self._chance |= chance_values(trainer)
 
     def _check(self, trainer: Trainer) -> None:
         self._reader = RunReader(self.directory)  # the files may be cut when a run starts
