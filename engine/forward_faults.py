@@ -177,6 +177,11 @@ def _ids(call: FailedCall) -> str | None:
     if not isinstance(table, (nn.Embedding, nn.EmbeddingBag)) or not isinstance(value, Tensor):
         return None
     name, rows = call.name_of(value), table.num_embeddings
+    if value.ndim == 1 and isinstance(table, nn.EmbeddingBag) and len(call.inputs) == 1:
+        return (
+            f"{name} must be token ids [batch, tokens] for {call.part}, got {described(value)}, "
+            "one number a sample, as labels are. For labels use tasks.classification"
+        )
     if value.is_floating_point():
         return f"{name} must be integers for {call.part}, got {described(value)}. Pass token ids"
     if value.device.type != "cpu" or not value.numel() or 0 <= value.min() <= value.max() < rows:
@@ -207,6 +212,8 @@ def _other_type(call: FailedCall) -> str | None:
     value, weight = call.input, call.weight
     if not isinstance(value, Tensor) or weight is None or not weight.is_floating_point():
         return None
+    if isinstance(call.module, (nn.Embedding, nn.EmbeddingBag)):
+        return None
     if value.dtype == weight.dtype or torch.is_autocast_enabled(value.device.type):
         return None
     start = f"{call.name_of(value)} must be {weight.dtype} for {call.part}, got {described(value)}"
@@ -222,12 +229,16 @@ def _channels(call: FailedCall) -> str | None:
     if not isinstance(layer, _ConvNd) or isinstance(layer, _ConvTransposeNd):
         return None
     dims = len(layer.kernel_size) + 2
-    if not isinstance(value, Tensor) or value.ndim != dims or value.shape[1] == layer.in_channels:
+    if not isinstance(value, Tensor) or value.ndim == dims - 1:  # one image without a batch
+        return None
+    if value.ndim == dims and value.shape[1] == layer.in_channels:
         return None
     start = (
         f"{call.name_of(value)} must be [batch, {layer.in_channels} channels, ...] for "
         f"{call.part}, got {described(value)}. "
     )
+    if value.ndim != dims:
+        return f"{start}Is another part of the batch meant? with_keys(image=...) names it"
     if value.shape[-1] == layer.in_channels:
         return f"{start}Put the channels first: images.movedim(-1, 1)"
     return f"{start}Convert the images, or the model's first layer"

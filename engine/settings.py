@@ -18,7 +18,7 @@ their own type."""
 OTHER_NAMES: dict[str, tuple[object, ...]] = {
     "fp32": (32, "32", "32-true", "float32", "no", torch.float32),
     "bf16": ("bf16-mixed", "bfloat16", "bf16-true", torch.bfloat16),
-    "fp16": (16, "16", "16-mixed", "float16", "half", True, torch.float16),
+    "fp16": (16, "16", "16-mixed", "float16", "half", torch.float16),
 }
 """Other trainers' names of each precision."""
 

@@ -264,6 +264,8 @@ def _way_to_attach(handler: object) -> str:
         return "Unpack several handlers: trainer.attach(*handlers)"
     if isinstance(handler, LRScheduler):
         return f"{WAY_TO_SCHEDULE}, and LearningRate(...) is a handler"
+    if str(getattr(handler, "__module__", "")).startswith("diptych.") and callable(handler):
+        return "Call it, and unpack what it returns: trainer.attach(*function(...))"
     return "For a function, use trainer.add_event_handler(event, function)"
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from diptych._argument_names import names_the_right_argument
 from diptych.engine.checks import is_whole
 from diptych.engine.containers import same_values
+from diptych.engine.data.collation import collate_samples
 from diptych.engine.data.loader_contract import Pass
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.errors import ResumeError
@@ -105,7 +106,7 @@ class SeededLoader:
             _SeededSamples(self.dataset, self.seed),
             batch_sampler=batches,
             num_workers=self._workers,
-            collate_fn=self._collate,
+            collate_fn=self._collate or collate_samples,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=persistent,
             worker_init_fn=_leave_garbage,

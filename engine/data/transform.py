@@ -64,6 +64,12 @@ def placed_transform(transform: Any, step: Any, device: torch.device) -> Transfo
         return None
     if not callable(transform):
         raise TypeError(f"transform must be a function of a batch, got {transform!r}")
+    if isinstance(transform, type):
+        name = transform.__name__
+        raise TypeError(
+            f"transform must be a function of a batch, got the class {name}. Make an instance: "
+            f"{name}(...)"
+        )
     if step is not None and not isinstance(step, type):
         raise ValueError(
             f"transform needs a TrainStep, got the function {step!r} as step. Call the transform "

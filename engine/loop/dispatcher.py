@@ -15,7 +15,7 @@ from ignite.engine.events import RemovableEventHandle
 from torch.optim.lr_scheduler import LRScheduler
 
 from diptych.engine.distributed.hang_report import place_stack, raise_if_lost
-from diptych.engine.loop.event_names import check_event, check_function
+from diptych.engine.loop.event_names import check_event, check_function, check_signature
 from diptych.engine.loop.handler_table import Edited, HandlerTable
 from diptych.engine.loop.listener import Listener, filter_of
 from diptych.engine.loop.periodic import Periodic
@@ -122,7 +122,11 @@ class Dispatcher(Engine):
         check_function(event_name, handler)
         if isinstance(getattr(handler, "__self__", None), LRScheduler):
             handler = SchedulerStep(handler)
-        handle = super().add_event_handler(event_name, handler, *args, **kwargs)
+        try:
+            handle = super().add_event_handler(event_name, handler, *args, **kwargs)
+        except ValueError:
+            check_signature(handler, self, *args, **kwargs)
+            raise
         self._find_listeners()
         if filter_of(event_name) is not None:
             self._listeners[event_name][-1].event = event_name

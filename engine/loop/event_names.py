@@ -69,6 +69,26 @@ def check_function(event: Any, function: Any) -> None:
     )
 
 
+def check_signature(function: Any, *arguments: Any, **keywords: Any) -> None:
+    """Check that a function of an event takes the engine and the arguments given for it, or these.
+
+    Raises:
+        ValueError: if it takes neither.
+    """
+    signature = inspect.signature(function)
+    for given in (arguments, arguments[1:]):
+        try:
+            signature.bind(*given, **keywords)
+        except TypeError:
+            continue
+        return
+    name = getattr(function, "__name__", type(function).__name__)
+    raise ValueError(
+        f"handler must take the engine or no argument, got {name}{signature}. Other arguments "
+        "follow the function: add_event_handler(event, function, argument)"
+    )
+
+
 def _nearest(name: str, events: dict[str, Any]) -> Any:
     meant = [to for part, to in OTHERS.items() if part in name.lower() and to in events]
     if name.upper() not in events and meant:

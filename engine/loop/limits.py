@@ -46,19 +46,24 @@ def check_limits(
         check_is_loader("data", data)
     limits = {"max_epochs": max_epochs, "max_iters": max_iters, "epoch_length": epoch_length}
     for name, value in limits.items():
-        if value is not None and not isinstance(value, Integral):
-            is_short = isinstance(value, (str, float))
-            got = repr(value) if is_short else f"a {type(value).__name__}"
-            raise TypeError(f"{name} must be a whole number, got {got}. Write run(data, {name}=10)")
-        if value is not None and value < 1:
-            raise ValueError(
-                f"{name} must be >= 1, got {value}. To try a script without training, call "
-                "trainer.dry_run(loader)"
-            )
+        if value is not None:
+            _check_limit(name, value)
     if max_epochs is not None and max_iters is not None:
         raise ValueError(
             f"max_epochs and max_iters are mutually exclusive, got {max_epochs} and {max_iters}. "
             "Pass one of them"
+        )
+
+
+def _check_limit(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        is_short = isinstance(value, (str, float, bool))
+        got = repr(value) if is_short else f"a {type(value).__name__}"
+        raise TypeError(f"{name} must be a whole number, got {got}. Write run(data, {name}=10)")
+    if int(value) < 1:
+        raise ValueError(
+            f"{name} must be >= 1, got {value}. To try a script without training, call "
+            "trainer.dry_run(loader)"
         )
 
 

@@ -236,7 +236,10 @@ class CheckpointStore:
         except Exception as error:  # torch, zipfile and pickle each have errors of their own
             raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
         if not isinstance(state, dict) or "format" not in state:
-            raise CheckpointError(f"{path} is not a checkpoint of a run")
+            raise CheckpointError(
+                f"{path} is not a checkpoint of a run. For weights alone there is "
+                "load_weights(model, path)"
+            )
         try:
             check_parts(state)
         except Exception as error:  # a value of another type may raise anything

@@ -115,6 +115,11 @@ def load_weights(
             fit in several ways; with `strict`, if anything does not fit.
         ValueError: if the model is on the meta device.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(
+            f"path must be a path, got a {type(path).__name__}. The order is load_weights(model, "
+            "path); model.load_state_dict takes a state dict"
+        )
     file = Path(path)
     weights = _renamed(read_weights(file), rename or {})
     own = {k: v for k, v in clean_state_dict(model).items() if isinstance(v, Tensor)}

@@ -33,7 +33,11 @@ logger = logging.getLogger(__name__)
 
 
 def _as_stages(stages: Iterable[Stage]) -> tuple[Stage, ...]:
-    return tuple(stages)
+    found = tuple(stages)
+    wrong = [type(stage).__name__ for stage in found if not isinstance(stage, Stage)]
+    if wrong:
+        raise TypeError(f"stages must be Stage objects, got a {wrong[0]}. Write Stage('name', ...)")
+    return found
 
 
 def _check_stages(_: Any, __: attrs.Attribute[Any], stages: tuple[Stage, ...]) -> None:

@@ -51,7 +51,9 @@ class MatryoshkaLoss(Loss):
     ) -> None:
         super().__init__()
         if not isinstance(loss, nn.Module):
-            raise TypeError(f"loss must be an nn.Module, got {type(loss).__name__}")
+            is_class = isinstance(loss, type)
+            way_out = f". Make an instance: {loss.__name__}(...)" if is_class else ""
+            raise TypeError(f"loss must be an nn.Module, got {type(loss).__name__}{way_out}")
         dims = tuple(dims)
         if not dims or dims[0] < 1 or list(dims) != sorted(set(dims)):
             raise ValueError(f"dims must increase from at least 1, got {dims}")

@@ -17,27 +17,23 @@ from diptych.handlers import (
     GradientClipping,
     JsonLines,
     RetrievalRecall,
+    StagePlan,
     TensorBoard,
     default_handlers,
+    load_weights,
 )
 from diptych.losses import (
     CLIPLoss,
-    CrossEntropyLoss,
     MoCoLoss,
     NTXentLoss,
     SigLIPLoss,
     get_loss,
 )
+from tests.mistakes.batch_errors import OF_BATCHES
 from tests.mistakes.makers import (
     BATCH,
-    CAPTIONS,
-    IMAGES,
-    TOKENS,
-    LeftBehind,
-    Normalised,
     NoTensor,
     OneFeature,
-    Pictures,
     Samples,
     TwoTowers,
     attached_twice,
@@ -54,14 +50,15 @@ from tests.mistakes.makers import (
     resumed,
     run,
     scheduler,
-    see,
     sgd,
     trainer,
     unpublished_best_metric,
     unpublished_patience_metric,
+    weights,
 )
 
 MISTAKES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    **OF_BATCHES,
     "a wrong key": (
         lambda _: run({"picture": BATCH["image"], "text": BATCH["text"]}),
         ["'image'", "'picture', 'text'", "with_keys(image=...)"],
@@ -199,130 +196,6 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda _: run(BATCH, NoTensor()),
         ["model must return (image_features, text_features)", "got a str"],
     ),
-    # -- batches that the model cannot take
-    "captions as strings": (
-        lambda _: see(text=CAPTIONS),
-        ["batch['text'] must be a tensor for text (EmbeddingBag)", "4 strings", "Tokenize"],
-    ),
-    "captions as strings in a tuple": (
-        lambda _: run((IMAGES, CAPTIONS), Pictures()),
-        ["batch[1] must be a tensor", "Tokenize captions in the data set"],
-    ),
-    "a tokenizer's mapping": (
-        lambda _: see(text={"input_ids": TOKENS}),
-        ["batch['text'] must be a tensor", "'input_ids': int64 [4, 7]", "task of your own"],
-    ),
-    "images of 0 to 255": (
-        lambda _: see(image=(IMAGES * 255).byte()),
-        ["batch['image'] must be torch.float32", "uint8 [4, 3, 6, 6]", "image.float() / 255"],
-    ),
-    "images with the channels last": (
-        lambda _: see(image=IMAGES.movedim(1, -1)),
-        ["batch['image'] must be [batch, 3 channels", "[4, 6, 6, 3]", "images.movedim(-1, 1)"],
-    ),
-    "grey images": (
-        lambda _: see(image=IMAGES[:, :1]),
-        ["batch['image'] must be [batch, 3 channels", "[4, 1, 6, 6]", "Convert the images"],
-    ),
-    "images in float64": (
-        lambda _: see(image=IMAGES.double()),
-        ["batch['image'] must be torch.float32", "float64", ".float()"],
-    ),
-    "tokens as numbers with a fraction": (
-        lambda _: see(text=TOKENS.float()),
-        ["batch['text'] must be integers", "float32 [4, 7]", "Pass token ids"],
-    ),
-    "tokens of another vocabulary": (
-        lambda _: see(text=TOKENS + 50),
-        ["batch['text'] must lie in [0, 50)", "tokenizer must have the same vocabulary"],
-    ),
-    "features of another width": (
-        lambda _: run({**BATCH, "image": torch.randn(4, 7)}),
-        ["batch['image'] must have 3 numbers in its last dimension", "[4, 7]"],
-    ),
-    "pictures and captions of different number": (
-        lambda _: see(image=IMAGES[:3]),
-        ["must have equal shapes, one row for each pair", "(3, 4) and (4, 4)", "as many samples"],
-    ),
-    "the same, in micro-batches": (
-        lambda _: run({"image": IMAGES[:3], "text": TOKENS}, Pictures(), microbatch_size=2),
-        ["first dimension", "'text_features': (4, 4)", "the same number of samples"],
-    ),
-    "towers of different width": (
-        lambda _: CLIPLoss()(torch.randn(4, 3), torch.randn(4, 5)),
-        ["must have equal shapes", "(4, 3) and (4, 5)", "Project both sides"],
-    ),
-    "a part that is None": (
-        lambda _: run({**BATCH, "text": None}),
-        ["batch must have 'text', got None", "Leave out samples without 'text'"],
-    ),
-    "samples that are not collated": (
-        lambda _: run([{"image": torch.randn(3)}, {"image": torch.randn(3)}]),
-        ["batch[0] must be a tensor", "A list of samples must be collated"],
-    ),
-    "two views in one list": (
-        lambda _: run([[IMAGES, IMAGES], torch.arange(4)], loss=NTXentLoss(), task=tasks.two_views),
-        ["first must be a tensor with a view of each sample", "collate {'first': ..., 'second'"],
-    ),
-    "a tensor outside of the model's buffers": (
-        lambda _: run(BATCH, LeftBehind()),
-        ["model must be on one device", "scale on meta", "self.register_buffer('scale', ...)"],
-    ),
-    "a model in half precision": (
-        lambda _: run(BATCH, TwoTowers().bfloat16()),
-        ["batch['image'] must be torch.bfloat16", "Keep the model in float32", "precision='bf16'"],
-    ),
-    "one sample for a batch norm": (
-        lambda _: run(BATCH, Normalised(), microbatch_size=1),
-        ["2 samples or more for norm (BatchNorm1d)", "microbatch_size"],
-    ),
-    "a model with one input": (
-        lambda _: run(BATCH, nn.Linear(3, 4)),
-        ["model must take the 2 inputs that the task passes", "Linear.forward", "Choose the task"],
-    ),
-    # -- labels
-    "labels counted from 1": (
-        lambda _: classify(torch.tensor([1, 2, 3, 3])),
-        ["labels must lie in [0, 3)", "got 1 to 3", "labels - 1"],
-    ),
-    "more labels than classes": (
-        lambda _: classify(torch.tensor([0, 1, 2, 7]), nn.CrossEntropyLoss()),
-        ["labels must lie in [0, 3)", "got 0 to 7", "last layer as many outputs"],
-    ),
-    "a negative label": (
-        lambda _: classify(torch.tensor([0, 1, 2, -2])),
-        ["labels must lie in [0, 3)", "got -2 to 2", "without a label has -100"],
-    ),
-    "labels out of range in a loss alone": (
-        lambda _: CrossEntropyLoss()(torch.randn(2, 3), torch.tensor([0, 3])),
-        ["labels must lie in [0, 3)", "or be -100, got 0 to 3"],
-    ),
-    "labels with a fraction": (
-        lambda _: classify(torch.tensor([0.0, 1.0, 2.0, 0.0])),
-        ["labels must be integers", "torch.float32", ".long()"],
-    ),
-    "one-hot labels": (
-        lambda _: classify(torch.eye(3)[[0, 1, 2, 0]]),
-        ["labels must be one class number a sample, (4,)", "(4, 3)", "labels.argmax(-1)"],
-    ),
-    "labels in a column": (
-        lambda _: classify(torch.zeros(4, 1, dtype=torch.int64)),
-        ["labels must have the logits' shape without the classes, (4,)", "labels.squeeze(-1)"],
-    ),
-    "classes before the pixels": (
-        lambda _: CrossEntropyLoss()(
-            torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64)
-        ),
-        ["labels must have the logits' shape without the classes", "Put the classes last"],
-    ),
-    "a contrastive task with a loss for labels": (
-        lambda _: run(BATCH, loss=CrossEntropyLoss()),
-        ["labels must be one class number a sample", "contrastive loss, such as CLIPLoss"],
-    ),
-    "a task with labels for a contrastive loss": (
-        lambda _: classify(torch.tensor([0, 1, 2, 0]), CLIPLoss()),
-        ["second must be floating point, got torch.int64", "CrossEntropyLoss"],
-    ),
     # -- the parts of a trainer
     "model and loss in each other's place": (
         lambda _: Trainer(CLIPLoss(), parts_of_trainer()[0], sgd(), task=tasks.image_text),
@@ -413,6 +286,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda _: trainer().run([BATCH], max_epochs=0),
         ["max_epochs must be >= 1, got 0", "trainer.dry_run(loader)"],
     ),
+    "True as the number of epochs": (
+        lambda _: trainer().run([BATCH], max_epochs=True),
+        ["max_epochs must be a whole number, got True"],
+    ),
     "epochs and iterations": (
         lambda _: trainer().run([BATCH], max_epochs=2, max_iters=3),
         ["max_epochs and max_iters are mutually exclusive, got 2 and 3", "Pass one"],
@@ -464,6 +341,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda _: trainer().add_event_handler("EPOCH_COMPLETED", None),
         ["handler must be a function, got a NoneType", "not its result"],
     ),
+    "a function of two arguments": (
+        lambda _: trainer().add_event_handler("EPOCH_COMPLETED", lambda trainer, logs: None),
+        ["handler must take the engine or no argument", "(trainer, logs)", "function, argument)"],
+    ),
     "another trainer's method": (
         lambda _: trainer().fit([BATCH]),
         ["'Trainer' object has no attribute 'fit'", "trainer.run(loader, max_epochs=...)"],
@@ -508,6 +389,26 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a checkpoint of another loss": (
         lambda folder: resumed(folder, TwoTowers(), SigLIPLoss()),
         ["loss must match the checkpoint, which lacks bias", "load_weights"],
+    ),
+    "a function that returns handlers": (
+        lambda _: trainer().attach(default_handlers),
+        ["attach(trainer), got the function default_handlers", "attach(*function(...))"],
+    ),
+    "weights as a checkpoint": (
+        lambda folder: trainer().attach(CheckpointManager(folder, resume=weights(folder))).run([]),
+        ["is not a checkpoint of a run", "load_weights(model, path)"],
+    ),
+    "model and path in each other's place": (
+        lambda folder: load_weights(weights(folder), TwoTowers()),
+        ["path must be a path, got a TwoTowers", "load_weights(model, path)"],
+    ),
+    "stages as mappings": (
+        lambda _: StagePlan([{"name": "warm"}]),
+        ["stages must be Stage objects, got a dict", "Stage('name', ...)"],
+    ),
+    "a transform's class": (
+        lambda _: trainer(transform=nn.Identity),
+        ["transform must be a function of a batch, got the class Identity", "Identity(...)"],
     ),
     "a file as a state": (
         lambda folder: trainer().load_state_dict(file_in(folder)),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diptych.engine import Trainer, TrainStep, tasks
+from diptych.engine import SeededLoader, Trainer, TrainStep, tasks
 from diptych.handlers import (
     CheckpointManager,
     EarlyStopping,
@@ -193,3 +194,27 @@ def file_in(folder: Path) -> Path:
 
 def unpublished_patience_metric(_: Path) -> None:
     trainer().attach(EarlyStopping(metric="val/nothing", patience=1)).run([BATCH])
+
+
+class Made(torch.utils.data.Dataset[Any]):
+    """Four samples that a function makes."""
+
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        self._make = make
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Any:
+        return self._make(index)
+
+
+def load(make: Callable[[int], Any]) -> None:
+    """Load a batch of samples that a function makes."""
+    next(iter(SeededLoader(Made(make), 4)))
+
+
+def weights(folder: Path) -> Path:
+    """Return a file with the weights of a model."""
+    torch.save(TwoTowers().state_dict(), folder / "weights.pt")
+    return folder / "weights.pt"
