@@ -23,8 +23,8 @@ from diptych.losses.base.tiles.torch_blocks import Entries, LossBlocks, TileSett
 from diptych.losses.base.validation import working_dtype
 
 _PLAIN_LOGITS = {"cpu": 2**24, "cuda": 2**26}
-_PLAIN_LOGITS_ON_RANKS = 2**23
-_BLOCK_LOGITS = {"cpu": 2**22, "cuda": 2**26}
+_PLAIN_LOGITS_BESIDE_KERNELS = 2**24
+_BLOCK_LOGITS = {"cpu": 2**22, "cuda": 3 * 2**24}
 _LEAST_ROWS = {"cpu": 32, "cuda": 512}
 _ALL = GlobalBatch((0,), 0)
 """The batch of one process, or of one rank that has all candidates: nothing is gathered."""
@@ -41,8 +41,8 @@ def resolve_tile(
     """Return the number of rows of a block, or None for the whole matrix.
 
     ``"auto"`` means the whole matrix up to 8192 x 8192 logits on an accelerator and 4096 x 4096 on
-    a CPU, where memory is no concern; over ranks with half-precision kernels, which exchange less,
-    up to 8 Mi logits. Above that, blocks have 64 Mi and 4 Mi logits, and at least 512 and 32 rows.
+    a CPU, where memory is no concern, or where the half-precision kernels run, which are faster
+    from there on. Above that, blocks have 48 Mi and 4 Mi logits, and at least 512 and 32 rows.
 
     Args:
         tile: ``"auto"``, None (whole) or a number of rows.
@@ -58,8 +58,8 @@ def resolve_tile(
     rows, columns, most = anchors.shape[0], candidates.shape[0], _PLAIN_LOGITS[kind]
     if batch is not None:
         rows, columns = max(batch.sizes), batch.total
-        if batch.world_size > 1 and kernels_take(anchors, dtype):
-            most = _PLAIN_LOGITS_ON_RANKS
+    if kernels_take(anchors, dtype):
+        most = _PLAIN_LOGITS_BESIDE_KERNELS
     if rows * columns <= most:
         return None
     return max(_LEAST_ROWS[kind], _BLOCK_LOGITS[kind] // columns)
