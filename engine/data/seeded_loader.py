@@ -109,7 +109,7 @@ class SeededLoader:
             collate_fn=self._collate or collate_samples,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=persistent,
-            worker_init_fn=_leave_garbage,
+            worker_init_fn=leave_garbage,
             generator=torch.Generator().manual_seed(self.seed),
         )
 
@@ -265,7 +265,7 @@ def _shares(order: list[int], size: int, epoch: int, numbers: range) -> Iterator
         yield [(epoch, index) for index in whole[bounds[0] : bounds[1]]]
 
 
-def _leave_garbage(_: int) -> None:
+def leave_garbage(_: int) -> None:
     """Keep a worker from collecting what its parent left in cycles.
 
     The memory of batches that the parent copied to a GPU cannot be freed in a process of its own:
