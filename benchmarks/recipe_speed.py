@@ -52,7 +52,7 @@ def draw(folder: Path, number: int) -> None:
     width, height = torch.randint(LEAST, MOST + 1, (2,), generator=generator).tolist()
     coarse = torch.randint(0, 256, (1, 3, 9, 12), generator=generator).float()
     pixels = F.interpolate(coarse, (height, width), mode="bicubic")[0]
-    pixels += 8 * torch.randn(pixels.shape, generator=generator)
+    pixels += torch.randint(-12, 13, pixels.shape, generator=generator)
     image = pixels.clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
     Image.fromarray(image).save(folder / f"{number:06}.jpg", quality=90)
 
@@ -60,7 +60,8 @@ def draw(folder: Path, number: int) -> None:
 def write_data(folder: Path, images: int, workers: int) -> None:
     """Write images and captions, and a text model with its tokenizer."""
     (folder / "images").mkdir(parents=True)
-    with ProcessPoolExecutor(max(1, workers)) as pool:
+    one_thread = (torch.set_num_threads, (1,))  # of each process
+    with ProcessPoolExecutor(max(1, workers), None, *one_thread) as pool:
         list(pool.map(partial(draw, folder / "images"), range(images), chunksize=32))
     chosen = random.Random(0)
     lines = (f"{n:06}.jpg\t{' '.join(chosen.choices(WORDS, k=12))}\n" for n in range(images))

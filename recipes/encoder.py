@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from diptych.engine.data.batches import to_device
+from diptych.engine.data.seeded_loader import leave_garbage
 from diptych.engine.evaluator import evaluation_mode
 from diptych.engine.settings import AUTOCAST, Precision
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
@@ -270,7 +271,9 @@ class Encoder:
     def _encode_files(self, images: list[Any]) -> tuple[Tensor, dict[Any, str]]:
         """Return the features of the images that can be read, and the problems of the others."""
         pixels = _Pixels(images, self.towers.image.resize)
-        loader = DataLoader(pixels, self.batch_size, num_workers=self.workers)
+        loader = DataLoader(
+            pixels, self.batch_size, num_workers=self.workers, worker_init_fn=leave_garbage
+        )
         problems: list[str] = []
 
         def readable() -> Iterator[Tensor]:

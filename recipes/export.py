@@ -246,18 +246,23 @@ def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> list[str]:
 
 def _licences(encoder: Encoder, file: Path) -> list[str]:
     """Return the licence of each tower: as its files stated it when the run began, if they did."""
+    stated = json.loads(file.read_text("utf-8")) if is_plain_file(file) else []
+    assert encoder.settings is not None
+    start = RANDOM if encoder.settings.pretrained is None else UNKNOWN
+    return [
+        f"{side} tower `{name}`: {LICENCE.get(name) or shortened(licence) or start}"
+        for (side, name), licence in zip(_names(encoder).items(), [*stated, "", ""], strict=False)
+    ]
+
+
+def _names(encoder: Encoder) -> dict[str, str]:
+    """Return the names of the towers of an encoder."""
     settings, text = encoder.settings, encoder.towers.text
     assert settings is not None
-    stated = json.loads(file.read_text("utf-8")) if is_plain_file(file) else []
-    names = {"image": settings.image_tower}
-    if text is not None:
-        is_small = isinstance(text.module, TextEncoder)
-        names["text"] = settings.text_tower or (SMALL if is_small else settings.image_tower)
-    start = RANDOM if settings.pretrained is None else UNKNOWN
-    return [
-        f"{side} tower `{name}`: {LICENCE.get(name) or shortened(licence or '') or start}"
-        for (side, name), licence in zip(names.items(), [*stated, "", ""], strict=False)
-    ]
+    if text is None:
+        return {"image": settings.image_tower}
+    own = SMALL if isinstance(text.module, TextEncoder) else settings.image_tower
+    return {"image": settings.image_tower, "text": settings.text_tower or own}
 
 
 def _entry(run: Path, checkpoint: Which) -> Entry | None:

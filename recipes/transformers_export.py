@@ -74,7 +74,7 @@ def write_two_towers(encoder: Encoder, run: Path, folder: Path) -> str:
             f"got {run}. Use --to safetensors or --to onnx."
         )
     text.save(folder)
-    text.module.model.save_pretrained(folder / "text")
+    cast("Any", text.module.model).save_pretrained(folder / "text")
     plain.save_pretrained(folder / "image")
     write_preprocessor(image, folder / "image")
     projections = {
@@ -84,7 +84,7 @@ def write_two_towers(encoder: Encoder, run: Path, folder: Path) -> str:
     }
     content = {name: value.detach().contiguous() for name, value in projections.items()}
     write_atomically(folder / PROJECTIONS, partial(save_file, content))
-    most = longest_text(text.module.model.config)
+    most = longest_text(cast("Any", text.module.model).config)
     return TWO.format(projections=PROJECTIONS, pooled=_pooled(image), longest=most)
 
 

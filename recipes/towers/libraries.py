@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from pickle import UnpicklingError
 from typing import Any, get_args
 
 import torch
@@ -35,8 +34,6 @@ MODES: Mapping[str | None, Mode] = {
     "longest": "pad",
 }
 """The modes of a resize, as timm and open_clip name them."""
-UNUSABLE = (RuntimeError, OSError, ValueError, UnpicklingError)
-"""What libraries raise for a name that they do not have, or a file of weights of another model."""
 
 
 def library(extra: str, package: str, tower: str, name: str) -> Any:
@@ -68,12 +65,11 @@ def timm_image(name: str, options: TowerOptions) -> Towers:
         except TypeError:  # a convolutional network takes any size, and no argument for it
             model = timm.create_model(name, **given)
         # Weights that the file lacks are left random, for the sake of classifiers.
-        if options.file and not {*timm.models.load_state_dict(options.file)} & {
-            *model.state_dict()
-        }:
-            raise ValueError(f"{options.file} has none of its weights")
-    except UNUSABLE as error:
+        names = timm.models.load_state_dict(options.file).keys() if options.file else set()
+    except Exception as error:  # a file of weights raises whatever its reader does
         raise TowerError(f"the tower must be timm's, got {name!r}: {error!s:.300}") from error
+    if options.file and not names & model.state_dict().keys():
+        raise TowerError(f"pretrained must be a file of timm:{name}, got {options.file} of another")
     config = timm.data.resolve_model_data_config(model)
     size = options.image_size or config["input_size"][-1]
     return Towers(
@@ -122,6 +118,43 @@ def _pretrained_licence(options: TowerOptions, stated: str | None) -> str:
 def open_clip_towers(name: str, options: TowerOptions) -> Towers:
     """Return both towers of a model of open_clip, with its scale."""
     open_clip = library("open-clip", "open_clip", "open_clip", name)
+    model, tokenizer = _open_clip_model(open_clip, name, options)
+    found = model.visual.image_size
+    size = found[0] if isinstance(found, (tuple, list)) else found
+    config = open_clip.get_model_preprocess_cfg(model)
+    with torch.no_grad():  # its models name the dimension in different ways
+        width = model.encode_text(tokenizer(["a"])).shape[-1]
+    visual, model.visual = model.visual, nn.Identity()
+    resize = Resize(
+        size,
+        interpolation=_interpolation(config["interpolation"]),
+        mode=MODES[config["resize_mode"]],
+        fill=config["fill_color"],
+    )
+    image = ImageTower(
+        module=visual,
+        width=width,
+        size=size,
+        mean=config["mean"],
+        std=config["std"],
+        resize=resize,
+        projected=True,
+    )
+    text = _OpenClipText(model)
+    return Towers(
+        image=image,
+        text=TextTower(module=text, width=width, tokenize=tokenizer, projected=True),
+        logit_scale=model.logit_scale,
+        logit_bias=getattr(model, "logit_bias", None),
+    )
+
+
+def _open_clip_model(open_clip: Any, name: str, options: TowerOptions) -> tuple[Any, Any]:
+    """Return a model and its tokenizer.
+
+    Raises:
+        TowerError: if open_clip has none of this name, or its weights cannot be used.
+    """
     tags = [None, *open_clip.list_pretrained_tags_by_model(name)]
     if options.pretrained not in tags and not options.file:
         known = ", ".join(map(str, tags[1:])) or "none"
@@ -134,39 +167,10 @@ def open_clip_towers(name: str, options: TowerOptions) -> Towers:
             name, pretrained=options.pretrained, force_image_size=options.image_size
         )
         tokenizer = open_clip.get_tokenizer(name)
-    except UNUSABLE as error:
+    except Exception as error:  # as above
         reason = str(error).partition(" Available")[0]
         raise TowerError(f"the tower must be open_clip's, got {name!r}: {reason:.300}") from error
-    found = model.visual.image_size
-    size = found[0] if isinstance(found, (tuple, list)) else found
-    config = open_clip.get_model_preprocess_cfg(model)
-    with torch.no_grad():  # its models name the dimension in different ways
-        width = model.encode_text(tokenizer(["a"])).shape[-1]
-    visual, model.visual = model.visual, nn.Identity()
-    return Towers(
-        image=ImageTower(
-            module=visual,
-            width=width,
-            size=size,
-            mean=config["mean"],
-            std=config["std"],
-            resize=Resize(
-                size,
-                interpolation=_interpolation(config["interpolation"]),
-                mode=MODES[config["resize_mode"]],
-                fill=config["fill_color"],
-            ),
-            projected=True,
-        ),
-        text=TextTower(
-            module=_OpenClipText(model),
-            width=width,
-            tokenize=tokenizer,
-            projected=True,
-        ),
-        logit_scale=model.logit_scale,
-        logit_bias=getattr(model, "logit_bias", None),
-    )
+    return model, tokenizer
 
 
 class _OpenClipText(nn.Module):

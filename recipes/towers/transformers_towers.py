@@ -65,7 +65,6 @@ def hf_image(name: str, options: TowerOptions) -> Towers:
         config.save_pretrained(folder / "image")
         write_atomically(folder / "image" / PIXELS, json.dumps(pixels))
 
-    vision = getattr(config, "vision_config", None)
     shape = {
         "size": resize.size,
         "mean": pixels["mean"],
@@ -74,35 +73,45 @@ def hf_image(name: str, options: TowerOptions) -> Towers:
         "save": save,
         "licence": _hf_licence(transformers, name, options),
     }
-    if vision is None:
-        module = HFPooled(model).eval()
-        with torch.no_grad():  # its configurations name the dimension in different ways
-            width = module(torch.zeros(1, 3, resize.size, resize.size)).shape[-1]
-        return Towers(image=ImageTower(module=module.train(), width=width, **shape))
-    tokenize, save_tokenizer = _hf_tokenizer(
-        transformers, name, options, "image", config.text_config
-    )
+    if hasattr(config, "vision_config"):
+        return _both_sides(
+            model, shape, _hf_tokenizer(transformers, name, options, "image", config)
+        )
+    module = HFPooled(model).eval()
+    with torch.no_grad():  # its configurations name the dimension in different ways
+        width = module(torch.zeros(1, 3, resize.size, resize.size)).shape[-1]
+    return Towers(image=ImageTower(module=module.train(), width=width, **shape))
+
+
+def _both_sides(model: Any, shape: dict[str, Any], tokenizer: tuple[Any, Any]) -> Towers:
+    """Return the towers of a CLIP.
+
+    Args:
+        model: the CLIP.
+        shape: of the image tower.
+        tokenizer: what `_hf_tokenizer` returns.
+
+    Raises:
+        TowerError: if it is another model of images and texts.
+    """
     if not hasattr(model, "visual_projection"):
         raise TowerError(
-            f"hf:NAME must be an image model or a CLIP, got hf:{name}, which is another model of "
-            "images and texts. Use open_clip:NAME if open_clip has it."
+            f"hf:NAME must be an image model or a CLIP, got a {type(model).__name__}. Use "
+            "open_clip:NAME if open_clip has it."
         )
-    width = model.text_projection.out_features
+    width, (tokenize, save_tokenizer) = model.text_projection.out_features, tokenizer
+    image = _HFSide(model.vision_model, model.visual_projection)
+    text = TextTower(
+        module=_HFSide(model.text_model, model.text_projection),
+        width=width,
+        tokenize=tokenize,
+        projected=True,
+        save=save_tokenizer,
+        licence=shape["licence"],
+    )
     return Towers(
-        image=ImageTower(
-            module=_HFSide(model.vision_model, model.visual_projection),
-            width=width,
-            projected=True,
-            **shape,
-        ),
-        text=TextTower(
-            module=_HFSide(model.text_model, model.text_projection),
-            width=width,
-            tokenize=tokenize,
-            projected=True,
-            save=save_tokenizer,
-            licence=shape["licence"],
-        ),
+        image=ImageTower(module=image, width=width, projected=True, **shape),
+        text=text,
         logit_scale=model.logit_scale,
         whole=model,
     )
@@ -225,7 +234,7 @@ def _hf_tokenizer(
         )
     except (OSError, ValueError) as error:
         raise _not_there("text", source, error) from error
-    most = longest_text(config)
+    most = longest_text(getattr(config, "text_config", config))
 
     def tokenize(texts: Sequence[str]) -> dict[str, Tensor]:
         found: Mapping[str, Tensor] = tokenizer(
@@ -267,18 +276,25 @@ def _shape(config: Mapping[str, Any], asked: int | None) -> dict[str, Any]:
 
     A side that is asked for instead keeps the proportions of resize and crop.
     """
-    size, crop = config.get("size") or SIDE, config.get("crop_size")
-    crop = crop if config.get("do_center_crop", True) else None
-    if isinstance(size, int):  # in old files; alone, it is that of both sides
-        size = {"shortest_edge": size} if crop or not config else {"height": size}
-    resized = int(size.get("height") or size.get("shortest_edge") or SIDE)
-    final = int(crop["height"] if isinstance(crop, Mapping) else crop or resized)
+    crop = _side(config.get("crop_size")) if config.get("do_center_crop", True) else None
+    size = config.get("size")
+    resized = _side(size) or SIDE
+    final = crop or resized
+    # In old files, a number alone is the length of both sides.
+    squashes = not crop if isinstance(size, int) else "height" in (size or {})
     return {
         "size": asked or final,
         "interpolation": RESAMPLE.get(config.get("resample"), "bicubic"),
         "kept": float(config.get("crop_pct") or min(1.0, final / resized)),
-        "mode": "squash" if "height" in size else "crop",
+        "mode": "squash" if squashes else "crop",
     }
+
+
+def _side(value: Mapping[str, int] | int | None) -> int | None:
+    """Return the length that a setting of an image processor names, in any of its forms."""
+    if isinstance(value, Mapping):
+        value = value.get("height") or value.get("shortest_edge")
+    return None if value is None else int(value)
 
 
 def _resize(pixels: Mapping[str, Any]) -> Resize:

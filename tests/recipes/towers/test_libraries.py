@@ -123,29 +123,35 @@ def test_a_text_model_of_transformers_beside_the_small_image_tower(photos, bert,
         export(tmp_path / "run", "huggingface", tmp_path / "out")
 
 
-@pytest.mark.parametrize("kind", ["vit", "convnext", "timm", "lora"])
-def test_two_towers_export_to_two_models_with_the_code_that_encodes(
-    kind, photos, bert, tmp_path, monkeypatch
-):
+def image_model(kind: str, folder: Path) -> str:
+    """Write a small image model, and return the name of its tower."""
+    if kind == "timm":
+        pytest.importorskip("torchvision")
+        pytest.importorskip("timm")
+        return "timm:vit_tiny_patch16_224"
     transformers = pytest.importorskip("transformers")
-    tower, more = f"hf:{tmp_path / 'vit'}", {"text_tower": f"hf:{bert}"}
     layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = transformers.ViTConfig(hidden_size=16, image_size=32, patch_size=16, **layers)
     if kind == "convnext":
         config = transformers.ConvNextConfig(
             hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=32
         )
-    if kind == "timm":
-        pytest.importorskip("torchvision")
-        pytest.importorskip("timm")
-        tower = "timm:vit_tiny_patch16_224"
+    config.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(
+        '{"size": {"height": 32, "width": 32}, "resample": 2}'
+    )
+    return f"hf:{folder}"
+
+
+@pytest.mark.parametrize("kind", ["vit", "convnext", "timm", "lora"])
+def test_two_towers_export_to_two_models_with_the_code_that_encodes(
+    kind, photos, bert, tmp_path, monkeypatch
+):
+    transformers = pytest.importorskip("transformers")
+    tower, more = image_model(kind, tmp_path / "vit"), {"text_tower": f"hf:{bert}"}
     if kind == "lora":
         pytest.importorskip("peft")
         more["lora"] = 2
-    config.save_pretrained(tmp_path / "vit")
-    (tmp_path / "vit" / "preprocessor_config.json").write_text(
-        '{"size": {"height": 32, "width": 32}, "resample": 2}'
-    )
     trained(photos, tmp_path / "run", image_tower=tower, image_size=32, dim=8, **more)
     encoder = Encoder.load(tmp_path / "run", device="cpu")
     paths, texts = sorted((photos / "images").iterdir())[:3], ["a smile", "joy with a tear"]
@@ -329,7 +335,7 @@ def test_a_file_of_weights_of_another_model_is_refused(name, content, tmp_path):
     if content == "no weights":
         file.write_text("<html>")
 
-    with pytest.raises(TowerError, match="the tower must be") as raised:
+    with pytest.raises(TowerError, match=r"the tower must be|must be a file of timm") as raised:
         build_towers(name, None, TowerOptions(pretrained=str(file)))
 
     assert len(str(raised.value).splitlines()) < 10
