@@ -1,8 +1,8 @@
 """The charts of a run, under three questions, for TensorBoard's Custom Scalars and the report.
 
 A chart shows every tag that its patterns match. The patterns are the same in every run, so
-TensorBoard draws the charts of several runs on top of each other. They match a tag with and without
-the prefix of its evaluation, which TensorBoard shows as the name of a run.
+TensorBoard draws the charts of several runs on top of each other. They match a tag whatever the
+prefix of its evaluation, which TensorBoard shows as the name of a run.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import attrs
 from ignite.engine import Events
 
 from diptych.engine.distributed.collectives import world_size
+from diptych.engine.evaluator import EvaluatesModel
 from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.engine.metrics.metrics_collector import Record
 from diptych.handlers.output.output_handler import OutputHandler
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 CLEAR = "\r\x1b[K"
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 BAR_WIDTH = 20
+COLUMNS = 120
+"""The longest line without a terminal."""
 
 
 # Its attributes change in every iteration, so setting them runs no validator.
@@ -33,9 +36,11 @@ class ProgressBar(OutputHandler):
 
     On a terminal it is one line, rewritten in place. Anywhere else (a file, a notebook, a pipe) it
     is a line every `interval` seconds and at the end of each epoch. The results of an evaluation
-    have a line of their own, with the change since the previous ones, and the word best if they are
-    better than all earlier ones. Colour is used on a terminal, unless `NO_COLOR` is set. A warning
-    that is logged to the terminal replaces the moving line, which is drawn again below it.
+    have lines of their own, beside those of random features if the metric knows them (chance), with
+    the change since the previous ones, and the word best if they are better than all earlier ones.
+    Without a terminal no line exceeds 120 characters. Colour is used on a terminal, unless
+    `NO_COLOR` is set. A warning that is logged to the terminal replaces the moving line, which is
+    drawn again below it.
 
     Loss, learning rate and, with `Throughput`, samples/s are those of the last log point. The time
     left is estimated from the mean speed of the run so far, evaluations included. A line that
@@ -154,23 +159,29 @@ class ProgressBar(OutputHandler):
     def _results(self, trainer: Trainer, record: Record) -> str:
         prefix = next(iter(record.values)).partition("/")[0] + "/"
         prefix = prefix if all(tag.startswith(prefix) for tag in record.values) else ""
+        chance = chance_values(trainer)
         groups: dict[str, list[str]] = {"": []}
         for tag, value in record.values.items():
             group, _, name = tag[len(prefix) :].rpartition("/")
-            text = f"{name} {value:.4g}"
+            notes = [f"chance {chance[tag]:.2g}"] if tag in chance else []
             earlier = trainer.metrics.get_history(tag)[:-1]
             if earlier:
-                best = ", best" if self._is_best(tag, value, earlier) else ""
-                text += f" ({value - earlier[-1]:+.3g}{best})"
+                notes.append(f"{value - earlier[-1]:+.3g}")
+                notes += ["best"] if self._is_best(tag, value, earlier) else []
+            text = f"{name} {value:.4g}" + (f" ({', '.join(notes)})" if notes else "")
             groups.setdefault(group, []).append(text)
         head = f"epoch {trainer.state.epoch}, step {record.step}  {prefix.rstrip('/')}"
         return self._wrapped({head.rstrip(): groups.pop(""), **groups})
 
     def _wrapped(self, groups: dict[str, list[str]]) -> str:
-        """Return the groups as text, with line breaks at groups and at the terminal's width."""
-        if not self._terminal:
-            return "  ".join(text for head, items in groups.items() for text in (head, *items))
+        """Return the groups as text, with line breaks at groups and at the width.
+
+        Without a terminal, they share a line if they fit.
+        """
         columns, lines = self._columns(), list[str]()
+        line = "  ".join(text for head, items in groups.items() for text in (head, *items))
+        if not self._terminal and len(line) <= columns:
+            return line
         for head, items in groups.items():
             lines.append(f"  {head}" if lines else head)
             for item in items:
@@ -178,7 +189,8 @@ class ProgressBar(OutputHandler):
                     lines.append("  ")
                 lines[-1] += f"  {item}"
         text = "\n".join(lines)
-        return text if os.environ.get("NO_COLOR") else text.replace("best)", f"{GREEN}best{PLAIN})")
+        colored = self._terminal and not os.environ.get("NO_COLOR")
+        return text.replace("best)", f"{GREEN}best{PLAIN})") if colored else text
 
     def _is_best(self, tag: str, value: float, earlier: list[float]) -> bool:
         sign = -1 if tag.endswith(self.lower_is_better) else 1
@@ -212,6 +224,8 @@ class ProgressBar(OutputHandler):
         return (self._out.encoding or "").lower().startswith("utf")
 
     def _columns(self) -> int:
+        if not self._terminal:
+            return COLUMNS
         try:
             return os.get_terminal_size(self._out.fileno()).columns or 80
         except OSError:
@@ -221,6 +235,15 @@ class ProgressBar(OutputHandler):
         with self.tolerated(lost=1):
             self._out.write(text)
             self._out.flush()
+
+
+def chance_values(trainer: Trainer) -> dict[str, float]:
+    """Return tag to the value of random features, of the metrics that have computed it."""
+    return {
+        f"{handler.prefix}/{name}": value
+        for handler in trainer.handlers_of(EvaluatesModel)
+        for name, value in handler.evaluator.chance.items()
+    }
 
 
 def is_terminal(stream: TextIO) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
@@ -20,7 +21,8 @@ from diptych.engine.modules import unwrapped
 from diptych.handlers.argument_checks import Mode, one_of, usual_mode
 from diptych.handlers.components import component_sizes, total_size
 from diptych.handlers.output.output_handler import OutputHandler
-from diptych.handlers.sinks.progress_bar import PLAIN, duration, is_terminal
+from diptych.handlers.run_directory import RunDirectory
+from diptych.handlers.sinks.progress_bar import COLUMNS, PLAIN, chance_values, duration, is_terminal
 
 if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer
@@ -48,12 +50,13 @@ class RunCard(OutputHandler):
 
     ```text
     done    epoch 45, step 495, in 2:03, 1,180 samples/s
-    best    val/recall@1 0.4193, epoch 40, step 440
-    run     runs/emoji/2026-01-31_09-30-00Z
+    best    val/recall@1 0.4193 (chance 0.0033), epoch 40, step 440
+    report  runs/emoji/2026-01-31_09-30-00Z/report.html
     ```
 
-    If a sink or a report could not write everything, such as on a full disk, the summary of the
-    result says so, in a line for each file:
+    Without a report (`HistoryPlots`) the last line names the directory. If a sink or a report could
+    not write everything, such as on a full disk, the summary of the result says so, in a line for
+    each file:
 
     ```text
     missing 12 writes to runs/emoji/2026-01-31_09-30-00Z/metrics.jsonl (No space left on device)
@@ -166,13 +169,17 @@ class RunCard(OutputHandler):
         ending = f"epoch {state.epoch}, step {state.iteration}, in {duration(seconds)}"
         if self._seconds:
             ending += f", {self._samples / self._seconds:,.0f} samples/s"
-        directory = None if self.directory is None else str(self.directory)
-        missing = "\n        ".join(_missing(trainer)) or None
+        missing = "\n".join(_missing(trainer)) or None
         self._write(
-            {ending_word(trainer): ending, **self._result(), "run": directory, "missing": missing}
+            {
+                ending_word(trainer): ending,
+                "missing": missing,
+                **self._result(trainer),
+                **self._place(),
+            }
         )
 
-    def _result(self) -> dict[str, str]:
+    def _result(self, trainer: Trainer) -> dict[str, str]:
         """Return the best value of the metric, or without a metric the last loss."""
         if self.best is None:
             return (
@@ -181,7 +188,16 @@ class RunCard(OutputHandler):
         if not self._best:
             return {}
         place = f"epoch {self._best['epoch']:.0f}, step {self._best['step']:.0f}"
-        return {"best": f"{self.best} {self._best['value']:.4g}, {place}"}
+        chance = chance_values(trainer).get(self.best)
+        beside = "" if chance is None else f" (chance {chance:.2g})"
+        return {"best": f"{self.best} {self._best['value']:.4g}{beside}, {place}"}
+
+    def _place(self) -> dict[str, str]:
+        """Return the path of the report; if there is none, that of the directory."""
+        if self.directory is None:
+            return {}
+        report = self.directory / RunDirectory(self.directory).report.name
+        return {"report": str(report)} if report.exists() else {"run": str(self.directory)}
 
     def _write(self, lines: Mapping[str, str | None]) -> None:
         with self.tolerated(lost=1):
@@ -192,8 +208,17 @@ class RunCard(OutputHandler):
         for name, text in lines.items():
             if text:
                 label = f"{DIM}{name:<7}{PLAIN}" if dim else f"{name:<7}"
-                stream.write(f"{label} {text}\n")
+                stream.write(f"{label} {_folded(text)}\n")
         stream.flush()
+
+
+def _folded(text: str) -> str:
+    """Return a text with line breaks before the greatest width; paths stay whole."""
+    lines = (
+        textwrap.wrap(line, COLUMNS - 8, break_long_words=False, break_on_hyphens=False)
+        for line in text.split("\n")
+    )
+    return "\n        ".join(piece for pieces in lines for piece in pieces)
 
 
 def _missing(trainer: Trainer) -> list[str]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -29,8 +33,22 @@ if TYPE_CHECKING:
     from diptych.handlers.output.appended_file import AppendedFile
     from diptych.handlers.sinks.event_file import DirectSummaryWriter, EventFile
 
-TRAINING_LOSS = {"train/loss": "loss"}
-"""Tags that are shortened to those of the evaluations, whose charts they share."""
+FIT = "fit"
+"""The first part of the tags of evaluations and of the training loss, which share charts: the first
+group of TensorBoard's first tab, which orders groups by name and unfolds the first two."""
+
+
+def tensorboard_command(directory: str | os.PathLike[str]) -> str:
+    """Return the command that shows a directory in TensorBoard, for the user's own shell.
+
+    Outside an activated environment the program has the path of this interpreter's.
+    """
+    program = Path("tensorboard")
+    if shutil.which(program) is None:
+        program = Path(sys.executable).with_name(program.name)
+        if program.is_relative_to(Path.cwd()):
+            program = program.relative_to(Path.cwd())
+    return shlex.join([str(program), "--logdir", os.fspath(directory)])
 
 
 @attrs.define(eq=False)
@@ -38,8 +56,8 @@ class TensorBoard(Sink):
     """Writes every record as scalars, and the settings, model and findings of the run.
 
     Each evaluation is a run of its own in TensorBoard, so that it has its own colour: `val/loss` is
-    the tag `loss` of the run `<run>/val`, in the folder `val`. It shares a chart with the training
-    loss, which is `loss` here too. All other tags are those of the records.
+    the tag `fit/loss` of the run `<run>/val`, in the folder `val`. It shares a chart with the
+    training loss, which is `fit/loss` here too. All other tags are those of the records.
 
     - Custom Scalars: curves that are read together share a chart, under "Does it learn?", "How
       fast?" and "Is it healthy?"; see `diptych.handlers.sinks.charts`. A chart appears with its
@@ -210,8 +228,8 @@ class TensorBoard(Sink):
         runs: dict[str, dict[str, float]] = {}
         for tag, value in values.items():
             run = next((name for name in self._prefixes if tag.startswith(f"{name}/")), "")
-            short = tag[len(run) + 1 :] if run else TRAINING_LOSS.get(tag, tag)
-            runs.setdefault(run, {})[short] = value
+            shared = tag[len(run) + 1 :] if run else "loss" if tag == "train/loss" else ""
+            runs.setdefault(run, {})[f"{FIT}/{shared}" if shared else tag] = value
         return runs
 
     @property

@@ -23,7 +23,7 @@ def titles(*tags: str) -> list[str]:
         ("train/loss", "Loss: train and validation"),
         ("val/loss", "Loss: train and validation"),
         ("val/image_to_text/recall@10", "Recall@10, image to text"),
-        ("image_to_text/recall@10", "Recall@10, image to text"),
+        ("fit/image_to_text/recall@10", "Recall@10, image to text"),
         ("val/text_to_image/recall@1", "Recall@1, text to image"),
         ("val/recall@5", "Recall@5"),
         ("train/in_batch_accuracy", "Accuracy"),
@@ -57,7 +57,7 @@ def test_a_tag_that_answers_no_question_has_no_chart(tag):
 
 
 def test_training_and_validation_share_a_chart_and_so_do_test_sets_with_one_k():
-    assert titles("train/loss", "val/loss", "loss") == ["Loss: train and validation"]
+    assert titles("train/loss", "val/loss", "fit/loss") == ["Loss: train and validation"]
     sets = [f"{name}/text_to_image/recall@{k}" for name in ("a", "b") for k in (5, 1)]
     assert titles(*sets) == ["Recall@1, text to image", "Recall@5, text to image"]
 

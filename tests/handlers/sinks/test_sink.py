@@ -96,7 +96,7 @@ def of_tensorboard(folder: Path) -> Example:
     def written() -> set[tuple[int, str]]:
         events = EventAccumulator(str(folder)).Reload()
         points = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-        points["train/loss"] = points.pop("loss", [])
+        points["train/loss"] = points.pop("fit/loss", [])
         return {(event.step, tag) for tag, own in points.items() for event in own}
 
     sink = TensorBoard(folder)

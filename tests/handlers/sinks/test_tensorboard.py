@@ -43,8 +43,8 @@ def scalars(folder: Path) -> Points:
     for place in sorted({path.parent for path in folder.rglob("events.out.*")}):
         events, run = read(place), place.relative_to(folder).as_posix()
         for tag in events.Tags()["scalars"]:
-            name = tag if run == "." else f"{run}/{tag}"
-            whole = "train/loss" if name == "loss" else name
+            prefix = "train/" if run == "." else f"{run}/"
+            whole = tag.replace("fit/", prefix) if tag.startswith("fit/") else tag
             points[whole] = [(e.step, e.value) for e in events.Scalars(tag)]
     return points
 
@@ -118,8 +118,8 @@ def test_an_evaluation_is_a_run_of_its_own_that_shares_the_chart_of_the_training
 
     assert scalars(tmp_path / "run") == in_json(tmp_path / "run")
     for run in (".", "val", "test/a"):
-        assert "loss" in read(tmp_path / "run" / run).Tags()["scalars"]
-    losses = read(tmp_path / "run" / "val").Scalars("loss")
+        assert "fit/loss" in read(tmp_path / "run" / run).Tags()["scalars"]
+    losses = read(tmp_path / "run" / "val").Scalars("fit/loss")
     assert [point.step for point in losses] == [0, 2, 4, 6, 8, 10, 12]
     assert [path.name for path in tmp_path.iterdir()] == ["run"]  # a prefix leads nowhere else
 
