@@ -323,15 +323,20 @@ def measured(names: list[str], options: argparse.Namespace) -> dict[str, float]:
             name: LOOPS[name][0](Parts(empty=options.empty), folder)
             for name, folder in zip(able, folders, strict=True)
         }
-        times: dict[str, list[float]] = {name: [] for name in able}
-        start = time.monotonic()
-        for turn in range(options.turns + 1):
-            for name, loop in loops.items():
-                batches = Batches(options.updates, calls=options.calls)
-                loop(batches)
-                times[name].append(batches.cost)
-            if turn and time.monotonic() - start > options.seconds * turn / (turn + 1):
-                break  # the next turn would take too long
+        return in_turn(loops, options)
+
+
+def in_turn(loops: dict[str, Loop], options: argparse.Namespace) -> dict[str, float]:
+    """Run the loops in turn; return the median cost of an update of each."""
+    times: dict[str, list[float]] = {name: [] for name in loops}
+    start = time.monotonic()
+    for turn in range(options.turns + 1):
+        for name, loop in loops.items():
+            batches = Batches(options.updates, calls=options.calls)
+            loop(batches)
+            times[name].append(batches.cost)
+        if turn and time.monotonic() - start > options.seconds * turn / (turn + 1):
+            break  # the next turn would take too long
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
@@ -358,8 +363,8 @@ def measured_by(python: str, names: list[str], options: argparse.Namespace) -> d
     return dict(json.loads(output.stdout))
 
 
-def main() -> None:
-    """Print the table."""
+def parsed() -> argparse.Namespace:
+    """Return the arguments of the command line; `only` has the names of the loops."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", help="an interpreter with pytorch-ignite, tqdm, lightning")
     parser.add_argument("--turns", type=int, default=10, help="turns of each loop")
@@ -370,9 +375,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=LOOPS, help="measure only these")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
-    names = list(dict.fromkeys(["raw", *(options.only or LOOPS)]))
-    if options.empty:
-        names = [name for name in names if name not in WITH_STEP]
+    left_out = WITH_STEP if options.empty else set()
+    named = dict.fromkeys(["raw", *(options.only or LOOPS)])
+    options.only = [name for name in named if name not in left_out]
+    return options
+
+
+def main() -> None:
+    """Print the table."""
+    options = parsed()
+    names = options.only
     results = measured(names, options)
     if options.json:
         print(json.dumps(results))

@@ -21,7 +21,7 @@ def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
     kind = type(batch)
     if kind is Tensor:  # first, since the tests below take microseconds
         return function(batch)
-    if kind in {tuple, list} and {Tensor}.issuperset(map(type, batch)) and batch:
+    if kind in {tuple, list} and set(map(type, batch)) == {Tensor}:
         return kind(map(function, batch))
     if isinstance(batch, (tuple, list)) and _holds_containers(batch):
         # A named tuple takes its values one by one.

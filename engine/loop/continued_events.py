@@ -34,11 +34,10 @@ class ContinuedEvents(Dispatcher):
     def __init__(self, process_function: Callable[[Engine, Any], Any]) -> None:
         super().__init__(process_function)
         self.attempts = 0
-        # Whether a subclass fires Ignite's events in its own way, as Ignite allows.
-        own = getattr(type(self), "_fire_event")  # noqa: B009 - a name of Ignite's
-        self._is_overridden = own is not getattr(Dispatcher, "_fire_event")  # noqa: B009
-        self._skips_unheard = (
-            not self._is_overridden and type(self).fire_event is Dispatcher.fire_event
+        # Whether a subclass fires events in its own way, as Ignite allows.
+        self._is_overridden = any(
+            getattr(type(self), name) is not getattr(Dispatcher, name)
+            for name in ("fire_event", "_fire_event")
         )
         self._forget_failure()
 
@@ -95,11 +94,20 @@ class ContinuedEvents(Dispatcher):
             event: a registered event.
             again: whether it fires a second time in this iteration; see `fire_again`.
         """
-        unheard = not self._edited.since_read and self._found.get(id(event)) == []
-        if unheard and self._skips_unheard and not self._stopped_at:
-            self.last_event_name = event
-            return
-        done = self._stopped_at.pop(event.name, ()) if self._stopped_at else ()
+        if self._stopped_at or again or self._is_overridden:
+            self._fire_left(event, again=again)
+        elif self._found.get(id(event)) == [] and not self._edited.since_read:
+            self.last_event_name = event  # nothing listens
+        else:
+            try:
+                self.fire_event(event)
+            except BaseException:
+                self._stopped_at[event.name] = self._returned_of(event) or ()
+                raise
+
+    def _fire_left(self, event: Any, *, again: bool) -> None:
+        """Fire an event that an exception may have left, or in the way of a subclass."""
+        done = self._stopped_at.pop(event.name, ())
         if done:
             self._skipped = named(self._listeners.get(event, ()), done)
         try:
