@@ -24,6 +24,7 @@ from diptych.handlers.optimization.gradient_clipping import GradientClipping
 from diptych.handlers.optimization.parameter_groups import parameter_groups
 from diptych.handlers.optimization.schedules import LearningRate
 from diptych.handlers.run_directory import RunDirectory, new_run
+from diptych.handlers.sinks.tensorboard import tensorboard_command
 from diptych.losses.base.contrastive import BaseContrastiveLoss
 from diptych.losses.base.shared_scale import share_logit_scale
 from diptych.losses.registry import get_loss
@@ -136,6 +137,7 @@ def train(
         return trainer
     on_rank_zero(lambda: training.write(where))
     trainer.run(loader, max_epochs=settings.epochs)
+    _say(tensorboard_command(where))
     return trainer
 
 

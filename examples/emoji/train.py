@@ -39,6 +39,7 @@ from diptych.handlers import (
     latest_run,
     new_run,
 )
+from diptych.handlers.sinks.tensorboard import tensorboard_command
 from diptych.losses import get_loss
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # to find `examples` when run as a file
@@ -138,9 +139,8 @@ def main() -> None:
     evaluator = Evaluator(trainer.model, task=one_side, metrics=[metric])
     results = recall_of(evaluator, metric, shares)
     if idist.get_rank() == 0:
-        print(f"\n{results_table(results)}\n\nreport: {run_dir}/report.html")
-        print(f"curves: {OVERVIEW}, after:")
-        print(f"tensorboard --logdir {flags.run_dir or RUNS}")
+        print(f"\n{results_table(results)}\n\ncurves: {OVERVIEW}, after:")
+        print(tensorboard_command(flags.run_dir or RUNS))
 
 
 def find_run(*, resume: bool) -> Path:
