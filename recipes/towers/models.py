@@ -97,8 +97,13 @@ def add_lora(tower: ImageTower | TextTower, rank: int) -> None:
     check_extra("peft", "peft", needed_by="lora")
     import peft  # noqa: PLC0415 - an extra
 
-    # Subclasses, such as the output of torch's attention, are used by their weights alone.
-    names = [name for name, part in tower.module.named_modules() if type(part) is nn.Linear]
+    # Subclasses, such as the output of torch's attention, are used by their weights alone. A layer
+    # that is frozen already is not used.
+    names = [
+        name
+        for name, part in tower.module.named_modules()
+        if type(part) is nn.Linear and part.weight.requires_grad
+    ]
     if not names:
         raise TowerError("lora must have linear layers to adapt, got a tower without any")
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)

@@ -212,6 +212,19 @@ def test_lora_trains_few_weights_and_reloads(photos, clip, tmp_path):
     assert Encoder.load(tmp_path / "run").encode_texts(["joy"]).shape == (1, 12)
 
 
+def test_a_layer_that_is_not_used_is_neither_trained_nor_adapted(bert):
+    pytest.importorskip("peft")
+    tower = build_towers("small", f"hf:{bert}", TowerOptions()).text
+    assert not any(p.requires_grad for p in tower.module.model.pooler.parameters())
+
+    add_lora(tower, 2)
+    tower.module(tower.tokenize(["a smile"])).sum().backward()
+
+    trained = [p for p in tower.module.parameters() if p.requires_grad]
+    assert trained
+    assert all(p.grad is not None for p in trained)
+
+
 def test_recomputed_activations_give_the_same_gradients(clip):
     torch.manual_seed(0)
     towers = build_towers(f"hf:{clip}", None, TowerOptions(pretrained="default"))
