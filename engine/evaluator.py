@@ -28,6 +28,7 @@ from diptych.engine.loop.event_loop import EventLoop
 from diptych.engine.predictions import NamedOutputs, metrics_without_prediction, prediction_of
 from diptych.engine.random_state import preserved_random_state
 from diptych.engine.settings import AUTOCAST, Precision, TrainerSettings
+from diptych.engine.summaries import Summarized
 from diptych.engine.tasks import Outputs, Task, check_not_logits, check_outputs
 
 SHARED = ("diptych.", "ignite.")
@@ -35,7 +36,7 @@ SHARED = ("diptych.", "ignite.")
 Metrics = Sequence[Metric] | Mapping[str, Metric]
 
 
-class Evaluator(EventLoop):
+class Evaluator(Summarized, EventLoop):
     """Runs a task over a loader and returns the values of metrics.
 
     An Ignite engine whose output is the task's named tensors. The model is in eval mode during the
@@ -60,6 +61,8 @@ class Evaluator(EventLoop):
         TypeError: if a metric is not an Ignite metric.
         ValueError: if two metrics have one name, or one needs predictions that the task lacks.
     """
+
+    _shown = ("model", "task", "_metrics", "device")
 
     def __init__(
         self,

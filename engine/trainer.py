@@ -55,6 +55,7 @@ from diptych.engine.step.loss_contract import minimum_batch, scalars_of
 from diptych.engine.step.step_snapshot import StepSnapshot
 from diptych.engine.step.train_step import TrainStep, check_fp16
 from diptych.engine.step.untrained import Untrained
+from diptych.engine.summaries import Summarized
 from diptych.engine.tasks import Outputs, Task
 from diptych.engine.trainer_parts import (
     METHODS,
@@ -73,7 +74,7 @@ Step = Callable[["Trainer", Any], Any]
 Kind = TypeVar("Kind")
 
 
-class Trainer(ExactSteps):
+class Trainer(Summarized, ExactSteps):
     """Trains a model. One batch from the loader is one update; everything else is a handler.
 
     ```python
@@ -123,6 +124,9 @@ class Trainer(ExactSteps):
         ValueError: if a setting is out of range, the device cannot compute in the precision, or
             the optimizer lacks a parameter of the loss, or has no parameter of model or loss.
     """
+
+    _shown = ("model", "loss", "optimizer", "device", "settings.precision")
+    _shown += ("settings.microbatch_size", "state.epoch", "state.iteration")
 
     @names_the_right_argument
     def __init__(

@@ -124,6 +124,7 @@ ALLOWED: dict[str, set[str]] = {
         "handlers",
         "handlers.checkpointing",
         "handlers.evaluation",
+        "handlers.reports",
     },
     "handlers.output": {
         "engine",
@@ -191,6 +192,7 @@ ALLOWED: dict[str, set[str]] = {
         "handlers.checkpointing",
         "handlers.evaluation",
         "handlers.optimization",
+        "handlers.sinks",
         "losses",
         "losses.base",
         "recipes.data",

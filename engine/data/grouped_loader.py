@@ -10,12 +10,15 @@ from typing import Any
 from diptych.engine.checks import is_whole
 from diptych.engine.data.batches import join_batches
 from diptych.engine.data.loader_contract import Pass, has_position, length_of, position_getter
+from diptych.engine.summaries import Summarized
 
 _OF_THE_LOADER = ("set_epoch", "generator", "sampler", "batch_sampler")
 
 
-class _Groups:  # checkpoints hold this name
+class _Groups(Summarized):  # checkpoints hold this name
     """Iterates a loader and joins `count` of its batches into one."""
+
+    _shown = ("loader", "count")
 
     def __init__(self, loader: Any, count: int) -> None:
         self.loader, self.count = loader, count

@@ -28,6 +28,7 @@ from diptych.engine.random_state import (
     preserved_random_state,
     seed_host,
 )
+from diptych.engine.summaries import Summarized
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class _PassPosition:
     batch: int = 0
 
 
-class SeededLoader:
+class SeededLoader(Summarized):
     """Loads batches of a map-style data set; resuming inside an epoch reads no skipped sample.
 
     The order depends on (seed, epoch) alone. Random numbers that the data set draws for a sample,
@@ -71,6 +72,8 @@ class SeededLoader:
         TypeError: if the data set has no length or no index.
         ValueError: if `batch_size` leaves a rank without a sample, or the data set is too small.
     """
+
+    _shown = ("dataset", "batch_size", "seed", "shuffle", "drop_last")
 
     @names_the_right_argument
     def __init__(

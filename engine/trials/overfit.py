@@ -12,6 +12,7 @@ from ignite.engine import Events
 from torch import Tensor
 
 from diptych.engine.errors import BatchError
+from diptych.engine.summaries import Summarized
 from diptych.engine.trials.first_batches import first_batches
 from diptych.engine.trials.preserved import parts_preserved
 
@@ -19,14 +20,16 @@ LEARNS, SLOW = 0.5, 0.05
 """Shares of its first value by which the loss must have fallen: it learns; it learns slowly."""
 
 
-@attrs.frozen
-class Overfit:
+@attrs.frozen(repr=False)
+class Overfit(Summarized):
     """The losses of updates on the same few batches.
 
     Attributes:
         losses: the loss of each update.
         batches: the number of batches.
     """
+
+    _shown = ("batches", "first", "last", "verdict")
 
     losses: tuple[float, ...]
     batches: int = 1

@@ -14,7 +14,9 @@ from torch import Tensor
 from diptych.engine.data.loader_contract import has_position
 from diptych.engine.distributed.collectives import all_reduce_sum, world_size
 from diptych.engine.random_state import preserved_random_state
+from diptych.engine.summaries import Summarized
 from diptych.engine.trainer import Trainer
+from diptych.handlers.reports.curves import draw_chart, svg
 
 SMOOTHING = 0.8
 """Weight of the previous value in the running mean of losses."""
@@ -23,9 +25,9 @@ DIVERGED = 5.0
 """Ratio to the lowest loss at which the search ends."""
 
 
-@attrs.frozen
-class LearningRateCurve:
-    """Result of a learning-rate search.
+@attrs.frozen(repr=False)
+class LearningRateCurve(Summarized):
+    """Result of a learning-rate search; a notebook shows it as a chart.
 
     Attributes:
         rates: the learning rate of each update, rising.
@@ -33,9 +35,31 @@ class LearningRateCurve:
         suggestion: the rate at which the loss falls fastest, or None if it never falls.
     """
 
+    _shown = ("updates", "start", "end", "suggestion")
+
     rates: list[float]
     losses: list[float]
     suggestion: float | None
+
+    @property
+    def updates(self) -> int:
+        """The number of updates before the search ended."""
+        return len(self.rates)
+
+    @property
+    def start(self) -> float:
+        """The first rate."""
+        return self.rates[0]
+
+    @property
+    def end(self) -> float:
+        """The last rate: that of the end, or at which the loss diverged."""
+        return self.rates[-1]
+
+    def _repr_html_(self) -> str:
+        title = f"loss; learning rate {self.start:.1e} to {self.end:.1e}, in equal ratios"
+        chart = svg(draw_chart(title, {"loss": list(enumerate(self.losses))}))
+        return f'{super()._repr_html_()}<div style="max-width:480px">{chart}</div>'
 
 
 def find_learning_rate(
