@@ -59,14 +59,15 @@ td, th {{ border-bottom: 1px solid var(--line); padding: 4px 12px 4px 0; text-al
   vertical-align: top }}
 td + td {{ overflow-wrap: anywhere; min-width: 5em }}
 .numbers td + td {{ white-space: nowrap; font-variant-numeric: tabular-nums; min-width: 0 }}
-@media (max-width: 480px) {{ body {{ font-size: 13.5px; padding: 12px }}
-  .numbers td, .numbers th {{ padding-right: 7px }} }}
 ul {{ padding-left: 1.2em }} summary {{ cursor: pointer; margin: 1.8em 0 .5em; font-weight: 600 }}
 img {{ width: 48px; height: 48px; border: 2px solid var(--line); background: #fff; display: block }}
 .match {{ border-color: var(--good) }}
 .query {{ display: flex; flex-wrap: wrap; gap: 8px; align-items: center;
   border-bottom: 1px solid var(--line); padding: 6px 0 }}
 .query ol {{ margin: 0; padding-left: 1.4em; flex: 1 1 220px }} .query b {{ flex: 1 1 160px }}
+@media (max-width: 480px) {{ body {{ font-size: 13.5px; padding: 12px }}
+  .numbers td, .numbers th {{ padding-right: 7px }}
+  .query b {{ flex-basis: 100% }} }}
 """
 
 
