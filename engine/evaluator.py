@@ -15,6 +15,7 @@ from ignite.engine import Engine, Events
 from ignite.metrics import Metric
 from torch import Tensor, nn
 
+from diptych._summaries import Summarized
 from diptych.engine.data.batches import to_device
 from diptych.engine.data.loader_contract import length_of
 from diptych.engine.distributed.agreement import wait_for_all_ranks
@@ -28,7 +29,6 @@ from diptych.engine.loop.event_loop import EventLoop
 from diptych.engine.predictions import NamedOutputs, metrics_without_prediction, prediction_of
 from diptych.engine.random_state import preserved_random_state
 from diptych.engine.settings import AUTOCAST, Precision, TrainerSettings
-from diptych.engine.summaries import Summarized
 from diptych.engine.tasks import Outputs, Task, check_not_logits, check_outputs
 
 SHARED = ("diptych.", "ignite.")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diptych._argument_names import names_the_right_argument
+from diptych._summaries import Summarized
 from diptych.engine.data.transform import Transform, placed_transform
 from diptych.engine.distributed.agreement import wait_for_all_ranks
 from diptych.engine.distributed.collectives import (
@@ -55,7 +56,6 @@ from diptych.engine.step.loss_contract import minimum_batch, scalars_of
 from diptych.engine.step.step_snapshot import StepSnapshot
 from diptych.engine.step.train_step import TrainStep, check_fp16
 from diptych.engine.step.untrained import Untrained
-from diptych.engine.summaries import Summarized
 from diptych.engine.tasks import Outputs, Task
 from diptych.engine.trainer_parts import (
     METHODS,

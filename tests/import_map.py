@@ -19,7 +19,7 @@ LAYERS = 16
 FOLDER_MODULES = range(2, 16)
 LAZY = "diptych._lazy"
 """All that a facade, the `__init__` of a package with public names, imports."""
-SHARED = frozenset({LAZY, "diptych._argument_names"})
+SHARED = frozenset({LAZY, "diptych._argument_names", "diptych._summaries"})
 """The modules that every folder may import; they import nothing of the library."""
 
 Graph = Mapping[str, Set[str]]

@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from diptych._summaries import Summarized
 from diptych.engine.checks import is_whole
 from diptych.engine.data.batches import join_batches
 from diptych.engine.data.loader_contract import Pass, has_position, length_of, position_getter
-from diptych.engine.summaries import Summarized
 
 _OF_THE_LOADER = ("set_epoch", "generator", "sampler", "batch_sampler")
 

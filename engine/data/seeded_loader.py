@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from diptych._argument_names import names_the_right_argument
+from diptych._summaries import Summarized
 from diptych.engine.checks import is_whole
 from diptych.engine.containers import same_values
 from diptych.engine.data.collation import collate_samples
@@ -28,7 +29,6 @@ from diptych.engine.random_state import (
     preserved_random_state,
     seed_host,
 )
-from diptych.engine.summaries import Summarized
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import attrs
 from ignite.engine import Events
 from torch import Tensor
 
+from diptych._summaries import Summarized
 from diptych.engine.errors import BatchError
-from diptych.engine.summaries import Summarized
 from diptych.engine.trials.first_batches import first_batches
 from diptych.engine.trials.preserved import parts_preserved
 

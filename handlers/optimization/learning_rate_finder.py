@@ -11,10 +11,10 @@ import attrs
 from ignite.engine import Events
 from torch import Tensor
 
+from diptych._summaries import Summarized
 from diptych.engine.data.loader_contract import has_position
 from diptych.engine.distributed.collectives import all_reduce_sum, world_size
 from diptych.engine.random_state import preserved_random_state
-from diptych.engine.summaries import Summarized
 from diptych.engine.trainer import Trainer
 from diptych.handlers.reports.curves import draw_chart, svg
 

@@ -188,9 +188,13 @@ class ProgressBar(OutputHandler):
                 if len(lines[-1]) + 2 + len(item) > columns:
                     lines.append("  ")
                 lines[-1] += f"  {item}"
-        text = "\n".join(lines)
-        colored = self._terminal and not os.environ.get("NO_COLOR")
-        return text.replace("best)", f"{GREEN}best{PLAIN})") if colored else text
+        return self._colored("\n".join(lines))
+
+    def _colored(self, text: str) -> str:
+        """Return results with the word best in colour, on a terminal that shows colours."""
+        if not self._terminal or os.environ.get("NO_COLOR"):
+            return text
+        return text.replace("best)", f"{GREEN}best{PLAIN})")
 
     def _is_best(self, tag: str, value: float, earlier: list[float]) -> bool:
         sign = -1 if tag.endswith(self.lower_is_better) else 1
