@@ -143,9 +143,12 @@ def _write_onnx(encoder: Encoder, _: Path, folder: Path) -> str:
         given = {"tokens": tokens} if isinstance(tokens, Tensor) else tokens
         side = _ByPosition(encode_text, [] if isinstance(tokens, Tensor) else list(given))
         _to_onnx(side, given, folder / "text.onnx", varies={0: "batch", 1: "length"})
+        if text.save is not None:  # with its tokenizer
+            text.save(folder)
     return (
-        "`image.onnx` maps pixels, uint8 [B, 3, S, S], to features; `text.onnx`, if the model has "
-        "a text tower, maps tokens to features."
+        f"`image.onnx` maps pixels, uint8 [B, 3, {size}, {size}], to features. Images are resized "
+        f"by `{encoder.towers.image.resize}`. `text.onnx`, if the model has a text tower, maps "
+        "the tokens of its tokenizer to features."
     )
 
 

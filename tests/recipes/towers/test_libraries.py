@@ -252,6 +252,7 @@ def test_onnx_computes_the_features_for_any_batch_and_length(kind, photos, reque
 
     export(tmp_path / "run", "onnx", tmp_path / "out")
 
+    assert (tmp_path / "out" / "image" / "tokenizer.json").is_file() == (kind == "hf")
     image, text = (
         onnxruntime.InferenceSession(str(tmp_path / "out" / f"{side}.onnx"))
         for side in ("image", "text")
