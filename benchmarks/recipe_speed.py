@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 from ignite.engine import Events
 from PIL import Image
@@ -203,6 +204,7 @@ def by_hand(settings: Settings, folder: Path) -> float:
         collate_fn=partial(joined, loop.tokenize),
     )
     seconds = [loop.epoch(loader) for _ in range(settings.epochs)]
+    print(f"by hand, epochs: {', '.join(f'{one:.2f} s' for one in seconds)}", flush=True)
     return updates * settings.batch_size / min(seconds[1:])
 
 
@@ -224,7 +226,7 @@ def by_command(settings: Settings, run: Path) -> tuple[float, float]:
 
 def in_memory(settings: Settings, updates: int) -> tuple[float, float]:
     """Return the images/s of both loops on a batch that is on the device; by hand first."""
-    training = build_training(settings)
+    training = build_training(attrs.evolve(settings, check="names"))
     batch = next(iter(training.loader))
     batch = on_device(batch) | {"group": batch["group"].to(DEVICE)}
     loop = ByHand(settings, 2 * updates)
@@ -241,6 +243,7 @@ def in_memory(settings: Settings, updates: int) -> tuple[float, float]:
         trainer.run([batch] * updates * 4, max_epochs=1)
     ours = min(after - before for before, after in itertools.pairwise(stamps))
     samples = updates * settings.batch_size
+    print(f"batches on the device: {samples / hand:,.0f}, {samples / ours:,.0f}", flush=True)
     return samples / hand, samples / ours
 
 
@@ -262,30 +265,27 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
         precision="bf16" if CUDA else "fp32",
         workers=arguments.workers,
     )
-    hand = by_hand(settings, folder)
-    epoch, whole = by_command(settings, folder / "run")
-    rows = [
-        ("a folder of JPEGs: an epoch", hand, epoch),
-        ("a folder of JPEGs: an epoch and its checkpoint", hand, whole),
-        ("batches on the device", *in_memory(settings, arguments.updates)),
-    ]
     name = torch.cuda.get_device_name() if CUDA else "CPU"
     print(f"\n{name}, torch {torch.__version__}, {os.cpu_count()} cores, ", end="")
     print(f"{settings.image_tower} at {settings.image_size}, {settings.workers} workers, ", end="")
     print(f"batch {settings.batch_size}, {settings.precision}\n")
-    print("| images from | by hand, images/s | diptych train, images/s | ratio |")
+    rows = {"batches on the device": in_memory(settings, arguments.updates)}
+    hand, (epoch, whole) = by_hand(settings, folder), by_command(settings, folder / "run")
+    rows["a folder of JPEGs: an epoch"] = hand, epoch
+    rows["a folder of JPEGs: an epoch and its checkpoint"] = hand, whole
+    print("\n| images from | by hand, images/s | diptych train, images/s | ratio |")
     print("|---|---:|---:|---:|")
-    for what, theirs, ours in rows:
+    for what, (theirs, ours) in rows.items():
         print(f"| {what} | {theirs:,.0f} | {ours:,.0f} | {ours / theirs:.3f} |")
 
 
 def main() -> None:
     """Parse the arguments, and measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=8192 if CUDA else 128)
+    parser.add_argument("--images", type=int, default=6144 if CUDA else 128)
     parser.add_argument("--batch-size", type=int, default=256 if CUDA else 32)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2))
-    parser.add_argument("--epochs", type=int, default=4, help="the first one is a warm-up")
+    parser.add_argument("--epochs", type=int, default=3, help="the first one is a warm-up")
     parser.add_argument("--updates", type=int, default=32 if CUDA else 2)
     parser.add_argument("--size", type=int, default=224 if CUDA else 32)
     parser.add_argument("--text-width", type=int, default=384 if CUDA else 64)

@@ -89,7 +89,7 @@ def test_a_clip_of_transformers_trains_its_own_weights_and_exports_to_them(photo
     trained(photos, run, image_tower=f"hf:{clip}", pretrained="default")
     shutil.rmtree(clip)  # the run is complete without it
 
-    encoder = Encoder.load(run)
+    encoder = Encoder.load(run, device="cpu")
     export(run, "huggingface", out)
 
     model = transformers.AutoModel.from_pretrained(out).eval()
@@ -248,7 +248,7 @@ def test_onnx_computes_the_features_for_any_batch_and_length(kind, photos, reque
 
     tower = "small" if kind == "small" else f"hf:{request.getfixturevalue('clip')}"
     trained(photos, tmp_path / "run", image_tower=tower, image_size=32, dim=12)
-    encoder = Encoder.load(tmp_path / "run")
+    encoder = Encoder.load(tmp_path / "run", device="cpu")
 
     export(tmp_path / "run", "onnx", tmp_path / "out")
 
