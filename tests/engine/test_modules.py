@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from diptych.engine.modules import known_parameters, parts_of
+from diptych.engine.modules import known_buffers, known_parameters, parts_of
 
 
 class Shared(nn.Module):
@@ -86,3 +86,20 @@ def test_known_parameters_follow_another_root():
     module, known = Shared(), known_parameters()
     known.of(module)
     assert identities(known.of(module.tied)) == identities(module.tied.parameters())
+
+
+BUFFER_CHANGES = {
+    "a buffer is added": lambda m: m.tied.register_buffer("new", torch.ones(1)),
+    "a buffer is replaced": lambda m: setattr(m.norm, "running_mean", torch.ones(2)),
+    "a buffer is removed": lambda m: delattr(m.norm, "running_mean"),
+    "a part with buffers is added": lambda m: m.add_module("other", nn.BatchNorm1d(2)),
+}
+
+
+@pytest.mark.parametrize("change", BUFFER_CHANGES.values(), ids=BUFFER_CHANGES)
+def test_known_buffers_follow_every_change_of_the_modules(change):
+    module, known = Shared(), known_buffers()
+    module.norm = nn.BatchNorm1d(2)
+    assert known.of(module) is known.of(module)
+    change(module)
+    assert identities(known.of(module)) == identities(module.buffers())

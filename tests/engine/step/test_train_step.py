@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diptych.engine import MetricsEvents, StepEvents, StepOutput, tasks
+from diptych.engine.step.train_step import WALK_EVERY
 from tests.engine.loop.loops import events_of
 from tests.engine.models import (
     CoupledLoss,
@@ -327,3 +328,25 @@ def test_a_term_that_is_a_weight_is_published_as_it_was_in_the_loss():
     trainer.run([paired(4) for _ in range(3)], max_epochs=1)
     tags = ("train/scale", "train/pair", "train/calls")
     assert [tuple(record[tag] for tag in tags) for record in records] == scales
+
+
+def test_gradients_outside_of_the_optimizer_do_not_add_up_for_long():
+    trainer, batch = trainer_of(), paired(8)
+    trainer.make_update(batch)
+    late = nn.Parameter(torch.ones(()))
+    trainer.model.register_parameter("late", late)
+    late.grad = torch.ones(())
+    for _ in range(WALK_EVERY):
+        trainer.make_update(batch)
+    assert late.grad is None
+
+
+def test_gradients_of_parameters_that_the_optimizer_has_just_got_are_cleared():
+    trainer, batch = trainer_of(), paired(8)
+    trainer.make_update(batch)
+    late = nn.Parameter(torch.ones(()))
+    trainer.model.register_parameter("late", late)
+    trainer.optimizer.add_param_group({"params": [late]})
+    late.grad = torch.ones(())
+    trainer.make_update(batch)
+    assert late.grad is None
