@@ -188,29 +188,39 @@ def contrast_sums(
     """
     bound = _bound(blocks, whole, over_ranks=symmetric and batch.world_size > 1)
     upper = blocks.candidates is None and batch.world_size == 1
-    both = symmetric or upper
     blocks, whole = _at_norm(blocks, whole, batch)
     problem = _KernelProblem(blocks, entries, whole, bound)
-    n, m = problem.n, problem.m
-    own, row_total = blocks.scale.new_zeros(2, n)
-    column_total = row_total if upper else blocks.scale.new_zeros(m if symmetric else 0)
+    own, row_total, column_total = _bounded_sums(problem, both=symmetric or upper, upper=upper)
+    row_sums = _line_sums(problem, 1, row_total, own, entries)
+    if not symmetric:
+        return row_sums, None
+    column_sums = _line_sums(problem, 0, column_total, own, entries)
+    return row_sums, own_columns(column_sums, row_sums, entries, batch)
+
+
+def _bounded_sums(
+    problem: _KernelProblem, *, both: bool, upper: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the logits of own pairs [n], and the sums of the negatives of rows and of columns.
+
+    Sums are relative to the reference. With `upper` only one half of a symmetric matrix is
+    computed, and the sums of rows and columns are one tensor; without `both` columns have none.
+    """
+    anchors, whole = problem.blocks.anchors, problem.whole
+    own, row_total = problem.reference.new_zeros(2, problem.n)
+    column_total = row_total if upper else own.new_zeros(problem.m * both)
     new = own.new_zeros if upper else own.new_empty  # tiles below the diagonal write nothing
-    height = _rounded_up(max(_CHUNK_ROWS, _FORWARD_LOGITS // m))
+    height = _rounded_up(max(_CHUNK_ROWS, _FORWARD_LOGITS // problem.m))
     for chunk in problem.chunks(height, _FORWARD_COLUMNS, upper=upper):
         down, across = chunk.tiles()
         sums = new(across, chunk.height), new(down, chunk.width * both)
-        sides = _sides(blocks.anchors[chunk.rows], whole[chunk.columns])
+        sides = _sides(anchors[chunk.rows], whole[chunk.columns])
         arguments = (problem.reference, own, *sums)
         problem.tiles(kernels.bounded_sums, _TILE, chunk, sides, *arguments, BOTH=both, UPPER=upper)
         _add_sums(row_total[chunk.rows], sums[0], first=chunk.column == 0 and not upper)
         if both:
             _add_sums(column_total[chunk.columns], sums[1], first=chunk.row == 0 and not upper)
-    row_sums = _line_sums(problem, 1, row_total, own, entries)
-    if not symmetric:
-        return row_sums, None
-    return row_sums, own_columns(
-        _line_sums(problem, 0, column_total, own, entries), row_sums, entries, batch
-    )
+    return own, row_total, column_total
 
 
 def _line_sums(
