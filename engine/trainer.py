@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import attrs
 import torch
@@ -125,7 +125,7 @@ class Trainer(Summarized, ExactSteps):
             the optimizer lacks a parameter of the loss, or has no parameter of model or loss.
     """
 
-    _shown = ("model", "loss", "optimizer", "device", "settings.precision")
+    _shown: ClassVar[tuple[str, ...]] = ("model", "loss", "optimizer", "device", "settings.precision")
     _shown += ("settings.microbatch_size", "state.epoch", "state.iteration")
 
     @names_the_right_argument

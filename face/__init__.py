@@ -3,6 +3,12 @@
 `diptych.engine` has the trainer and its step, `diptych.handlers` everything that happens around the
 step, `diptych.losses` the objectives. Every public name of the three can be imported from here too.
 `diptych.recipes` has whole jobs on a user's own data.
+
+    trainer = Trainer(model, CLIPLoss(), optimizer, task=tasks.image_text)
+    trainer.attach(Evaluation(held_out, metrics=[RetrievalRecall()]), *default_handlers("runs/a"))
+    trainer.run(loader, max_epochs=10)
+
+`help()` of a package begins with a page like this one; the documentation of each name follows.
 """
 
 if __name__ == "diptych":  # not as `face`, which `python -m face` imports before `diptych` is found

@@ -10,6 +10,10 @@ To add a loss, write one file in one of the folders: derive from `BaseContrastiv
 `BaseSupervisedLoss` and decorate with ``@register_loss("name")``. The registry imports every module
 of these folders when a name is first looked up. `diptych.losses.contract.check_loss` checks the
 contract that every loss keeps.
+
+    loss = CLIPLoss(temperature=0.07)
+    value = loss(image_features, text_features)
+    value.backward()
 """
 
 from diptych._lazy import lazy_names

@@ -1,4 +1,11 @@
-"""Whole jobs on a user's own data: train two towers, and use, evaluate and export them."""
+"""Whole jobs on a user's own data: train two towers, and use, evaluate and export them.
+
+From a folder to features:
+
+    train(Settings(images="photos", captions="captions.csv"), "runs/photos")
+    encoder = Encoder.load("runs/photos")
+    features = encoder.encode_texts(["a red bicycle"])
+"""
 
 from diptych._lazy import lazy_names
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
+import pydoc
+import re
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -71,3 +76,33 @@ def test_every_public_handler_loads_nothing_heavy() -> None:
 
 def test_every_public_loss_loads_no_ignite() -> None:
     assert loaded_by("from diptych.losses import *", {"ignite"}) == set()
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_help_begins_with_a_page_of_the_public_names_by_folder(package: str) -> None:
+    facade = importlib.import_module(package)
+    page = inspect.getdoc(facade) or ""
+    lines = page.splitlines()
+
+    shown = pydoc.plain(pydoc.render_doc(facade)).partition("DESCRIPTION\n")[2]
+    description = textwrap.dedent(shown.partition("\nPACKAGE CONTENTS")[0]).rstrip()
+    assert description.splitlines() == lines[2:]  # the first line is beside the name
+    assert len(lines) < 150
+    assert max(map(len, lines)) <= 100
+    words = re.findall(r"^    ([A-Za-z_, ]*?)(?:  .*)?$", page, re.MULTILINE)
+    listed = [name for line in words for name in re.split(r",\s*|\s+", line) if name]
+    assert {*facade.__all__} <= {*listed}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_example_of_a_page_has_three_lines_and_uses_public_names(package: str) -> None:
+    facade = importlib.import_module(package)
+    text = (inspect.getdoc(facade) or "").partition("\nNames:")[0]
+    example = re.search(r"(?:^    .*\n?){3,}", text, re.MULTILINE)
+
+    assert example is not None
+    tree = ast.parse(inspect.cleandoc(example[0]))
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    public = {*facade.__all__} | {*importlib.import_module("diptych").__all__}
+    assert len(tree.body) == 3
+    assert {name for name in used if name[0].isupper()} <= public
