@@ -125,8 +125,8 @@ class Trainer(Summarized, ExactSteps):
             the optimizer lacks a parameter of the loss, or has no parameter of model or loss.
     """
 
-    _shown: ClassVar[tuple[str, ...]] = ("model", "loss", "optimizer", "device", "settings.precision")
-    _shown += ("settings.microbatch_size", "state.epoch", "state.iteration")
+    _shown: ClassVar[tuple[str, ...]] = ("model", "loss", "optimizer", "device")
+    _shown += ("settings.precision", "settings.microbatch_size", "state.epoch", "state.iteration")
 
     @names_the_right_argument
     def __init__(
