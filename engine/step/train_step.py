@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from operator import attrgetter, itemgetter
@@ -46,9 +45,6 @@ from diptych.engine.step.microbatch import GradientCache, PieceCounter, join_out
 from diptych.engine.tasks import Outputs, Task, check_outputs
 
 NOTHING, PARAMETERS = nullcontext(), itemgetter("params")
-
-WALK_EVERY = 16
-"""Updates between two walks over the modules for parameters that the optimizer does not hold."""
 
 
 class TrainerParts(Protocol):
@@ -123,9 +119,6 @@ class TrainStep:
         self._early: AbstractContextManager[None] | None = None
         self._known, self._buffers = known_parameters(), known_buffers()
         self._constrained = KnownParts(constrained)
-        self._cleared_of: list[Any] = []
-        self._cleared: list[nn.Parameter] = []
-        self._since_walk = 0
         self._piece_counter = PieceCounter(agreed=has_shards(trainer.model))
 
     def __call__(self, trainer: Any, batch: Any) -> StepOutput:
@@ -189,24 +182,8 @@ class TrainStep:
         optimizer = self.optimizer
         if type(optimizer).zero_grad is not Optimizer.zero_grad or "zero_grad" in vars(optimizer):
             optimizer.zero_grad(set_to_none=True)  # a subclass may do more
-        for parameter in self._to_clear():
+        for parameter in self.parameters():
             parameter.grad = None
-
-    def _to_clear(self) -> list[nn.Parameter]:
-        """Return the parameters whose gradients are cleared.
-
-        What the optimizer holds is read each time. Others, which no update changes, are looked
-        for in some updates only: a walk over the modules takes a hundredth of a short update.
-        """
-        groups = self.optimizer.param_groups
-        held = [self.model, self.loss, *chain.from_iterable(map(PARAMETERS, groups))]
-        known = len(held) == len(self._cleared_of) and all(
-            map(operator.is_, held, self._cleared_of)
-        )
-        self._since_walk = (self._since_walk + 1) % WALK_EVERY if known else 0
-        if not self._since_walk:
-            self._cleared_of, self._cleared = held, self.parameters()
-        return self._cleared
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters of model, loss and optimizer, each once."""
