@@ -100,7 +100,7 @@ class RepresentationHealth(Handler):
     samples: int = attrs.field(default=1024, validator=whole_number(2))
     warmup: int = attrs.field(default=200, validator=whole_number(0))
     patience: int = attrs.field(default=3, validator=whole_number())
-    rules: Sequence[Rule] = RULES
+    rules: Sequence[Rule] = attrs.field(default=RULES, repr=False)
     findings: list[Finding] = attrs.field(factory=list, init=False)
     _metrics: MetricsCollector = attrs.field(init=False, repr=False)
     _log_point_features: dict[str, Tensor] = attrs.field(factory=dict, init=False, repr=False)

@@ -341,3 +341,7 @@ def test_outputs_without_features_are_refused():
     trainer = make_trainer().attach(RepresentationHealth(every=1, features=("pixels",)))
     with pytest.raises(BatchError, match=r"must have pixels of shape \[B, D\], got image_features"):
         run(trainer, 1)
+
+
+def test_its_representation_has_no_addresses_of_rules():
+    assert "0x" not in repr(RepresentationHealth())
