@@ -6,6 +6,7 @@ Only an exception leads here, so that a forward pass that works is not checked a
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -23,7 +24,7 @@ LEFT = (BatchError, LostRankError, torch.OutOfMemoryError)
 """Exceptions that name their cause, and those that others handle."""
 
 
-class ForwardError(BatchError, RuntimeError, TypeError):
+class ForwardError(BatchError, RuntimeError, TypeError, IndexError):
     """A failed forward pass with its likely cause.
 
     Code that expects what torch raises for such a batch catches this too.
@@ -41,15 +42,22 @@ class FailedCall:
         error: the exception.
         model: the model.
         module: the module that was called.
-        inputs: its arguments, positional and named ones.
+        positional: its positional arguments.
+        named: its named arguments.
         batch: the batch of the forward pass.
     """
 
     error: Exception
     model: nn.Module
     module: nn.Module
-    inputs: tuple[Any, ...]
+    positional: tuple[Any, ...]
+    named: Mapping[str, Any]
     batch: Any
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """Its arguments, the positional ones first."""
+        return (*self.positional, *self.named.values())
 
     @property
     def part(self) -> str:
@@ -67,6 +75,14 @@ class FailedCall:
     def weight(self) -> Tensor | None:
         """The first parameter of the module itself."""
         return next(self.module.parameters(recurse=False), None)
+
+    def is_about(self, pattern: str) -> bool:
+        """Return whether a layer of torch has failed, or else the error's text has a pattern.
+
+        A module of the user does more with its input than a layer does, and fails for many reasons.
+        """
+        is_torchs = type(self.module).__module__.startswith("torch.")
+        return is_torchs or re.search(pattern, str(self.error)) is not None
 
     def name_of(self, value: Any) -> str:
         """Return the name of an input: that of a part of the batch, if it is one."""
@@ -92,7 +108,8 @@ def raise_likely_cause(error: Exception, model: nn.Module, batch: Any) -> None:
     call = _failed_call(error, model, batch)
     if call is None:
         return
-    message = _likely_cause(call)
+    is_usual = type(error).__module__ in {"builtins", "torch"}  # others' classes are meant
+    message = _likely_cause(call) if is_usual else None
     if message is not None:
         raise ForwardError(message) from error
     if hasattr(error, "add_note"):
@@ -128,8 +145,7 @@ def _failed_call(error: Exception, model: nn.Module, batch: Any) -> FailedCall |
     for frame in _frames(error.__traceback__):
         called = frame.get("self")
         if isinstance(called, nn.Module) and "args" in frame and "kwargs" in frame:
-            inputs = (*frame["args"], *frame["kwargs"].values())
-            found = FailedCall(error, model, called, inputs, batch)
+            found = FailedCall(error, model, called, frame["args"], frame["kwargs"], batch)
     return found
 
 
@@ -147,7 +163,7 @@ def _other_inputs(call: FailedCall) -> str | None:
         return None
     signature = inspect.signature(call.model.forward)
     try:
-        signature.bind(*call.inputs)
+        signature.bind(*call.positional, **call.named)
     except TypeError:
         return (
             f"model must take the {len(call.inputs)} inputs that the task passes, got "
@@ -160,6 +176,9 @@ def _other_inputs(call: FailedCall) -> str | None:
 def _no_tensor(call: FailedCall) -> str | None:
     value = call.input
     if value is None or isinstance(value, Tensor) or isinstance(call.error, RuntimeError):
+        return None
+    kind = re.escape(type(value).__name__)
+    if not call.is_about(rf"'{kind}'|not {kind}\b|got \(.*\b{kind}\b"):
         return None
     start = f"{call.name_of(value)} must be a tensor for {call.part}, got {described(value)}. "
     first = value[0] if isinstance(value, (list, tuple)) and value else value
@@ -194,7 +213,7 @@ def _ids(call: FailedCall) -> str | None:
 
 def _other_device(call: FailedCall) -> str | None:
     """A tensor that a module holds as a plain attribute stays where it was made."""
-    if "device" not in str(call.error):
+    if "device" not in str(call.error) or "CUDA error" in str(call.error):
         return None
     device = next((p.device for p in call.model.parameters()), torch.device("cpu"))
     for path, module in call.model.named_modules():
@@ -215,6 +234,8 @@ def _other_type(call: FailedCall) -> str | None:
     if isinstance(call.module, (nn.Embedding, nn.EmbeddingBag)):
         return None
     if value.dtype == weight.dtype or torch.is_autocast_enabled(value.device.type):
+        return None
+    if not call.is_about(r"dtype|scalar type|[Ii]nput type|not implemented for"):
         return None
     start = f"{call.name_of(value)} must be {weight.dtype} for {call.part}, got {described(value)}"
     if value.dtype == torch.uint8:

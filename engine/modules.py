@@ -173,9 +173,8 @@ class TrainingModes:
             if name not in self._told:
                 self._told.add(name)
                 logger.warning(
-                    "The %s was in eval mode and is put into train mode. Parts that are to stay in "
-                    "eval mode must be put there with the whole %s in train mode.",
-                    name,
+                    "The %s was in eval mode and is put into train mode. To keep parts in eval "
+                    "mode, call eval() on those parts alone.",
                     name,
                 )
 
@@ -185,9 +184,8 @@ class TrainingModes:
         if names and "parts" not in self._told:
             self._told.add("parts")
             logger.warning(
-                "In eval mode, and yet with trainable parameters: %s. Dropout is off there, and "
-                "batch norm uses its running statistics. Models from from_pretrained() are so; "
-                "call train() on them, or freeze them with requires_grad_(False).",
+                "In eval mode (dropout is off), but with trainable parameters: %s.\n"
+                "Call train() on them, as after from_pretrained(), or requires_grad_(False).",
                 ", ".join(names[:8]) + (", ..." if len(names) > 8 else ""),
             )
 

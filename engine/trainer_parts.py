@@ -164,7 +164,7 @@ def _report_frozen(model: nn.Module, loss: nn.Module) -> None:
     if has_parameters and not _learned(model) and scales and all(p.numel() == 1 for _, p in scales):
         logger.warning(
             "The model is frozen, so only %s of the loss is trained. Set requires_grad_(True) on "
-            "the parts of the model that are to learn.",
+            "what is to learn.",
             ", ".join(name for name, _ in scales),
         )
 

@@ -90,9 +90,8 @@ def report_endless(trainer: Trainer, handler: object) -> None:
     if state.max_iters is not None and state.epoch_length is None and rank() == 0:
         name = getattr(handler, "key", None) or getattr(handler, "__name__", type(handler).__name__)
         logger.warning(
-            "%s acts at the end of each epoch, and the %s has no length. If it is endless, no "
-            "epoch ends before the run does: pass epoch_length= to run, or every=<iterations> to "
-            "the handler.",
+            "%s acts at the end of each epoch, and the %s has no length.\nIf it is endless, pass "
+            "epoch_length= to run, or every=<iterations> to the handler.",
             name,
             type(state.dataloader).__name__,
         )

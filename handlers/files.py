@@ -158,8 +158,8 @@ def _report(folder: Path, error: OSError) -> None:
     if folder not in _reported:
         _reported.add(folder)
         logger.warning(
-            "The file system of %s cannot flush a folder or file to the disk: %s. Files count once "
-            "they are written. After a power failure, the latest ones may be missing.",
+            "The file system of %s cannot flush to the disk: %s.\nAfter a power failure, the "
+            "latest files may be missing.",
             folder,
             error,
         )

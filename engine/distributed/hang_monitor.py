@@ -56,9 +56,8 @@ def _monitor(thread: int, timeout: float, done: threading.Event) -> None:
         if seconds > SHARE * timeout:
             logged = place
             logger.warning(
-                "Rank %d has been at one place for %.1f s: %s. It waits for another rank, or "
-                "another rank waits for it; after %.1f s of waiting the backend ends the process. "
-                "Its stack:\n%s",
+                "Rank %d has been at one place for %.1f s: %s.\nIt waits for another rank, or is "
+                "awaited; the backend ends the process after %.1f s. Its stack:\n%s",
                 rank(),
                 seconds,
                 name_of(name),

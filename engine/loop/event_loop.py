@@ -269,9 +269,8 @@ class EventLoop(PositionedEvents):
         waiting = [] if ends else waiting_for_epochs(self.listeners)
         if state.max_iters is not None and waiting:
             logger.warning(
-                "The loader has no length, so in a run of max_iters=%d no epoch may end, and "
-                "these handlers wait for the end of one: %s. Pass epoch_length= to run, or "
-                "every=<iterations> to the handlers.",
+                "The loader has no length, so with max_iters=%d no epoch may end. These handlers "
+                "wait for one: %s.\nPass epoch_length= to run, or every=<iterations> to them.",
                 state.max_iters,
                 ", ".join(waiting),
             )
@@ -475,8 +474,8 @@ class EventLoop(PositionedEvents):
         if self._misjudged is not self.batches.data:
             self._misjudged = self.batches.data
             logger.warning(
-                "The loader has the length %d, but yields %s batches in epoch %d. An epoch is one "
-                "pass over it, however long; pass epoch_length= to count iterations instead.",
+                "The loader has the length %d, but yields %s batches in epoch %d.\nAn epoch is one "
+                "pass over it; pass epoch_length= to count iterations instead.",
                 self.state.epoch_length,
                 found,
                 self.state.epoch,

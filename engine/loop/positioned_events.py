@@ -123,9 +123,8 @@ class PositionedEvents(ContinuedEvents):
         if later and not self._warned:
             self._warned = True
             logger.warning(
-                "A state was taken inside EPOCH_COMPLETED, before its handlers %s. A run that "
-                "resumes from it does not call them for this epoch. Attach what takes the state "
-                "last, or take it at RunEvents.SAFE_POINT.",
+                "A state was taken in EPOCH_COMPLETED before these handlers: %s.\nA run resumed "
+                "from it skips them in this epoch. Take states last, or at RunEvents.SAFE_POINT.",
                 ", ".join(later),
             )
 

@@ -224,9 +224,9 @@ def checked_optimizers(trainer: RunParts, known: Iterable[Optimizer]) -> list[Op
         )
     if {id(one) for one in others} - set(map(id, known)):
         logger.warning(
-            "A function at an event refers to another optimizer, %s, that holds parameters which "
-            "the trainer's %s lacks. Clipping, guards and LearningRate apply to both. "
-            "CompositeOptimizer holds several optimizers behind one interface.",
+            "A function at an event uses another optimizer, %s, with parameters that the trainer's "
+            "%s lacks.\nClipping, guards and LearningRate apply to both; CompositeOptimizer holds "
+            "both as one.",
             names,
             type(trainer.optimizer).__name__,
         )
@@ -385,9 +385,8 @@ def report_unsaved(trainer: RunParts, saved: Iterable[Any]) -> None:
     unsaved = sorted({type(one).__name__ for one in of_optimizer if id(one) not in known})
     if unsaved:
         logger.warning(
-            "Checkpoints do not hold the state of %s, a scheduler of the optimizer, because no "
-            "function at an event refers to it: a resumed run starts its schedule again. Add "
-            "scheduler.step to an event, or save its state in a handler.",
+            "Checkpoints lack the state of the scheduler %s, so a resumed run starts its schedule "
+            "again.\nAdd scheduler.step to an event, or save its state in a handler.",
             ", ".join(unsaved),
         )
 

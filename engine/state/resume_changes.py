@@ -172,8 +172,8 @@ class ResumeChanges:
             )
         if self.saved is None:
             logger.warning(
-                "The checkpoint does not say how its run was built (an earlier version of diptych "
-                "wrote it), so that changes of the script are neither found nor applied."
+                "The checkpoint, of an earlier version, does not say how its run was built: "
+                "changes of the script are not found."
             )
         told = {f"handlers.{key}" for key in (*fresh, *missing)}
         rest = [one for one in self.found if one.name not in told]

@@ -108,8 +108,7 @@ def _report_not_finite(outputs: Mapping[str, Tensor], batch: object) -> None:
     if sources:
         cause = f"The batch holds them already, in {', '.join(sources)}: look at the data."
     logger.warning(
-        "%s of the first batch hold NaN or infinite values. %s LossGuard() leaves such batches "
-        "out.",
+        "%s of the first batch hold NaN or infinite values. %s\nLossGuard() skips such batches.",
         ", ".join(wrong),
         cause,
     )
@@ -138,8 +137,8 @@ def report_skipped(loss: nn.Module, iteration: int) -> None:
     """Log, on rank 0, that a batch is skipped."""
     if rank() == 0:
         logger.warning(
-            "The batch of iteration %d has fewer samples than the %d that %s needs: it is skipped, "
-            "without an update. train/skipped_batches counts such batches.",
+            "The batch of iteration %d has fewer samples than the %d that %s needs: it is skipped "
+            "(train/skipped_batches).",
             iteration,
             minimum_batch(loss),
             type(loss).__name__,
@@ -172,7 +171,7 @@ def report_last_batch(loss: nn.Module, loader: object, purpose: str) -> None:
     size, least = last_batch_size(loader), minimum_batch(loss)
     if size is not None and size < least and rank() == 0:
         logger.warning(
-            "The last batch of a pass will have %d sample%s, and %s needs %d: %s. Set "
+            "The last batch of a pass will have %d sample%s, and %s needs %d: %s.\nSet "
             "drop_last=True, or choose another batch_size.",
             size,
             "" if size == 1 else "s",

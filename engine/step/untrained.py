@@ -55,8 +55,8 @@ class Untrained:
             names += ["parameters of neither model nor loss"] * (len(names) < len(found))
             more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
             logger.warning(
-                "In iterations %d to %d no gradient reached %s%s: the loss does not depend on it. "
-                "Freeze what is not to be trained with requires_grad_(False).",
+                "In iterations %d to %d no gradient reached %s%s: the loss does not depend on it.\n"
+                "If it is not to be trained, freeze it with requires_grad_(False).",
                 self._since + 1,
                 self._trainer.state.iteration,
                 ", ".join(names[:MOST]),
@@ -84,9 +84,8 @@ class Untrained:
         self._is_nan = True
         if rank() == 0:
             logger.warning(
-                "train/loss is NaN in iterations %d to %d, and the weights may be from here on. "
-                "LossGuard() leaves such updates out and records their batches; a checkpoint from "
-                "before has weights to continue with.",
+                "train/loss is NaN in iterations %d to %d, and the weights may be NaN too.\n"
+                "Resume from an earlier checkpoint, with LossGuard() to skip such updates.",
                 self._since + 1,
                 self._trainer.state.iteration,
             )

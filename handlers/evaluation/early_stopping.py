@@ -124,8 +124,8 @@ class EarlyStopping(Handler):
             report_endless(trainer, self)
         if self.stopped:
             logger.warning(
-                "EarlyStopping ended this run earlier and ends it again: %s has not improved on %s "
-                "for %d values. To continue, call reset() on the EarlyStopping.",
+                "EarlyStopping ends the run again: %s has not improved on %s for %d values. To "
+                "continue, call its reset().",
                 self.metric,
                 self.best,
                 self.waited,

@@ -314,8 +314,8 @@ class Evaluation(Handler):
         is_trained_on = _has_data_of(self.loader, trainer.state.dataloader)
         if is_trained_on and "train" not in self.prefix and rank() == 0:
             logger.warning(
-                "%s reads the data that the run trains on: its values say nothing about other "
-                "data. Give it held-out data, or a name that says so: prefix='train_data'.",
+                "%s reads the data that the run trains on. Give it held-out data, or name it: "
+                "prefix='train_data'.",
                 self.key,
             )
         if self.loss:

@@ -205,9 +205,9 @@ class RetrievalMetric(OutputsMetric):
         if len(both):
             self._has_warned = True
             logger.warning(
-                "%s: several images and several texts have one group, such as %d, and each of them "
-                "counts as an item of its own. If the loader repeats an image for each of its "
-                "captions, add image_id and caption_id to the batches, so that it counts once.",
+                "%s: several images and several texts have one group (%d), and each counts as an "
+                "item.\nIf the loader repeats images for their captions, add image_id and "
+                "caption_id to the batches.",
                 type(self).__name__,
                 int(both[0]),
             )

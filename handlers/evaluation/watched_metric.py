@@ -34,8 +34,8 @@ def report_nan(handler: str, metric: str, value: float, iteration: int) -> None:
     """
     if math.isnan(value) and rank() == 0:
         logger.warning(
-            "%s is NaN after iteration %d: %s counts it as a value without an improvement. "
-            "LossGuard() finds the batch whose loss is the first NaN.",
+            "%s is NaN after iteration %d: %s counts it as no improvement. LossGuard() finds the "
+            "first such batch.",
             metric,
             iteration,
             handler,

@@ -277,8 +277,8 @@ class LossGuard(Handler):
         caught = int(trainer.metrics.record.values.get("guard/caught", 0))
         if caught > self.caught:
             logger.warning(
-                "LossGuard skipped %d updates up to iteration %d, because the loss or a gradient "
-                "was not finite or spiked. LossGuard(directory) records such batches.",
+                "LossGuard skipped %d updates up to iteration %d: the loss or a gradient was not "
+                "finite or spiked.\nLossGuard(directory) records such batches.",
                 caught - self.caught,
                 trainer.state.iteration,
             )

@@ -207,8 +207,8 @@ class HardNegativeMining(Handler):
         if not self._warned and bool((groups[rows] != queries).any()):
             self._warned = True
             logger.warning(
-                "A batch has groups that the evaluation %r has not. They get the negatives of "
-                "other groups. Evaluate all training data to mine their own.",
+                "A batch has groups that the evaluation %r has not: they get other groups' "
+                "negatives. Evaluate all training data.",
                 self.evaluation,
             )
         chosen = negatives[rows]

@@ -47,8 +47,8 @@ class Horizon:
             self.iterations = before or length
             if before is not None and rank() == 0:
                 logger.info(
-                    "The checkpoint has no length of the schedule of %s; it is %d iterations, the "
-                    "length that the saved run was to have.",
+                    "The checkpoint has no length of the schedule of %s; it is %d iterations, as "
+                    "planned for the saved run.",
                     name,
                     before,
                 )
@@ -73,7 +73,7 @@ def log_other_length(fixed: int, length: int, name: str, sets: str) -> None:
         effect = f"after iteration {fixed} the {sets} keeps its final value"
     logger.warning(
         "The schedule of the %s has %d iterations, fixed when it first started, and now there are "
-        "%d: %s. Pass total=%d to %s to change the schedule.",
+        "%d:\n%s. Pass total=%d to %s to change the schedule.",
         sets,
         fixed,
         length,

@@ -170,8 +170,8 @@ class LearningRate(Handler):
             earlier = next((rate for held, rate in self._earlier if held is group), None)
             if earlier is not None and float(earlier) != group["initial_lr"] and rank() == 0:
                 logger.warning(
-                    "The schedule of group %s starts from its current rate, %g; an earlier "
-                    "schedule of this optimizer started from %g. Set the group's lr to change it.",
+                    "The schedule of group %s starts from its current rate, %g; an earlier one "
+                    "started from %g. To change it, set its lr.",
                     group.get("name", index),
                     group["initial_lr"],
                     float(earlier),

@@ -72,8 +72,7 @@ class TaughtTask:
         outputs = self.task(model, batch)
         if any(map(TRAINING, self._parts)):
             logger.warning(
-                "The teacher was put into train mode. It is in eval mode again, as a Teacher always"
-                " is: its outputs must not depend on dropout or on the batch."
+                "The teacher was put into train mode. It is in eval mode again, without dropout."
             )
             self._teacher.eval()
         with torch.no_grad():

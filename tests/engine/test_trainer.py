@@ -269,8 +269,8 @@ def test_a_part_in_eval_mode_with_trainable_parameters_is_named_once(caplog):
     found = [
         record.message for record in caplog.records if "trainable parameters" in record.message
     ]
-    assert [message.split(". ")[0] for message in found] == [
-        "In eval mode, and yet with trainable parameters: model.image"
+    assert [message.split(".\n")[0] for message in found] == [
+        "In eval mode (dropout is off), but with trainable parameters: model.image"
     ]
 
 

@@ -362,7 +362,7 @@ def test_a_state_inside_epoch_completed_names_the_handlers_to_come_once(caplog):
     loop.add_event_handler(Events.EPOCH_COMPLETED, later)
     loop.run(range(3), max_epochs=2)
 
-    assert caplog.text.count("before its handlers later.") == 1
+    assert caplog.text.count("before these handlers: later.") == 1
 
 
 def test_a_state_after_a_failed_end_of_an_epoch_completes_it_again():

@@ -60,7 +60,7 @@ def test_each_nan_is_logged_once_also_in_a_resumed_run(caplog, tmp_path):
         f"{NAME} is NaN after iteration 4",
         f"{NAME} is NaN after iteration 8",
     ]
-    assert "EarlyStopping counts it as a value without an improvement" in told[0]
+    assert "EarlyStopping counts it as no improvement" in told[0]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_stopped_run_stays_stopped_when_it_is_resumed(caplog):
     with caplog.at_level(logging.WARNING):
         resumed.run(make_loader(), max_epochs=4)
     assert resumed.state.epoch == 2
-    assert "ends it again: val/score has not improved on 0.2 for 1 values." in caplog.text
+    assert "ends the run again: val/score has not improved on 0.2 for 1 values." in caplog.text
     again.reset()
     resumed.run(make_loader(), max_epochs=4)
     assert (resumed.state.epoch, again.best) == (4, 0.4)
