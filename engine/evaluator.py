@@ -94,7 +94,8 @@ class Evaluator(Summarized, EventLoop):
     @property
     def chance(self) -> dict[str, float]:
         """The values of random features, of metrics that know them, by name; after `evaluate`."""
-        known = [getattr(metric, "chance", {}) for metric in self._metrics.values()]
+        # Ignite's metrics answer any name with a function, so the attribute is looked up without them.
+        known = [vars(metric).get("chance", {}) for metric in self._metrics.values()]
         return {name: value for values in known for name, value in values.items()}
 
     @waits_at("sharing an evaluation")

@@ -79,6 +79,13 @@ def test_metrics_are_called_by_their_class_or_by_the_name_given():
     assert list(evaluator_of(metrics=named).evaluate(labelled())) == ["top", "again"]
 
 
+def test_the_chance_of_a_metric_that_knows_none_is_left_out():
+    """Metrics of Ignite answer `chance`, like any other name, with a function."""
+    evaluator = evaluator_of(metrics=[Several(both)])
+    evaluator.evaluate(labelled())
+    assert evaluator.chance == {}
+
+
 def test_two_metrics_of_one_class_need_names():
     with pytest.raises(ValueError, match=r"different names, got accuracy twice\. Pass a mapping"):
         evaluator_of(metrics=[Accuracy(both), Accuracy(both)])
