@@ -233,9 +233,8 @@ def _other_type(call: FailedCall) -> str | None:
         return None
     if isinstance(call.module, (nn.Embedding, nn.EmbeddingBag)):
         return None
-    if value.dtype == weight.dtype or torch.is_autocast_enabled(value.device.type):
-        return None
-    if not call.is_about(r"dtype|scalar type|[Ii]nput type|not implemented for"):
+    is_right = value.dtype == weight.dtype or torch.is_autocast_enabled(value.device.type)
+    if is_right or not call.is_about(r"dtype|scalar type|[Ii]nput type|not implemented for"):
         return None
     start = f"{call.name_of(value)} must be {weight.dtype} for {call.part}, got {described(value)}"
     if value.dtype == torch.uint8:

@@ -47,7 +47,7 @@ def test_the_innermost_part_that_fails_is_named_not_what_another_one_takes():
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
-@pytest.mark.parametrize("expected", [BatchError, RuntimeError, TypeError, ValueError])
+@pytest.mark.parametrize("expected", [BatchError, RuntimeError, TypeError, ValueError, IndexError])
 def test_code_that_expects_what_torch_raises_catches_it(expected):
     with pytest.raises(expected):
         make_trainer(Tokenizing()).run([batch_of("abc", "def")])
@@ -76,6 +76,41 @@ def test_an_error_of_another_cause_is_left_as_it_is_with_the_inputs_in_a_note():
 )
 def test_exceptions_that_others_handle_or_that_are_named_are_left(error):
     raise_likely_cause(error, nn.Linear(1, 1), {"image": ["a"]})
+
+
+class Failing(nn.Module):
+    """Has a float32 parameter and a tensor that is not moved, and raises what it is told to."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error, self.positions = error, nn.Parameter(torch.zeros(4))
+        self.table = torch.zeros(3, device="meta")
+
+    def forward(self, *, batch: object, words: object = None) -> Tensor:
+        raise self.error
+
+
+class TooSmallError(ValueError):
+    """An error of the user, who may look for it."""
+
+
+@pytest.mark.parametrize(
+    ("error", "batch"),
+    [
+        (AttributeError("'Failing' object has no attribute 'encodr'"), {"image": 1}),
+        (ValueError("the image is too small"), {"image": 1}),
+        (IndexError("list index out of range"), ["a"]),
+        (TooSmallError("a 'list' is too small"), ["a"]),
+        (TypeError("add(): argument 'other' must be Tensor, not str"), torch.zeros(2)),
+        (RuntimeError("The size of tensor a (7) must match tensor b"), torch.zeros(2, 7).long()),
+        (RuntimeError("CUDA error: device-side assert triggered"), torch.zeros(2)),
+    ],
+)
+def test_what_a_module_of_the_user_raises_for_reasons_of_its_own_is_left(error, batch):
+    model = Failing(error)
+    with pytest.raises(type(error)) as caught:
+        model(batch=batch, words=batch)
+    raise_likely_cause(caught.value, model, batch)
 
 
 def test_an_input_that_cannot_be_looked_at_leaves_the_error_as_it_is():
