@@ -449,9 +449,11 @@ class Trainer(Summarized, ExactSteps):
 
         def __getattr__(self, name: str) -> Any:
             """Raise the error for a missing attribute; others' methods are told in our words."""
-            way_out = f". Use trainer.{METHODS[name]}" if name in METHODS else ""
-            message = f"{type(self).__name__!r} object has no attribute {name!r}{way_out}"
-            raise AttributeError(message, name=name, obj=self)
+            if name not in METHODS or hasattr(type(self), name):
+                return self.__getattribute__(name)  # raises what a property has raised
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+            way_out = f". Use trainer.{METHODS[name]}"
+            raise AttributeError(message + way_out, name=name, obj=self)
 
     @names_the_right_argument
     def train(self, loader: Iterable[Any], num_epochs: int) -> list[float]:

@@ -573,3 +573,13 @@ def test_an_optimizer_that_needs_a_closure_needs_a_step_of_its_own():
     trainer.run([paired(6)] * 3, max_epochs=1)
 
     assert losses == sorted(losses, reverse=True)
+
+
+def test_an_attribute_error_within_a_property_of_a_subclass_is_not_hidden():
+    class Own(Trainer):
+        @property
+        def evaluate(self) -> Any:
+            return nn.Identity().absent
+
+    with pytest.raises(AttributeError, match="'Identity' object has no attribute 'absent'"):
+        Own.__new__(Own).evaluate  # noqa: B018
