@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +123,7 @@ class Temperature(nn.Module):
 
 
 def _check(value: float) -> None:
-    if isinstance(value, nn.Parameter) or not isinstance(value, (int, float, Tensor)):
+    if isinstance(value, nn.Parameter) or not isinstance(value, (Real, Tensor)):
         raise TypeError(
             f"temperature must be a number, got a {type(value).__name__}. The loss makes the"
             " parameter itself, with learn_temperature=True"

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -101,3 +102,7 @@ def test_a_learned_value_outside_its_bounds_is_refused_with_a_way_out() -> None:
         Temperature(2.0, learn=True, min_scale=1.0, max_scale=100.0)
     with pytest.raises(ValueError, match="0 < min < max"):
         Temperature(0.5, learn=True, min_scale=3.0, max_scale=2.0)
+
+
+def test_a_number_of_numpy_is_a_temperature():
+    assert Temperature(np.float32(0.5)).value == pytest.approx(0.5)
