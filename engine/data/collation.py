@@ -33,9 +33,16 @@ def _misfit(samples: Sequence[Any]) -> str | None:
     """Return what does not fit in samples that cannot be collated; None if that is not known."""
     if any(sample is None for sample in samples):
         return f"a sample must not be None. Leave it out of the data set, or {OWN}, which drops it"
-    keys = {tuple(sample) for sample in samples if isinstance(sample, Mapping)}
+    mixed = any(
+        len({isinstance(sample, kind) for sample in samples}) > 1
+        for kind in (Mapping, (tuple, list))
+    )
+    if mixed:
+        kinds = sorted({type(sample).__name__ for sample in samples})
+        return f"samples must be of one kind, got a {' and a '.join(kinds)}. Convert them, or {OWN}"
+    keys = {frozenset(sample): tuple(sample) for sample in samples if isinstance(sample, Mapping)}
     if len(keys) > 1:
-        one, other, *_ = (", ".join(map(repr, names)) for names in sorted(keys, key=len))
+        one, other, *_ = (", ".join(map(repr, names)) for names in sorted(keys.values(), key=len))
         return f"samples must have the same keys, got {one} and {other}. Complete them, or {OWN}"
     return next(filter(None, (_misfit_of(name, values) for name, values in _parts(samples))), None)
 
