@@ -94,7 +94,7 @@ class Evaluator(Summarized, EventLoop):
     @property
     def chance(self) -> dict[str, float]:
         """The values of random features, of metrics that know them, by name; after `evaluate`."""
-        # Ignite's metrics answer any name with a function, so the attribute is looked up without them.
+        # Ignite's metrics answer any name with a function, so getattr would find one.
         known = [vars(metric).get("chance", {}) for metric in self._metrics.values()]
         return {name: value for values in known for name, value in values.items()}
 
