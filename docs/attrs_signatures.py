@@ -70,8 +70,9 @@ def _own_parameters(cls: griffe.Class) -> Iterator[griffe.Parameter]:
             options["default"] = "..."
         by_keyword = all_by_keyword or str(options.get("kw_only")) == "True"
         kinds = griffe.ParameterKind
+        alias = str(options.get("alias", attribute.name.lstrip("_"))).strip("'\"")
         yield griffe.Parameter(
-            attribute.name.lstrip("_"),
+            alias,
             annotation=attribute.annotation,
             kind=kinds.keyword_only if by_keyword else kinds.positional_or_keyword,
             default=_default(options),
