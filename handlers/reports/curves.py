@@ -21,6 +21,7 @@ SMALL, LARGE = 10, 12  # heights of letters, in pixels
 COLORS = ("#3949ab", "#e65100", "#2e7d32", "#8e24aa", "#00838f", "#c62828", "#6d4c41", "#546e7a")
 POINTS = 400  # of a curve; more cannot be distinguished
 MARGIN = 0.04  # above and below the curves, as a share of their range
+TINY = 1e-300  # a smaller distance has no power of ten below it
 INTERVALS = 3  # between the marks of an axis, at least; at most two and a half times as many
 
 StepAndValue = tuple[int, float]
@@ -126,7 +127,7 @@ def _labels_of_steps(places: Mapping[float, float], height: float) -> list[Label
 def _marks(low: float, high: float, least: float = 0.0) -> list[float]:
     """Return round numbers in a range, at equal distances of at least `least`; or its only one."""
     width = (high - low) / INTERVALS
-    if not abs(high) * 1e-12 < width < math.inf:
+    if not max(abs(high) * 1e-12, TINY) < width < math.inf:
         return [low]
     unit = 10.0 ** math.floor(math.log10(width))
     distance = max(least, *(unit * m for m in (1, 2, 5) if unit * m <= width))

@@ -63,7 +63,7 @@ ul {{ padding-left: 1.2em }} summary {{ cursor: pointer; margin: 1.8em 0 .5em; f
 img {{ width: 48px; height: 48px; border: 2px solid var(--line); background: #fff; display: block }}
 .match {{ border-color: var(--good) }}
 .query {{ display: flex; flex-wrap: wrap; gap: 8px; align-items: center;
-  border-bottom: 1px solid var(--line); padding: 6px 0 }}
+  border-bottom: 1px solid var(--line); padding: 6px 0; overflow-wrap: anywhere }}
 .query ol {{ margin: 0; padding-left: 1.4em; flex: 1 1 220px }} .query b {{ flex: 1 1 160px }}
 @media (max-width: 480px) {{ body {{ font-size: 13.5px; padding: 12px }}
   .numbers td, .numbers th {{ padding-right: 7px }}
@@ -79,6 +79,7 @@ class RunNotes:
         outcome: how the run ended, in a word; "running" before.
         place: the epoch and step up to which the report goes, in words.
         findings: what `RepresentationHealth` and others have found.
+        unjudged: why the rules of health have not judged the run; empty if they have.
         chance: tag to the value of random features.
         galleries: heading to the queries of a direction, with their results.
     """
@@ -86,6 +87,7 @@ class RunNotes:
     outcome: str
     place: str
     findings: Sequence[Finding] = ()
+    unjudged: str = ""
     chance: Mapping[str, float] = attrs.field(factory=dict)
     galleries: Mapping[str, Sequence[QueryResults]] = attrs.field(factory=dict)
 
@@ -123,7 +125,8 @@ def page(runs: Sequence[RunHistory], notes: RunNotes | None = None) -> str:
     if len(runs) == 1:
         settings = {name: [value] for name, value in runs[0].settings.items()}
         parts.append(_fold("Settings", _table(["value"], settings)))
-    return "\n".join([*parts, "</body></html>", ""])
+    text = "\n".join([*parts, "</body></html>", ""])
+    return text.encode("utf-8", "replace").decode()  # captions may hold what no file can
 
 
 def _head(run: RunHistory, notes: RunNotes | None) -> list[str]:
@@ -144,8 +147,9 @@ def _head(run: RunHistory, notes: RunNotes | None) -> list[str]:
             f"{escape(one.remedy)}"
             for one in notes.findings
         ]
-        none = '<p class="good">No rule has found a problem.</p>'
-        parts += ["<h2>Findings</h2>", _list(items) if items else none]
+        soft = f'<p class="soft">{escape(notes.unjudged)}</p>' if notes.unjudged else ""
+        none = soft or '<p class="good">No rule has found a problem.</p>'
+        parts += ["<h2>Findings</h2>", _list(items) + soft if items else none]
     if run.starts:
         parts += ["<h2>Starts and interruptions</h2>", _list(map(_start, run.starts))]
     return parts
@@ -193,7 +197,7 @@ def _query(row: QueryResults) -> str:
 def _content(content: Tensor | str, element: str, *, match: bool = False) -> str:
     if isinstance(content, str):
         style = ' class="good"' if match else ""
-        return f"<{element}{style}>{escape(content)}</{element}>"
+        return f'<{element}{style} dir="auto">{escape(content)}</{element}>'
     data = base64.b64encode(jpeg(content, THUMBNAIL)).decode()
     style = ' class="match"' if match else ""
     return f'<img{style} src="data:image/jpeg;base64,{data}" alt="{"match" if match else ""}">'

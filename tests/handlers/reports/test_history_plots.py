@@ -51,10 +51,22 @@ def test_a_run_leaves_a_report_with_every_tag_and_setting(tmp_path):
     places = [text.index(f">{heading}") for heading in headings]
     assert places == sorted(places)
     assert "done, epoch 2, step 12" in text
-    assert "No rule has found a problem." in text
+    assert "it has no RepresentationHealth." in text
     assert "<td>val/<wbr>recall@1</td><td>0.75</td><td>12</td><td>0.75</td>" in text
     assert "http" not in text.replace('xmlns="http://www.w3.org/2000/svg"', "")
     HTMLParser().feed(text)
+
+
+def test_only_a_run_that_was_judged_is_reported_as_free_of_problems(tmp_path):
+    for warmup, verdict in ((99, "The rules of health have not judged"), (0, "No rule has found")):
+        folder = tmp_path / str(warmup)
+        trainer = make_trainer()
+        health = RepresentationHealth(
+            features=["logits"], every=1, warmup=warmup, patience=2, rules=()
+        )
+        trainer.attach(health, JsonLines(folder), HistoryPlots(folder))
+        trainer.run(loader(), max_epochs=1)
+        assert verdict in (folder / "report.html").read_text("utf-8")
 
 
 def test_an_interrupted_run_has_its_report(tmp_path):
@@ -76,7 +88,7 @@ def paired_trainer(folder: Path, end: int, *, rate: float = 0.5) -> Trainer:
     samples = PairSamples(
         batches=list(loader()),
         images=torch.rand(11, 3, 40, 40, generator=torch.Generator().manual_seed(0)),
-        captions=[f"<script>alert({number})</script> & more" for number in range(11)],
+        captions=[f"<script>alert({number})</script> & more \ud800" for number in range(11)],
         **task,
     )
     metrics = [RetrievalRecall(k=(1, 5))]
