@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
@@ -26,9 +28,11 @@ class RecordReader:
 
     Attributes:
         path: of the file.
+        rest: an incomplete last line, once all records were read.
     """
 
     path: Path
+    rest: bytes = attrs.field(default=b"", init=False)
     _offset: int = attrs.field(default=0, init=False)
     _lines: int = attrs.field(default=0, init=False)
 
@@ -39,20 +43,22 @@ class RecordReader:
             not self.path.is_file() or self.path.stat().st_size < self._offset
         )
 
-    def new_records(self) -> tuple[list[Record], bytes]:
-        """Return the records that were appended since the last call, and an incomplete last line.
+    def new_records(self) -> Iterator[Record]:
+        """Yield the records that were appended since the last call, of which a file may hold many.
 
         Raises:
             OSError: naming the file, if it cannot be read.
             ValueError: naming file and line, if a line is not a record.
         """
-        *lines, rest = read_file(self.path, self._offset).split(b"\n")
-        records = []
-        for line in lines:
-            records.append(_record(line, self.path, self._lines + 1))
+        self.rest = b""
+        for line in io.BytesIO(read_file(self.path, self._offset)):
+            if not line.endswith(b"\n"):
+                self.rest = line
+                return
+            record = _record(line[:-1], self.path, self._lines + 1)
             self._lines += 1
-            self._offset += len(line) + 1
-        return records, rest
+            self._offset += len(line)
+            yield record
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
@@ -70,8 +76,8 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     """
     check_lines(metrics_file(path))
     reader = RecordReader(metrics_file(path))
-    records, rest = reader.new_records()
-    if rest:
+    records = [*reader.new_records()]
+    if reader.rest:
         logger.warning(
             "%s ends inside line %d, which is left out: its end was not written.",
             reader.path,

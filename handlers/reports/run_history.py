@@ -106,8 +106,7 @@ class RunReader:
             self.reset()
         for reader in self._readers:
             if reader.path.is_file():
-                records, _ = reader.new_records()
-                for record in records:
+                for record in reader.new_records():
                     for tag, value in record.values.items():
                         self._curves.setdefault(tag, BoundedCurve()).add((record.step, value))
         curves = {tag: curve.points for tag, curve in self._curves.items()}
