@@ -263,4 +263,5 @@ def _discard_from(events: EventFile, step: int) -> None:
 def _is_inside(prefix: str) -> bool:
     """Return whether a prefix is the path of a folder inside another one."""
     path = PurePosixPath(prefix)
-    return not path.is_absolute() and ".." not in path.parts and path.as_posix() == prefix
+    is_own = bool(path.parts) and path.as_posix() == prefix  # "." is the run's own folder
+    return is_own and not path.is_absolute() and ".." not in path.parts
