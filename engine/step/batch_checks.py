@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from diptych.engine.containers import leaves
 from diptych.engine.data.loader_contract import length_of
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.distributed.gathering import gather_values
@@ -102,8 +103,11 @@ def _report_not_finite(outputs: Mapping[str, Tensor], batch: object) -> None:
     wrong = [name for name, value in outputs.items() if not _is_finite(value)]
     if not wrong:
         return
-    parts = batch.items() if isinstance(batch, Mapping) else ()
-    sources = [repr(key) for key, value in parts if not _is_finite(value)]
+    parts = {repr(key): part for key, part in batch.items()} if isinstance(batch, Mapping) else {}
+    if not parts:
+        all_parts = batch if isinstance(batch, (tuple, list)) else [batch]
+        parts = {f"part {number}": part for number, part in enumerate(all_parts)}
+    sources = [name for name, part in parts.items() if not all(map(_is_finite, leaves(part)))]
     cause = "The batch holds none: look at the model's weights, and at its precision."
     if sources:
         cause = f"The batch holds them already, in {', '.join(sources)}: look at the data."
@@ -115,7 +119,10 @@ def _report_not_finite(outputs: Mapping[str, Tensor], batch: object) -> None:
 
 
 def _is_finite(value: object) -> bool:
-    return not isinstance(value, Tensor) or bool(value.isfinite().all())
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return True
+    known = value.layout is torch.strided and value.dtype.itemsize > 1  # torch cannot tell others'
+    return not known or bool(value.isfinite().all())
 
 
 def _report_unlabelled(loss: nn.Module, outputs: Mapping[str, Tensor]) -> None:

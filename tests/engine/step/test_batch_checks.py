@@ -16,7 +16,7 @@ from diptych.engine import MetricsEvents, SeededLoader, StepEvents, Trainer
 from diptych.engine.distributed.collectives import rank
 from diptych.engine.errors import BatchError
 from diptych.engine.state.run_state import load_run_state, run_state
-from diptych.engine.step.batch_checks import last_batch_size
+from diptych.engine.step.batch_checks import check_first_batch, last_batch_size
 from diptych.handlers import Evaluation
 from diptych.losses import CLIPLoss, InfoNCELoss, MoCoLoss, VICRegLoss, WeightedSum
 from tests.engine.models import TwoTower, paired, sgd, trainer_of
@@ -208,3 +208,10 @@ def test_the_global_batch_decides_and_all_ranks_decide_alike(ranks: Ranks) -> No
             assert skipped == 1
             for one, parameter in zip(weights, alone.model.parameters(), strict=True):
                 torch.testing.assert_close(one, parameter.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_a_batch_without_names_that_holds_nan_is_not_called_finite(caplog):
+    bad, odd = torch.full((4, 2), math.nan), torch.zeros(4).to(torch.float8_e4m3fn)
+    check_first_batch(nn.MSELoss(), {"features": bad, "codes": odd}, ([odd, bad], odd))
+    assert "features of the first batch hold NaN" in caplog.text
+    assert "already, in part 0: look at the data" in caplog.text
