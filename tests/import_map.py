@@ -146,6 +146,7 @@ ALLOWED: dict[str, set[str]] = {
         "engine",
         "engine.state",
         "handlers",
+        "handlers.health",
         "handlers.output",
         "handlers.pictures",
         "handlers.sinks",

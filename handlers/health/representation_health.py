@@ -125,6 +125,12 @@ class RepresentationHealth(Handler):
         """The features, if they are named."""
         return ",".join(self.features or ())
 
+    @property
+    def has_judged(self) -> bool:
+        """Whether the run was long enough for the rules, since the learning rate last rose."""
+        enough = len(self._records) == self.patience
+        return enough and self._records[-1].step - self._last_rise >= self.warmup
+
     def attach(self, trainer: Trainer) -> None:
         """Measure the trainer's outputs and judge its records."""
         self._metrics = trainer.metrics
@@ -312,7 +318,7 @@ class RepresentationHealth(Handler):
         for tag in record.values:
             mean = sum(r.values.get(tag, math.nan) for r in self._records) / self.patience
             self._peaks[tag] = max(mean, self._peaks.get(tag, mean))
-        if record.step - self._last_rise >= self.warmup:
+        if self.has_judged:
             self._apply_rules(self._history(self._first, rate))
 
     def _history(self, first: Record, rate: float) -> History:

@@ -14,6 +14,7 @@ from diptych.engine.events import EvaluationEvents, RunEvents
 from diptych.engine.state.handler_states import attached
 from diptych.handlers.extras import check_extra
 from diptych.handlers.files import write_atomically
+from diptych.handlers.health.representation_health import RepresentationHealth
 from diptych.handlers.output.output_handler import OutputHandler
 from diptych.handlers.pictures.drawing import QueryResults
 from diptych.handlers.pictures.gallery import RetrievalGallery
@@ -141,9 +142,24 @@ class HistoryPlots(OutputHandler):
             outcome="running" if trainer.outcome is None else ending_word(trainer),
             place=f"epoch {state.epoch}, step {state.iteration:,}",
             findings=trainer.findings,
+            unjudged=_unjudged(trainer),
             chance=self._chance,
             galleries=_galleries(trainer),
         )
+
+
+def _unjudged(trainer: Trainer) -> str:
+    """Return why the rules of health have not judged the run, in words; empty if they have."""
+    health = trainer.handlers_of(RepresentationHealth)
+    if not health:
+        return "The health of the run was not measured: it has no RepresentationHealth."
+    if any(one.has_judged for one in health):
+        return ""
+    return (
+        "The rules of health have not judged this run: they need "
+        f"{health[0].patience} log points with measured features, and {health[0].warmup} steps "
+        "after the learning rate last rose."
+    )
 
 
 def _galleries(trainer: Trainer) -> dict[str, list[QueryResults]]:

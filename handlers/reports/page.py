@@ -142,17 +142,23 @@ def _head(run: RunHistory, notes: RunNotes | None) -> list[str]:
     parts = [f'<p class="soft">{escape(" | ".join(filter(None, facts)))}</p>']
     parts += ["<h2>Results</h2>", _results(run, notes.chance if notes else {})]
     if notes:
-        items = [
-            f'<b class="warn">{escape(one.rule)}</b>, step {one.step:,}: {escape(one.evidence)}. '
-            f"{escape(one.remedy)}"
-            for one in notes.findings
-        ]
-        soft = f'<p class="soft">{escape(notes.unjudged)}</p>' if notes.unjudged else ""
-        none = soft or '<p class="good">No rule has found a problem.</p>'
-        parts += ["<h2>Findings</h2>", _list(items) + soft if items else none]
+        parts += ["<h2>Findings</h2>", *_findings(notes)]
     if run.starts:
         parts += ["<h2>Starts and interruptions</h2>", _list(map(_start, run.starts))]
     return parts
+
+
+def _findings(notes: RunNotes) -> list[str]:
+    """Return what was found; or that nothing was, if the rules of health have judged the run."""
+    items = [
+        f'<b class="warn">{escape(one.rule)}</b>, step {one.step:,}: {escape(one.evidence)}. '
+        f"{escape(one.remedy)}"
+        for one in notes.findings
+    ]
+    found = [_list(items)] if items else []
+    if notes.unjudged:
+        return [*found, f'<p class="soft">{escape(notes.unjudged)}</p>']
+    return found or ['<p class="good">No rule has found a problem.</p>']
 
 
 def _results(run: RunHistory, chance: Mapping[str, float]) -> str:
