@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command's name and its arguments; None: those of the process.
 
     Returns:
-        The exit code: 0, 1 if a comparison found a difference, 2 if the input is unusable.
+        The exit code: 0, 1 if a comparison found a difference, 2 if the input is unusable, 130
+        after Ctrl-C.
     """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in {"-h", "--help", "--version"}:
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return _run(name, rest)
+    except KeyboardInterrupt:
+        return 130  # the shell's code; a training has said where it resumes
     except EXPECTED as error:
         if isinstance(error, ImportError) and error.name in RECIPES:
             error = ImportError(f"it needs {error.name}: pip install 'diptych[recipes]'")

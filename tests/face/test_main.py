@@ -41,6 +41,17 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == f"diptych {__version__}\n"
 
 
+def test_an_interrupted_command_ends_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diptych.commands.info.run", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_documents_its_arguments(
     capsys: pytest.CaptureFixture[str], name: str
