@@ -62,8 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return _run(name, rest)
-    except KeyboardInterrupt:
-        return 130  # the shell's code; a training has said where it resumes
     except EXPECTED as error:
         if isinstance(error, ImportError) and error.name in RECIPES:
             error = ImportError(f"it needs {error.name}: pip install 'diptych[recipes]'")
@@ -75,11 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(name: str, arguments: Sequence[str]) -> int:
     command = import_module(COMMANDS[name][0])
-    if hasattr(command, "main"):
-        return int(command.main(arguments))
-    parser = argparse.ArgumentParser(prog=f"diptych {name}", description=command.__doc__)
-    command.add_arguments(parser)
-    return int(command.run(parser.parse_args(arguments)))
+    try:
+        if hasattr(command, "main"):
+            return int(command.main(arguments))
+        parser = argparse.ArgumentParser(prog=f"diptych {name}", description=command.__doc__)
+        command.add_arguments(parser)
+        return int(command.run(parser.parse_args(arguments)))
+    except KeyboardInterrupt:
+        return 130  # the shell's code; a training has said where it resumes
 
 
 def _table() -> str:
