@@ -73,7 +73,9 @@ class FailedCall:
 
     @property
     def weight(self) -> Tensor | None:
-        """The first parameter of the module itself."""
+        """The first parameter of the module itself, unless its input is of another type."""
+        if isinstance(self.module, (nn.Embedding, nn.EmbeddingBag)):
+            return None
         return next(self.module.parameters(recurse=False), None)
 
     def is_about(self, pattern: str) -> bool:
@@ -177,18 +179,27 @@ def _no_tensor(call: FailedCall) -> str | None:
     value = call.input
     if value is None or isinstance(value, Tensor) or isinstance(call.error, RuntimeError):
         return None
-    kind = re.escape(type(value).__name__)
-    if not call.is_about(rf"'{kind}'|not {kind}\b|got \(.*\b{kind}\b"):
+    if not call.is_about(_mention_of(type(value).__name__)):
         return None
-    start = f"{call.name_of(value)} must be a tensor for {call.part}, got {described(value)}. "
+    got = described(value)
+    return f"{call.name_of(value)} must be a tensor for {call.part}, got {got}. {_way(call, value)}"
+
+
+def _way(call: FailedCall, value: Any) -> str:
+    """Return the way out for an input that is no tensor."""
     first = value[0] if isinstance(value, (list, tuple)) and value else value
     if isinstance(first, str):
-        return f"{start}Tokenize captions in the data set, or in the loader's collate function"
+        return "Tokenize captions in the data set, or in the loader's collate function"
     if isinstance(call.batch, list) and isinstance(value, Mapping):
-        return f"{start}A list of samples must be collated: torch.utils.data.default_collate"
+        return "A list of samples must be collated: torch.utils.data.default_collate"
     if type(first).__module__.startswith("PIL."):
-        return f"{start}Convert images to tensors in the data set"
-    return f"{start}Convert it in the loader's collate function, or unpack it in a task of your own"
+        return "Convert images to tensors in the data set"
+    return "Convert it in the loader's collate function, or unpack it in a task of your own"
+
+
+def _mention_of(kind: str) -> str:
+    """Return the pattern of an error about a type: no attribute, not a tensor, no such overload."""
+    return rf"'{re.escape(kind)}'|not {re.escape(kind)}\b|got \(.*\b{re.escape(kind)}\b"
 
 
 def _ids(call: FailedCall) -> str | None:
@@ -231,17 +242,18 @@ def _other_type(call: FailedCall) -> str | None:
     value, weight = call.input, call.weight
     if not isinstance(value, Tensor) or weight is None or not weight.is_floating_point():
         return None
-    if isinstance(call.module, (nn.Embedding, nn.EmbeddingBag)):
+    if value.dtype == weight.dtype:
         return None
-    is_right = value.dtype == weight.dtype or torch.is_autocast_enabled(value.device.type)
-    if is_right or not call.is_about(r"dtype|scalar type|[Ii]nput type|not implemented for"):
+    is_about_types = call.is_about(r"dtype|scalar type|[Ii]nput type|not implemented for")
+    if torch.is_autocast_enabled(value.device.type) or not is_about_types:
         return None
-    start = f"{call.name_of(value)} must be {weight.dtype} for {call.part}, got {described(value)}"
+    way_out = ". Convert it with .float(), in the data set or in the trainer's transform"
     if value.dtype == torch.uint8:
-        return f"{start}, as images of 0 to 255 are. Pass image.float() / 255"
-    if weight.dtype in (torch.bfloat16, torch.float16) and value.is_floating_point():
-        return f"{start}. Keep the model in float32; precision='bf16' computes in half precision"
-    return f"{start}. Convert it with .float(), in the data set or in the trainer's transform"
+        way_out = ", as images of 0 to 255 are. Pass image.float() / 255"
+    elif value.is_floating_point() and weight.dtype.itemsize == 2:
+        way_out = ". Keep the model in float32; precision='bf16' computes in half precision"
+    got = described(value)
+    return f"{call.name_of(value)} must be {weight.dtype} for {call.part}, got {got}{way_out}"
 
 
 def _channels(call: FailedCall) -> str | None:

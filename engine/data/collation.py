@@ -33,11 +33,7 @@ def _misfit(samples: Sequence[Any]) -> str | None:
     """Return what does not fit in samples that cannot be collated; None if that is not known."""
     if any(sample is None for sample in samples):
         return f"a sample must not be None. Leave it out of the data set, or {OWN}, which drops it"
-    mixed = any(
-        len({isinstance(sample, kind) for sample in samples}) > 1
-        for kind in (Mapping, (tuple, list))
-    )
-    if mixed:
+    if len(set(map(_is_mapping_or_sequence, samples))) > 1:
         kinds = sorted({type(sample).__name__ for sample in samples})
         return f"samples must be of one kind, got a {' and a '.join(kinds)}. Convert them, or {OWN}"
     keys = {frozenset(sample): tuple(sample) for sample in samples if isinstance(sample, Mapping)}
@@ -45,6 +41,10 @@ def _misfit(samples: Sequence[Any]) -> str | None:
         one, other, *_ = (", ".join(map(repr, names)) for names in sorted(keys.values(), key=len))
         return f"samples must have the same keys, got {one} and {other}. Complete them, or {OWN}"
     return next(filter(None, (_misfit_of(name, values) for name, values in _parts(samples))), None)
+
+
+def _is_mapping_or_sequence(sample: Any) -> tuple[bool, bool]:
+    return isinstance(sample, Mapping), isinstance(sample, (tuple, list))
 
 
 def _misfit_of(name: str, values: list[Any]) -> str | None:
