@@ -263,7 +263,9 @@ def _about(
 
 
 def _required(own: Mapping[str, inspect.Parameter]) -> list[str]:
-    return [name for name, one in own.items() if one.default is inspect.Parameter.empty]
+    any_number = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = {n: one for n, one in own.items() if one.default is inspect.Parameter.empty}
+    return [name for name, one in required.items() if one.kind not in any_number]
 
 
 def _about_missing(called: str, missing: list[str], placed: list[str]) -> str | None:

@@ -164,3 +164,11 @@ def test_the_signature_stays_readable():
     assert "optimizer" in inspect.signature(Trainer).parameters
     assert list(inspect.signature(EarlyStopping).parameters)[:2] == ["metric", "patience"]
     assert "label_smoothing" in inspect.signature(CrossEntropyLoss).parameters
+
+
+def test_arguments_of_any_number_are_not_said_to_be_missing():
+    @names_the_right_argument
+    def build(*parts: int, extra: int, **others: int) -> None: ...
+
+    with pytest.raises(TypeError, match=r"^build must get extra, got none\. Write build\(extra="):
+        build()
