@@ -54,10 +54,10 @@ def make_trainer(model, loss=None, *, task=tasks.image_text, held=None, **settin
     return trainer.attach(LearningRate(warmup=4, decay="constant"), GradientClipping(max_norm=1.0))
 
 
-def run(trainer: Trainer, emoji, iterations: int = 26, collate=collate, pairs=None):
+def run(trainer: Trainer, emoji, iterations=26, *, collate=collate, pairs=None, size=BATCH_SIZE):
     health = RepresentationHealth(every=2, warmup=8)
     pairs = TrainingPairs(emoji) if pairs is None else pairs
-    loader = SeededLoader(pairs, BATCH_SIZE, seed=0, drop_last=True, collate=collate)
+    loader = SeededLoader(pairs, size, seed=0, drop_last=True, collate=collate)
     trainer.attach(health).run(loader, max_iters=iterations)
     return {finding.rule: finding for finding in health.findings}
 
@@ -135,10 +135,10 @@ def test_captions_that_others_of_the_batch_have_too_are_found(model, emoji):
 
 @pytest.mark.slow
 def test_a_bottleneck_is_found(model, emoji):
-    model.encode_image = Narrow(model.encode_image, 2)
-    findings = run(make_trainer(model), emoji)
-    assert next(iter(findings)) == "partly collapsed"
-    assert "batch full of false negatives" not in findings
+    model.encode_image = Narrow(model.encode_image, 3)
+    # In a batch of 32, three directions are too many of the possible ones to count as few.
+    findings = run(make_trainer(model), emoji, iterations=16, size=128)
+    assert set(findings) == {"partly collapsed"}
     assert "image features use" in findings["partly collapsed"].evidence
 
 
