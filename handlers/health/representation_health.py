@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from textwrap import fill
 from typing import Any, ClassVar, cast
 
 import attrs
@@ -339,7 +340,7 @@ class RepresentationHealth(Handler):
                 finding = Finding(rule.name, history.records[-1].step, evidence, rule.remedy)
                 self.findings.append(finding)
                 if rank() == 0:
-                    logger.warning("%s", finding)
+                    logger.warning("%s", fill(str(finding), 110, break_long_words=False))
 
     def _rate(self, trainer: Trainer) -> float:
         """Return the learning rate as a share of its peak; update its peak and its last rise."""
