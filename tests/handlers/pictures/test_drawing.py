@@ -93,3 +93,10 @@ def test_tiles_fill_lines_from_the_left():
     images = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 1, 1)
 
     assert image_grid(images, 2, gap=0)[0].tolist() == [[0, 1], [2, 255]]
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(1, 1), (2, 1), (3, 3), (4, 3), (13, 3)])
+def test_images_of_any_number_of_channels_have_a_thumbnail(channels: int, shown: int) -> None:
+    images = torch.rand(1, channels, 8, 8)
+    expected = (images[:, :shown] * 255).round().to(torch.uint8).expand(1, 3, 8, 8)
+    assert torch.equal(thumbnails(images, 8), expected)
