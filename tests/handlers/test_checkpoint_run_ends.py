@@ -82,7 +82,7 @@ def test_a_run_that_early_stopping_ends_is_saved_and_stays_stopped(tmp_path, cap
         iterations.append(trainer.state.iteration)
     assert iterations == [18, 18]
     assert saved_iterations(tmp_path) == [18]
-    assert "ends it again" in caplog.text
+    assert "ends the run again" in caplog.text
 
 
 def test_the_last_weights_are_kept_if_the_loader_has_no_positions(tmp_path):

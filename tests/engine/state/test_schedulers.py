@@ -297,7 +297,7 @@ def test_a_scheduler_that_cannot_be_found_is_reported_at_the_first_save(tmp_path
 
     _, trainer = run(TORCH["StepLR"], attach, tmp_path)
     said = [
-        record.getMessage() for record in caplog.records if "do not hold" in record.getMessage()
+        record.getMessage() for record in caplog.records if "lack the state" in record.getMessage()
     ]
     assert len(said) == 1
     assert "StepLR" in said[0]
