@@ -139,7 +139,7 @@ def main() -> None:
     evaluator = Evaluator(trainer.model, task=one_side, metrics=[metric])
     results = recall_of(evaluator, metric, shares)
     if idist.get_rank() == 0:
-        print(f"\n{results_table(results)}\n\ncurves: {OVERVIEW}, after:")
+        print(f"\n{results_table(results)}\n\nFor the curves, run this and open {OVERVIEW}:")
         print(tensorboard_command(flags.run_dir or RUNS))
 
 

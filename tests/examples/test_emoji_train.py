@@ -43,7 +43,7 @@ def test_two_epochs_end_with_a_table_the_folder_and_the_tensorboard_line(small, 
     command, *arguments = lines[-1].split()
     assert shutil.which(command)
     assert arguments == ["--logdir", "runs"]
-    assert lines[-2] == f"curves: {train.OVERVIEW}, after:"
+    assert lines[-2] == f"For the curves, run this and open {train.OVERVIEW}:"
     report = run_dir.relative_to(tmp_path) / "report.html"
     assert printed.err.splitlines()[-1] == f"report  {report}"
     assert (run_dir / "report.html").exists()
