@@ -103,10 +103,29 @@ class EagerOperator(torch.autograd.Function):
         return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients for the inputs."""
-        return (None, None, None, *ctx.differentiate(ctx, *gradients))
+        with torch.no_grad():
+            found = ctx.differentiate(ctx, *gradients)
+        if torch.is_grad_enabled():  # a second derivative is prepared
+            sources = (*gradients, *(x for x in ctx.saved_tensors if x is not None))
+            found = [None if one is None else _Refused.apply(one, *sources) for one in found]  # type: ignore[no-untyped-call]
+        return (None, None, None, *found)
+
+
+class _Refused(torch.autograd.Function):
+    """The first argument, whose derivative for the others is refused: it would be silently 0."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:  # noqa: ARG004
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:  # noqa: ARG004
+        raise RuntimeError(
+            "a loss in tiles, or of half precision on a GPU, has no second derivative. Use "
+            "tile=None and float32 features."
+        )
 
 
 def triton_runs_on(device: torch.device) -> bool:

@@ -48,6 +48,14 @@ def test_torchs_own_checks_pass(operator: str) -> None:
     torch.library.opcheck(getattr(torch.ops.diptych, operator).default, tuple(flat))
 
 
+@pytest.mark.parametrize("loss", [CLIPLoss(tile=2), SigLIPLoss(tile=2), NTXentLoss(tile=2)])
+def test_a_second_derivative_of_a_loss_in_tiles_raises(loss: nn.Module) -> None:
+    sides = [draw(6, 8).requires_grad_(), draw(6, 8, seed=1).requires_grad_()]
+    (first,) = torch.autograd.grad(loss(*sides), sides[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        first.square().sum().backward()
+
+
 def test_the_compiler_takes_the_choice_of_kernels_as_a_constant() -> None:
     def marked(device: torch.device) -> bool:
         return device.type == "cuda"
