@@ -42,7 +42,8 @@ class KnownIds:
             # The one that is farthest from NO_LABEL, which is at no distance from itself.
             odd = ids.to(torch.int64).masked_fill(known, NO_LABEL)
             odd = odd if self._odd is None else torch.cat([odd, self._odd.to(odd.device)])
-            self._odd = odd[(odd - NO_LABEL).abs().argmax()][None]
+            # An index of one dimension: the host would wait for one of none.
+            self._odd = odd[(odd - NO_LABEL).abs().argmax()[None]]
         return known
 
     def report(self, owner: str) -> None:
