@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.engine.errors import BatchError
+from diptych.engine.forward_faults import described
 
 Outputs = dict[str, Tensor]
 """Named tensors [B, ...], in the order in which the loss takes them; a 0-dim tensor is shared by
@@ -156,7 +157,7 @@ class ImageText(KeyedTask):
                 return found[0], found[1]
         raise BatchError(
             "model must return (image_features, text_features), or a mapping with these or with "
-            f"image_embeds and text_embeds, got {_describe(output)}. For another model write a "
+            f"image_embeds and text_embeds, got {described(output)}. For another model write a "
             "task of your own"
         )
 
@@ -280,7 +281,7 @@ def check_outputs(outputs: object) -> None:
     """
     if not isinstance(outputs, Mapping):
         raise BatchError(
-            f"task must return a mapping of named tensors, got {_describe(outputs)}. Return "
+            f"task must return a mapping of named tensors, got {described(outputs)}. Return "
             "{'image_features': ..., 'text_features': ...}, in the order of the loss's arguments"
         )
 
@@ -332,7 +333,7 @@ def _numbers(value: Any, name: str) -> Tensor:
 def _view(value: Any, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise BatchError(
-            f"{name} must be a tensor with a view of each sample, got {_describe(value)}. Let the "
+            f"{name} must be a tensor with a view of each sample, got {described(value)}. Let the "
             "loader collate {'first': ..., 'second': ...}, or write a task of your own"
         )
     return value
@@ -341,7 +342,7 @@ def _view(value: Any, name: str) -> Tensor:
 def _tensor(output: Any, task: str) -> Tensor:
     if not isinstance(output, Tensor):
         raise BatchError(
-            f"model must return one tensor for the task {task}, got {_describe(output)}. For "
+            f"model must return one tensor for the task {task}, got {described(output)}. For "
             "another model write a task of your own"
         )
     return output
@@ -352,18 +353,10 @@ def _each_crop(model: nn.Module, crops: Any) -> Tensor:
     if not isinstance(crops, Tensor) or crops.ndim < 3:
         raise BatchError(
             "large and small must be tensors [batch, crops, ...], got "
-            f"{_describe(crops)}. Stack the crops of a sample"
+            f"{described(crops)}. Stack the crops of a sample"
         )
     features = _tensor(model(crops.flatten(0, 1)), "multi_crop")
     return features.view(*crops.shape[:2], *features.shape[1:])
-
-
-def _describe(output: Any) -> str:
-    if isinstance(output, Tensor):
-        return f"one tensor {tuple(output.shape)}"
-    if isinstance(output, (Mapping, tuple, list)):
-        return f"a {type(output).__name__} of {names_of(output)}"
-    return f"a {type(output).__name__}"
 
 
 image_text = ImageText()

@@ -116,9 +116,12 @@ def test_image_text_takes_a_models_output_of_any_kind(output):
 @pytest.mark.parametrize(
     ("output", "described"),
     [
-        (torch.ones(3, 8), r"one tensor \(3, 8\)"),
-        ((PAIR[0],), "a tuple of 1 parts without names"),
-        ({"image_features": PAIR[0], "text": PAIR[1]}, "a dict of 'image_features', 'text'"),
+        (torch.ones(3, 8), r"float32 \[3, 8\]"),
+        ((PAIR[0],), "a tuple of 1 tensors"),
+        (
+            {"image_features": PAIR[0], "logits": None},
+            "{'image_features': float32 .*, 'logits': a None",
+        ),
         (None, "a NoneType"),
     ],
 )
@@ -212,7 +215,7 @@ def test_crops_of_one_size_go_through_together_and_the_large_ones_through_the_ta
 
 def test_crops_that_are_not_stacked_are_an_error():
     crops = [torch.randn(3, 4), torch.randn(3, 4)]
-    with pytest.raises(BatchError, match=r"large and small must be tensors .* a list of 2 parts"):
+    with pytest.raises(BatchError, match=r"large and small must be tensors .* a list of 2 tensors"):
         tasks.multi_crop(Returns(), {"large": crops})
 
 

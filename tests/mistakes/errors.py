@@ -147,7 +147,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "a model that returns one feature": (
         lambda _: run(BATCH, OneFeature()),
-        ["model must return (image_features, text_features)", "one tensor (4, 4)"],
+        ["model must return (image_features, text_features)", "got float32 [4, 4]"],
     ),
     "a data set instead of a loader": (
         lambda _: trainer().run(Samples(), max_epochs=1),
