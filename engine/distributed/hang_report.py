@@ -64,22 +64,6 @@ _stacks: dict[int, list[Place]] = {}
 _places = _Places()
 
 
-def enter_place(name: Named | str) -> None:
-    """Push a place at which this thread may wait for other ranks. `leave_place` pops it.
-
-    Cost: some 0.1 microseconds for both.
-
-    Args:
-        name: as in "rank 0 waited at averaging gradients"; or an object with that `name`.
-    """
-    _places.stack.append((name, perf_counter()))
-
-
-def leave_place() -> None:
-    """Pop the place that was entered last."""
-    _places.stack.pop()
-
-
 def place_stack() -> list[Place]:
     """Return this thread's living stack of places, for code that enters many of them."""
     return _places.stack

@@ -20,8 +20,6 @@ from diptych.engine import LostRankError
 from diptych.engine.distributed.hang_monitor import hangs_logged
 from diptych.engine.distributed.hang_report import (
     current_place,
-    enter_place,
-    leave_place,
     raise_if_lost,
     waits_at,
 )
@@ -246,11 +244,10 @@ def test_the_monitor_names_the_innermost_place(caplog):
 def test_every_thread_has_places_of_its_own():
     found, entered, done = [], threading.Event(), threading.Event()
 
+    @waits_at("elsewhere")
     def work() -> None:
-        enter_place("elsewhere")
         entered.set()
         done.wait(10)
-        leave_place()
 
     thread = threading.Thread(target=work)
     thread.start()
