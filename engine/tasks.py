@@ -204,9 +204,9 @@ class TwoViews(KeyedTask):
         """Return the features of both views."""
         first, second = (_view(self.part(batch, name), name) for name in ("first", "second"))
         if first.shape == second.shape:
-            a, b = _tensor(model(torch.cat([first, second])), "two_views").chunk(2)
+            a, b = _output(model, torch.cat([first, second]), "two_views").chunk(2)
         else:
-            a, b = _tensor(model(first), "two_views"), _tensor(model(second), "two_views")
+            a, b = _output(model, first, "two_views"), _output(model, second, "two_views")
         outputs = {"first_features": a, "second_features": b}
         return _with_groups(outputs, self.optional_part(batch, "group"))
 
@@ -249,7 +249,7 @@ class Classification(KeyedTask):
 
     def __call__(self, model: nn.Module, batch: Any, /) -> Outputs:
         """Return logits and labels."""
-        logits = _tensor(model(self.part(batch, "image")), "classification")
+        logits = _output(model, self.part(batch, "image"), "classification")
         return {"logits": logits, "labels": _numbers(self.part(batch, "label"), "labels")}
 
 
@@ -265,7 +265,7 @@ class NextToken(KeyedTask):
     def __call__(self, model: nn.Module, batch: Any, /) -> Outputs:
         """Return the logits of all positions except the last, and the tokens after them."""
         tokens = self.part(batch, "tokens")
-        logits = _tensor(model(tokens), "next_token")
+        logits = _output(model, tokens, "next_token")
         return {"logits": logits[:, :-1], "labels": tokens[:, 1:]}
 
     def prediction(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
@@ -322,30 +322,24 @@ def _with_groups(outputs: Outputs, groups: Any) -> Outputs:
 
 
 def _numbers(value: Any, name: str) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise BatchError(
-            f"{name} must be a tensor with an integer for each sample, got a "
-            f"{type(value).__name__}. Number the {name}, and pass torch.tensor(numbers)"
-        )
-    return value
+    rule = f"{name} must be a tensor with an integer for each sample"
+    return _tensor(value, rule, f"Number the {name}, and pass torch.tensor(numbers)")
 
 
 def _view(value: Any, name: str) -> Tensor:
+    way_out = "Let the loader collate {'first': ..., 'second': ...}, or write a task of your own"
+    return _tensor(value, f"{name} must be a tensor with a view of each sample", way_out)
+
+
+def _output(model: nn.Module, inputs: Any, task: str) -> Tensor:
+    rule = f"model must return one tensor for the task {task}"
+    return _tensor(model(inputs), rule, "For another model write a task of your own")
+
+
+def _tensor(value: Any, rule: str, way_out: str) -> Tensor:
     if not isinstance(value, Tensor):
-        raise BatchError(
-            f"{name} must be a tensor with a view of each sample, got {described(value)}. Let the "
-            "loader collate {'first': ..., 'second': ...}, or write a task of your own"
-        )
+        raise BatchError(f"{rule}, got {described(value)}. {way_out}")
     return value
-
-
-def _tensor(output: Any, task: str) -> Tensor:
-    if not isinstance(output, Tensor):
-        raise BatchError(
-            f"model must return one tensor for the task {task}, got {described(output)}. For "
-            "another model write a task of your own"
-        )
-    return output
 
 
 def _each_crop(model: nn.Module, crops: Any) -> Tensor:
@@ -355,7 +349,7 @@ def _each_crop(model: nn.Module, crops: Any) -> Tensor:
             "large and small must be tensors [batch, crops, ...], got "
             f"{described(crops)}. Stack the crops of a sample"
         )
-    features = _tensor(model(crops.flatten(0, 1)), "multi_crop")
+    features = _output(model, crops.flatten(0, 1), "multi_crop")
     return features.view(*crops.shape[:2], *features.shape[1:])
 
 
