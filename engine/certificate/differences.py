@@ -75,4 +75,4 @@ def _shown(value: Any) -> str:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return tensor.detach().to_dense().contiguous().reshape(-1).view(torch.uint8)

@@ -224,4 +224,4 @@ def _largest(value: Tensor) -> float:
 
 def _gradients(model: nn.Module, loss: nn.Module) -> Gradients:
     named = nn.ModuleDict({"model": model, "loss": loss}).named_parameters()
-    return {name: p.grad.clone() for name, p in named if p.grad is not None}
+    return {name: p.grad.to_dense().clone() for name, p in named if p.grad is not None}

@@ -7,15 +7,13 @@ from typing import ClassVar
 
 import attrs
 import torch
-from torch import Tensor
-from torch.nn.utils import clip_grad_value_
+from torch import Tensor, nn
 
-from diptych.engine.distributed.dtensor import local_parts, mixed_tensors_allowed
 from diptych.engine.events import StepEvents
 from diptych.engine.handler import Change, Handler
 from diptych.engine.trainer import Trainer
 from diptych.handlers.argument_checks import positive
-from diptych.handlers.optimization.gradient_norms import shared_norms
+from diptych.handlers.optimization.gradient_norms import scalable, shared_norms
 
 EPSILON = 1e-6
 """Added to a norm that divides, as in torch's `clip_grad_norm_`."""
@@ -67,16 +65,23 @@ class GradientClipping(Handler):
             return
         trainer.metrics.update_uncopied({"gradients/norm": measured.total})
         if self.max_norm is not None:
-            gradients = [p.grad for p in measured.parameters if p.grad is not None]
-            _scale(gradients, (self.max_norm / (measured.total + EPSILON)).clamp(max=1.0))
+            factor = (self.max_norm / (measured.total + EPSILON)).clamp(max=1.0)
+            _scale(scalable(measured.parameters), factor)
         if self.max_value is not None:
-            with mixed_tensors_allowed(trainer.model):
-                clip_grad_value_(measured.parameters, self.max_value)
+            _clamp(measured.parameters, self.max_value)
 
 
-def _scale(gradients: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply gradients by a number: what `clip_grads_with_norm_` does in forty calls."""
-    parts = local_parts(gradients)
+def _clamp(parameters: Sequence[nn.Parameter], bound: float) -> None:
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()  # the bound is for sums of parts
+    gradients = scalable(parameters)
+    torch._foreach_clamp_min_(gradients, -bound)
+    torch._foreach_clamp_max_(gradients, bound)
+
+
+def _scale(parts: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply tensors by a number: what `clip_grads_with_norm_` does in forty calls."""
     devices = {part.device for part in parts}
     for device in devices:
         alike = parts if len(devices) == 1 else [one for one in parts if one.device == device]

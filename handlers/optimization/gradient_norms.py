@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from diptych.engine.distributed.dtensor import norms
+from diptych.engine.distributed.dtensor import local_parts, norms
 from diptych.engine.events import StepEvents
 from diptych.engine.modules import named_parameters
 from diptych.engine.trainer import Trainer
@@ -102,6 +102,15 @@ def any_gradient(trainer: Trainer) -> bool:
     return False
 
 
+def scalable(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Return the memory of the parameters' gradients: this rank's shards, and rows of sparse ones.
+
+    A row of a sparse gradient may be there in several parts, which add up to it.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return local_parts([g._values() if g.is_sparse else g for g in gradients])  # noqa: SLF001
+
+
 def norm_of(parts: Sequence[Tensor], device: torch.device) -> Tensor:
     """Return the norm of a vector from the norms of its parts; 0 without parts."""
     if not parts:
@@ -113,9 +122,11 @@ def norm_of(parts: Sequence[Tensor], device: torch.device) -> Tensor:
 def _measure(trainer: Trainer) -> GradientNorms:
     parameters, gradients, missing = [], [], []
     for parameter in held_parameters(trainer):
-        if parameter.grad is not None:
+        gradient = parameter.grad
+        if gradient is not None:
             parameters.append(parameter)
-            gradients.append(parameter.grad)
+            # The parts of a row add up before its norm is taken.
+            gradients.append(gradient.coalesce().values() if gradient.is_sparse else gradient)
         elif parameter.requires_grad:
             missing.append(parameter)
     device = gradients[0].device if gradients else trainer.device

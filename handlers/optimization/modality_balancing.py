@@ -12,7 +12,6 @@ from ignite.engine import Events
 from torch import Tensor
 
 from diptych.engine.checks import whole_number
-from diptych.engine.distributed.dtensor import local_parts
 from diptych.engine.events import StepEvents
 from diptych.engine.handler import Change, Handler
 from diptych.engine.trainer import Trainer
@@ -20,7 +19,7 @@ from diptych.handlers.argument_checks import number, positive, share_below_one
 from diptych.handlers.before_step import BeforeStep
 from diptych.handlers.components import Components, find_components
 from diptych.handlers.optimization.gradient_clipping import GradientClipping
-from diptych.handlers.optimization.gradient_norms import norm_of, shared_norms
+from diptych.handlers.optimization.gradient_norms import norm_of, scalable, shared_norms
 
 
 def _check_components(_: Any, __: attrs.Attribute[Any], components: Any) -> None:
@@ -135,7 +134,7 @@ class ModalityBalancing(Handler):
         norms = []
         for members in self._members.values():
             indices = [i for i, p in enumerate(measured.parameters) if id(p) in members]
-            gradients.append([g for i in indices if (g := measured.parameters[i].grad) is not None])
+            gradients.append(scalable([measured.parameters[i] for i in indices]))
             norms.append(norm_of([measured.norms[i] for i in indices], trainer.device))
         scales = self._scales(*norms)
         if trainer.state.iteration <= self.warmup:
@@ -143,7 +142,7 @@ class ModalityBalancing(Handler):
         else:
             for part, scale in zip(gradients, scales.unbind(), strict=True):
                 if part:
-                    torch._foreach_mul_(local_parts(part), scale)
+                    torch._foreach_mul_(part, scale)
             shared.invalidate()
         self._publish(trainer, scales)
 

@@ -62,7 +62,7 @@ class Histograms(BoardHandler):
         values = full_tensor(values.detach())
         if writer is None:
             return
-        values = values.float().cpu()
+        values = values.to_dense().float().cpu()
         finite = values[values.isfinite()]
         if len(finite):
             with self.tolerated(lost=1):
