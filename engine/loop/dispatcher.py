@@ -18,7 +18,7 @@ from diptych.engine.distributed.hang_report import place_stack, raise_if_lost
 from diptych.engine.loop.event_names import check_event, check_function, check_signature
 from diptych.engine.loop.handler_table import Edited, HandlerTable
 from diptych.engine.loop.listener import Listener, filter_of
-from diptych.engine.loop.periodic import Periodic
+from diptych.engine.loop.periodic import Periodic, flat
 
 
 class SchedulerStep:
@@ -74,11 +74,7 @@ class Dispatcher(Engine):
         """All listeners, event by event, in the order in which they are called."""
         if self._edited.since_read:
             self._find_listeners()
-        found: list[Listener] = []
-        for listener in itertools.chain.from_iterable(self._listeners.values()):
-            periodic = listener.function
-            found += periodic.listeners if isinstance(periodic, Periodic) else [listener]
-        return found
+        return flat(itertools.chain.from_iterable(self._listeners.values()))
 
     def every(
         self, period: int, handler: Callable[[Any], object], event: Any = Events.ITERATION_COMPLETED

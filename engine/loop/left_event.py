@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ignite.engine import Events
 
 from diptych.engine.loop.listener import Listener
-from diptych.engine.loop.periodic import Periodic
+from diptych.engine.loop.periodic import flat
 
 
 class LeftEvent(NamedTuple):
@@ -49,7 +49,7 @@ def returned(listeners: Iterable[Listener], raised: Collection[Listener]) -> tup
     """
     passed = {id(listener) for listener in raised}
     names: list[str] = []
-    for listener in _flat(listeners):
+    for listener in flat(listeners):
         if id(listener) in passed:
             return tuple(names)
         names.append(_name(listener))
@@ -60,19 +60,11 @@ def named(listeners: Iterable[Listener], names: Iterable[str]) -> frozenset[int]
     """Return the identities of the listeners with the names; of several, the first as many."""
     wanted = Counter(names)
     found: set[int] = set()
-    for listener in _flat(listeners):
+    for listener in flat(listeners):
         if wanted[_name(listener)] > 0:
             wanted[_name(listener)] -= 1
             found.add(id(listener))
     return frozenset(found)
-
-
-def _flat(listeners: Iterable[Listener]) -> list[Listener]:
-    flat: list[Listener] = []
-    for listener in listeners:
-        periodic = listener.function
-        flat += periodic.listeners if isinstance(periodic, Periodic) else [listener]
-    return flat
 
 
 def _name(listener: Listener) -> str:

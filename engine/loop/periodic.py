@@ -83,3 +83,12 @@ class Periodic:
                 self._call((entry.listener,))
                 entry.due += entry.period
         self._due = min(entry.due for entry in self._entries)
+
+
+def flat(listeners: Iterable[Listener]) -> list[Listener]:
+    """Return listeners in the order of their calls, with those that a `Periodic` holds."""
+    found: list[Listener] = []
+    for listener in listeners:
+        periodic = listener.function
+        found += periodic.listeners if isinstance(periodic, Periodic) else [listener]
+    return found
