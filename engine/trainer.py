@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import attrs
 import torch
 from ignite import distributed as idist
-from ignite.engine import Engine, Events, State
+from ignite.engine import Engine, Events
 from ignite.utils import manual_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -180,7 +180,6 @@ class Trainer(Summarized, ExactSteps):
         self.leaves_out: tuple[str, ...] = ()
         self._identity: RunIdentity | None = None
         self._described_loader: Any = None
-        self._limits: dict[str, int | None] = {}
 
     def _place(self, model: nn.Module, loss: nn.Module) -> None:
         """Move the modules to the device; shard and compile them if the settings ask for it."""
@@ -277,44 +276,12 @@ class Trainer(Summarized, ExactSteps):
             self._identity, self._described_loader = RunIdentity.of(self), self.state.dataloader
         return self._identity
 
-    @names_the_right_argument
-    def run(
-        self,
-        data: Iterable[Any] | None = None,
-        max_epochs: int | None = None,
-        max_iters: int | None = None,
-        epoch_length: int | None = None,
-    ) -> State:
-        """Run until `max_epochs` epochs or `max_iters` iterations are done, earlier runs included.
-
-        Over several ranks, the ranks first compare their trainers; see the guide on several GPUs.
-
-        Args:
-            data: batches, iterated once per epoch. None: every batch is `None`.
-            max_epochs: total number of epochs. Default: that of the earlier `run`, else 1.
-            max_iters: total number of iterations, instead of `max_epochs`.
-            epoch_length: iterations per epoch. Default: that of the earlier `run`, else an epoch is
-                one pass over `data`.
-
-        Returns:
-            The engine's state, as in Ignite.
-
-        Raises:
-            TypeError: if `data` is not iterable.
-            ValueError: if a limit is below 1, both limits are given, or `data` is empty.
-            ResumeError: if the run stopped inside an epoch of another loader, or of a loader of
-                another length.
-            RuntimeError: over several ranks, if the trainers of two ranks differ.
-        """
-        self._limits = {
-            "max_epochs": max_epochs,
-            "max_iters": max_iters,
-            "epoch_length": epoch_length,
-        }
+    @contextmanager
+    def _announced(self) -> Iterator[None]:
         with failures_published():
-            state = super().run(data, max_epochs, max_iters, epoch_length)
+            yield
+        state = self.state
         publish(f"ended its run in epoch {state.epoch}, after iteration {state.iteration}")
-        return state
 
     @waits_at("the start of a run")
     def _declare(self, _: Engine) -> None:

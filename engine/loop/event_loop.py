@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ignite.engine import Engine, Events, State
@@ -64,6 +65,7 @@ class EventLoop(PositionedEvents):
         self.outcome: Outcome | None = None
         self._misjudged: Any = None  # the loader whose wrong length was logged
         self._has_default_length = False  # whether `run` was given no limit
+        self._limits: dict[str, int | None] = {}  # the arguments of `run`
 
     # -- starting a run --------------------------------------------------------------------------
 
@@ -76,6 +78,9 @@ class EventLoop(PositionedEvents):
         epoch_length: int | None = None,
     ) -> State:
         """Run until `max_epochs` epochs or `max_iters` iterations are done, earlier runs included.
+
+        Over several ranks, a trainer's ranks first compare their trainers; see the guide on several
+        GPUs.
 
         Args:
             data: batches, iterated once per epoch. None: every batch is `None`.
@@ -94,33 +99,40 @@ class EventLoop(PositionedEvents):
             ValueError: if a limit is below 1, both limits are given, or `data` is empty.
             ResumeError: if the run stopped inside an epoch of another loader, or of a loader of
                 another length.
+            RuntimeError: over several ranks, if the trainers of two ranks differ.
         """
-        check_limits(data, max_epochs, max_iters, epoch_length)
-        self.state.dataloader = data
-        self.outcome = None
-        try:
-            self.fire_event(RunEvents.RESTORE)
-            # A handler may have replaced the loader: a stage brings its own.
-            return self._start(self.state.dataloader, max_epochs, max_iters, epoch_length)
-        except BaseException:
-            self.outcome = Outcome.FAILED
-            raise
-        finally:
-            last = self.last_event_name
+        self._limits = {
+            "max_epochs": max_epochs,
+            "max_iters": max_iters,
+            "epoch_length": epoch_length,
+        }
+        with self._announced():
+            check_limits(data, self._limits)
+            self.state.dataloader = data
+            self.outcome = None
             try:
-                self.fire_event(RunEvents.ENDED)
+                self.fire_event(RunEvents.RESTORE)
+                # A handler may have replaced the loader: a stage brings its own.
+                return self._start(self.state.dataloader)
             except BaseException:
                 self.outcome = Outcome.FAILED
                 raise
-            self.last_event_name = last  # as in Ignite: the last event of the run itself
+            finally:
+                last = self.last_event_name
+                try:
+                    self.fire_event(RunEvents.ENDED)
+                except BaseException:
+                    self.outcome = Outcome.FAILED
+                    raise
+                self.last_event_name = last  # as in Ignite: the last event of the run itself
 
-    def _start(
-        self,
-        data: Iterable[Any] | None,
-        max_epochs: int | None,
-        max_iters: int | None,
-        epoch_length: int | None,
-    ) -> State:
+    @contextmanager
+    def _announced(self) -> Iterator[None]:
+        """Enclose a run; a trainer tells the other ranks how it ended."""
+        yield
+
+    def _start(self, data: Iterable[Any] | None) -> State:
+        max_epochs, max_iters, epoch_length = self._limits.values()
         if self.state.max_epochs is None and self.state.max_iters is None:
             self._start_over()
             if max_epochs is None and max_iters is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any
 
@@ -30,13 +30,8 @@ def epoch_length_of(data: Iterable[Any] | None, count: int | None) -> int | None
     return length
 
 
-def check_limits(
-    data: Iterable[Any] | None,
-    max_epochs: int | None,
-    max_iters: int | None,
-    epoch_length: int | None,
-) -> None:
-    """Check the arguments of `run`.
+def check_limits(data: Iterable[Any] | None, limits: Mapping[str, int | None]) -> None:
+    """Check the arguments of `run`: its data, and its limits by name.
 
     Raises:
         TypeError: if `data` is not iterable, or a limit is not a whole number.
@@ -44,13 +39,13 @@ def check_limits(
     """
     if data is not None:
         check_is_loader("data", data)
-    limits = {"max_epochs": max_epochs, "max_iters": max_iters, "epoch_length": epoch_length}
     for name, value in limits.items():
         if value is not None:
             _check_limit(name, value)
-    if max_epochs is not None and max_iters is not None:
+    epochs, iterations = limits["max_epochs"], limits["max_iters"]
+    if epochs is not None and iterations is not None:
         raise ValueError(
-            f"max_epochs and max_iters are mutually exclusive, got {max_epochs} and {max_iters}. "
+            f"max_epochs and max_iters are mutually exclusive, got {epochs} and {iterations}. "
             "Pass one of them"
         )
 
