@@ -1,4 +1,4 @@
-"""What every test shares: one thread, one seed, a Hypothesis profile, skips with a reason."""
+"""Set-up of every test: one thread, one seed, a Hypothesis profile, skips with a reason."""
 
 import warnings
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What must hold on an accelerator: the same promises, and no waiting between two log points."""
+"""Promises on an accelerator: those of the CPU, and no waiting between two log points."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a resumed run changes about the rankings of checkpoints, as log lines."""
+"""Log lines about changes that a resumed run makes to the rankings of checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run starts: the newest checkpoint of its managers, and what its loader allows."""
+"""The start of a run: the newest checkpoint of its managers, and the checks of its loader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a tower is: a module, the images or tokens that it takes, and where it comes from."""
+"""The parts of a tower: a module, the images or tokens that it takes, and its source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an image becomes the square that a tower takes, as the tower's authors resized theirs."""
+"""Resizing of an image to the square that a tower takes, as the tower's authors resized theirs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one of two ranks does alone, which ends the run of both, for the tests."""
+"""Acts of one rank of two alone, which end the run of both, for the tests."""
 
 from __future__ import annotations
 

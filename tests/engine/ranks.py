@@ -1,4 +1,4 @@
-"""What two processes compute in one process group, and losses that gather, for the tests."""
+"""Work of two processes in one process group, and losses that gather, for the tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is logged of a run's length when it starts."""
+"""Log lines about a run's length when it starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is published between two log points, row by row."""
+"""The buffer of values that are published between two log points, row by row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint may hold: all that is read back, and a word about the rest."""
+"""The values that a checkpoint may hold: all that is read back, and a word about the rest."""
 
 from __future__ import annotations
 

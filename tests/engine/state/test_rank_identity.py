@@ -1,4 +1,4 @@
-"""What ranks compare holds all that decides the run, and nothing that is a rank's own."""
+"""The description that ranks compare holds all that decides the run, and nothing of one rank."""
 
 from __future__ import annotations
 

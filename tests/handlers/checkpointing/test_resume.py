@@ -1,4 +1,4 @@
-"""Where a run begins: the contents of its folder, and what may have changed since."""
+"""The start of a run: the contents of its folder, and changes since."""
 
 from __future__ import annotations
 

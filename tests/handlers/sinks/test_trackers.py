@@ -1,4 +1,4 @@
-"""When a tracker opens, feeds and closes its run; another file tests the services, offline."""
+"""Trackers open, feed and close their run; another file tests the services, offline."""
 
 from __future__ import annotations
 
