@@ -230,9 +230,11 @@ def _snake_case(name: str) -> str:
 
 def computed_by_metrics(engine: Dispatcher) -> dict[str, float]:
     """Return the numbers that Ignite's metrics, attached to an engine, computed for an epoch."""
-    listeners = [one for one in engine.listeners if one.event == Events.EPOCH_COMPLETED]
+    at_end = (one for one in engine.listeners if one.event == Events.EPOCH_COMPLETED)
+    # `Metric.completed` has an argument, the name; a metric that is updated here has none.
+    of_metrics = [one for one in at_end if isinstance(one.owner, Metric) and one.arguments]
     values: dict[str, float] = {}
-    for name in (one.arguments[0] for one in listeners if isinstance(one.owner, Metric)):
+    for name in (one.arguments[0] for one in of_metrics):
         result = engine.state.metrics.get(name)
         values |= numbers_in(result if isinstance(result, Mapping) else {name: result})
     return values

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ignite.engine import Engine, Events
+from ignite.metrics import Metric
 
 from diptych.engine.distributed.collectives import world_size
 from diptych.engine.errors import ResumeError
@@ -104,6 +105,17 @@ class ContinuedEvents(Dispatcher):
             except BaseException:
                 self._stopped_at[event.name] = self._returned_of(event) or ()
                 raise
+
+    def _fire_started(self) -> None:
+        """Fire `STARTED`; in a run that continues, Ignite's running means go on, without a reset."""
+        if self.state.iteration:
+            at_start = self._listeners.get(Events.STARTED, ())
+            means = (id(one) for one in at_start if isinstance(one.owner, Metric))
+            self._skipped = frozenset(means)
+        try:
+            self._fire(Events.STARTED)
+        finally:
+            self._skipped = frozenset()
 
     def _fire_left(self, event: Any, *, again: bool) -> None:
         """Fire an event that an exception may have left, or in the way of a subclass."""

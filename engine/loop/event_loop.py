@@ -253,7 +253,7 @@ class EventLoop(PositionedEvents):
             # A run that is finished, but not completed, continues with its end.
             if begins and not self.is_finished:
                 self._init_timers(self.state)
-                self._fire(Events.STARTED)
+                self._fire_started()
                 if not self._position.in_epoch:
                     self._check_epoch_has_begun()
                 self._report_length_of_run()

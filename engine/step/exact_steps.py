@@ -127,8 +127,10 @@ class ExactSteps(EventLoop):
         try:
             values = self._unreported.get(event.name)  # if all handlers have returned
             if values is None:
-                repeated = event is Events.COMPLETED  # by the next start, after a kill
-                with self.metrics.collected_apart(event.name, repeated=repeated) as values:
+                # A state that is saved here holds what was published before: a start after a kill
+                # repeats COMPLETED, and one after TERMINATE continues the run.
+                ends = event in {Events.COMPLETED, Events.TERMINATE}
+                with self.metrics.collected_apart(event.name, repeated=ends) as values:
                     self._fire(event)
             if values:
                 self._unreported[event.name] = values
