@@ -24,10 +24,12 @@ class KnownIds:
     Args:
         name: what the ids are, for the report.
         classes: the number of classes; None: any id >= 0 is known.
+        consequence: what happens to samples without an id, for the report.
     """
 
     name: str
     classes: int | None = None
+    consequence: str = "Such samples are left out"
     _odd: Tensor | None = attrs.field(default=None, init=False)
     _reported: bool = attrs.field(default=False, init=False)
 
@@ -57,11 +59,11 @@ class KnownIds:
             self._reported = True
             rule = ">= 0" if self.classes is None else f"in [0, {self.classes})"
             logger.error(
-                "%s: %s must be %s, or %d for a sample without one, got %d. Such samples are left "
-                "out.",
+                "%s: %s must be %s, or %d for a sample without one, got %d. %s.",
                 owner,
                 self.name,
                 rule,
                 NO_LABEL,
                 odd,
+                self.consequence,
             )

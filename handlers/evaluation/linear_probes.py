@@ -159,7 +159,8 @@ class OnlineLinearProbe(Handler):
         classes: number of classes, >= 2.
         labels: the key of integer labels [B] in the batch (in a tuple, a name means its last
             element), or a function of the batch that returns them. -100 means no label: the sample
-            counts nowhere. Neither does one whose label is no class, which is logged as an error.
+            counts nowhere. Neither does one whose label is no class, which is logged as an error,
+            nor one with NaN or infinite features.
         features: the name of the task's output to probe; None: the first that ends in "_features".
         lr: Adam's learning rate for the head, > 0.
 
@@ -236,8 +237,11 @@ class OnlineLinearProbe(Handler):
         labels = self._labels_of(trainer, features)
         is_first = self.head is None
         head = self.head or self._new_head(features.shape[1])
-        logits = head(F.normalize(features.float(), dim=1) * features.shape[1] ** 0.5)
-        known = self._known.mask(labels)
+        inputs = F.normalize(features.float(), dim=1) * features.shape[1] ** 0.5
+        # The head would stay NaN, even if a guard skips the model's update.
+        finite = inputs.isfinite().all(1)
+        logits = head(inputs.masked_fill(~finite[:, None], 0))
+        known = self._known.mask(labels) & finite
         if is_first:
             self._report(trainer)
         loss = F.cross_entropy(logits, labels.masked_fill(~known, NO_LABEL), reduction="sum")
@@ -275,7 +279,7 @@ class OnlineLinearProbe(Handler):
     def _labels_of(self, trainer: Trainer, features: Tensor) -> Tensor:
         batch = trainer.state.batch
         labels = self.labels(batch) if callable(self.labels) else look_up(batch, self.labels, -1)
-        if not isinstance(labels, Tensor):
+        if labels is None:
             raise BatchError(
                 f"labels must be a key of the batch, got {self.labels!r} among {names_of(batch)}. "
                 "Pass a key, or a function of the batch, with labels="

@@ -63,5 +63,7 @@ def check_ids(name: str, ids: object, rows: int) -> None:
         BatchError: if they are not.
     """
     if not isinstance(ids, Tensor) or ids.shape != (rows,) or ids.is_floating_point():
-        got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else repr(ids)
-        raise BatchError(f"{name} must be integers [{rows}], got {got}")
+        got = f"a {type(ids).__name__}"
+        if isinstance(ids, Tensor):
+            got = f"{ids.dtype} {tuple(ids.shape)}"
+        raise BatchError(f"{name} must be a tensor of integers [{rows}], got {got}")

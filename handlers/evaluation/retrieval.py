@@ -93,7 +93,9 @@ class RetrievalMetric(OutputsMetric):
         """Forget the batches so far."""
         self._images, self._texts = _Side(), _Side()
         self._grouped: bool | None = None
-        self._known_groups = KnownIds("groups")
+        self._known_groups = KnownIds(
+            "groups", consequence="Such samples match their own pair alone"
+        )
         self._rows = 0
 
     @torch.no_grad()
@@ -169,8 +171,8 @@ class RetrievalMetric(OutputsMetric):
         if self._grouped not in (None, grouped):
             raise BatchError("groups must be in all batches or in none, got both kinds")
         self._grouped = grouped
-        sizes = [0 if side is None else len(side) for side in sides]
-        if not grouped and (0 in sizes or len(set(sizes)) > 1):
+        sizes = ["none" if side is None else len(side) for side in sides]
+        if not grouped and ("none" in sizes or len(set(sizes)) > 1):
             raise BatchError(
                 "without groups a batch must hold as many images as texts, got "
                 f"{sizes[0]} and {sizes[1]}. Return groups to say which items match"

@@ -193,7 +193,9 @@ class RepresentationHealth(Handler):
             pairs["duplicates"] = feature_statistics.duplicates(stacked, ids, negatives)
             self._publish_means(pairs, negatives.any(1).sum())
             values["modality_gap"] = (means[0] - means[1]).norm()
-            values["loss_over_chance"] = _loss_over_chance(trainer)
+            over_chance = _loss_over_chance(trainer)  # infinite for a batch of one, without chance
+            known = over_chance.isfinite().to(over_chance)
+            self._publish_means({"loss_over_chance": over_chance}, known)
         trainer.metrics.update({f"health/{name}": value for name, value in values.items()})
 
     def _publish_means(self, values: dict[str, Tensor], count: Tensor | int) -> None:

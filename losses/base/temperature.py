@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
-from diptych.losses.base.validation import check_positive, working_dtype
+from diptych.losses.base.validation import HALF, check_positive, working_dtype
 
 
 class Temperature(nn.Module):
@@ -104,9 +105,10 @@ class Temperature(nn.Module):
     def constrain(self) -> None:
         """Clamp a learned scale to its bounds, in place. Call after each optimizer step."""
         if self.logit_scale is not None and (self.min_scale or self.max_scale):
+            dtype = self.logit_scale.dtype
             self.logit_scale.clamp_(
-                min=math.log(self.min_scale) if self.min_scale else None,
-                max=math.log(self.max_scale) if self.max_scale else None,
+                min=_log(self.min_scale, dtype, inward=1) if self.min_scale else None,
+                max=_log(self.max_scale, dtype, inward=-1) if self.max_scale else None,
             )
 
     def scalars(self) -> dict[str, Tensor]:
@@ -120,6 +122,25 @@ class Temperature(nn.Module):
         if not self.learned:
             return f"{self._fixed:g}"
         return f"learned from {self._initial:g}, scale in [{self.min_scale}, {self.max_scale}]"
+
+
+@functools.cache
+def _log(bound: float, dtype: torch.dtype, *, inward: int) -> float:
+    """Return the logarithm of a bound; in half precision one that is within it.
+
+    ln(100) rounds to 4.6055 in float16, which is the logarithm of 100.03.
+
+    Args:
+        bound: Of the scale, > 0.
+        dtype: Of the parameter.
+        inward: 1 for a lower bound, -1 for an upper one.
+    """
+    exact = math.log(bound)
+    rounded = float(torch.tensor(exact, dtype=dtype, device="cpu"))
+    if dtype not in HALF or inward * (rounded - exact) >= 0:
+        return exact
+    _, exponent = math.frexp(rounded)
+    return rounded + inward * math.ldexp(torch.finfo(dtype).eps, exponent - 1)
 
 
 def _check(value: float) -> None:

@@ -34,8 +34,9 @@ class SupervisedContrastiveLoss(BaseContrastiveLoss):
 
     Called ``loss(features, labels)`` with features [B, D] or [B, V, D], V views of each sample; or
     ``loss(first, second, labels)`` with two modalities [B, D], which count as two views. Labels are
-    [B], or multi-hot [B, C]: then samples match if their labels overlap (always without tiles).
-    Views of a sample whose label is -100 (no label) match only one another.
+    [B], or multi-hot [B, C]: then samples match if their labels overlap (always without tiles);
+    entries below 0, as data sets have for an unknown label, count as 0. Views of a sample whose
+    label is -100 (no label) match only one another.
 
     Across ranks: features and labels are gathered, with gradient; a rank contrasts its b V anchors
     with all B V candidates and divides by the anchors of all ranks. Exact for uneven batches.
@@ -197,5 +198,12 @@ def _views_and_labels(
     check_views("features", features)
     check_integers("labels", labels)
     assert labels is not None
+    if labels.dim() == 2 and labels.shape[1] == 1:
+        raise ValueError(
+            f"labels must be [batch], or multi-hot [batch, classes], got {list(labels.shape)}."
+            " Pass labels.squeeze(1)."
+        )
     check_groups("labels", labels[:, 0] if labels.dim() == 2 else labels, features.shape[0])
+    if labels.dim() == 2:
+        labels = labels.clamp_min(0)  # data sets mark unknown entries with -1
     return features if features.dim() == 3 else features[:, None], labels

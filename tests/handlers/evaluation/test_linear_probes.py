@@ -269,6 +269,17 @@ def test_a_label_that_is_no_class_is_an_error_in_the_log_and_the_run_goes_on(cap
     assert values == same
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_count_like_samples_without_a_label(value):
+    rows = {"image": torch.randn(6, 4), "other": torch.zeros(6, 3)}
+    broken = {**rows, "image": rows["image"].index_fill(0, torch.tensor([1, 4]), value)}
+    labels = [torch.tensor(own) for own in ([0, 1, 2, 0, 1, 2], [0, -100, 2, 0, -100, 2])]
+    weights, values = trained_head([{**one, "label": labels[0]} for one in (rows, broken)])
+    expected, same = trained_head([{**rows, "label": own} for own in labels])
+    assert torch.equal(weights, expected)
+    assert values == same
+
+
 def test_a_head_continues_where_it_was_saved():
     probe = OnlineLinearProbe(classes=4)
     trainer = make_trainer().attach(probe)
@@ -290,6 +301,7 @@ def test_a_head_continues_where_it_was_saved():
         ({"features": "pixels"}, "got 'pixels' among image_features"),
         ({"labels": "kind"}, "got 'kind' among 'image', 'text', 'label'"),
         ({"labels": lambda batch: batch["label"].float()}, r"integers \[12\], got torch.float32"),
+        ({"labels": lambda batch: batch["label"].tolist()}, r"a tensor of integers .*got a list"),
     ],
 )
 def test_missing_features_or_labels_are_named(settings, message):

@@ -213,6 +213,17 @@ def test_held_out_pairs_are_published_once_per_evaluation():
     assert 0.5 < trainer.metrics.get_history("health/seen/auroc")[-1] <= 1
 
 
+def test_a_batch_of_one_pair_takes_no_part_in_the_loss_over_chance():
+    sizes = {"image": 6, "text": 5}
+    batches = [{name: torch.randn(n, dim) for name, dim in sizes.items()} for n in (4, 1)]
+    found = []
+    for part in (batches[:1], batches):
+        trainer = make_trainer().attach(RepresentationHealth(every=1))
+        trainer.run(part, max_epochs=1)
+        found.append(trainer.state.metrics["health/loss_over_chance"])
+    assert found[0] == found[1] > 0
+
+
 def test_an_evaluation_of_one_side_publishes_no_pairs():
     def images(model: TwoTowers, batch: Batch) -> Batch:
         return {"image_features": model.image(batch["image"]), "groups": batch["group"]}

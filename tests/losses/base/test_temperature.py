@@ -65,6 +65,24 @@ def test_constrain_clamps_a_learned_scale_to_both_bounds(log_scale: float, kept:
     assert math.isclose(float(temperature.scale(FLOAT64).detach()), kept, rel_tol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bound", [20.0, 30.0, 50.0, 100.0])
+def test_a_scale_in_half_precision_stays_within_its_bounds(
+    bound: float, dtype: torch.dtype
+) -> None:
+    for temperature, reach in (
+        (Temperature(0.2, learn=True, max_scale=bound), 9.0),
+        (Temperature(0.001, learn=True, min_scale=bound), -9.0),
+    ):
+        temperature.to(dtype)
+        assert temperature.logit_scale is not None
+        temperature.logit_scale.data.fill_(reach)
+        temperature.constrain()
+        scale = math.exp(float(temperature.logit_scale.detach()))
+        assert scale <= bound if reach > 0 else scale >= bound
+        assert math.isclose(scale, bound, rel_tol=4 * torch.finfo(dtype).eps)
+
+
 def test_constrain_does_not_change_an_unbounded_or_fixed_temperature() -> None:
     temperature = Temperature(0.07, learn=True)
     temperature.value = 1e-4

@@ -194,6 +194,17 @@ def test_multi_hot_labels_match_by_the_share_of_common_labels(overlap: float) ->
     assert_same(SupervisedContrastiveLoss(overlap=overlap), features, labels, expected)
 
 
+def test_unknown_entries_of_multi_hot_labels_match_nothing() -> None:
+    features, loss = draw(4, 5), SupervisedContrastiveLoss()
+    labels = torch.tensor([[1, 0, -1], [1, -1, 0], [-100, 1, -1], [0, 1, -100]])
+
+    value = loss(features, labels)
+
+    torch.testing.assert_close(value, loss(features, torch.tensor([0, 0, 1, 1])))
+    with pytest.raises(ValueError, match=r"got \[4, 1\]. Pass labels.squeeze\(1\)"):
+        loss(features, labels[:, :1])
+
+
 @pytest.mark.parametrize("tile", [1, 2, 5, None])
 @pytest.mark.parametrize("candidates", ["all", "cross", "intra"])
 def test_tiles_do_not_change_the_result(candidates: str, tile: int | None) -> None:
