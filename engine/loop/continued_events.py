@@ -107,7 +107,7 @@ class ContinuedEvents(Dispatcher):
                 raise
 
     def _fire_started(self) -> None:
-        """Fire `STARTED`; in a run that continues, Ignite's running means go on, without a reset."""
+        """Fire `STARTED`; a run that continues does not reset running means of Ignite."""
         if self.state.iteration:
             at_start = self._listeners.get(Events.STARTED, ())
             means = (id(one) for one in at_start if isinstance(one.owner, Metric))
