@@ -92,7 +92,8 @@ def _prepared(anchors: Tensor, candidates: Tensor, *, normalize: bool) -> tuple[
         return anchors, candidates
     from diptych.losses.base.tiles import triton_blocks  # noqa: PLC0415
 
-    return triton_blocks.normalize_features(anchors), triton_blocks.normalize_features(candidates)
+    left, right = triton_blocks.normalize_features(anchors, candidates)
+    return left, right
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001

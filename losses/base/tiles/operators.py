@@ -182,16 +182,20 @@ def _backend(blocks: LossBlocks) -> tuple[Any, LossBlocks]:
     return backend, LossBlocks(convert(anchors), candidates, scale, bias, normalize)
 
 
-def _gathered(backend: Any, blocks: LossBlocks, batch: GlobalBatch) -> Tensor:
-    """Return the candidates of all ranks, in the dtype in which they are multiplied.
+def _started(
+    given: LossBlocks, entries: Entries, batch: GlobalBatch
+) -> tuple[Any, LossBlocks, Tensor, Tensor]:
+    """Return the module that computes the blocks, the blocks, all candidates, the description.
 
-    They are normalised before they are gathered. On one rank they are the candidates as given.
+    Candidates are normalised before they are gathered.
     """
-    piece = blocks.piece
-    if batch.world_size == 1:
-        return piece
+    backend, blocks = _backend(given)
+    unit = blocks.normalize
+    if unit:
+        blocks = backend.at_norm(blocks)
     with torch.no_grad():
-        return batch.gather(backend.normalize_features(piece) if blocks.normalize else piece)
+        whole = batch.gather(blocks.piece)
+    return backend, blocks, whole, backend.described(blocks, entries, whole, unit=unit)
 
 
 def _aligned(features: Tensor) -> Tensor:
@@ -210,27 +214,23 @@ def _as_features(gradients: BlockGradients, features: Tensor) -> tuple[Tensor, .
 def _contrast(*flat: Any) -> tuple[Tensor, ...]:
     """Return the summed loss and what its gradient needs.
 
-    These are the statistics of rows [n, 3] and of this rank's columns ([b, 3] or [0, 3]), and over
-    several ranks all candidates [m, D].
+    These are the description, the statistics [lines, 3], and over several ranks all candidates
+    [m, D].
     """
     given, entries, settings, batch = TiledLossArguments.restored(flat)
     with _on_device(given.anchors):
-        backend, blocks = _backend(given)
-        whole = _gathered(backend, blocks, batch)
+        backend, blocks, whole, described = _started(given, entries, batch)
         sums = backend.contrast_sums(
             blocks,
             entries,
             whole=whole,
             batch=batch,
+            described=described,
             symmetric=settings.symmetric,
             rows=settings.rows,
         )
-        total, row_statistics = backend.losses_of_sums(sums[0], entries, settings)
-        column_statistics = row_statistics.new_empty(0, 3)
-        if settings.symmetric:
-            losses, column_statistics = backend.losses_of_sums(sums[1], entries, settings)
-            total = total + losses
-    return total, row_statistics, column_statistics, _kept(whole, batch)
+        total, statistics = backend.losses_of_sums(sums, entries, settings)
+    return total, described, statistics, _kept(whole, batch)
 
 
 def _kept(whole: Tensor, batch: GlobalBatch) -> Tensor:
@@ -239,74 +239,74 @@ def _kept(whole: Tensor, batch: GlobalBatch) -> Tensor:
 
 
 def _fake_contrast(*flat: Any) -> tuple[Tensor, ...]:
-    arguments = TiledLossArguments.restored(flat)
-    blocks, _, settings, _ = arguments
-    new, rows = blocks.scale.new_empty, blocks.anchors.shape[0]
-    return new(()), new(rows, 3), new(rows if settings.symmetric else 0, 3), _fake_kept(arguments)
-
-
-def _fake_kept(arguments: TiledLossArguments) -> Tensor:
-    anchors, batch = arguments.blocks.anchors, arguments.batch
-    shape = (batch.total, anchors.shape[1]) if batch.world_size > 1 else (0,)
-    return anchors.new_empty(shape)
+    total, described, kept = _fake_sigmoid_contrast(*flat)
+    blocks, _, settings, _ = TiledLossArguments.restored(flat)
+    lines = blocks.anchors.shape[0] * (1 + settings.symmetric)
+    return total, described, total.new_empty(lines, 3), kept
 
 
 def _contrast_gradient(
-    weight: Tensor, row_statistics: Tensor, column_statistics: Tensor, whole: Tensor, *flat: Any
+    weight: Tensor, described: Tensor, statistics: Tensor, whole: Tensor, *flat: Any
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the loss times its weight: anchors, candidates, scale, bias.
 
     The losses of other ranks reach this rank's features with the weights that they have there.
     """
     given, entries, settings, batch = TiledLossArguments.restored(flat)
+    # The anchors of all ranks, if there are no candidates, are the columns.
+    columns = settings.symmetric or given.candidates is None
     with _on_device(given.anchors):
         backend, blocks = _backend(given)
-        columns = None
-        if settings.symmetric or given.candidates is None:
-            # The anchors of all ranks, if there are no candidates, are the columns.
-            statistics = column_statistics if settings.symmetric else row_statistics
-            columns = _gathered_columns(statistics, weight, batch)
+        weights = weight
+        if columns and batch.world_size > 1:
+            statistics, weights = _of_all_lines(statistics, weight, batch)
         gradients = backend.contrast_gradients(
             blocks,
             entries,
-            row_statistics,
-            columns,
+            statistics,
+            weights,
+            described=described,
+            columns=columns,
             whole=whole if batch.world_size > 1 else blocks.piece,
             batch=batch,
-            weight=weight,
             rows=settings.rows,
         )
     return _as_features(gradients, given.anchors)
 
 
-def _gathered_columns(
-    statistics: Tensor, weight: Tensor, batch: GlobalBatch
-) -> tuple[Tensor, Tensor]:
-    """Return the statistics of all ranks' columns, [m, 3], and the weights of their losses."""
-    if batch.world_size == 1:
-        return statistics, weight
-    gathered = batch.gather(torch.cat([statistics, weight.expand(len(statistics), 1)], dim=1))
-    return gathered[:, :3], gathered[:, 3]
+def _of_all_lines(statistics: Tensor, weight: Tensor, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
+    """Return the statistics [n + m, 3] and weights of this rank's rows and all ranks' columns."""
+    own = torch.cat([statistics, weight.expand(len(statistics), 1)], dim=1)
+    lines = torch.cat([own[: batch.size], batch.gather(own[len(own) - batch.size :])])
+    return lines[:, :3], lines[:, 3]
 
 
-def _sigmoid_contrast(*flat: Any) -> tuple[Tensor, Tensor]:
-    """Return the summed loss and, over several ranks, all candidates [m, D]."""
+def _sigmoid_contrast(*flat: Any) -> tuple[Tensor, ...]:
+    """Return the summed loss, the description and, over several ranks, all candidates [m, D]."""
     given, entries, settings, batch = TiledLossArguments.restored(flat)
     with _on_device(given.anchors):
-        backend, blocks = _backend(given)
-        whole = _gathered(backend, blocks, batch)
+        backend, blocks, whole, described = _started(given, entries, batch)
         total: Tensor = backend.sigmoid_sum(
-            blocks, entries, whole=whole, batch=batch, rows=settings.rows
+            blocks, entries, whole=whole, described=described, rows=settings.rows
         )
-    return total, _kept(whole, batch)
+    return total, described, _kept(whole, batch)
 
 
-def _fake_sigmoid_contrast(*flat: Any) -> tuple[Tensor, Tensor]:
-    arguments = TiledLossArguments.restored(flat)
-    return arguments.blocks.scale.new_empty(()), _fake_kept(arguments)
+def _fake_sigmoid_contrast(*flat: Any) -> tuple[Tensor, ...]:
+    blocks, _, _, batch = TiledLossArguments.restored(flat)
+    anchors, size = blocks.anchors, 0
+    if kernels_take(anchors, anchors.dtype):
+        from diptych.losses.base.tiles import triton_blocks  # noqa: PLC0415 - needs Triton
+
+        size = triton_blocks.description_size(anchors.shape[0])
+    kept = (batch.total, anchors.shape[1]) if batch.world_size > 1 else (0,)
+    described = anchors.new_empty(size, dtype=torch.int32)
+    return blocks.scale.new_empty(()), described, anchors.new_empty(kept)
 
 
-def _sigmoid_contrast_gradient(weight: Tensor, whole: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+def _sigmoid_contrast_gradient(
+    weight: Tensor, described: Tensor, whole: Tensor, *flat: Any
+) -> tuple[Tensor, ...]:
     """Return `weight` times the gradients of the summed loss: anchors, candidates, scale, bias."""
     given, entries, settings, batch = TiledLossArguments.restored(flat)
     with _on_device(given.anchors):
@@ -315,6 +315,7 @@ def _sigmoid_contrast_gradient(weight: Tensor, whole: Tensor, *flat: Any) -> tup
             blocks,
             entries,
             whole=whole if batch.world_size > 1 else blocks.piece,
+            described=described,
             batch=batch,
             weight=weight,
             rows=settings.rows,
@@ -385,6 +386,6 @@ def _registered(function: Any, fake: Any, gradient: Any, outputs: int) -> Any:
 _OPERATORS = {
     _contrast: _registered(_contrast, _fake_contrast, _contrast_gradient, 4),
     _sigmoid_contrast: _registered(
-        _sigmoid_contrast, _fake_sigmoid_contrast, _sigmoid_contrast_gradient, 2
+        _sigmoid_contrast, _fake_sigmoid_contrast, _sigmoid_contrast_gradient, 3
     ),
 }

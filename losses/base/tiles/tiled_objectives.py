@@ -42,7 +42,8 @@ def resolve_tile(
 
     ``"auto"`` means the whole matrix up to 8192 x 8192 logits on an accelerator and 4096 x 4096 on
     a CPU, where memory is no concern, or where the half-precision kernels run, which are faster
-    from there on. Above that, blocks have 48 Mi and 4 Mi logits, and at least 512 and 32 rows.
+    from there on. Above that, blocks have 48 Mi and 4 Mi logits, and at least 512 and 32 rows; up
+    to 8192 x 8192 logits the kernels take one block.
 
     Args:
         tile: ``"auto"``, None (whole) or a number of rows.
@@ -55,13 +56,12 @@ def resolve_tile(
     if not isinstance(tile, str):
         return tile
     kind = "cpu" if anchors.device.type == "cpu" else "cuda"
-    rows, columns, most = anchors.shape[0], candidates.shape[0], _PLAIN_LOGITS[kind]
+    rows, columns = anchors.shape[0], candidates.shape[0]
     if batch is not None:
         rows, columns = max(batch.sizes), batch.total
-    if kernels_take(anchors, dtype):
-        most = _PLAIN_LOGITS_BESIDE_KERNELS
-    if rows * columns <= most:
-        return None
+    if rows * columns <= _PLAIN_LOGITS[kind]:
+        beside_kernels = rows * columns > _PLAIN_LOGITS_BESIDE_KERNELS
+        return rows if beside_kernels and kernels_take(anchors, dtype) else None
     return max(_LEAST_ROWS[kind], _BLOCK_LOGITS[kind] // columns)
 
 

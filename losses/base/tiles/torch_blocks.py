@@ -141,11 +141,18 @@ class LogSum(NamedTuple):
         """Return the logsumexps of several blocks as one."""
         return cls(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
 
-    def over_ranks(self, batch: GlobalBatch) -> LogSum:
-        """Return this rank's part [b] of the logsumexps [m] over the terms of all ranks."""
-        maxima, totals = stack_over_ranks(torch.stack(self))[:, :, batch.own].unbind(1)
+    def of_rank(self, rows: int, batch: GlobalBatch) -> LogSum:
+        """Return the lines of this rank, from its rows and all columns over its rows, [n + m].
+
+        The columns are this rank's, over the rows of all ranks.
+        """
+        if batch.world_size == 1:
+            return self
+        stacked = torch.stack(self)
+        maxima, totals = stack_over_ranks(stacked[:, rows:])[:, :, batch.own].unbind(1)
         maximum = maxima.amax(0)
-        return LogSum(maximum, (totals * (maxima - maximum).exp()).sum(0))
+        columns = LogSum(maximum, (totals * (maxima - maximum).exp()).sum(0))
+        return LogSum.concatenated([LogSum(*stacked[:, :rows]), columns])
 
     def joined(self, other: LogSum) -> LogSum:
         """Return the logsumexp over the terms of both."""
@@ -154,8 +161,12 @@ class LogSum(NamedTuple):
         return LogSum(maximum, total + other.total * (other.maximum - maximum).exp())
 
 
-class DirectionSums(NamedTuple):
-    """The logsumexps of all rows, or of all columns, from which their losses are computed."""
+class LineSums(NamedTuple):
+    """The logsumexps of lines, from which their losses are computed.
+
+    Lines are the rows, and after them this rank's columns if those are anchors too, each the pair
+    of the row in its place.
+    """
 
     negatives: LogSum
     positives: LogSum
@@ -200,22 +211,33 @@ class BlockGradients(NamedTuple):
         return self._replace(candidates=batch.scatter(self.candidates))
 
 
-def losses_of_sums(
-    sums: DirectionSums, entries: Entries, settings: TileSettings
-) -> tuple[Tensor, Tensor]:
-    """Return the sum of one direction's losses, and the statistics that its gradient needs.
+def described(
+    blocks: LossBlocks,
+    entries: Entries,  # noqa: ARG001 - as in `triton_blocks`
+    whole: Tensor,  # noqa: ARG001
+    *,
+    unit: bool,  # noqa: ARG001
+) -> Tensor:
+    """Return what the other functions need to know of the logits, int32: here nothing."""
+    return blocks.anchors.new_empty(0, dtype=torch.int32)
 
-    The loss of a row is lse(denominator) - (1 - smoothing) * lse(positives), computed from the
+
+def losses_of_sums(
+    sums: LineSums, entries: Entries, settings: TileSettings
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of all lines' losses, and the statistics that its gradient needs.
+
+    The loss of a line is lse(denominator) - (1 - smoothing) * lse(positives), computed from the
     gap between negatives and positives.
 
     Args:
-        sums: The logsumexps of n rows (or columns).
-        entries: Which of them have a loss.
+        sums: The logsumexps of the lines.
+        entries: Which rows, and columns in their place, have a loss.
         settings: Whether positives are in the denominator, and the label smoothing.
 
     Returns:
-        The sum, and [n, 3]: normalizer, pull and positive. The gradient of a negative's logit l is
-        exp(l - normalizer), of a positive's -pull * exp(l - positive).
+        The sum, and [lines, 3]: normalizer, pull and positive. The gradient of a negative's logit l
+        is exp(l - normalizer), of a positive's -pull * exp(l - positive).
     """
     smoothing = settings.smoothing
     negatives, positives = sums
@@ -227,8 +249,8 @@ def losses_of_sums(
         loss, pull = torch.logaddexp(gap, torch.zeros_like(gap)), gap.sigmoid()
     normalizer, pull, losses = positive + loss, pull - smoothing, loss + smoothing * positive
     if entries.valid is not None:
-        invalid = ~entries.valid
-        # An infinite normalizer turns the gradient of a whole row into zeros.
+        invalid = ~entries.valid.repeat(1 + settings.symmetric)
+        # An infinite normalizer turns the gradient of a whole line into zeros.
         normalizer = normalizer.masked_fill(invalid, torch.inf)
         pull, losses = pull.masked_fill(invalid, 0.0), losses.masked_fill(invalid, 0.0)
     return losses.sum(), torch.stack([normalizer, pull, positive], dim=1)
@@ -240,9 +262,10 @@ def contrast_sums(
     *,
     whole: Tensor,
     batch: GlobalBatch,
+    described: Tensor,  # noqa: ARG001 - as in `triton_blocks`
     symmetric: bool,
     rows: int,
-) -> tuple[DirectionSums, DirectionSums | None]:
+) -> LineSums:
     """Return the sums of the rows and, if symmetric, of this rank's columns.
 
     Args:
@@ -250,12 +273,12 @@ def contrast_sums(
         entries: The kind of each entry.
         whole: The candidates of all ranks, [m, D].
         batch: Sizes of all ranks' candidates.
+        described: From `described`.
         symmetric: Whether the columns are anchors too. Their sums are completed over ranks.
         rows: Rows of a block.
     """
     negatives, positives = [], []
-    none = LogSum.empty(whole, whole.shape[0] if symmetric else 0)
-    columns = DirectionSums(none, none)
+    columns = others = LogSum.empty(whole, whole.shape[0] if symmetric else 0)
     for block, values, spare in blocks.by_rows(rows, whole):
         partner = entries.partner[block, None]
         own = values.gather(1, partner)
@@ -269,39 +292,28 @@ def contrast_sums(
         negatives.append(LogSum.over(values, 1, spare))
         positives.append(LogSum.over(matches, 1, spare[:, : matches.shape[1]]))
         if symmetric and len(values):
-            columns = DirectionSums(
-                columns.negatives.joined(LogSum.over(values, 0, spare)),
-                none if group is None else columns.positives.joined(LogSum.over(matches, 0, spare)),
-            )
-    row_sums = DirectionSums(LogSum.concatenated(negatives), LogSum.concatenated(positives))
+            columns = columns.joined(LogSum.over(values, 0, spare))
+            if group is not None:
+                others = others.joined(LogSum.over(matches, 0, spare))
     if not symmetric:
-        return row_sums, None
-    return row_sums, own_columns(columns, row_sums, entries, batch)
-
-
-def own_columns(
-    columns: DirectionSums, row_sums: DirectionSums, entries: Entries, batch: GlobalBatch
-) -> DirectionSums:
-    """Return the sums of this rank's columns from those over each rank's rows."""
+        return LineSums(LogSum.concatenated(negatives), LogSum.concatenated(positives))
+    lines = LogSum.concatenated([*negatives, columns]).of_rank(len(blocks.anchors), batch)
     if not entries.group_matches:  # the only positives are own pairs, which rows and columns share
-        columns = columns._replace(positives=row_sums.positives)
-    if batch.world_size == 1:
-        return columns
-    negatives, positives = columns
-    if entries.group_matches:
-        positives = positives.over_ranks(batch)
-    return DirectionSums(negatives.over_ranks(batch), positives)
+        return LineSums(lines, LogSum.concatenated(positives * 2))
+    matching = LogSum.concatenated([*positives, others]).of_rank(len(blocks.anchors), batch)
+    return LineSums(lines, matching)
 
 
 def contrast_gradients(
     blocks: LossBlocks,
     entries: Entries,
-    row_statistics: Tensor,
-    columns: tuple[Tensor, Tensor] | None,
+    statistics: Tensor,
+    weights: Tensor,
     *,
+    described: Tensor,  # noqa: ARG001 - as in `triton_blocks`
+    columns: bool,
     whole: Tensor,
     batch: GlobalBatch,
-    weight: Tensor,
     rows: int,
 ) -> BlockGradients:
     """Return the gradients of the weighted losses, for the features of this rank.
@@ -309,33 +321,33 @@ def contrast_gradients(
     Args:
         blocks: Factors of the logits [n, m].
         entries: The kind of each entry.
-        row_statistics: [n, 3], from `losses_of_sums`.
-        columns: The statistics of all ranks' columns, [m, 3], and the weights of their losses, [m]
-            or on one rank 0-dim; None if the columns are not anchors.
+        statistics: From `losses_of_sums`: the first n are those of the rows, and the last m those
+            of all ranks' columns if `columns`.
+        weights: The weights of the same losses, or 0-dim, that of all.
+        described: From `described`.
+        columns: Whether the columns are anchors.
         whole: The candidates of all ranks, [m, D].
         batch: Sizes of all ranks' candidates.
-        weight: 0-dim, the weight of the rows' losses.
         rows: Rows of a block.
     """
     gradients = BlockGradients.zeros(blocks, whole)
-    # One process has one weight. It multiplies the products, which saves a pass over the blocks.
-    weighted = columns is not None and batch.world_size > 1
-    common = torch.ones_like(weight) if weighted else weight
-    if columns is not None:
-        columns = columns[0].T.contiguous(), columns[1].contiguous()
+    # One weight multiplies the products, which saves a pass over the blocks.
+    weighted = weights.dim() > 0
+    common = weights.new_ones(()) if weighted else weights
+    m = len(whole)
+    normalizers, pulls, positives = statistics[-m:].T.contiguous()
     for block, values, spare in blocks.by_rows(rows, whole):
         group = entries.group(block) if entries.group_matches else None
         entries.remove_neutral(values, block)
-        partner, own = entries.partner[block, None], row_statistics.T[:, block, None]
+        partner, own = entries.partner[block, None], statistics.T[:, block, None]
         gradient = _direction_gradient(values, own, partner, group, out=spare)
-        if columns is not None:
+        if columns:
             inverse = partner if entries.inverse is None else entries.inverse[block, None]
-            others = (
-                columns[0] if group is not None else [columns[0][0], columns[0][1][inverse], None]
-            )
-            others = _direction_gradient(values, others, inverse, group, out=values)
+            pull = pulls if group is not None else pulls[inverse]
+            shared = normalizers, pull, positives
+            others = _direction_gradient(values, shared, inverse, group, out=values)
             if weighted:
-                gradient.mul_(weight).addcmul_(others, columns[1])
+                gradient.mul_(weights[block, None]).addcmul_(others, weights[-m:])
             else:
                 gradient += others
         gradients.add(blocks, whole, block, gradient, common)
@@ -350,7 +362,7 @@ def _direction_gradient(
     Args:
         values: The block, [rows, m].
         statistics: Normalizer, pull and positive, each [rows, 1] or [m]. Without a group, the pull
-            is [rows, 1] in both directions.
+            is [rows, 1] in both directions, and the positive is not read.
         own: [rows, 1], the column of each row's own pair.
         group: Bool [rows, m], the positives; None: own pairs.
         out: A tensor of the same shape to write to.
@@ -368,7 +380,7 @@ def sigmoid_sum(
     entries: Entries,
     *,
     whole: Tensor,
-    batch: GlobalBatch,  # noqa: ARG001 - as in `triton_blocks`
+    described: Tensor,  # noqa: ARG001 - as in `triton_blocks`
     rows: int,
 ) -> Tensor:
     """Return the sum of softplus(-z * logit), z = +1 for a positive, else -1.
@@ -377,7 +389,7 @@ def sigmoid_sum(
         blocks: Factors of the logits [n, m].
         entries: Which entries are positive.
         whole: The candidates of all ranks, [m, D].
-        batch: Sizes of all ranks' candidates.
+        described: From `described`.
         rows: Rows of a block.
     """
     total = torch.zeros_like(blocks.scale)
@@ -392,6 +404,7 @@ def sigmoid_gradients(
     entries: Entries,
     *,
     whole: Tensor,
+    described: Tensor,  # noqa: ARG001 - as in `triton_blocks`
     batch: GlobalBatch,
     weight: Tensor,
     rows: int,

@@ -22,16 +22,15 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from diptych.losses.base.gather import GlobalBatch, max_over_ranks
+from diptych.losses.base.gather import GlobalBatch
 from diptych.losses.base.tiles import triton_kernels as kernels
 from diptych.losses.base.tiles.torch_blocks import (
     BlockGradients,
-    DirectionSums,
     Entries,
+    LineSums,
     LogSum,
     LossBlocks,
     TileSettings,
-    own_columns,
 )
 
 _SIDE = 128
@@ -84,44 +83,23 @@ argument and adds each tile's gradients of scale and bias to the fourth, [2, til
 
 
 class _KernelProblem:
-    """The arguments of the kernels, for features at unit norm.
-
-    Attributes:
-        reference: 0-dim, the exponent of 2 to which all sums are relative: a bound on the logits,
-            less a headroom. The argument `bound` is one on the products of features; None: 1.
-    """
+    """The arguments of the kernels, for features at unit norm; `description` as `described`."""
 
     def __init__(
-        self, blocks: LossBlocks, entries: Entries, whole: Tensor, bound: Tensor | None = None
+        self, blocks: LossBlocks, entries: Entries, whole: Tensor, description: Tensor
     ) -> None:
         anchors, _, scale, bias, _ = self.blocks = blocks
-        self.whole = whole
+        self.whole, self.description = whole, description
         self.n, self.m = anchors.shape[0], whole.shape[0]
         self.scalars = [scale] if bias is None else [scale, bias]
-        partner = entries.partner
-        inverse = partner if entries.inverse is None else entries.inverse
-        itself = partner if entries.itself is None else entries.itself
-        group, groups = kernels.NEGATIVE, [partner, partner]  # placeholders: not read
+        group, groups = kernels.NEGATIVE, [entries.partner] * 2  # placeholders: not read
         if entries.row_groups is not None and entries.column_groups is not None:
             group = kernels.POSITIVE if entries.group_matches else kernels.NEITHER
             groups = [entries.row_groups.contiguous(), entries.column_groups.contiguous()]
-        indices = partner.new_empty(3, self.n, dtype=torch.int32)
-        bounds = partner.new_empty(max(_blocks(self.n), 1), 6, dtype=torch.int32)
-        is_candidate = entries.itself is not None
-        self.reference = torch.empty_like(scale)
-        _launch(
-            kernels.describe_rows,
-            bounds,
-            *(partner, inverse, itself, indices, bounds),
-            *(scale, scale if bound is None else bound, self.reference, self.n),
-            ITSELF=is_candidate,
-            BOUNDED=bound is not None,
-            HEADROOM=_HEADROOM,
-        )
-        self.inputs = [*indices, bounds, *groups]
+        self.inputs = [description, *groups]
         self.settings = {
             "WIDTH": anchors.shape[1],
-            "ITSELF": is_candidate,
+            "ITSELF": entries.itself is not None,
             "GROUP": group,
         }
 
@@ -138,12 +116,11 @@ class _KernelProblem:
         down, across = chunk.tiles()
         self._run(kernel, down * across, chunk, sides, arguments, BAND=_BAND, **tile, **settings)
 
-    def lines(self, kernel: Any, axis: int, *arguments: Any, **settings: Any) -> None:
-        """Run a kernel on every row of tiles (axis 1) or every column of tiles (axis 0)."""
-        chunk = _Chunk(0, 0, self.n, self.m)
-        sides = _sides(self.blocks.anchors, self.whole)
-        count = chunk.tiles()[1 - axis]
-        self._run(kernel, count, chunk, sides, arguments, AXIS=axis, **_TILE, **settings)
+    def lines(self, kernel: Any, count: int, *arguments: Any, **settings: Any) -> None:
+        """Run a kernel on every block of `count` lines."""
+        chunk, sides = _Chunk(0, 0, self.n, self.m), _sides(self.blocks.anchors, self.whole)
+        arguments = (*arguments, count)
+        self._run(kernel, _line_blocks(self.n, count), chunk, sides, arguments, **_TILE, **settings)
 
     def _run(
         self,
@@ -173,126 +150,154 @@ class _KernelProblem:
                 yield _Chunk(row, column, *lengths)
 
 
+def description_size(rows: int) -> int:
+    """Return the length of a description."""
+    return 4 + 3 * rows + 6 * max(_blocks(rows), 1)
+
+
+def described(blocks: LossBlocks, entries: Entries, whole: Tensor, *, unit: bool) -> Tensor:
+    """Return what the kernels need to know of the logits, int32 (`kernels.describe_rows`).
+
+    Args:
+        blocks: The features as they are multiplied.
+        entries: The kind of each logit.
+        whole: The candidates of all ranks.
+        unit: Whether features have norm 1 at most.
+    """
+    partner, scale, n = entries.partner, blocks.scale, len(blocks.anchors)
+    bound = scale if unit else _bound(blocks, whole)
+    description = partner.new_empty(description_size(n), dtype=torch.int32)
+    if n:
+        kernels.describe_rows[(_blocks(n),)](
+            partner,
+            partner if entries.inverse is None else entries.inverse,
+            partner if entries.itself is None else entries.itself,
+            *(description, scale, bound, n),
+            ITSELF=entries.itself is not None,
+            BOUNDED=not unit,
+            HEADROOM=_HEADROOM,
+            ROWS=_SIDE,
+        )
+    return description
+
+
 def contrast_sums(
     blocks: LossBlocks,
     entries: Entries,
     *,
     whole: Tensor,
     batch: GlobalBatch,
+    described: Tensor,
     symmetric: bool,
     rows: int,  # noqa: ARG001 - memory does not depend on it
-) -> tuple[DirectionSums, DirectionSums | None]:
+) -> LineSums:
     """Return the sums of the rows and, if symmetric, of this rank's columns, as in `torch_blocks`.
 
     If the candidates of one rank are its anchors, the matrix is symmetric: half of it is computed.
+    Own pairs, if they are the only positives, are those of the rows alone.
     """
-    bound = _bound(blocks, whole, over_ranks=symmetric and batch.world_size > 1)
+    problem = _KernelProblem(blocks, entries, whole, described)
     upper = blocks.candidates is None and batch.world_size == 1
-    blocks, whole = _at_norm(blocks, whole, batch)
-    problem = _KernelProblem(blocks, entries, whole, bound)
-    own, row_total, column_total = _bounded_sums(problem, both=symmetric or upper, upper=upper)
-    row_sums = _line_sums(problem, 1, row_total, own, entries)
-    if not symmetric:
-        return row_sums, None
-    column_sums = _line_sums(problem, 0, column_total, own, entries)
-    return row_sums, own_columns(column_sums, row_sums, entries, batch)
+    own, totals = _bounded_sums(problem, columns=symmetric, upper=upper)
+    negatives = _exact_where_needed(problem, totals, positives=False).of_rank(problem.n, batch)
+    if not entries.group_matches:
+        return LineSums(negatives, LogSum(own, own))  # a total of one term is not read
+    positives = _exact_where_needed(problem, torch.empty_like(totals), positives=True)
+    return LineSums(negatives, positives.of_rank(problem.n, batch) if symmetric else positives)
 
 
-def _bounded_sums(
-    problem: _KernelProblem, *, both: bool, upper: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the logits of own pairs [n], and the sums of the negatives of rows and of columns.
+def _bounded_sums(problem: _KernelProblem, *, columns: bool, upper: bool) -> tuple[Tensor, Tensor]:
+    """Return the logits of own pairs [n], and the sums of the negatives of all lines.
 
     Sums are relative to the reference. With `upper` only one half of a symmetric matrix is
-    computed, and the sums of rows and columns are one tensor; without `both` columns have none.
+    computed, and the sums of rows and columns are the same.
     """
-    anchors, whole = problem.blocks.anchors, problem.whole
-    own, row_total = problem.reference.new_zeros(2, problem.n)
-    column_total = row_total if upper else own.new_zeros(problem.m * both)
-    new = own.new_zeros if upper else own.new_empty  # tiles below the diagonal write nothing
-    height = _rounded_up(max(_CHUNK_ROWS, _FORWARD_LOGITS // problem.m))
+    n, m = problem.n, problem.m
+    both = columns or upper
+    sums = problem.blocks.scale.new_zeros(2 * n + m * columns)
+    own, totals = sums[:n], sums[n:]
+    row_total, column_total = totals[:n], totals if upper else totals[n:]
+    new = sums.new_zeros if upper else sums.new_empty  # tiles below the diagonal write nothing
+    height = _rounded_up(max(_CHUNK_ROWS, _FORWARD_LOGITS // m))
     for chunk in problem.chunks(height, _FORWARD_COLUMNS, upper=upper):
         down, across = chunk.tiles()
-        sums = new(across, chunk.height), new(down, chunk.width * both)
-        sides = _sides(anchors[chunk.rows], whole[chunk.columns])
-        arguments = (problem.reference, own, *sums)
+        row_sums, column_sums = new(across, chunk.height), new(down, chunk.width * both)
+        sides = _sides(problem.blocks.anchors[chunk.rows], problem.whole[chunk.columns])
+        arguments = (own, row_sums, column_sums)
         problem.tiles(kernels.bounded_sums, _TILE, chunk, sides, *arguments, BOTH=both, UPPER=upper)
-        _add_sums(row_total[chunk.rows], sums[0], first=chunk.column == 0 and not upper)
+        _add_sums(row_total[chunk.rows], row_sums, first=chunk.column == 0 and not upper)
         if both:
-            _add_sums(column_total[chunk.columns], sums[1], first=chunk.row == 0 and not upper)
-    return own, row_total, column_total
+            first = chunk.row == 0 and not upper
+            _add_sums(column_total[chunk.columns], column_sums, first=first)
+    return own, totals
 
 
-def _line_sums(
-    problem: _KernelProblem, axis: int, totals: Tensor, own: Tensor, entries: Entries
-) -> DirectionSums:
-    """Return the sums of rows (axis 1) or of columns (axis 0).
+def _exact_where_needed(problem: _KernelProblem, totals: Tensor, *, positives: bool) -> LogSum:
+    """Return the logsumexps of lines, over negatives or positives.
 
     Args:
         problem: The arguments of the kernels.
-        axis: The axis that is summed.
-        totals: The sums of negatives relative to the reference. Where terms may be lost, they are
-            computed again.
-        own: [n], the logits of own pairs.
-        entries: Whether whole groups are positives.
+        totals: The sums of negatives relative to the reference. Where terms may be lost, and those
+            of positives everywhere, they are computed again, in place.
+        positives: Whether to sum positives.
     """
-    if not problem.n or not problem.m:  # a rank without samples
-        return DirectionSums(LogSum.empty(own, len(totals)), LogSum.empty(own, len(totals)))
-    settings = {"LEAST": 2.0**-_DEPTH}
-    negatives = LogSum(torch.empty_like(totals), totals)
-    arguments = (problem.reference, *negatives)
-    problem.lines(kernels.online_sums, axis, *arguments, POSITIVES=False, **settings)
-    if not entries.group_matches:
-        return DirectionSums(negatives, LogSum(own, own))  # a total of one term is not read
-    positives = LogSum(torch.empty_like(totals), torch.empty_like(totals))
-    arguments = (problem.reference, *positives)
-    problem.lines(kernels.online_sums, axis, *arguments, POSITIVES=True, **settings)
-    return DirectionSums(negatives, positives)
+    if not problem.n:  # a rank without samples
+        return LogSum.empty(totals, len(totals))
+    sums = LogSum(torch.empty_like(totals), totals)
+    problem.lines(kernels.online_sums, len(totals), *sums, POSITIVES=positives, LEAST=2.0**-_DEPTH)
+    return sums
 
 
 def losses_of_sums(
-    sums: DirectionSums, entries: Entries, settings: TileSettings
+    sums: LineSums, entries: Entries, settings: TileSettings
 ) -> tuple[Tensor, Tensor]:
-    """Return the sum of one direction's losses, and their statistics, as in `torch_blocks`."""
+    """Return the sum of all lines' losses, and their statistics, as in `torch_blocks`."""
     negatives, positives = sums
-    n = len(negatives.maximum)
-    statistics = negatives.maximum.new_empty(n, 3)
-    partial_sums = negatives.maximum.new_empty(_blocks(n))
+    n, count = len(entries.partner), len(negatives.maximum)
+    statistics = negatives.maximum.new_empty(count, 3)
+    partial_sums = negatives.maximum.new_empty(_line_blocks(n, count))
     valid = entries.partner if entries.valid is None else entries.valid  # a placeholder: not read
-    _launch(
-        kernels.losses,
-        partial_sums,
-        *(*negatives, *positives, valid, statistics, partial_sums, n, settings.smoothing),
-        POSITIVES=entries.group_matches,
-        VALID=entries.valid is not None,
-        DECOUPLED=settings.decoupled,
-    )
+    if count:
+        kernels.losses[(len(partial_sums),)](
+            *(*negatives, *positives, valid, statistics, partial_sums, n, count),
+            settings.smoothing,
+            POSITIVES=entries.group_matches,
+            VALID=entries.valid is not None,
+            DECOUPLED=settings.decoupled,
+            ROWS=_SIDE,
+        )
     return partial_sums.sum(), statistics
 
 
 def contrast_gradients(
     blocks: LossBlocks,
     entries: Entries,
-    row_statistics: Tensor,
-    columns: tuple[Tensor, Tensor] | None,
+    statistics: Tensor,
+    weights: Tensor,
     *,
+    described: Tensor,
+    columns: bool,
     whole: Tensor,
     batch: GlobalBatch,
-    weight: Tensor,
     rows: int,
 ) -> BlockGradients:
     """Return the gradients of the weighted losses, as in `torch_blocks`."""
-    problem = _KernelProblem(blocks, entries, whole, _bound(blocks, whole))
-    both = columns is not None
-    rows_of, columns_of = (
-        _terms(*statistics, problem.reference)
-        for statistics in ((row_statistics, weight), columns or (row_statistics, weight))
-    )
+    problem = _KernelProblem(blocks, entries, whole, described)
+    n, m, count = problem.n, problem.m, len(statistics)
+    terms = statistics.new_empty(5, count)
+    exact = statistics.new_empty(_line_blocks(n, count), dtype=torch.int32)
+    if count:
+        kernels.gradient_terms[(len(exact),)](
+            *(statistics, statistics.stride(0), weights, described, terms, exact, n, count),
+            WEIGHTED=weights.dim() > 0,
+            DEPTH=_DEPTH,
+            ROWS=_SIDE,
+        )
+    of_columns = terms[:, -m:], count, exact, exact[-_blocks(m) :]
 
     def launch(chunk: _Chunk, sides: _Sides, gradient: TensorDescriptor, sums: Tensor) -> None:
-        terms = rows_of[0], columns_of[0], rows_of[1], columns_of[1]
-        arguments = (problem.reference, *terms, gradient, sums)
-        problem.tiles(kernels.contrast_gradient, _TILE, chunk, sides, *arguments, BOTH=both)
+        arguments = (terms, *of_columns, gradient, sums)
+        problem.tiles(kernels.contrast_gradient, _TILE, chunk, sides, *arguments, BOTH=columns)
 
     return _gradients(problem, launch, batch, rows)
 
@@ -302,12 +307,12 @@ def sigmoid_sum(
     entries: Entries,
     *,
     whole: Tensor,
-    batch: GlobalBatch,
+    described: Tensor,
     rows: int,  # noqa: ARG001 - memory does not depend on it
 ) -> Tensor:
     """Return the sum of softplus(-z * logit), z = +1 for a positive, else -1."""
-    blocks, whole = _at_norm(blocks, whole, batch)
-    problem, total = _KernelProblem(blocks, entries, whole), torch.zeros_like(blocks.scale)
+    problem = _KernelProblem(blocks, entries, whole, described)
+    total = torch.zeros_like(blocks.scale)
     height = _rounded_up(max(_CHUNK_ROWS, _FORWARD_LOGITS // problem.m))
     for chunk in problem.chunks(height, _FORWARD_COLUMNS):
         down, across = chunk.tiles()
@@ -323,12 +328,13 @@ def sigmoid_gradients(
     entries: Entries,
     *,
     whole: Tensor,
+    described: Tensor,
     batch: GlobalBatch,
     weight: Tensor,
     rows: int,
 ) -> BlockGradients:
     """Return `weight` times the gradients of `sigmoid_sum`, for the features of this rank."""
-    problem = _KernelProblem(blocks, entries, whole)
+    problem = _KernelProblem(blocks, entries, whole, described)
 
     def launch(chunk: _Chunk, sides: _Sides, gradient: TensorDescriptor, sums: Tensor) -> None:
         arguments = (weight, gradient, sums, sums.shape[1])
@@ -382,22 +388,22 @@ def _add_chunks(
     spare = anchors.new_empty(width if late else 0, anchors.shape[1])
     for chunk in problem.chunks(height, width):
         gradient, total = memory[: chunk.height, : chunk.width], row_total[: chunk.height]
-        left, right, done = (
-            anchors[chunk.rows],
-            problem.whole[chunk.columns],
-            row_gradients[chunk.rows],
-        )
+        features, done = anchors[chunk.rows], row_gradients[chunk.rows]
+        left, right = features, problem.whole[chunk.columns]
+        given = []
         if normalize:
-            left = normalize_features(left, done) if chunk.column == 0 else done
+            left = done
+            given = [(features, left)] if chunk.column == 0 else []
         if late:
-            right = normalize_features(right, spare[: chunk.width])
+            raw, right = right, spare[: chunk.width]
+            given.append((raw, right))
+        _normalize(given)
         written = TensorDescriptor.from_tensor(gradient, [_TILE["ROWS"], _TILE["COLUMNS"]])
         launch(chunk, _sides(left, right), written, sums)
         _add_product(total, gradient, right, first=chunk.column == 0)
         if column_total is not None:
             _add_product(column_total[chunk.columns], gradient.T, left, first=chunk.row == 0)
         if chunk.column + chunk.width == problem.m:
-            features = anchors[chunk.rows]
             feature_gradients(total, features, scale, normalize=normalize, out=done)
     return sums
 
@@ -426,25 +432,30 @@ def feature_gradients(
     return out
 
 
-def _at_norm(blocks: LossBlocks, whole: Tensor, batch: GlobalBatch) -> tuple[LossBlocks, Tensor]:
-    """Return the blocks with normalised features, and the normalised candidates of all ranks."""
-    if not blocks.normalize:
-        return blocks, whole
-    anchors = normalize_features(blocks.anchors)
-    if batch.world_size == 1:
-        whole = anchors if blocks.candidates is None else normalize_features(whole)
-    return blocks._replace(anchors=anchors, normalize=False), whole
+def at_norm(blocks: LossBlocks) -> LossBlocks:
+    """Return the blocks with normalised features."""
+    if blocks.candidates is None:
+        return blocks._replace(anchors=normalize_features(blocks.anchors)[0], normalize=False)
+    anchors, candidates = normalize_features(blocks.anchors, blocks.candidates)
+    return blocks._replace(anchors=anchors, candidates=candidates, normalize=False)
 
 
-def normalize_features(features: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return features [rows, D] divided by their norms; a row without a direction becomes 0."""
-    out = torch.empty_like(features) if out is None else out
-    size = features.shape[1]
-    if len(features):
-        kernels.normalize_features[(len(features),)](
-            features, out, SIZE=size, BLOCK=triton.next_power_of_2(size)
+def normalize_features(*sides: Tensor) -> list[Tensor]:
+    """Return one or two sides [rows, D] at norm 1; a row without a direction becomes 0."""
+    normalized = [torch.empty_like(side) for side in sides]
+    _normalize(list(zip(sides, normalized, strict=True)))
+    return normalized
+
+
+def _normalize(sides: list[tuple[Tensor, Tensor]]) -> None:
+    """Write the normalised features of none, one or two sides to the second of each pair."""
+    count, size = sum(len(features) for features, _ in sides), sides[0][0].shape[1] if sides else 0
+    if count:
+        kernels.normalize_features[(count,)](
+            *(*sides[0], *sides[-1], len(sides[0][0])),
+            SIZE=size,
+            BLOCK=triton.next_power_of_2(size),
         )
-    return out
 
 
 def _sides(anchors: Tensor, candidates: Tensor) -> _Sides:
@@ -472,52 +483,23 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool = Fa
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
 
 
-def _bound(blocks: LossBlocks, whole: Tensor, *, over_ranks: bool = False) -> Tensor | None:
-    """Return a bound on the products of features, 0-dim; None: 1, features have unit norm at most.
-
-    Args:
-        blocks: The features, normalised later or not.
-        whole: The candidates of all ranks.
-        over_ranks: Whether all ranks need the same bound.
-    """
-    if blocks.normalize:
-        return None
+def _bound(blocks: LossBlocks, whole: Tensor) -> Tensor:
+    """Return a bound on the products of features, 0-dim."""
     bound = torch.ones_like(blocks.scale)
     for side in (blocks.anchors, whole):
         if len(side):
             bound *= torch.linalg.vector_norm(side, dim=1, dtype=torch.float32).amax()
-    return max_over_ranks(bound) if over_ranks else bound
-
-
-def _terms(statistics: Tensor, weights: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `kernels.gradient_terms` of rows, [5, n], and which tiles are exact.
-
-    Args:
-        statistics: [n, 3], from `losses_of_sums`.
-        weights: 0-dim or [n], the weights of the rows' losses.
-        reference: 0-dim.
-    """
-    n = len(statistics)
-    terms, exact = statistics.new_empty(5, n), statistics.new_empty(_blocks(n), dtype=torch.int32)
-    _launch(
-        kernels.gradient_terms,
-        exact,
-        *(statistics, statistics.stride(0), weights, reference, terms, exact, n),
-        WEIGHTED=weights.dim() > 0,
-        DEPTH=_DEPTH,
-    )
-    return terms, exact
-
-
-def _launch(kernel: Any, blocks: Tensor, *arguments: Any, **settings: Any) -> None:
-    """Run a kernel on every block of rows; `blocks` has one entry for each."""
-    if len(blocks):
-        kernel[(len(blocks),)](*arguments, **settings, ROWS=_SIDE)
+    return bound
 
 
 def _blocks(rows: int) -> int:
     """Return the number of blocks of rows."""
     return -(-rows // _SIDE)
+
+
+def _line_blocks(rows: int, count: int) -> int:
+    """Return the number of blocks of `count` lines, of which rows and columns have their own."""
+    return _blocks(rows) + _blocks(count - rows)
 
 
 def _rounded_up(count: int) -> int:

@@ -6,11 +6,15 @@ skips the branch that looks at each entry.
 Arguments that all kernels share:
     anchors, candidates: Descriptors of a chunk's features, [height, WIDTH] and [width, WIDTH], for
         tiles of ROWS and COLUMNS in steps of STEP.
-    partner, inverse, itself, row_groups, column_groups: As in `torch_blocks.Entries`; ITSELF and
-        GROUP select those that are read.
-    bounds: From `describe_rows`: the range of partner, inverse and itself in each tile's rows.
+    description: From `describe_rows`, int32: the partner, inverse and itself of each row, as in
+        `torch_blocks.Entries`, their range in each tile's rows, and the exponent of 2 to which all
+        sums are relative, the reference.
+    row_groups, column_groups: As in `Entries`; ITSELF and GROUP select what is read.
     row, column, height, width: The chunk of logits that a launch computes, one tile per program.
-    scale, bias, reference: 0-dim.
+    scale, bias: 0-dim.
+
+Lines are the n rows, and after them columns, if those have losses too. A program that has a block
+of lines has rows or columns alone.
 """
 
 # Triton compiles these functions; Python's checkers cannot type their arguments.
@@ -44,14 +48,24 @@ def _place(row, column, height, width, BAND, ROWS, COLUMNS):
 
 
 @triton.jit
+def _lines(n, count, ROWS):
+    """Return this program's block, its lines, whether they are its, and whether they are rows."""
+    block = tl.program_id(0)
+    own = block < tl.cdiv(n, ROWS)
+    first = tl.where(own, block * ROWS, n + (block - tl.cdiv(n, ROWS)) * ROWS)
+    lines = first + tl.arange(0, ROWS)
+    return block, lines, lines < tl.where(own, n, count), own
+
+
+@triton.jit
 def describe_rows(
-    partner, inverse, itself, indices, bounds, scale, bound, reference, n,
+    partner, inverse, itself, description, scale, bound, n,
     ITSELF: tl.constexpr, BOUNDED: tl.constexpr, HEADROOM: tl.constexpr, ROWS: tl.constexpr,
 ):
-    """Write the indices as int32, [3, n], and their least and largest of each tile's rows.
+    """Write the description, [4 + 3 n + 6 tiles]: the reference, indices [3, n], ranges [tiles, 6].
 
-    bounds: [tiles, 6]; negative indices are no columns and are left out. The first program writes
-    the reference: a bound on the logits as exponents of 2, less HEADROOM. bound: on the products of
+    Negative indices are no columns and are left out of the ranges. The first program writes the
+    reference: a bound on the logits as exponents of 2, less HEADROOM. bound: on the products of
     features, 1 unless BOUNDED.
     """
     tile = tl.program_id(0)
@@ -59,15 +73,14 @@ def describe_rows(
         largest = tl.abs(tl.load(scale)) * LOG2_E
         if BOUNDED:
             largest *= tl.load(bound)
-        tl.store(reference, largest - HEADROOM)
+        tl.store(description, (largest - HEADROOM).to(tl.int32, bitcast=True))
     rows = tile * ROWS + tl.arange(0, ROWS)
     inside = rows < n
-    _describe(tl.load(partner + rows, inside, -1), rows, inside, indices, bounds + 6 * tile)
-    indices += n
-    _describe(tl.load(inverse + rows, inside, -1), rows, inside, indices, bounds + 6 * tile + 2)
+    indices, bounds = _indices(description, 0, n), _bounds(description, tile, n)
+    _describe(tl.load(partner + rows, inside, -1), rows, inside, indices, bounds)
+    _describe(tl.load(inverse + rows, inside, -1), rows, inside, indices + n, bounds + 2)
     if ITSELF:
-        indices += n
-        _describe(tl.load(itself + rows, inside, -1), rows, inside, indices, bounds + 6 * tile + 4)
+        _describe(tl.load(itself + rows, inside, -1), rows, inside, indices + 2 * n, bounds + 4)
 
 
 @triton.jit
@@ -76,6 +89,23 @@ def _describe(columns, rows, inside, indices, bounds):
     tl.store(indices + rows, columns, inside)
     tl.store(bounds, tl.min(tl.where(columns < 0, 2147483647, columns), 0))
     tl.store(bounds + 1, tl.max(columns, 0))
+
+
+@triton.jit
+def _reference(description):
+    return tl.load(description).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _indices(description, kind, n):
+    """Return the place of the rows' partner (kind 0), inverse (1) or itself (2)."""
+    return description + 4 + kind * n
+
+
+@triton.jit
+def _bounds(description, tile, n):
+    """Return the place of the least and the largest index of a tile's rows, for each kind."""
+    return description + 4 + 3 * n + 6 * tile
 
 
 @triton.jit
@@ -89,10 +119,10 @@ def _products(anchors, candidates, row, column, WIDTH, ROWS, COLUMNS, STEP):
 
 
 @triton.jit
-def _special(row, column, n, m, bounds, ITSELF, GROUP, ROWS, COLUMNS):
+def _special(row, column, n, m, description, ITSELF, GROUP, ROWS, COLUMNS):
     """Return whether the tile at a row and column may hold entries other than negatives."""
     special = (row + ROWS > n) | (column + COLUMNS > m) | (GROUP != 0)
-    bounds += row // ROWS * 6
+    bounds = _bounds(description, row // ROWS, n)
     last = column + COLUMNS - 1
     special = special | ((tl.load(bounds) <= last) & (tl.load(bounds + 1) >= column))
     special = special | ((tl.load(bounds + 2) <= last) & (tl.load(bounds + 3) >= column))
@@ -102,15 +132,20 @@ def _special(row, column, n, m, bounds, ITSELF, GROUP, ROWS, COLUMNS):
 
 
 @triton.jit
-def _entries(
-    rows, columns, n, m, partner, inverse, itself, row_groups, column_groups, ITSELF, GROUP
-):
+def _is(kind, rows, columns, n, description):
+    """Return the mask of the entries whose column is the row's partner, inverse or itself."""
+    chosen = tl.load(_indices(description, kind, n) + rows, rows < n, -1)
+    return columns[None, :] == chosen[:, None]
+
+
+@triton.jit
+def _entries(rows, columns, n, m, description, row_groups, column_groups, ITSELF, GROUP):
     """Return the masks of the rows' positives, of the columns', and of neutral entries."""
     neither = (rows >= n)[:, None] | (columns >= m)[None, :]
     if ITSELF:
-        neither = neither | (columns[None, :] == tl.load(itself + rows, rows < n, -1)[:, None])
-    positive = columns[None, :] == tl.load(partner + rows, rows < n, -1)[:, None]
-    answer = columns[None, :] == tl.load(inverse + rows, rows < n, -1)[:, None]
+        neither = neither | _is(2, rows, columns, n, description)
+    positive = _is(0, rows, columns, n, description)
+    answer = _is(1, rows, columns, n, description)
     if GROUP != 0:
         group = tl.load(row_groups + rows, rows < n, 0)
         same = group[:, None] == tl.load(column_groups + columns, columns < m, 0)[None, :]
@@ -124,8 +159,8 @@ def _entries(
 
 @triton.jit
 def bounded_sums(
-    anchors, candidates, partner, inverse, itself, bounds, row_groups, column_groups,
-    row, column, height, width, n, m, scale, reference, own, row_sums, column_sums,
+    anchors, candidates, description, row_groups, column_groups,
+    row, column, height, width, n, m, scale, own, row_sums, column_sums,
     WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr, BOTH: tl.constexpr,
     UPPER: tl.constexpr,
     BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
@@ -140,15 +175,16 @@ def bounded_sums(
     if (tl.max(columns, 0) <= tl.min(rows, 0)) & UPPER:
         return
     special = _special(
-        row + down * ROWS, column + across * COLUMNS, n, m, bounds, ITSELF, GROUP, ROWS, COLUMNS
+        row + down * ROWS, column + across * COLUMNS, n, m, description, ITSELF, GROUP, ROWS,
+        COLUMNS,
     )
     total = _products(
         anchors, candidates, down * ROWS, across * COLUMNS, WIDTH, ROWS, COLUMNS, STEP
     )
-    factor, least = tl.load(scale) * LOG2_E, tl.load(reference)
+    factor, least = tl.load(scale) * LOG2_E, _reference(description)
     if special:
         positive, answer, neither = _entries(
-            rows, columns, n, m, partner, inverse, itself, row_groups, column_groups, ITSELF, GROUP
+            rows, columns, n, m, description, row_groups, column_groups, ITSELF, GROUP
         )
         if UPPER:
             neither = neither | (columns[None, :] <= rows[:, None])
@@ -171,68 +207,85 @@ def bounded_sums(
 
 @triton.jit
 def online_sums(
-    anchors, candidates, partner, inverse, itself, bounds, row_groups, column_groups,
-    row, column, height, width, n, m, scale, reference, maxima, totals,
-    WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr, AXIS: tl.constexpr,
+    anchors, candidates, description, row_groups, column_groups,
+    row, column, height, width, n, m, scale, maxima, totals, count,
+    WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr,
     POSITIVES: tl.constexpr, LEAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):
-    """Write the maximum and the sum of exp(logit - maximum) of each row, or of each column.
+    """Write the maximum and the sum of exp(logit - maximum) of each line.
 
-    AXIS is the axis that is summed: 1 for the sums of rows. The sums are over the negatives, or
-    over the positives, and exact for any logits. totals holds the sums of negatives relative to the
-    reference; they are kept if none of a tile's is below LEAST, where terms may be lost.
+    The sums are over the negatives, or over the positives, and exact for any logits. totals holds
+    the sums of negatives relative to the reference; they are kept if none of a block's is below
+    LEAST, where terms may be lost.
     """
-    first = tl.program_id(0) * ROWS
-    own = first + tl.arange(0, ROWS)
-    inside = own < (n if AXIS == 1 else m)
-    known = tl.min(tl.load(totals + own, inside, float("inf")), 0)
+    _, lines, inside, own = _lines(n, count, ROWS)
+    known = tl.min(tl.load(totals + lines, inside, float("inf")), 0)
     if (known >= LEAST) & (POSITIVES == 0):
-        tl.store(maxima + own, tl.zeros((ROWS,), tl.float32) + tl.load(reference) / LOG2_E, inside)
-        return
+        maximum = tl.zeros((ROWS,), tl.float32) + _reference(description) / LOG2_E
+        tl.store(maxima + lines, maximum, inside)
+    elif own:
+        _sum_lines(
+            anchors, candidates, description, row_groups, column_groups, n, m, scale, maxima,
+            totals, lines, inside, 1, WIDTH, ITSELF, GROUP, POSITIVES, ROWS, COLUMNS, STEP,
+        )
+    else:
+        _sum_lines(
+            anchors, candidates, description, row_groups, column_groups, n, m, scale, maxima,
+            totals, lines, inside, 0, WIDTH, ITSELF, GROUP, POSITIVES, ROWS, COLUMNS, STEP,
+        )
+
+
+@triton.jit
+def _sum_lines(
+    anchors, candidates, description, row_groups, column_groups, n, m, scale, maxima, totals, lines,
+    inside, AXIS: tl.constexpr, WIDTH, ITSELF, GROUP, POSITIVES, ROWS, COLUMNS, STEP,
+):
+    """Write the exact sums of lines: rows, summed along axis 1, or columns, along axis 0."""
     factor = tl.load(scale) * LOG2_E
     maximum = tl.full((ROWS,), -3.0e38, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, width if AXIS == 1 else height, COLUMNS):
+    own = lines if AXIS == 1 else lines - n
+    first = tl.min(own, 0)
+    for start in range(0, m if AXIS == 1 else n, COLUMNS):
         others = start + tl.arange(0, COLUMNS)
         if AXIS == 1:
             products = _products(anchors, candidates, first, start, WIDTH, ROWS, COLUMNS, STEP)
-            positive, _, neither = _entries(
-                own, others, n, m, partner, inverse, itself, row_groups, column_groups,
-                ITSELF, GROUP,
+            counted, _, neither = _entries(
+                own, others, n, m, description, row_groups, column_groups, ITSELF, GROUP
             )
         else:
             products = _products(anchors, candidates, start, first, WIDTH, COLUMNS, ROWS, STEP)
-            _, positive, neither = _entries(
-                others, own, n, m, partner, inverse, itself, row_groups, column_groups,
-                ITSELF, GROUP,
+            _, counted, neither = _entries(
+                others, own, n, m, description, row_groups, column_groups, ITSELF, GROUP
             )
-        counted = positive if POSITIVES else ~(positive | neither)
+        if not POSITIVES:
+            counted = ~(counted | neither)
         exponents = tl.where(counted, factor * products, float("-inf"))
         larger = tl.maximum(maximum, tl.max(exponents, AXIS))
         total = total * tl.exp2(maximum - larger)
         total += tl.sum(tl.exp2(exponents - tl.expand_dims(larger, AXIS)), AXIS)
         maximum = larger
-    tl.store(maxima + own, maximum / LOG2_E, inside)
-    tl.store(totals + own, total, inside)
+    tl.store(maxima + lines, maximum / LOG2_E, inside)
+    tl.store(totals + lines, total, inside)
 
 
 @triton.jit
 def _exact_gradient(
-    exponents, statistics, indices, count, AXIS, own, pull, positive, GROUP,
+    exponents, terms, count, indices, inside, AXIS, own, pull, positive, GROUP,
 ):
     """Return the gradient of a tile from one direction's losses, exact for any logits.
 
-    statistics: [5, count], of the rows (AXIS 1) or of the columns (AXIS 0) at the indices; own: the
-    mask of own pairs; pull: of own pairs, by row.
+    terms: [5, count], of the rows (AXIS 1) or of the columns (AXIS 0) at the indices; own: the mask
+    of own pairs; pull: of own pairs, by row.
     """
-    statistics, inside = statistics + indices, indices < count
-    normalizer = tl.expand_dims(tl.load(statistics, inside, 0.0), AXIS)
-    weight = tl.expand_dims(tl.load(statistics + 4 * count, inside, 0.0), AXIS)
+    terms += indices
+    normalizer = tl.expand_dims(tl.load(terms, inside, 0.0), AXIS)
+    weight = tl.expand_dims(tl.load(terms + 4 * count, inside, 0.0), AXIS)
     values = weight * tl.exp2(exponents - normalizer)
     if GROUP == 2:
-        pulls = tl.expand_dims(tl.load(statistics + count, inside, 0.0), AXIS)
-        reference = tl.expand_dims(tl.load(statistics + 2 * count, inside, 0.0), AXIS)
+        pulls = tl.expand_dims(tl.load(terms + count, inside, 0.0), AXIS)
+        reference = tl.expand_dims(tl.load(terms + 2 * count, inside, 0.0), AXIS)
         return tl.where(positive, -pulls * tl.exp2(exponents - reference), values)
     else:
         return tl.where(own, -pull[:, None], values)
@@ -240,8 +293,8 @@ def _exact_gradient(
 
 @triton.jit
 def contrast_gradient(
-    anchors, candidates, partner, inverse, itself, bounds, row_groups, column_groups,
-    row, column, height, width, n, m, scale, reference, row_terms, column_terms, row_exact,
+    anchors, candidates, description, row_groups, column_groups,
+    row, column, height, width, n, m, scale, row_terms, column_terms, count, row_exact,
     column_exact, gradient, sums,
     WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr, BOTH: tl.constexpr,
     BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
@@ -250,11 +303,12 @@ def contrast_gradient(
 
     If the range of the logits allows (a tile's row_exact and column_exact are 0), one exponential
     serves both directions: 2**(logit - reference) times the sum of a row's factor and a column's.
-    The terms, [5, n] and [5, m], are those of `gradient_terms`.
+    The terms are those of `gradient_terms`, [5, count], from the first row and column on.
     """
     down, across, rows, columns = _place(row, column, height, width, BAND, ROWS, COLUMNS)
     special = _special(
-        row + down * ROWS, column + across * COLUMNS, n, m, bounds, ITSELF, GROUP, ROWS, COLUMNS
+        row + down * ROWS, column + across * COLUMNS, n, m, description, ITSELF, GROUP, ROWS,
+        COLUMNS,
     )
     total = _products(
         anchors, candidates, down * ROWS, across * COLUMNS, WIDTH, ROWS, COLUMNS, STEP
@@ -265,25 +319,26 @@ def contrast_gradient(
         exact = exact | tl.load(column_exact + column // COLUMNS + across)
     if special | (exact != 0):
         positive, answer, neither = _entries(
-            rows, columns, n, m, partner, inverse, itself, row_groups, column_groups, ITSELF, GROUP
+            rows, columns, n, m, description, row_groups, column_groups, ITSELF, GROUP
         )
-        exponents, own = total * factor, tl.load(row_terms + n + rows, rows < n, 0.0)
+        exponents, own = total * factor, tl.load(row_terms + count + rows, rows < n, 0.0)
         values = _exact_gradient(
-            exponents, row_terms, rows, n, 1, positive, own, positive, GROUP
+            exponents, row_terms, count, rows, rows < n, 1, positive, own, positive, GROUP
         )
         if BOTH:
-            answering = tl.load(inverse + rows, rows < n, 0)
-            own = tl.load(column_terms + m + answering, rows < n, 0.0)
+            answering = tl.load(_indices(description, 1, n) + rows, rows < n, 0)
+            own = tl.load(column_terms + count + answering, rows < n, 0.0)
             values += _exact_gradient(
-                exponents, column_terms, columns, m, 0, answer, own, positive, GROUP
+                exponents, column_terms, count, columns, columns < m, 0, answer, own, positive,
+                GROUP,
             )
         values = tl.where(neither, 0.0, values)
         scale_sum = tl.sum(values * total)
     else:
-        weights = tl.load(row_terms + 3 * n + rows)[:, None]
+        weights = tl.load(row_terms + 3 * count + rows)[:, None]
         if BOTH:
-            weights = weights + tl.load(column_terms + 3 * m + columns)[None, :]
-        values = tl.exp2(total * factor - tl.load(reference)) * weights
+            weights = weights + tl.load(column_terms + 3 * count + columns)[None, :]
+        values = tl.exp2(total * factor - _reference(description)) * weights
         scale_sum = tl.sum(values * total)
     _add(sums, scale_sum)
     gradient.store([down * ROWS, across * COLUMNS], values.to(tl.bfloat16))
@@ -291,66 +346,64 @@ def contrast_gradient(
 
 @triton.jit
 def gradient_terms(
-    statistics, stride, weights, reference, terms, exact, n,
+    statistics, stride, weights, description, terms, exact, n, count,
     WEIGHTED: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
 ):
-    """Write what `contrast_gradient` reads of the rows of a tile, [5, n], from their statistics.
-
-    statistics: [n, 3], of rows that are `stride` numbers apart, as the weights are if WEIGHTED.
+    """Write what `contrast_gradient` reads of lines, [5, count], from their statistics [count, 3].
 
     These are normalizer, pull and positive, as exponents of 2, the factor 2**(reference -
-    normalizer), and the weight of the loss, by which pull and factor are multiplied. weights: [n]
-    if WEIGHTED, else 0-dim. exact: [tiles], whether a factor leaves float32's range.
+    normalizer), and the weight of the loss, by which pull and factor are multiplied. weights:
+    [count] if WEIGHTED, else 0-dim. Lines, and weights if WEIGHTED, are `stride` numbers apart.
+    exact: for each block, whether a factor leaves float32's range.
     """
-    tile = tl.program_id(0)
-    rows = tile * ROWS + tl.arange(0, ROWS)
-    inside = rows < n
-    places = statistics + rows * stride
+    block, lines, inside, _ = _lines(n, count, ROWS)
+    places = statistics + lines * stride
     normalizer = tl.load(places, inside, float("inf")) * LOG2_E
     pull = tl.load(places + 1, inside, 0.0)
     positive = tl.load(places + 2, inside, 0.0) * LOG2_E
-    weight = tl.load(weights + rows * stride, inside, 0.0) if WEIGHTED else tl.load(weights)
-    least = tl.load(reference)
-    tl.store(exact + tile, (tl.min(normalizer, 0) < least - DEPTH).to(tl.int32))
-    tl.store(terms + rows, normalizer, inside)
-    tl.store(terms + n + rows, weight * pull, inside)
-    tl.store(terms + 2 * n + rows, positive, inside)
-    tl.store(terms + 3 * n + rows, weight * tl.exp2(least - normalizer), inside)
-    tl.store(terms + 4 * n + rows, weight + tl.zeros_like(pull), inside)
+    weight = tl.load(weights + lines * stride, inside, 0.0) if WEIGHTED else tl.load(weights)
+    least = _reference(description)
+    tl.store(exact + block, (tl.min(normalizer, 0) < least - DEPTH).to(tl.int32))
+    terms += lines
+    tl.store(terms, normalizer, inside)
+    tl.store(terms + count, weight * pull, inside)
+    tl.store(terms + 2 * count, positive, inside)
+    tl.store(terms + 3 * count, weight * tl.exp2(least - normalizer), inside)
+    tl.store(terms + 4 * count, weight + tl.zeros_like(pull), inside)
 
 
 @triton.jit
 def losses(
     negative_maxima, negative_totals, positive_maxima, positive_totals, valid, statistics, sums,
-    n, smoothing,
+    n, count, smoothing,
     POSITIVES: tl.constexpr, VALID: tl.constexpr, DECOUPLED: tl.constexpr, ROWS: tl.constexpr,
 ):
-    """Write statistics [n, 3] and sums of losses, as `torch_blocks.losses_of_sums`.
+    """Write statistics [count, 3] and sums of losses, as `torch_blocks.losses_of_sums`.
 
-    Without POSITIVES each row has one positive, without VALID every row has a loss.
+    Without POSITIVES each row has one positive, which its column shares, without VALID every line
+    has a loss.
     """
-    tile = tl.program_id(0)
-    rows = tile * ROWS + tl.arange(0, ROWS)
-    inside = rows < n
+    block, lines, inside, own = _lines(n, count, ROWS)
+    rows = tl.where(own, lines, lines - n)
     counted = inside
     if VALID:
         counted = tl.load(valid + rows, inside, 0) != 0
-    positive = tl.load(positive_maxima + rows, inside, 0.0)
-    gap = tl.load(negative_maxima + rows, inside, 0.0) - positive
-    total = tl.log(tl.load(negative_totals + rows, inside, 1.0))
+    positive = tl.load(positive_maxima + (lines if POSITIVES else rows), inside, 0.0)
+    gap = tl.load(negative_maxima + lines, inside, 0.0) - positive
+    total = tl.log(tl.load(negative_totals + lines, inside, 1.0))
     if POSITIVES:
-        others = tl.log(tl.load(positive_totals + rows, inside, 1.0))
+        others = tl.log(tl.load(positive_totals + lines, inside, 1.0))
         positive, total = positive + others, total - others
     gap += total
     if DECOUPLED:
         loss, pull = gap, tl.full((ROWS,), 1.0, tl.float32)
     else:
         loss, pull = _softplus(gap), 1.0 / (1.0 + tl.exp(-gap))
-    places = statistics + 3 * rows
+    places = statistics + 3 * lines
     tl.store(places, tl.where(counted, positive + loss, float("inf")), inside)
     tl.store(places + 1, tl.where(counted, pull - smoothing, 0.0), inside)
     tl.store(places + 2, positive, inside)
-    tl.store(sums + tile, tl.sum(tl.where(counted, loss + smoothing * positive, 0.0), 0))
+    tl.store(sums + block, tl.sum(tl.where(counted, loss + smoothing * positive, 0.0), 0))
 
 
 @triton.jit
@@ -361,14 +414,28 @@ def _add(sums, value):
 
 
 @triton.jit
-def normalize_features(features, normalized, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Write one row [SIZE] per program, divided by its norm; 0 for a row without a direction."""
+def normalize_features(
+    first, first_normalized, second, second_normalized, count,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Write a row [SIZE] of the first side or, after its `count` rows, of the second at norm 1.
+
+    A row without a direction becomes 0.
+    """
     row = tl.program_id(0).to(tl.int64)
+    if row < count:
+        _normalize(first + row * SIZE, first_normalized + row * SIZE, SIZE, BLOCK)
+    else:
+        row -= count
+        _normalize(second + row * SIZE, second_normalized + row * SIZE, SIZE, BLOCK)
+
+
+@triton.jit
+def _normalize(feature, normalized, SIZE, BLOCK: tl.constexpr):
     places = tl.arange(0, BLOCK)
-    values = tl.load(features + row * SIZE + places, places < SIZE, 0.0).to(tl.float32)
-    inverse = _inverse_norm(values)
-    values = (values * inverse).to(normalized.dtype.element_ty)
-    tl.store(normalized + row * SIZE + places, values, places < SIZE)
+    values = tl.load(feature + places, places < SIZE, 0.0).to(tl.float32)
+    values = (values * _inverse_norm(values)).to(normalized.dtype.element_ty)
+    tl.store(normalized + places, values, places < SIZE)
 
 
 @triton.jit
@@ -426,7 +493,7 @@ def _softplus(values):
 
 @triton.jit
 def sigmoid_losses(
-    anchors, candidates, partner, inverse, itself, bounds, row_groups, column_groups,
+    anchors, candidates, description, row_groups, column_groups,
     row, column, height, width, n, m, scale, bias, sums,
     WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr,
     BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
@@ -434,7 +501,8 @@ def sigmoid_losses(
     """Add the sum of each tile's losses to sums."""
     down, across, rows, columns = _place(row, column, height, width, BAND, ROWS, COLUMNS)
     special = _special(
-        row + down * ROWS, column + across * COLUMNS, n, m, bounds, ITSELF, GROUP, ROWS, COLUMNS
+        row + down * ROWS, column + across * COLUMNS, n, m, description, ITSELF, GROUP, ROWS,
+        COLUMNS,
     )
     total = _products(
         anchors, candidates, down * ROWS, across * COLUMNS, WIDTH, ROWS, COLUMNS, STEP
@@ -442,7 +510,7 @@ def sigmoid_losses(
     logits = total * tl.load(scale) + tl.load(bias)
     if special:
         positive, _, _ = _entries(
-            rows, columns, n, m, partner, inverse, itself, row_groups, column_groups, ITSELF, GROUP
+            rows, columns, n, m, description, row_groups, column_groups, ITSELF, GROUP
         )
         values = _softplus(tl.where(positive, -logits, logits))
         values = tl.where((rows < n)[:, None] & (columns < m)[None, :], values, 0.0)
@@ -454,7 +522,7 @@ def sigmoid_losses(
 
 @triton.jit
 def sigmoid_gradient(
-    anchors, candidates, partner, inverse, itself, bounds, row_groups, column_groups,
+    anchors, candidates, description, row_groups, column_groups,
     row, column, height, width, n, m, scale, bias, weight, gradient, sums, slots,
     WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr,
     BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
@@ -465,7 +533,8 @@ def sigmoid_gradient(
     """
     down, across, rows, columns = _place(row, column, height, width, BAND, ROWS, COLUMNS)
     special = _special(
-        row + down * ROWS, column + across * COLUMNS, n, m, bounds, ITSELF, GROUP, ROWS, COLUMNS
+        row + down * ROWS, column + across * COLUMNS, n, m, description, ITSELF, GROUP, ROWS,
+        COLUMNS,
     )
     total = _products(
         anchors, candidates, down * ROWS, across * COLUMNS, WIDTH, ROWS, COLUMNS, STEP
@@ -473,7 +542,7 @@ def sigmoid_gradient(
     logits = total * tl.load(scale) + tl.load(bias)
     if special:
         positive, _, _ = _entries(
-            rows, columns, n, m, partner, inverse, itself, row_groups, column_groups, ITSELF, GROUP
+            rows, columns, n, m, description, row_groups, column_groups, ITSELF, GROUP
         )
         signs = tl.where(positive, -1.0, 1.0)
         values = signs * _sigmoid(signs * logits) * tl.load(weight)
