@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import traceback
-import warnings
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -314,24 +310,3 @@ def results() -> dict[str, Any]:
         "other tags": other_tags(),
         "other lengths": other_lengths(),
     }
-
-
-def work(rank: int, folder: str) -> None:
-    """Compute all cases in one of the processes, and leave them in a file."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("error")
-    place = Path(folder)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{place / 'meeting'}",
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=20),
-    )
-    try:
-        torch.save(results(), place / f"{rank}.pt")
-    except BaseException:
-        (place / f"{rank}.txt").write_text(traceback.format_exc())
-        raise
-    finally:
-        dist.destroy_process_group()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from diptych.handlers import CheckpointManager, GradientClipping, WeightAverage
 from diptych.handlers.checkpointing import sharded_tensors
 from tests.engine import sharded
 from tests.engine.sharded import make_trainer, weights_of
-from tests.losses.ranks import Ranks
 
 ALL = 6
 """Iterations of the whole run, two epochs; it is interrupted after four, inside the second."""
@@ -105,12 +103,9 @@ def test_two_ranks_shard_a_model_that_was_saved_whole(ranks, tmp_path, alone, co
 
 
 @pytest.mark.slow  # for the start of the third rank
-def test_three_ranks_resume_a_model_that_two_ranks_sharded(tmp_path, copy, alone):
-    started = Ranks(tmp_path)
-    started.run(warnings.filterwarnings, [("ignore", "`torch.jit", DeprecationWarning)] * 3)
-    for found in started.run(trained, [(True, copy)] * 3):
+def test_three_ranks_resume_a_model_that_two_ranks_sharded(ranks, copy, alone):
+    for found in ranks.run(trained, [(True, copy)] * 3):
         assert_same(found, alone, exact=False)
-    started.close()
 
 
 # -- what is on the disk --------------------------------------------------------------------------

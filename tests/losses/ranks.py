@@ -22,21 +22,22 @@ SPLITS = ((3, 3), (5, 1), (2, 2, 2), (1, 3, 2))
 
 
 class Ranks:
-    """Three processes, started once, that run functions as ranks of a new group for each run."""
+    """Processes that run functions as ranks of a new group for each run; each is started once."""
 
-    def __init__(self, folder: Path, largest: int = 3) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.runs = 0
-        self.pipes = []
-        self.processes = []
-        for rank in range(largest):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self.pipes.append(ours)
-            self.processes.append(process)
+        self.pipes: list[Any] = []
+        self.processes: list[Any] = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(len(self.pipes), theirs), daemon=True)
+        process.start()
+        theirs.close()
+        self.pipes.append(ours)
+        self.processes.append(process)
 
     def run(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call an importable function on as many ranks as there are argument tuples.
@@ -48,6 +49,8 @@ class Ranks:
             AssertionError: With the traceback of a rank that failed.
         """
         self.runs += 1
+        while len(self.pipes) < len(arguments):
+            self._start()
         store = self.folder / f"store-{self.runs}"
         pipes = self.pipes[: len(arguments)]
         for pipe, own in zip(pipes, arguments, strict=True):
@@ -69,6 +72,7 @@ def _serve(rank: int, pipe: Any) -> None:
     """Run the functions that arrive through the pipe until it closes."""
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)  # importing Ignite gives it
     while True:
         try:
             store, ranks, function, arguments = pickle.loads(pipe.recv_bytes())  # noqa: S301

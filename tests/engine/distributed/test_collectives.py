@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,19 +26,9 @@ EXACT = 1e-10
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def found(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """Return what each of two processes found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    context = torch.multiprocessing.spawn(
-        ranks.work, args=(str(folder),), nprocs=ranks.RANKS, join=False
-    )
-    try:
-        while not context.join():
-            pass
-    except Exception as error:
-        told = [path.read_text() for path in sorted(Path(folder).glob("*.txt"))]
-        raise AssertionError("\n".join(told)) from error
-    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks.RANKS)]
+    return request.getfixturevalue("ranks").run(ranks.results, [()] * ranks.RANKS)
 
 
 ALONE = {"pairs": CoupledLoss, "tokens": TokenLoss, "squares": SquareLoss}

@@ -5,23 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from tests.engine import unlike_ranks
+from tests.losses.ranks import Ranks
 
 pytestmark = pytest.mark.xdist_group("rank_agreement")  # its processes start once, on one worker
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def outcomes(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Return the errors of two processes in each script."""
-    folder = tmp_path_factory.mktemp("unlike")
-    try:
-        torch.multiprocessing.spawn(unlike_ranks.work, args=(str(folder),), nprocs=2)
-    except Exception as error:
-        told = [path.read_text() for path in sorted(folder.glob("*.txt"))]
-        raise AssertionError("\n".join(told)) from error
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return ranks.run(unlike_ranks.outcomes, [(tmp_path_factory.mktemp("unlike"),)] * 2)
 
 
 @pytest.mark.parametrize("name", unlike_ranks.REFUSED)

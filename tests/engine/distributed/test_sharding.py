@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +26,6 @@ from diptych.losses import CLIPLoss, CrossEntropyLoss
 from tests.engine import sharded
 from tests.engine.models import TokenLoss, sgd, trainer_of
 from tests.engine.sharded import assert_equal_runs, make_trainer, train, weights_of
-from tests.losses.ranks import Ranks
 
 CASES: list[dict[str, Any]] = [
     {},
@@ -53,14 +51,11 @@ def test_units_may_be_chosen_by_their_names(ranks):
 
 
 @pytest.mark.slow  # for the start of the third rank
-def test_three_ranks_share_a_model_too(tmp_path):
+def test_three_ranks_share_a_model_too(ranks):
     expected = train(False, {})
-    started = Ranks(tmp_path)
-    started.run(warnings.filterwarnings, [("ignore", "`torch.jit", DeprecationWarning)] * 3)
-    for rank in started.run(train, [(True, {"microbatch_size": 2})] * 3):
+    for rank in ranks.run(train, [(True, {"microbatch_size": 2})] * 3):
         assert_equal_runs(rank, expected)
         assert 0.1 < rank["share"] < 0.5
-    started.close()
 
 
 def test_alone_the_setting_changes_no_bit():
