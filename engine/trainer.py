@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
 import attrs
 import torch
@@ -350,6 +350,19 @@ class Trainer(Summarized, ExactSteps):
         """
         parts = {"model": self.model, "loss": self.loss, "optimizer": self.optimizer}
         return Trainer(**{**parts, **self.arguments, **changes}).attach(*handlers)
+
+    def __reduce_ex__(self, _: Any) -> NoReturn:
+        """Refuse to be copied or pickled.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "a Trainer must not be copied or pickled: functions at its events refer to it, and "
+            "would act on it. Copy its parts in one call, model, loss, optimizer = "
+            "copy.deepcopy((trainer.model, trainer.loss, trainer.optimizer)), and pass them to "
+            "trainer.replica(handlers, model=model, loss=loss, optimizer=optimizer)"
+        )
 
     @contextmanager
     def renewed(self, **changes: Any) -> Iterator[None]:

@@ -80,7 +80,7 @@ def _clamp(parameters: Sequence[nn.Parameter], bound: float) -> None:
     torch._foreach_clamp_max_(gradients, bound)
 
 
-def _scale(parts: Sequence[Tensor], factor: Tensor) -> None:
+def _scale(parts: list[Tensor], factor: Tensor) -> None:
     """Multiply tensors by a number: what `clip_grads_with_norm_` does in forty calls."""
     devices = {part.device for part in parts}
     for device in devices:

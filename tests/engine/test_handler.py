@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import attrs
@@ -205,3 +207,25 @@ def test_a_replica_takes_other_parts_and_settings():
     assert (replica.settings.log_every, replica.settings.microbatch_size) == (1, 2)
     with pytest.raises(TypeError, match="microbatch"):
         trainer.replica(microbatch=3)
+
+
+def weights(trainer: Trainer) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in (*trainer.model.parameters(), *trainer.loss.parameters())]
+
+
+def test_copied_parts_give_an_independent_trainer_where_a_copy_is_refused():
+    trainer = trainer_of(microbatch_size=2)
+    data = [paired(4)]
+    trainer.run(data, max_epochs=1)
+    for copied in (copy.deepcopy, copy.copy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"must not be copied or pickled.*trainer\.replica\("):
+            copied(trainer)
+    model, loss, optimizer = copy.deepcopy((trainer.model, trainer.loss, trainer.optimizer))
+    replica = trainer.replica(model=model, loss=loss, optimizer=optimizer)
+    before = weights(trainer)
+    trainer.run(data, max_epochs=2)
+    after = weights(trainer)
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(replica), strict=True))
+    replica.run(data, max_epochs=1)
+    assert all(torch.equal(a, b) for a, b in zip(after, weights(replica), strict=True))
