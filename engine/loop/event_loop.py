@@ -161,7 +161,7 @@ class EventLoop(PositionedEvents):
         length = epoch_length_of(data, count)
         differs = None not in {stored, length} and stored != length
         if self._position.has_epoch:
-            if differs:
+            if differs and not self._has_ended:  # else it needs no batch any more
                 raise ResumeError(
                     f"data must have {stored} batches, the length of the running epoch, got "
                     f"{length}. Continue inside an epoch with the same data, or pass "

@@ -64,6 +64,11 @@ class PositionedEvents(ContinuedEvents):
         self._position = self._position._replace(completed=completed)
 
     @property
+    def counts_iterations(self) -> bool:
+        """Whether `run` was given the length of an epoch, which else is a pass over the loader."""
+        return self._count is not None
+
+    @property
     def inside_epoch(self) -> bool:
         """Whether the epoch has begun and its end has not, so that its loader must continue."""
         return self._position.inside_epoch

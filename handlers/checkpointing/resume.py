@@ -206,7 +206,7 @@ def resume_limits(trainer: Trainer, *, epochs_only: bool) -> str | None:
         return None
     length = trainer.batches.pass_length
     reason = f"{type(data).__name__} cannot go to a position, so the run can be resumed"
-    if epoch is not None and (length is None or epoch % length):
+    if trainer.counts_iterations and epoch and (length is None or epoch % length):
         batches = f"of {length} batches" if length else "of unknown length"
         return f"{reason} only where an epoch of {epoch} iterations ends with a pass {batches}"
     return None if epochs_only else f"{reason} only at the end of each epoch"

@@ -371,3 +371,40 @@ def test_a_signal_in_the_evaluation_of_a_cut_end_repeats_that_evaluation(tmp_pat
     assert digest(resumed) == digest(whole)
     saved = torch.load(ranked.get_latest_checkpoint(), weights_only=True)
     assert saved["trainer"]["iteration"] == 8
+
+
+class Buckets:
+    """Makes batches of 16 samples; their number depends on the epoch."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the number of an epoch, from 0."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Any:
+        yield from (part.tolist() for part in torch.arange(16).chunk(len(self)))
+
+    def __len__(self) -> int:
+        return (4, 2, 8)[self.epoch]
+
+
+def test_an_end_that_has_raised_continues_though_each_epoch_has_another_length(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    fail = fail_once(FailedError, lambda trainer: trainer.state.epoch == 2)
+    ends: list[int] = []
+    for _ in range(2):
+        trainer = make_trainer()
+        trainer.attach(CheckpointManager(tmp_path, every="epoch"))
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, fail)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda t: ends.append(t.state.iteration))
+        loader = DataLoader(make_loader().dataset, batch_sampler=Buckets())
+        try:
+            trainer.run(loader, max_epochs=EPOCHS)
+        except FailedError:
+            continue
+
+    assert ends == [4, 6, 14]
+    assert not [record for record in caplog.records if "ends with a pass" in record.getMessage()]
