@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -206,11 +207,22 @@ def results(rank: int, place: Path) -> dict[str, Any]:
     return found
 
 
+@cache
+def shared_store(rank: int, folder: Path) -> dist.Store:
+    """Return the store of both ranks; one of files would wait for whole seconds."""
+    port = dist.FileStore(str(folder / "port"), 2)
+    if rank:
+        return dist.TCPStore("127.0.0.1", int(port.get("port")), 2)
+    store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    port.set("port", str(store.port))
+    return store
+
+
 def in_a_group(
     name: str, rank: int, folder: Path, act: Callable[[], Any], seconds: float = TIMEOUT
 ) -> Any:
     """Return the result of a function on this rank; wait until all ranks have called theirs."""
-    store = dist.FileStore(str(folder / f"meeting-{name}"), 2)
+    store = dist.PrefixStore(name, shared_store(rank, folder))
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(minutes=1)
     )
