@@ -27,9 +27,10 @@ def read_captions(path: Path, *, columns: Columns = (None, None)) -> Listing:
     """Return the rows of a file of captions.
 
     The layout is recognised by the content, whatever the file's name: COCO's `captions_*.json`,
-    Karpathy's `dataset_*.json`, records in JSON or JSON lines, Flickr8k's `captions.txt` and
-    `Flickr8k.token.txt`, Flickr30k's `results.csv`, and CSV, TSV and semicolon-separated files with
-    or without a header. UTF-8 and UTF-16 are read, with any line ends.
+    Karpathy's `dataset_*.json`, records in JSON or JSON lines, captions by image, Flickr8k's
+    `captions.txt` and `Flickr8k.token.txt`, Flickr30k's `results.csv`, and CSV, TSV and
+    semicolon-separated files with or without a header. UTF-8 and UTF-16 are read, with any line
+    ends.
 
     Args:
         path: the file.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+import unicodedata
 import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -104,6 +105,8 @@ class ImageFolder:
         yield self.root / plain
         yield self.root / f"{stem}{suffix.upper()}"
         yield self.root / f"{stem}{suffix.lower()}"
+        for form in ("NFC", "NFD"):  # macOS writes an accent as a letter of its own
+            yield self.root / unicodedata.normalize(form, plain)
 
 
 def _parts(name: str) -> tuple[str, ...]:

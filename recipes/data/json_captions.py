@@ -1,8 +1,9 @@
-"""Captions in JSON: COCO, Karpathy's splits, lists of records, and JSON lines."""
+"""Captions in JSON: COCO, Karpathy's splits, records, columns, captions by image, JSON lines."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -16,7 +17,15 @@ from diptych.recipes.data.rows import (
     shortened,
     split_named,
 )
-from diptych.recipes.data.text_tables import CAPTION, IMAGE, LABEL, Columns
+from diptych.recipes.data.text_tables import (
+    CAPTION,
+    IMAGE,
+    LABEL,
+    Columns,
+    captions_in,
+    is_image_name,
+    lines_of,
+)
 
 NO_IMAGE = "the entry names no image of the file"
 NO_RECORD = "the entry is no record with an image and a caption"
@@ -34,53 +43,57 @@ def read_json(path: Path, text: str, columns: Columns) -> Listing:
         raise DataError(f"{path} must be JSON of captions, got lists too deep.") from error
     except ValueError as error:
         first = text.lstrip().partition("\n")[0].strip()
-        if first.startswith("{") and first.endswith("}"):
+        if (first[:1], first[-1:]) in {("{", "}"), ("[", "]")}:
             return listing("JSON lines", _line_rows(path, text, columns))
         raise DataError(f"{path} must be valid JSON, got an error: {shortened(error)}.") from error
-    return _listing_of(path, whole, columns)
+    if isinstance(whole, list):
+        records = whole if _as_record(whole) is whole else [whole]  # JSON lines of one line
+        return listing("JSON records", _record_rows(path, records, columns))
+    found = _of_mapping(path, whole, columns)
+    if found is None:
+        raise DataError(
+            f"{path} must be JSON of captions (COCO's, Karpathy's, a list of records with an image "
+            "and a caption, or captions by image), got "
+            f"{shortened(', '.join(map(repr, whole))) or 'an empty object'}."
+        )
+    return listing(*found)
 
 
-def _listing_of(path: Path, whole: Any, columns: Columns) -> Listing:
-    if isinstance(whole, Mapping):
-        found = _of_mapping(path, whole, columns)
-        if found is not None:
-            return found
-    if _is_list(whole):
-        return listing("JSON records", _record_rows(path, whole, columns))
-    keys = ", ".join(map(repr, whole)) if isinstance(whole, Mapping) else type(whole).__name__
-    raise DataError(
-        f"{path} must be JSON of captions (COCO's, Karpathy's, or a list of records with an image "
-        f"and a caption), got {shortened(keys)}."
-    )
-
-
-def _of_mapping(path: Path, whole: Mapping[str, Any], columns: Columns) -> Listing | None:
-    """Return the rows of a JSON object; None if its layout is unknown."""
+def _of_mapping(
+    path: Path, whole: Mapping[str, Any], columns: Columns
+) -> tuple[str, Iterator[Row | Problem]] | None:
+    """Return the layout and the rows of a JSON object; None if its layout is unknown."""
     images, captions = whole.get("images"), whole.get("annotations")
+    found: tuple[str, Iterator[Row | Problem]] | None = None
     if _is_list(images) and _is_list(captions):
-        return listing("COCO captions", _coco_rows(path, images, captions))
-    if _is_list(images) and any("sentences" in one for one in images if isinstance(one, Mapping)):
-        return listing("Karpathy's splits", _karpathy_rows(path, images))
-    records = [value for value in whole.values() if _is_list(value)]
-    if len(records) == 1:
-        return listing("JSON records", _record_rows(path, records[0], columns))
-    if _is_record(whole, columns):  # JSON lines of one line
-        return listing("JSON lines", [_record(f"{path.name}:1", whole, columns)])
-    return None
+        found = "COCO captions", _coco_rows(path, images, captions)
+    elif _is_list(images) and any("sentences" in one for one in images if isinstance(one, Mapping)):
+        found = "Karpathy's splits", _karpathy_rows(path, images)
+    elif any(map(is_image_name, whole)):
+        found = "captions by image", _rows_by_image(path, whole, columns)
+    elif (table := _table(whole, columns)) is not None:
+        found = "JSON columns", _record_rows(path, table, columns)
+    elif _is_record(whole, columns):  # JSON lines of one line
+        found = "JSON lines", _record(f"{path.name}:1", whole, columns)
+    else:
+        lists = {key: value for key, value in whole.items() if _is_list(value)}
+        if len(lists) == 1 or (lists and all(map(split_named, lists))):
+            found = "JSON records", _part_rows(path, lists, columns)
+    return found
 
 
 def _coco_rows(
     path: Path, images: Sequence[Any], captions: Sequence[Any]
 ) -> Iterator[Row | Problem]:
     names = {
-        _key(image.get("id")): image.get("file_name")
+        _key(image.get("id")): _name(image.get("file_name"))
         for image in images
         if isinstance(image, Mapping)
     }
     for number, one in enumerate(captions):
         where = f"{path.name}: annotations[{number}]"
         name = names.get(_key(one.get("image_id"))) if isinstance(one, Mapping) else None
-        if isinstance(name, str):
+        if name:
             yield Row(where, name, _text(one.get("caption")))
         else:
             yield Problem(where, NO_IMAGE, shortened(one))
@@ -89,55 +102,89 @@ def _coco_rows(
 def _karpathy_rows(path: Path, images: Sequence[Any]) -> Iterator[Row | Problem]:
     for number, one in enumerate(images):
         where = f"{path.name}: images[{number}]"
-        name = one.get("filename") if isinstance(one, Mapping) else None
+        name = _name(one.get("filename")) if isinstance(one, Mapping) else ""
         sentences = one.get("sentences") if isinstance(one, Mapping) else None
-        if not (isinstance(name, str) and _is_list(sentences)):
+        if not (name and _is_list(sentences)):
             yield Problem(where, NO_RECORD, shortened(one))
             continue
         folder, split = _text(one.get("filepath")), split_named(_text(one.get("split")))
+        image = f"{folder}/{name}" if folder else name
         for index, sentence in enumerate(sentences):
-            raw = sentence.get("raw") if isinstance(sentence, Mapping) else sentence
-            yield Row(
-                f"{where}.sentences[{index}]",
-                f"{folder}/{name}" if folder else name,
-                _text(raw),
-                split=split,
-            )
+            yield Row(f"{where}.sentences[{index}]", image, _text(sentence), split=split)
 
 
-def _record_rows(path: Path, records: Sequence[Any], columns: Columns) -> Iterator[Row | Problem]:
+def _rows_by_image(
+    path: Path, whole: Mapping[str, Any], columns: Columns
+) -> Iterator[Row | Problem]:
+    """Yield the rows of an object whose keys are names of images."""
+    for name, said in whole.items():
+        record = said if isinstance(said, Mapping) else {columns[1] or CAPTION[0]: said}
+        where = f"{path.name}: [{shortened(name)!r}]"
+        yield from _record(where, {**record, columns[0] or IMAGE[0]: name}, columns)
+
+
+def _table(whole: Mapping[str, Any], columns: Columns) -> list[Any] | None:
+    """Return the records of an object with a list for each column, or an object, as in pandas."""
+    lists = {name: [*p.values()] if isinstance(p, Mapping) else p for name, p in whole.items()}
+    find = _finder(lists)
+    image, said = find(columns[0], IMAGE), find(columns[1], (*CAPTION, *LABEL))
+    if not (_is_list(image) and _is_list(said) and len(image) == len(said)):
+        return None
+    parts = {name: p for name, p in lists.items() if _is_list(p) and len(p) == len(image)}
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+
+
+def _part_rows(
+    path: Path, parts: Mapping[str, Sequence[Any]], columns: Columns
+) -> Iterator[Row | Problem]:
+    for part, records in parts.items():
+        yield from _record_rows(path, records, columns, part)
+
+
+def _record_rows(
+    path: Path, records: Sequence[Any], columns: Columns, part: str = ""
+) -> Iterator[Row | Problem]:
     for number, record in enumerate(records):
-        yield _record(f"{path.name}: [{number}]", record, columns)
+        where = f"{path.name}: {shortened(part)}[{number}]"
+        yield from _record(where, record, columns, split_named(part))
 
 
 def _line_rows(path: Path, text: str, columns: Columns) -> Iterator[Row | Problem]:
-    for number, line in enumerate(text.splitlines(), start=1):
-        where = f"{path.name}:{number}"
-        if line.strip():
-            try:
-                yield _record(where, json.loads(line), columns)
-            except (ValueError, RecursionError):
-                yield Problem(where, "the line is not valid JSON", shortened(line))
+    for where, line in lines_of(path, text):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            yield Problem(where, "the line is not valid JSON", shortened(line))
+            continue
+        yield from _record(where, record, columns)
 
 
-def _record(where: str, record: Any, columns: Columns) -> Row | Problem:
+def _record(where: str, record: Any, columns: Columns, split: str = "") -> Iterator[Row | Problem]:
+    """Yield a row for each caption of a record."""
+    record = _as_record(record)
     if not _is_record(record, columns):
-        return Problem(where, NO_RECORD, shortened(record))
+        yield Problem(where, NO_RECORD, shortened(record))
+        return
     find = _finder(record)
-    image, caption = find(columns[0], IMAGE), find(columns[1], CAPTION)
-    return Row(
-        where,
-        _text(image),
-        _text(caption),
-        _text(find(None, LABEL)),
-        split_named(_text(record.get("split"))),
-    )
+    image, label = _name(find(columns[0], IMAGE)), _text(find(None, LABEL))
+    split = split_named(_text(find(None, ("split",)))) or split
+    for caption in captions_in(find(columns[1], CAPTION)):
+        yield Row(where, image, _text(caption), label, split)
+
+
+def _as_record(value: Any) -> Any:
+    """Return a list of an image's name and its captions as a record; other values as they are."""
+    if not (_is_list(value) and len(value) == 2 and isinstance(value[0], str)):
+        return value
+    return {IMAGE[0]: value[0], CAPTION[0]: value[1]} if is_image_name(value[0]) else value
 
 
 def _finder(record: Mapping[str, Any]) -> Callable[[str | None, Sequence[str]], Any]:
+    lower = {name.strip().lower(): value for name, value in record.items()}
+
     def find(asked: str | None, names: Sequence[str]) -> Any:
-        wanted = (asked,) if asked else names
-        return next((record[name] for name in wanted if name in record), None)
+        wanted = (asked.strip().lower(),) if asked else names
+        return next((lower[name] for name in wanted if name in lower), None)
 
     return find
 
@@ -146,9 +193,8 @@ def _is_record(record: Any, columns: Columns) -> bool:
     if not isinstance(record, Mapping):
         return False
     find = _finder(record)
-    image = find(columns[0], IMAGE)
     said = find(columns[1], CAPTION) if columns[1] else find(None, (*CAPTION, *LABEL))
-    return isinstance(image, str) and said is not None
+    return bool(_name(find(columns[0], IMAGE))) and said is not None
 
 
 def _key(value: Any) -> str:
@@ -156,8 +202,25 @@ def _key(value: Any) -> str:
     return str(value) if isinstance(value, (str, int)) else ""
 
 
+def _name(value: Any) -> str:
+    """Return the name of an image; an image may be a record of its own, as in `datasets`."""
+    if isinstance(value, Mapping):
+        value = _finder(value)(None, IMAGE)
+    return _encodable(value).strip() if isinstance(value, str) else ""
+
+
 def _text(value: Any) -> str:
-    return " ".join(str(value).split()) if isinstance(value, (str, int, float)) else ""
+    if isinstance(value, Mapping):
+        value = _finder(value)(None, CAPTION)
+    if isinstance(value, bool) or (isinstance(value, float) and math.isnan(value)):
+        return ""  # pandas writes NaN for a missing caption
+    is_text = isinstance(value, (str, int, float))
+    return " ".join(_encodable(str(value)).split()) if is_text else ""
+
+
+def _encodable(text: str) -> str:
+    r"""Return a text that a file can hold: JSON may have half a character, such as `\ud83d`."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _is_list(value: Any) -> TypeGuard[list[Any]]:

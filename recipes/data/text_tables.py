@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
+import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 import attrs
 
@@ -24,7 +28,10 @@ IMAGE = (
     *("image", "file_name", "filename", "filepath", "image_name", "image_path", "image_file"),
     *("file", "path", "img", "photo", "picture", "name"),
 )
-CAPTION = ("caption", "text", "title", "comment", "description", "sentence", "raw", "alt")
+CAPTION = (
+    *("caption", "text", "title", "comment", "description", "sentence", "raw", "alt"),
+    *("captions", "texts", "sentences"),
+)
 LABEL = ("label", "class", "category")
 """Names of columns, in the order in which they are looked for."""
 SUFFIXES = frozenset(
@@ -40,6 +47,8 @@ SEPARATORS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
 TOKENS = re.compile(r"(?P<image>[^\t]+)#\d+\t(?P<caption>.*)")
 """A line of Flickr8k.token.txt: `1000268201_693b08cb0e.jpg#0<TAB>A child in a pink dress ...`."""
 BARS = "| "
+LISTED = re.compile(r"\s*\[\s*[\"']")
+"""The beginning of a list of texts."""
 COLUMNS = 8
 """The most columns that a message lists."""
 
@@ -79,7 +88,7 @@ def read_text(path: Path, text: str, columns: Columns) -> Listing:
     Raises:
         DataError: if it has no columns of images and captions, or is not valid CSV.
     """
-    first = re.split(r"[\r\n]", text.lstrip("\r\n"), maxsplit=1)[0]
+    first = next((line for _, line in lines_of(path, text)), "")
     if columns == (None, None):
         if TOKENS.fullmatch(first):
             return listing("Flickr8k.token.txt", _token_rows(path, text))
@@ -87,7 +96,8 @@ def read_text(path: Path, text: str, columns: Columns) -> Listing:
             return listing("Flickr30k results.csv", _bar_rows(path, text))
     form = _form(path, first, columns)
     read = _tabbed if form.separator == "\t" else _quoted
-    return listing(form.layout, (_row(form, *found) for found in read(path, text, form)))
+    found = (row for cells in read(path, text, form) for row in _rows(form, *cells))
+    return listing(form.layout, found)
 
 
 def is_image_name(name: str) -> bool:
@@ -96,7 +106,7 @@ def is_image_name(name: str) -> bool:
 
 
 def _token_rows(path: Path, text: str) -> Iterator[Row | Problem]:
-    for where, line in _lines(path, text):
+    for where, line in lines_of(path, text):
         match = TOKENS.fullmatch(line)
         if match is None:
             yield Problem(
@@ -107,7 +117,7 @@ def _token_rows(path: Path, text: str) -> Iterator[Row | Problem]:
 
 
 def _bar_rows(path: Path, text: str) -> Iterator[Row | Problem]:
-    for where, line in [*_lines(path, text)][1:]:
+    for where, line in [*lines_of(path, text)][1:]:
         name, *rest = (part.strip() for part in line.split(BARS, 2))
         if len(rest) == 2:
             yield Row(where, name, rest[1])
@@ -115,7 +125,7 @@ def _bar_rows(path: Path, text: str) -> Iterator[Row | Problem]:
             yield Problem(where, TOO_SHORT, shortened(line))
 
 
-def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
+def lines_of(path: Path, text: str) -> Iterator[tuple[str, str]]:
     """Yield the place and the text of each line that is not empty."""
     for number, line in enumerate(re.split(r"\r\n|\n|\r", text), start=1):
         if line.strip():
@@ -135,7 +145,7 @@ def _form(path: Path, first: str, columns: Columns) -> _Form:
             return form
     if columns == (None, None):
         for separator, cells in split_up.items():
-            form = _without_header(separator, cells)
+            form = _without_header(path, separator, cells)
             if form is not None:
                 return form
     there = max(split_up.values(), key=len) if first.strip() else []
@@ -170,18 +180,32 @@ def _with_header(separator: str, cells: Sequence[str], columns: Columns) -> _For
     return _Form(separator, True, len(cells), image, caption, label, index(None, ("split",)))
 
 
-def _without_header(separator: str, cells: Sequence[str]) -> _Form | None:
-    """Return the form of a file whose first line names an image and has a caption."""
-    images = [index for index, cell in enumerate(cells[:2]) if is_image_name(cell)]
-    if len(cells) < 2 or not images:
+def _without_header(path: Path, separator: str, cells: Sequence[str]) -> _Form | None:
+    """Return the form of a file whose first line names an image and has a caption.
+
+    Raises:
+        DataError: if several columns, or none, may be the captions.
+    """
+    image = next((index for index, cell in enumerate(cells) if is_image_name(cell)), None)
+    if len(cells) < 2 or image is None:
         return None
-    image = images[0]
-    return _Form(separator, False, len(cells), image, caption=1 - image)
+    said, split = [index for index in range(len(cells)) if index != image], None
+    if len(said) > 1:
+        split = next((index for index in said if split_named(cells[index])), None)
+        # Numbers count the captions, or the rows.
+        said = [i for i in said if i != split and not cells[i].strip().isdecimal()]
+    if len(said) != 1:
+        raise DataError(
+            f"{path} must name its columns in the first line (image,caption), or have a name and a "
+            f"caption in each, got {_listed(cells)}. Put captions with a "
+            f"{SEPARATORS[separator]} in quotes."
+        )
+    return _Form(separator, False, len(cells), image, caption=said[0], split=split)
 
 
 def _tabbed(path: Path, text: str, form: _Form) -> Iterator[tuple[str, list[str]]]:
     r"""Yield the cells of lines separated by tabs; quotes count only around a whole cell."""
-    for number, (where, line) in enumerate(_lines(path, text)):
+    for number, (where, line) in enumerate(lines_of(path, text)):
         if number or not form.header:
             yield where, [_unquoted(cell) for cell in line.split(form.separator)]
 
@@ -200,7 +224,12 @@ def _quoted(path: Path, text: str, form: _Form) -> Iterator[tuple[str, list[str]
         DataError: if a row is no CSV.
     """
     begin, is_header = 1, form.header
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=form.separator, strict=True)
+    reader = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=form.separator,
+        strict=True,
+        skipinitialspace=f"{form.separator} " in next(lines_of(path, text))[1],
+    )
     try:
         for cells in reader:
             if any(cell.strip() for cell in cells):
@@ -216,16 +245,40 @@ def _quoted(path: Path, text: str, form: _Form) -> Iterator[tuple[str, list[str]
         ) from error
 
 
-def _row(form: _Form, where: str, cells: Sequence[str]) -> Row | Problem:
+def _rows(form: _Form, where: str, cells: Sequence[str]) -> Iterator[Row | Problem]:
+    """Yield a row for each caption of a line."""
+
     def cell(index: int | None) -> str:
         return "" if index is None or index >= len(cells) else cells[index].strip()
 
     if len(cells) > form.width:
-        return Problem(where, TOO_LONG, shortened(", ".join(cells)))
-    if len(cells) <= max(form.image, form.caption or 0):
-        return Problem(where, TOO_SHORT, shortened(form.separator.join(cells)))
-    split = split_named(cell(form.split))
-    return Row(where, cell(form.image), cell(form.caption), cell(form.label), split)
+        yield Problem(where, TOO_LONG, shortened(", ".join(cells)))
+    elif len(cells) <= max(form.image, form.caption or 0):
+        yield Problem(where, TOO_SHORT, shortened(form.separator.join(cells)))
+    else:
+        split = split_named(cell(form.split))
+        for caption in captions_in(cell(form.caption)):
+            yield Row(where, cell(form.image), caption, cell(form.label), split)
+
+
+def captions_in(value: Any) -> list[Any]:
+    """Return the captions in a cell or an entry: one, or those of a list.
+
+    A cell may have a list as JSON or Python writes it: `["a cat", "a black cat"]`.
+    """
+    if isinstance(value, str) and LISTED.match(value):
+        value = _parsed(value)
+    return (value or [""]) if isinstance(value, list) else [value]
+
+
+def _parsed(text: str) -> Any:
+    """Return the list of texts that a text shows; the text itself if it shows none."""
+    for parse in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            found = parse(text)
+            if isinstance(found, list) and all(isinstance(one, str) for one in found):
+                return found
+    return text
 
 
 def _listed(columns: Sequence[str]) -> str:

@@ -67,6 +67,25 @@ def test_the_splits_of_karpathy_are_kept_and_restval_is_for_training(tmp_path):
         ('[{"image": "a.jpg", "caption": "one"}]', [("a.jpg", "one")]),
         ('{"data": [{"file": "a.jpg", "text": "one"}]}', [("a.jpg", "one")]),
         ('{"file_name": "a.jpg", "text": "one"}', [("a.jpg", "one")]),
+        ('{"file_name": "a.jpg", "text": "one\u2028two"}\n' * 2, [("a.jpg", "one two")] * 2),
+        ('{"a.jpg": ["one", "two"]}', [("a.jpg", "one"), ("a.jpg", "two")]),
+        ('{"a.jpg": {"caption": "one"}, "b.jpg": "two"}', [("a.jpg", "one"), ("b.jpg", "two")]),
+        ('{"train": [{"image": "a.jpg", "caption": "one"}], "val": []}', [("a.jpg", "one")]),
+        ('{"Image": {"0": "a.jpg"}, "Caption": {"0": "one"}}', [("a.jpg", "one")]),
+        ('["a.jpg", "one"]\n["b.jpg", "two"]\n', [("a.jpg", "one"), ("b.jpg", "two")]),
+        (
+            '[{"image": {"path": "a  b.jpg"}, "captions": ["one", {"raw": "two"}]}]',
+            [("a  b.jpg", "one"), ("a  b.jpg", "two")],
+        ),
+        (
+            '[{"image": "a.jpg", "caption": NaN}, {"image": "\\ud83d.jpg", "text": "\\ud83d"}]',
+            [("a.jpg", ""), ("?.jpg", "?")],
+        ),
+        ("raw,filename\n\"['one', 'it\"\"s']\",a.jpg\n", [("a.jpg", "one"), ("a.jpg", 'it"s')]),
+        ('image, caption\na.jpg, "one, two"\n', [("a.jpg", "one, two")]),
+        (" \nimage,caption\na.jpg,one\n", [("a.jpg", "one")]),
+        ("a.jpg,0,one\na.jpg,1,two\n", [("a.jpg", "one"), ("a.jpg", "two")]),
+        ("7\tval\tone\ta.jpg\n", [("a.jpg", "one")]),
         (
             '{"images": [{"id": "7", "file_name": "a.jpg"}], '
             '"annotations": [{"image_id": 7, "caption": "one"}]}',
@@ -106,10 +125,11 @@ def test_other_columns_are_named(tmp_path):
         ('{"images": [', "must be valid JSON"),
         ("[" * 100_000, "JSON"),
         ('{"a": 1, "b": 2}', "got 'a', 'b'"),
+        ("a.jpg,a cat, asleep\n", "got 'a.jpg', 'a cat', 'asleep'"),
         (",".join(f"column {number}" for number in range(5000)) + "\n", "and 4,992 more"),
         ("x" * 100_000 + ",y\n", "must have a column"),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_a_file_that_is_none_of_captions_gets_a_short_message(tmp_path, content, message):
     with pytest.raises(DataError, match=message) as raised:
