@@ -32,11 +32,12 @@ COMMANDS = {
     "zero-shot": ("diptych.commands.zero_shot", "label images without training"),
     "export": ("diptych.commands.export", "write a trained model for other programs"),
 }
-"""Module and one-line help of each command. A module has `add_arguments` and `run`, or a `main`
-that takes the arguments, if the extra `recipes` parses them."""
+"""Module and one-line help of each command. A module has `add_arguments` and `run`; or, if the
+extra `recipes` parses the arguments, a function with the command's name, or a `main` that takes
+them."""
 
 RECIPES = {"tyro", "yaml", "PIL"}
-"""What commands with `main` import from the extra `recipes`."""
+"""What commands import from the extra `recipes`."""
 
 EXPECTED = (
     *(CheckpointError, LostRankError, ResumeError, ImportError, OSError, TypeError, ValueError),
@@ -63,8 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(name, rest)
     except EXPECTED as error:
-        if isinstance(error, ImportError) and error.name in RECIPES:
-            error = ImportError(f"it needs {error.name}: pip install 'diptych[recipes]'")
+        missing = str(getattr(error, "name", "")).partition(".")[0]
+        if isinstance(error, ImportError) and missing in RECIPES:
+            error = ImportError(f"it needs {missing}: pip install 'diptych[recipes]'")
         elif not _raised_by_diptych(error):
             raise  # from the user's own code, where the traceback is what helps
         sys.stderr.write(f"diptych {name}: error: {error}\n")
@@ -74,11 +76,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(name: str, arguments: Sequence[str]) -> int:
     command = import_module(COMMANDS[name][0])
     try:
+        if hasattr(command, "add_arguments"):
+            parser = argparse.ArgumentParser(prog=f"diptych {name}", description=command.__doc__)
+            command.add_arguments(parser)
+            return int(command.run(parser.parse_args(arguments)))
         if hasattr(command, "main"):
             return int(command.main(arguments))
-        parser = argparse.ArgumentParser(prog=f"diptych {name}", description=command.__doc__)
-        command.add_arguments(parser)
-        return int(command.run(parser.parse_args(arguments)))
+        import tyro  # noqa: PLC0415 - an extra
+
+        function = getattr(command, name.replace("-", "_"))
+        return int(tyro.cli(function, args=arguments, prog=f"diptych {name}"))
     except KeyboardInterrupt:
         return 130  # the shell's code; a training has said where it resumes
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
 from diptych.commands.encoder_options import EncoderOptions
@@ -31,8 +29,3 @@ def embed(
     found.save(out)
     sys.stdout.write(f"Wrote {len(found.names):,} features to {out}.\n")
     return 0
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the command; return 0."""
-    return tyro.cli(embed, args=arguments, prog="diptych embed")

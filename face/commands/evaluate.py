@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
 from diptych.commands.encoder_options import EncoderOptions
@@ -59,8 +57,3 @@ def evaluate(
         chances = {f"chance/{name}": value for name, value in found.chance.items()}
         write_atomically(out, json.dumps(found.values | chances, indent=2) + "\n")
     return 0
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the command; return 0."""
-    return tyro.cli(evaluate, args=arguments, prog="diptych evaluate")

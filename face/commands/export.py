@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import tyro
 from tyro.conf import Positional
 
 from diptych.commands.encoder_options import factory_named
@@ -35,8 +33,3 @@ def export(
     exported(run, to, folder, factory=factory_named(factory), checkpoint=checkpoint)
     sys.stdout.write(f"Wrote {folder}.\n")
     return 0
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the command; return 0."""
-    return tyro.cli(export, args=arguments, prog="diptych export")

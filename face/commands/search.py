@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
 from diptych.commands.encoder_options import EncoderOptions
@@ -35,8 +33,3 @@ def search(
     for hit in encoder.search(query, found, top=top):
         sys.stdout.write(f"{hit.score:.4f}  {hit.name}\n")
     return 0
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the command; return 0."""
-    return tyro.cli(search, args=arguments, prog="diptych search")

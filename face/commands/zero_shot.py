@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
 from diptych.commands.encoder_options import EncoderOptions
@@ -37,8 +35,3 @@ def zero_shot(
     for name, index, probability in zip(found.names, best.indices, best.values, strict=True):
         sys.stdout.write(f"{probability:.3f}  {names[index]}  {name}\n")
     return 0
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the command; return 0."""
-    return tyro.cli(zero_shot, args=arguments, prog="diptych zero-shot")

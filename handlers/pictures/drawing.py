@@ -144,32 +144,24 @@ def image_grid(images: Tensor, columns: int, *, gap: int = 2, rows: int | None =
 
 def save_png(picture: Tensor, path: Path) -> None:
     """Write a picture, uint8 [3, H, W], as a PNG."""
-    from PIL import Image  # noqa: PLC0415
-
-    _, height, width = picture.shape
-    pixels = picture.permute(1, 2, 0).contiguous().numpy().tobytes()
-    Image.frombytes("RGB", (width, height), pixels).save(path, format="PNG")
+    _to_image(picture).save(path, format="PNG")
 
 
 def jpeg(image: Tensor, side: int) -> bytes:
     """Return an image [C, H, W], scaled to fit into a square on white, as a JPEG."""
-    from PIL import Image  # noqa: PLC0415
-
-    pixels = thumbnails(image[None], side)[0].permute(1, 2, 0).contiguous().numpy().tobytes()
     file = io.BytesIO()
-    Image.frombytes("RGB", (side, side), pixels).save(file, format="JPEG", quality=85)
+    _to_image(thumbnails(image[None], side)[0]).save(file, format="JPEG", quality=85)
     return file.getvalue()
 
 
 def _put(picture: Any, content: Tensor | str, place: tuple[int, int], width: int) -> None:
-    from PIL import Image, ImageDraw  # noqa: PLC0415
+    from PIL import ImageDraw  # noqa: PLC0415
 
     if isinstance(content, str):
         text = _shortened(content, width)
         ImageDraw.Draw(picture).text((place[0], place[1] + 16), text, INK, _font())
         return
-    pixels = thumbnails(content[None], SIDE)[0].permute(1, 2, 0).contiguous()
-    picture.paste(Image.frombytes("RGB", (SIDE, SIDE), pixels.numpy().tobytes()), place)
+    picture.paste(_to_image(thumbnails(content[None], SIDE)[0]), place)
 
 
 def _put_results(picture: Any, results: Sequence[RetrievedItem], place: tuple[int, int]) -> None:
@@ -205,6 +197,12 @@ def _font() -> Any:
     from PIL import ImageFont  # noqa: PLC0415
 
     return ImageFont.load_default(12)
+
+
+def _to_image(picture: Tensor) -> Any:
+    from PIL import Image  # noqa: PLC0415
+
+    return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
 
 
 def _to_tensor(picture: Any) -> Tensor:
