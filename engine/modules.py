@@ -156,11 +156,20 @@ class TrainingModes:
         """Whether all roots are in train mode."""
         return all(map(TRAINING, self._roots().values()))
 
+    @property
+    def resting(self) -> list[nn.Module]:
+        """The parts that are in eval mode in the next step, whoever evaluates meanwhile."""
+        return [
+            part
+            for root in self._roots().values()
+            for part in (_in_eval_mode(root) if root.training else self._resting.get(root, ()))
+        ]
+
     def remember(self) -> None:
         """Remember which parts are in eval mode while their root is in train mode."""
         for root in self._roots().values():
             if root.training:
-                self._resting[root] = [part for part in root.modules() if not part.training]
+                self._resting[root] = _in_eval_mode(root)
 
     def train(self) -> None:
         """Put roots in eval mode into train mode, without the parts that rested before."""
@@ -188,6 +197,10 @@ class TrainingModes:
                 "Call train() on them, as after from_pretrained(), or requires_grad_(False).",
                 ", ".join(names[:8]) + (", ..." if len(names) > 8 else ""),
             )
+
+
+def _in_eval_mode(root: nn.Module) -> list[nn.Module]:
+    return [part for part in root.modules() if not part.training]
 
 
 def _resting(name: str, module: nn.Module) -> Iterator[str]:

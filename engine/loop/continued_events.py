@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ignite.engine import Engine, Events
+from ignite.handlers import EarlyStopping
 from ignite.metrics import Metric
 
 from diptych.engine.distributed.collectives import world_size
@@ -107,11 +108,11 @@ class ContinuedEvents(Dispatcher):
                 raise
 
     def _fire_started(self) -> None:
-        """Fire `STARTED`; a run that continues does not reset running means of Ignite."""
+        """Fire `STARTED`; a continuing run resets no running mean and no patience of Ignite."""
         if self.state.iteration:
             at_start = self._listeners.get(Events.STARTED, ())
-            means = (id(one) for one in at_start if isinstance(one.owner, Metric))
-            self._skipped = frozenset(means)
+            resets = (id(one) for one in at_start if isinstance(one.owner, (Metric, EarlyStopping)))
+            self._skipped = frozenset(resets)
         try:
             self._fire(Events.STARTED)
         finally:

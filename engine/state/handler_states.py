@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from ignite.handlers import Checkpoint
+from ignite.metrics import Metric
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.errors import CheckpointError
 from diptych.engine.handler import Stateful, contract_of
 from diptych.engine.state.references import (
     SavedOptimizer,
     SavedScheduler,
     averages_behind,
+    handlers_behind,
     is_scheduler,
     other_optimizers,
     report_unsaved,
@@ -28,7 +34,7 @@ def attached(trainer: RunParts) -> list[Any]:
     """Return every object whose functions the trainer's events call, each once, in order.
 
     Schedulers, optimizers and torch's averages of weights that only a plain function at an event
-    refers to count too.
+    refers to count too, and handlers with a state of an engine that it runs.
     """
     own = (trainer, trainer.model, trainer.loss, trainer.optimizer, trainer.metrics)
     owners = (listener.owner for listener in trainer.listeners)
@@ -36,6 +42,7 @@ def attached(trainer: RunParts) -> list[Any]:
         *schedulers_behind(trainer),
         *other_optimizers(trainer, of_stateless=True),
         *averages_behind(trainer),
+        *handlers_behind(trainer),
     )
     every = (*trainer.handlers, *owners, *behind)
     found = {id(item): item for item in every}
@@ -64,7 +71,78 @@ def _plain_holder(holder: Any) -> Any:
     """Return what saves an object's state as plain values."""
     if isinstance(holder, Optimizer):
         return SavedOptimizer(holder)
+    if isinstance(holder, Metric) and type(holder).load_state_dict is Metric.load_state_dict:
+        return SavedMetric(holder)
+    if isinstance(holder, Checkpoint):
+        return SavedCheckpoint(holder)
     return SavedScheduler(holder) if is_scheduler(holder) else holder
+
+
+class SavedMetric:
+    """A metric of Ignite, whose own `load_state_dict` cannot load a list that has grown.
+
+    Args:
+        source: the metric.
+    """
+
+    def __init__(self, source: Metric) -> None:
+        self.source = source
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of all ranks."""
+        return dict(self.source.state_dict())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from this rank's state, or start anew if the number of ranks has changed."""
+        (states,) = state_dict.values()
+        if len(states) == world_size():
+            _load_metric(self.source, states[rank()])
+        else:
+            self.source.reset()
+
+
+def _load_metric(metric: Metric, state: Mapping[str, Any]) -> None:
+    device = metric._device  # noqa: SLF001 - where its state is
+    for name, value in state.items():
+        setattr(metric, name, _loaded(getattr(metric, name, None), value, device))
+
+
+def _loaded(own: Any, saved: Any, device: Any) -> Any:
+    """Return a saved attribute of a metric; metrics in it stay, and get their states."""
+    if isinstance(own, Metric):
+        _load_metric(own, saved)
+        return own
+    if isinstance(saved, Mapping):
+        others = own if isinstance(own, Mapping) else {}
+        return {key: _loaded(others.get(key), item, device) for key, item in saved.items()}
+    if isinstance(saved, (list, tuple)):
+        ours = own if isinstance(own, (list, tuple)) else ()
+        pairs = itertools.zip_longest(ours[: len(saved)], saved)
+        return type(saved)(_loaded(before, item, device) for before, item in pairs)
+    return saved.to(device) if isinstance(saved, Tensor) else saved
+
+
+class SavedCheckpoint:
+    """A `Checkpoint` of Ignite; a killed run may have removed files that its state lists.
+
+    Args:
+        source: the handler.
+    """
+
+    def __init__(self, source: Checkpoint) -> None:
+        self.source = source
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the names and priorities of the files."""
+        return dict(self.source.state_dict())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue with the files that exist: Ignite fails to remove any other."""
+        self.source.load_state_dict(state_dict)
+        folder = getattr(self.source.save_handler, "dirname", None)
+        if folder is not None:
+            listed = self.source._saved  # noqa: SLF001 - it has no other way
+            listed[:] = [item for item in listed if Path(folder, item.filename).exists()]
 
 
 def numbered(keys: Iterable[str]) -> list[str]:

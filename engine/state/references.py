@@ -1,4 +1,4 @@
-"""The optimizers, schedulers and averages that functions at events refer to: found, and saved."""
+"""The optimizers, schedulers, averages and engines behind functions at events: found, and saved."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from ignite.engine import Engine
 from ignite.handlers.param_scheduler import BaseParamScheduler
+from ignite.metrics import Metric
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -45,6 +46,9 @@ SKIPPED = (
 LIBRARIES = sys.stdlib_module_names | {"torch", "ignite", "diptych", "numpy", "attr", "attrs"}
 """The packages whose functions and classes are not looked into."""
 
+WRAPPED = "_lr_scheduler"
+"""The scheduler in Ignite's wrapper of torch's warm restarts, which has no `state_dict`."""
+
 _REPORTED: WeakSet[Any] = WeakSet()
 _DECLARED: WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = WeakKeyDictionary()
 
@@ -56,15 +60,21 @@ def is_scheduler(candidate: object) -> bool:
 
 def _is_found(candidate: object) -> bool:
     """Return whether an object is one that a search looks for among others, which it skips."""
-    return is_scheduler(candidate) or isinstance(candidate, AveragedModel)
+    return is_scheduler(candidate) or isinstance(candidate, AveragedModel) or _is_engine(candidate)
+
+
+def _is_engine(candidate: object) -> bool:
+    """Return whether an object is an engine that a function may run, such as an evaluator."""
+    return isinstance(candidate, Engine) and not hasattr(candidate, "optimizer")  # no trainer
 
 
 def behind_events(trainer: RunParts, *, of_stateless: bool = False) -> list[Any]:
     """Return the objects that the functions at a trainer's events refer to, in order.
 
     A function refers to what is in its closure, its defaults, its arguments, the globals that it
-    names, and the attributes and methods of these objects. The step, and schedulers and averages
-    that are attributes of the trainer, count too.
+    names, and the attributes and methods of these objects; to an engine's step and the functions at
+    its events, if it runs an engine. The step, schedulers and averages that are attributes of the
+    trainer, and evaluators of handlers count too.
 
     Args:
         trainer: the trainer.
@@ -77,7 +87,8 @@ def behind_events(trainer: RunParts, *, of_stateless: bool = False) -> list[Any]
             roots += [listener.owner] if is_scheduler(listener.owner) else []
     own = vars(trainer)
     roots += [trainer.step, own.get("_process_function"), *filter(_is_found, own.values())]
-    return reachable(roots)
+    evaluators = (getattr(handler, "evaluator", None) for handler in trainer.handlers)
+    return reachable([*roots, *filter(_is_engine, evaluators)])
 
 
 def other_optimizers(trainer: RunParts, *, of_stateless: bool = False) -> list[Optimizer]:
@@ -109,6 +120,32 @@ def averages_behind(trainer: RunParts) -> list[AveragedModel]:
     return [one for one in found if isinstance(one, AveragedModel)]
 
 
+def handlers_behind(trainer: RunParts) -> list[Any]:
+    """Return the objects with a state at the events of engines that the trainer's functions run.
+
+    An Ignite handler that a function at an event calls counts too. Metrics of such an engine do
+    not: each of its runs starts them anew.
+    """
+    found: list[Any] = []
+    for one in behind_events(trainer, of_stateless=True):
+        if _is_engine(one):
+            found += map(_owner, _functions_at(one))
+        elif type(one).__module__.startswith("ignite.handlers."):
+            found.append(one)
+    others = (Metric, Engine, nn.Module, Optimizer, type)
+    return [one for one in found if isinstance(one, Stateful) and not isinstance(one, others)]
+
+
+def _functions_at(engine: Engine) -> list[Any]:
+    """Return the functions at an engine's events, without Ignite's wrappers for filters."""
+    entries = itertools.chain.from_iterable(engine._event_handlers.values())  # noqa: SLF001
+    return [getattr(entry[0], "_parent", lambda own=entry[0]: own)() for entry in entries]
+
+
+def _owner(function: Any) -> Any:
+    return getattr(function, "__self__", function)
+
+
 def reachable(roots: Iterable[Any], *, everything: bool = False) -> list[Any]:
     """Return the objects that roots refer to, roots included, each once, in a stable order.
 
@@ -136,7 +173,8 @@ def _is_skipped(item: Any) -> bool:
 
 
 def _is_users(item: Any) -> bool:
-    return type(item).__module__.partition(".")[0] != "diptych" and not is_scheduler(item)
+    is_users = type(item).__module__.partition(".")[0] != "diptych" or _is_engine(item)
+    return is_users and not is_scheduler(item)
 
 
 def _references(item: Any) -> Iterator[Any]:
@@ -150,7 +188,12 @@ def _references(item: Any) -> Iterator[Any]:
         return itertools.islice(list(item.values()), ITEMS)
     if isinstance(item, (list, tuple, set, frozenset, deque)):
         return itertools.islice(list(item), ITEMS)
-    return _attributes(item)
+    return _of_engine(item) if isinstance(item, Engine) else _attributes(item)
+
+
+def _of_engine(engine: Engine) -> Iterator[Any]:
+    yield engine._process_function  # noqa: SLF001
+    yield from _functions_at(engine)
 
 
 def _attributes(item: Any) -> Iterator[Any]:
@@ -320,6 +363,8 @@ class SavedScheduler:
 
 def _plain(value: Any) -> Any:
     """Return a state with built-in containers, and None for each function in a list."""
+    if hasattr(value, WRAPPED):
+        return _plain(getattr(value, WRAPPED).state_dict())
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items() if not callable(item)}
     if isinstance(value, np.ndarray):
@@ -333,6 +378,9 @@ def _plain(value: Any) -> Any:
 def _restored(saved: Any, own: Any) -> Any:
     """Return a saved state with the types and the functions of the scheduler's own state."""
     if callable(own):
+        return own
+    if hasattr(own, WRAPPED):
+        SavedScheduler(getattr(own, WRAPPED)).load_state_dict(saved)
         return own
     if isinstance(saved, Mapping):
         return _restored_mapping(saved, own if isinstance(own, Mapping) else {})

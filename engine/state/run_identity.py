@@ -24,6 +24,7 @@ from diptych.engine.handler import Handler, contract_of
 from diptych.engine.loop.listener import Listener
 from diptych.engine.modules import named_parameters, unwrapped
 from diptych.engine.state.description import (
+    SCALARS,
     Describer,
     class_name,
     finite,
@@ -39,6 +40,12 @@ ORDER = ("class", "batch_size", "seed", "shuffle", "drop_last", "samples", "samp
 
 BY_RANK = ("rank", "num_replicas", "num_samples", "total_size", "epoch")
 """Attributes of a distributed sampler that another number of ranks, or another epoch, changes."""
+
+STATE = (
+    *("iteration", "epoch", "epoch_length", "max_epochs", "max_iters", "seed", "times"),
+    *("output", "batch", "metrics", "dataloader"),
+)
+"""The attributes of an engine's state that Ignite and the run loop set."""
 
 WEIGHTED = (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiMarginLoss)
 """Losses of torch whose buffers are arguments, and never change during a run."""
@@ -57,7 +64,7 @@ class RunIdentity:
             those that the script alone sets), `initial` (initial values of the loss's scalar
             parameters and buffers), `requires_grad`, `training`, `optimizer`, `handlers`
             (settings by key) and their `order`, `functions` at events, `loader`, `versions`,
-            `ranks`.
+            `ranks`; `state`, the numbers and strings that were added to `trainer.state`, if any.
         not_compared: the values that have no description, with their types.
     """
 
@@ -92,6 +99,9 @@ class RunIdentity:
             },
             "ranks": world_size(),
         }
+        added = {k: finite(v) for k, v in added_to_state(trainer).items() if type(v) in SCALARS}
+        if added:
+            values["state"] = added
         return cls(values, describer.not_compared)
 
     def continued(self, earlier: RunIdentity, *, same_loader: bool) -> RunIdentity:
@@ -115,6 +125,9 @@ class RunIdentity:
             }
         for name in ("task", "transform", "step"):
             values[name] = earlier.values[name]
+        values.pop("state", None)  # handlers have added to it since
+        if "state" in earlier.values:
+            values["state"] = earlier.values["state"]
         return RunIdentity(values, self.not_compared)
 
     def with_keys(self, pairs: Mapping[str, str]) -> RunIdentity:
@@ -204,6 +217,19 @@ def training_of(trainer: RunParts) -> dict[str, bool]:
     """
     roots = ("model", "loss")
     return {p: part.training for p, part in modules_of(trainer).items() if p not in roots}
+
+
+def added_to_state(trainer: RunParts) -> dict[str, Any]:
+    """Return what handlers and functions have added to `trainer.state`, by name.
+
+    Without what Ignite and this library keep there, and what `state_dict_user_keys` saves.
+    """
+    own = {*STATE, *trainer.state_dict_user_keys}
+    return {
+        name: value
+        for name, value in vars(trainer.state).items()
+        if name not in own and not name.startswith("_")
+    }
 
 
 def tensors_of(trainer: RunParts) -> dict[str, Tensor]:

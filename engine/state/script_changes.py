@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diptych.engine.containers import map_leaves
+from diptych.engine.data.batches import to_device
+from diptych.engine.errors import CheckpointError
 from diptych.engine.modules import named_parameters
 from diptych.engine.state.description import class_name
+from diptych.engine.state.plain_state import plain_state
 from diptych.engine.state.references import scaled_rate
 from diptych.engine.state.run_identity import (
     RunIdentity,
+    added_to_state,
     module_settings,
     modules_of,
     requires_grad_of,
-    training_of,
 )
 from diptych.engine.state.run_parts import RunParts
 
@@ -27,10 +32,13 @@ def current_values(trainer: RunParts, declared: RunIdentity) -> dict[str, Any]:
     """Return the modes and module attributes that are no longer as declared.
 
     Returns:
-        `requires_grad` by parameter, `training` by module, and `attributes` by module and name.
+        `requires_grad` by parameter, `training` by module, `attributes` by module and name, and
+        `state`, what handlers and functions have added to `trainer.state`.
     """
     values = declared.values
     there = values["modules"]
+    resting = {id(part) for part in trainer.resting_parts}
+    modes = {path: id(part) not in resting for path, part in modules_of(trainer).items()}
     attributes = {
         path: {k: v for k, v in module_settings(part).items() if there[path].get(k, v) != v}
         for path, part in modules_of(trainer).items()
@@ -38,9 +46,20 @@ def current_values(trainer: RunParts, declared: RunIdentity) -> dict[str, Any]:
     }
     return {
         "requires_grad": _changed(requires_grad_of(trainer), values["requires_grad"]),
-        "training": _changed(training_of(trainer), values["training"]),
+        "training": _changed(modes, values["training"]),
         "attributes": {path: found for path, found in attributes.items() if found},
+        "state": dict(_plain_only(added_to_state(trainer))),
     }
+
+
+def _plain_only(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        with suppress(CheckpointError):  # a checkpoint cannot hold it
+            yield name, plain_state(map_leaves(value, _detached), name)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,11 +78,30 @@ def restore_current(
     for path, training in _wanted("training", current, saved, here).items():
         if path in modules:
             modules[path].training = training
-    for path, found in current["attributes"].items():
+    _restore_attributes(modules, current["attributes"], saved, here)
+    there, own = (one.values.get("state", {}) for one in (saved, here))
+    added = current.get("state", {}).items()
+    _add_to_state(trainer, {k: value for k, value in added if there.get(k) == own.get(k)})
+
+
+def _restore_attributes(
+    modules: Mapping[str, nn.Module],
+    attributes: Mapping[str, Mapping[str, Any]],
+    saved: RunIdentity,
+    here: RunIdentity,
+) -> None:
+    for path, found in attributes.items():
         there, own = (one.values["modules"].get(path, {}) for one in (saved, here))
         kind = found.get("class", there.get("class"))
         if path in modules and _class_of(modules[path]) == kind:  # no other has taken its place
             _set_attributes(modules[path], found, there, own)
+
+
+def _add_to_state(trainer: RunParts, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        held = getattr(trainer.state, name, None)
+        device = held.device if isinstance(held, Tensor) else trainer.device
+        setattr(trainer.state, name, to_device(value, device))
 
 
 def _wanted(

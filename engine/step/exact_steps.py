@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from ignite.engine import Events
+from torch import nn
 
 from diptych.engine.events import EvaluationEvents, StepEvents
 from diptych.engine.loop.continued_events import STEP
@@ -30,6 +31,11 @@ class ExactSteps(EventLoop):
     metrics: MetricsCollector
     _snapshot: StepSnapshot | None
     _modes: TrainingModes
+
+    @property
+    def resting_parts(self) -> list[nn.Module]:
+        """The parts of model and loss that are in eval mode in the next step."""
+        return self._modes.resting
 
     def _forget_failure(self) -> None:
         super()._forget_failure()
