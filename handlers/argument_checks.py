@@ -55,6 +55,16 @@ def usual_mode(metric: str | None) -> Mode:
     return "min" if metric is not None and metric.endswith(SMALLER_IS_BETTER) else "max"
 
 
+def improves(value: float, best: float | None, mode: Mode, least: float = 0.0) -> bool:
+    """Return whether a value is better than the best one so far by more than `least`; NaN never is.
+
+    Without a best one, every number is.
+    """
+    if best is None:
+        return not math.isnan(value)
+    return (value - best if mode == "max" else best - value) > least
+
+
 positive = number("be > 0 and finite", lambda value: 0 < value < math.inf)
 not_negative = number("be >= 0 and finite", lambda value: 0 <= value < math.inf)
 share_below_one = number("lie in [0, 1)", lambda value: 0 <= value < 1)

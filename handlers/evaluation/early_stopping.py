@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ from diptych.engine.checks import whole_number
 from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.engine.handler import Change, Handler
 from diptych.engine.trainer import Trainer
-from diptych.handlers.argument_checks import Mode, not_negative, one_of, usual_mode
+from diptych.handlers.argument_checks import Mode, improves, not_negative, one_of, usual_mode
 from diptych.handlers.cadence import call_before_first_batch, report_endless
 from diptych.handlers.evaluation.watched_metric import (
     is_evaluated,
@@ -152,7 +151,7 @@ class EarlyStopping(Handler):
 
     def _judge(self, trainer: Trainer, value: float) -> None:
         report_nan("EarlyStopping", self.metric, value, trainer.state.iteration)
-        if self._improves(value):
+        if improves(value, self.best, self.mode, self.min_delta):
             self.best, self.best_iteration = value, trainer.state.iteration
             self.waited = 0
             return
@@ -168,12 +167,6 @@ class EarlyStopping(Handler):
                 self.waited,
             )
             trainer.terminate()
-
-    def _improves(self, value: float) -> bool:
-        if self.best is None:
-            return not math.isnan(value)
-        gain = value - self.best if self.mode == "max" else self.best - value
-        return gain > self.min_delta
 
     def _check_published(self, trainer: Trainer) -> None:
         has_judged = self._judged or self.waited or self.best is not None

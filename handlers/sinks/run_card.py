@@ -18,7 +18,7 @@ from diptych.engine.data.seeded_loader import SeededLoader
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.events import MetricsEvents, Outcome, RunEvents
 from diptych.engine.modules import unwrapped
-from diptych.handlers.argument_checks import Mode, one_of, usual_mode
+from diptych.handlers.argument_checks import Mode, improves, one_of, usual_mode
 from diptych.handlers.components import component_sizes, total_size
 from diptych.handlers.output.output_handler import OutputHandler
 from diptych.handlers.run_directory import RunDirectory
@@ -152,13 +152,8 @@ class RunCard(OutputHandler):
             self._step = record.step
         self._loss = record.values.get("train/loss", self._loss)
         value = record.values.get(self.best or "", math.nan)
-        if self._is_better(value):
+        if improves(value, self._best.get("value"), self.mode):
             self._best = {"value": value, "epoch": trainer.state.epoch, "step": record.step}
-
-    def _is_better(self, value: float) -> bool:
-        if math.isnan(value) or not self._best:
-            return not math.isnan(value)
-        return value > self._best["value"] if self.mode == "max" else value < self._best["value"]
 
     def _end(self, trainer: Trainer) -> None:
         if self._start_time is None:

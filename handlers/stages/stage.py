@@ -12,7 +12,7 @@ from diptych.engine.checks import whole_number
 from diptych.engine.tasks import Task
 from diptych.engine.trials.first_batches import FirstBatches
 from diptych.engine.trials.trial import Trial
-from diptych.handlers.argument_checks import Mode, one_of, usual_mode
+from diptych.handlers.argument_checks import Mode, improves, one_of, usual_mode
 from diptych.handlers.optimization.parameter_groups import GroupRules, LayerDecay
 from diptych.handlers.optimization.schedules import LearningRate, check_length
 
@@ -143,9 +143,7 @@ class Stage:
 
     def improves(self, value: float, best: float | None) -> bool:
         """Return whether a value of the metric is better than the best one so far; NaN never is."""
-        if best is None:
-            return not math.isnan(value)
-        return value > best if self.mode == "max" else value < best
+        return improves(value, best, self.mode)
 
     def length(self, epoch_length: int | None) -> int | None:
         """Return the largest number of iterations of the stage, or None if it is unknown."""
