@@ -30,6 +30,7 @@ from diptych.handlers.checkpointing.resume import resume_limits
 from diptych.handlers.checkpointing.run_savers import RunSavers
 from diptych.handlers.evaluation.watched_metric import average_behind, unpublished_metric
 from diptych.handlers.extras import check_extra
+from diptych.handlers.run_directory import absolute
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +46,6 @@ def _check_every(_: Any, __: attrs.Attribute[Any], value: object) -> None:
 def _check_changes(_: Any, __: attrs.Attribute[Any], value: object) -> None:
     if value not in get_args(WhenChanged):
         raise ValueError(f"changes must be 'apply' or 'refuse', got {value!r}")
-
-
-def _absolute(path: Path | str) -> Path:
-    return Path(path).absolute()  # the working directory may change later
 
 
 @attrs.define(eq=False)
@@ -121,7 +118,7 @@ class CheckpointManager(Handler):
 
     collective: ClassVar[bool] = True
 
-    directory: Path = attrs.field(converter=_absolute)
+    directory: Path = attrs.field(converter=absolute)
     every: int | timedelta | Literal["epoch"] = attrs.field(
         default="epoch", validator=_check_every, kw_only=True
     )
@@ -151,7 +148,7 @@ class CheckpointManager(Handler):
         if self.export:
             check_extra("safetensors", "safetensors", needed_by="export=True")
         if self.resume not in {None, "auto"} and Path(str(self.resume)).parent != Path():
-            self.resume = _absolute(str(self.resume))
+            self.resume = absolute(str(self.resume))
         self._store = CheckpointStore(self.directory)
         ranking = Ranking(self.best, self.mode, self.keep)
         writer = CheckpointWriter(

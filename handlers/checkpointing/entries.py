@@ -82,7 +82,8 @@ def entry_from(listed: Mapping[str, Any]) -> Entry:
     known = attrs.fields_dict(Entry)
     given = {key: value for key, value in listed.items() if key in known}
     for key, value in given.items():
-        if not _IS_VALID[key](value):
+        numbers = value.values() if isinstance(value, dict) else ()
+        if type(value) not in _TYPES[key] or not {*map(type, numbers)} <= {int, float}:
             raise ValueError(f"{key} has a value that it cannot have: {value!r:.100}")
     entry = Entry(**given)
     check_name(entry.file, FILE)
@@ -103,41 +104,21 @@ def check_distinct(entries: Iterable[Entry]) -> None:
         raise ValueError(f"{name} is listed {count} times")
 
 
-def _is_whole(value: object) -> bool:
-    return type(value) is int
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in {int, float}
-
-
-def _are_numbers(value: object) -> bool:
-    return isinstance(value, dict) and all(map(_is_number, value.values()))
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_flag(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-_IS_VALID = {
-    "file": _is_text,
-    "epoch": _is_whole,
-    "iteration": _is_whole,
-    "metrics": _are_numbers,
-    "score": lambda value: value is None or _is_number(value),
-    "scored_by": lambda value: value is None or isinstance(value, str),
-    "resumable": _is_flag,
-    "by_hand": _is_flag,
-    "completed": lambda value: value is None or isinstance(value, bool),
-    "size": _is_whole,
-    "crc32": _is_whole,
-    "shards": _is_text,
+_TYPES: dict[str, tuple[type, ...]] = {
+    "file": (str,),
+    "epoch": (int,),
+    "iteration": (int,),
+    "metrics": (dict,),
+    "score": (int, float, type(None)),
+    "scored_by": (str, type(None)),
+    "resumable": (bool,),
+    "by_hand": (bool,),
+    "completed": (bool, type(None)),
+    "size": (int,),
+    "crc32": (int,),
+    "shards": (str,),
 }
-"""The check of each field of an entry that was read from a file."""
+"""The types of each field of an entry that was read from a file."""
 
 
 def with_entry(entries: Iterable[Entry], entry: Entry) -> list[Entry]:
