@@ -20,10 +20,12 @@ class LeftEvent(NamedTuple):
     Attributes:
         event: the name of the event.
         done: the names of the handlers that had returned, in order.
+        evaluated: those of `EVALUATED`, if that was left inside the event.
     """
 
     event: str
     done: tuple[str, ...] = ()
+    evaluated: tuple[str, ...] = ()
 
     @property
     def in_iteration(self) -> bool:
@@ -32,12 +34,14 @@ class LeftEvent(NamedTuple):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the event as strings, for a checkpoint."""
-        return {"event": self.event, "done": list(self.done)}
+        return {"event": self.event, "done": list(self.done), "evaluated": list(self.evaluated)}
 
 
 def left_event(state: dict[str, Any] | None) -> LeftEvent | None:
     """Return the event of a state that `LeftEvent.state_dict` returned; None of None."""
-    return None if state is None else LeftEvent(state["event"], tuple(state["done"]))
+    if state is None:
+        return None
+    return LeftEvent(state["event"], tuple(state["done"]), tuple(state.get("evaluated", ())))
 
 
 def returned(listeners: Iterable[Listener], raised: Collection[Listener]) -> tuple[str, ...] | None:

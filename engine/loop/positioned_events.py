@@ -12,6 +12,7 @@ from ignite.engine import Engine, Events
 from diptych.engine.data.batch_source import BatchSource
 from diptych.engine.distributed.hang_report import entered_places
 from diptych.engine.errors import ResumeError
+from diptych.engine.events import EvaluationEvents
 from diptych.engine.loop.continued_events import ContinuedEvents
 from diptych.engine.loop.ignite_state import ignite_position
 from diptych.engine.loop.left_event import LeftEvent, left_event
@@ -82,7 +83,8 @@ class PositionedEvents(ContinuedEvents):
         name = Events.ITERATION_COMPLETED.name
         if self._stopped_at.keys() == {name}:
             return LeftEvent(name, self._stopped_at[name])
-        return self._left
+        evaluated = self._stopped_at.get(EvaluationEvents.EVALUATED.name, ())
+        return self._left and self._left._replace(evaluated=evaluated)
 
     def _move_to(self, position: Position) -> None:
         self._position = position
@@ -163,6 +165,8 @@ class PositionedEvents(ContinuedEvents):
         self._left = left_event(state_dict.get("left"))
         if self._left is not None and self._left.in_iteration:
             self._stopped_at[self._left.event], self._left = self._left.done, None
+        elif self._left is not None and self._left.evaluated:
+            self._stopped_at[EvaluationEvents.EVALUATED.name] = self._left.evaluated
         self._move_to(position)
         self.state.max_epochs = state_dict.get("max_epochs")
         self.state.max_iters = state_dict.get("max_iters")

@@ -239,6 +239,7 @@ class MetricsCollector:
             "epoch": {tag: list(mean) for tag, mean in self._epoch.items()},
             "history": {tag: list(values) for tag, values in self._history.items()},
             "left": {name: buffer.state_dict() for name, buffer in self._left.items()},
+            "again": self._again and [self._again[0], sorted(self._again[1])],
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -248,6 +249,8 @@ class MetricsCollector:
         for name, left in state_dict.get("left", {}).items():
             self._left[name] = ScalarBuffer()
             self._left[name].load_state_dict(left)
+        again = state_dict.get("again")
+        self._again = again and (again[0], frozenset(again[1]))
         self._epoch.update({tag: list(mean) for tag, mean in state_dict["epoch"].items()})
         self._history.update({tag: list(values) for tag, values in state_dict["history"].items()})
 

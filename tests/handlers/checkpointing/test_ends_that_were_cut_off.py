@@ -14,7 +14,7 @@ import torch
 from ignite.engine import Events
 from torch.utils.data import DataLoader
 
-from diptych.engine import MetricsEvents, RunEvents, Trainer
+from diptych.engine import EvaluationEvents, MetricsEvents, RunEvents, Trainer
 from diptych.handlers import CheckpointManager, EarlyStopping, Evaluation, JsonLines
 from tests.handlers.checkpointing.test_checkpoint_manager import digest, make_loader, make_trainer
 
@@ -160,7 +160,10 @@ def expected_outcome(folder: Path, event: Any = Events.EPOCH_COMPLETED) -> Any:
     return outcome(folder, trainer)
 
 
-@pytest.mark.parametrize("event", [Events.EPOCH_COMPLETED, MetricsEvents.EPOCH_PUBLISHED])
+@pytest.mark.parametrize(
+    "event",
+    [Events.EPOCH_COMPLETED, MetricsEvents.EPOCH_PUBLISHED, EvaluationEvents.EVALUATED],
+)
 def test_an_epoch_whose_end_failed_is_saved_and_the_run_resumes_with_the_handler_that_failed(
     tmp_path, event
 ):
