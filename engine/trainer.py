@@ -63,6 +63,7 @@ from diptych.engine.trainer_parts import (
     check_handler,
     check_needs_no_closure,
     check_parts,
+    in_float16,
     report_parts,
 )
 from diptych.engine.trials.dry_run import DryRun, dry_run
@@ -466,6 +467,12 @@ class Trainer(Summarized, ExactSteps):
     def _gradient_scaler(self) -> torch.amp.GradScaler | None:
         if self.settings.precision != "fp16":
             return None
+        names = in_float16(self.model)
+        if names:
+            raise ValueError(
+                "model must have parameters in float32 if precision is 'fp16', which computes in "
+                f"float16, got float16 for {names[0]}. Call model.float()"
+            )
         check_fp16(self.device)
         return torch.amp.GradScaler(self.device.type)
 

@@ -85,12 +85,13 @@ def check_parts(model: nn.Module, loss: nn.Module, optimizer: Optimizer, task: T
 def report_parts(model: nn.Module, loss: nn.Module, optimizer: Optimizer) -> None:
     """Warn, on rank 0, of parts that work and are hardly what was intended.
 
-    These are logit scales and parameters that a training would leave as they are, and a model
-    inside a wrapper that does the trainer's work a second time.
+    These are logit scales and parameters that a training would leave as they are, parameters in
+    half precision, and a model inside a wrapper that does the trainer's work a second time.
     """
     if rank() == 0:
         _report_two_scales(model, loss)
         _report_half_precision(model, loss)
+        _report_float16(model)
         _report_replaced_parts(model, loss, optimizer)
         _report_wrapper(model)
         _report_frozen(model, loss)
@@ -207,6 +208,23 @@ def _report_half_precision(model: nn.Module, loss: nn.Module) -> None:
             "precision='bf16' computes in bfloat16.",
             stacklevel=5,
         )
+
+
+def _report_float16(model: nn.Module) -> None:
+    names = in_float16(model)
+    if names:
+        warnings.warn(
+            f"model has {len(names)} trainable parameters in float16, {names[0]} first. Adam's eps "
+            "is 0 in float16, and updates become infinite. Keep parameters in float32, with "
+            "model.float(); precision='fp16' or 'bf16' computes in half precision.",
+            stacklevel=5,
+        )
+
+
+def in_float16(model: nn.Module) -> list[str]:
+    """Return the names of a model's trainable parameters in float16."""
+    named = model.named_parameters()
+    return [path for path, p in named if p.requires_grad and p.dtype == torch.float16]
 
 
 def _single(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

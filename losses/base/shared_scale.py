@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -46,7 +49,7 @@ def share_logit_scale(
     model: nn.Module,
     *,
     scale: str = "logit_scale",
-    bias: str = "logit_bias",
+    bias: str | None = "logit_bias",
 ) -> LossT:
     """Make a loss on pairs use, and train, the logit scale of a model.
 
@@ -60,7 +63,8 @@ def share_logit_scale(
             others, whose parts with a learned temperature share it; changed in place.
         model: The model.
         scale: The path of its logit scale, or the last part of it: a wrapper puts names in front.
-        bias: The path of its logit bias, likewise, for a loss that has a `bias`.
+        bias: The path of its logit bias, likewise, for a loss that has a `bias`; None: the loss
+            trains its own, as a model without one needs it.
 
     Returns:
         The loss.
@@ -70,12 +74,32 @@ def share_logit_scale(
         ValueError: If the model has no such parameter, or it has several elements.
     """
     for part in _sharing(loss):
-        own = part.temperature
+        own, shared = part.temperature, _parameter(model, scale)
         part.temperature = SharedTemperature(
-            _parameter(model, scale), min_scale=own.min_scale, max_scale=own.max_scale
+            shared, min_scale=own.min_scale, max_scale=own.max_scale
         )
-        part.share_bias(lambda: _parameter(model, bias))
+        _warn_of_bounds(part.temperature, scale)
+        if bias is not None:
+            part.share_bias(partial(_parameter, model, bias))
     return loss
+
+
+def _warn_of_bounds(temperature: Temperature, path: str) -> None:
+    """Warn of a scale that the first update would move to a bound: it may be no logarithm."""
+    parameter = temperature.logit_scale
+    assert parameter is not None
+    if parameter.is_meta:
+        return
+    value = float(parameter.detach())
+    low, high = temperature.min_scale or 0.0, temperature.max_scale or math.inf
+    slack = 1.02  # ln(100) in half precision
+    if not low / slack <= math.exp(min(value, 700.0)) <= high * slack:
+        warnings.warn(
+            f"{path} should be ln(1 / temperature), with a scale in [{low:g}, {high:g}], got"
+            f" {value:.4g}: the first update moves it to a bound. If it is the scale itself, let"
+            " the model hold its logarithm; otherwise give the loss another max_logit_scale.",
+            stacklevel=3,
+        )
 
 
 def _sharing(loss: nn.Module) -> list[BaseContrastiveLoss]:
@@ -108,7 +132,9 @@ def _parameter(model: nn.Module, path: str) -> nn.Parameter:
 
 def _none_or_several(path: str, found: list[str], named: dict[str, nn.Parameter]) -> ValueError:
     single = [name for name, parameter in named.items() if parameter.numel() == 1]
+    without = " With bias=None the loss keeps its own bias." if "bias" in path else ""
     return ValueError(
         f"model must have a parameter {path!r}, got {'several' if found else 'none'}. Pass the"
         f" whole path. Its parameters of one element are: {', '.join(single[:8]) or 'none'}."
+        f"{without}"
     )

@@ -50,10 +50,10 @@ class Wrapped(nn.Module):
         return features
 
 
-def trainer_for(model: nn.Module, loss: nn.Module) -> Trainer:
+def trainer_for(model: nn.Module, loss: nn.Module, precision: str = "fp32") -> Trainer:
     parameters = {id(p): p for p in (*model.parameters(), *loss.parameters())}
     optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
-    return Trainer(model, loss, optimizer, task=tasks.image_text, seed=0)
+    return Trainer(model, loss, optimizer, task=tasks.image_text, seed=0, precision=precision)
 
 
 @pytest.mark.parametrize("loss", [CLIPLoss(), SigLIPLoss(), WeightedSum(losses=[CLIPLoss()])])
@@ -104,14 +104,24 @@ def test_an_export_holds_the_scale_that_was_trained(tmp_path: Path) -> None:
 
 
 def test_a_scale_in_half_precision_is_reported_wherever_it_is() -> None:
+    model = Scaled().bfloat16()
+    with pytest.warns(UserWarning, match="logit_scale, logit_bias must be float32"):
+        trainer_for(model, share_logit_scale(CLIPLoss(), model))
     for dtype in (torch.bfloat16, torch.float16):
-        model = Scaled().to(dtype)
-        with pytest.warns(UserWarning, match="logit_scale, logit_bias must be float32"):
-            trainer_for(model, share_logit_scale(CLIPLoss(), model))
         with pytest.warns(UserWarning, match=r"temperature.logit_scale must be float32"):
-            trainer_for(TwoTower().to(dtype), CLIPLoss().to(dtype))
+            trainer_for(TwoTower(), CLIPLoss().to(dtype))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         frozen = Scaled().bfloat16().requires_grad_(False)
         trainer_for(frozen, VICRegLoss())
         trainer_for(TwoTower().bfloat16(), CLIPLoss())
+
+
+def test_a_model_in_float16_is_reported_and_refused_by_a_loss_scale() -> None:
+    with pytest.warns(UserWarning, match="trainable parameters in float16, .* first. Adam's eps"):
+        trainer_for(TwoTower().half(), VICRegLoss())
+    with (
+        pytest.warns(UserWarning, match="in float16"),
+        pytest.raises(ValueError, match=r"float32 if precision is 'fp16'.* Call model.float\(\)"),
+    ):
+        trainer_for(TwoTower().half(), VICRegLoss(), precision="fp16")

@@ -65,6 +65,13 @@ def test_siglip_shares_the_bias_too(shape, tile):
     assert {v.shape for v in loss.scalars().values()} == {torch.Size([])}
 
 
+def test_siglip_keeps_its_bias_for_a_model_without_one():
+    model = Scaled()
+    loss = share_logit_scale(SigLIPLoss(bias=-4.0), model, bias=None)
+    assert loss.temperature.logit_scale is model.logit_scale
+    assert dict(loss.named_parameters())["bias"].item() == -4
+
+
 def test_there_is_one_scale_even_after_a_change_of_dtype():
     model, loss = Scaled(), CLIPLoss()
     share_logit_scale(loss, model)
@@ -81,7 +88,8 @@ def test_there_is_one_scale_even_after_a_change_of_dtype():
 
 def test_the_bounds_of_the_loss_apply_to_the_models_scale():
     model = Scaled()
-    loss = share_logit_scale(CLIPLoss(temperature=0.5, max_logit_scale=5.0), model)
+    with pytest.warns(UserWarning, match=r"a scale in \[1, 5\], got 2: the first update"):
+        loss = share_logit_scale(CLIPLoss(temperature=0.5, max_logit_scale=5.0), model)
     loss.temperature.constrain()
     assert model.logit_scale.item() == pytest.approx(math.log(5.0))
     assert loss.temperature.value == pytest.approx(0.2)
@@ -105,5 +113,9 @@ def test_wrong_arguments_are_refused():
         ValueError, match=r"'scale', got none. .*Its parameters of one element are: logit_scale"
     ):
         share_logit_scale(CLIPLoss(), Scaled(), scale="scale")
+    with pytest.raises(
+        ValueError, match=r"'logit_offset_bias', got none.* With bias=None the loss keeps its own"
+    ):
+        share_logit_scale(SigLIPLoss(), Scaled(), bias="logit_offset_bias")
     with pytest.raises(ValueError, match=r"must be one floating-point number, got torch.float32"):
         share_logit_scale(CLIPLoss(), Scaled(), scale="image.weight")
