@@ -19,7 +19,9 @@ LAYERS = 16
 FOLDER_MODULES = range(2, 16)
 LAZY = "diptych._lazy"
 """All that a facade, the `__init__` of a package with public names, imports."""
-SHARED = frozenset({LAZY, "diptych._argument_names", "diptych._summaries"})
+SHARED = frozenset(
+    {LAZY, *(f"diptych._{name}" for name in ("argument_names", "loss_arguments", "summaries"))}
+)
 """The modules that every folder may import; they import nothing of the library."""
 
 Graph = Mapping[str, Set[str]]
@@ -119,7 +121,6 @@ ALLOWED: dict[str, set[str]] = {
         "engine.distributed",
         "engine.loop",
         "engine.state",
-        "engine.step",
         "engine.trials",
         "handlers",
         "handlers.checkpointing",

@@ -8,22 +8,16 @@ handlers that asks what else it has: `terms`, `couples_samples`, `total_and_weig
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
+from diptych._loss_arguments import call_with
 from diptych.engine.distributed.gathering import gather_values
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import BatchError
-from diptych.engine.tasks import Outputs
-
-T = TypeVar("T")
-
-TEACHER = "teacher_"
-"""The beginning of the names of a teacher's outputs, which a loss takes by name or not at all."""
 
 Terms = dict[str, Tensor]
 """The named, weighted parts of a loss, whose sum it is."""
@@ -106,52 +100,12 @@ def optional(module: nn.Module, name: str) -> Any:
 
 
 @waits_at("the loss, which gathers features")
-def loss_terms(loss: nn.Module, outputs: Outputs) -> Terms:
+def loss_terms(loss: nn.Module, outputs: Mapping[str, Tensor]) -> Terms:
     """Return the named terms whose sum is the loss; `{"loss": value}` if it has no `terms`."""
     terms = optional(loss, "terms")
     if terms is None:
         return {"loss": call_with(loss, outputs)}
     return dict(call_with(terms, outputs))
-
-
-def call_with(function: Callable[..., T], outputs: Mapping[str, Tensor]) -> T:
-    """Call a loss, or a method of a loss, with the task's outputs.
-
-    Outputs are passed in their order. One that has the name of an optional argument is passed by
-    name. An output of a teacher is left out unless the function has an argument of its name.
-    """
-    written: Any = function.forward if isinstance(function, nn.Module) else function
-    in_order, by_name = _arguments_of(getattr(written, "__func__", written), tuple(outputs))
-    named = {name: outputs[name] for name in by_name} if by_name else {}
-    return function(*map(outputs.__getitem__, in_order), **named)
-
-
-@functools.lru_cache(maxsize=64)
-def _arguments_of(
-    function: Callable[..., Any], outputs: tuple[str, ...]
-) -> tuple[list[str], list[str]]:
-    """Return the names of the outputs that are passed in their order, and of those by name."""
-    names = _argument_names(function)
-    if names is None:
-        return list(outputs), []
-    by_name = [name for name in names if name in outputs]
-    others = (name for name in outputs if name not in by_name)
-    return [name for name in others if not name.startswith(TEACHER)], by_name
-
-
-def _argument_names(function: Callable[..., Any]) -> tuple[str, ...] | None:
-    """Return the names by which outputs are passed; None if the function takes any number."""
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # not written in Python
-        return None
-    if any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in parameters.values()):
-        return None
-    return tuple(
-        name
-        for name, one in parameters.items()
-        if one.default is not inspect.Parameter.empty or name.startswith(TEACHER)
-    )
 
 
 def sum_of_terms(terms: Terms) -> Tensor:

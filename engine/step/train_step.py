@@ -12,6 +12,7 @@ from ignite.engine import State
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diptych._loss_arguments import call_with
 from diptych.engine.data.batches import batch_kind, batch_size, cut_batch
 from diptych.engine.data.prefetch import mover
 from diptych.engine.data.transform import Transform, apply_transform
@@ -32,7 +33,6 @@ from diptych.engine.step.batch_checks import report_skipped
 from diptych.engine.step.compilation import keep_gradients, uses_cuda_graphs
 from diptych.engine.step.loss_contract import (
     Terms,
-    call_with,
     constrained,
     couples_samples,
     is_too_small,

@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 from ignite.metrics import Metric
 from torch import Tensor, nn
 
+from diptych._loss_arguments import call_with
 from diptych.engine.containers import leaves
 from diptych.engine.data.batches import batch_size
 from diptych.engine.data.loader_contract import check_is_loader, length_of
@@ -36,7 +37,7 @@ from diptych.engine.optimizers.optimizer_modes import evaluation_weights
 from diptych.engine.settings import AUTOCAST, Precision
 from diptych.engine.step import loss_contract
 from diptych.engine.step.batch_checks import report_last_batch
-from diptych.engine.step.loss_contract import call_with, sample_mean_of
+from diptych.engine.step.loss_contract import loss_terms, sample_mean_of, sum_of_terms
 from diptych.engine.tasks import Task
 from diptych.engine.trainer import Trainer
 from diptych.engine.trials.first_batches import first_batches
@@ -392,7 +393,7 @@ class ValidationLoss(OutputsMetric):
         mean = None if self.couples_samples else sample_mean_of(self.loss)
         if mean is not None:
             return call_with(mean.total_and_weight, output)
-        value = call_with(self.loss, output)
+        value = sum_of_terms(loss_terms(self.loss, output))
         size = torch.full_like(value, batch_size(output), dtype=torch.float64)
         return (value if self.couples_samples else value * size), size
 

@@ -12,12 +12,12 @@ import torch
 from ignite.engine import Events
 from torch import Tensor, nn
 
+from diptych._loss_arguments import TEACHER
 from diptych.engine.errors import BatchError
 from diptych.engine.handler import Handler
 from diptych.engine.modules import TRAINING, parts_of, unwrapped
 from diptych.engine.predictions import prediction_of
 from diptych.engine.state.description import tensor_digest
-from diptych.engine.step.loss_contract import TEACHER
 from diptych.engine.tasks import Outputs, Task
 from diptych.engine.trainer import Trainer
 

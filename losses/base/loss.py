@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Protocol, cast
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych._argument_names import names_the_right_arguments_of
+from diptych._loss_arguments import written
 from diptych.losses.base.gather import AnnouncedSizes, world_size
 
 
@@ -122,10 +123,13 @@ class _PlainLoss:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module if hasattr(self._module, name) else _DEFAULTS, name)
 
-    def terms(self, *inputs: Any) -> Mapping[str, Tensor]:
+    def terms(self, *inputs: Any, **named: Any) -> Mapping[str, Tensor]:
         """Return the module's terms, or its value as the only one."""
         terms = getattr(self._module, "terms", None)
-        return {"loss": self._module(*inputs)} if terms is None else terms(*inputs)
+        if terms is None:
+            return {"loss": self._module(*inputs, **named)}
+        found: Mapping[str, Tensor] = terms(*inputs, **named)
+        return found
 
 
 _DEFAULTS = Loss()
@@ -134,6 +138,14 @@ _DEFAULTS = Loss()
 def with_defaults(loss: nn.Module) -> Loss:
     """Return a loss itself; for any other module, a view that adds the defaults of `Loss`."""
     return loss if isinstance(loss, Loss) else cast(Loss, _PlainLoss(loss))
+
+
+def named_call(loss: nn.Module) -> Callable[..., Any]:
+    """Return the method whose arguments have the names of those of the loss."""
+    for name in ("total_and_weight", "terms"):
+        if hasattr(loss, name):
+            return written(getattr(loss, name))
+    return written(loss)
 
 
 class SampleMeanTerms(Protocol):

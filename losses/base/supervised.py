@@ -34,20 +34,25 @@ class BaseSupervisedLoss(Loss):
         """
         raise NotImplementedError(f"{type(self).__name__} must define total_and_weight")
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         """Return the weighted mean over all samples of all ranks, a scalar; 0 if all weights are 0.
 
         The value averages over ranks to that of the global batch.
+
+        Args:
+            *inputs: The arguments of `total_and_weight`.
+            **named: The arguments of `total_and_weight`, by name.
         """
-        with torch.autocast(inputs[0].device.type, enabled=False):
-            total, weight = self.total_and_weight(*inputs)
+        device = next(iter((*inputs, *named.values()))).device
+        with torch.autocast(device.type, enabled=False):
+            total, weight = self.total_and_weight(*inputs, **named)
         weight = sum_over_ranks(weight.detach())
         # If all weights are 0, the total is 0 too, and any divisor gives the intended 0.
         return total * world_size() / torch.where(weight == 0, 1, weight)
 
-    def terms(self, *inputs: Tensor) -> dict[str, Tensor]:
+    def terms(self, *inputs: Tensor, **named: Tensor) -> dict[str, Tensor]:
         """Return the loss as its only term."""
-        return {self.name: self(*inputs)}
+        return {self.name: self(*inputs, **named)}
 
     def example_inputs(
         self, batch: int, *, dim: int = 8, generator: torch.Generator | None = None

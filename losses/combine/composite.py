@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from diptych.losses.base.loss import Loss, sample_mean, with_defaults
+from diptych._loss_arguments import TEACHER, arguments_of_parts
+from diptych.losses.base.loss import Loss, named_call, sample_mean, with_defaults
 from diptych.losses.registry import available_losses, get_loss_class
 
 
@@ -59,10 +60,10 @@ class CompositeLoss(Loss):
         return any(with_defaults(loss).negatives_in_batch for loss in self.losses.values())
 
     def part_terms(
-        self, name: str, weight: float | Tensor, *inputs: Tensor | None
+        self, name: str, weight: float | Tensor, *inputs: Tensor | None, **named: Tensor
     ) -> dict[str, Tensor]:
         """Call a part and return its terms times a weight, named after it."""
-        return weighted_terms(name, self.losses[name], weight, *inputs)
+        return weighted_terms(name, self.losses[name], weight, *inputs, **named)
 
     def scalars(self) -> dict[str, Tensor]:
         """Return the parts' scalars, detached, named after the parts, for logs."""
@@ -74,14 +75,14 @@ class CompositeLoss(Loss):
 
 
 def weighted_terms(
-    name: str, loss: nn.Module, weight: float | Tensor, *inputs: Tensor | None
+    name: str, loss: nn.Module, weight: float | Tensor, *inputs: Tensor | None, **named: Tensor
 ) -> dict[str, Tensor]:
     """Return a loss's terms times a weight, named `name`, or ``name/term`` if there are several."""
     terms_of = with_defaults(loss).terms
     try:
-        terms = terms_of(*inputs)
+        terms = terms_of(*inputs, **named)
     except TypeError as error:
-        if _takes(terms_of, len(inputs)):
+        if _takes(terms_of, inputs, named):
             raise
         raise TypeError(
             f"inputs must give the positions of the outputs that {name!r} takes, which cannot take"
@@ -93,10 +94,12 @@ def weighted_terms(
     return {f"{name}/{term}": weight * value for term, value in terms.items()}
 
 
-def _takes(terms: Callable[..., object], inputs: int) -> bool:
-    """Return whether a function can be called with so many arguments."""
+def _takes(
+    terms: Callable[..., object], inputs: Sequence[object], named: Mapping[str, object]
+) -> bool:
+    """Return whether a function can be called with so many arguments, and those by name."""
     try:
-        inspect.signature(terms).bind(*range(inputs))
+        inspect.signature(terms).bind(*inputs, **named)
     except TypeError:
         return False
     return True
@@ -109,7 +112,7 @@ class MultipleLosses(CompositeLoss):
 
     Args:
         losses: The parts by name, or in a sequence, named as they are registered.
-        inputs: For a part, the positions of the arguments that it takes; other parts take all.
+        inputs: For a part, the positions of the arguments that it takes; see `WeightedSum`.
 
     Raises:
         ValueError: If there is no part, two parts of a sequence have one name, or `inputs` names
@@ -142,19 +145,25 @@ class MultipleLosses(CompositeLoss):
         first, *others = self.part_weights()
         return bool(others) or sample_mean(self.losses[first]) is None
 
-    def terms(self, *inputs: Tensor) -> dict[str, Tensor]:
+    def terms(self, *inputs: Tensor, **outputs: Tensor) -> dict[str, Tensor]:
         """Return the weighted terms of the parts, named after them.
 
         Args:
             *inputs: The outputs of the task.
+            **outputs: The same by name, from which each part gets those that it names.
         """
         terms: dict[str, Tensor] = {}
         for name, weight in self.part_weights().items():
-            terms |= self.part_terms(name, weight, *self.inputs_of(name, inputs))
+            in_order, by_name = self.arguments_of(name, inputs, outputs)
+            terms |= self.part_terms(name, weight, *in_order, **by_name)
         return terms
 
-    def total_and_weight(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def total_and_weight(self, *inputs: Tensor, **outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return (weighted total, weight) of a single part that is a mean over samples.
+
+        Args:
+            *inputs: The outputs of the task.
+            **outputs: The same by name.
 
         Raises:
             TypeError: If the loss couples samples.
@@ -166,8 +175,33 @@ class MultipleLosses(CompositeLoss):
                 "total_and_weight needs a single part that is a mean over samples, got"
                 f" {', '.join(self.part_weights())}. Call forward on the whole batch."
             )
-        total, weight = part.total_and_weight(*self.inputs_of(name, inputs))
+        in_order, by_name = self.arguments_of(name, inputs, outputs)
+        total, weight = part.total_and_weight(*in_order, **by_name)
         return factor * total, weight
+
+    def arguments_of(
+        self, name: str, inputs: Sequence[Tensor], outputs: Mapping[str, Tensor]
+    ) -> tuple[Sequence[Tensor], Mapping[str, Tensor]]:
+        """Return the arguments that a part takes, in order and by name.
+
+        Raises:
+            TypeError: If no part takes one of the outputs.
+            ValueError: If a position in `inputs` is none.
+        """
+        if name in self.inputs or not outputs:
+            return self.inputs_of(name, (*inputs, *outputs.values())), {}
+        found = arguments_of_parts(tuple(map(named_call, self.losses.values())), tuple(outputs))
+        if inputs:
+            found = [([], by_name) for _, by_name in found]
+        taken = {output for part in found for names in part for output in names}
+        unused = [o for o in outputs if o not in taken and not o.startswith(TEACHER)]
+        if unused and not self.inputs:
+            raise TypeError(
+                f"outputs must be arguments of a part, got {', '.join(unused)}, which none of"
+                f" {', '.join(self.losses)} takes. Select those of each part with inputs="
+            )
+        in_order, by_name = found[list(self.losses).index(name)]
+        return inputs or [outputs[o] for o in in_order], {o: outputs[o] for o in by_name}
 
     def inputs_of(self, name: str, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the arguments that a part takes.

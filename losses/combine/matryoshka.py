@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from diptych.losses.base.loss import Loss, sample_mean, with_defaults
+from diptych._loss_arguments import arguments_of
+from diptych.losses.base.loss import Loss, named_call, sample_mean, with_defaults
 from diptych.losses.base.validation import check_at_least
 from diptych.losses.combine.composite import weighted_terms
 from diptych.losses.contrastive.clip import CLIPLoss
@@ -85,18 +86,20 @@ class MatryoshkaLoss(Loss):
         """Whether swapping the first two inputs leaves the value unchanged."""
         return with_defaults(self.loss).symmetric
 
-    def terms(self, *inputs: Tensor) -> dict[str, Tensor]:
+    def terms(self, *inputs: Tensor, **outputs: Tensor) -> dict[str, Tensor]:
         """Return the weighted terms of the loss on each prefix.
 
         Args:
             *inputs: The arguments of the loss.
+            **outputs: The outputs of the task, from which the loss gets its arguments.
         """
         terms: dict[str, Tensor] = {}
         for dim, weight in self.weights.items():
-            terms |= weighted_terms(f"dim_{dim}", self.loss, weight, *self._prefixes(inputs, dim))
+            in_order, by_name = self._prefixes(inputs, outputs, dim)
+            terms |= weighted_terms(f"dim_{dim}", self.loss, weight, *in_order, **by_name)
         return terms
 
-    def total_and_weight(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def total_and_weight(self, *inputs: Tensor, **outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return (weighted total, weight) for a single prefix of a mean over samples.
 
         Raises:
@@ -110,21 +113,28 @@ class MatryoshkaLoss(Loss):
                 f" {tuple(self.weights)} of {type(self.loss).__name__}."
                 " Call forward on the whole batch."
             )
-        total, weight = mean.total_and_weight(*self._prefixes(inputs, dim))
+        in_order, by_name = self._prefixes(inputs, outputs, dim)
+        total, weight = mean.total_and_weight(*in_order, **by_name)
         return factor * total, weight
 
     def scalars(self) -> dict[str, Tensor]:
         """Return the scalars of the loss."""
         return with_defaults(self.loss).scalars()
 
-    def _prefixes(self, inputs: Sequence[Tensor], dim: int) -> list[Tensor]:
-        """Return the arguments with the first `dim` features of each floating one."""
-        return [
-            self._prefix(x, dim) if x is not None and x.is_floating_point() and x.dim() > 1 else x
-            for x in inputs
-        ]
+    def _prefixes(
+        self, inputs: Sequence[Tensor], outputs: Mapping[str, Tensor], dim: int
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Return the arguments of the loss, with the first `dim` features of each floating one."""
+        in_order, by_name = list(inputs), list(outputs)
+        if outputs and not inputs:
+            names, by_name = arguments_of(named_call(self.loss), tuple(outputs))
+            in_order = [outputs[name] for name in names]
+        prefixes = {name: self._prefix(outputs[name], dim) for name in by_name}
+        return [self._prefix(x, dim) for x in in_order], prefixes
 
     def _prefix(self, features: Tensor, dim: int) -> Tensor:
+        if features is None or not features.is_floating_point() or features.dim() < 2:
+            return features
         if features.shape[-1] < dim:
             raise ValueError(
                 f"dims must be at most the number of features, {features.shape[-1]}, got"

@@ -65,13 +65,14 @@ class UncertaintyWeighted(MultipleLosses):
         """Return all parts with their weights e^{-s}."""
         return dict(zip(self.losses, (-self.log_variances).exp(), strict=True))
 
-    def terms(self, *inputs: Tensor) -> dict[str, Tensor]:
+    def terms(self, *inputs: Tensor, **outputs: Tensor) -> dict[str, Tensor]:
         """Return the weighted terms of all parts, and `log_variance`.
 
         Args:
             *inputs: The outputs of the task.
+            **outputs: The same by name.
         """
-        return {**super().terms(*inputs), "log_variance": self.log_variances.sum() / 2}
+        return {**super().terms(*inputs, **outputs), "log_variance": self.log_variances.sum() / 2}
 
     def scalars(self) -> dict[str, Tensor]:
         """Return the parts' scalars and each part's weight e^{-s}, detached, for logs."""

@@ -17,8 +17,11 @@ from diptych.losses.registry import register_loss
 class WeightedSum(MultipleLosses):
     """Sum of losses with fixed weights: sum_k w_k L_k.
 
-    Called with the task's outputs; a part takes all of them, or those that `inputs` selects. The
-    range is that of the parts. Terms: the weighted terms of each part, named after it.
+    Called with the task's outputs: in order, which each part takes all, or by name, as a trainer
+    calls it. By name, a part gets what it would get as the only loss, except what another part
+    takes by name; a part whose required arguments are all named like outputs gets just these.
+    `inputs` selects by position instead. The range is that of the parts. Terms: the weighted terms
+    of each part, named after it.
 
     Across ranks: the parts communicate; their sum is exact if they are.
 
@@ -27,7 +30,7 @@ class WeightedSum(MultipleLosses):
         weights: A number >= 0 for each part, by name or in the same order; None: 1. The attribute
             `weights` may be changed during training.
         inputs: For a part, the positions of the arguments that it takes, such as
-            ``{"clip": (0, 1), "cross_entropy": (2, 3)}``; other parts take all.
+            ``{"clip": (0, 1), "cross_entropy": (2, 3)}``.
 
     Raises:
         ValueError: If names or numbers of parts and weights differ, or a weight is < 0.

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from diptych._loss_arguments import call_with
 from diptych.engine import BatchError
 from diptych.engine.modules import parts_of
 from diptych.engine.step.loss_contract import (
-    call_with,
     constrained,
     couples_samples,
     loss_terms,
