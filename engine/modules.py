@@ -7,7 +7,6 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
-from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -16,7 +15,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 logger = logging.getLogger(__name__)
 
-TRAINING = attrgetter("training")
 T = TypeVar("T")
 
 
@@ -150,11 +148,6 @@ class TrainingModes:
         # The parts that were in eval mode while their root was in train mode.
         self._resting: dict[nn.Module, list[nn.Module]] = {}
         self._told: set[str] = set()
-
-    @property
-    def are_for_training(self) -> bool:
-        """Whether all roots are in train mode."""
-        return all(map(TRAINING, self._roots().values()))
 
     @property
     def resting(self) -> list[nn.Module]:

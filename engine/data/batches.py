@@ -25,7 +25,9 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """
 
     def move(leaf: Any) -> Any:
-        return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
+        if not isinstance(leaf, Tensor) or leaf.device == device:  # a test costs less than `to`
+            return leaf
+        return leaf.to(device, non_blocking=True)
 
     return map_leaves(batch, move)
 

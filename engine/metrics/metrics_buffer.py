@@ -21,23 +21,24 @@ from diptych.engine.distributed.hang_report import waits_at
 
 Scalar = Tensor | float | int
 FLOAT = torch.float32  # nearly all scalars of a step
+Rows = dict[tuple[str, ...], list[Tensor]]
+Numbers = dict[str, list[float]]
 WEIGHT = " (weight)"
 """The end of the tag under which the weights of a tag's values are added."""
-BufferMark = tuple[dict[tuple[str, ...], int], dict[str, int]]
-"""The number of values of each kind of row, and of each number."""
+BufferMark = tuple[int, int]
+"""The number of rows and of numbers."""
 
 
 class ScalarBuffer:
     """Collects scalars, and fetches all of them with one transfer.
 
-    Scalars that are published together are appended to one list, row by row, a copied row as one
-    vector: a step with five scalars costs one lookup in a dictionary, and one operation combines
-    all rows of a kind.
+    Scalars that are published together are a row, a copied row is one vector. Rows are appended to
+    a list: a step costs little, and one operation combines all rows with the same tags later.
     """
 
     def __init__(self) -> None:
-        self._rows: dict[tuple[str, ...], list[Tensor]] = {}
-        self._numbers: defaultdict[str, list[float]] = defaultdict(list)
+        self._rows: list[tuple[tuple[str, ...], list[Tensor]]] = []
+        self._numbers: list[tuple[str, float]] = []
 
     def __bool__(self) -> bool:
         return bool(self._rows or self._numbers)
@@ -56,20 +57,16 @@ class ScalarBuffer:
         """
         row: list[Any] = [*scalars.values()]
         if _are_plain(row):
-            row = _copied(row) if copy and row else row
-            tags = tuple(scalars)
-            if tags in self._rows:
-                self._rows[tags] += row
-            elif tags:
-                self._rows[tags] = row
+            if row:
+                self._rows.append((tuple(scalars), _copied(row) if copy else row))
             return
         for tag, value in scalars.items():
             kept = as_scalar(tag, value)
             if isinstance(kept, Tensor):
                 own = kept.clone() if copy else kept
-                self._rows.setdefault((tag,), []).append(own)
+                self._rows.append(((tag,), [own]))
             else:
-                self._numbers[tag].append(kept)
+                self._numbers.append((tag, kept))
 
     @waits_at("a log point")
     def drain(
@@ -87,13 +84,15 @@ class ScalarBuffer:
         Raises:
             RuntimeError: on all ranks, if they have published different tags.
         """
-        check_same_on_all_ranks("the tags that are published", self._tags())
+        rows, numbers = self._by_tags()
+        tags = [*map("+".join, rows), *numbers]
+        check_same_on_all_ranks("the tags that are published", tags)
         on_device = {tag: value for tag, value in gauges.items() if isinstance(value, Tensor)}
-        totals = [float(sum(values)) for values in self._numbers.values()]
-        values = self._fetch([*on_device.values()], totals)
+        totals = [float(sum(values)) for values in numbers.values()]
+        values = _fetched(rows, [*on_device.values()], totals)
         read = dict(zip(on_device, values[len(values) - len(on_device) :], strict=True))
         sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0])
-        for (tag, count), value in zip(self._counts(), values, strict=False):
+        for (tag, count), value in zip(_counts(rows, numbers), values, strict=False):
             sums[tag][0] += value
             sums[tag][1] += count * world_size()
         for tag in [tag for tag in sums if tag.endswith(WEIGHT)]:
@@ -105,19 +104,12 @@ class ScalarBuffer:
         )
 
     def mark(self) -> BufferMark:
-        """Return the number of values so far, for `drop_since`."""
-        rows = dict(zip(self._rows, map(len, self._rows.values()), strict=True))
-        numbers = dict(zip(self._numbers, map(len, self._numbers.values()), strict=True))
-        return rows, numbers
+        """Return the number of rows and numbers so far, for `drop_since`."""
+        return len(self._rows), len(self._numbers)
 
     def drop_since(self, mark: BufferMark) -> None:
         """Drop the values that were added after a mark."""
-        kinds: Any = ((self._rows, mark[0]), (self._numbers, mark[1]))
-        for held, lengths in kinds:
-            for key in list(held):
-                del held[key][lengths.get(key, 0) :]
-                if not held[key]:
-                    del held[key]
+        del self._rows[mark[0] :], self._numbers[mark[1] :]
 
     def clear(self) -> None:
         """Drop all values."""
@@ -126,49 +118,50 @@ class ScalarBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all values; those of one kind of row as a tensor [rows * tags]."""
-        rows = [
-            {"tags": list(tags), "values": _flat(values)} for tags, values in self._rows.items()
-        ]
-        return {"rows": rows, "numbers": {tag: list(v) for tag, v in self._numbers.items()}}
+        rows, numbers = self._by_tags()
+        kinds = [{"tags": list(tags), "values": _flat(values)} for tags, values in rows.items()]
+        return {"rows": kinds, "numbers": dict(numbers)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore a state that `state_dict` returned."""
         self.clear()
-        self._rows.update(
-            {tuple(row["tags"]): list(row["values"].unbind()) for row in state_dict["rows"]}
-        )
-        self._numbers.update({tag: list(v) for tag, v in state_dict["numbers"].items()})
-
-    def _tags(self) -> list[str]:
-        return [*("+".join(tags) for tags in self._rows), *self._numbers]
-
-    def _counts(self) -> list[tuple[str, int]]:
-        """Return the tag and the number of values of each sum, in the order of `_fetch`."""
-        rows = [
-            (tag, _count(values) // len(tags))
-            for tags, values in self._rows.items()
-            for tag in tags
+        self._rows += [
+            (tuple(row["tags"]), list(row["values"].unbind())) for row in state_dict["rows"]
         ]
-        return [*rows, *((tag, len(values)) for tag, values in self._numbers.items())]
+        self._numbers += [(tag, v) for tag, held in state_dict["numbers"].items() for v in held]
 
-    def _fetch(self, gauges: list[Tensor], totals: list[float]) -> list[float]:
-        """Return the sums of the rows and `totals`, both over all ranks, and the gauges."""
-        parts, own = self._column_sums(), totals
-        if world_size() > 1:
-            parts.append(torch.tensor(totals, dtype=torch.float64, device=exchange_device()))
-            parts, own = [all_reduce_sum(_joined(parts))], []
-        if gauges:
-            parts.append(_stacked(gauges).double())
-        values: list[float] = _joined(parts).tolist() if parts else []
-        sums = len(values) - len(gauges)
-        return [*values[:sums], *own, *values[sums:]]
+    def _by_tags(self) -> tuple[Rows, Numbers]:
+        rows: Rows = {}
+        for tags, row in self._rows:
+            rows.setdefault(tags, []).extend(row)
+        numbers: Numbers = {}
+        for tag, number in self._numbers:
+            numbers.setdefault(tag, []).append(number)
+        return rows, numbers
 
-    def _column_sums(self) -> list[Tensor]:
-        """Return the sums of each kind of row, in float64 to make rounding negligible."""
-        return [
-            _flat(values).view(-1, len(tags)).sum(0, dtype=torch.float64)
-            for tags, values in self._rows.items()
-        ]
+
+def _counts(rows: Rows, numbers: Numbers) -> list[tuple[str, int]]:
+    """Return the tag and the number of values of each sum, in the order of `_fetched`."""
+    counts = [(tag, _count(values) // len(tags)) for tags, values in rows.items() for tag in tags]
+    return [*counts, *((tag, len(values)) for tag, values in numbers.items())]
+
+
+def _fetched(rows: Rows, gauges: list[Tensor], totals: list[float]) -> list[float]:
+    """Return the sums of the rows and `totals`, both over all ranks, and the gauges."""
+    # In float64, to make rounding negligible.
+    parts = [
+        _flat(values).view(-1, len(tags)).sum(0, dtype=torch.float64)
+        for tags, values in rows.items()
+    ]
+    own = totals
+    if world_size() > 1:
+        parts.append(torch.tensor(totals, dtype=torch.float64, device=exchange_device()))
+        parts, own = [all_reduce_sum(_joined(parts))], []
+    if gauges:
+        parts.append(_stacked(gauges).double())
+    values: list[float] = _joined(parts).tolist() if parts else []
+    sums = len(values) - len(gauges)
+    return [*values[:sums], *own, *values[sums:]]
 
 
 def mean_of_buffers(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -27,6 +27,8 @@ class ExactSteps(EventLoop):
     was made counts, and the rest of its iteration is done then.
     """
 
+    model: nn.Module
+    loss: nn.Module
     scaler: torch.amp.GradScaler | None
     metrics: MetricsCollector
     _snapshot: StepSnapshot | None
@@ -58,9 +60,9 @@ class ExactSteps(EventLoop):
         return isinstance(step, TrainStep) and step.unfinished is not None
 
     def _call_step(self, batch: Any) -> Any:
-        if not self._modes.are_for_training:
+        if not (self.model.training and self.loss.training):
             self._modes.train()  # a handler has evaluated, with other code than this library's
-        elif not self.epoch_iteration:
+        elif not self._position.epoch_iteration:
             self._modes.remember()
         if self._snapshot is None:
             return super()._call_step(batch)

@@ -167,14 +167,12 @@ class TrainStep:
 
     def transformed(self, batch: Any) -> Any:
         """Apply the trainer's transform to a batch on the device."""
-        state, seed = self._trainer.state, self._trainer.settings.seed
+        transform, state = self._trainer.transform, self._trainer.state
+        if transform is None:
+            return batch
+        seed = self._trainer.settings.seed
         return apply_transform(
-            self._trainer.transform,
-            batch,
-            self.device,
-            seed=seed,
-            epoch=state.epoch,
-            iteration=state.iteration,
+            transform, batch, self.device, seed=seed, epoch=state.epoch, iteration=state.iteration
         )
 
     def clear_gradients(self) -> None:
