@@ -68,6 +68,10 @@ class ScalarBuffer:
             else:
                 self._numbers.append((tag, kept))
 
+    def add_row(self, tags: tuple[str, ...], row: Tensor) -> None:
+        """Add the values of some tags as a vector of their own, which is not copied."""
+        self._rows.append((tags, [row]))
+
     @waits_at("a log point")
     def drain(
         self, gauges: Mapping[str, Scalar]
@@ -233,6 +237,8 @@ def _count(tensors: list[Tensor]) -> int:
 
 def _flat(tensors: list[Tensor]) -> Tensor:
     """Return the elements of scalars, and of vectors of scalars, as one vector."""
+    if len(tensors) == 1:
+        return tensors[0].view(-1)
     if len({tensor.shape for tensor in tensors}) == 1:
         return _stacked(tensors).view(-1)
     return _joined([tensor.view(-1) for tensor in tensors])

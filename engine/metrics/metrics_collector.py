@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import attrs
+import torch
+from torch import Tensor
 
 from diptych.engine.distributed.collectives import world_size
 from diptych.engine.metrics.metrics_buffer import (
@@ -99,6 +101,16 @@ class MetricsCollector:
             count: the number of these samples, or the sum of their weights; 0 if there are none.
         """
         self._buffer.add({**sums, **{tag + WEIGHT: count for tag in sums}})
+
+    def update_all_sums(self, tags: Sequence[str], sums: Tensor, counts: Tensor) -> None:
+        """Publish sums as `update_sums` does, each with its own count, without copying them.
+
+        Args:
+            tags: of the sums.
+            sums: a vector that nothing else changes, without a graph.
+            counts: a vector too.
+        """
+        self._buffer.add_row((*tags, *(tag + WEIGHT for tag in tags)), torch.cat([sums, counts]))
 
     def gauge(self, tag: str, function: Callable[[], Scalar]) -> None:
         """Publish the result of `function()` at each log point: a rate, memory in use."""

@@ -180,37 +180,36 @@ class RepresentationHealth(Handler):
         stacked = torch.stack([*sides.values()])
         means, deviations = feature_statistics.moments(stacked)
         rows = stacked.shape[1]
-        uniformity = {"uniformity": feature_statistics.uniformity(stacked)}
-        self._publish_means(_by_side(sides, uniformity), rows if rows > 1 else 0)
-        spread = _by_side(sides, feature_statistics.spread(deviations))
-        self._publish_means(spread, deviations.isfinite().all().to(deviations))
-        values: dict[str, Tensor] = {}
+        measured = {"uniformity": feature_statistics.uniformity(stacked)}
+        counts = [stacked.new_full((), rows if rows > 1 else 0)] * len(sides)
+        measured |= feature_statistics.spread(deviations)
+        counts += [deviations.isfinite().all().to(deviations)] * (2 * len(sides))
+        values = _by_side(sides, measured)
         if len(sides) == 2:
             first, second = stacked
             negatives = feature_statistics.negatives_in(trainer.outputs, rows)
             pairs = feature_statistics.pair_statistics(first, second, negatives)
             ids = _text_ids(trainer, self.samples)
             pairs["duplicates"] = feature_statistics.duplicates(stacked, ids, negatives)
-            self._publish_means(pairs, negatives.any(1).sum())
-            values["modality_gap"] = (means[0] - means[1]).norm()
+            counts += [negatives.any(1).sum(dtype=stacked.dtype)] * len(pairs)
             over_chance = _loss_over_chance(trainer)  # infinite for a batch of one, without chance
-            known = over_chance.isfinite().to(over_chance)
-            self._publish_means({"loss_over_chance": over_chance}, known)
-        trainer.metrics.update({f"health/{name}": value for name, value in values.items()})
+            counts.append(over_chance.isfinite().to(over_chance))
+            values |= {**pairs, "loss_over_chance": over_chance}
+            gap = (means[0] - means[1]).norm()
+            trainer.metrics.update_uncopied({"health/modality_gap": gap})
+        self._publish_means(values, counts)
 
-    def _publish_means(self, values: dict[str, Tensor], count: Tensor | int) -> None:
+    def _publish_means(self, values: dict[str, Tensor], counts: list[Tensor]) -> None:
         """Publish statistics of a batch, to be averaged over all batches and ranks.
 
         Args:
             values: by name; NaN if the batch is too small for them.
-            count: their weight: this rank's samples that have something to be compared with, 1 for
-                a statistic of all ranks; 0 if the batch is too small.
+            counts: their weights: this rank's samples that have something to be compared with, 1
+                for a statistic of all ranks; 0 if the batch is too small.
         """
-        found = torch.stack([*values.values()])  # at once: each operation has its price
-        weight = count.to(found) if isinstance(count, Tensor) else found.new_full((), count)
-        sums = (found.nan_to_num() * weight).unbind()
-        tags = (f"health/{name}" for name in values)
-        self._metrics.update_sums(dict(zip(tags, sums, strict=True)), weight)
+        found, weights = torch.stack([*values.values()]), torch.stack(counts)
+        tags = [f"health/{name}" for name in values]
+        self._metrics.update_all_sums(tags, found.nan_to_num() * weights, weights)
 
     def _sides(self, outputs: Outputs) -> dict[str, Tensor]:
         """Return the features by side; none if no output fits and none was named."""
