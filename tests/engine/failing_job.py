@@ -1,6 +1,7 @@
 """A small job of two ranks in which one fails, as a script.
 
-Usage: python -m tests.engine.failing_job FOLDER WHAT, with RANK and the like in the environment.
+Usage: python -m tests.engine.failing_job FOLDER WHAT [SECONDS], with RANK and the like in the
+environment. With SECONDS, the timeout, each rank has a GPU.
 """
 
 from __future__ import annotations
@@ -36,13 +37,15 @@ def goes_wrong(trainer: Trainer, what: str) -> None:
         return
     if what == "raises":
         raise ValueError("planted")
+    if what == "hangs":
+        time.sleep(600)
     if what == "leaves":
         os._exit(3)  # like a process that the operating system has killed
 
 
-def main(folder: Path, what: str) -> None:
+def main(folder: Path, what: str, device: str) -> None:
     """Train on all ranks."""
-    trainer = trainer_of(log_every=1)
+    trainer = trainer_of(log_every=1, device=device)
     trainer.add_event_handler(Events.ITERATION_STARTED, goes_wrong, what)
     if what == "aborts" and rank() == 0:  # what a backend's watchdog does
         trainer.add_event_handler(Events.STARTED, threading.Timer(2.0, os.abort).start)
@@ -53,5 +56,8 @@ def main(folder: Path, what: str) -> None:
 
 
 if __name__ == "__main__":
-    with process_group(backend="gloo", timeout=timedelta(seconds=60)):
-        main(Path(sys.argv[1]), sys.argv[2])
+    device, backend, seconds = "cpu", "gloo", 60.0
+    if len(sys.argv) > 3:
+        device, backend, seconds = f"cuda:{os.environ['RANK']}", "nccl", float(sys.argv[3])
+    with process_group(backend=backend, timeout=timedelta(seconds=seconds)):
+        main(Path(sys.argv[1]), sys.argv[2], device)

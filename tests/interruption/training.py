@@ -4,7 +4,7 @@ Usage: python -m tests.interruption.training FOLDER RENDEZVOUS [SECONDS]
 
 With SECONDS each iteration takes at least that long, so that a signal arrives in the middle.
 Environment: RANK, WORLD_SIZE, MICROBATCH_SIZE; SHARD shards the model; EQUAL makes the weights
-independent of the number of ranks.
+independent of the number of ranks; GPU trains on a GPU for each rank.
 """
 
 from __future__ import annotations
@@ -135,11 +135,11 @@ def build(folder: Path) -> tuple[Trainer, SeededLoader, Average, Order]:
         optimizer,
         task=tasks.two_views,
         transform=None if equal else jitter,
-        device="cpu",
+        device=f"cuda:{os.environ.get('RANK', '0')}" if "GPU" in os.environ else "cpu",
         seed=2,
         log_every=3,
         microbatch_size=int(os.environ.get("MICROBATCH_SIZE", "3")),
-        shard=("layers.0", "layers.4") if "SHARD" in os.environ else False,
+        shard=("layers.0", "layers.3" if equal else "layers.4") if "SHARD" in os.environ else False,
     )
     average, of_average = averaged(trainer)
     evaluated = SeededLoader(Pairs(), BATCH, seed=9, shuffle=False)
@@ -177,9 +177,11 @@ def main() -> None:
     """Train to the end from the latest checkpoint, and write the digest of the result."""
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
+    if "GPU" in os.environ:
+        torch.cuda.set_device(int(os.environ.get("RANK", "0")))
     if "RANK" in os.environ:
         dist.init_process_group(
-            "gloo",
+            "nccl" if "GPU" in os.environ else "gloo",
             init_method=f"file://{sys.argv[2]}",
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
@@ -190,6 +192,7 @@ def main() -> None:
     trainer.run(loader, max_epochs=EPOCHS)
     states = [trainer.model.state_dict(), trainer.loss.state_dict(), average()]
     values = [full_tensor(value) for state in states for value in state.values()]
+    values = [value.cpu() for value in values]
     content = b"".join(value.numpy().tobytes() for value in values)
     if int(os.environ.get("RANK", "0")) == 0:
         (folder / "order.json").write_text(json.dumps(order.seen))

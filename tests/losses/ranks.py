@@ -1,4 +1,4 @@
-"""Processes that act as ranks of a gloo group, and the results of a loss on them."""
+"""Processes that act as ranks of a group, and the results of a loss on them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ SPLITS = ((3, 3), (5, 1), (2, 2, 2), (1, 3, 2))
 class Ranks:
     """Processes that run functions as ranks of a new group for each run; each is started once."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, backend: str = "gloo") -> None:
         self.folder = folder
+        self.backend = backend
         self.runs = 0
         self.pipes: list[Any] = []
         self.processes: list[Any] = []
@@ -33,7 +34,8 @@ class Ranks:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(len(self.pipes), theirs), daemon=True)
+        arguments = (len(self.pipes), self.backend, theirs)
+        process = context.Process(target=_serve, args=arguments, daemon=True)
         process.start()
         theirs.close()
         self.pipes.append(ours)
@@ -68,9 +70,11 @@ class Ranks:
             process.join(10)
 
 
-def _serve(rank: int, pipe: Any) -> None:
+def _serve(rank: int, backend: str, pipe: Any) -> None:
     """Run the functions that arrive through the pipe until it closes."""
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)  # importing Ignite gives it
     while True:
@@ -79,11 +83,12 @@ def _serve(rank: int, pipe: Any) -> None:
         except EOFError:
             return
         dist.init_process_group(
-            "gloo",
+            backend,
             init_method=f"file://{store}",
             rank=rank,
             world_size=ranks,
             timeout=timedelta(seconds=30),
+            device_id=torch.device("cuda", rank) if backend == "nccl" else None,
         )
         dist.barrier()  # a function without a collective must not end before the others connect
         try:

@@ -82,12 +82,12 @@ def test_a_rank_that_has_failed_is_named_with_its_error_by_the_one_that_waits(er
     )
 
 
-def job(folder: Path, what: str) -> list[tuple[int, str]]:
+def job(folder: Path, what: str, *more: str) -> list[tuple[int, str]]:
     """Return exit code and standard error of both ranks of a job that goes wrong."""
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.engine.failing_job", str(folder), what],
+            [sys.executable, "-m", "tests.engine.failing_job", str(folder), what, *more],
             cwd=ROOT,
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
