@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diptych._loss_arguments import TEACHER
 from diptych.engine.errors import BatchError
 from diptych.engine.handler import Handler
-from diptych.engine.modules import TRAINING, parts_of, unwrapped
+from diptych.engine.modules import parts_of, unwrapped
 from diptych.engine.predictions import prediction_of
 from diptych.engine.state.description import tensor_digest
 from diptych.engine.tasks import Outputs, Task
@@ -70,7 +70,7 @@ class TaughtTask:
     def __call__(self, model: nn.Module, batch: Any, /) -> Outputs:
         """Return the outputs of the student, then those of the teacher."""
         outputs = self.task(model, batch)
-        if any(map(TRAINING, self._parts)):
+        if any(part.training for part in self._parts):
             logger.warning(
                 "The teacher was put into train mode. It is in eval mode again, without dropout."
             )
