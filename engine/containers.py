@@ -1,15 +1,17 @@
-"""Nested containers of tensors: a function applied to every leaf, a comparison."""
+"""Nested containers: a function applied to every leaf, a comparison, the parts of an object."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import attrs
 import numpy as np
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
@@ -75,6 +77,16 @@ def leaves(batch: Any) -> list[Any]:
     found: list[Any] = []
     map_leaves(batch, lambda leaf: found.append(leaf) or leaf)  # type: ignore[func-returns-value]
     return found
+
+
+def held_of(kind: type[T], owner: T) -> Iterator[T]:
+    """Yield an object and those of its kind in its attributes: the metrics of a `MetricGroup`."""
+    yield owner
+    for value in vars(owner).values():
+        held = list(value.values()) if isinstance(value, dict) else value
+        for part in held if type(held) in {list, tuple} else [held]:
+            if isinstance(part, kind):
+                yield from held_of(kind, part)
 
 
 def same_values(one: Any, other: Any) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from ignite.metrics import Metric, MetricsLambda
 from torch import Tensor
 
+from diptych.engine.containers import held_of
 from diptych.engine.tasks import NO_LABEL, Outputs
 
 NAMES = ("y_pred", "y")
@@ -95,17 +96,9 @@ def metrics_without_prediction(
     """
     if outputs is not None and all(name in outputs for name in NAMES):
         return []
-    return [name for name, metric in metrics.items() if any(map(_predicts, parts_of(metric)))]
-
-
-def parts_of(metric: Metric) -> Iterator[Metric]:
-    """Yield a metric and the metrics that it is made of (`1 - Accuracy()`, a `MetricGroup`)."""
-    yield metric
-    for value in vars(metric).values():
-        held = list(value.values()) if isinstance(value, dict) else value
-        for part in held if type(held) in {list, tuple} else [held]:
-            if isinstance(part, Metric):
-                yield from parts_of(part)
+    return [
+        name for name, metric in metrics.items() if any(map(_predicts, held_of(Metric, metric)))
+    ]
 
 
 def _predicts(metric: Metric) -> bool:

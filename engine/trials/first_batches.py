@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-from diptych.engine.data.loader_contract import generator_states, set_generator_states
+from diptych.engine.data.loader_contract import (
+    ListLoader,
+    generator_states,
+    set_generator_states,
+)
 from diptych.engine.random_state import preserved_random_state
 
 
@@ -51,7 +55,7 @@ def _copied(loader: Iterable[Any]) -> Iterable[Any]:
     return copied
 
 
-class FirstBatches:
+class FirstBatches(ListLoader):
     """A loader of the first batches of another one, with a position and the other's attributes.
 
     Args:
@@ -60,27 +64,10 @@ class FirstBatches:
     """
 
     def __init__(self, loader: Iterable[Any], count: int) -> None:
-        self._loader, self._batches, self._done = loader, first_batches(loader, count), 0
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        if self._done == len(self):
-            self._done = 0
-        while self._done < len(self):
-            self._done += 1
-            yield self._batches[self._done - 1]
+        super().__init__(first_batches(loader, count))
+        self._loader = loader
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name in {"set_epoch", "sampler", "batch_sampler", "generator"}:
             raise AttributeError(name)
         return getattr(self._loader, name)
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the number of batches that were read."""
-        return {"done": self._done}
-
-    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Go to a position that `state_dict` returned."""
-        self._done = state_dict["done"]

@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from ignite.metrics import Metric
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diptych.engine.containers import held_of
 from diptych.engine.modules import SavedBuffers
-from diptych.engine.predictions import parts_of
 
 CONTAINERS = (dict, list, set)
 
@@ -21,7 +20,7 @@ CONTAINERS = (dict, list, set)
 @contextmanager
 def metrics_restored(metrics: Iterable[Metric]) -> Iterator[None]:
     """Restore the attributes of metrics, and of the metrics that they are made of."""
-    with attributes_restored(part for metric in metrics for part in parts_of(metric)):
+    with attributes_restored(part for metric in metrics for part in held_of(Metric, metric)):
         yield
 
 
@@ -95,29 +94,13 @@ def optimizer_restored(optimizer: Optimizer) -> Iterator[None]:
 
     Functions that handlers have added to its `step` are not called inside the context.
     """
-    optimizers = _optimizers(optimizer)
-    saved = [(one, dict(vars(one))) for one in optimizers]
-    try:
+    optimizers = list(held_of(Optimizer, optimizer))
+    with attributes_restored(optimizers):
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # assigns new containers
-        for one, attributes in saved:
-            hooks = {name: type(v)() for name, v in attributes.items() if name.endswith("_hooks")}
+        for one in optimizers:
+            hooks = {name: type(v)() for name, v in vars(one).items() if name.endswith("_hooks")}
             vars(one).update(hooks)
         yield
-    finally:
-        for one, attributes in saved:
-            vars(one).clear()
-            vars(one).update(attributes)
-
-
-def _optimizers(owner: Any) -> list[Optimizer]:
-    """Return an optimizer and the optimizers among its attributes."""
-    found = [owner]
-    for value in vars(owner).values():
-        held = list(value.values()) if isinstance(value, dict) else value
-        for part in held if isinstance(held, (list, tuple)) else [held]:
-            if isinstance(part, Optimizer):
-                found += _optimizers(part)
-    return found
 
 
 def _buffers(modules: Iterable[nn.Module]) -> list[Tensor]:

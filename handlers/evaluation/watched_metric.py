@@ -6,9 +6,11 @@ import logging
 import math
 from collections.abc import Collection
 
+from ignite.metrics import Metric
+
+from diptych.engine.containers import held_of
 from diptych.engine.distributed.collectives import rank
 from diptych.engine.evaluator import named_metrics
-from diptych.engine.predictions import parts_of
 from diptych.engine.trainer import Trainer
 from diptych.handlers.evaluation.evaluation import AveragesWeights, Evaluation
 
@@ -135,7 +137,7 @@ def _has_foreign_publishers(trainer: Trainer) -> bool:
     """Return whether code from outside of the library may publish values, as far as can be told."""
     evaluations = trainer.handlers_of(Evaluation)
     metrics = [metric for one in evaluations for metric in named_metrics(one.metrics).values()]
-    known = {id(part) for metric in metrics for part in parts_of(metric)}
+    known = {id(part) for metric in metrics for part in held_of(Metric, metric)}
     engines = (trainer, *(evaluation.evaluator for evaluation in evaluations))
     owners = [listener.owner for engine in engines for listener in engine.listeners]
     others = [owner for owner in owners if id(owner) not in known]
