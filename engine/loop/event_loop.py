@@ -16,7 +16,7 @@ from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import ResumeError
 from diptych.engine.events import ITERATION_EVENTS, MetricsEvents, Outcome, RunEvents, StepEvents
 from diptych.engine.loop.continued_events import FETCH, STEP
-from diptych.engine.loop.limits import check_limits, epoch_length_of, waiting_for_epochs
+from diptych.engine.loop.limits import check_limits, epoch_length_of, report_waiting
 from diptych.engine.loop.position import Phase, Position
 from diptych.engine.loop.positioned_events import PositionedEvents
 
@@ -259,7 +259,7 @@ class EventLoop(PositionedEvents):
                 self._report_length_of_run()
             self._position = self._position._replace(paused=False)
             self._continue_events()
-            while not self._stopped() and not self.is_finished:
+            while (self._left or not self._stopped()) and not self.is_finished:
                 self._run_epoch()
             self._finish(started)
         except BaseException as error:
@@ -278,14 +278,8 @@ class EventLoop(PositionedEvents):
             )
         self._has_default_length = False
         ends = state.epoch_length is not None or self.batches.pass_length is not None
-        waiting = [] if ends else waiting_for_epochs(self.listeners)
-        if state.max_iters is not None and waiting:
-            logger.warning(
-                "The loader has no length, so with max_iters=%d no epoch may end. These handlers "
-                "wait for one: %s.\nPass epoch_length= to run, or every=<iterations> to them.",
-                state.max_iters,
-                ", ".join(waiting),
-            )
+        if state.max_iters is not None and not ends:
+            report_waiting(self.listeners, state.max_iters)
 
     def _continue_events(self) -> None:
         """Call the handlers that an exception has left of the events at this position."""
@@ -309,7 +303,8 @@ class EventLoop(PositionedEvents):
         return bool(asked)
 
     def _finish(self, started: float) -> None:
-        if self._position.in_epoch and not self._position.cut and not self._stopped():
+        stopped = self._stopped() and not self._left  # an end that was left is continued first
+        if self._position.in_epoch and not self._position.cut and not stopped:
             self._end_cut_epoch()
         self.state.times[Events.COMPLETED.name] = time.perf_counter() - started
         if self.should_interrupt and not self.should_terminate:

@@ -12,6 +12,8 @@ from diptych.engine.data.loader_contract import check_is_loader, length_of
 from diptych.engine.events import MetricsEvents
 from diptych.engine.loop.listener import Listener
 
+logger = logging.getLogger(__name__)
+
 
 def epoch_length_of(data: Iterable[Any] | None, count: int | None) -> int | None:
     """Return the length of an epoch: a number of iterations, else that of `data` if it is known.
@@ -62,12 +64,18 @@ def _check_limit(name: str, value: Any) -> None:
         )
 
 
-def waiting_for_epochs(listeners: Iterable[Listener]) -> list[str]:
-    """Return the names of the functions and foreign handlers that wait for the end of an epoch.
+def report_waiting(listeners: Iterable[Listener], max_iters: int) -> None:
+    """Log the functions and foreign handlers that wait for an epoch's end that may never come.
 
     The library's handlers (those that declare `changes`) report themselves, with their keys.
     """
     ends = (Events.EPOCH_COMPLETED, MetricsEvents.EPOCH_PUBLISHED)
     waiting = [one for one in listeners if one.event in ends]
-    foreign = [one for one in waiting if not hasattr(type(one.owner), "changes")]
-    return list(dict.fromkeys(one.name for one in foreign))
+    foreign = [one.name for one in waiting if not hasattr(type(one.owner), "changes")]
+    if foreign:
+        logger.warning(
+            "The loader has no length, so with max_iters=%d no epoch may end. These handlers "
+            "wait for one: %s.\nPass epoch_length= to run, or every=<iterations> to them.",
+            max_iters,
+            ", ".join(dict.fromkeys(foreign)),
+        )

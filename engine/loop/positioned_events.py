@@ -113,7 +113,8 @@ class PositionedEvents(ContinuedEvents):
         state["counted"] = self._count is not None
         state["cut"], state["completed"] = position.cut, position.completed
         if self.left_event is not None:
-            state["left"] = {**self.left_event.state_dict(), "phase": position.phase.value}
+            asked = {"phase": position.phase.value, "terminate": self.should_terminate}
+            state["left"] = {**self.left_event.state_dict(), **asked}
         if self._completing is not None and not position.completed:
             self._log_handlers_to_come()
         else:
@@ -163,6 +164,7 @@ class PositionedEvents(ContinuedEvents):
         self._count = state_dict["epoch_length"] if state_dict.get("counted") else None
         self._epoch_counts = self._count is not None
         self._left = left_event(state_dict.get("left"))
+        self._stop_flags = (state_dict.get("left", {}).get("terminate", False), False)
         if self._left is not None and self._left.in_iteration:
             self._stopped_at[self._left.event], self._left = self._left.done, None
         elif self._left is not None and self._left.evaluated:

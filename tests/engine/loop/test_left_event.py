@@ -106,3 +106,26 @@ def test_a_run_that_starts_over_forgets_where_it_was_left():
     trainer.state.max_epochs = None
     trainer.run(batches, max_epochs=1)
     assert calls == ["0 at 6", "1 at 6", "0 at 6", "1 at 6", "2 at 6", "3 at 6"]
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["same process", "resumed"])
+@pytest.mark.parametrize("event", [Events.ITERATION_COMPLETED, *LIMITS])
+def test_a_run_that_was_to_end_before_the_exception_ends_after_the_event(event, resumed):
+    limits, batches = LIMITS.get(event, {"max_epochs": 3}), loader()
+    trainer = make_trainer()
+    trainer.add_event_handler(event, trainer.terminate)
+    calls = note_calls(trainer, event, 2)
+    with pytest.raises(BrokenError):
+        trainer.run(batches, **limits)
+    if resumed:
+        state, place, before = trainer.state_dict(), trainer.batches.place(), calls
+        trainer = make_trainer()
+        calls = note_calls(trainer, event, None)
+        calls += before
+        trainer.load_state_dict(state)
+        trainer.batches.switch(batches)
+        trainer.batches.restore_place(place, inside=trainer.inside_epoch)
+    trainer.add_event_handler(Events.TERMINATE, lambda: calls.append("end"))
+    trainer.run(batches, **limits)
+
+    assert [call[:3] for call in calls] == ["0 a", "1 a", "2 a", "3 a", "end"]
