@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from diptych.engine.certificate.handler_changes import check_handlers
-from diptych.engine.certificate.report import Check, InvarianceReport, shortened
+from diptych.engine.certificate.report import Check, InvarianceReport
 from diptych.engine.certificate.training_copy import (
     BATCH_NORM,
     DROPOUT,
@@ -23,6 +23,7 @@ from diptych.engine.certificate.training_copy import (
 )
 from diptych.engine.certificate.two_ranks import check_ranks
 from diptych.engine.data.batches import batch_size
+from diptych.engine.distributed.comparison import listed
 from diptych.engine.step.loss_contract import set_tile, tiled_parts
 from diptych.engine.trainer import Trainer
 
@@ -123,7 +124,7 @@ class LocalChecks:
         norms = names_in_training(self.without_draws.model, BATCH_NORM)
         without_norms = self.without_draws.changed(in_evaluation_mode(BATCH_NORM))
         if norms and self._error_in_pieces(without_norms) <= self.tolerance:
-            return f"batch norm sees one piece at a time: {shortened(norms)}"
+            return f"batch norm sees one piece at a time: {listed(norms, 3)}"
         coupled = self.without_draws.changed(_declare_coupled)
         if self._error_in_pieces(coupled) <= self.tolerance:
             return "the loss couples samples and declares couples_samples=False"

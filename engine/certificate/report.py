@@ -57,9 +57,3 @@ class InvarianceReport:
             ).rstrip()
             for row in rows
         )
-
-
-def shortened(names: list[str]) -> str:
-    """Return the first three names and the number of the others."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from diptych.engine.certificate.report import Check, shortened
+from diptych.engine.certificate.report import Check
 from diptych.engine.certificate.training_copy import (
     BATCH_NORM,
     Gradients,
@@ -24,6 +24,7 @@ from diptych.engine.certificate.training_copy import (
     relative_error,
 )
 from diptych.engine.data.batches import batch_size, batch_slice, join_batches, to_device
+from diptych.engine.distributed.comparison import listed
 
 RANKS = 2
 TIMEOUT = timedelta(seconds=60)
@@ -105,7 +106,7 @@ def _check(name: str, forms: Jobs, found: dict[str, Gradients], tolerance: float
         return Check(name, difference, passed=True)
     norms = names_in_training(training.model, BATCH_NORM)
     if norms and error(NO_NORMS) <= tolerance:
-        cause = f"batch norm sees one rank's samples: {shortened(norms)}"
+        cause = f"batch norm sees one rank's samples: {listed(norms, 3)}"
     elif TRANSFORMED in forms and error(TRANSFORMED) <= tolerance:
         cause = TRANSFORM
     else:

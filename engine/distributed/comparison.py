@@ -107,8 +107,8 @@ def _ranks(held: Iterable[int]) -> str:
     return f"rank{'s' if len(names) > 1 else ''} {listed(names)}"
 
 
-def listed(names: Iterable[str]) -> str:
-    """Return names as a list in a sentence, shortened."""
+def listed(names: Iterable[str], most: int = SHOWN) -> str:
+    """Return names as a list in a sentence: the first ones, and how many more there are."""
     names = list(names)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{', '.join(names[:SHOWN])}{more}"
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"

@@ -9,11 +9,10 @@ from typing import Any
 
 import attrs
 
+from diptych.engine.distributed.comparison import SHOWN, listed
 from diptych.engine.state.run_identity import RunIdentity, order_settings
 
 ABSENT = "absent"
-SHOWN = 8
-"""Differences of a part, or names, that are listed."""
 ENVIRONMENT = (
     "versions",
     "ranks",
@@ -143,7 +142,7 @@ def as_lines(found: Iterable[Difference]) -> list[str]:
         else:
             parts[".".join(one.name.split(".")[:2])].append(str(one))
     lines = [line for part, held in parts.items() for line in _shortened(part, held)]
-    lines += [f"{section} of {names(held)} {text}" for (section, text), held in alike.items()]
+    lines += [f"{section} of {listed(held)} {text}" for (section, text), held in alike.items()]
     return lines
 
 
@@ -151,12 +150,6 @@ def _shortened(part: str, lines: Sequence[str]) -> list[str]:
     """Return the lines about a part: the first ones, and how many more there are."""
     more = len(lines) - SHOWN
     return [*lines[:SHOWN], f"{part}: {more} more values differ"] if more > 0 else list(lines)
-
-
-def names(held: Sequence[str]) -> str:
-    """Return a list of names, shortened."""
-    more = len(held) - SHOWN
-    return ", ".join(held[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def order_differences(saved: RunIdentity, here: RunIdentity) -> list[Difference]:
