@@ -63,15 +63,25 @@ def arguments_of_parts(
     A loss whose required arguments all have the names of outputs gets these by name. What one gets
     by name, another one gets in order only if it would otherwise lack a required argument.
     """
-    names = [_names(function, outputs) or ((), ()) for function in functions]
-    found = [arguments_of(function, outputs) for function in functions]
-    for index, (required, optional) in enumerate(names):
-        if required and {*required} <= {*outputs}:
-            found[index] = [], [name for name in outputs if name in (*required, *optional)]
-    for index, ((required, _), (in_order, by_name)) in enumerate(zip(names, found, strict=True)):
+    required = [(_names(function, outputs) or ((), ()))[0] for function in functions]
+    found = [_arguments_of_part(function, outputs) for function in functions]
+    for index, (in_order, by_name) in enumerate(found):
         others = {name for part in (*found[:index], *found[index + 1 :]) for name in part[1]}
-        found[index] = _without(others, in_order, len(required)), by_name
+        found[index] = _without(others, in_order, len(required[index])), by_name
     return found
+
+
+def _arguments_of_part(function: Callable[..., Any], outputs: tuple[str, ...]) -> Arguments:
+    required, optional = _names(function, outputs) or ((), ())
+    if required and {*required} <= {*outputs}:
+        return [], [name for name in outputs if name in (*required, *optional)]
+    return arguments_of(function, outputs)
+
+
+def untaken(parts: list[Arguments], outputs: tuple[str, ...]) -> list[str]:
+    """Return the outputs that no loss gets, without those of a teacher."""
+    taken = {name for part in parts for names in part for name in names}
+    return [name for name in outputs if name not in taken and not name.startswith(TEACHER)]
 
 
 def _without(others: set[str], in_order: list[str], required: int) -> list[str]:

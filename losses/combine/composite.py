@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from diptych._loss_arguments import TEACHER, arguments_of_parts
+from diptych._loss_arguments import arguments_of_parts, untaken
 from diptych.losses.base.loss import Loss, named_call, sample_mean, with_defaults
 from diptych.losses.registry import available_losses, get_loss_class
 
@@ -60,7 +60,7 @@ class CompositeLoss(Loss):
         return any(with_defaults(loss).negatives_in_batch for loss in self.losses.values())
 
     def part_terms(
-        self, name: str, weight: float | Tensor, *inputs: Tensor | None, **named: Tensor
+        self, name: str, weight: float | Tensor, /, *inputs: Tensor | None, **named: Tensor
     ) -> dict[str, Tensor]:
         """Call a part and return its terms times a weight, named after it."""
         return weighted_terms(name, self.losses[name], weight, *inputs, **named)
@@ -75,7 +75,7 @@ class CompositeLoss(Loss):
 
 
 def weighted_terms(
-    name: str, loss: nn.Module, weight: float | Tensor, *inputs: Tensor | None, **named: Tensor
+    name: str, loss: nn.Module, weight: float | Tensor, /, *inputs: Tensor | None, **named: Tensor
 ) -> dict[str, Tensor]:
     """Return a loss's terms times a weight, named `name`, or ``name/term`` if there are several."""
     terms_of = with_defaults(loss).terms
@@ -154,7 +154,7 @@ class MultipleLosses(CompositeLoss):
         """
         terms: dict[str, Tensor] = {}
         for name, weight in self.part_weights().items():
-            in_order, by_name = self.arguments_of(name, inputs, outputs)
+            in_order, by_name = self.arguments_of(name, *inputs, **outputs)
             terms |= self.part_terms(name, weight, *in_order, **by_name)
         return terms
 
@@ -175,12 +175,12 @@ class MultipleLosses(CompositeLoss):
                 "total_and_weight needs a single part that is a mean over samples, got"
                 f" {', '.join(self.part_weights())}. Call forward on the whole batch."
             )
-        in_order, by_name = self.arguments_of(name, inputs, outputs)
+        in_order, by_name = self.arguments_of(name, *inputs, **outputs)
         total, weight = part.total_and_weight(*in_order, **by_name)
         return factor * total, weight
 
     def arguments_of(
-        self, name: str, inputs: Sequence[Tensor], outputs: Mapping[str, Tensor]
+        self, name: str, /, *inputs: Tensor, **outputs: Tensor
     ) -> tuple[Sequence[Tensor], Mapping[str, Tensor]]:
         """Return the arguments that a part takes, in order and by name.
 
@@ -193,15 +193,14 @@ class MultipleLosses(CompositeLoss):
         found = arguments_of_parts(tuple(map(named_call, self.losses.values())), tuple(outputs))
         if inputs:
             found = [([], by_name) for _, by_name in found]
-        taken = {output for part in found for names in part for output in names}
-        unused = [o for o in outputs if o not in taken and not o.startswith(TEACHER)]
-        if unused and not self.inputs:
+        unused = [] if self.inputs else untaken(found, tuple(outputs))
+        if unused:
             raise TypeError(
                 f"outputs must be arguments of a part, got {', '.join(unused)}, which none of"
                 f" {', '.join(self.losses)} takes. Select those of each part with inputs="
             )
-        in_order, by_name = found[list(self.losses).index(name)]
-        return inputs or [outputs[o] for o in in_order], {o: outputs[o] for o in by_name}
+        in_order, by_name = dict(zip(self.losses, found, strict=True))[name]
+        return (*inputs, *map(outputs.__getitem__, in_order)), {n: outputs[n] for n in by_name}
 
     def inputs_of(self, name: str, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the arguments that a part takes.

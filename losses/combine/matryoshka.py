@@ -95,7 +95,7 @@ class MatryoshkaLoss(Loss):
         """
         terms: dict[str, Tensor] = {}
         for dim, weight in self.weights.items():
-            in_order, by_name = self._prefixes(inputs, outputs, dim)
+            in_order, by_name = self._prefixes(dim, *inputs, **outputs)
             terms |= weighted_terms(f"dim_{dim}", self.loss, weight, *in_order, **by_name)
         return terms
 
@@ -113,7 +113,7 @@ class MatryoshkaLoss(Loss):
                 f" {tuple(self.weights)} of {type(self.loss).__name__}."
                 " Call forward on the whole batch."
             )
-        in_order, by_name = self._prefixes(inputs, outputs, dim)
+        in_order, by_name = self._prefixes(dim, *inputs, **outputs)
         total, weight = mean.total_and_weight(*in_order, **by_name)
         return factor * total, weight
 
@@ -122,7 +122,7 @@ class MatryoshkaLoss(Loss):
         return with_defaults(self.loss).scalars()
 
     def _prefixes(
-        self, inputs: Sequence[Tensor], outputs: Mapping[str, Tensor], dim: int
+        self, dim: int, /, *inputs: Tensor, **outputs: Tensor
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Return the arguments of the loss, with the first `dim` features of each floating one."""
         in_order, by_name = list(inputs), list(outputs)
