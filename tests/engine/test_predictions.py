@@ -120,7 +120,7 @@ def test_outputs_without_a_prediction_are_named_by_the_first_batch():
 
 
 def test_a_task_must_return_a_mapping():
-    with pytest.raises(BatchError, match="task must return a mapping of named tensors, got float32"):
+    with pytest.raises(BatchError, match="task must return a mapping of named tensors, got float"):
         evaluated(lambda model, batch: model(batch["image"]), [], labelled())
 
 

@@ -137,26 +137,21 @@ def test_the_same_settings_give_the_same_weights(run, tmp_path):
     assert all(torch.equal(value, theirs[n]) for n, value in first.model.state_dict().items())
 
 
-def test_a_dry_run_leaves_nothing_behind(photos, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "trial",
+    [
+        (["--dry-run"], "Dry run: everything below was done once and undone."),
+        pytest.param((["--overfit", "1"], "updates on 1 batch: loss"), marks=pytest.mark.slow),
+    ],
+)
+def test_a_trial_leaves_nothing_behind(photos, tmp_path, capsys, monkeypatch, trial):
     monkeypatch.chdir(tmp_path)
-    texts = str(photos / "captions.txt")
-    flags = ["--images", str(photos / "images"), "--captions", texts, *SMALL]
+    flags, said = trial
+    data = ["--images", str(photos / "images"), "--captions", str(photos / "captions.txt")]
 
-    assert main(["train", *flags, "--dry-run"]) == 0
+    assert main(["train", *data, *SMALL, *flags]) == 0
 
-    assert "Dry run: everything below was done once and undone." in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_a_batch_is_overfitted_and_nothing_is_left_behind(photos, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    texts = str(photos / "captions.txt")
-    flags = ["--images", str(photos / "images"), "--captions", texts, *SMALL]
-
-    assert main(["train", *flags, "--overfit", "1"]) == 0
-
-    assert "updates on 1 batch: loss" in capsys.readouterr().out
+    assert said in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 

@@ -20,26 +20,18 @@ DURING = (Events.GET_BATCH_COMPLETED, Events.ITERATION_STARTED)
 
 
 @given(stops=st.sets(st.integers(1, LAST)), sized=st.booleans())
-def test_interrupted_runs_continue_with_the_next_batch(stops: set[int], sized: bool):
-    loop, data = Tape(), range(LENGTH) if sized else Unsized(range(LENGTH))
-    for stop in stops:
-        call_at(loop, stop, loop.interrupt)
-    fired = events_of(loop, *ENDS)
-    for _ in range(len(stops) + 1):
-        loop.run(data, max_epochs=EPOCHS)
-    assert loop.rows == plain_rows(range(LENGTH), EPOCHS)
+def test_stopped_runs_continue_with_the_next_batch(stops: set[int], sized: bool):
+    data = range(LENGTH) if sized else Unsized(range(LENGTH))
+    interrupted, terminated = Tape(), Tape()
+    fired = events_of(interrupted, *ENDS)
+    for loop, stop in ((interrupted, interrupted.interrupt), (terminated, terminated.terminate)):
+        for at in stops:
+            call_at(loop, at, stop)
+        for _ in range(len(stops) + 1):
+            loop.run(data, max_epochs=EPOCHS)
+        assert loop.rows == plain_rows(range(LENGTH), EPOCHS)
+        assert loop.state.epoch == EPOCHS
     assert fired == ["STARTED", *["INTERRUPT"] * len(stops), "COMPLETED"]
-
-
-@given(stops=st.sets(st.integers(1, LAST)), sized=st.booleans())
-def test_terminated_runs_continue_with_the_next_batch(stops: set[int], sized: bool):
-    loop, data = Tape(), range(LENGTH) if sized else Unsized(range(LENGTH))
-    for stop in stops:
-        call_at(loop, stop, loop.terminate)
-    for _ in range(len(stops) + 1):
-        loop.run(data, max_epochs=EPOCHS)
-    assert loop.rows == plain_rows(range(LENGTH), EPOCHS)
-    assert loop.state.epoch == EPOCHS
 
 
 def test_a_run_stopped_in_its_last_iteration_completes_its_epoch_when_it_goes_on():
@@ -381,23 +373,17 @@ def test_a_run_that_starts_over_has_its_safe_points_again():
 
 
 @pytest.mark.parametrize("skip", [True, False])
-def test_terminate_takes_its_flag_by_position_as_ignite_does(skip):
+@pytest.mark.parametrize(
+    ("ask", "event", "ends"),
+    [("terminate", Events.COMPLETED, (2, 0)), ("terminate_epoch", Events.EPOCH_COMPLETED, (5, 1))],
+)
+def test_the_flag_of_a_stop_may_be_passed_by_position_as_in_ignite(ask, event, ends, skip):
     loop, completed = Tape(), []
-    loop.add_event_handler(Events.COMPLETED, lambda: completed.append(1))
-    loop.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda e: e.terminate(skip))
+    loop.add_event_handler(event, lambda: completed.append(1))
+    loop.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda e: getattr(e, ask)(skip))
     loop.run([0, 1, 2], max_epochs=2)
 
-    assert (loop.state.iteration, len(completed)) == (2, not skip)
-
-
-@pytest.mark.parametrize("skip", [True, False])
-def test_terminate_epoch_takes_its_flag_by_position_as_ignite_does(skip):
-    loop, completed = Tape(), []
-    loop.add_event_handler(Events.EPOCH_COMPLETED, lambda: completed.append(1))
-    loop.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda e: e.terminate_epoch(skip))
-    loop.run([0, 1, 2], max_epochs=2)
-
-    assert (loop.state.iteration, len(completed)) == (5, 1 + (not skip))
+    assert (loop.state.iteration, len(completed)) == (ends[0], ends[1] + (not skip))
 
 
 def test_the_engine_that_an_event_passes_is_no_flag():

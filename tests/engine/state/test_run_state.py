@@ -31,6 +31,7 @@ from diptych.engine.state.run_state import (
     run_state,
 )
 from tests.engine.models import CoupledLoss, TwoTower, paired, sgd, trainer_of
+from tests.engine.state.scripts import identical
 
 PAIRS = paired(20)
 
@@ -79,14 +80,6 @@ def stored(state: dict[str, Any]) -> dict[str, Any]:
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-def identical(first: Any, second: Any) -> bool:
-    if isinstance(first, Mapping):
-        return first.keys() == second.keys() and all(identical(first[k], second[k]) for k in first)
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(identical, first, second))
-    return first.equal(second) if isinstance(first, Tensor) else first == second
 
 
 def progress(trainer: Trainer) -> dict[str, Any]:

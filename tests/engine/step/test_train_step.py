@@ -329,22 +329,14 @@ def test_a_term_that_is_a_weight_is_published_as_it_was_in_the_loss():
     assert [tuple(record[tag] for tag in tags) for record in records] == scales
 
 
-def test_gradients_outside_of_the_optimizer_do_not_add_up():
+@pytest.mark.parametrize("is_held", [False, True])
+def test_gradients_of_new_parameters_do_not_add_up(is_held):
     trainer, batch = trainer_of(), paired(8)
     trainer.make_update(batch)
     late = nn.Parameter(torch.ones(()))
     trainer.model.register_parameter("late", late)
-    late.grad = torch.ones(())
-    trainer.make_update(batch)
-    assert late.grad is None
-
-
-def test_gradients_of_parameters_that_the_optimizer_has_just_got_are_cleared():
-    trainer, batch = trainer_of(), paired(8)
-    trainer.make_update(batch)
-    late = nn.Parameter(torch.ones(()))
-    trainer.model.register_parameter("late", late)
-    trainer.optimizer.add_param_group({"params": [late]})
+    if is_held:
+        trainer.optimizer.add_param_group({"params": [late]})
     late.grad = torch.ones(())
     trainer.make_update(batch)
     assert late.grad is None

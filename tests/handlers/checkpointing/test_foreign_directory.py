@@ -191,26 +191,22 @@ def test_a_checkpoint_that_names_any_other_file_is_refused(name, place):
         assert content(root) == before
 
 
-def test_a_listed_file_that_is_a_link_is_not_read(tmp_path):
-    store = make_home(tmp_path)
-    path = store.directory / "checkpoint_epoch_2.pt"
-    path.rename(tmp_path / "elsewhere.pt")
-    path.symlink_to(tmp_path / "elsewhere.pt")
-    with pytest.raises(CheckpointError, match=r"_2.pt must not be a symbolic link"):
-        store.read(path.name)
-    store.remove({path.name})
-    assert (tmp_path / "elsewhere.pt").exists()
-
-
-def test_a_folder_of_shards_that_is_a_link_is_neither_read_nor_removed(tmp_path):
-    store = make_home(tmp_path)
-    path = store.directory / "checkpoint_epoch_1.shards"
-    path.rename(tmp_path / "elsewhere")
-    path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match=r"_1.shards must not be a symbolic link"):
-        store.read("checkpoint_epoch_1.pt")
-    store.remove({"checkpoint_epoch_1.pt"})
-    assert (tmp_path / "elsewhere" / "rank_0.tensors").exists()
+@pytest.mark.parametrize(
+    ("name", "checkpoint", "inside"),
+    [
+        ("checkpoint_epoch_2.pt", "checkpoint_epoch_2.pt", ""),
+        ("checkpoint_epoch_1.shards", "checkpoint_epoch_1.pt", "rank_0.tensors"),
+    ],
+)
+def test_a_listed_link_is_neither_read_nor_followed_to_remove(tmp_path, name, checkpoint, inside):
+    store, target = make_home(tmp_path), tmp_path / "elsewhere"
+    path = store.directory / name
+    path.rename(target)
+    path.symlink_to(target)
+    with pytest.raises(CheckpointError, match=f"{name} must not be a symbolic link"):
+        store.read(checkpoint)
+    store.remove({checkpoint})
+    assert (target / inside).exists()
 
 
 def test_a_manifest_that_is_a_link_is_not_read(tmp_path):

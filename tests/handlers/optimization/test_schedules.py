@@ -205,9 +205,12 @@ def test_a_finished_schedule_stays_at_its_final_rate_when_the_run_is_extended(
     assert "total=15" in said
 
 
-def test_an_explicit_total_extends_a_schedule_on_resume(tmp_path, caplog):
-    managed(tmp_path, LearningRate(warmup=0)).run(make_loader(), max_epochs=2)
-    trainer = managed(tmp_path, LearningRate(warmup=0, total=20))
+@pytest.mark.parametrize(("before", "total"), [(LearningRate(warmup=0), 20), (None, None)])
+def test_an_explicit_total_or_a_new_schedule_extends_over_the_resumed_run(
+    tmp_path, caplog, before, total
+):
+    managed(tmp_path, before).run(make_loader(), max_epochs=2)
+    trainer = managed(tmp_path, LearningRate(warmup=0, total=total))
     rates = note_rates(trainer)
     trainer.run(make_loader(), max_epochs=4)
     expected = [0.1 * cosine(t, 20) for t in range(11, 21)]
@@ -240,15 +243,6 @@ def test_a_checkpoint_without_a_length_takes_that_of_the_saved_run(tmp_path, cap
     assert [rate for (rate,) in rates] == pytest.approx([0.0] * 5, abs=1e-12)
     (said,) = messages(caplog, "no length of the schedule")
     assert "10 iterations" in said
-
-
-def test_a_schedule_that_the_saved_run_did_not_have_extends_over_the_resumed_run(tmp_path):
-    managed(tmp_path, None).run(make_loader(), max_epochs=2)
-    trainer = managed(tmp_path, LearningRate(warmup=0))
-    rates = note_rates(trainer)
-    trainer.run(make_loader(), max_epochs=4)
-    expected = [0.1 * cosine(t, 20) for t in range(11, 21)]
-    assert [rate for (rate,) in rates] == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_run_that_starts_over_has_a_new_length():
