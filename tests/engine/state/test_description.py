@@ -7,8 +7,6 @@ import enum
 import functools
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from diptych.engine.state.description import Describer, code_digest, tensor_digest
+from tests.losses.processes import printed
 
 
 def described(value: Any) -> Any:
@@ -159,9 +158,7 @@ def test_a_description_is_the_same_in_another_process():
         "import json; from tests.engine.state import test_description as t\n"
         "print(json.dumps([t.described(pair) for pair in t.PAIRS]))"
     )
-    command = [sys.executable, "-c", program]
-    found = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(found.stdout) == json.loads(json.dumps([described(p) for p in PAIRS]))
+    assert json.loads(printed(program)) == json.loads(json.dumps([described(p) for p in PAIRS]))
 
 
 def test_a_large_tensor_is_described_by_a_sample_of_its_elements():

@@ -175,13 +175,15 @@ def test_a_file_that_lost_lines_since_the_checkpoint_is_an_error(tmp_path):
         saving_trainer(tmp_path).run(loader(), max_epochs=3)
 
 
-def test_a_file_that_was_moved_away_is_started_again(tmp_path):
+def test_a_file_that_was_moved_away_is_started_again_and_that_is_logged(tmp_path, caplog):
     saving_trainer(tmp_path).run(loader(), max_epochs=2)
     (tmp_path / "metrics.jsonl").unlink()
 
     saving_trainer(tmp_path).run(loader(), max_epochs=3)
 
     assert [r.step for r in read_records(tmp_path)] == [16, 18, 18]
+    said = f"{tmp_path / 'metrics.jsonl'} is missing; the run continues with a new file."
+    assert said in caplog.text
 
 
 def interrupted_run(folder: Path) -> None:
@@ -293,17 +295,6 @@ def test_a_checkpoint_without_a_digest_continues_with_one_line_in_the_log(tmp_pa
     again.load_state_dict(sink.state_dict())
     with pytest.raises(ResumeError, match="line 3 has changed"):
         make_trainer().attach(again).run(loader(), max_epochs=1)
-
-
-def test_a_missing_file_is_logged(tmp_path, caplog):
-    saving_trainer(tmp_path).run(loader(), max_epochs=2)
-    (tmp_path / "metrics.jsonl").unlink()
-
-    saving_trainer(tmp_path).run(loader(), max_epochs=3)
-
-    assert f"{tmp_path / 'metrics.jsonl'} is missing; the run continues with a new file." in (
-        caplog.text
-    )
 
 
 def test_a_sink_that_is_new_in_a_resumed_run_keeps_the_lines_that_are_there(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -27,6 +26,7 @@ from diptych.handlers import (
     read_records,
 )
 from tests.handlers.runs import Stop, loader, make_trainer, report_each_epoch, stop_at
+from tests.losses.processes import printed
 
 Points = dict[str, list[tuple[int, float]]]
 
@@ -293,11 +293,7 @@ def test_writing_starts_no_thread(tmp_path):
 def test_importing_the_handlers_does_not_import_tensorboard():
     code = "import sys, diptych.handlers; print('tensorboard' in sys.modules)"
 
-    output = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    )
-
-    assert output.stdout.strip() == "False"
+    assert printed(code) == "False"
 
 
 def test_a_board_that_two_handlers_share_is_attached_once(tmp_path):
