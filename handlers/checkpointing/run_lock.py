@@ -49,12 +49,12 @@ class _Held:
     """A lock of this process, which all managers of one trainer share.
 
     Attributes:
-        descriptor: of the locked file.
+        descriptors: of the locked file, and of the folder where that can be locked.
         owner: the trainer's id.
         count: how many managers hold it.
     """
 
-    descriptor: int
+    descriptors: list[int]
     owner: object
     count: int
 
@@ -132,18 +132,50 @@ def _let_go(key: str, held: _Held) -> None:
         held.count -= 1
         if held.count == 0:
             del _held[key]
-            with contextlib.suppress(OSError):
-                _change(held.descriptor, lock=False)
-            os.close(held.descriptor)
+            for descriptor in held.descriptors:
+                with contextlib.suppress(OSError):
+                    _change(descriptor, lock=False)
+                os.close(descriptor)
 
 
-def _locked(path: Path) -> int:
-    """Return the descriptor of a file that is locked; the file names this process.
+def _locked(path: Path) -> list[int]:
+    """Return the descriptors of a file and its folder, locked; the file names this process.
+
+    The folder too, because a program that tidies up may remove the file, or restore it from a copy.
 
     Raises:
         CheckpointError: if another process has locked it.
         OSError: if it cannot be opened.
     """
+    descriptor = _locked_file(path)
+    try:
+        descriptors = [descriptor, *_locked_folder(path)]
+    except BaseException:
+        os.close(descriptor)
+        raise
+    _name_holder(descriptor)
+    return descriptors
+
+
+def _locked_folder(path: Path) -> list[int]:
+    """Return the descriptor of the folder of a file, locked; nothing where it cannot be."""
+    if fcntl is None:
+        return []
+    try:
+        descriptor = os.open(path.parent, os.O_RDONLY)
+    except OSError:
+        return []
+    try:
+        _change(descriptor, lock=True)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in {errno.EAGAIN, errno.EWOULDBLOCK}:
+            raise _refusal(path, "one process, and another process has it") from error
+        return []
+    return [descriptor]
+
+
+def _locked_file(path: Path) -> int:
     while True:
         if is_link(path):  # not every system can refuse to follow it
             raise OSError(f"{path} is a symbolic link")
@@ -151,7 +183,6 @@ def _locked(path: Path) -> int:
         try:
             _lock_or_refuse(descriptor, path)
             if _is_at(path, descriptor):
-                _name_holder(descriptor)
                 return descriptor
         except BaseException:
             os.close(descriptor)
@@ -224,7 +255,8 @@ def _forget() -> None:
     parent's end. Closing one of two does not unlock.
     """
     for held in _held.values():
-        os.close(held.descriptor)
+        for descriptor in held.descriptors:
+            os.close(descriptor)
     _held.clear()
     _guard.release()
 

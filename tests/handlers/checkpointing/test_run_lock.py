@@ -68,6 +68,19 @@ def test_a_copy_of_the_directory_leaves_it_locked(tmp_path):
     assert seen_by_another_process(tmp_path / "run") == "free"
 
 
+@POSIX
+def test_a_program_that_removes_or_restores_the_file_does_not_unlock(tmp_path):
+    lock, path = RunLock(tmp_path), tmp_path / "run.lock"
+    lock.acquire()
+    path.unlink()
+    assert "another process has it" in seen_by_another_process(tmp_path)
+    shutil.copy(path, tmp_path / "copy")
+    (tmp_path / "copy").replace(path)
+    assert "another process has it" in seen_by_another_process(tmp_path)
+    lock.release()
+    assert seen_by_another_process(tmp_path) == "free"
+
+
 def test_a_second_trainer_of_a_process_is_refused_and_cannot_unlock(tmp_path):
     first, second, owners = RunLock(tmp_path), RunLock(tmp_path), (Owner(), Owner())
     first.acquire(owners[0])
