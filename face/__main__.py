@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from io import TextIOWrapper
 from pathlib import Path
 
 if find_spec("diptych") is None:  # a clone without an installation; spawned ranks inherit the path
@@ -54,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 if a comparison found a difference, 2 if the input is unusable, 130
         after Ctrl-C.
     """
+    if arguments is None and isinstance(sys.stdout, TextIOWrapper):
+        # The name of a file may have bytes that are no text.
+        sys.stdout.reconfigure(errors="backslashreplace")
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in {"-h", "--help", "--version"}:
         sys.stdout.write(f"diptych {__version__}\n" if name == "--version" else _table())

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import attrs
 import torch
@@ -24,10 +24,16 @@ from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
 from diptych.handlers.checkpointing.entries import Ranking
 from diptych.handlers.checkpointing.warm_start import load_weights
 from diptych.handlers.contained_paths import is_plain_file
-from diptych.handlers.files import write_atomically
+from diptych.handlers.files import make_folder, write_atomically
 from diptych.handlers.run_directory import WEIGHTS, RunDirectory
 from diptych.recipes.data.captions import images_in
-from diptych.recipes.data.image_files import ImageError, ImageFolder, read_image, to_tensor
+from diptych.recipes.data.image_files import (
+    ImageError,
+    ImageFolder,
+    in_colour,
+    read_image,
+    to_tensor,
+)
 from diptych.recipes.data.rows import DataError, Problem, problem_report
 from diptych.recipes.settings import RECIPE, Settings, read_settings
 from diptych.recipes.towers.parts import Towers
@@ -76,6 +82,7 @@ class Embeddings:
 
         metadata = {NAMES: json.dumps(self.names)}
         content = {"features": self.features.contiguous()}
+        make_folder(Path(path).parent)
         write_atomically(Path(path), partial(save_file, content, metadata=metadata))
 
     @classmethod
@@ -121,6 +128,9 @@ class Encoder:
         precision: fp32, bf16 or fp16.
         batch_size: images or texts at once.
         workers: processes that read images.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     def __init__(
@@ -135,7 +145,12 @@ class Encoder:
         batch_size: int = 256,
         workers: int = 0,
     ) -> None:
-        self.device = torch.device(device or idist.device())
+        if precision not in get_args(Precision):
+            choices = ", ".join(get_args(Precision))
+            raise ValueError(f"precision must be one of {choices}, got {precision!r}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        self.device = _usable(device or idist.device())
         self.model, self.towers, self.settings = model.to(self.device).eval(), towers, settings
         self.classes, self.precision = tuple(classes), precision
         self.batch_size, self.workers = batch_size, workers
@@ -165,6 +180,8 @@ class Encoder:
             DataError: if the directory is not that of such a run, or needs a factory.
             CheckpointError: if its weights cannot be read.
         """
+        if checkpoint not in get_args(Which):
+            raise ValueError(f"checkpoint must be 'best' or 'last', got {checkpoint!r}")
         directory = RunDirectory(run)
         path = directory.path
         if not (path / RECIPE).is_file():
@@ -186,27 +203,31 @@ class Encoder:
         """Return the unit features of images, float32 [N, D], on the CPU.
 
         Args:
-            images: paths, or images of Pillow in RGB.
+            images: paths, or images of Pillow.
 
         Raises:
             ImageError: if a file cannot be read as an image; the message names it.
+            TypeError: if it is one path, or holds something else.
         """
-        features, problems = self._encode_files(list(images))
-        for image, problem in problems.items():
-            raise ImageError(f"{image}: {problem}")
+        images = _several("images", images)
+        features, problems = self._encode_files(images)
+        for number, problem in problems.items():
+            raise ImageError(f"{images[number]}: {problem}")
         return features
 
-    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+    def encode_texts(self, texts: Iterable[str]) -> Tensor:
         """Return the unit features of texts, float32 [N, D], on the CPU.
 
         Raises:
             DataError: if the model has no text tower.
+            TypeError: if it is one text.
         """
+        texts = _several("texts", texts)
         text, encode = self.towers.text, getattr(self.model, "encode_text", None)
         if text is None or encode is None:
             raise DataError("a model without a text tower cannot encode texts")
         starts = range(0, len(texts), self.batch_size)
-        batches = (text.tokenize(list(texts[i : i + self.batch_size])) for i in starts)
+        batches = (text.tokenize(texts[i : i + self.batch_size]) for i in starts)
         return self._encoded(encode, batches)
 
     def similarity(
@@ -230,16 +251,36 @@ class Encoder:
         files = {name: path for name, path in found.items() if isinstance(path, Path)}
         if not files:
             raise DataError(f"--images must have images in it, got {folder}, which has none.")
-        features, problems = self._encode_files(list(files.values()))
+        paths = list(files.values())
+        features, problems = self._encode_files(paths)
         if problems:
-            rows = [Problem(str(path), kind, "") for path, kind in problems.items()]
+            rows = [Problem(str(paths[number]), kind, "") for number, kind in problems.items()]
             logger.warning("Left out: %s", problem_report(rows, len(features)))
-        names = [name for name, path in files.items() if path not in problems]
+        names = [name for number, name in enumerate(files) if number not in problems]
         return Embeddings(tuple(names), features)
 
     def search(self, query: str, images: Embeddings, *, top: int = 12) -> list[Hit]:
-        """Return the images that are most similar to a text, the best first."""
-        scores = (images.features @ self.encode_texts([query]).T).squeeze(1)
+        """Return the images that are most similar to a text, the best first.
+
+        Args:
+            query: the text.
+            images: features that this model has computed.
+            top: the most results, >= 1.
+
+        Raises:
+            DataError: if the features are of another model.
+            ValueError: if `top` is below 1.
+        """
+        if top < 1:
+            raise ValueError(f"top must be >= 1, got {top}")
+        text = self.encode_texts([query])
+        if len(images.features) and images.features.shape[1] != text.shape[1]:
+            raise DataError(
+                f"images must have {text.shape[1]} features each, as this model's texts, got "
+                f"{images.features.shape[1]}. Encode them with this model"
+            )
+        scores = images.features @ text.T if len(images.features) else text.new_zeros(0, 1)
+        scores = scores.squeeze(1)
         best = scores.topk(min(top, len(scores)))
         found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [Hit(images.names[index], score) for index, score in found]
@@ -260,6 +301,7 @@ class Encoder:
         Raises:
             DataError: if there are no classes, or a template has no "{}".
         """
+        classes, templates = _several("classes", classes), _several("templates", templates)
         if not classes or not templates or any("{}" not in one for one in templates):
             raise DataError("zero_shot must have classes, and templates with {} in each")
         prompts = [template.replace("{}", name) for name in classes for template in templates]
@@ -268,8 +310,8 @@ class Encoder:
         scale = getattr(self.model, "logit_scale", None)
         return (logits * (1.0 if scale is None else scale.detach().cpu().exp())).softmax(dim=1)
 
-    def _encode_files(self, images: list[Any]) -> tuple[Tensor, dict[Any, str]]:
-        """Return the features of the images that can be read, and the problems of the others."""
+    def _encode_files(self, images: list[Any]) -> tuple[Tensor, dict[int, str]]:
+        """Return the features of the images that can be read; by place, the others' problems."""
         pixels = _Pixels(images, self.towers.image.resize)
         loader = DataLoader(
             pixels, self.batch_size, num_workers=self.workers, worker_init_fn=leave_garbage
@@ -285,7 +327,7 @@ class Encoder:
 
         encode: Any = self.model.encode_image
         features = self._encoded(encode, readable())
-        return features, {i: kind for i, kind in zip(images, problems, strict=True) if kind}
+        return features, {number: kind for number, kind in enumerate(problems) if kind}
 
     @torch.no_grad()
     def _encoded(self, encode: Callable[[Any], Tensor], batches: Iterable[Any]) -> Tensor:
@@ -297,6 +339,33 @@ class Encoder:
                     features = encode(to_device(batch, self.device))
                 found.append(F.normalize(features.float(), dim=1).cpu())
         return torch.cat(found) if found else torch.zeros(0, 0)
+
+
+def _several(name: str, values: Iterable[Any]) -> list[Any]:
+    """Return several values as a list.
+
+    Raises:
+        TypeError: if it is a single path or text, whose letters would be the values.
+    """
+    if isinstance(values, (str, Path)):
+        raise TypeError(f"{name} must be several, in a list, got {values!r}. Pass [{values!r}]")
+    return list(values)
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    """Return a device that this process can use.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device must be one that this computer has, such as cpu or cuda:0, got {device}"
+        ) from error
+    return found
 
 
 def weights_file(run: RunDirectory, which: Which) -> Path:
@@ -331,6 +400,12 @@ class _Pixels(Dataset[tuple[Tensor, str]]):
         try:
             if isinstance(image, (str, Path)):
                 image = read_image(Path(image), self._resize.resized)
+            elif not hasattr(image, "convert"):
+                raise TypeError(
+                    f"images must be paths, or images of Pillow, got a {type(image).__name__}"
+                )
+            else:
+                image = in_colour(image, self._resize.resized)
         except ImageError as error:
             side = self._resize.size
             return torch.zeros(3, side, side, dtype=torch.uint8), str(error)

@@ -8,6 +8,7 @@ from pathlib import Path
 from tyro.conf import OmitArgPrefixes, Positional
 
 from diptych.commands.encoder_options import EncoderOptions
+from diptych.recipes.data.captions import decoded
 from diptych.recipes.encoder import TEMPLATES
 
 
@@ -28,7 +29,7 @@ def zero_shot(
         templates: texts with {} where the name of a class goes.
         options: of the model.
     """
-    names = [line.strip() for line in classes.read_text("utf-8-sig").splitlines() if line.strip()]
+    names = [line.strip() for line in decoded(classes).splitlines() if line.strip()]
     encoder = options.load(run)
     found = encoder.embed(images)
     best = encoder.zero_shot(found.features, names, templates=templates).max(dim=1)

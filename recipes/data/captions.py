@@ -39,7 +39,7 @@ def read_captions(path: Path, *, columns: Columns = (None, None)) -> Listing:
     Raises:
         DataError: if the file cannot be read, or its layout is unknown.
     """
-    text = _decoded(path)
+    text = decoded(path)
     if text.lstrip()[:1] in {"{", "["}:
         return read_json(path, text, columns)
     return read_text(path, text, columns)
@@ -96,7 +96,7 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir())
 
 
-def _decoded(path: Path) -> str:
+def decoded(path: Path) -> str:
     """Return the text of a file, in UTF-8 or UTF-16.
 
     Raises:

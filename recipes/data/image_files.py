@@ -150,7 +150,7 @@ def read_image(path: Path | BinaryIO, size: int) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             file = Image.open(path)  # reads the header alone
         with file:
-            return _in_colour(_checked(file), size)
+            return in_colour(_checked(file), size)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(TOO_MANY_PIXELS) from error
     except PermissionError as error:
@@ -199,7 +199,8 @@ def _checked(file: Image.Image) -> Image.Image:
     return file
 
 
-def _in_colour(file: Image.Image, size: int) -> Image.Image:
+def in_colour(file: Image.Image, size: int) -> Image.Image:
+    """Return an image of any mode as `read_image` does."""
     from PIL import Image, ImageOps  # noqa: PLC0415 - an extra
 
     file.draft(None, (ROOM * size, ROOM * size))

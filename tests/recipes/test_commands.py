@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -169,6 +170,33 @@ def test_features_are_written_to_a_file_that_search_reads(run, photos, tmp_path,
 
     assert printed[0] == printed[1]
     assert len(printed[0].splitlines()) == 8
+
+
+def test_names_that_are_no_text_are_printed_and_arguments_out_of_range_have_messages(
+    run, photos, tmp_path, capsys, monkeypatch
+):
+    odd, new = tmp_path / "odd", tmp_path / "new" / "f.safetensors"
+    odd.mkdir()
+    (odd / "caf\udce9.png").write_bytes(next((photos / "images").iterdir()).read_bytes())
+    (tmp_path / "classes.txt").write_text("cat\n", "utf-16")
+    search = ["search", str(run), "a cat", "--images", str(odd)]
+    for wrong in (["--top", "0"], ["--device", "abacus"], ["--batch-size", "0"]):
+        assert main([*search, *wrong]) == 2
+    messages = capsys.readouterr().err.splitlines()
+    rules = ("top must be >= 1", "device must be one", "batch_size must be >= 1")
+    assert [rule in line for rule, line in zip(rules, messages, strict=True)] == [True] * 3
+
+    assert main(["embed", str(run), "--images", str(odd), "--out", str(new)]) == 0
+    strict = io.TextIOWrapper(io.BytesIO(), "utf-8", "strict")
+    monkeypatch.setattr(sys, "stdout", strict)
+    classes = ["--classes", str(tmp_path / "classes.txt")]
+    for command in (search, ["zero-shot", str(run), "--images", str(odd), *classes]):
+        monkeypatch.setattr(sys, "argv", ["diptych", *command])
+        assert main() == 0
+    strict.flush()
+    first, second = strict.buffer.getvalue().decode().splitlines()  # type: ignore[attr-defined]
+    assert first.endswith("  caf\\udce9.png")
+    assert second == "1.000  cat  caf\\udce9.png"
 
 
 def test_zero_shot_prints_a_class_for_each_image(run, photos, tmp_path, capsys):

@@ -14,6 +14,7 @@ from torch import nn
 from diptych.engine.errors import CheckpointError
 from diptych.recipes import (
     DataError,
+    Embeddings,
     Encoder,
     ImageTower,
     Settings,
@@ -303,10 +304,30 @@ def test_batches_precision_and_pillow_images_give_the_same_features(run, photos)
     whole = Encoder.load(run).encode_images(paths)
 
     pieces = Encoder.load(run, batch_size=3).encode_images(
-        Image.open(p).convert("RGB") for p in paths
+        Image.open(path).convert(mode)
+        for path, mode in zip(paths, ["RGB", "RGBA"] * 4, strict=True)
     )
     half = Encoder.load(run, precision="bf16").encode_images(paths)
 
     torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(half, whole, rtol=0, atol=0.05)
     torch.testing.assert_close(whole.norm(dim=1), torch.ones(8))
+
+
+def test_what_an_encoder_cannot_use_is_named(run, photos):
+    encoder, other = Encoder.load(run), Embeddings(("x",), torch.ones(1, 3))
+    one = str(next((photos / "images").iterdir()))
+    images = encoder.encode_images([one])
+    for use, name in (
+        (lambda: encoder.encode_texts("a cat"), "texts"),
+        (lambda: encoder.encode_images(one), "images"),
+        (lambda: encoder.zero_shot(images, "cat"), "classes"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be several, in a list"):
+            use()
+    with pytest.raises(TypeError, match=r"images of Pillow, got a Tensor"):
+        encoder.encode_images([torch.zeros(3, 8, 8)])
+    with pytest.raises(DataError, match=r"images must have 16 features each, .* got 3"):
+        encoder.search("a cat", other)
+    with pytest.raises(ValueError, match="checkpoint must be 'best' or 'last', got 'worst'"):
+        Encoder.load(run, checkpoint="worst")
