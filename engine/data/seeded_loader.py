@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import inspect
 import logging
@@ -192,7 +193,11 @@ class SeededLoader(Summarized):
         self, place: _PassPosition, batches: _Batches, reader: DataLoader[Any]
     ) -> Generator[Any, None, None]:
         batches.shares = self.batches(place.epoch, place.batch)
-        for batch in reader:
+        iterator = iter(reader)
+        if self._workers and iterator not in _read_by_workers:
+            _read_by_workers.add(iterator)
+            atexit.register(_end_workers, weakref.ref(iterator))
+        for batch in iterator:
             place.batch += 1
             yield batch
 
@@ -266,6 +271,20 @@ def _shares(order: list[int], size: int, epoch: int, numbers: range) -> Iterator
         whole = order[number * size : (number + 1) * size]
         bounds = [len(whole) * r // world_size() for r in (rank(), rank() + 1)]
         yield [(epoch, index) for index in whole[bounds[0] : bounds[1]]]
+
+
+_read_by_workers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _end_workers(reference: weakref.ref[Any]) -> None:
+    """End the workers of an iterator when Python exits.
+
+    torch before 2.13 else waits at its own exit for 5 seconds for each worker that keeps on from
+    epoch to epoch and whose batches are pinned. Functions that are registered later run earlier.
+    """
+    iterator = reference()
+    if iterator is not None:
+        iterator._shutdown_workers()  # noqa: SLF001 - torch has no public name
 
 
 def leave_garbage(_: int) -> None:

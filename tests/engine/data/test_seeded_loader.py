@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset, Subset
 
 from diptych.engine import ResumeError, SeededLoader, in_groups
+from tests.losses.processes import printed
 
 
 class Noisy(Dataset):
@@ -278,6 +279,18 @@ def test_the_workers_of_an_abandoned_pass_end_with_the_loader_and_no_cycle_keeps
         assert not worker.is_alive()
     finally:
         gc.enable()
+
+
+def test_workers_have_ended_when_python_exits_and_what_was_registered_earlier_runs():
+    code = """
+import atexit
+from diptych.engine import SeededLoader
+loader = SeededLoader([1, 2, 3], 1, num_workers=2)
+atexit.register(lambda: print([worker.is_alive() for worker in workers]))
+assert len(list(loader)) == 3
+workers = loader._loader._iterator._workers
+"""
+    assert printed(code) == "[False, False]"
 
 
 class Collecting(Dataset):
