@@ -440,23 +440,15 @@ def report_unsaved(trainer: RunParts, saved: Iterable[Any]) -> None:
 
 
 def _living_schedulers(optimizer: Optimizer) -> list[Any]:
-    if not _may_have_schedulers(optimizer):
-        return []
-    held = _optimizers(optimizer)
-    everyone = [one for one in gc.get_objects() if issubclass(type(one), LRScheduler)]
-    return [one for one in everyone if id(getattr(one, "optimizer", None)) in held]
-
-
-def _may_have_schedulers(optimizer: Optimizer) -> bool:
-    """Return whether something that refers to an optimizer looks like a torch scheduler.
-
-    A third of the time of a search through all objects, which most runs are spared by it.
-    """
+    """Return the torch schedulers of an optimizer that exist, wherever they are held."""
+    found: dict[int, Any] = {}
     for holder in gc.get_referrers(optimizer, *getattr(optimizer, "members", ())):
-        attributes = holder if isinstance(holder, dict) else {}  # those of an object, or its own
-        if "last_epoch" in attributes or issubclass(type(holder), LRScheduler):
-            return True
-    return False
+        owners = [holder]
+        if isinstance(holder, dict) and "last_epoch" in holder:  # the attributes of an object
+            owners = gc.get_referrers(holder)
+        found |= {id(one): one for one in owners if issubclass(type(one), LRScheduler)}
+    held = _optimizers(optimizer)
+    return [one for one in found.values() if id(getattr(one, "optimizer", None)) in held]
 
 
 def _optimizers(optimizer: Optimizer) -> set[int]:
