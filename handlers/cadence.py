@@ -12,6 +12,7 @@ from ignite.engine import Events
 from diptych.engine.checks import is_whole
 from diptych.engine.distributed.collectives import rank
 from diptych.engine.events import RunEvents
+from diptych.engine.loop.position import planned_iterations
 
 if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer
@@ -82,6 +83,35 @@ def call_before_first_batch(trainer: Trainer, method: Callable[[Any], object]) -
         handle = trainer.add_event_handler(Events.GET_BATCH_STARTED, call)
 
     trainer.add_event_handler(Events.STARTED, OwnedFunction(method, await_first_batch))
+
+
+def log_point_period(trainer: Trainer) -> int:
+    """Return the trainer's `log_every`; in a run without a multiple of it, the length of an epoch.
+
+    There is a log point at the end of an epoch too, and at the end of a run.
+    """
+    state, every = trainer.state, trainer.settings.log_every
+    planned = planned_iterations(state)
+    if planned is None or planned >= every:
+        return every
+    return min(planned, state.epoch_length or planned)
+
+
+def call_in_short_runs(trainer: Trainer, method: Callable[[Any], object], event: Any) -> None:
+    """Call a handler's method every `log_point_period` iterations if that is not `log_every`."""
+    periods = {trainer.settings.log_every}
+
+    def start(trainer: Trainer, _: object) -> None:
+        def call(trainer: Trainer, _: object) -> None:
+            if period == log_point_period(trainer):  # not that of a later, longer run
+                method(trainer)
+
+        period = log_point_period(trainer)
+        if period not in periods:
+            periods.add(period)
+            trainer.every(period, OwnedFunction(method, call), event)
+
+    trainer.add_event_handler(Events.STARTED, OwnedFunction(method, start))
 
 
 def report_endless(trainer: Trainer, handler: object) -> None:

@@ -25,6 +25,7 @@ from diptych.engine.metrics.metrics_collector import MetricsCollector, Record
 from diptych.engine.modules import named_parameters
 from diptych.engine.tasks import ImageText, Outputs
 from diptych.engine.trainer import Trainer
+from diptych.handlers.cadence import call_in_short_runs, log_point_period
 from diptych.handlers.components import default_components
 from diptych.handlers.health import feature_statistics
 from diptych.handlers.health.feature_statistics import name_count
@@ -75,7 +76,8 @@ class RepresentationHealth(Handler):
         global batch, with one all-reduce of D numbers (D x D at log points).
 
     Args:
-        every: iterations between two measurements; None: the trainer's `log_every`.
+        every: iterations between two measurements; None: the trainer's `log_every`, and in a run
+            shorter than that the last iteration of each epoch.
         features: names of one or two of the task's outputs, [B, D]; None: the first two that end in
             "_features". If there are none of that shape, nothing is measured, which is logged.
         samples: the most pairs of this rank's batch to measure, >= 2.
@@ -141,6 +143,8 @@ class RepresentationHealth(Handler):
         trainer.every(every, self._measure, StepEvents.LOSS_COMPUTED)
         if at_log_points % every:  # else `_measure` keeps them
             trainer.every(at_log_points, self._keep_features, StepEvents.LOSS_COMPUTED)
+        last = self._keep_features if self.every else self._measure
+        call_in_short_runs(trainer, last, StepEvents.LOSS_COMPUTED)
         trainer.add_event_handler(MetricsEvents.LOGGED, self._judge)
         for name, position in temperature_positions(trainer.loss).items():
             trainer.metrics.gauge(f"health/{name}", position)
@@ -171,7 +175,7 @@ class RepresentationHealth(Handler):
 
     @torch.no_grad()
     def _measure(self, trainer: Trainer) -> None:
-        if trainer.state.iteration % trainer.settings.log_every:
+        if trainer.state.iteration % log_point_period(trainer):
             sides = self._sides(trainer.outputs)
         else:
             sides = self._keep_features(trainer)

@@ -16,6 +16,7 @@ from diptych.engine.distributed.dtensor import local_parts, norms
 from diptych.engine.events import StepEvents
 from diptych.engine.handler import Handler
 from diptych.engine.trainer import Trainer
+from diptych.handlers.cadence import call_in_short_runs
 from diptych.handlers.components import Components, find_components
 from diptych.handlers.optimization.gradient_clipping import GradientClipping
 from diptych.handlers.optimization.gradient_norms import held_parameters, norm_of, shared_norms
@@ -59,7 +60,8 @@ class GradientDiagnostics(Handler):
         per parameter.
 
     Args:
-        every: iterations between two measurements, >= 1; None: the trainer's `log_every`.
+        every: iterations between two measurements, >= 1; None: the trainer's `log_every`, and in a
+            run shorter than that the last iteration of each epoch.
         components: names and paths of parameters; see `Components`. Default: the model's top-level
             children, and the loss.
         updates: whether to publish the update-to-weight ratios, which need the copy.
@@ -88,8 +90,12 @@ class GradientDiagnostics(Handler):
         trainer.add_event_handler(Events.STARTED, self._find)
         every = self.every or trainer.settings.log_every
         trainer.every(every, self._publish_gradients, StepEvents.GRADIENTS_READY)
+        if self.every is None:
+            call_in_short_runs(trainer, self._publish_gradients, StepEvents.GRADIENTS_READY)
         if self.updates:
             trainer.every(every, self._publish_updates, StepEvents.OPTIMIZER_STEPPED)
+            if self.every is None:
+                call_in_short_runs(trainer, self._publish_updates, StepEvents.OPTIMIZER_STEPPED)
 
     def _find(self, trainer: Trainer) -> None:
         self._members = find_components(trainer, self.components)

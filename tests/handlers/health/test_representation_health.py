@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diptych.engine import BatchError, MetricsEvents, SeededLoader, StepEvents, Trainer, tasks
-from diptych.handlers import CheckpointManager, Evaluation
+from diptych.handlers import CheckpointManager, Evaluation, GradientDiagnostics
 from diptych.handlers.health import feature_statistics as statistics
 from diptych.handlers.health.parameter_gauges import temperature_positions
 from diptych.handlers.health.representation_health import RepresentationHealth, _text_ids
@@ -135,6 +135,29 @@ def test_every_record_has_finite_spectra_after_the_first():
     assert all(math.isfinite(value) for value in ranks)
     assert ranks[0] == ranks[1]
     assert ranks[2] != ranks[0]
+
+
+def measured(trainer: Trainer, epochs: int, every: int | None = None) -> dict[int, dict[str, Any]]:
+    """Return the statistics of the features and gradients in each record that has them."""
+    handlers = RepresentationHealth(every=every), GradientDiagnostics(every=every)
+    records = run(trainer.attach(*handlers), epochs)
+    kept = ("health/", "gradients/", "updates/")
+    found = {r.step: {t: v for t, v in r.values.items() if t.startswith(kept)} for r in records}
+    return {step: values for step, values in found.items() if "health/margin" in values}
+
+
+def test_a_run_shorter_than_log_every_is_measured_at_the_end_of_each_epoch():
+    found = measured(make_trainer(log_every=50), 2)
+    assert found == measured(make_trainer(log_every=4), 2)  # an epoch has four iterations
+    assert [*found] == [4, 8]
+    assert "health/image/rankme" in measured(make_trainer(log_every=50), 1, every=2)[4]
+
+
+def test_a_run_that_is_continued_beyond_log_every_is_measured_there_alone():
+    trainer = make_trainer(log_every=10)
+    assert [*measured(trainer, 2)] == [4, 8]
+    records = run(trainer, 4)
+    assert [r.step for r in records if "health/margin" in r.values] == [10]
 
 
 def test_it_does_not_change_the_run():
