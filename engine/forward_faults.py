@@ -31,6 +31,10 @@ class ForwardError(BatchError, RuntimeError, TypeError, IndexError):
     """
 
 
+class SingleSampleError(ForwardError):
+    """A batch of one sample, which batch normalisation cannot normalise in training."""
+
+
 WORDS = {str: "strings", Tensor: "tensors", dict: "dicts", list: "lists", int: "numbers"}
 
 
@@ -111,22 +115,22 @@ def raise_likely_cause(error: Exception, model: nn.Module, batch: Any) -> None:
     if call is None:
         return
     is_usual = type(error).__module__ in {"builtins", "torch"}  # others' classes are meant
-    message = _likely_cause(call) if is_usual else None
-    if message is not None:
-        raise ForwardError(message) from error
+    likely = _likely_cause(call) if is_usual else None
+    if likely is not None:
+        raise likely from error
     if hasattr(error, "add_note"):
         got = ", ".join(map(described, call.inputs)) or "nothing"
         error.add_note(f"{call.part} was called with {got}. The batch: {described(batch)}.")
 
 
-def _likely_cause(call: FailedCall) -> str | None:
+def _likely_cause(call: FailedCall) -> ForwardError | None:
     for cause in CAUSES:
         try:
             message = cause(call)
         except Exception:  # noqa: BLE001, S112 - the search must not hide the error
             continue
         if message is not None:
-            return message
+            return (SingleSampleError if cause is _single_sample else ForwardError)(message)
     return None
 
 

@@ -142,13 +142,14 @@ def _report_unlabelled(loss: nn.Module, outputs: Mapping[str, Tensor]) -> None:
 
 def report_skipped(loss: nn.Module, iteration: int) -> None:
     """Log, on rank 0, that a batch is skipped."""
+    least = minimum_batch(loss)
     if rank() == 0:
         logger.warning(
             "The batch of iteration %d has fewer samples than the %d that %s needs: it is skipped "
             "(train/skipped_batches).",
             iteration,
-            minimum_batch(loss),
-            type(loss).__name__,
+            max(least, 2),
+            "the model's batch normalisation" if least == 1 else type(loss).__name__,
         )
 
 

@@ -9,7 +9,9 @@ import torch
 from ignite.engine import Events
 from torch import nn
 
+from diptych.engine.data.batches import batch_size
 from diptych.engine.events import EvaluationEvents, StepEvents
+from diptych.engine.forward_faults import SingleSampleError
 from diptych.engine.loop.continued_events import STEP
 from diptych.engine.loop.event_loop import EventLoop
 from diptych.engine.metrics.metrics_collector import MetricsCollector
@@ -24,7 +26,8 @@ class ExactSteps(EventLoop):
     """An `EventLoop` whose steps update weights, and are continued exactly after an exception.
 
     A step that raises before its update is undone, and repeated by the next `run`. An update that
-    was made counts, and the rest of its iteration is done then.
+    was made counts, and the rest of its iteration is done then. A batch of a single sample, which
+    batch normalisation cannot normalise, is skipped in a single process unless it is the first.
     """
 
     model: nn.Module
@@ -70,6 +73,14 @@ class ExactSteps(EventLoop):
             self._snapshot.take()
         try:
             return super()._call_step(batch)
+        except SingleSampleError:
+            self._judge_step(self._snapshot)
+            step = self._process_function
+            is_left = self.state.iteration > 1 and batch_size(batch) == 1  # of a pass
+            if not (is_left and isinstance(step, TrainStep)):
+                raise
+            del self._stopped_at[STEP]
+            return step.skipped()
         except BaseException:
             self._judge_step(self._snapshot)
             raise

@@ -126,7 +126,7 @@ class TrainStep:
         if self.unfinished is None:
             self._output = self._ready_to_update(trainer, batch)
             if self._output is None:
-                return self._skipped()
+                return self.skipped()
             self.update()
             self.unfinished = self._output
         elif self._is_cut:
@@ -154,8 +154,8 @@ class TrainStep:
         trainer.fire_event(StepEvents.GRADIENTS_READY)
         return StepOutput(value, terms, size)
 
-    def _skipped(self) -> StepOutput:
-        """Count a batch that is too small for the loss; return the last output, of no sample."""
+    def skipped(self) -> StepOutput:
+        """Count a batch that is too small; return the last output, of no sample."""
         trainer = self._trainer
         trainer.skipped_batches += 1
         if trainer.skipped_batches == 1:

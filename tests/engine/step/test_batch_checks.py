@@ -130,6 +130,23 @@ def test_a_batch_below_the_minimum_is_an_iteration_without_an_update() -> None:
     assert resumed.skipped_batches == 2
 
 
+def test_a_last_batch_that_cannot_be_normalised_is_an_iteration_without_an_update(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    found, pairs = [], [paired(4), paired(4), paired(1)]
+    for batches in (pairs, pairs[:2]):
+        torch.manual_seed(0)
+        model = TwoTower().double()
+        model.image.append(nn.BatchNorm1d(4).double())
+        trainer = trainer_of(model, CLIPLoss().double())
+        trainer.run(batches, max_epochs=2)
+        found.append([*model.state_dict().values()])
+    assert all(one.equal(other) for one, other in zip(*found, strict=True))
+    assert caplog.text.count("the 2 that the model's batch normalisation needs: it is skip") == 1
+    with pytest.raises(BatchError, match=r"a batch must have 2 samples or more for image\.\d"):
+        trainer_of(model, CLIPLoss().double()).run([paired(1), paired(4)])
+
+
 def test_a_run_of_batches_that_are_too_small_changes_nothing_and_says_so_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
