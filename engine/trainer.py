@@ -510,6 +510,7 @@ class Trainer(Summarized, ExactSteps):
         if self.settings.seed is not None and self.position == Position():
             manual_seed(self.settings.seed + rank())
         self._others = checked_optimizers(self, self._others)[1:]
+        put_into_training_mode(*self._others)
         if self._snapshot is not None:
             self._snapshot.find()
         self._modes.remember()

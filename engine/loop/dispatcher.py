@@ -12,27 +12,27 @@ from typing import Any
 
 from ignite.engine import Engine, Events
 from ignite.engine.events import RemovableEventHandle
-from torch.optim.lr_scheduler import LRScheduler
 
 from diptych.engine.distributed.hang_report import place_stack, raise_if_lost
-from diptych.engine.loop.event_names import check_event, check_function, check_signature
+from diptych.engine.loop.event_names import check_event, check_function, check_signature, stepped_by
 from diptych.engine.loop.handler_table import Edited, HandlerTable
 from diptych.engine.loop.listener import Listener, filter_of
 from diptych.engine.loop.periodic import Periodic, flat
 
 
-class SchedulerStep:
-    """The `step` method of a torch scheduler, as a handler that takes no engine.
+class StepMethod:
+    """The `step` method of a scheduler or an optimizer, as a handler that takes no engine.
 
     Args:
-        method: the bound method.
+        owner: the scheduler or the optimizer.
+        method: its method.
     """
 
-    def __init__(self, method: Any) -> None:
-        self.__self__, self.__name__, self._method = method.__self__, method.__name__, method
+    def __init__(self, owner: Any, method: Any) -> None:
+        self.__self__, self.__name__, self._method = owner, method.__name__, method
 
     def __call__(self) -> None:
-        """Step the scheduler."""
+        """Step the scheduler or the optimizer."""
         self._method()
 
     def __eq__(self, other: object) -> bool:
@@ -112,12 +112,13 @@ class Dispatcher(Engine):
     ) -> RemovableEventHandle:
         """Add a handler to an event, as in Ignite.
 
-        The `step` method of a torch scheduler is called without the engine, which it would take for
-        an epoch.
+        The `step` method of a scheduler or an optimizer is called without the engine, which it
+        would take for an epoch or a closure.
         """
         check_function(event_name, handler)
-        if isinstance(getattr(handler, "__self__", None), LRScheduler):
-            handler = SchedulerStep(handler)
+        owner = None if args or kwargs else stepped_by(handler)
+        if owner is not None:
+            handler = StepMethod(owner, handler)
         try:
             handle = super().add_event_handler(event_name, handler, *args, **kwargs)
         except ValueError:

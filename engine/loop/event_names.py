@@ -1,11 +1,15 @@
-"""The error for an event that an engine does not fire, which names the event that was meant."""
+"""Checks of events and of the functions that are added to them."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import weakref
 from collections.abc import Iterable
 from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 OTHERS = {
     "validation": "EVALUATED",
@@ -87,6 +91,39 @@ def check_signature(function: Any, *arguments: Any, **keywords: Any) -> None:
         f"handler must take the engine or no argument, got {name}{signature}. Other arguments "
         "follow the function: add_event_handler(event, function, argument)"
     )
+
+
+def stepped_by(function: Any) -> Any:
+    """Return the scheduler or optimizer whose `step` method a function is; None for others.
+
+    Such a method takes nothing that an engine could be: its arguments are an epoch or a closure.
+
+    Raises:
+        TypeError: if it needs an argument, such as the value of a metric.
+    """
+    owner = _owner_of(function)
+    if owner is None or getattr(function, "__name__", "") != "step":
+        return None
+    _, *named = inspect.signature(type(owner).step).parameters.values()
+    needed = [one for one in named if one.default is inspect.Parameter.empty]
+    if not isinstance(owner, (LRScheduler, Optimizer)):  # a user's own
+        known = any(one.name in {"epoch", "closure"} for one in named)
+        return owner if known and not needed else None
+    if needed:
+        raise TypeError(
+            f"handler must pass {needed[0].name} to {type(owner).__name__}.step, got the method "
+            "itself. Write a function that does: lambda trainer: "
+            "scheduler.step(trainer.state.metrics['val/loss']), for example"
+        )
+    return owner
+
+
+def _owner_of(function: Any) -> Any:
+    """Return the object of a method; torch's schedulers put a function in place of the method."""
+    if hasattr(function, "_wrapped_by_lr_sched"):
+        held = inspect.getclosurevars(function).nonlocals.values()
+        return next((one() for one in held if isinstance(one, weakref.ref)), None)
+    return getattr(function, "__self__", None)
 
 
 def _nearest(name: str, events: dict[str, Any]) -> Any:

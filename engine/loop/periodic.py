@@ -9,6 +9,7 @@ import attrs
 from ignite.engine import Engine
 
 from diptych.engine.checks import is_whole
+from diptych.engine.loop.event_names import stepped_by
 from diptych.engine.loop.listener import Listener
 
 
@@ -46,7 +47,9 @@ class Periodic:
         """
         if not is_whole(period):
             raise ValueError(f"period must be a whole number of iterations >= 1, got {period!r}")
-        self._entries.append(_Entry(period, Listener(self._event, handler, period=period)))
+        takes_engine = stepped_by(handler) is None
+        listener = Listener(self._event, handler, takes_engine=takes_engine, period=period)
+        self._entries.append(_Entry(period, listener))
         self._due = 0
 
     @property

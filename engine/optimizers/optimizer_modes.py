@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -40,36 +40,40 @@ def has_modes(optimizer: Optimizer) -> bool:
     return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 
-def put_into_training_mode(optimizer: Optimizer) -> None:
+def put_into_training_mode(*optimizers: Optimizer) -> None:
     """Let the model hold the weights that are trained."""
-    if has_modes(optimizer):
+    for optimizer in filter(has_modes, optimizers):
         modal: Any = optimizer
         modal.train()
 
 
 @contextmanager
-def evaluation_weights(optimizer: Optimizer) -> Iterator[None]:
-    """Let the model hold the weights that the optimizer evaluates; afterwards the trained ones.
+def evaluation_weights(*optimizers: Optimizer) -> Iterator[None]:
+    """Let the model hold the weights that its optimizers evaluate; afterwards the trained ones.
 
     Nothing happens for an optimizer without `train()` and `eval()`. The weights that are trained
     are restored bit for bit, also after an error. A nested context changes nothing, and functions
     in it may call `eval()` and `train()` themselves.
 
     Args:
-        optimizer: the optimizer of the model's parameters.
+        optimizers: the optimizers of the model's parameters.
     """
-    with _in_mode(optimizer, "eval"):
+    with ExitStack() as stack:
+        for optimizer in optimizers:
+            stack.enter_context(_in_mode(optimizer, "eval"))
         yield
 
 
 @contextmanager
-def trained_weights(optimizer: Optimizer) -> Iterator[None]:
+def trained_weights(*optimizers: Optimizer) -> Iterator[None]:
     """Let the model hold the weights that are trained, as a checkpoint must; see above.
 
     Args:
-        optimizer: the optimizer of the model's parameters.
+        optimizers: the optimizers of the model's parameters.
     """
-    with _in_mode(optimizer, "train"):
+    with ExitStack() as stack:
+        for optimizer in optimizers:
+            stack.enter_context(_in_mode(optimizer, "train"))
         yield
 
 

@@ -83,8 +83,8 @@ def behind_events(trainer: RunParts, *, of_stateless: bool = False) -> list[Any]
     roots: list[Any] = []
     for listener in trainer.listeners:
         if not (of_stateless and isinstance(listener.owner, Stateful)):
-            roots += [listener.added, *listener.arguments, *listener.keywords.values()]
-            roots += [listener.owner] if is_scheduler(listener.owner) else []
+            roots += [listener.added, listener.owner]
+            roots += [*listener.arguments, *listener.keywords.values()]
     own = vars(trainer)
     roots += [trainer.step, own.get("_process_function"), *filter(_is_found, own.values())]
     evaluators = (getattr(handler, "evaluator", None) for handler in trainer.handlers)

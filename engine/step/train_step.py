@@ -43,6 +43,7 @@ from diptych.engine.step.loss_contract import (
 )
 from diptych.engine.step.microbatch import GradientCache, PieceCounter, join_outputs
 from diptych.engine.tasks import Outputs, Task, check_outputs
+from diptych.engine.trainer_parts import check_needs_no_closure
 
 NOTHING, PARAMETERS = nullcontext(), itemgetter("params")
 
@@ -322,13 +323,21 @@ class TrainStep:
         """Step the optimizer, then clamp the loss's parameters to their bounds."""
         if self.scaler is None or not self._unscaled:  # a scaler needs at least one gradient
             with mixed_tensors_allowed(self.model):
-                self.optimizer.step()
+                self._step_optimizer()
         else:
             before = _loss_scale(self.scaler)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.skipped_steps += _loss_scale(self.scaler) < before
         self._constrain()
+
+    def _step_optimizer(self) -> None:
+        try:
+            self.optimizer.step()
+        except Exception as error:
+            for optimizer in getattr(self.optimizer, "members", (self.optimizer,)):
+                check_needs_no_closure(optimizer, error)
+            raise
 
     def _constrain(self) -> None:
         for part in self._constrained.of(self.loss):

@@ -351,7 +351,7 @@ class DirectorySaver:
         )
         self._asleep = False
         group = self.shard_group(trainer)
-        with trained_weights(trainer.optimizer):
+        with trained_weights(*trainer.optimizers):
             state = {**run_state(trainer), "saved": {"epoch": epoch, "metrics": dict(metrics)}}
             if self.writer.exports:
                 state |= _evaluated_weights(trainer)
@@ -383,14 +383,14 @@ class DirectorySaver:
 
 
 def _evaluated_weights(trainer: Trainer) -> dict[str, Any]:
-    """Return a copy of the weights that an optimizer with `train()` and `eval()` evaluates.
+    """Return a copy of the weights that optimizers with `train()` and `eval()` evaluate.
 
     Returns:
         The part of a checkpoint, by its name; empty for any other optimizer.
     """
-    if not has_modes(trainer.optimizer):
+    if not any(map(has_modes, trainer.optimizers)):
         return {}
-    with evaluation_weights(trainer.optimizer):
+    with evaluation_weights(*trainer.optimizers):
         weights = clean_state_dict(trainer.model)
         return {EVALUATED: {key: value.detach().clone() for key, value in weights.items()}}
 

@@ -246,7 +246,7 @@ class Evaluation(Handler):
             loss.loss = trainer.loss
         self._check_length(trainer)
         scored = self._weights(trainer)
-        with evaluation_mode(trainer.loss), evaluation_weights(trainer.optimizer), scored:
+        with evaluation_mode(trainer.loss), evaluation_weights(*trainer.optimizers), scored:
             self.evaluator.evaluate(self.loader)
         results = self.evaluator.state.metrics  # with those of metrics that a user has attached
         for name, result in results.items():

@@ -416,7 +416,7 @@ class StagePlan(Handler):
             parts = {"model": trainer.model, "loss": trainer.loss}
             average = average_behind(trainer, str(self.stage.metric))
             held = average.averaged() if average else nullcontext()
-            with evaluation_weights(trainer.optimizer), held:
+            with evaluation_weights(*trainer.optimizers), held:
                 self._kept = {
                     part: {key: value.clone() for key, value in clean_state_dict(module).items()}
                     for part, module in parts.items()

@@ -169,6 +169,42 @@ def test_the_step_of_a_torch_scheduler_is_a_handler(event):
     assert loop.listeners[-1].owner is scheduler
 
 
+class Halving:
+    """A user's scheduler, as torch's interface has it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def step(self, epoch: int | None = None) -> None:
+        assert epoch is None
+        self.optimizer.param_groups[0]["lr"] /= 2
+
+
+def test_the_steps_of_optimizers_and_own_schedulers_are_handlers_too():
+    weight = torch.nn.Parameter(torch.ones(1))
+    weight.grad = torch.ones(1)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    loop = EventLoop(lambda *_: None)
+    loop.add_event_handler(Events.ITERATION_COMPLETED, optimizer.step)
+    loop.add_event_handler(Events.ITERATION_COMPLETED, Halving(optimizer).step)
+    loop.every(3, scheduler.step)
+    loop.run(range(3), max_epochs=1)
+
+    assert weight.item() == 1 - 1 - 0.5 - 0.25
+    assert optimizer.param_groups[0]["lr"] == 0.5**4
+
+
+def test_a_step_that_needs_an_argument_is_refused_where_it_is_added():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    loop = EventLoop(lambda *_: None)
+    for add in (loop.add_event_handler, lambda event, step: loop.every(2, step, event)):
+        with pytest.raises(TypeError, match=r"pass metrics to ReduceLROnPlateau\.step"):
+            add(Events.EPOCH_COMPLETED, scheduler.step)
+    loop.add_event_handler(Events.EPOCH_COMPLETED, scheduler.step, 1.0)
+
+
 def test_the_step_of_a_torch_scheduler_can_be_removed():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)

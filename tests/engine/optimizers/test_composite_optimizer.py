@@ -423,6 +423,29 @@ def test_a_member_that_needs_a_closure_is_refused():
         make_trainer(model, CompositeOptimizer(first, torch.optim.LBFGS(rest)))
 
 
+class AscendsFirst(torch.optim.SGD):
+    """Refuses an update without a closure when it is asked for one, as some optimizers do."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        raise AssertionError(*self.param_groups[0]["text"])
+
+
+@pytest.mark.parametrize("text", [[], ["it requires closure, but it was not provided"]])
+def test_an_optimizer_that_asks_for_a_closure_at_its_first_update_is_refused(text: Any):
+    model = make_model()
+    optimizer = AscendsFirst([{"params": model.parameters(), "text": text}], lr=0.1)
+    trainer = make_trainer(model, optimizer)
+    with pytest.raises(ValueError, match=r"got AscendsFirst.* Pass a step of your own"):
+        trainer.run(make_batches(1), max_epochs=1)
+
+
+def test_an_optimizer_that_fails_otherwise_raises_its_own_error():
+    model = make_model()
+    optimizer = AscendsFirst([{"params": model.parameters(), "text": ["no memory"]}], lr=0.1)
+    with pytest.raises(AssertionError, match="no memory"):
+        make_trainer(model, optimizer).run(make_batches(1), max_epochs=1)
+
+
 def test_members_that_do_not_fit_are_refused():
     model = make_model()
     first, second = make_members(model)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diptych.engine import CompositeOptimizer, SeededLoader, Trainer, tasks
+from diptych.engine import CompositeOptimizer, SeededLoader, StepEvents, Trainer, tasks
 from diptych.engine.optimizers.optimizer_modes import evaluation_weights, trained_weights
 from diptych.handlers import CheckpointManager, Evaluation
 
@@ -156,6 +156,27 @@ def test_the_score_is_that_of_the_evaluation_weights(kind):
     (score,) = trainer.metrics.get_history("val/loss")[-1:]
     assert score == pytest.approx(evaluated(trainer.optimizer, trainer.model), abs=1e-5)
     assert abs(score - loss_of(trainer.model)) > 1e-4
+
+
+def beside_another(kind: Any, *handlers: Any) -> tuple[Trainer, Any]:
+    """Return a trainer of the first weight, and an optimizer of the rest that a function steps."""
+    trainer = make_trainer(lambda params, lr: torch.optim.SGD([next(params)], lr), *handlers)
+    other = kind(list(trainer.model.parameters())[1:], lr=0.5)
+    trainer.add_event_handler(StepEvents.OPTIMIZER_STEPPED, other.step)
+    return trainer, other
+
+
+@pytest.mark.parametrize("kind", [Averaging, Swapping])
+def test_an_optimizer_beside_the_trainers_is_evaluated_and_exported_in_its_own_mode(kind, tmp_path):
+    manager = CheckpointManager(tmp_path, best="val/loss", mode="min", keep=1, export=True)
+    trainer, other = beside_another(kind, held_out(), manager)
+    trainer.run(loader(), max_epochs=2)
+    scores = trainer.metrics.get_history("val/loss")
+    assert scores[-1] == pytest.approx(evaluated(other, trainer.model), abs=1e-5)
+    assert abs(scores[-1] - loss_of(trainer.model)) > 1e-4
+    fresh = make_model()
+    fresh.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert loss_of(fresh) == pytest.approx(min(scores), abs=1e-5)
 
 
 @every_kind
