@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import zipfile
 import zlib
 from pathlib import Path
@@ -87,9 +88,7 @@ def whole(tmp_path_factory) -> tuple[Path, str]:
 
 
 def copied(directory: Path, to: Path) -> Path:
-    to.mkdir()
-    for path in directory.iterdir():
-        (to / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(directory, to)
     return to / "checkpoint_epoch_2.pt"
 
 
@@ -152,6 +151,23 @@ def test_a_part_inside_a_part_that_cannot_be_loaded_is_an_error_with_the_files_n
     assert str(path) in refusal(trainer) or digest(trainer) == whole[1]
 
 
+def run_with_log(folder: Path, max_epochs: int) -> tuple[str, bytes]:
+    """Run, or resume; return a digest of the weights, and the log."""
+    trainer = make_trainer()
+    manager = CheckpointManager(folder / "checkpoints")
+    trainer.attach(JsonLines(folder), LearningRate(warmup=2, total=20), manager)
+    trainer.run(make_loader(), max_epochs=max_epochs)
+    return digest(trainer), (folder / "metrics.jsonl").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory) -> tuple[Path, tuple[str, bytes]]:
+    """Return the directory of a run of two epochs, and the end of one of three."""
+    folder = tmp_path_factory.mktemp("logged")
+    run_with_log(folder / "run", 2)
+    return folder / "run", run_with_log(folder / "whole", 3)
+
+
 @pytest.mark.parametrize("value", ["without", "a string", 3.5, None, []])
 @pytest.mark.parametrize(
     "part",
@@ -170,24 +186,15 @@ def test_a_part_inside_a_part_that_cannot_be_loaded_is_an_error_with_the_files_n
     ],
 )
 def test_what_a_handler_or_a_loader_had_saved_is_complete_or_an_earlier_checkpoint_is_used(
-    tmp_path, caplog, part, value
+    tmp_path, caplog, logged, part, value
 ):
-    def run(folder: Path, max_epochs: int) -> str:
-        trainer = make_trainer()
-        manager = CheckpointManager(folder / "checkpoints")
-        trainer.attach(JsonLines(folder), LearningRate(warmup=2, total=20), manager)
-        trainer.run(make_loader(), max_epochs=max_epochs)
-        return digest(trainer)
-
-    run(tmp_path / "run", 2)
+    shutil.copytree(logged[0], tmp_path / "run")
     path = tmp_path / "run/checkpoints/checkpoint_epoch_2.pt"
     state = torch.load(path, weights_only=True)
     without(state, part) if value == "without" else replaced(state, part, value)
     torch.save(state, path)
     list_anew(path)
-    assert run(tmp_path / "run", 3) == run(tmp_path / "whole", 3)
-    lines = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("run", "whole")]
-    assert lines[0] == lines[1]
+    assert run_with_log(tmp_path / "run", 3) == logged[1]
     (refused,) = {text for text in caplog.messages if f"checkpoint {path} cannot be used" in text}
     assert f"{part} must be" in refused
 
