@@ -170,7 +170,7 @@ def _epoch_aware(loader: object) -> Any:
 
 def generator_states(loader: object) -> list[torch.Tensor]:
     """Return the states of the random generators that a loader or its sampler owns."""
-    return [generator.get_state() for generator in _generators(loader)]
+    return [*map(torch.Generator.get_state, _generators(loader))]
 
 
 def set_generator_states(loader: object, states: Sequence[torch.Tensor]) -> None:

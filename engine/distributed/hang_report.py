@@ -61,17 +61,13 @@ class _Places(threading.local):
 
 
 _stacks: dict[int, list[Place]] = {}
-_places = _Places()
-
-
-def place_stack() -> list[Place]:
-    """Return this thread's living stack of places, for code that enters many of them."""
-    return _places.stack
+PLACES = _Places()
+"""`PLACES.stack` is this thread's living stack, for code that enters many places."""
 
 
 def entered_places() -> list[Place]:
     """Return the places that this thread is in, the innermost last."""
-    return list(_places.stack)
+    return list(PLACES.stack)
 
 
 def current_place(thread: int) -> Place | None:
@@ -93,7 +89,7 @@ def waits_at(place: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
         def waiting(*args: P.args, **kwargs: P.kwargs) -> T:
-            stack = _places.stack
+            stack = PLACES.stack
             stack.append((place, perf_counter()))
             try:
                 return function(*args, **kwargs)
@@ -119,7 +115,7 @@ def raise_if_lost(error: RuntimeError) -> None:
     """
     if isinstance(error, LostRankError) or not has_others() or not is_of_a_collective(error):
         return
-    name, since = _places.stack[-1]
+    name, since = PLACES.stack[-1]
     place = name_of(name)
     seconds = perf_counter() - since
     reason = _reason(place, closed="Connection" in str(error))

@@ -13,7 +13,7 @@ from typing import Any
 from ignite.engine import Engine, Events
 from ignite.engine.events import RemovableEventHandle
 
-from diptych.engine.distributed.hang_report import place_stack, raise_if_lost
+from diptych.engine.distributed.hang_report import PLACES, raise_if_lost
 from diptych.engine.loop.event_names import check_event, check_function, check_signature, stepped_by
 from diptych.engine.loop.handler_table import Edited, HandlerTable
 from diptych.engine.loop.listener import Listener, filter_of
@@ -166,7 +166,7 @@ class Dispatcher(Engine):
         if self._skipped:
             listeners = [one for one in listeners if id(one) not in self._skipped]
         start = before = perf_counter()
-        outer, places, edited = self._in_others, place_stack(), self._edited
+        outer, places, edited = self._in_others, PLACES.stack, self._edited
         for listener in listeners:
             self._in_others = 0.0
             places.append((listener, before))

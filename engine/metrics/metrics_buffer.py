@@ -96,9 +96,10 @@ class ScalarBuffer:
         values = _fetched(rows, [*on_device.values()], totals)
         read = dict(zip(on_device, values[len(values) - len(on_device) :], strict=True))
         sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+        ranks = world_size()
         for (tag, count), value in zip(_counts(rows, numbers), values, strict=False):
             sums[tag][0] += value
-            sums[tag][1] += count * world_size()
+            sums[tag][1] += count * ranks
         for tag in [tag for tag in sums if tag.endswith(WEIGHT)]:
             sums[tag.removesuffix(WEIGHT)][1] = sums.pop(tag)[0]
         self.clear()

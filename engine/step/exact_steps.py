@@ -69,7 +69,7 @@ class ExactSteps(EventLoop):
             self._modes.remember()
         if self._snapshot is None:
             return super()._call_step(batch)
-        if not self._has_unfinished_update:
+        if getattr(self._process_function, "unfinished", None) is None:
             self._snapshot.take()
         try:
             return super()._call_step(batch)

@@ -157,7 +157,8 @@ class RunSavers:
 
     def at_safe_point(self, saver: DirectorySaver) -> None:
         """Save if it is time to; on a signal, end the run once all directories are saved."""
-        self._leave(saver, saver.at_safe_point(self.trainer, self.signals.number))
+        if signal := saver.at_safe_point(self.trainer, self.signals.number):
+            self._leave(saver, signal)
 
     def save_end(self, saver: DirectorySaver) -> None:
         """Save the end of the run in one directory; on a signal, end it once all are saved."""
