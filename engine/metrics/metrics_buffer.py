@@ -21,7 +21,8 @@ from diptych.engine.distributed.hang_report import waits_at
 
 Scalar = Tensor | float | int
 FLOAT = torch.float32  # nearly all scalars of a step
-Rows = dict[tuple[str, ...], list[Tensor]]
+Tables = dict[tuple[str, ...], Tensor]
+"""The rows of each kind, [rows, tags]."""
 Numbers = dict[str, list[float]]
 WEIGHT = " (weight)"
 """The end of the tag under which the weights of a tag's values are added."""
@@ -88,16 +89,18 @@ class ScalarBuffer:
         Raises:
             RuntimeError: on all ranks, if they have published different tags.
         """
-        rows, numbers = self._by_tags()
-        tags = [*map("+".join, rows), *numbers]
+        tables, numbers = self._by_tags()
+        tags = [*map("+".join, tables), *numbers]
         check_same_on_all_ranks("the tags that are published", tags)
         on_device = {tag: value for tag, value in gauges.items() if isinstance(value, Tensor)}
         totals = [float(sum(values)) for values in numbers.values()]
-        values = _fetched(rows, [*on_device.values()], totals)
+        values = _fetched([*tables.values()], [*on_device.values()], totals)
         read = dict(zip(on_device, values[len(values) - len(on_device) :], strict=True))
         sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+        counts = [(tag, len(table)) for tags, table in tables.items() for tag in tags]
+        counts += [(tag, len(held)) for tag, held in numbers.items()]
         ranks = world_size()
-        for (tag, count), value in zip(_counts(rows, numbers), values, strict=False):
+        for (tag, count), value in zip(counts, values, strict=False):
             sums[tag][0] += value
             sums[tag][1] += count * ranks
         for tag in [tag for tag in sums if tag.endswith(WEIGHT)]:
@@ -123,9 +126,10 @@ class ScalarBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all values; those of one kind of row as a tensor [rows * tags]."""
-        rows, numbers = self._by_tags()
-        kinds = [{"tags": list(tags), "values": _flat(values)} for tags, values in rows.items()]
-        return {"rows": kinds, "numbers": dict(numbers)}
+        tables, numbers = self._by_tags()
+        # Copied, since a row may be a view of more.
+        rows = [{"tags": list(tags), "values": t.flatten().clone()} for tags, t in tables.items()]
+        return {"rows": rows, "numbers": numbers}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore a state that `state_dict` returned."""
@@ -135,30 +139,20 @@ class ScalarBuffer:
         ]
         self._numbers += [(tag, v) for tag, held in state_dict["numbers"].items() for v in held]
 
-    def _by_tags(self) -> tuple[Rows, Numbers]:
-        rows: Rows = {}
+    def _by_tags(self) -> tuple[Tables, Numbers]:
+        rows: dict[tuple[str, ...], list[Tensor]] = {}
         for tags, row in self._rows:
             rows.setdefault(tags, []).extend(row)
         numbers: Numbers = {}
         for tag, number in self._numbers:
             numbers.setdefault(tag, []).append(number)
-        return rows, numbers
+        tables = {tags: _flat(row).view(-1, len(tags)) for tags, row in rows.items()}
+        return tables, numbers
 
 
-def _counts(rows: Rows, numbers: Numbers) -> list[tuple[str, int]]:
-    """Return the tag and the number of values of each sum, in the order of `_fetched`."""
-    counts = [(tag, _count(values) // len(tags)) for tags, values in rows.items() for tag in tags]
-    return [*counts, *((tag, len(values)) for tag, values in numbers.items())]
-
-
-def _fetched(rows: Rows, gauges: list[Tensor], totals: list[float]) -> list[float]:
-    """Return the sums of the rows and `totals`, both over all ranks, and the gauges."""
-    # In float64, to make rounding negligible.
-    parts = [
-        _flat(values).view(-1, len(tags)).sum(0, dtype=torch.float64)
-        for tags, values in rows.items()
-    ]
-    own = totals
+def _fetched(tables: list[Tensor], gauges: list[Tensor], totals: list[float]) -> list[float]:
+    """Return the sums of the tables' rows and `totals`, over all ranks, and the gauges."""
+    parts, own = [table.sum(0, dtype=torch.float64) for table in tables], totals
     if world_size() > 1:
         parts.append(torch.tensor(totals, dtype=torch.float64, device=exchange_device()))
         parts, own = [all_reduce_sum(_joined(parts))], []
@@ -229,11 +223,6 @@ def _detached(tag: str, value: Tensor) -> Tensor:
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts])
-
-
-def _count(tensors: list[Tensor]) -> int:
-    """Return the number of elements of scalars, and of vectors of scalars."""
-    return sum(map(Tensor.numel, tensors))
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:
