@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from diptych.engine.random_state import GeneratorSnapshot
@@ -68,7 +68,7 @@ class StepSnapshot:
         self._trainer = trainer
         self._generators = GeneratorSnapshot(trainer.device)
         self._updates = (0, 0)
-        self._versions: list[int] = []
+        self._version = 0
         self._published: Any = None
         self.find()
 
@@ -89,7 +89,7 @@ class StepSnapshot:
         self._generators.take()
         self._buffers.take()
         self._updates = (self._counter.count, self._of_members.count)
-        self._versions = versions_of(trainer.optimizer)
+        self._version = version_of(trainer.optimizer)
         self._published = trainer.metrics.mark()
 
     def judge(self, *, by_members: bool) -> Failed:
@@ -102,11 +102,8 @@ class StepSnapshot:
         updates = (self._counter.count, self._of_members.count)
         if updates[0] != self._updates[0] or (by_members and updates != self._updates):
             return Failed.AFTER_UPDATE
-        versions, before = versions_of(self._trainer.optimizer), len(self._versions)
-        # The first update makes the state of each parameter; what is new has not been changed.
-        if self._versions != versions[:before] or any(versions[before:]):
-            return Failed.INSIDE_UPDATE
-        return Failed.BEFORE_UPDATE
+        is_same = version_of(self._trainer.optimizer) == self._version
+        return Failed.BEFORE_UPDATE if is_same else Failed.INSIDE_UPDATE
 
     def restore(self) -> list[str]:
         """Restore the state before the step; return the names of the buffers that were lost."""
@@ -117,18 +114,18 @@ class StepSnapshot:
         return lost
 
 
-def versions_of(optimizer: Optimizer) -> list[int]:
-    """Return the versions of an optimizer's parameters, and of the first one's state.
+def version_of(optimizer: Optimizer) -> int:
+    """Return the sum of the versions of an optimizer's parameters, and of the first one's state.
 
-    torch raises a tensor's version with each change in place. An update may change the state of the
-    first parameter before any parameter.
+    torch raises a tensor's version with each change in place, from 0. An update may change the
+    state of the first parameter before any parameter.
     """
-    versions = list(map(VERSION, chain.from_iterable(map(PARAMETERS, optimizer.param_groups))))
+    version = sum(map(VERSION, chain.from_iterable(map(PARAMETERS, optimizer.param_groups))))
     for state in optimizer.state.values():
         if type(state) is dict or isinstance(state, Mapping):  # the first test is the faster one
-            versions += [VERSION(value) for value in state.values() if isinstance(value, Tensor)]
+            version += sum(getattr(value, "_version", 0) for value in state.values())
         break
-    return versions
+    return version
 
 
 def reset_unscaling(scaler: torch.amp.GradScaler | None) -> None:
