@@ -89,7 +89,7 @@ class StepSnapshot:
         self._generators.take()
         self._buffers.take()
         self._updates = (self._counter.count, self._of_members.count)
-        self._version = version_of(trainer.optimizer)
+        self._version = optimizer_version(trainer.optimizer)
         self._published = trainer.metrics.mark()
 
     def judge(self, *, by_members: bool) -> Failed:
@@ -102,7 +102,7 @@ class StepSnapshot:
         updates = (self._counter.count, self._of_members.count)
         if updates[0] != self._updates[0] or (by_members and updates != self._updates):
             return Failed.AFTER_UPDATE
-        is_same = version_of(self._trainer.optimizer) == self._version
+        is_same = optimizer_version(self._trainer.optimizer) == self._version
         return Failed.BEFORE_UPDATE if is_same else Failed.INSIDE_UPDATE
 
     def restore(self) -> list[str]:
@@ -114,7 +114,7 @@ class StepSnapshot:
         return lost
 
 
-def version_of(optimizer: Optimizer) -> int:
+def optimizer_version(optimizer: Optimizer) -> int:
     """Return the sum of the versions of an optimizer's parameters, and of the first one's state.
 
     torch raises a tensor's version with each change in place, from 0. An update may change the
