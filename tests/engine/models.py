@@ -55,7 +55,7 @@ class CoupledLoss(nn.Module):
 
     def terms(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
         logits = self.log_scale.exp() * F.normalize(image) @ F.normalize(text).T
-        own = torch.arange(len(logits))
+        own = torch.arange(len(logits), device=logits.device)
         contrast = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
         return {"contrast": contrast, "spread": self.spread * image.var(0).mean()}
 
