@@ -168,11 +168,14 @@ class Dispatcher(Engine):
         start = before = perf_counter()
         outer, places, edited = self._in_others, PLACES.stack, self._edited
         for listener in listeners:
+            function = listener.function
+            if type(function) is Periodic and function.rests(self.state.iteration):
+                continue
             self._in_others = 0.0
             places.append((listener, before))
             try:
                 if listener.plain:
-                    listener.function(self)
+                    function(self)
                 else:
                     listener.call(self, (), {})
             except BaseException as error:

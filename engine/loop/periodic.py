@@ -67,15 +67,16 @@ class Periodic:
         """The listeners of the handlers, in order."""
         return [entry.listener for entry in self._entries]
 
+    def rests(self, iteration: int) -> bool:
+        """Return whether nothing is due in an iteration, which is then done."""
+        rests = self._seen < iteration < self._due
+        if rests:
+            self._seen = iteration
+        return rests
+
     def __call__(self, engine: Engine) -> None:
         """Call the handlers that are due; this is the listener of the event."""
         iteration = engine.state.iteration
-        if self._seen < iteration < self._due:
-            self._seen = iteration
-            return
-        self._dispatch(iteration)
-
-    def _dispatch(self, iteration: int) -> None:
         # After a jump back (a loaded state), every stored due iteration is invalid.
         restarted = iteration <= self._seen
         self._seen = iteration  # before the calls, so that a failing handler is called again
