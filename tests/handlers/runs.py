@@ -33,21 +33,19 @@ def loader() -> SeededLoader:
     return SeededLoader(Squares(), 2, seed=3)
 
 
+def classifier(model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -> Trainer:
+    """Return a trainer of a model that classifies, on the CPU."""
+    settings = {"device": "cpu", **settings}
+    loss = nn.CrossEntropyLoss()
+    return Trainer(model, loss, optimizer, task=tasks.classification, **settings)
+
+
 def make_trainer(*, log_every: int = 4, **settings: Any) -> Trainer:
     """Return a trainer that logs at every fourth iteration and at the end of each epoch."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.2), nn.Linear(4, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return Trainer(
-        model,
-        nn.CrossEntropyLoss(),
-        optimizer,
-        task=tasks.classification,
-        device="cpu",
-        log_every=log_every,
-        seed=5,
-        **settings,
-    )
+    return classifier(model, optimizer, log_every=log_every, seed=5, **settings)
 
 
 def report_each_epoch(trainer: Trainer, *values: float, tag: str = "val/recall@1") -> None:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from diptych import handlers
-from diptych.engine import Change, Handler, SeededLoader, Trainer, certify, tasks
+from diptych.engine import Change, Handler, SeededLoader, Trainer, certify
 from diptych.engine.evaluator import EvaluatesModel
 from diptych.engine.handler import contract_of
 from diptych.handlers.evaluation.evaluation import AveragesWeights
 from diptych.handlers.loss_guard.guard import SavesCheckpoints
 from tests.handlers import guarded
 from tests.handlers.observed_changes import ChangeObserver
+from tests.handlers.runs import classifier
 
 
 class Example(NamedTuple):
@@ -138,9 +139,7 @@ class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
 def momentum_encoder_that_follows(_: Path) -> ChangeObserver:
     model = Twins()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = Trainer(
-        model, nn.CrossEntropyLoss(), optimizer, task=tasks.classification, device="cpu"
-    )
+    trainer = classifier(model, optimizer)
     return observe(handlers.MomentumEncoder(momentum=0.9), trainer=trainer, max_epochs=1)
 
 
@@ -340,15 +339,7 @@ def make_trainer(norm: type[nn.Module] = nn.BatchNorm1d) -> Trainer:
     model[2].online, model[2].target = nn.Linear(2, 2), nn.Linear(2, 2)  # no part of the output
     model[2].pixels = nn.Conv2d(3, 4, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-    return Trainer(
-        model,
-        nn.CrossEntropyLoss(),
-        optimizer,
-        task=tasks.classification,
-        device="cpu",
-        seed=3,
-        log_every=4,
-    )
+    return classifier(model, optimizer, seed=3, log_every=4)
 
 
 def trained(*attached: Any) -> Trainer:

@@ -15,10 +15,11 @@ from ignite.metrics import Accuracy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from diptych.engine import BatchError, SeededLoader, Trainer, tasks
+from diptych.engine import BatchError, SeededLoader, Trainer
 from diptych.engine.distributed.collectives import rank
 from diptych.engine.state.run_state import run_state
 from diptych.handlers import CheckpointManager, Evaluation, JsonLines, KNNAccuracy
+from tests.handlers.runs import classifier
 from tests.losses.ranks import Ranks
 
 Batch = dict[str, Tensor]
@@ -47,15 +48,7 @@ def make_trainer(*, shard: bool = False) -> Trainer:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-    return Trainer(
-        model,
-        nn.CrossEntropyLoss(),
-        optimizer,
-        task=tasks.classification,
-        device="cpu",
-        seed=0,
-        shard=shard,
-    )
+    return classifier(model, optimizer, seed=0, shard=shard)
 
 
 def weights_of(trainer: Trainer) -> Batch:

@@ -13,8 +13,9 @@ from ignite.engine import Events
 from ignite.metrics import Accuracy
 from torch import Tensor, nn
 
-from diptych.engine import SeededLoader, Trainer, tasks
+from diptych.engine import SeededLoader, Trainer
 from diptych.handlers import CheckpointManager, EarlyStopping, Evaluation, JsonLines, WeightAverage
+from tests.handlers.runs import classifier
 
 Batch = dict[str, Tensor]
 STOP_AT = 2  # batches of the evaluation
@@ -42,15 +43,7 @@ class Job:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 3))
         optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-        self.trainer = Trainer(
-            model,
-            nn.CrossEntropyLoss(),
-            optimizer,
-            task=tasks.classification,
-            device="cpu",
-            seed=0,
-            log_every=2,
-        )
+        self.trainer = classifier(model, optimizer, seed=0, log_every=2)
         self.loader = SeededLoader(samples(20, 0), 4)
         held_out = SeededLoader(samples(20, 1), 4, shuffle=False)
         self.trainer.attach(WeightAverage(decay=0.5))

@@ -10,12 +10,13 @@ from ignite.engine import Events
 from torch import nn
 from torch.utils.data import DataLoader
 
-from diptych.engine import Trainer, tasks
+from diptych.engine import Trainer
 from diptych.handlers import CheckpointManager, RunCard, Throughput
 from tests.handlers.runs import (
     Squares,
     Stop,
     Terminal,
+    classifier,
     loader,
     make_trainer,
     report_each_epoch,
@@ -50,9 +51,7 @@ def test_the_trainable_share_is_shown_and_small_components_are_counted_together(
     model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(7)), nn.Linear(3, 2))
     model[7].requires_grad_(False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    trainer = Trainer(
-        model, nn.CrossEntropyLoss(), optimizer, task=tasks.classification, device="cpu"
-    )
+    trainer = classifier(model, optimizer)
 
     told = cards(run(trainer, epochs=1))
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from diptych.engine import RunIdentity, Trainer, tasks
+from diptych.engine import RunIdentity, Trainer
 from diptych.handlers import CheckpointManager, JsonLines, RunRecord
-from tests.handlers.runs import loader, make_trainer
+from tests.handlers.runs import classifier, loader, make_trainer
 
 
 @attrs.define(eq=False)
@@ -78,9 +78,7 @@ def test_the_record_holds_each_group_of_the_optimizer(tmp_path):
     model = nn.Linear(3, 2)
     groups = [{"params": [model.weight]}, {"params": [model.bias], "lr": torch.tensor(0.5)}]
     optimizer = torch.optim.AdamW(groups, lr=0.25, betas=(0.5, 0.75))
-    trainer = Trainer(
-        model, nn.CrossEntropyLoss(), optimizer, task=tasks.classification, device="cpu"
-    )
+    trainer = classifier(model, optimizer)
 
     written = recorded(tmp_path, trainer)["optimizer"]
 
