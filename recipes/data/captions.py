@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,7 +89,8 @@ def images_in(folder: Path) -> Iterator[Row]:
             parents = list(name.parts[:-1])
             split = split_named(parents[0]) if parents else ""
             inner = parents[1:] if split else parents
-            label = inner[0] if inner else ""
+            # The bytes of a folder's name may be no text, which a label is.
+            label = os.fsencode(inner[0]).decode(errors="replace") if inner else ""
             yield Row(name.as_posix(), name.as_posix(), "", label, split)
 
 

@@ -90,7 +90,7 @@ class ImageTable:
         train = [row for row in self.rows if row.split in {"", "train"}]
         if not parts["val"]:
             names = sorted(
-                {r.name for r in train}, key=lambda name: (zlib.crc32(name.encode()), name)
+                {r.name for r in train}, key=lambda name: (zlib.crc32(os.fsencode(name)), name)
             )
             chosen = set(names[: round(held_out * len(names))])
             parts["val"] = [row for row in train if row.name in chosen]

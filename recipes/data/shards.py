@@ -155,7 +155,9 @@ class ShardReader:
             if image is None or not caption:
                 skipped[NO_IMAGE if image is None else NO_CAPTION] += 1
                 continue
-            number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+            number = int.from_bytes(
+                hashlib.sha256(key.encode(errors="surrogateescape")).digest()[:7], "big"
+            )
             try:
                 picture = read_image(io.BytesIO(image), self.resize.resized)
             except ImageError as error:

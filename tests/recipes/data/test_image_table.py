@@ -115,6 +115,18 @@ def test_the_split_follows_the_names_and_keeps_captions_together(images, caption
     assert names[1] == names[2]
 
 
+def test_names_of_files_and_folders_may_have_bytes_that_are_no_text(images, tmp_path):
+    folder = tmp_path / "classes" / "caf\udce9"
+    folder.mkdir(parents=True)
+    for number, path in enumerate(sorted(images.iterdir())):
+        (folder / f"{number}\udcff.png").write_bytes(path.read_bytes())
+
+    table = image_rows(tmp_path / "classes", task="classification")
+
+    assert (table.classes, table.problems) == (["caf\ufffd"], ())
+    assert len(table.parts(held_out=0.5)["val"]) == len(table.rows) // 2
+
+
 def test_captions_of_an_image_share_a_group_however_its_name_is_written(images, tmp_path):
     rows = [("red.png", "a"), ("./red.png", "b"), ("x/../blue.png", "c"), ("blue.PNG", "d")]
     (images / "x").mkdir()
