@@ -68,12 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(name, rest)
     except EXPECTED as error:
-        missing = str(getattr(error, "name", "")).partition(".")[0]
-        if isinstance(error, ImportError) and missing in RECIPES:
-            error = ImportError(f"it needs {missing}: pip install 'diptych[recipes]'")
-        elif not _raised_by_diptych(error):
+        text = _explained(error)
+        if text is None:
             raise  # from the user's own code, where the traceback is what helps
-        sys.stderr.write(f"diptych {name}: error: {error}\n")
+        sys.stderr.write(f"diptych {name}: error: {text}\n")
         return 2
 
 
@@ -104,6 +102,14 @@ def _unknown(name: str) -> str:
     near = difflib.get_close_matches(name, COMMANDS, n=2)
     hint = f"Did you mean {' or '.join(near)}?" if near else "diptych --help lists them."
     return f"command must be one of {', '.join(COMMANDS)}, got {name!r}. {hint}"
+
+
+def _explained(error: Exception) -> str | None:
+    """Return an error in a line; None if it is of the user's own code."""
+    missing = str(getattr(error, "name", "")).partition(".")[0]
+    if isinstance(error, ImportError) and missing in RECIPES:
+        return f"it needs {missing}: pip install 'diptych[recipes]'"
+    return str(error) if _raised_by_diptych(error) else None
 
 
 def _raised_by_diptych(error: BaseException) -> bool:

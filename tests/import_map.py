@@ -80,6 +80,7 @@ ALLOWED: dict[str, set[str]] = {
     "handlers": {
         "engine",
         "engine.distributed",
+        "engine.loop",
         "handlers.checkpointing",
         "handlers.health",
         "handlers.optimization",
