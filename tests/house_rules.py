@@ -69,6 +69,7 @@ BRANCHES = (
     ast.comprehension,
     ast.match_case,
 )
+TYPING = "TYPE_CHECKING"
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 UNSAFE_CALLS = {"eval", "exec", "__import__", "os.system", "os.popen"}
 
@@ -95,15 +96,20 @@ class Source:
         """The first folder of the path."""
         return self.path.partition("/")[0]
 
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        """Every node of the syntax tree."""
+        return list(ast.walk(self.tree))
+
     @property
     def functions(self) -> Iterator[Function]:
         """Every function, methods and nested functions included."""
-        return (n for n in ast.walk(self.tree) if isinstance(n, Function))
+        return (n for n in self.nodes if isinstance(n, Function))
 
     @property
     def calls(self) -> Iterator[ast.Call]:
         """Every call."""
-        return (n for n in ast.walk(self.tree) if isinstance(n, ast.Call))
+        return (n for n in self.nodes if isinstance(n, ast.Call))
 
     def at(self, line: int, message: str) -> str:
         """Return the message with the place that it speaks of."""
@@ -145,15 +151,12 @@ def imports(source: Source) -> Iterator[tuple[int, str, bool]]:
 
     Late are those in functions, and those for type checkers alone.
     """
-    typing = [n for n in ast.walk(source.tree) if isinstance(n, ast.If) and _for_types(n.test)]
-    late = {node for part in (*source.functions, *typing) for node in ast.walk(part)}
-    for node in ast.walk(source.tree):
-        for module in imported_by(node):
-            yield getattr(node, "lineno", 1), module, node in late
-
-
-def _for_types(test: ast.expr) -> bool:
-    return last_name(test) == "TYPE_CHECKING"
+    found = [(node, module) for node in source.nodes for module in imported_by(node)]
+    typing = [n for n in source.nodes if isinstance(n, ast.If) and last_name(n.test) == TYPING]
+    parts = [*source.functions, *typing] if found else []
+    late = {node for part in parts for node in ast.walk(part)}
+    for node, module in found:
+        yield getattr(node, "lineno", 1), module, node in late
 
 
 def last_name(node: ast.expr) -> str:
@@ -209,7 +212,7 @@ def uninstalled_names(source: Source) -> Iterator[str]:
 
 def relative_imports(source: Source) -> Iterator[str]:
     """Imports that start with a dot."""
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.ImportFrom) and node.level:
             yield source.at(node.lineno, "relative import")
 

@@ -262,7 +262,7 @@ def targets(node: ast.AST) -> Iterator[str]:
 
 def imports_of(source: Source) -> Iterator[tuple[int, str]]:
     """Yield (line, module of the library) for each import of a file."""
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         for target in targets(node):
             yield getattr(node, "lineno", 1), target
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
@@ -35,20 +35,29 @@ def test_every_package_has_files_to_check(package: str) -> None:
     assert len(rules.read(package)) > 1
 
 
-def test_a_package_imports_what_it_may_of_others() -> None:
-    find_none(rules.foreign_imports, rules.read(*PACKAGES))
+RULES: list[tuple[Checker, Sequence[str]]] = [
+    (rules.foreign_imports, PACKAGES),
+    (rules.uninstalled_names, PYTHON_FOLDERS),
+    (import_map.facade_imports, PACKAGES),
+    (import_map.forbidden_imports, PACKAGES),
+    (rules.relative_imports, PYTHON_FOLDERS),
+    (rules.long_files, PYTHON_FOLDERS),
+    (rules.long_functions, PYTHON_FOLDERS),
+    (rules.complex_functions, PYTHON_FOLDERS),
+    (rules.vague_names, PYTHON_FOLDERS),
+    (rules.prints, PACKAGES),
+    (rules.empty_bodies, (*PACKAGES, *SCRIPTS)),
+    (rules.unsafe_imports, (*PACKAGES, *SCRIPTS)),
+    (rules.unsafe_calls, (*PACKAGES, *SCRIPTS)),
+    (rules.synchronising_losses, ("losses",)),
+    (rules.swallowed_arguments, ("losses",)),
+]
+"""Each rule with the folders in which it holds."""
 
 
-def test_everybody_imports_the_packages_by_their_installed_names() -> None:
-    find_none(rules.uninstalled_names, rules.read(*PYTHON_FOLDERS))
-
-
-def test_modules_import_modules_and_facades_import_nothing() -> None:
-    find_none(import_map.facade_imports, rules.read(*PACKAGES))
-
-
-def test_folders_import_from_those_that_the_table_allows() -> None:
-    find_none(import_map.forbidden_imports, rules.read(*PACKAGES))
+@pytest.mark.parametrize(("checker", "folders"), RULES, ids=lambda x: getattr(x, "__name__", ""))
+def test_every_file_keeps_the_rule(checker: Checker, folders: Sequence[str]) -> None:
+    find_none(checker, rules.read(*folders))
 
 
 def test_the_table_allows_no_import_that_nobody_makes() -> None:
@@ -74,47 +83,6 @@ def test_no_folder_is_crowded_and_none_holds_a_single_module() -> None:
     sizes = import_map.folder_sizes()
 
     assert {f: n for f, n in sizes.items() if n not in import_map.FOLDER_MODULES} == {}
-
-
-def test_imports_are_absolute() -> None:
-    find_none(rules.relative_imports, rules.read(*PYTHON_FOLDERS))
-
-
-def test_files_are_short() -> None:
-    find_none(rules.long_files, rules.read(*PYTHON_FOLDERS))
-
-
-def test_functions_are_short() -> None:
-    find_none(rules.long_functions, rules.read(*PYTHON_FOLDERS))
-
-
-def test_functions_are_simple() -> None:
-    find_none(rules.complex_functions, rules.read(*PYTHON_FOLDERS))
-
-
-def test_file_names_say_what_is_in_the_file() -> None:
-    find_none(rules.vague_names, rules.read(*PYTHON_FOLDERS))
-
-
-def test_the_library_prints_nothing_and_leaves_logging_to_the_user() -> None:
-    find_none(rules.prints, rules.read(*PACKAGES))
-
-
-def test_no_function_is_a_stub() -> None:
-    find_none(rules.empty_bodies, rules.read(*PACKAGES, *SCRIPTS))
-
-
-def test_nothing_that_is_read_is_run() -> None:
-    find_none(rules.unsafe_imports, rules.read(*PACKAGES, *SCRIPTS))
-    find_none(rules.unsafe_calls, rules.read(*PACKAGES, *SCRIPTS))
-
-
-def test_losses_never_wait_for_the_device() -> None:
-    find_none(rules.synchronising_losses, rules.read("losses"))
-
-
-def test_a_misspelt_argument_of_a_loss_is_an_error() -> None:
-    find_none(rules.swallowed_arguments, rules.read("losses"))
 
 
 def test_text_speaks_of_the_project_alone() -> None:
