@@ -185,22 +185,37 @@ def _arguments(value: Any) -> dict[str, Any] | None:
 
 
 def plain_attributes(value: Any) -> dict[str, Any]:
-    """Return the public attributes of an object that are numbers, strings or tuples of them."""
+    """Return the public attributes of an object that are numbers, strings or tuples of them.
+
+    A short dictionary of these counts too, and is copied; so does what a property sets: that of
+    `alpha` is kept in `_alpha`.
+    """
     found = getattr(value, "__dict__", {})
+    named = {_public_name(type(value), name): item for name, item in found.items()}
     return {
-        name: item
-        for name, item in found.items()
-        if not name.startswith("_")
-        and name != "training"
-        and type(item) is not list
-        and _is_plain(item)
+        name: {str(key): one for key, one in item.items()} if type(item) is dict else item
+        for name, item in named.items()
+        if name not in {None, "training"} and _is_setting(item)
     }
+
+
+def _public_name(kind: type, name: str) -> str | None:
+    if not name.startswith("_"):
+        return name
+    behind = getattr(kind, name[1:], None)
+    return name[1:] if isinstance(behind, property) and behind.fset is not None else None
 
 
 def _is_plain(value: Any) -> bool:
     if type(value) in {tuple, list}:
         return all(map(_is_plain, value))
     return type(value) in SCALARS
+
+
+def _is_setting(value: Any) -> bool:
+    if type(value) is dict:
+        return len(value) <= LONG and all(map(_is_setting, value.values()))
+    return type(value) is not list and _is_plain(value)
 
 
 def tensor_digest(tensor: Tensor) -> str:

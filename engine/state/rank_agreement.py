@@ -108,19 +108,21 @@ def _modules(trainer: RunParts) -> dict[str, Any]:
     """Return the classes of all modules, before the first iteration with their plain attributes.
 
     Later an attribute may count what a rank has seen. One that holds the rank, or its device, is
-    left out.
+    left out; so is a dictionary of the model, which may hold both, as a map of devices does.
     """
     modules = modules_of(trainer)
     if trainer.state.iteration:
         return {path: class_name(type(module)) for path, module in modules.items()}
-    return {path: _own_settings(module) for path, module in modules.items()}
+    return {path: _own_settings(path, module) for path, module in modules.items()}
 
 
-def _own_settings(module: nn.Module) -> dict[str, Any]:
+def _own_settings(path: str, module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in module_settings(module).items()
-        if "rank" not in name and not (isinstance(value, str) and DEVICE.fullmatch(value))
+        if "rank" not in name
+        and not (isinstance(value, str) and DEVICE.fullmatch(value))
+        and (path.startswith("loss") or not isinstance(value, dict))
     }
 
 

@@ -121,7 +121,12 @@ def _set_attributes(
 ) -> None:
     for name, value in values.items():
         if name != "class" and there.get(name) == own.get(name):
-            setattr(module, name, _as_tuple(value))
+            held = getattr(module, name, None)
+            if isinstance(held, dict):  # others may refer to it
+                keys = {str(key): key for key in held}
+                held.update({keys.get(key, key): _as_tuple(one) for key, one in value.items()})
+            else:
+                setattr(module, name, _as_tuple(value))
 
 
 def _class_of(module: nn.Module) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diptych.losses.base.validation import check_at_least, check_choice
 
 
-class HardNegatives:
+class HardNegatives(nn.Module):
     """A selection of negatives, as a mask, and weights by similarity.
 
     Args:
@@ -25,6 +25,7 @@ class HardNegatives:
     """
 
     def __init__(self, *, select: str = "all", k: int | None = None, beta: float = 0.0) -> None:
+        super().__init__()
         check_choice("select", select, ("all", "hardest", "semi_hard", "top_k"))
         if (k is None) == (select == "top_k"):
             raise ValueError(

@@ -33,7 +33,7 @@ class SharedTemperature(Temperature):
         max_scale: float | None = None,
     ) -> None:
         super().__init__(1.0, min_scale=min_scale, max_scale=max_scale)
-        self.logit_scale = logit_scale
+        self.logit_scale, self._value = logit_scale, None
 
     def scale(self, like: Tensor) -> Tensor:
         """Return s, 0-dim for any shape of the parameter; otherwise as `Temperature.scale`."""

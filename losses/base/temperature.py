@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from numbers import Real
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ class Temperature(nn.Module):
     If learned, the parameter `logit_scale` holds ln(s) (CLIP, arXiv:2103.00020): updates are
     relative and s stays positive. Give it no weight decay, which would pull tau towards 1, and call
     `constrain` after each optimizer step, which keeps s within its bounds. If fixed, it is a plain
-    number, neither a parameter nor in the state dict. `value` may be set at any time.
+    number, which a checkpoint of the run holds, not the state dict. `value` may be set at any time.
 
     Args:
         value: tau, > 0.
@@ -45,7 +46,7 @@ class Temperature(nn.Module):
         self.max_scale = max_scale
         self._check_bounds(value, learn=learn)
         self._initial = float(value)
-        self._fixed = float(value)
+        self._value = None if learn else float(value)  # as `value`, in the identity of a run
         self.logit_scale: nn.Parameter | None = None
         self._initial_log = 0.0
         if learn:
@@ -80,7 +81,7 @@ class Temperature(nn.Module):
     def value(self) -> float:
         """Tau as a number. Reading a learned tau waits for its device; setting it does not."""
         if self.logit_scale is None:
-            return self._fixed
+            return cast(float, self._value)
         return self._initial * math.exp(self._initial_log - float(self.logit_scale.detach()))
 
     @value.setter
@@ -88,7 +89,7 @@ class Temperature(nn.Module):
         """Set tau, > 0."""
         _check(value)
         if self.logit_scale is None:
-            self._fixed = float(value)
+            self._value = float(value)
         else:
             with torch.no_grad():
                 self.logit_scale.fill_(-math.log(value))
@@ -97,7 +98,7 @@ class Temperature(nn.Module):
         """Return s = 1 / tau, 0-dim, on the device of `like`, in its working dtype."""
         dtype = working_dtype(like)
         if self.logit_scale is None:
-            return torch.full((), 1 / self._fixed, dtype=dtype, device=like.device)
+            return torch.full((), 1 / self.value, dtype=dtype, device=like.device)
         change = self.logit_scale.to(dtype) - self._initial_log
         return change.exp() / self._initial
 
@@ -120,7 +121,7 @@ class Temperature(nn.Module):
     def extra_repr(self) -> str:
         """Return the text in print(loss), without reading the device."""
         if not self.learned:
-            return f"{self._fixed:g}"
+            return f"{self._value:g}"
         return f"learned from {self._initial:g}, scale in [{self.min_scale}, {self.max_scale}]"
 
 

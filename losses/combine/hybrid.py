@@ -17,9 +17,9 @@ class HybridLoss(CompositeLoss):
 
     Contrast aligns pairs quickly and needs negatives; VICReg decorrelates dimensions and needs
     none. Set the attribute `alpha` during training, by step or by the alignment of pairs. It is a
-    plain number in [0, 1] and not in the state dict. Both parts are computed at any alpha. The
-    value is >= 0. Terms: `contrastive`, `vicreg/invariance`, `vicreg/variance`,
-    `vicreg/covariance`, weighted. Scalars: `alpha`, and those of the parts.
+    plain number in [0, 1], which a checkpoint of the run holds, not the state dict. Both parts are
+    computed at any alpha. The value is >= 0. Terms: `contrastive`, `vicreg/invariance`,
+    `vicreg/variance`, `vicreg/covariance`, weighted. Scalars: `alpha`, and those of the parts.
 
     Across ranks: the parts gather, with gradient. Exact for uneven local batches.
 

@@ -18,8 +18,8 @@ class OneOf(MultipleLosses):
 
     For training in stages: all losses are parts from the start, so that the optimizer holds their
     parameters and a checkpoint their state, whichever is active. The active name is a plain
-    attribute and not in the state dict. Range, terms and scalars are those of the parts; the terms
-    are named after the active part.
+    attribute, which a checkpoint of the run holds, not the state dict. Range, terms and scalars are
+    those of the parts; the terms are named after the active part.
 
     Across ranks: the active part communicates; it must be the same on all ranks.
 
