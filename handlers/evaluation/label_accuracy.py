@@ -69,7 +69,8 @@ class LabelAccuracy(OutputsMetric):
             self._counts = torch.zeros(2, classes, dtype=torch.int64, device=scores.device)
         known = self._known.mask(labels)
         best = scores.topk(min(self.top, classes)).indices
-        correct = (best == labels[:, None]).any(1)
+        # A class is the best of NaNs too, by chance the right one.
+        correct = (best == labels[:, None]).any(1) & ~scores.isnan().any(1)
         counts = torch.stack([correct & known, known]).long()
         self._counts.index_add_(1, labels.clamp(0, classes - 1), counts)
 
@@ -103,7 +104,8 @@ class ClassificationAccuracy(LabelAccuracy):
     ```
 
     Unlike Ignite's `Accuracy`, it leaves out samples without a label, -100. A label that is no
-    class is left out too, and logged as an error when the value is computed.
+    class is left out too, and logged as an error when the value is computed. A sample with NaN
+    among its logits is wrong.
 
     Event: Ignite's for metrics.
     Cost: the `top` largest of C logits for each sample; no synchronisation until the end.

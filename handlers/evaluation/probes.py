@@ -172,7 +172,10 @@ class BankProbe(ProbeAccuracy):
             known = KnownIds("the bank's labels")
             has_label = known.mask(labels)
             known.report(type(self).__name__)
-            return torch.cat(self._features)[has_label], labels[has_label]
+            features = torch.cat(self._features)[has_label]
+            # One row of NaN would spoil the results of all queries.
+            finite = features.isfinite().all(1, keepdim=True)
+            return features.masked_fill(~finite, 0), labels[has_label]
         empty = torch.empty(0, 0, device=self._device)
         return empty, empty.long().flatten()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from diptych.engine import BatchError, Evaluator, Trainer, tasks
 from diptych.handlers.evaluation import probes
 from diptych.handlers.evaluation.evaluation import Evaluation
 from diptych.handlers.evaluation.label_accuracy import ClassificationAccuracy
+from diptych.handlers.evaluation.linear_probes import LinearProbeAccuracy
 from diptych.handlers.evaluation.probes import KNNAccuracy, ZeroShotAccuracy
 
 Output = dict[str, Tensor]
@@ -243,6 +245,18 @@ def test_samples_without_a_label_count_neither_in_the_bank_nor_among_the_queries
         "KNNAccuracy: labels must be in [0",
     }
     assert reported == (set() if none == -100 else expected)
+
+
+@pytest.mark.parametrize("probe", [partial(KNNAccuracy, k=3), LinearProbeAccuracy])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_features_that_are_not_finite_are_wrong_and_spoil_no_other(probe, value):
+    labels = torch.arange(20) % 2
+    sides = torch.stack((2.0 * labels - 1, torch.linspace(-1, 1, 20)), dim=1)
+    broken = {"features": sides.index_fill(0, torch.arange(0, 20, 5), value), "labels": labels}
+    assert by_hand(probe(), broken, {"features": sides, "labels": labels}) == 1
+    assert by_hand(probe(), {"features": sides, "labels": labels}, broken) == 16 / 20
+    broken["features"] = torch.full_like(sides, value)
+    assert by_hand(probe(), broken, broken) == 0
 
 
 def classified(batches: list[Output], **settings: object) -> float | Tensor:
