@@ -81,7 +81,22 @@ def _differing_identities(identities: Sequence[RunIdentity]) -> dict[str, list[A
         for one in differences(identities[0], identity):
             row = rows.setdefault(one.name, [one.before] * len(identities))
             row[number] = one.now
-    return rows
+    return _with_temperatures(rows)
+
+
+def _with_temperatures(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """Put the temperature, which a script sets, before each logit scale, ln(1 / temperature)."""
+    found: dict[str, list[Any]] = {}
+    for name, row in rows.items():
+        owner, _, parameter = name.rpartition(".")
+        if parameter == "logit_scale" and name.startswith("initial."):
+            is_temperature = owner.endswith("temperature")
+            found[owner if is_temperature else f"{owner}.temperature"] = [
+                float(f"{math.exp(-value):.6g}") if isinstance(value, float) else value
+                for value in row
+            ]
+        found[name] = row
+    return found
 
 
 def final_values(runs: Sequence[RunHistory]) -> dict[str, list[str]]:

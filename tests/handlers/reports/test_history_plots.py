@@ -35,6 +35,7 @@ from diptych.handlers.reports.comparison import (
 )
 from diptych.handlers.reports.page import drawings, page
 from diptych.handlers.reports.run_history import RunHistory, read_run
+from diptych.losses import CLIPLoss, InfoNCELoss
 from tests.handlers.runs import Stop, loader, make_trainer, report_each_epoch, reported_run, stop_at
 
 
@@ -188,6 +189,27 @@ def test_a_handler_that_a_run_lacks_is_one_row(tmp_path):
     different = differing_settings([read_run(folder) for folder in folders])
 
     assert different == {"handlers.ProgressBar": ["-", "attached"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (CLIPLoss, ["initial.temperature", "initial.temperature.logit_scale"]),
+        (InfoNCELoss, ["modules.loss.temperature.value"]),
+    ],
+)
+def test_the_temperature_is_compared_as_the_script_sets_it(kind, names, tmp_path):
+    runs = []
+    for temperature in (0.05, 0.1):
+        model, loss, folder = nn.Linear(4, 3), kind(temperature=temperature), tmp_path / "run"
+        optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
+        trainer = Trainer(model, loss, optimizer, task=lambda m, b: {"a": m(b), "b": m(-b)})
+        trainer.attach(RunRecord(folder / str(temperature)), JsonLines(folder / str(temperature)))
+        trainer.run([torch.randn(4, 4)], max_epochs=1)
+        runs.append(read_run(folder / str(temperature)))
+    different = differing_settings(runs)
+    assert [*different] == names
+    assert different[names[0]] == [0.05, 0.1]
 
 
 def test_the_table_tells_the_last_value_and_the_range(tmp_path):
