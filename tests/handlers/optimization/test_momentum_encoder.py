@@ -212,6 +212,7 @@ def test_parts_that_do_not_fit_are_refused(arguments, message):
         make_trainer().attach(MomentumEncoder(**arguments))
 
 
+@pytest.mark.filterwarnings("ignore:model has .* in float16")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_target_in_half_precision_is_refused(dtype):
     with pytest.raises(ValueError, match="at least the precision of float32, got torch"):
