@@ -80,6 +80,8 @@ def differences(first: RunIdentity, second: RunIdentity) -> list[Difference]:
     scheduler keeps, follow from the base rate of the group.
     """
     found = {one.name: one for one in _walk(first.values, second.values, "")}
+    if "held" not in first.values:  # of an earlier version, which left out private attributes
+        found = {n: one for n, one in found.items() if n != "held" and not _is_private(n)}
     if not (first.values["loader"] and second.values["loader"]):  # not given to a run yet
         found = {name: one for name, one in found.items() if not name.startswith("loader.")}
     in_one = any(
@@ -91,6 +93,10 @@ def differences(first: RunIdentity, second: RunIdentity) -> list[Difference]:
         for name, one in found.items()
         if not (in_one and name == "order") and not _follows(one, found)
     ]
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("tensors.") and name.rpartition(".")[2].startswith("_")
 
 
 def _follows(one: Difference, found: Mapping[str, Difference]) -> bool:

@@ -47,6 +47,12 @@ STATE = (
 )
 """The attributes of an engine's state that Ignite and the run loop set."""
 
+PARTS = ("task", "transform", "step")
+"""The arguments of a trainer that are functions or objects, and that handlers may replace."""
+
+MODULE = frozenset(vars(nn.Module()))
+"""The attributes that torch keeps in each module."""
+
 WEIGHTED = (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiMarginLoss)
 """Losses of torch whose buffers are arguments, and never change during a run."""
 
@@ -60,8 +66,9 @@ class RunIdentity:
 
     Attributes:
         values: nested dictionaries of plain values: `trainer` (settings), `task`, `transform`,
-            `step`, `modules` (class and plain attributes of each module), `tensors` (digests of
-            those that the script alone sets), `initial` (initial values of the loss's scalar
+            `step`, `modules` (class and plain attributes of each module), `held` (lists,
+            dictionaries and private attributes of a user's modules), `tensors` (digests of those
+            that the script alone sets), `initial` (initial values of the loss's scalar
             parameters and buffers), `requires_grad`, `training`, `optimizer`, `handlers`
             (settings by key) and their `order`, `functions` at events, `loader`, `versions`,
             `ranks`; `state`, the numbers and strings that were added to `trainer.state`, if any.
@@ -74,17 +81,16 @@ class RunIdentity:
     @classmethod
     def of(cls, trainer: RunParts) -> RunIdentity:
         """Describe a trainer as it is now."""
-        own = {"model": trainer.model, "loss": trainer.loss, "optimizer": trainer.optimizer}
-        describer = Describer({"trainer": trainer, **own})
-        parts = {
-            "trainer": {**attrs.asdict(trainer.settings), "device": trainer.device.type},
-            "task": trainer.task,
-            "transform": trainer.transform,
-            "step": trainer.step,
-        }
+        describer = _describer_of(trainer)
+        settings = {**attrs.asdict(trainer.settings), "device": trainer.device.type}
+        modules = {path: module_settings(part) for path, part in modules_of(trainer).items()}
+        named = {f"{path}.{name}" for path, found in modules.items() for name in found}
+        held = held_settings(held_of(trainer))
         values = {
-            **{name: describer.describe(part, name) for name, part in parts.items()},
-            "modules": {path: module_settings(part) for path, part in modules_of(trainer).items()},
+            "trainer": describer.describe(settings, "trainer"),
+            **_described_parts(trainer, describer),
+            "modules": modules,
+            "held": {k: v for k, v in held.items() if k not in named},
             "tensors": {name: tensor_digest(held) for name, held in tensors_of(trainer).items()},
             "initial": dict(_initial_values(trainer.loss)),
             "requires_grad": requires_grad_of(trainer),
@@ -116,18 +122,17 @@ class RunIdentity:
                 set.
         """
         values = dict(self.values)
-        kept = ("modules", "tensors", "initial", "requires_grad", "training", "optimizer")
+        kept = ("modules", "tensors", "initial", "requires_grad", "training", "optimizer", *PARTS)
         for name in (*kept, "loader") if same_loader else kept:
             values[name] = earlier.values[name]
         for name in ("handlers", "functions"):
             values[name] = {
                 key: earlier.values[name].get(key, own) for key, own in values[name].items()
             }
-        for name in ("task", "transform", "step"):
-            values[name] = earlier.values[name]
-        values.pop("state", None)  # handlers have added to it since
-        if "state" in earlier.values:
-            values["state"] = earlier.values["state"]
+        for name in ("state", "held"):  # handlers have added to them since
+            values.pop(name, None)
+            if name in earlier.values:
+                values[name] = earlier.values[name]
         return RunIdentity(values, self.not_compared)
 
     def with_keys(self, pairs: Mapping[str, str]) -> RunIdentity:
@@ -168,6 +173,12 @@ class RunIdentity:
             )
         return cls(content["identity"], content.get("not_compared", {}))
 
+    def declared(self, section: str, name: str) -> Any:
+        """Return a value of `held` or `tensors`, or of the attribute of a module; else None."""
+        path, _, attribute = name.rpartition(".")
+        plain = self.values["modules"].get(path, {}).get(attribute)
+        return self.values.get(section, {}).get(name, plain)
+
     def flat(self) -> dict[str, Any]:
         """Return the values by dotted name."""
         return dict(_flat(self.values))
@@ -202,6 +213,51 @@ def module_settings(module: nn.Module) -> dict[str, Any]:
 
 def _listed(value: Any) -> Any:
     return [_listed(item) for item in value] if isinstance(value, tuple) else finite(value)
+
+
+def held_of(trainer: RunParts) -> dict[str, Any]:
+    """Return the lists, dictionaries and private attributes of a user's modules that are plain.
+
+    By name: "model.config". A setter, of which `module_settings` knows, sets a private one.
+    """
+    return {
+        f"{path}.{name}": value
+        for path, module in modules_of(trainer).items()
+        if _is_users(module)
+        for name, value in vars(module).items()
+        if (name.startswith("_") or type(value) in {list, dict}) and _is_held(value)
+        if name not in MODULE and name.removeprefix("_") not in {*plain_attributes(module)} - {name}
+    }
+
+
+def _is_users(module: nn.Module) -> bool:
+    return class_name(type(module)).partition(".")[0] not in {"torch", "diptych"}
+
+
+def _is_held(value: Any) -> bool:
+    if type(value) is dict:
+        return all(map(_is_held, (*value, *value.values())))
+    return all(map(_is_held, value)) if type(value) in {list, tuple} else type(value) in SCALARS
+
+
+def held_settings(held: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a description of what `held_of` returns."""
+    return {name: Describer().describe(value, name) for name, value in held.items()}
+
+
+def replaced_parts(trainer: RunParts, declared: RunIdentity) -> dict[str, Any]:
+    """Return the descriptions of the trainer's functions and objects that are not as declared."""
+    now = _described_parts(trainer, _describer_of(trainer))
+    return {name: part for name, part in now.items() if part != declared.values[name]}
+
+
+def _describer_of(trainer: RunParts) -> Describer:
+    own = {"model": trainer.model, "loss": trainer.loss, "optimizer": trainer.optimizer}
+    return Describer({"trainer": trainer, **own})
+
+
+def _described_parts(trainer: RunParts, describer: Describer) -> dict[str, Any]:
+    return {name: describer.describe(getattr(trainer, name), name) for name in PARTS}
 
 
 def requires_grad_of(trainer: RunParts) -> dict[str, bool]:
@@ -249,7 +305,8 @@ def tensors_of(trainer: RunParts) -> dict[str, Tensor]:
 def _script_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     saved = () if isinstance(module, WEIGHTED) else _saved_buffers(module)
     for name, held in (*vars(module).items(), *module.named_buffers(recurse=False)):
-        if isinstance(held, Tensor) and not name.startswith("_") and name not in saved:
+        is_shown = not name.startswith("_") or _is_users(module)
+        if isinstance(held, Tensor) and is_shown and name not in saved:
             yield name, held
 
 

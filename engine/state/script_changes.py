@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -13,41 +14,62 @@ from diptych.engine.containers import map_leaves
 from diptych.engine.data.batches import to_device
 from diptych.engine.errors import CheckpointError
 from diptych.engine.modules import named_parameters
-from diptych.engine.state.description import class_name
+from diptych.engine.state.description import class_name, tensor_digest
 from diptych.engine.state.plain_state import plain_state
 from diptych.engine.state.references import scaled_rate
 from diptych.engine.state.run_identity import (
     RunIdentity,
     added_to_state,
+    held_of,
+    held_settings,
     module_settings,
     modules_of,
+    replaced_parts,
     requires_grad_of,
+    tensors_of,
 )
 from diptych.engine.state.run_parts import RunParts
 
+logger = logging.getLogger(__name__)
+
 RATES = ("lr", "initial_lr")
+ABSENT = object()
 
 
 def current_values(trainer: RunParts, declared: RunIdentity) -> dict[str, Any]:
     """Return the modes and module attributes that are no longer as declared.
 
     Returns:
-        `requires_grad` by parameter, `training` by module, `attributes` by module and name, and
-        `state`, what handlers and functions have added to `trainer.state`.
+        `requires_grad` by parameter, `training` by module, `attributes` by module and name, `held`
+        and `tensors` by name, and `state`, what handlers and functions have added to
+        `trainer.state`. And `parts`, the descriptions of a task, transform or step in place of the
+        declared one, which a checkpoint cannot hold.
     """
     values = declared.values
     there = values["modules"]
     resting = {id(part) for part in trainer.resting_parts}
     modes = {path: id(part) not in resting for path, part in modules_of(trainer).items()}
     attributes = {
-        path: {k: v for k, v in module_settings(part).items() if there[path].get(k, v) != v}
+        path: {k: v for k, v in module_settings(part).items() if there[path].get(k, ABSENT) != v}
         for path, part in modules_of(trainer).items()
         if path in there
     }
+    held = held_of(trainer)
     return {
         "requires_grad": _changed(requires_grad_of(trainer), values["requires_grad"]),
         "training": _changed(modes, values["training"]),
         "attributes": {path: found for path, found in attributes.items() if found},
+        "held": {
+            name: plain_state(held[name])
+            for name, value in held_settings(held).items()
+            if declared.declared("held", name) != value
+        },
+        "tensors": {
+            name: tensor.detach()
+            for name, tensor in tensors_of(trainer).items()
+            if declared.declared("tensors", name) != tensor_digest(tensor)
+        },
+        "parts": replaced_parts(trainer, declared),
         "state": dict(_plain_only(added_to_state(trainer))),
     }
 
@@ -79,6 +101,13 @@ def restore_current(
         if path in modules:
             modules[path].training = training
     _restore_attributes(modules, current["attributes"], saved, here)
+    for section in ("held", "tensors"):
+        for name, value in current.get(section, {}).items():
+            path, _, attribute = name.rpartition(".")
+            same = saved.declared(section, name) == here.declared(section, name)
+            if path in modules and same:
+                _put(modules[path], attribute, to_device(value, trainer.device))
+    _report_parts(trainer, current.get("parts", {}), here)
     there, own = (one.values.get("state", {}) for one in (saved, here))
     added = current.get("state", {}).items()
     _add_to_state(trainer, {k: value for k, value in added if there.get(k) == own.get(k)})
@@ -95,6 +124,37 @@ def _restore_attributes(
         kind = found.get("class", there.get("class"))
         if path in modules and _class_of(modules[path]) == kind:  # no other has taken its place
             _set_attributes(modules[path], found, there, own)
+        elif path in modules and "class" in found:
+            logger.warning(
+                "%s was a %s when the run was saved, in place of the script's %s, which is used.",
+                *(path, kind, _class_of(modules[path])),
+            )
+
+
+def _put(module: nn.Module, name: str, value: Any) -> None:
+    """Set an attribute; others may hold the same list, dictionary or tensor, which is kept."""
+    now = getattr(module, name, None)
+    if isinstance(now, list) and isinstance(value, list):
+        now[:] = value
+    elif isinstance(now, dict) and isinstance(value, dict):
+        now.clear()
+        now.update(value)
+    elif isinstance(now, Tensor) and isinstance(value, Tensor) and now.shape == value.shape:
+        now.detach().copy_(value)
+    else:
+        setattr(module, name, value)
+
+
+def _report_parts(trainer: RunParts, parts: Mapping[str, Any], here: RunIdentity) -> None:
+    """Log the parts that were others when the run was saved, if no handler has restored them."""
+    now = {**here.values, **replaced_parts(trainer, here)}
+    for name, part in parts.items():
+        if now[name] != part:
+            logger.warning(
+                "The %s was changed during the saved run, which a checkpoint cannot hold: the "
+                "script's is used. Change it in a handler with a state, or in a stage.",
+                name,
+            )
 
 
 def _add_to_state(trainer: RunParts, values: Mapping[str, Any]) -> None:
