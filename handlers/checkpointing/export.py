@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 import zlib
 from collections.abc import Mapping
 from functools import partial
@@ -32,12 +33,13 @@ def weights_in(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def export_weights(
-    weights: Mapping[str, Tensor], path: Path, *, source: Mapping[str, str] | None = None
+    weights: Mapping[str, Any], path: Path, *, source: Mapping[str, str] | None = None
 ) -> None:
     """Write a model's weights and buffers; the file is replaced atomically.
 
     Args:
-        weights: a state dict; tensors that share memory are written separately.
+        weights: a state dict; tensors that share memory are written separately. Extra states of
+            modules that are no tensors are left out, with a warning.
         path: the path of the file.
         source: strings that describe where the weights come from, for the file's metadata;
             `exported_from` returns them.
@@ -48,7 +50,18 @@ def export_weights(
     from safetensors import SafetensorError  # noqa: PLC0415 - an extra
     from safetensors.torch import save_file  # noqa: PLC0415
 
-    copies = {key: value.detach().cpu().clone().contiguous() for key, value in weights.items()}
+    others = [key for key, value in weights.items() if not isinstance(value, Tensor)]
+    if others:
+        warnings.warn(
+            f"{path.name} holds tensors only: the extra state {', '.join(others[:4])} of the model "
+            "is left out. Its checkpoints have it.",
+            stacklevel=2,
+        )
+    copies = {
+        key: value.detach().cpu().clone().contiguous()
+        for key, value in weights.items()
+        if key not in others
+    }
     metadata = {**source, DIGEST: _digest(copies)} if source else None
     try:
         write_atomically(path, partial(save_file, copies, metadata=metadata))

@@ -77,3 +77,10 @@ def test_tied_and_strided_weights_are_written_separately(tmp_path):
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"missing.*w.safetensors"):
         export_weights({"a": torch.ones(1)}, tmp_path / "missing" / "w.safetensors")
+
+
+def test_extra_state_that_is_no_tensor_is_left_out_and_named(tmp_path):
+    weights = {"weight": torch.ones(2), "part._extra_state": {"steps": 3}}
+    with pytest.warns(UserWarning, match=r"m\.safetensors holds .*part\._extra_state of the model"):
+        export_weights(weights, tmp_path / "m.safetensors")
+    assert load_file(tmp_path / "m.safetensors").keys() == {"weight"}
