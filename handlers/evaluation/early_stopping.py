@@ -121,6 +121,8 @@ class EarlyStopping(Handler):
     def _start(self, trainer: Trainer) -> None:
         if not is_evaluated(trainer, self.metric):
             report_endless(trainer, self)
+        if trainer.state.iteration and not self._has_memory:  # it joins a run, and starts fresh
+            self._judged = len(published_values(trainer, self.metric))
         if self.stopped:
             logger.warning(
                 "EarlyStopping ends the run again: %s has not improved on %s for %d values. To "
@@ -130,6 +132,10 @@ class EarlyStopping(Handler):
                 self.waited,
             )
             trainer.terminate()
+
+    @property
+    def _has_memory(self) -> bool:
+        return bool(self._judged or self.waited or self.best is not None)
 
     def _check_name(self, trainer: Trainer) -> None:
         missing = None if self._judged else unpublished_metric(trainer, "metric", self.metric)
@@ -169,7 +175,6 @@ class EarlyStopping(Handler):
             trainer.terminate()
 
     def _check_published(self, trainer: Trainer) -> None:
-        has_judged = self._judged or self.waited or self.best is not None
-        missing = None if has_judged else missing_metric(trainer, "metric", self.metric)
+        missing = None if self._has_memory else missing_metric(trainer, "metric", self.metric)
         if missing is not None:
             raise KeyError(missing)

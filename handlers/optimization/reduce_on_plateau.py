@@ -130,6 +130,8 @@ class ReduceOnPlateau(Handler):
             )
         if trainer.state.iteration == 0:
             self._start_over(trainer)
+        elif not self._judged:  # it joins a run, and starts fresh
+            self._judged = len(published_values(trainer, self.metric))
 
     def _judge_new_values(self, trainer: Trainer) -> None:
         history = published_values(trainer, self.metric)

@@ -294,3 +294,16 @@ def test_a_run_that_starts_over_judges_its_own_values():
     trainer.run(make_loader(), max_epochs=1)
     (start,) = trainer.metrics.get_history("val/loss")
     assert stopping.best == start
+
+
+def test_one_that_joins_a_run_does_not_judge_the_values_before():
+    trainer = make_trainer()
+    publish(trainer, 0.9, 0.1, 0.1, 0.3, 0.2, 0.2)
+    loader = make_loader()
+    trainer.run(loader, max_epochs=3)
+    stopping = EarlyStopping(metric=NAME, patience=2)
+    trainer.attach(stopping)
+    trainer.run(loader, max_epochs=6)
+
+    assert (stopping.best, stopping.best_iteration) == (0.3, 8)
+    assert trainer.state.epoch == 6

@@ -199,3 +199,15 @@ def test_a_metric_that_is_never_published_is_an_error():
 def test_an_argument_out_of_range_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         ReduceOnPlateau(**arguments)
+
+
+def test_one_that_joins_a_run_does_not_judge_the_values_before():
+    trainer, loader = make_trainer(), make_loader()
+    values = {"score": 1.0}
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda t: t.metrics.update(values))
+    trainer.run(loader, max_epochs=3)
+    trainer.attach(ReduceOnPlateau(metric="score", factor=0.5, patience=0))
+    rates = note_rates(trainer)
+    trainer.run(loader, max_epochs=6)
+
+    assert rates == [1.0, 1.0, 0.5]
