@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diptych.engine import MetricsCollector, MetricsEvents, tasks
 from tests.engine.models import (
+    CoupledLoss,
     RunningScale,
     SquareLoss,
     TokenLoss,
@@ -51,15 +52,8 @@ class Gather(torch.autograd.Function):
         return gradient[ctx.start : ctx.start + ctx.rows]
 
 
-class GatheringLoss(nn.Module):
+class GatheringLoss(CoupledLoss):
     """`CoupledLoss` of the samples of all ranks: the ranks' values average to the global one."""
-
-    couples_samples = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(0.4))
-        self.spread = nn.Parameter(torch.tensor(0.3))
 
     def terms(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
         images, texts = Gather.apply(image), Gather.apply(text)

@@ -72,10 +72,14 @@ class Positioned:
         start, self.start = self.start, 0
         self.position = start
         for index in range(start, self.length):
-            if index in self.failures:
-                raise self.failures.pop(index)
+            self.before(index)
             self.position = index + 1
             yield index
+
+    def before(self, index: int) -> None:
+        """Fail before a batch, if it is told to."""
+        if index in self.failures:
+            raise self.failures.pop(index)
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position}

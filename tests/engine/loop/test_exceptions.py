@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from ignite.engine import Events
 from diptych.engine import MetricsEvents, ResumeError, RunEvents
 from diptych.engine.loop import continued_events
 from diptych.engine.loop.event_loop import EventLoop
-from tests.engine.loop.loops import Unsized
+from tests.engine.loop.loops import Positioned, Unsized
 
 CONTINUED = (
     Events.STARTED,
@@ -55,28 +55,15 @@ class Place:
     time: int
 
 
-class Flaky:
+class Flaky(Positioned):
     """A loader with a position that calls a function before each batch."""
 
-    def __init__(self, length: int, before: Callable[[], object]) -> None:
-        self.length, self.before, self.position, self.start = length, before, 0, 0
+    def __init__(self, length: int, call: Callable[[], object]) -> None:
+        super().__init__(length)
+        self.call = call
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        start, self.start = self.start, 0
-        self.position = start
-        for index in range(start, self.length):
-            self.before()
-            self.position = index + 1
-            yield index
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.position = self.start = state_dict["position"]
+    def before(self, index: int) -> None:
+        self.call()
 
 
 @attrs.define
