@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import attrs
+
+from diptych.engine.distributed.collectives import rank
+
+logger = logging.getLogger(__name__)
 
 Mode = Literal["max", "min"]
 """Whether a larger or a smaller value of a metric is better."""
 
 SMALLER_IS_BETTER = ("loss", "mean_rank", "median_rank")
 """The ends of the names of metrics of which a smaller value is better, unless the user says so."""
+
+LARGER_IS_BETTER = (
+    *("acc", "accuracy", "auc", "auroc", "bleu", "cider", "dice", "f1", "hit", "iou", "map", "mrr"),
+    *("ndcg", "precision", "recall", "rouge", "score", "share", "similarity", "top1", "top5"),
+)
+"""The beginnings and ends of the names of metrics of which a larger value surely is better."""
 
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
@@ -50,9 +62,29 @@ def one_of(literal: Any) -> Validator:
     return check
 
 
-def usual_mode(metric: str | None) -> Mode:
-    """Return the mode of a metric for which none is given."""
-    return "min" if metric is not None and metric.endswith(SMALLER_IS_BETTER) else "max"
+def usual_mode(metric: str | None, argument: str | None = None) -> Mode:
+    """Return the mode of a metric for which none is given: from its name, else "max".
+
+    Args:
+        metric: the name under which its values are published.
+        argument: through which the user has named it. A guess is then logged, once for each metric.
+    """
+    if metric is None or metric.endswith(SMALLER_IS_BETTER):
+        return "max" if metric is None else "min"
+    name = metric.rpartition("/")[2].lower()
+    if argument and not name.startswith(LARGER_IS_BETTER) and not name.endswith(LARGER_IS_BETTER):
+        _report_guess(metric, argument)
+    return "max"
+
+
+@lru_cache(maxsize=64)
+def _report_guess(metric: str, argument: str) -> None:
+    if rank() == 0:
+        logger.warning(
+            "%s=%r does not say whether more is better: a larger value is taken as the better one."
+            "\nIf a smaller one is, pass mode='min'; mode='max' confirms the guess.",
+            *(argument, metric),
+        )
 
 
 def improves(value: float, best: float | None, mode: Mode, least: float = 0.0) -> bool:

@@ -54,7 +54,8 @@ def default_handlers(
         run_dir: the run directory: a new one (`new_run`), or that of a run to resume.
         best: the metric that ranks the best checkpoints, such as "val/recall@1".
         mode: whether a larger ("max") or a smaller ("min") value of it is better; None: "min" for a
-            name that ends in "loss", "mean_rank" or "median_rank", else "max".
+            name that ends in "loss", "mean_rank" or "median_rank", else "max", which is logged if
+            the name does not say that more is better.
         every: "epoch", iterations, or a `datetime.timedelta` between two checkpoints.
         keep: the number of checkpoints to keep.
         resume: "auto" resumes from the latest checkpoint in the run directory, if there is one; a
@@ -65,7 +66,7 @@ def default_handlers(
     Raises:
         ValueError: if an argument is out of range.
     """
-    run, mode = RunDirectory(run_dir), mode or usual_mode(best)
+    run, mode = RunDirectory(run_dir), mode or usual_mode(best, "best")
     measuring = [RepresentationHealth(every=None), GradientDiagnostics(every=None, updates=False)]
     return [
         *(measuring if health else ()),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych.handlers.files import write_atomically
-from diptych.handlers.reports.comparison import best_texts, best_values, differing_settings
+from diptych.handlers.reports.comparison import best_texts, differing_settings
 from diptych.handlers.reports.page import page
 from diptych.handlers.reports.run_history import read_run
 
@@ -35,9 +35,8 @@ def run(options: argparse.Namespace) -> int:
     runs = [read_run(directory) for directory in (options.first, *options.others)]
     names = [run.name for run in runs]
     different = differing_settings(runs) or {"nothing that decides the results": [""] * len(runs)}
-    best = {tag: best_texts(tag, row) for tag, row in best_values(runs).items()}
     sys.stdout.write(_table("what differs", names, different))
-    sys.stdout.write(_table("best values", names, best))
+    sys.stdout.write(_table("best values", names, best_texts(runs)))
     try:
         write_atomically(options.output, page(runs))
     except OSError as error:

@@ -73,8 +73,8 @@ class CheckpointManager(Handler):
     sharded, each rank writes its shards into a folder beside the file; any number of ranks can
     resume from it.
 
-    If a handler raises at the end of an epoch, the weights of the epoch are saved, in one process;
-    the run resumes with that handler. A run whose process was killed in `COMPLETED` fires that
+    If a handler raises at the end of an epoch, or in an evaluation, the weights are saved, in one
+    process; the run resumes with that handler. A run whose process was killed in `COMPLETED` fires that
     event again when it resumes.
 
     Event: `RunEvents.SAFE_POINT` (saves), `RunEvents.RESTORE` (resumes); `COMPLETED`, `TERMINATE`
@@ -95,7 +95,8 @@ class CheckpointManager(Handler):
             the run. A value that is NaN is not ranked. A run that starts from a checkpoint of
             another directory starts a new ranking, and logs the best one there.
         mode: whether a larger ("max") or a smaller ("min") value is better. Default: "min" for a
-            name that ends in "loss", "mean_rank" or "median_rank", else "max".
+            name that ends in "loss", "mean_rank" or "median_rank", else "max", which is logged if
+            the name does not say that more is better.
         keep: checkpoints to keep: with `best`, the best ones and also the latest; without it, the
             latest ones.
         resume: "auto" continues from the latest checkpoint in the directory if there is one. The
@@ -142,7 +143,7 @@ class CheckpointManager(Handler):
 
     @mode.default
     def _usual_mode(self) -> Mode:
-        return usual_mode(self.best)
+        return usual_mode(self.best, "best")
 
     def __attrs_post_init__(self) -> None:
         if self.export:

@@ -53,7 +53,8 @@ class EarlyStopping(Handler):
         metric: the name under which the values are published.
         patience: values in a row without an improvement that end the run, >= 1.
         mode: whether a larger ("max") or a smaller ("min") value is better. Default: "min" for a
-            name that ends in "loss", "mean_rank" or "median_rank", else "max".
+            name that ends in "loss", "mean_rank" or "median_rank", else "max", which is logged if
+            the name does not say that more is better.
         min_delta: the least difference that counts as an improvement, >= 0, in units of the metric.
 
     Attributes:
@@ -82,7 +83,7 @@ class EarlyStopping(Handler):
 
     @mode.default
     def _usual_mode(self) -> Mode:
-        return usual_mode(self.metric)
+        return usual_mode(self.metric, "metric")
 
     @property
     def role(self) -> str:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from diptych.engine.state.differences import differences
 from diptych.engine.state.run_identity import RunIdentity
-from diptych.handlers.argument_checks import usual_mode
-from diptych.handlers.reports.curves import Curve, StepAndValue
+from diptych.handlers.argument_checks import Mode, usual_mode
+from diptych.handlers.reports.curves import StepAndValue
 from diptych.handlers.reports.run_history import RunHistory
 from diptych.handlers.sinks.charts import results_of
 
 ALWAYS_DIFFERENT = ("started", "command")
 PATHS = (".directory", ".path")
+PICK = {"min": min, "max": max}
 LENGTHS = ("trainer.max_epochs", "trainer.max_iters", "trainer.epoch_length")
 
 
@@ -119,23 +120,35 @@ def best_values(runs: Sequence[RunHistory]) -> dict[str, list[StepAndValue | Non
     The training loss is one of the tags. A value is None if the run has no finite one.
     """
     tags = results_of({tag for run in runs for tag in run.curves})
-    return {tag: [_best(tag, run.curves.get(tag, [])) for run in runs] for tag in tags}
+    return {tag: [_best(run, tag) for run in runs] for tag in tags}
 
 
-def _best(tag: str, curve: Curve) -> StepAndValue | None:
-    finite = [point for point in curve if math.isfinite(point[1])]
-    pick = min if usual_mode(tag) == "min" else max
-    return pick(finite, key=lambda point: point[1]) if finite else None
+def _best(run: RunHistory, tag: str) -> StepAndValue | None:
+    finite = [point for point in run.curves.get(tag, []) if math.isfinite(point[1])]
+    return PICK[_mode_of(run, tag)](finite, key=lambda point: point[1]) if finite else None
 
 
-def best_texts(tag: str, row: Sequence[StepAndValue | None]) -> list[str]:
-    """Return a row of `best_values` as text; of several runs that differ, the best has a star."""
-    values = {found[1] for found in row if found is not None}
-    first = _best(tag, [(0, value) for value in values]) if len(values) > 1 else None
-    return [
-        "-"
-        if found is None
-        else f"{found[1]:.4g} (step {found[0]:,})"
-        + (" *" if first is not None and found[1] == first[1] else "")
-        for found in row
-    ]
+def _mode_of(run: RunHistory, tag: str) -> Mode:
+    """Return whether more is better: as a handler of the run was told, else by the name."""
+    for name, value in run.settings.items():
+        handler, _, argument = name.rpartition(".")
+        mode = run.settings.get(f"{handler}.mode")
+        if argument in {"best", "metric"} and value == tag and mode in PICK:
+            return cast(Mode, mode)
+    return usual_mode(tag)
+
+
+def best_texts(runs: Sequence[RunHistory]) -> dict[str, list[str]]:
+    """Return `best_values` as texts; of several runs that differ, the best has a star."""
+    found = {}
+    for tag, row in best_values(runs).items():
+        values = {point[1] for point in row if point is not None}
+        modes = {_mode_of(run, tag) for run in runs if tag in run.curves}
+        best = PICK[modes.pop()](values) if len(values) > 1 and len(modes) == 1 else None
+        found[tag] = [
+            "-"
+            if point is None
+            else f"{point[1]:.4g} (step {point[0]:,})" + (" *" if point[1] == best else "")
+            for point in row
+        ]
+    return found

@@ -224,12 +224,11 @@ def _differences(runs: Sequence[RunHistory]) -> list[str]:
         f'<span style="color:var(--c{i % len(COLORS)})">&#9632; {escape(name)}</span>'
         for i, name in enumerate(names)
     )
-    best = {tag: best_texts(tag, row) for tag, row in best_values(runs).items()}
     return [
         f"<p>{legend}</p><h2>What differs</h2>",
         _table(names, different) if different else "<p>Nothing that decides the results.</p>",
         "<h2>Best values</h2>",
-        _table(names, best, "numbers"),
+        _table(names, best_texts(runs), "numbers"),
     ]
 
 

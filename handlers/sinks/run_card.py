@@ -94,7 +94,7 @@ class RunCard(OutputHandler):
 
     @mode.default
     def _usual_mode(self) -> Mode:
-        return usual_mode(self.best)
+        return usual_mode(self.best, "best")
 
     def attach(self, trainer: Trainer) -> None:
         """Print the summaries of the trainer's runs."""

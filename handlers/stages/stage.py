@@ -64,7 +64,8 @@ class Stage:
         metric: the published value that ranks the weights of this stage.
         patience: values of the metric without improvement that end the stage.
         mode: whether a larger ("max") or a smaller ("min") value is better. Default: "min" for a
-            name that ends in "loss", "mean_rank" or "median_rank", else "max".
+            name that ends in "loss", "mean_rank" or "median_rank", else "max", which is logged if
+            the name does not say that more is better.
         load: initial weights: "last", the current ones, or "best", those with which the previous
             stage had its best metric.
         optimizer_state: "keep" continues with the optimizer's moments, also those of parameters
@@ -104,7 +105,7 @@ class Stage:
 
     @mode.default
     def _usual_mode(self) -> Mode:
-        return usual_mode(self.metric)
+        return usual_mode(self.metric, "metric")
 
     @rules.default
     def _make_rules(self) -> GroupRules:

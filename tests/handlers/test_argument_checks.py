@@ -8,6 +8,7 @@ from typing import Any, Literal
 import attrs
 import pytest
 
+from diptych.handlers import EarlyStopping
 from diptych.handlers.argument_checks import (
     Validator,
     not_negative,
@@ -38,3 +39,15 @@ def test_a_validator_accepts_values_in_range_and_names_others(validator, good, b
     for value in bad:
         with pytest.raises(ValueError, match=message):
             check(validator, value)
+
+
+def test_a_guess_of_what_is_better_is_logged_once_with_the_way_out(caplog):
+    known = {"val/loss": "min", "val/i2t/recall@5": "max", "val/knn_accuracy": "max"}
+    for metric, mode in known.items():
+        assert EarlyStopping(metric=metric).mode == mode
+        assert EarlyStopping(metric="val/guessed", mode="min").mode == "min"
+    assert not caplog.messages
+    assert [EarlyStopping(metric="val/guessed").mode for _ in range(2)] == ["max"] * 2
+    (line,) = caplog.messages
+    assert line.startswith("metric='val/guessed' does not say whether more is better: a larger ")
+    assert "pass mode='min'" in line

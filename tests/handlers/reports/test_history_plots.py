@@ -225,8 +225,21 @@ def test_the_best_value_has_its_step_and_the_best_run_has_a_star():
     best = best_values([first, second])
 
     assert best == {"val/loss": [(4, 0.25), (2, 1.0)], "val/recall@1": [(4, 0.4), None]}
-    assert best_texts("val/loss", best["val/loss"]) == ["0.25 (step 4) *", "1 (step 2)"]
-    assert best_texts("val/recall@1", best["val/recall@1"]) == ["0.4 (step 4)", "-"]
+    assert best_texts([first, second]) == {
+        "val/loss": ["0.25 (step 4) *", "1 (step 2)"],
+        "val/recall@1": ["0.4 (step 4)", "-"],
+    }
+
+
+def test_what_is_better_is_what_a_handler_of_the_run_was_told():
+    told = {"handlers.CheckpointManager.best": "val/gap", "handlers.CheckpointManager.mode": "min"}
+    runs = [
+        RunHistory(name, settings, {"val/gap": [(1, low), (2, low + 1)]})
+        for name, settings, low in (("a", told, 3.0), ("b", told, 1.0), ("c", {}, 5.0))
+    ]
+    assert best_texts(runs[:2]) == {"val/gap": ["3 (step 1)", "1 (step 1) *"]}
+    assert best_texts(runs[2:]) == {"val/gap": ["6 (step 2)"]}
+    assert "*" not in str(best_texts(runs))  # they do not agree
 
 
 def test_a_tag_that_one_run_lacks_is_drawn_in_the_others_colour(tmp_path):
