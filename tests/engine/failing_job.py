@@ -48,9 +48,10 @@ def main(folder: Path, what: str, device: str) -> None:
     trainer = trainer_of(log_every=1, device=device)
     trainer.add_event_handler(Events.ITERATION_STARTED, goes_wrong, what)
     if what == "aborts" and rank() == 0:  # what a backend's watchdog does
-        trainer.add_event_handler(Events.STARTED, threading.Timer(2.0, os.abort).start)
+        abort = threading.Timer(1.0, os.abort)
+        trainer.add_event_handler(Events.ITERATION_STARTED(once=2), abort.start)
     if what == "aborts" and rank() == 1:
-        trainer.add_event_handler(Events.ITERATION_STARTED(once=2), lambda: time.sleep(5.0))
+        trainer.add_event_handler(Events.ITERATION_STARTED(once=2), lambda: time.sleep(3.0))
     trainer.attach(*default_handlers(folder, health=False))  # ranks meet in the average alone
     trainer.run([paired(4)] * 10, max_epochs=1)
 
