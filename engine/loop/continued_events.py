@@ -67,6 +67,11 @@ class ContinuedEvents(Dispatcher):
                 f"and its {world_size()} ranks may have stopped at different places"
             )
 
+    @property
+    def failed_owners(self) -> list[Any]:
+        """The objects whose functions the last exception has passed through."""
+        return [listener.owner for listener in self._raised]
+
     def _continues_after_failure(self) -> bool:
         """Return whether an exception has stopped the run after `STARTED`; forget it.
 

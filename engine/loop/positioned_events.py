@@ -80,10 +80,10 @@ class PositionedEvents(ContinuedEvents):
 
         The next `run` continues it. None also where a state cannot hold what is left.
         """
-        name = Events.ITERATION_COMPLETED.name
-        if self._stopped_at.keys() == {name}:
-            return LeftEvent(name, self._stopped_at[name])
-        evaluated = self._stopped_at.get(EvaluationEvents.EVALUATED.name, ())
+        name, stopped = Events.ITERATION_COMPLETED.name, dict(self._stopped_at)
+        evaluated = stopped.pop(EvaluationEvents.EVALUATED.name, ())
+        if stopped.keys() == {name}:
+            return LeftEvent(name, stopped[name], evaluated)
         return self._left and self._left._replace(evaluated=evaluated)
 
     def _move_to(self, position: Position) -> None:
@@ -165,10 +165,10 @@ class PositionedEvents(ContinuedEvents):
         self._epoch_counts = self._count is not None
         self._left = left_event(state_dict.get("left"))
         self._stop_flags = (state_dict.get("left", {}).get("terminate", False), False)
+        if self._left is not None and self._left.evaluated:
+            self._stopped_at[EvaluationEvents.EVALUATED.name] = self._left.evaluated
         if self._left is not None and self._left.in_iteration:
             self._stopped_at[self._left.event], self._left = self._left.done, None
-        elif self._left is not None and self._left.evaluated:
-            self._stopped_at[EvaluationEvents.EVALUATED.name] = self._left.evaluated
         self._move_to(position)
         self.state.max_epochs = state_dict.get("max_epochs")
         self.state.max_iters = state_dict.get("max_iters")

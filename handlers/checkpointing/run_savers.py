@@ -12,6 +12,7 @@ import attrs
 from diptych.engine.distributed.agreement import on_rank_zero
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.errors import CheckpointError, ResumeError
+from diptych.engine.evaluator import EvaluatesModel
 from diptych.engine.state.resume_changes import WhenChanged
 from diptych.engine.state.run_state import load_run_state
 from diptych.engine.trainer import Trainer
@@ -182,12 +183,15 @@ class RunSavers:
                 raise self._leaving[1]
 
     def at_exception(self, error: BaseException) -> None:
-        """Save a run that has left an evaluation on a signal, or failed at an epoch's end."""
+        """Save a run that has left an evaluation on a signal, or failed there or at an epoch's end.
+
+        An exception elsewhere inside an epoch may say that the weights are not worth saving.
+        """
         if self._leaving is not None and error is self._leaving[1]:
             for saver in self.savers:
                 saver.save_left(self.trainer)
             self._log_end(self._leaving[0])
-        elif isinstance(error, Exception) and world_size() == 1 and self._has_left_epoch_end:
+        elif isinstance(error, Exception) and world_size() == 1 and self._is_worth_saving:
             try:
                 for saver in self.savers:
                     saver.save_left(self.trainer)
@@ -195,9 +199,12 @@ class RunSavers:
                 logger.exception("The run could not be saved where it failed.")
 
     @property
-    def _has_left_epoch_end(self) -> bool:
+    def _is_worth_saving(self) -> bool:
         left = self.trainer.left_event
-        return left is not None and not left.in_iteration
+        if left is None:
+            return False
+        evaluated = any(isinstance(one, EvaluatesModel) for one in self.trainer.failed_owners)
+        return evaluated or not left.in_iteration
 
     def _log_end(self, signal: int) -> None:
         newest = on_rank_zero(self._newest)

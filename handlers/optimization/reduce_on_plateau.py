@@ -16,10 +16,12 @@ from diptych.engine.events import EvaluationEvents, MetricsEvents, RunEvents
 from diptych.engine.handler import Change, Handler, contract_of
 from diptych.engine.trainer import Trainer
 from diptych.handlers.argument_checks import Mode, not_negative, number, one_of
+from diptych.handlers.cadence import call_before_first_batch
 from diptych.handlers.evaluation.watched_metric import (
     missing_metric,
     published_values,
     report_nan,
+    unpublished_metric,
 )
 from diptych.handlers.optimization.schedules import publish_rates
 
@@ -46,8 +48,9 @@ class ReduceOnPlateau(Handler):
     optimizer's state, and the values so far part of this handler's: a resumed run continues as the
     uninterrupted one. `train/learning_rate` is published at each log point, as `LearningRate` does.
 
-    Event: `EvaluationEvents.EVALUATED` and `MetricsEvents.EPOCH_PUBLISHED`; `RunEvents.SAFE_POINT`
-        to report a metric that is never published.
+    Event: `EvaluationEvents.EVALUATED` and `MetricsEvents.EPOCH_PUBLISHED`; a run's first
+        `Events.GET_BATCH_STARTED` to report a metric that nothing can publish;
+        `RunEvents.SAFE_POINT` to report one that is never published.
     Cost: none that can be measured; it reads values that are on the host already.
 
     Args:
@@ -92,6 +95,7 @@ class ReduceOnPlateau(Handler):
         self._start_over(trainer)
         publish_rates(trainer)
         trainer.add_event_handler(Events.STARTED, self._start)
+        call_before_first_batch(trainer, self._check_name)
         trainer.add_event_handler(EvaluationEvents.EVALUATED, self._judge_new_values)
         trainer.add_event_handler(MetricsEvents.EPOCH_PUBLISHED, self._judge_new_values)
         trainer.add_event_handler(RunEvents.SAFE_POINT, self._check_published)
@@ -132,6 +136,11 @@ class ReduceOnPlateau(Handler):
             self._start_over(trainer)
         elif not self._judged:  # it joins a run, and starts fresh
             self._judged = len(published_values(trainer, self.metric))
+
+    def _check_name(self, trainer: Trainer) -> None:
+        missing = None if self._judged else unpublished_metric(trainer, "metric", self.metric)
+        if missing is not None:
+            raise KeyError(missing)
 
     def _judge_new_values(self, trainer: Trainer) -> None:
         history = published_values(trainer, self.metric)

@@ -281,9 +281,10 @@ def test_a_signal_ends_an_evaluation_at_its_batch_and_the_run_repeats_it(
     assert outcome(tmp_path / "a", resumed) == expected_outcome(tmp_path / "b")
 
 
+@pytest.mark.parametrize("error", [SystemExit, FailedError])
 @pytest.mark.parametrize("iteration", [4, 6, 8, 12])  # 6 and 12 end an epoch
-def test_a_signal_in_an_evaluation_inside_an_epoch_repeats_it_and_what_follows_in_the_iteration(
-    tmp_path, iteration
+def test_an_evaluation_that_was_cut_off_inside_an_epoch_is_repeated_with_what_follows_it(
+    tmp_path, iteration, error
 ):
     def make(folder: Path, *, kill: bool) -> tuple[Trainer, list[Any]]:
         trainer, seen = make_trainer(), []
@@ -303,6 +304,8 @@ def test_a_signal_in_an_evaluation_inside_an_epoch_repeats_it_and_what_follows_i
             @evaluation.evaluator.on(Events.ITERATION_COMPLETED(event_filter=lambda _, n: n == 3))
             def stop() -> None:
                 if trainer.state.iteration == iteration:
+                    if error is FailedError:
+                        raise FailedError
                     os.kill(os.getpid(), signal.SIGTERM)
 
         checkpoints = CheckpointManager(folder / "checkpoints", best="val/loss", mode="min")
@@ -310,7 +313,7 @@ def test_a_signal_in_an_evaluation_inside_an_epoch_repeats_it_and_what_follows_i
         return trainer, seen
 
     cut, first = make(tmp_path / "a", kill=True)
-    with pytest.raises(SystemExit):
+    with pytest.raises(error):
         cut.run(make_loader(), max_epochs=EPOCHS)
     resumed, rest = make(tmp_path / "a", kill=False)
     started = []
