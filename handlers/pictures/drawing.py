@@ -57,14 +57,14 @@ class QueryResults:
 
 
 def as_bytes(images: Tensor) -> Tensor:
-    """Return images [..., C, H, W] as uint8 [..., 3, H, W]; floats are in [0, 1].
+    """Return images [..., C, H, W] as uint8 [..., 3, H, W]; floats are in [0, 1], as truths are.
 
     Of two channels the first is grey, of more than three the first three are colours.
     """
     channels = images.shape[-3]
     if channels not in {1, 3}:
         images = images[..., : 3 if channels > 3 else 1, :, :]
-    if images.is_floating_point():
+    if images.is_floating_point() or images.dtype is torch.bool:
         images = images.float().nan_to_num().clamp(0, 1).mul(255).round()
     images = images.to(torch.uint8).cpu()
     return images.expand(*images.shape[:-3], 3, *images.shape[-2:])

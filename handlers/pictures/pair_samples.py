@@ -34,9 +34,9 @@ class PairFeatures(NamedTuple):
 
 
 def _check_images(_: Any, __: attrs.Attribute[Tensor], images: object) -> None:
-    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] not in (1, 3):
+    if not isinstance(images, Tensor) or images.ndim != 4 or not 1 <= images.shape[1] <= 4:
         got = tuple(images.shape) if isinstance(images, Tensor) else repr(images)
-        raise ValueError(f"images must be a tensor [N, 1 or 3, H, W], got {got}")
+        raise ValueError(f"images must be a tensor [N, 1 to 4, H, W], got {got}")
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -48,8 +48,8 @@ class PairSamples:
     Args:
         batches: iterated at each drawing, always in the same order. As for `RetrievalRecall`, a
             batch may hold one side only, and samples of one group match.
-        images: [N, 1 or 3, H, W], the images of the batches in order, before normalisation: uint8,
-            or floats in [0, 1].
+        images: [N, 1 to 4, H, W], the images of the batches in order, before normalisation: uint8,
+            or floats in [0, 1]. Of two channels the first is shown, of four the first three.
         captions: the texts of the batches, in order.
         task: computes the features of a batch; None: the trainer's task.
 

@@ -100,3 +100,4 @@ def test_images_of_any_number_of_channels_have_a_thumbnail(channels: int, shown:
     images = torch.rand(1, channels, 8, 8)
     expected = (images[:, :shown] * 255).round().to(torch.uint8).expand(1, 3, 8, 8)
     assert torch.equal(thumbnails(images, 8), expected)
+    assert thumbnails(images > 0.5, 8).unique().tolist() == [0, 255]

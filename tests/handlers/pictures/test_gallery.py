@@ -145,9 +145,21 @@ def test_a_task_without_features_is_refused(tmp_path):
         run(tmp_path, samples=samples(batches=[{"x": torch.eye(4)}]))
 
 
-def test_images_that_are_no_images_are_refused():
-    with pytest.raises(ValueError, match=r"images must be a tensor \[N, 1 or 3, H, W\], got"):
-        samples(images=torch.zeros(4, 8, 8))
+@pytest.mark.parametrize("shape", [(4, 8, 8), (4, 8, 8, 3)])
+def test_images_that_are_no_images_are_refused(shape):
+    with pytest.raises(ValueError, match=r"images must be a tensor \[N, 1 to 4, H, W\], got"):
+        samples(images=torch.zeros(shape))
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(2, 1), (4, 3)])
+def test_pairs_of_images_with_an_alpha_channel_are_drawn_without_it(channels, shown, tmp_path):
+    images = torch.randint(256, (4, channels, 8, 8), dtype=torch.uint8)
+    pictures = []
+    for folder, given in (("all", images), ("shown", images[:, :shown])):
+        run(tmp_path / folder, samples=samples(images=given))
+        drawn = read(tmp_path / folder).Images("visual/gallery/text_to_image")
+        pictures.append([event.encoded_image_string for event in drawn])
+    assert pictures[0] == pictures[1] != []
 
 
 def test_a_gallery_without_a_board_is_an_error_when_the_run_starts():
