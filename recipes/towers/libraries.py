@@ -41,14 +41,20 @@ def library(extra: str, package: str, tower: str, name: str) -> Any:
 
     Raises:
         TowerError: if the tower's name leads elsewhere.
-        ImportError: if the library is not installed.
+        ImportError: if the library is not installed, or cannot be imported.
     """
     check_extra(extra, package, needed_by=f"the tower {tower}:{name}")
     if not NAME.fullmatch(name):
         raise TowerError(
             f"a tower's name must be letters, digits, dots, slashes and hyphens, got {name!r:.100}"
         )
-    return import_module(package)
+    try:
+        return import_module(package)
+    except Exception as error:  # torchvision built for another torch raises what torch does
+        raise ImportError(
+            f"the tower {tower}:{name} needs the package {package}, which cannot be imported: "
+            f"{error!s:.300}"
+        ) from error
 
 
 def timm_image(name: str, options: TowerOptions) -> Towers:

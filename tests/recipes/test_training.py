@@ -27,6 +27,7 @@ from diptych.recipes import (
     train,
 )
 from diptych.recipes.settings import read_settings
+from diptych.recipes.towers import libraries
 from diptych.recipes.towers.parts import TowerOptions
 from diptych.recipes.towers.registry import build_towers
 from diptych.recipes.training import build_model, build_training
@@ -220,6 +221,17 @@ def test_a_tower_of_a_missing_library_names_the_extra(prefix, extra, monkeypatch
 
     with pytest.raises(ImportError, match=rf"diptych\[{extra}\]"):
         build_towers(f"{prefix}:some/model", None, TowerOptions())
+
+
+def test_a_library_that_cannot_be_imported_is_named_with_the_reason(monkeypatch):
+    def fail(name):
+        raise RuntimeError(f"{name} was built for another torch")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+    monkeypatch.setattr(libraries, "import_module", fail)
+
+    with pytest.raises(ImportError, match=r"timm:x needs .* cannot be imported: timm was built for"):
+        build_towers("timm:x", None, TowerOptions())
 
 
 def test_settings_of_somebody_else_are_checked(tmp_path):
