@@ -155,8 +155,8 @@ def test_images_that_are_no_images_are_refused(shape):
 def test_pairs_of_images_with_an_alpha_channel_are_drawn_without_it(channels, shown, tmp_path):
     images = torch.randint(256, (4, channels, 8, 8), dtype=torch.uint8)
     pictures = []
-    for folder, given in (("all", images), ("shown", images[:, :shown])):
-        run(tmp_path / folder, samples=samples(images=given))
+    for folder, part in (("all", images), ("shown", images[:, :shown])):
+        run(tmp_path / folder, samples=samples(images=part))
         drawn = read(tmp_path / folder).Images("visual/gallery/text_to_image")
         pictures.append([event.encoded_image_string for event in drawn])
     assert pictures[0] == pictures[1] != []
