@@ -250,7 +250,7 @@ class Evaluation(Handler):
             self.evaluator.evaluate(self.loader)
         results = self.evaluator.state.metrics  # with those of metrics that a user has attached
         for name, result in results.items():
-            if isinstance(result, Tensor):  # of several numbers, such as a confusion matrix
+            if not isinstance(result, Mapping):  # its items are among the results
                 trainer.state.metrics[f"{self.prefix}/{name}"] = result
         values = numbers_in(results)
         self.values = {f"{self.prefix}/{name}": value for name, value in values.items()}

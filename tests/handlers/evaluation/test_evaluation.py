@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from ignite.engine import Events
-from ignite.metrics import Accuracy, Metric
+from ignite.metrics import Accuracy, ConfusionMatrix, EpochMetric, Metric, VariableAccumulation
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -390,3 +390,24 @@ def test_a_loader_of_unknown_length_may_be_shared_by_ranks(monkeypatch):
     evaluation._check_same_length(torch.utils.data.DataLoader(Stream(), batch_size=2))
 
     assert gathered == [None]
+
+
+def test_a_result_that_is_not_one_number_is_in_the_state_whatever_its_type():
+    trainer = make_trainer()
+
+    def first(outputs: Batch) -> tuple[Tensor, Tensor]:
+        return outputs["logits"], outputs["labels"]
+
+    metrics = {
+        "matrix": ConfusionMatrix(2, output_transform=first),
+        "sum": VariableAccumulation(
+            lambda held, more: held + more, lambda o: o["labels"].double().sum()
+        ),
+        "text": EpochMetric(lambda *_: "as text", first, check_compute_fn=False),
+    }
+    trainer.attach(Evaluation(make_loader(), metrics=metrics))
+    trainer.run(make_loader(), max_epochs=1)
+    found, labels = trainer.state.metrics, torch.cat([b["label"] for b in make_loader()])
+    assert found["val/matrix"].sum() == 10
+    assert found["val/sum"] == (labels.sum(), 3)  # of batches
+    assert found["val/text"] == "as text"
