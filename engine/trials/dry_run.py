@@ -156,11 +156,11 @@ class _Watched:
             seconds[id(listener.owner)] += listener.seconds
             calls[id(listener.owner)] += listener.calls
         for handler in handlers:
-            result = self._result(handler) or f"called {calls[id(handler)]} times"
+            result = self._result(handler) or _times("called", calls[id(handler)])
             name = getattr(handler, "key", type(handler).__name__)
             rows.append(Row(name, result, seconds[id(handler)]))
         if self._saved:
-            rows.append(Row("checkpoints", f"saved {self._saved} times"))
+            rows.append(Row("checkpoints", _times("saved", self._saved)))
         files = dict(on_rank_zero(trial.files))  # once no rank writes any more, and the same on all
         return DryRun(tuple(rows), dict(self._values), files, tuple(trial.left_out))
 
@@ -173,3 +173,7 @@ class _Watched:
         parts = [f"{name} {value:.4g}" for name, value in own.items()]
         parts += [f"no {name} ({reason})" for name, reason in evaluator.left_out.items()]
         return f"{evaluator.state.iteration} batches: {', '.join(parts) or 'no values'}"
+
+
+def _times(done: str, count: int) -> str:
+    return f"{done} {count} times" if count != 1 else f"{done} once"

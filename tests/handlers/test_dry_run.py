@@ -111,7 +111,7 @@ def test_the_report_names_what_was_done_and_what_was_not(tmp_path, capsys):
     rows = {row.part: row.result for row in report.rows}
     assert rows["update"].startswith("2 updates: loss ")
     assert rows["Evaluation[val]"].startswith("2 batches: val/loss ")
-    assert rows["checkpoints"] == "saved 1 times"
+    assert rows["checkpoints"] == "saved once"
     assert set(report.left_out) == {"ToLogger", "publish at EPOCH_COMPLETED"}
     assert {"train/loss", "val/loss"} <= set(report.values)
     names = {path.name for path in report.files}
