@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diptych.engine.random_state import GeneratorSnapshot
@@ -123,7 +123,8 @@ def optimizer_version(optimizer: Optimizer) -> int:
     version = sum(map(VERSION, chain.from_iterable(map(PARAMETERS, optimizer.param_groups))))
     for state in optimizer.state.values():
         if type(state) is dict or isinstance(state, Mapping):  # the first test is the faster one
-            version += sum(getattr(value, "_version", 0) for value in state.values())
+            tensors = [value for value in state.values() if isinstance(value, Tensor)]
+            version += sum(map(VERSION, tensors))
         break
     return version
 

@@ -187,7 +187,7 @@ class RepresentationHealth(Handler):
         measured = {"uniformity": feature_statistics.uniformity(stacked)}
         counts = [stacked.new_full((), rows if rows > 1 else 0)] * len(sides)
         measured |= feature_statistics.spread(deviations)
-        counts += [deviations.isfinite().all().to(deviations)] * (2 * len(sides))
+        counts += [(deviations < math.inf).all().to(deviations)] * (2 * len(sides))
         values = _by_side(sides, measured)
         if len(sides) == 2:
             first, second = stacked
@@ -197,7 +197,7 @@ class RepresentationHealth(Handler):
             pairs["duplicates"] = feature_statistics.duplicates(stacked, ids, negatives)
             counts += [negatives.any(1).sum(dtype=stacked.dtype)] * len(pairs)
             over_chance = _loss_over_chance(trainer)  # infinite for a batch of one, without chance
-            counts.append(over_chance.isfinite().to(over_chance))
+            counts.append((over_chance.abs() < math.inf).to(over_chance))
             values |= {**pairs, "loss_over_chance": over_chance}
             gap = (means[0] - means[1]).norm()
             trainer.metrics.update_uncopied({"health/modality_gap": gap})

@@ -157,5 +157,5 @@ def _extremes(norms: Tensor) -> dict[str, Tensor]:
         "gradients/largest": norms.amax(),
         "gradients/smallest": norms.where(norms != 0, math.inf).amin(),
         "gradients/zero": (norms == 0).sum(dtype=torch.float32),
-        "gradients/nonfinite": (~norms.isfinite()).sum(dtype=torch.float32),
+        "gradients/nonfinite": (~(norms < math.inf)).sum(dtype=torch.float32),
     }
