@@ -52,10 +52,10 @@ def moments(side: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two tensors [D] or [S, D].
     """
-    sums = torch.stack([side.sum(-2), side.square().sum(-2)])
+    sums = side.sum(-2).flatten(), side.square().sum(-2).flatten()
     count = side.new_full((1,), side.shape[-2])
-    total = all_reduce_sum(torch.cat([count, sums.flatten()]))
-    mean, square = (total[1:] / total[0]).view_as(sums)
+    total = all_reduce_sum(torch.cat([count, *sums]))
+    mean, square = (total[1:] / total[0]).view(2, *side.shape[:-2], side.shape[-1])
     deviation = (square - mean.square()).clamp(min=0).sqrt()
     return mean, deviation.masked_fill(total[0] < 2, torch.nan)
 
@@ -175,7 +175,7 @@ def pair_statistics(first: Tensor, second: Tensor, negatives: Tensor) -> dict[st
         "negative_similarity": negative,
         "margin": positive - negative,
         "alignment": (first - second).square().sum(1).mean(),
-        "auroc": (weights * (gap.sign() + 1) / 2).sum() / (2 * count),
+        "auroc": (weights * (gap.sign() + 1)).sum() / (4 * count),
         "in_batch_accuracy": ((gap > 0) | ~negatives).all(-1).to(gap).mean(),
     }
 
