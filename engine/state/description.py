@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import logging
 import math
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import PurePath
@@ -204,6 +205,26 @@ def _public_name(kind: type, name: str) -> str | None:
         return name
     behind = getattr(kind, name[1:], None)
     return name[1:] if isinstance(behind, property) and behind.fset is not None else None
+
+
+def private_settings(value: Any) -> dict[str, Any]:
+    """Return the private attributes of an object of a user's class that are numbers or strings."""
+    if not is_of_user(type(value)) or _arguments(value) is not None:
+        return {}
+    internal = vars(nn.Module()) if isinstance(value, nn.Module) else {}
+    return {
+        name: finite(item)
+        for name, item in getattr(value, "__dict__", {}).items()
+        if name.startswith("_") and name not in internal and type(item) in SCALARS
+    }
+
+
+def is_of_user(kind: type) -> bool:
+    """Return whether a class is the user's own, and of no library."""
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+    is_installed = any(name in file for name in ("site-packages", "dist-packages"))
+    library = kind.__module__.partition(".")[0] in {"diptych", *sys.stdlib_module_names}
+    return not (is_installed or library)
 
 
 def _is_plain(value: Any) -> bool:

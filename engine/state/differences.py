@@ -81,7 +81,7 @@ def differences(first: RunIdentity, second: RunIdentity) -> list[Difference]:
     """
     found = {one.name: one for one in _walk(first.values, second.values, "")}
     if "held" not in first.values:  # of an earlier version, which left out private attributes
-        found = {n: one for n, one in found.items() if n != "held" and not _is_private(n)}
+        found = {n: one for n, one in found.items() if n != "held" and not _is_private(one)}
     if not (first.values["loader"] and second.values["loader"]):  # not given to a run yet
         found = {name: one for name, one in found.items() if not name.startswith("loader.")}
     in_one = any(
@@ -95,8 +95,8 @@ def differences(first: RunIdentity, second: RunIdentity) -> list[Difference]:
     ]
 
 
-def _is_private(name: str) -> bool:
-    return name.startswith("tensors.") and name.rpartition(".")[2].startswith("_")
+def _is_private(one: Difference) -> bool:
+    return one.before == ABSENT and one.name.rpartition(".")[2].startswith("_")
 
 
 def _follows(one: Difference, found: Mapping[str, Difference]) -> bool:

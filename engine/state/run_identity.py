@@ -20,7 +20,7 @@ from torch.utils.data import BatchSampler
 from diptych.engine.data.loader_contract import length_of
 from diptych.engine.distributed.collectives import world_size
 from diptych.engine.distributed.dtensor import is_sharded
-from diptych.engine.handler import Handler, contract_of
+from diptych.engine.handler import Handler, Stateful, contract_of
 from diptych.engine.loop.listener import Listener
 from diptych.engine.modules import named_parameters, unwrapped
 from diptych.engine.state.description import (
@@ -28,7 +28,9 @@ from diptych.engine.state.description import (
     Describer,
     class_name,
     finite,
+    is_of_user,
     plain_attributes,
+    private_settings,
     settings_of,
     tensor_digest,
 )
@@ -52,6 +54,8 @@ PARTS = ("task", "transform", "step")
 
 MODULE = frozenset(vars(nn.Module()))
 """The attributes that torch keeps in each module."""
+
+_NOWHERE = object()
 
 WEIGHTED = (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiMarginLoss)
 """Losses of torch whose buffers are arguments, and never change during a run."""
@@ -257,7 +261,14 @@ def _describer_of(trainer: RunParts) -> Describer:
 
 
 def _described_parts(trainer: RunParts, describer: Describer) -> dict[str, Any]:
-    return {name: describer.describe(getattr(trainer, name), name) for name in PARTS}
+    return {name: _described_part(getattr(trainer, name), name, describer) for name in PARTS}
+
+
+def _described_part(part: Any, name: str, describer: Describer) -> Any:
+    shown, private = describer.describe(part, name), private_settings(part)
+    if not private:
+        return shown
+    return {**(shown if isinstance(shown, dict) else {"class": class_name(type(part))}), **private}
 
 
 def requires_grad_of(trainer: RunParts) -> dict[str, bool]:
@@ -356,14 +367,10 @@ def _handlers(trainer: RunParts, describer: Describer) -> dict[str, Any]:
 
     A handler of another library declares nothing; it counts as one that may change the run.
     """
-    listeners = [one for one in trainer.listeners if _is_function(one.owner)]
-    listening = {id(listener.owner) for listener in listeners}
-    changing = filter(partial(_may_change, trainer), attached(trainer))
-    owners = [owner for owner in changing if id(owner) not in listening]
-    keys = numbered(contract_of(owner).key for owner in owners)
+    listeners = _functions(trainer)
     settings = {
         key: _handler_settings(owner, f"handlers.{key}", describer)
-        for key, owner in zip(keys, owners, strict=True)
+        for key, owner in _changing(trainer).items()
     }
     functions = {
         name: describer.describe(listener.owner, f"functions.{name}")
@@ -371,6 +378,34 @@ def _handlers(trainer: RunParts, describer: Describer) -> dict[str, Any]:
         if _may_change(trainer, listener.owner)
     }
     return {"handlers": settings, "order": list(settings), "functions": functions}
+
+
+def _functions(trainer: RunParts) -> list[Listener]:
+    return [one for one in trainer.listeners if _is_function(one.owner)]
+
+
+def _changing(trainer: RunParts) -> dict[str, Any]:
+    """Return the objects that may change the run, by key, in order."""
+    functions = {id(listener.owner) for listener in _functions(trainer)}
+    changing = filter(partial(_may_change, trainer), attached(trainer))
+    owners = [owner for owner in changing if id(owner) not in functions]
+    keys = numbered(contract_of(owner).key for owner in owners)
+    return dict(zip(keys, owners, strict=True))
+
+
+def lost_memory(trainer: RunParts, declared: RunIdentity) -> dict[str, Any]:
+    """Return the numbers and strings of handlers that are not as declared and in no checkpoint.
+
+    By key and attribute. They are those of a user's handler without `state_dict`.
+    """
+    found: dict[str, Any] = {}
+    for key, owner in _changing(trainer).items():
+        before = declared.values["handlers"].get(key)
+        if before is not None and is_of_user(type(owner)) and not isinstance(owner, Stateful):
+            for name, value in getattr(owner, "__dict__", {}).items():
+                if type(value) in SCALARS and before.get(name, _NOWHERE) != finite(value):
+                    found[f"{key}.{name}"] = value
+    return found
 
 
 def _is_function(owner: Any) -> bool:
@@ -410,7 +445,8 @@ def _event_names(event: Any) -> list[str]:
 def _settings_of(owner: Any) -> dict[str, Any] | None:
     if isinstance(owner, Optimizer):  # one beside the trainer's
         return {"groups": optimizer_settings(owner)["groups"]}
-    return settings_of(owner)[0]
+    shown, private = settings_of(owner)[0], private_settings(owner)
+    return {**(shown or {}), **private} if private else shown
 
 
 def loader_settings(loader: Any, describer: Describer, wrappers: int = 3) -> dict[str, Any]:

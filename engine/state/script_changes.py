@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from diptych.engine.containers import map_leaves
 from diptych.engine.data.batches import to_device
+from diptych.engine.distributed.comparison import listed
 from diptych.engine.errors import CheckpointError
 from diptych.engine.modules import named_parameters
 from diptych.engine.state.description import class_name, tensor_digest
@@ -22,6 +23,7 @@ from diptych.engine.state.run_identity import (
     added_to_state,
     held_of,
     held_settings,
+    lost_memory,
     module_settings,
     modules_of,
     replaced_parts,
@@ -42,8 +44,8 @@ def current_values(trainer: RunParts, declared: RunIdentity) -> dict[str, Any]:
     Returns:
         `requires_grad` by parameter, `training` by module, `attributes` by module and name, `held`
         and `tensors` by name, and `state`, what handlers and functions have added to
-        `trainer.state`. And `parts`, the descriptions of a task, transform or step in place of the
-        declared one, which a checkpoint cannot hold.
+        `trainer.state`. And what a checkpoint cannot hold: `parts`, the descriptions of a task,
+        transform or step in place of the declared one, and `memory`, of handlers without a state.
     """
     values = declared.values
     there = values["modules"]
@@ -70,6 +72,7 @@ def current_values(trainer: RunParts, declared: RunIdentity) -> dict[str, Any]:
             if declared.declared("tensors", name) != tensor_digest(tensor)
         },
         "parts": replaced_parts(trainer, declared),
+        "memory": lost_memory(trainer, declared),
         "state": dict(_plain_only(added_to_state(trainer))),
     }
 
@@ -108,6 +111,7 @@ def restore_current(
             if path in modules and same:
                 _put(modules[path], attribute, to_device(value, trainer.device))
     _report_parts(trainer, current.get("parts", {}), here)
+    _report_memory(current.get("memory", {}), here)
     there, own = (one.values.get("state", {}) for one in (saved, here))
     added = current.get("state", {}).items()
     _add_to_state(trainer, {k: value for k, value in added if there.get(k) == own.get(k)})
@@ -155,6 +159,22 @@ def _report_parts(trainer: RunParts, parts: Mapping[str, Any], here: RunIdentity
                 "script's is used. Change it in a handler with a state, or in a stage.",
                 name,
             )
+
+
+def _report_memory(memory: Mapping[str, Any], here: RunIdentity) -> None:
+    """Log the attributes of handlers without a state that were others when the run was saved."""
+    lost = []
+    for name, value in memory.items():
+        key, _, attribute = name.rpartition(".")
+        now = here.values["handlers"].get(key, {})
+        if "class" in now and now.get(attribute, ABSENT) != value:
+            lost.append(f"{name} was {value!r}")
+    if lost:
+        logger.warning(
+            "The checkpoint has no state of handlers without state_dict(); they start anew: %s.\n"
+            "If the result depends on it, give them state_dict() and load_state_dict().",
+            listed(lost),
+        )
 
 
 def _add_to_state(trainer: RunParts, values: Mapping[str, Any]) -> None:

@@ -448,6 +448,35 @@ def test_what_a_function_has_replaced_and_a_checkpoint_cannot_hold_is_logged(
     assert found[1].startswith("The transform was changed during the saved run")
 
 
+class Counting:
+    """A handler with memory, and a private setting, but without a state."""
+
+    def __init__(self, by: int) -> None:
+        self._by, self.count = by, 0
+
+    def attach(self, trainer: Trainer) -> None:
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self.add)
+
+    def add(self) -> None:
+        self.count += self._by
+
+
+def test_the_memory_of_a_handler_without_a_state_is_named(caplog: pytest.LogCaptureFixture):
+    script = Script(handlers=(Counting(2),))
+    resumed(script, saved_by(script))
+    (line,) = lines(caplog)
+    assert line.startswith("The checkpoint has no state of handlers without state_dict()")
+    assert f"Counting.count was {2 * EPOCH}." in line
+
+
+def test_a_private_setting_of_a_users_handler_that_has_changed_is_logged(
+    caplog: pytest.LogCaptureFixture,
+):
+    before, now = scripts_of(handlers=((Counting(2),), (Counting(3),)))
+    resumed(now, saved_by(before))
+    assert "handlers.Counting._by 2 -> 3 (changed in the script)." in lines(caplog)
+
+
 def test_a_function_at_an_event_that_has_changed_is_logged_as_information(
     caplog: pytest.LogCaptureFixture,
 ):
@@ -480,7 +509,7 @@ class Hidden:
     """A handler of another library that shows none of its settings."""
 
     def __init__(self) -> None:
-        self._factor = 2
+        self._rule = object()
 
     def attach(self, trainer: Trainer) -> None:
         trainer.add_event_handler(Events.STARTED, freeze)
