@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Protocol, cast
 
@@ -146,6 +146,17 @@ def named_call(loss: nn.Module) -> Callable[..., Any]:
         if hasattr(loss, name):
             return written(getattr(loss, name))
     return written(loss)
+
+
+def named_calls(loss: nn.Module) -> list[Callable[..., Any]]:
+    """Return the `named_call` of a loss; of one that passes its arguments on, those of its parts.
+
+    Such a loss has `parts_called`, the losses that take its arguments.
+    """
+    parts: Sequence[nn.Module] | None = getattr(loss, "parts_called", None)
+    if parts is None:
+        return [named_call(loss)]
+    return [call for part in parts for call in named_calls(part)]
 
 
 class SampleMeanTerms(Protocol):

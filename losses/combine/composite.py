@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from diptych._loss_arguments import arguments_of_parts, untaken
-from diptych.losses.base.loss import Loss, named_call, sample_mean, with_defaults
+from diptych._loss_arguments import Arguments, arguments_of_parts, untaken
+from diptych.losses.base.loss import Loss, named_calls, sample_mean, with_defaults
 from diptych.losses.registry import available_losses, get_loss_class
 
 
@@ -135,6 +136,11 @@ class MultipleLosses(CompositeLoss):
         if unknown:
             raise ValueError(f"inputs must name the losses {sorted(self.losses)}, got {unknown}")
 
+    @property
+    def parts_called(self) -> list[nn.Module]:
+        """The parts, which share the arguments."""
+        return [*self.losses.values()]
+
     def part_weights(self) -> Mapping[str, float | Tensor]:
         """Return the parts to compute, with their weights."""
         raise NotImplementedError
@@ -190,7 +196,8 @@ class MultipleLosses(CompositeLoss):
         """
         if name in self.inputs or not outputs:
             return self.inputs_of(name, (*inputs, *outputs.values())), {}
-        found = arguments_of_parts(tuple(map(named_call, self.losses.values())), tuple(outputs))
+        calls = [named_calls(loss) for loss in self.losses.values()]
+        found = arguments_of_parts(tuple(chain(*calls)), tuple(outputs))
         if inputs:
             found = [([], by_name) for _, by_name in found]
         unused = [] if self.inputs else untaken(found, tuple(outputs))
@@ -199,8 +206,20 @@ class MultipleLosses(CompositeLoss):
                 f"outputs must be arguments of a part, got {', '.join(unused)}, which none of"
                 f" {', '.join(self.losses)} takes. Select those of each part with inputs="
             )
-        in_order, by_name = dict(zip(self.losses, found, strict=True))[name]
+        place = list(self.losses).index(name)
+        before = sum(map(len, calls[:place]))
+        in_order, by_name = self._joined(name, found[before : before + len(calls[place])], outputs)
         return (*inputs, *map(outputs.__getitem__, in_order)), {n: outputs[n] for n in by_name}
+
+    def _joined(
+        self, name: str, found: Sequence[Arguments], outputs: Mapping[str, Tensor]
+    ) -> tuple[Sequence[str], Sequence[str]]:
+        """Return what a part gets; one that holds several gets by name what they get."""
+        loss = self.losses[name]
+        if not isinstance(loss, MultipleLosses):
+            return found[0]
+        taken = {*outputs} if loss.inputs else {one for part in found for one in chain(*part)}
+        return [], [output for output in outputs if output in taken]
 
     def inputs_of(self, name: str, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the arguments that a part takes.

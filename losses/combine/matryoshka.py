@@ -67,6 +67,11 @@ class MatryoshkaLoss(Loss):
         self.weights = {dim: float(weight) for dim, weight in zip(dims, weights, strict=True)}
 
     @property
+    def parts_called(self) -> list[nn.Module]:
+        """The loss, which takes the arguments."""
+        return [self.loss]
+
+    @property
     def couples_samples(self) -> bool:
         """False for a single prefix of a loss that is a mean over samples."""
         return len(self.weights) > 1 or sample_mean(self.loss) is None

@@ -77,20 +77,21 @@ def test_parts_without_the_names_get_the_outputs_in_order():
 
 def test_losses_of_losses_pass_the_names_on():
     outputs = {**FEATURES, "groups": GROUPS, **CLASSES}
-    inner = WeightedSum(losses=[CrossEntropyLoss(), InfoNCELoss()])
-    outer = WeightedSum(
-        losses={"inner": inner, "clip": CLIPLoss()}, weights={"inner": 2, "clip": 1}
-    )
-    expected = [
-        2 * CrossEntropyLoss()(LOGITS, LABELS),
-        2 * InfoNCELoss()(IMAGE, TEXT, groups=GROUPS),
-        CLIPLoss()(IMAGE, TEXT, GROUPS),
-    ]
-    assert values(outer, outputs) == pytest.approx(plain(*expected))
-    nested = MatryoshkaLoss(loss=InfoNCELoss(), dims=(4, 8))
+    inner = WeightedSum(losses=[VICRegLoss(), InfoNCELoss()])
+    nested = MatryoshkaLoss(loss=InfoNCELoss(), dims=(4,))
+    parts = {"inner": inner, "classes": CrossEntropyLoss(), "nested": nested}
     shorter = InfoNCELoss()(IMAGE[:, :4], TEXT[:, :4], groups=GROUPS)
-    found = values(nested, {**FEATURES, "groups": GROUPS})
-    assert found == pytest.approx(plain(shorter, expected[1] / 2))
+    expected = [
+        *VICRegLoss().terms(IMAGE, TEXT).values(),
+        InfoNCELoss()(IMAGE, TEXT, groups=GROUPS),
+        CrossEntropyLoss()(LOGITS, LABELS),
+        shorter,
+    ]
+    assert values(WeightedSum(losses=parts), outputs) == pytest.approx(plain(*expected))
+    assert values(nested, {**FEATURES, "groups": GROUPS}) == pytest.approx(plain(shorter))
+    by_position = WeightedSum(losses=[CrossEntropyLoss()], inputs={"cross_entropy": (3, 4)})
+    both = WeightedSum(losses={"a": by_position, "clip": CLIPLoss()})
+    assert values(both, outputs)[0] == pytest.approx(plain(expected[-2])[0])
 
 
 def test_a_single_mean_over_samples_gets_its_outputs_by_name():
