@@ -91,8 +91,5 @@ def open_file(path: Path) -> BinaryIO:
 def _is_one_part(name: str) -> bool:
     """Return whether a name cannot lead out of a folder, whatever the pattern accepts."""
     forbidden = {"/", "\\", ":", "\0"}
-    return name not in {"", ".", ".."} and not forbidden & set(name) and _is_short(name)
-
-
-def _is_short(name: str) -> bool:
-    return len(name.encode(errors="surrogatepass")) <= LONGEST_NAME
+    short = len(name.encode(errors="surrogatepass")) <= LONGEST_NAME
+    return short and name not in {"", ".", ".."} and not forbidden & set(name)

@@ -213,7 +213,7 @@ def _table(
 ) -> Iterator[str]:
     """Yield a table of all terms, the total norm, and norms that differ or are not finite."""
     names = list(dict.fromkeys([*recorded, *reproduced]))
-    shown = [n for n in names if _is_summary(n)]
+    shown = [n for n in names if n.startswith("terms/") or n == "norms/total"]
     shown += [n for n in names if n not in shown and (n in differing or not _finite(recorded, n))]
     width = max(len(name) for name in shown)
     yield f"{'':{width}}  {'recorded':>16}  {'reproduced':>16}"
@@ -222,10 +222,6 @@ def _table(
         yield f"{name:{width}}  {columns}{'  differs' if name in differing else ''}"
     yield f"{len(names) - len(shown)} further norms of single parameters are finite and agree"
     yield f"{len(differing)} values differ"
-
-
-def _is_summary(name: str) -> bool:
-    return name.startswith("terms/") or name == "norms/total"
 
 
 def _finite(values: Mapping[str, float], name: str) -> bool:

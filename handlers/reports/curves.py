@@ -170,7 +170,7 @@ def _line(line: Line) -> str:
 
 
 def _stroke(points: Sequence[Point], color: str, style: str, inside: str = "") -> str:
-    joined = " ".join(map(_coordinates, points))
+    joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     end = f">{inside}</polyline>" if inside else "/>"
     return f'<polyline points="{joined}" fill="none" stroke="{_paint(color)}" {style}{end}'
 
@@ -185,10 +185,6 @@ def _paint(color: str) -> str:
 def _short_number(value: float) -> str:
     """Return a number as text that fits beside an axis."""
     return f"{value:.4g}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _coordinates(point: Point) -> str:
-    return f"{point[0]:.1f},{point[1]:.1f}"
 
 
 def _legend(names: Sequence[str], top: int) -> tuple[list[Label], int]:
