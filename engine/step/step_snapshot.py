@@ -120,7 +120,7 @@ def optimizer_version(optimizer: Optimizer) -> int:
     torch raises a tensor's version with each change in place, from 0. An update may change the
     state of the first parameter before any parameter.
     """
-    version = sum(map(VERSION, chain.from_iterable(map(PARAMETERS, optimizer.param_groups))))
+    version: int = sum(map(VERSION, chain.from_iterable(map(PARAMETERS, optimizer.param_groups))))
     for state in optimizer.state.values():
         if type(state) is dict or isinstance(state, Mapping):  # the first test is the faster one
             tensors = [value for value in state.values() if isinstance(value, Tensor)]

@@ -74,8 +74,8 @@ class CheckpointManager(Handler):
     resume from it.
 
     If a handler raises at the end of an epoch, or in an evaluation, the weights are saved, in one
-    process; the run resumes with that handler. A run whose process was killed in `COMPLETED` fires that
-    event again when it resumes.
+    process; the run resumes with that handler. A run whose process was killed in `COMPLETED` fires
+    that event again when it resumes.
 
     Event: `RunEvents.SAFE_POINT` (saves), `RunEvents.RESTORE` (resumes); `COMPLETED`, `TERMINATE`
         and `INTERRUPT` (save the end); `EvaluationEvents.BATCH_EVALUATED` (signals) and

@@ -265,7 +265,7 @@ def lidar(views: Sequence[Tensor], regularization: float = 1e-4) -> Tensor:
 def _eigenvalues(matrix: Tensor) -> Tensor:
     """Return the eigenvalues of positive semidefinite matrices; NaN if an entry is not finite."""
     finite = matrix.abs().amax((-2, -1)) < torch.inf  # isfinite() alone would launch four kernels
-    values = torch.linalg.eigvalsh(matrix.nan_to_num(posinf=0, neginf=0)).clamp(min=0)
+    values: Tensor = torch.linalg.eigvalsh(matrix.nan_to_num(posinf=0, neginf=0)).clamp(min=0)
     return values.masked_fill(~finite[..., None], torch.nan)
 
 
