@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 from ignite.engine import Events
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from diptych.engine.certificate.differences import find_differences
 from diptych.engine.certificate.report import Check
@@ -21,6 +22,7 @@ from diptych.engine.loop.listener import Listener
 from diptych.engine.loop.periodic import Periodic
 from diptych.engine.random_state import preserved_random_state, random_state
 from diptych.engine.state.handler_states import stateful_handlers
+from diptych.engine.state.references import is_scheduler
 from diptych.engine.trainer import Trainer
 
 EVENTS = (Events.ITERATION_STARTED, *StepEvents, Events.ITERATION_COMPLETED)
@@ -80,13 +82,20 @@ class ChangeObserver:
                 self._record(listener, changed)
 
     def _record(self, listener: Listener, changed: list[Change]) -> None:
-        declared = contract_of(listener.owner).changes
+        declared = contract_of(listener.owner).changes | _purpose(listener.owner)
         undeclared = [change for change in changed if change not in declared]
         words = " and ".join(change.value for change in undeclared or changed)
         if undeclared:
             self.undeclared.append(f"{listener.name} changes {words}")
         else:
             self.declared.append(f"{listener.name} changes {words}, as declared")
+
+
+def _purpose(owner: object) -> set[Change]:
+    """Return what an object of torch or Ignite at an event is there to change."""
+    if is_scheduler(owner):
+        return {Change.RATES}
+    return {Change.WEIGHTS} if isinstance(owner, Optimizer) else set()
 
 
 def snapshot(trainer: Trainer) -> dict[Change, Any]:

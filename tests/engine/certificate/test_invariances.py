@@ -197,6 +197,23 @@ def test_gradient_clipping_declares_its_work():
     assert "GradientClipping._clip changes gradients, as declared" in check.remark
 
 
+def test_schedulers_and_optimizers_at_events_do_their_work_and_are_left_as_they_were():
+    trainer = trainer_of()
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(trainer.optimizer, 0.5)
+    other = torch.optim.SGD([trainer.model.text.bias], lr=0.1)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, scheduler.step)
+    trainer.add_event_handler(StepEvents.OPTIMIZER_STEPPED, other.step)
+    before = states(trainer)
+    check = check_handlers(trainer, pairs())
+
+    assert check.passed
+    assert check.remark == (
+        "SGD.step changes weights, as declared; ExponentialLR.step changes rates, as declared"
+    )
+    assert str(states(trainer)) == str(before)
+    assert scheduler.last_epoch == 0
+
+
 def test_a_batch_that_cannot_be_cut_is_refused():
     with pytest.raises(ValueError, match="at least 4 samples, got 3"):
         certify(trainer_of(), pairs(3), ranks=False)
