@@ -15,6 +15,7 @@ from torch import nn
 from diptych.engine import tasks
 from diptych.engine.distributed.agreement import on_rank_zero
 from diptych.engine.distributed.collectives import rank
+from diptych.engine.step.loss_contract import loss_terms
 from diptych.engine.trainer import Trainer
 from diptych.handlers.defaults import default_handlers
 from diptych.handlers.evaluation.evaluation import Evaluation
@@ -153,6 +154,7 @@ def build_training(settings: Settings, *, factory: Factory | None = None) -> Tra
     torch.manual_seed(settings.seed)
     towers = towers_of(settings, factory=factory)
     model, loss = build_model(settings, towers, classes=len(data.classes))
+    _check_loss(settings, loss)
     loader = data.training_loader(towers)
     trainer = Trainer(
         model,
@@ -183,6 +185,28 @@ def build_training(settings: Settings, *, factory: Factory | None = None) -> Tra
         best=best,
         summary=data.summary,
     )
+
+
+def _check_loss(settings: Settings, loss: nn.Module) -> None:
+    """Check that a loss takes the outputs of the task, by a call with two samples.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    features, numbers = torch.ones(2, 4), torch.arange(2)
+    outputs = {
+        "image_text": {"image_features": features, "text_features": features, "groups": numbers},
+        "two_views": {"first_features": features, "second_features": features},
+        "classification": {"logits": features, "labels": numbers},
+    }[settings.task]
+    try:
+        with torch.no_grad():
+            loss_terms(loss.eval(), outputs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"loss must be one for the task {settings.task}, got {settings.loss_name!r}: {error}"
+        ) from error
+    loss.train()
 
 
 def towers_of(

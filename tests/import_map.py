@@ -191,6 +191,7 @@ ALLOWED: dict[str, set[str]] = {
         "engine",
         "engine.data",
         "engine.distributed",
+        "engine.step",
         "handlers",
         "handlers.checkpointing",
         "handlers.evaluation",

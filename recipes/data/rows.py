@@ -24,6 +24,10 @@ class DataError(ValueError):
     """A user's data cannot be used; the message has at most 20 lines."""
 
 
+def _on_one_line(label: str) -> str:
+    return " ".join(label.split())
+
+
 @attrs.frozen
 class Row:
     """An image and one caption or label of it, as a file lists them.
@@ -39,7 +43,7 @@ class Row:
     where: str
     image: str
     caption: str = ""
-    label: str = ""
+    label: str = attrs.field(default="", converter=_on_one_line)
     split: str = ""
 
 

@@ -88,11 +88,12 @@ def test_a_row_that_cannot_be_used_stops_the_command_before_a_file_is_written(
         (["--image-tower", "os:system"], "image_tower must be one of"),
         (["--augment", "mixup"], "augment must name some of crop"),
         (["--loss", "clp"], "Did you mean 'clip'"),
+        (["--loss", "cross_entropy"], "loss must be one for the task image_text, got 'cross_ent"),
         (["--resume"], "--resume must come with --run-dir or --config"),
         (["--config", "nowhere.yaml"], "nowhere.yaml must be a file of settings"),
         (["--imagse", "x"], "--imagse"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_a_flag_that_cannot_be_used_is_exit_code_2_and_names_the_way_out(
     photos, tmp_path, capsys, monkeypatch, case
