@@ -73,17 +73,18 @@ class ExactSteps(EventLoop):
             self._snapshot.take()
         try:
             return super()._call_step(batch)
-        except SingleSampleError:
+        except BaseException as error:
             self._judge_step(self._snapshot)
             step = self._process_function
-            is_left = self.state.iteration > 1 and batch_size(batch) == 1  # of a pass
-            if not (is_left and isinstance(step, TrainStep)):
+            if not (isinstance(step, TrainStep) and self._is_left_over(batch, error)):
                 raise
             del self._stopped_at[STEP]
             return step.skipped()
-        except BaseException:
-            self._judge_step(self._snapshot)
-            raise
+
+    def _is_left_over(self, batch: Any, error: BaseException) -> bool:
+        """Return whether a batch that has raised is what is left of a pass, a single sample."""
+        is_single = isinstance(error, SingleSampleError) and batch_size(batch) == 1
+        return is_single and self.state.iteration > 1
 
     def _judge_step(self, snapshot: StepSnapshot) -> None:
         """Undo a step that has raised before its update; let one after its update count."""

@@ -30,6 +30,9 @@ from diptych.recipes.data.text_tables import (
 NO_IMAGE = "the entry names no image of the file"
 NO_RECORD = "the entry is no record with an image and a caption"
 
+Found = tuple[str, Iterator[Row | Problem]]
+"""The name of a layout, and the rows."""
+
 
 def read_json(path: Path, text: str, columns: Columns) -> Listing:
     """Return the rows of a file in JSON or JSON lines.
@@ -49,7 +52,7 @@ def read_json(path: Path, text: str, columns: Columns) -> Listing:
     if isinstance(whole, list):
         records = whole if _as_record(whole) is whole else [whole]  # JSON lines of one line
         return listing("JSON records", _record_rows(path, records, columns))
-    found = _of_mapping(path, whole, columns)
+    found = _of_data_set(path, whole) or _of_mapping(path, whole, columns)
     if found is None:
         raise DataError(
             f"{path} must be JSON of captions (COCO's, Karpathy's, a list of records with an image "
@@ -59,27 +62,29 @@ def read_json(path: Path, text: str, columns: Columns) -> Listing:
     return listing(*found)
 
 
-def _of_mapping(
-    path: Path, whole: Mapping[str, Any], columns: Columns
-) -> tuple[str, Iterator[Row | Problem]] | None:
-    """Return the layout and the rows of a JSON object; None if its layout is unknown."""
+def _of_data_set(path: Path, whole: Mapping[str, Any]) -> Found | None:
+    """Return the layout and the rows of COCO's and Karpathy's objects; None for others."""
     images, captions = whole.get("images"), whole.get("annotations")
-    found: tuple[str, Iterator[Row | Problem]] | None = None
     if _is_list(images) and _is_list(captions):
-        found = "COCO captions", _coco_rows(path, images, captions)
-    elif _is_list(images) and any("sentences" in one for one in images if isinstance(one, Mapping)):
-        found = "Karpathy's splits", _karpathy_rows(path, images)
-    elif any(map(is_image_name, whole)):
-        found = "captions by image", _rows_by_image(path, whole, columns)
-    elif (table := _table(whole, columns)) is not None:
-        found = "JSON columns", _record_rows(path, table, columns)
-    elif _is_record(whole, columns):  # JSON lines of one line
-        found = "JSON lines", _record(f"{path.name}:1", whole, columns)
-    else:
-        lists = {key: value for key, value in whole.items() if _is_list(value)}
-        if len(lists) == 1 or (lists and all(map(split_named, lists))):
-            found = "JSON records", _part_rows(path, lists, columns)
-    return found
+        return "COCO captions", _coco_rows(path, images, captions)
+    if _is_list(images) and any("sentences" in one for one in images if isinstance(one, Mapping)):
+        return "Karpathy's splits", _karpathy_rows(path, images)
+    return None
+
+
+def _of_mapping(path: Path, whole: Mapping[str, Any], columns: Columns) -> Found | None:
+    """Return the layout and the rows of a JSON object; None if its layout is unknown."""
+    if any(map(is_image_name, whole)):
+        return "captions by image", _rows_by_image(path, whole, columns)
+    table = _table(whole, columns)
+    if table is not None:
+        return "JSON columns", _record_rows(path, table, columns)
+    if _is_record(whole, columns):  # JSON lines of one line
+        return "JSON lines", _record(f"{path.name}:1", whole, columns)
+    lists = {key: value for key, value in whole.items() if _is_list(value)}
+    if len(lists) == 1 or (lists and all(map(split_named, lists))):
+        return "JSON records", _part_rows(path, lists, columns)
+    return None
 
 
 def _coco_rows(
