@@ -112,6 +112,7 @@ class PositionedEvents(ContinuedEvents):
         state["epoch_iteration"] = position.epoch_iteration
         state["counted"] = self._count is not None
         state["cut"], state["completed"] = position.cut, position.completed
+        state["pass_is_over"] = self._pass_is_over
         if self.left_event is not None:
             asked = {"phase": position.phase.value, "terminate": self.should_terminate}
             state["left"] = {**self.left_event.state_dict(), **asked}
@@ -163,6 +164,7 @@ class PositionedEvents(ContinuedEvents):
         self.state.epoch_length = state_dict["epoch_length"]
         self._count = state_dict["epoch_length"] if state_dict.get("counted") else None
         self._epoch_counts = self._count is not None
+        self._pass_is_over = state_dict.get("pass_is_over", False)
         self._left = left_event(state_dict.get("left"))
         self._stop_flags = (state_dict.get("left", {}).get("terminate", False), False)
         if self._left is not None and self._left.evaluated:

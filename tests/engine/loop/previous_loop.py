@@ -249,6 +249,7 @@ class PreviousLoop(Dispatcher):
         position = OrderedDict((key, getattr(self.state, key)) for key in keys)
         position["epoch_iteration"] = self.epoch_iteration
         position["cut"], position["completed"] = self._cut, self._completed
+        position["pass_is_over"] = self._pass_over
         if self._in_epoch and not self.epoch_iteration:  # nothing of the epoch is done
             position["epoch"] -= 1
         return position
@@ -261,5 +262,6 @@ class PreviousLoop(Dispatcher):
         self.epoch_iteration = state_dict["epoch_iteration"]
         self._in_epoch = self._safe_point_fired = self.epoch_iteration > 0
         self._cut, self._completed = state_dict["cut"], state_dict["completed"]
+        self._pass_over = state_dict["pass_is_over"]
         self.state.max_epochs = state_dict.get("max_epochs")
         self.state.max_iters = state_dict.get("max_iters")

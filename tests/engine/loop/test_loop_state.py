@@ -57,6 +57,23 @@ def test_a_finished_state_that_is_loaded_does_not_train_again(caplog):
     assert second.rows == plain_rows(data, 3)[2 * LENGTH :]
 
 
+def test_the_end_of_a_pass_is_announced_after_a_resume_between_two_epochs_too():
+    whole, cut, resumed = Tape(), Tape(), Tape()
+    logs = [
+        events_of(loop, Events.DATALOADER_STOP_ITERATION, Events.EPOCH_STARTED)
+        for loop in (whole, cut, resumed)
+    ]
+    states: list[dict[str, object]] = []
+    cut.add_event_handler(RunEvents.SAFE_POINT, lambda loop: states.append(loop.state_dict()))
+    whole.run(range(LENGTH), max_epochs=2)
+    cut.run(range(LENGTH), max_epochs=1)
+    resumed.load_state_dict(stored(states[-1]))
+    resumed.run(range(LENGTH), max_epochs=2)
+
+    assert logs[1] + logs[2] == logs[0]
+    assert "DATALOADER_STOP_ITERATION" in logs[2]
+
+
 def test_a_larger_max_epochs_continues_and_a_smaller_one_does_nothing():
     loop, data = Tape(), range(LENGTH)
     loop.run(data, max_epochs=2)
