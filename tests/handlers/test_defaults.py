@@ -24,9 +24,9 @@ from tests.python_calls import calls
 LOG_POINTS = 20
 """At which the cost is measured: beyond them, only the start and the end of a run."""
 
-MORE_CALLS = {"an iteration": 35, "a log point": 1100}
+MORE_CALLS = {"an iteration": 24, "a log point": 900}
 """Python calls beyond those of a trainer without handlers: of an iteration, and of ten with a log
-point. They were 26 and 870 when this was written."""
+point. They were 20 and 783 when this was written."""
 
 
 def run(folder: Path | None, epochs: int = 2, **options: object) -> Trainer:

@@ -145,6 +145,28 @@ def test_sums_over_samples_give_the_mean_over_all_samples():
         assert one.end_epoch() == {"accuracy": 4.5 / 4, "loss": 7 / 3, "other": 1.0}
 
 
+def test_sums_with_counts_of_their_own_give_the_mean_of_each():
+    collector = MetricsCollector()
+    sums, counts = [[3.0, 1.0, 0.0], [0.5, 5.0, 0.0]], [[2.0, 1.0, 0.0], [1.0, 4.0, 0.0]]
+    for step_sums, step_counts in zip(sums, counts, strict=True):
+        vectors = torch.tensor(step_sums), torch.tensor(step_counts)
+        collector.update_all_sums(["accuracy", "auroc", "empty"], *vectors)
+    copied = MetricsCollector()
+    copied.load_state_dict(collector.state_dict())
+    for one in (collector, copied):
+        assert one.end_epoch() == {"accuracy": 3.5 / 3, "auroc": 6 / 5}
+
+
+def test_values_after_a_mark_are_dropped_and_those_before_stay():
+    collector = MetricsCollector()
+    collector.update({"loss": torch.tensor(1.0)}, host=1)
+    mark = collector.mark()
+    collector.update({"loss": torch.tensor(5.0)}, host=5, later=torch.tensor(7.0))
+    collector.drop_since(mark)
+    collector.update(host=2)
+    assert collector.end_epoch() == {"loss": 1.0, "host": 1.5}
+
+
 def test_a_log_point_is_one_transfer_gauges_included(monkeypatch):
     transfers = []
     tolist = Tensor.tolist
