@@ -114,6 +114,7 @@ class Trainer(Summarized, ExactSteps):
         terms: the terms of the last loss, detached.
         step: the argument `step`.
         leaves_out: in a dry run, the handlers and functions that are not run.
+        described_loader: the loader that the identity describes.
         transform: the argument `transform`. It can be replaced between two updates.
         loaded_length: iterations that the run of the loaded state was to have, if an earlier
             version wrote it, which did not save the lengths of schedules; else None.
@@ -180,7 +181,7 @@ class Trainer(Summarized, ExactSteps):
         self._others: list[Optimizer] = []
         self.leaves_out: tuple[str, ...] = ()
         self._identity: RunIdentity | None = None
-        self._described_loader: Any = None
+        self.described_loader: Any = None
 
     def _place(self, model: nn.Module, loss: nn.Module) -> None:
         """Move the modules to the device; shard and compile them if the settings ask for it."""
@@ -274,7 +275,7 @@ class Trainer(Summarized, ExactSteps):
     def identity(self) -> RunIdentity:
         """The script's side of the run: what decides its result, as declared when it first ran."""
         if self._identity is None:
-            self._identity, self._described_loader = RunIdentity.of(self), self.state.dataloader
+            self._identity, self.described_loader = RunIdentity.of(self), self.state.dataloader
         return self._identity
 
     @contextmanager
@@ -290,10 +291,10 @@ class Trainer(Summarized, ExactSteps):
         if world_size() > 1:
             check_ranks_agree(self, self._limits)
         earlier, now = self._identity, RunIdentity.of(self)
-        loader, before = self.state.dataloader, self._described_loader
+        loader, before = self.state.dataloader, self.described_loader
         if earlier is not None:
             now = now.continued(earlier, same_loader=loader is not None and loader is before)
-        self._identity, self._described_loader = now, loader
+        self._identity, self.described_loader = now, loader
         if earlier is None and now.not_compared:
             logger.info(
                 "Not compared when this run resumes, since it has no description: %s.",

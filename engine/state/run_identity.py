@@ -250,8 +250,11 @@ def held_settings(held: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def replaced_parts(trainer: RunParts, declared: RunIdentity) -> dict[str, Any]:
-    """Return the descriptions of the trainer's functions and objects that are not as declared."""
-    now = _described_parts(trainer, _describer_of(trainer))
+    """Return the descriptions of the trainer's functions, objects and loader, if others."""
+    describer, loader = _describer_of(trainer), trainer.state.dataloader
+    now = _described_parts(trainer, describer)
+    if loader is not trainer.described_loader:
+        now["loader"] = loader_settings(loader, describer)
     return {name: part for name, part in now.items() if part != declared.values[name]}
 
 

@@ -27,6 +27,7 @@ class RunParts(Protocol):
     metrics: Any
     handlers: list[Any]
     state: State
+    described_loader: Any
 
     @property
     def loss(self) -> nn.Module:
