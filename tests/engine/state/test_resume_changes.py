@@ -703,6 +703,8 @@ def test_every_row_of_the_page_has_a_test():
     others = {  # rows with a test of their own above
         "nothing",
         "what a function or handler had changed during the run",
+        "what it had replaced: a module, the loader, task, transform or step; the memory of a "
+        "handler without `state_dict`",
         "a parameter group that was added during the run",
         "a function at an event",
         "the initial value of a learned parameter, or of a buffer of the loss before any change",
