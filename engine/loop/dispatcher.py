@@ -164,7 +164,7 @@ class Dispatcher(Engine):
                 self._instead(listener)
             return
         if self._skipped:
-            listeners = [one for one in listeners if id(one) not in self._skipped]
+            listeners = self._not_skipped(listeners)
         start = before = perf_counter()
         outer, places, edited = self._in_others, PLACES.stack, self._edited
         for listener in listeners:
@@ -192,6 +192,9 @@ class Dispatcher(Engine):
             if edited.since_read:  # in this firing, as in Ignite
                 self._find_listeners()
         self._in_others = outer + before - start
+
+    def _not_skipped(self, listeners: Iterable[Listener]) -> list[Listener]:
+        return [one for one in listeners if id(one) not in self._skipped]
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:

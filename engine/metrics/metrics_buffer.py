@@ -97,10 +97,8 @@ class ScalarBuffer:
         values = _fetched([*tables.values()], [*on_device.values()], totals)
         read = dict(zip(on_device, values[len(values) - len(on_device) :], strict=True))
         sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0])
-        counts = [(tag, len(table)) for tags, table in tables.items() for tag in tags]
-        counts += [(tag, len(held)) for tag, held in numbers.items()]
         ranks = world_size()
-        for (tag, count), value in zip(counts, values, strict=False):
+        for (tag, count), value in zip(_counts(tables, numbers), values, strict=False):
             sums[tag][0] += value
             sums[tag][1] += count * ranks
         for tag in [tag for tag in sums if tag.endswith(WEIGHT)]:
@@ -148,6 +146,12 @@ class ScalarBuffer:
             numbers.setdefault(tag, []).append(number)
         tables = {tags: _flat(row).view(-1, len(tags)) for tags, row in rows.items()}
         return tables, numbers
+
+
+def _counts(tables: Tables, numbers: Numbers) -> list[tuple[str, int]]:
+    """Return the tag and the number of values of each sum, in the order of `_fetched`."""
+    counts = [(tag, len(table)) for tags, table in tables.items() for tag in tags]
+    return [*counts, *((tag, len(held)) for tag, held in numbers.items())]
 
 
 def _fetched(tables: list[Tensor], gauges: list[Tensor], totals: list[float]) -> list[float]:
