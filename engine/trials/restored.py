@@ -63,7 +63,7 @@ def modules_restored(*modules: nn.Module) -> Iterator[None]:
     parameters = [p for part in parts for p in part.parameters(recurse=False)]
     gradients = [(p, p.grad, p.requires_grad) for p in parameters]
     hooks = [(p, p._post_accumulate_grad_hooks) for p in parameters]  # noqa: SLF001 - torch's own
-    tensors = [*parameters, *(b for module in modules for b in module.buffers())]
+    tensors = [*parameters, *_buffers(modules)]
     with attributes_restored(parts), _contents_restored(parts), _tensors_restored(tensors):
         try:
             for parameter in parameters:
@@ -101,6 +101,10 @@ def optimizer_restored(optimizer: Optimizer) -> Iterator[None]:
             hooks = {name: type(v)() for name, v in vars(one).items() if name.endswith("_hooks")}
             vars(one).update(hooks)
         yield
+
+
+def _buffers(modules: Iterable[nn.Module]) -> list[Tensor]:
+    return [buffer for module in modules for buffer in module.buffers()]
 
 
 @contextmanager

@@ -289,10 +289,9 @@ def test_an_evaluation_that_was_cut_off_inside_an_epoch_is_repeated_with_what_fo
     def make(folder: Path, *, kill: bool) -> tuple[Trainer, list[Any]]:
         trainer, seen = make_trainer(), []
         evaluation = Evaluation(make_loader(), every=2)
-        before, after = Counter("before"), Counter("after")
-        trainer.every(1, before.count)
+        trainer.every(1, Counter("before").count)
         trainer.attach(evaluation)
-        trainer.every(2, after.count)
+        trainer.every(2, Counter("after").count)
 
         @trainer.on(Events.ITERATION_COMPLETED)
         def look() -> None:
