@@ -173,26 +173,30 @@ def averaged(trainer: Trainer) -> tuple[Average, nn.Module | None]:
     return average.ema_model.state_dict, average.ema_model
 
 
-def main() -> None:
-    """Train to the end from the latest checkpoint, and write the digest of the result."""
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
+def join(rendezvous: str) -> None:
+    """Join the group of the ranks, if there are several, with the rank's GPU if it has one."""
     if "GPU" in os.environ:
         torch.cuda.set_device(int(os.environ.get("RANK", "0")))
     if "RANK" in os.environ:
         dist.init_process_group(
             "nccl" if "GPU" in os.environ else "gloo",
-            init_method=f"file://{sys.argv[2]}",
+            init_method=f"file://{rendezvous}",
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
         )
+
+
+def main() -> None:
+    """Train to the end from the latest checkpoint, and write the digest of the result."""
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    join(sys.argv[2])
     trainer, loader, average, order = build(folder)
     if len(sys.argv) > 3:
         trainer.add_event_handler(Events.ITERATION_STARTED, lambda: time.sleep(float(sys.argv[3])))
     trainer.run(loader, max_epochs=EPOCHS)
     states = [trainer.model.state_dict(), trainer.loss.state_dict(), average()]
-    values = [full_tensor(value) for state in states for value in state.values()]
-    values = [value.cpu() for value in values]
+    values = [full_tensor(value).cpu() for state in states for value in state.values()]
     content = b"".join(value.numpy().tobytes() for value in values)
     if int(os.environ.get("RANK", "0")) == 0:
         (folder / "order.json").write_text(json.dumps(order.seen))

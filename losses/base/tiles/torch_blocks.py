@@ -87,6 +87,19 @@ class Entries(NamedTuple):
         group = self.row_groups[block, None] == self.column_groups[None, :]
         return group if self.itself is None else group.scatter_(1, self.itself[block, None], False)
 
+    def remove_positives(self, values: Tensor, block: slice) -> Tensor:
+        """Return the positives of a block, [rows, 1] or, of groups, [rows, m]; leave negatives."""
+        group = self.group(block) if self.group_matches else None
+        if group is None:
+            partner = self.partner[block, None]
+            positives = values.gather(1, partner)
+            values.scatter_(1, partner, -torch.inf)
+        else:
+            positives = values.masked_fill(~group, -torch.inf)
+            values.masked_fill_(group, -torch.inf)
+        self.remove_neutral(values, block)
+        return positives
+
     def remove_neutral(self, values: Tensor, block: slice) -> None:
         """Set the entries that are neither positive nor negative to -inf, and own pairs or not."""
         group = None if self.group_matches else self.group(block)
@@ -280,20 +293,12 @@ def contrast_sums(
     negatives, positives = [], []
     columns = others = LogSum.empty(whole, whole.shape[0] if symmetric else 0)
     for block, values, spare in blocks.by_rows(rows, whole):
-        partner = entries.partner[block, None]
-        own = values.gather(1, partner)
-        group = entries.group(block) if entries.group_matches else None
-        matches = own if group is None else values.masked_fill(~group, -torch.inf)
-        entries.remove_neutral(values, block)
-        if group is None:
-            values.scatter_(1, partner, -torch.inf)
-        else:
-            values.masked_fill_(group, -torch.inf)
+        matches = entries.remove_positives(values, block)
         negatives.append(LogSum.over(values, 1, spare))
         positives.append(LogSum.over(matches, 1, spare[:, : matches.shape[1]]))
         if symmetric and len(values):
             columns = columns.joined(LogSum.over(values, 0, spare))
-            if group is not None:
+            if entries.group_matches:
                 others = others.joined(LogSum.over(matches, 0, spare))
     if not symmetric:
         return LineSums(LogSum.concatenated(negatives), LogSum.concatenated(positives))
