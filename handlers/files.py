@@ -63,7 +63,10 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]
             content(temporary)
         else:
             with temporary.open("xb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
+                # The bytes of a path may be no text.
+                file.write(
+                    content.encode(errors="replace") if isinstance(content, str) else content
+                )
         with temporary.open("rb+") as file:
             flush_file(file.fileno(), path)
     except BaseException:

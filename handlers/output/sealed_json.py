@@ -13,6 +13,9 @@ from diptych.handlers.contained_paths import open_file
 START, END = "{\n", "\n}\n"
 MARK = '  "sealed": true,\n'
 """The first member. A damaged block cannot remove both it and the digest, and leave JSON."""
+HALF = re.compile(r"(\\\\|\\ud[89ab]..\\ud[c-f]..)|\\ud[89a-f]..")
+"""An escaped half of a character, which a path has for bytes that are no text; whole ones before
+it, and backslashes, are its group."""
 SEAL = re.compile(r',\n  "digest": "([0-9a-f]{64})"\n}\n\Z')
 
 
@@ -23,6 +26,7 @@ def sealed(text: str, name: str) -> str:
         text: as `json.dumps` returns it with an indent, and a line feed.
         name: of the file, which the digest includes: another file's content does not pass for it.
     """
+    text = HALF.sub(lambda found: found[1] or "?", text)  # readers refuse halves
     body = START + MARK + text.removeprefix(START).removesuffix(END)
     return f'{body},\n  "digest": "{_digest(body, name)}"{END}'
 

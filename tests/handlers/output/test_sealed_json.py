@@ -71,6 +71,12 @@ def test_other_texts_are_refused(path, text):
         read_sealed(path, "x")
 
 
+def test_half_characters_are_written_as_others_and_whole_ones_and_backslashes_as_they_are(path):
+    content = {"path": "caf\udce9", "face": "\U0001f600", "text": r"\ud800 is \\udce9"}
+    path.write_text(sealed(json.dumps(content, indent=2) + "\n", path.name))
+    assert read_sealed(path, "x") == {**content, "path": "caf?"}
+
+
 def test_the_content_of_another_file_is_refused(path):
     path.write_text(sealed(json.dumps(CONTENT, indent=2) + "\n", "identity.json"))
     with pytest.raises(ValueError, match="its digest is that of another text"):
