@@ -25,7 +25,7 @@ from diptych.recipes.data.augmentations import augmentations
 from diptych.recipes.data.image_batches import Batch, view
 from diptych.recipes.data.image_files import MOST_BYTES, TOO_LARGE, ImageError, read_image
 from diptych.recipes.data.rows import DataError
-from diptych.recipes.data.text_tables import CAPTION, SUFFIXES
+from diptych.recipes.data.text_tables import CAPTION, SUFFIXES, captions_in
 from diptych.recipes.towers.resize import Resize
 
 logger = logging.getLogger(__name__)
@@ -118,16 +118,22 @@ def _parts(name: str) -> tuple[str, str]:
 
 
 def caption_of(members: Mapping[str, bytes]) -> str:
-    """Return the caption of a sample: of its text file, else of its JSON; empty if it has none."""
+    """Return the caption of a sample: of its text file, else of its JSON; empty if it has none.
+
+    Of several captions in a list it is the first.
+    """
     text = next((members[suffix] for suffix in (".txt", ".caption") if suffix in members), None)
     if text is not None:
-        return text.decode("utf-8", errors="replace").strip()
+        return text.decode("utf-8-sig", errors="replace").strip()
     try:
         record = json.loads(members.get(".json", b"{}"))
     except (ValueError, RecursionError):
         return ""
-    found = [record.get(name) for name in CAPTION] if isinstance(record, dict) else []
-    return next((value.strip() for value in found if isinstance(value, str)), "")
+    values = [record.get(name) for name in CAPTION] if isinstance(record, dict) else []
+    found = [one for value in values for one in captions_in(value) if isinstance(one, str)]
+    # JSON may have half a character, which no tokenizer takes.
+    texts = (one.encode(errors="replace").decode().strip() for one in found)
+    return next(filter(None, texts), "")
 
 
 @attrs.frozen(kw_only=True)

@@ -90,6 +90,9 @@ def test_a_sample_is_what_has_one_name_and_its_caption_is_in_text_or_json(tmp_pa
         ("b.v2", [".png", ".txt"]),
     ]
     assert [caption_of(parts) for _, parts in found] == ["one", "two"]
+    odd = [rb'{"caption": ["\ud83d one", "two"]}', b'{"caption": "", "text": null, "title": "a"}']
+    assert [caption_of({".json": one}) for one in odd] == ["? one", "a"]
+    assert caption_of({".txt": "\ufeffone\n".encode()}) == "one"
     assert caption_of({".json": b"[" * 99_999}) == caption_of({".json": b'"x"'}) == ""
 
 
