@@ -179,9 +179,7 @@ class Dispatcher(Engine):
                 else:
                     listener.call(self, (), {})
             except BaseException as error:
-                self._raised.append(listener)
-                if isinstance(error, RuntimeError):
-                    raise_if_lost(error)
+                self._note_raised(listener, error)
                 raise
             finally:
                 places.pop()
@@ -192,6 +190,11 @@ class Dispatcher(Engine):
             if edited.since_read:  # in this firing, as in Ignite
                 self._find_listeners()
         self._in_others = outer + before - start
+
+    def _note_raised(self, listener: Listener, error: BaseException) -> None:
+        self._raised.append(listener)
+        if isinstance(error, RuntimeError):
+            raise_if_lost(error)
 
     def _not_skipped(self, listeners: Iterable[Listener]) -> list[Listener]:
         return [one for one in listeners if id(one) not in self._skipped]
