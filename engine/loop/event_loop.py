@@ -16,7 +16,7 @@ from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import ResumeError
 from diptych.engine.events import ITERATION_EVENTS, MetricsEvents, Outcome, RunEvents, StepEvents
 from diptych.engine.loop.continued_events import FETCH, STEP
-from diptych.engine.loop.limits import check_limits, epoch_length_of, report_waiting
+from diptych.engine.loop.limits import check_limits, epoch_length_of, lengths_differ, report_waiting
 from diptych.engine.loop.position import Phase, Position
 from diptych.engine.loop.positioned_events import PositionedEvents
 
@@ -159,7 +159,7 @@ class EventLoop(PositionedEvents):
         if data is None and count is None:
             count = stored
         length = epoch_length_of(data, count)
-        differs = None not in {stored, length} and stored != length
+        differs = lengths_differ(stored, length)
         if self._position.has_epoch:
             if differs and not self._has_ended:  # else it needs no batch any more
                 raise ResumeError(
@@ -303,8 +303,7 @@ class EventLoop(PositionedEvents):
         return bool(asked)
 
     def _finish(self, started: float) -> None:
-        stopped = self._stopped() and not self._left  # an end that was left is continued first
-        if self._position.in_epoch and not self._position.cut and not stopped:
+        if self._left or not self._stopped():  # an end that was left is continued first
             self._end_cut_epoch()
         self.state.times[Events.COMPLETED.name] = time.perf_counter() - started
         if self.should_interrupt and not self.should_terminate:
@@ -330,8 +329,9 @@ class EventLoop(PositionedEvents):
 
     def _end_cut_epoch(self) -> None:
         """Do for the last weights what is due at the end of an epoch, which the run cuts."""
-        self._fire_published(RunEvents.EPOCH_CUT, MetricsEvents.CUT_PUBLISHED)
-        self._position = self._position._replace(cut=True)
+        if self._position.in_epoch and not self._position.cut:
+            self._fire_published(RunEvents.EPOCH_CUT, MetricsEvents.CUT_PUBLISHED)
+            self._position = self._position._replace(cut=True)
 
     def _run_epoch(self) -> None:
         started = time.perf_counter()

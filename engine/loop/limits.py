@@ -65,6 +65,11 @@ def _check_limit(name: str, value: Any) -> None:
         )
 
 
+def lengths_differ(first: int | None, second: int | None) -> bool:
+    """Return whether two lengths are known, and differ."""
+    return None not in {first, second} and first != second
+
+
 def report_waiting(listeners: Iterable[Listener], max_iters: int) -> None:
     """Log the functions and foreign handlers that wait for an epoch's end that may never come.
 

@@ -165,14 +165,19 @@ class PositionedEvents(ContinuedEvents):
         self._count = state_dict["epoch_length"] if state_dict.get("counted") else None
         self._epoch_counts = self._count is not None
         self._pass_is_over = state_dict.get("pass_is_over", False)
-        self._left = left_event(state_dict.get("left"))
-        self._stop_flags = (state_dict.get("left", {}).get("terminate", False), False)
-        if self._left is not None and self._left.evaluated:
-            self._stopped_at[EvaluationEvents.EVALUATED.name] = self._left.evaluated
-        if self._left is not None and self._left.in_iteration:
-            self._stopped_at[self._left.event], self._left = self._left.done, None
+        self._restore_left(state_dict.get("left"))
         self._move_to(position)
         self.state.max_epochs = state_dict.get("max_epochs")
         self.state.max_iters = state_dict.get("max_iters")
         for key in keys:
             setattr(self.state, key, state_dict[key])
+
+    def _restore_left(self, state: Mapping[str, Any] | None) -> None:
+        """Restore the event that was left; a run that was to end before ends after it."""
+        left = left_event(state)
+        self._stop_flags = (state.get("terminate", False) if state else False, False)
+        self._left = None if left is None or left.in_iteration else left
+        if left is not None and left.evaluated:
+            self._stopped_at[EvaluationEvents.EVALUATED.name] = left.evaluated
+        if left is not None and left.in_iteration:
+            self._stopped_at[left.event] = left.done

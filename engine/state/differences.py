@@ -79,11 +79,8 @@ def differences(first: RunIdentity, second: RunIdentity) -> list[Difference]:
     one only if the handlers are the same. The current rate of a schedule, and the rates that a
     scheduler keeps, follow from the base rate of the group.
     """
-    found = {one.name: one for one in _walk(first.values, second.values, "")}
-    if "held" not in first.values:  # of an earlier version, which left out private attributes
-        found = {n: one for n, one in found.items() if n != "held" and not _is_private(one)}
-    if not (first.values["loader"] and second.values["loader"]):  # not given to a run yet
-        found = {name: one for name, one in found.items() if not name.startswith("loader.")}
+    walked = _walk(first.values, second.values, "")
+    found = {one.name: one for one in walked if not _is_unknown(one, first, second)}
     in_one = any(
         name.startswith("handlers.") and ABSENT in (one.before, one.now)
         for name, one in found.items()
@@ -95,8 +92,12 @@ def differences(first: RunIdentity, second: RunIdentity) -> list[Difference]:
     ]
 
 
-def _is_private(one: Difference) -> bool:
-    return one.before == ABSENT and one.name.rpartition(".")[2].startswith("_")
+def _is_unknown(one: Difference, first: RunIdentity, second: RunIdentity) -> bool:
+    """Return whether a value is missing because it was not described then, or not given yet."""
+    if one.name.startswith("loader."):
+        return not (first.values["loader"] and second.values["loader"])
+    is_private = one.before == ABSENT and one.name.rpartition(".")[2].startswith("_")
+    return "held" not in first.values and (is_private or one.name == "held")  # an earlier version
 
 
 def _follows(one: Difference, found: Mapping[str, Difference]) -> bool:

@@ -104,17 +104,27 @@ def restore_current(
         if path in modules:
             modules[path].training = training
     _restore_attributes(modules, current["attributes"], saved, here)
+    _restore_held(trainer, modules, current, saved, here)
+    _report_parts(trainer, current.get("parts", {}), here)
+    _report_memory(current.get("memory", {}), here)
+    there, own = (one.values.get("state", {}) for one in (saved, here))
+    added = current.get("state", {}).items()
+    _add_to_state(trainer, {k: value for k, value in added if there.get(k) == own.get(k)})
+
+
+def _restore_held(
+    trainer: RunParts,
+    modules: Mapping[str, nn.Module],
+    current: Mapping[str, Any],
+    saved: RunIdentity,
+    here: RunIdentity,
+) -> None:
     for section in ("held", "tensors"):
         for name, value in current.get(section, {}).items():
             path, _, attribute = name.rpartition(".")
             same = saved.declared(section, name) == here.declared(section, name)
             if path in modules and same:
                 _put(modules[path], attribute, to_device(value, trainer.device))
-    _report_parts(trainer, current.get("parts", {}), here)
-    _report_memory(current.get("memory", {}), here)
-    there, own = (one.values.get("state", {}) for one in (saved, here))
-    added = current.get("state", {}).items()
-    _add_to_state(trainer, {k: value for k, value in added if there.get(k) == own.get(k)})
 
 
 def _restore_attributes(
