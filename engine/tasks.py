@@ -287,7 +287,7 @@ def check_outputs(outputs: object) -> None:
 
 
 def check_not_logits(outputs: Mapping[str, Tensor]) -> None:
-    """Check that the first two outputs are not a matrix of logits and its transpose.
+    """Check that the first two outputs are not logits of all pairs, or their probabilities.
 
     Raises:
         BatchError: if they are, as those of OpenAI's CLIP: `logits_per_image`, `logits_per_text`.
@@ -295,20 +295,43 @@ def check_not_logits(outputs: Mapping[str, Tensor]) -> None:
     names = list(outputs)[:2]
     if len(names) < 2 or not _are_square(one := outputs[names[0]], other := outputs[names[1]]):
         return
-    size = one.shape[1]  # with micro-batches, the matrices of one after the other
+    are_named = all(name.endswith("_features") for name in names)
+    how = "each the transpose of the other"
+    if are_named and _are_shares(one) and _are_shares(other):
+        how = "whose rows add up to 1"
+    elif not _are_turned(one, other, named=are_named):
+        return
+    size = one.shape[1]
+    raise BatchError(
+        f"{' and '.join(names)} must be features [B, D], got logits [{size}, {size}], {how}. Let "
+        "the model return features, such as (encode_image(image), encode_text(text)), in its "
+        "forward or in a task of your own"
+    )
+
+
+def _are_turned(one: Tensor, other: Tensor, *, named: bool) -> bool:
+    """Return whether two outputs begin with a matrix and its transpose.
+
+    Args:
+        one: with micro-batches, the matrices of one after the other.
+        other: of the same shape.
+        named: whether both should be features, by their names.
+    """
+    size = one.shape[1]
     one, other = (one[:size], other[:size]) if size > 1 else (one, other)
     near = 4 * torch.finfo(one.dtype).eps * one.abs().max()
     equal = bool((one - other).abs().max() <= near)
     if size > 1:
-        is_turned = not equal and bool((one - other.T).abs().max() <= near)
-    else:  # micro-batches of one sample: names tell that the two should be features
-        is_turned = equal and len(one) > 1 and all(name.endswith("_features") for name in names)
-    if is_turned:
-        raise BatchError(
-            f"{' and '.join(names)} must be features [B, D], got logits [{size}, {size}], each the "
-            "transpose of the other. Let the model return features, such as (encode_image(image), "
-            "encode_text(text)), in its forward or in a task of your own"
-        )
+        return not equal and bool((one - other.T).abs().max() <= near)
+    return equal and len(one) > 1 and named  # micro-batches of one sample
+
+
+def _are_shares(matrix: Tensor) -> bool:
+    """Return whether an output is one matrix of probabilities, square."""
+    if not 1 < matrix.shape[1] == len(matrix):
+        return False
+    sums = matrix.float().sum(1)
+    return bool((matrix >= 0).all()) and bool(((sums - 1).abs() < 0.02).all())  # in bfloat16 too
 
 
 def _are_square(one: Tensor, other: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import warnings
@@ -41,14 +42,21 @@ class LogitsOf(nn.Module):
         logits = 20 * images @ texts.T
         if self.way == "product":
             return logits, 20 * texts @ images.T
+        if self.way == "shares":
+            return logits.softmax(1), logits.T.softmax(1)
         turned = logits.T.contiguous() if self.way == "copy" else logits.T
         if self.way == "named":
             return {"image_features": logits, "text_features": turned}
         return logits, turned
 
 
-@pytest.mark.parametrize("size", [None, 4, 1])
-@pytest.mark.parametrize("way", ["view", "copy", "product", "named"])
+@pytest.mark.parametrize(
+    ("way", "size"),
+    [
+        *itertools.product(["view", "copy", "product", "named"], [None, 4, 1]),
+        ("shares", None),
+    ],
+)
 def test_logits_in_place_of_features_are_refused_before_the_first_update(
     way: str, size: int | None
 ) -> None:
