@@ -41,7 +41,7 @@ class LogitsOf(nn.Module):
         images, texts = self.towers(image, text)
         logits = 20 * images @ texts.T
         if self.way == "product":
-            return logits, 20 * texts @ images.T
+            return logits, (20 * texts.bfloat16() @ images.bfloat16().T).float()
         if self.way == "shares":
             return logits.softmax(1), logits.T.softmax(1)
         turned = logits.T.contiguous() if self.way == "copy" else logits.T
