@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ignite.engine import Events
@@ -37,7 +37,7 @@ class LeftEvent(NamedTuple):
         return {"event": self.event, "done": list(self.done), "evaluated": list(self.evaluated)}
 
 
-def left_event(state: dict[str, Any] | None) -> LeftEvent | None:
+def left_event(state: Mapping[str, Any] | None) -> LeftEvent | None:
     """Return the event of a state that `LeftEvent.state_dict` returned; None of None."""
     if state is None:
         return None
