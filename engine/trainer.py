@@ -568,7 +568,10 @@ class Trainer(Summarized, ExactSteps):
         # If an exception has left it, what was published before it is logged.
         self._modes.remember()  # before handlers that may evaluate
         if event.name not in self._stopped_at and event.name not in self._unreported:
+            # A state that a handler of LOGGED takes now has the handlers of the event before it.
+            completing, self._completing = self._completing, None
             self._log_at_end(event)
+            self._completing = completing
         self.fire_and_report(event)
         if event is Events.EPOCH_COMPLETED:
             self._report_metrics()

@@ -14,7 +14,7 @@ from ignite.engine import Engine, Events, create_supervised_evaluator
 from ignite.metrics import Accuracy, Average, EpochMetric, MetricsLambda, RunningAverage
 from torch import Tensor, nn
 
-from diptych.engine import SeededLoader, Trainer, tasks
+from diptych.engine import MetricsEvents, SeededLoader, Trainer, tasks
 from diptych.handlers import CheckpointManager, Evaluation
 
 Notes = list[Any]
@@ -235,3 +235,28 @@ def test_a_file_that_a_killed_run_has_replaced_does_not_end_the_next_one(tmp_pat
     notes, _ = run(files_of_an_evaluator, tmp_path)
     assert [name for name in notes if isinstance(name, str)][-1] == "model_4_0.9500.pt"
     assert [path.name for path in (tmp_path / "best").iterdir()] == ["model_4_0.9500.pt"]
+
+
+def test_a_state_taken_at_the_last_log_point_of_an_epoch_has_the_end_of_the_epoch_before_it():
+    def trainer_with(ends: list[int]) -> Trainer:
+        torch.manual_seed(1)
+        model = nn.Linear(3, 2)
+        trainer = Trainer(
+            model,
+            nn.CrossEntropyLoss(),
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            task=tasks.classification,
+            device="cpu",
+            log_every=2,
+        )
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda e: ends.append(e.state.epoch))
+        return trainer
+
+    loader, states, ends = SeededLoader(PAIRS, batch_size=4), list[Any](), list[int]()
+    trainer = trainer_with([])
+    trainer.add_event_handler(MetricsEvents.LOGGED, lambda e: states.append(e.state_dict()))
+    trainer.run(loader, max_epochs=2)
+    resumed = trainer_with(ends)
+    resumed.load_state_dict(states[1])  # after iteration 3, the last of the first epoch
+    resumed.run(loader, max_epochs=2)
+    assert ends == [1, 2]
