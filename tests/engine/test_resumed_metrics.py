@@ -56,8 +56,9 @@ def of_a_metric(trainer: Trainer, usage: str) -> RunningAverage:
     return mean
 
 
-@pytest.mark.parametrize("usage", ["running_batch_wise", "running_epoch_wise"])
-@pytest.mark.parametrize("make", [of_losses, of_a_metric])
+@pytest.mark.parametrize(
+    ("make", "usage"), [(of_losses, "running_batch_wise"), (of_a_metric, "running_epoch_wise")]
+)
 def test_a_running_mean_of_ignite_continues_after_a_resume(
     make: Callable[[Trainer, str], RunningAverage], usage: str, tmp_path: Path
 ):
