@@ -35,6 +35,8 @@ class UnknownLossError(ValueError):
 def register_loss(name: str) -> Callable[[LossClass], LossClass]:
     """Register a loss class under a name, as a decorator.
 
+    A class of the same name and module, as of a notebook's cell that is run again, replaces it.
+
     Args:
         name: Lower-case letters, digits and underscores, such as ``"clip"``.
 
@@ -56,7 +58,10 @@ def register_loss(name: str) -> Callable[[LossClass], LossClass]:
         if not loss.__module__.startswith("diptych.losses."):
             _import_families()  # to refuse the names of the library here
         holder = _REGISTERED.setdefault(name, loss)
-        if holder is not loss:
+        again = (loss.__module__, loss.__qualname__) == (holder.__module__, holder.__qualname__)
+        if again:  # a notebook's cell, or a module, is run a second time
+            _REGISTERED[name] = loss
+        else:
             raise ValueError(
                 f"name {name!r} is taken by {holder.__module__}.{holder.__qualname__}."
                 f" Register {loss.__qualname__} under another name."

@@ -77,6 +77,17 @@ def test_a_second_class_under_one_name_is_an_error() -> None:
     assert get_loss_class("clip") is CLIPLoss
 
 
+def test_a_class_whose_definition_is_run_again_takes_its_own_place() -> None:
+    def define() -> type[nn.Module]:
+        class OfANotebook(nn.Module):
+            """A loss."""
+
+        return register_loss("of_a_notebook")(OfANotebook)
+
+    first, second = define(), define()
+    assert get_loss_class("of_a_notebook") is second is not first
+
+
 def test_a_name_of_the_library_is_refused_in_a_process_that_has_used_no_loss() -> None:
     code = """
 from torch import nn
