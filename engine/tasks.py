@@ -297,7 +297,7 @@ def check_not_logits(outputs: Mapping[str, Tensor]) -> None:
         return
     are_named = all(name.endswith("_features") for name in names)
     how = "each the transpose of the other"
-    if are_named and _are_shares(one) and _are_shares(other):
+    if are_named and _are_shares(one, other):
         how = "whose rows add up to 1"
     elif not _are_turned(one, other, named=are_named):
         return
@@ -326,12 +326,18 @@ def _are_turned(one: Tensor, other: Tensor, *, named: bool) -> bool:
     return equal and len(one) > 1 and named  # micro-batches of one sample
 
 
-def _are_shares(matrix: Tensor) -> bool:
-    """Return whether an output is one matrix of probabilities, square."""
-    if not 1 < matrix.shape[1] == len(matrix):
+def _are_shares(one: Tensor, other: Tensor) -> bool:
+    """Return whether two outputs are a square matrix and its transpose after a softmax of rows.
+
+    Their logarithms then differ, one transposed, by a number for each row and one for each column.
+    """
+    if not 1 < one.shape[1] == len(one):
         return False
-    sums = matrix.float().sum(1)
-    return bool((matrix >= 0).all()) and bool(((sums - 1).abs() < 0.02).all())  # in bfloat16 too
+    logs = one.float().log() - other.float().log().T
+    rest = logs - logs[:1] - logs[:, :1] + logs[0, 0]  # NaN where one is 0 or negative
+    sums = torch.cat([one.float().sum(1), other.float().sum(1)])
+    # In bfloat16 too.
+    return bool((rest.abs() < 0.1).all()) and bool(((sums - 1).abs() < 0.02).all())
 
 
 def _are_square(one: Tensor, other: Tensor) -> bool:
