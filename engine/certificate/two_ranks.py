@@ -158,13 +158,15 @@ def run_on_two_ranks(jobs: Jobs) -> dict[str, Gradients]:
         errors = [path.read_text() for path in sorted(Path(folder).glob("*.txt"))]
         if errors:
             raise RankError(errors[0].strip().splitlines()[-1], harmless=False)
-        if any(process.exitcode for process in ranks):
+        result = Path(folder) / "found.pt"
+        # A script that ends when it is imported may do so without an error.
+        if any(process.exitcode for process in ranks) or not result.is_file():
             raise RankError(
                 "the processes cannot import the script that runs here: move its code under "
                 'if __name__ == "__main__", or use diptych certify',
                 harmless=True,
             )
-        found: dict[str, Gradients] = torch.load(Path(folder) / "found.pt", weights_only=True)
+        found: dict[str, Gradients] = torch.load(result, weights_only=True)
         return found
 
 

@@ -68,7 +68,7 @@ class StepSnapshot:
         self._trainer = trainer
         self._generators = GeneratorSnapshot(trainer.device)
         self._updates = (0, 0)
-        self._version = 0
+        self._versions: list[int] = []
         self._published: Any = None
         self.find()
 
@@ -89,7 +89,7 @@ class StepSnapshot:
         self._generators.take()
         self._buffers.take()
         self._updates = (self._counter.count, self._of_members.count)
-        self._version = optimizer_version(trainer.optimizer)
+        self._versions = versions_of(trainer.optimizer)
         self._published = trainer.metrics.mark()
 
     def judge(self, *, by_members: bool) -> Failed:
@@ -102,7 +102,7 @@ class StepSnapshot:
         updates = (self._counter.count, self._of_members.count)
         if updates[0] != self._updates[0] or (by_members and updates != self._updates):
             return Failed.AFTER_UPDATE
-        is_same = optimizer_version(self._trainer.optimizer) == self._version
+        is_same = versions_of(self._trainer.optimizer) == self._versions
         return Failed.BEFORE_UPDATE if is_same else Failed.INSIDE_UPDATE
 
     def restore(self) -> list[str]:
@@ -114,19 +114,19 @@ class StepSnapshot:
         return lost
 
 
-def optimizer_version(optimizer: Optimizer) -> int:
-    """Return the sum of the versions of an optimizer's parameters, and of the first one's state.
+def versions_of(optimizer: Optimizer) -> list[int]:
+    """Return the versions of an optimizer's parameters, and of the first one's state.
 
     torch raises a tensor's version with each change in place, from 0. An update may change the
     state of the first parameter before any parameter.
     """
-    version: int = sum(map(VERSION, chain.from_iterable(map(PARAMETERS, optimizer.param_groups))))
+    versions = [*map(VERSION, chain.from_iterable(map(PARAMETERS, optimizer.param_groups)))]
     for state in optimizer.state.values():
         if type(state) is dict or isinstance(state, Mapping):  # the first test is the faster one
             tensors = [value for value in state.values() if isinstance(value, Tensor)]
-            version += sum(map(VERSION, tensors))
+            versions += map(VERSION, tensors)
         break
-    return version
+    return versions
 
 
 def reset_unscaling(scaler: torch.amp.GradScaler | None) -> None:

@@ -73,3 +73,14 @@ def test_what_cannot_be_sent_to_another_process_is_said_and_is_no_fault():
     (check,) = [check for check in report.checks if check.way == "two ranks"]
     assert (check.verdict, check.passed) == ("not run", True)
     assert "at the top of a module" in check.remark
+
+
+def ends(*_: object) -> None:
+    """End without a result, as a script that calls sys.exit() when it is imported."""
+
+
+@pytest.mark.slow  # two processes start
+def test_ranks_that_end_without_a_result_are_a_script_that_cannot_be_imported(monkeypatch):
+    monkeypatch.setattr(two_ranks, "_work", ends)
+    with pytest.raises(two_ranks.RankError, match="cannot import the script"):
+        two_ranks.run_on_two_ranks({})
