@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 import signal
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,7 +24,7 @@ from diptych.losses import (
 )
 from tests.engine import sharded
 from tests.engine.distributed.test_hang_report import job
-from tests.interruption.processes import codes, finish, kill, saves, start
+from tests.interruption.processes import codes, finish, kill, start, wait_for_a_save
 from tests.losses.ranks import Ranks
 
 pytestmark = [
@@ -190,13 +188,6 @@ def test_a_sharded_run_that_is_killed_resumes_on_two_gpus_and_on_one(tmp_path, r
     kill(processes)
     finish(folder, ranks, GPU="1", EQUAL="1", SHARD="1")
     assert_same_weights(folder, whole_run(tmp_path, SHARD="1"))
-
-
-def wait_for_a_save(folder: Path, processes: list[Any]) -> None:
-    """Wait until there is a checkpoint, while the processes train."""
-    while not saves(folder):
-        time.sleep(0.01)
-        assert all(process.poll() is None for process in processes)
 
 
 def whole_run(folder: Path, **environment: str) -> Path:

@@ -194,7 +194,7 @@ class SeededLoader(Summarized):
     ) -> Generator[Any, None, None]:
         batches.shares = self.batches(place.epoch, place.batch)
         iterator = iter(reader)
-        if self._workers and iterator not in _read_by_workers:
+        if reader.persistent_workers and iterator not in _read_by_workers:
             _read_by_workers.add(iterator)
             atexit.register(_end_workers, weakref.ref(iterator))
         for batch in iterator:

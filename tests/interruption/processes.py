@@ -71,6 +71,13 @@ def saves(folder: Path) -> int:
     return sum(_written(path) for path in checkpoints.glob("*")) if checkpoints.is_dir() else 0
 
 
+def wait_for_a_save(folder: Path, processes: list[subprocess.Popen[bytes]]) -> None:
+    """Wait until there is a checkpoint, while the processes train."""
+    while not saves(folder):
+        time.sleep(0.01)
+        assert all(process.poll() is None for process in processes)
+
+
 def _written(path: Path) -> int:
     try:
         return path.stat().st_mtime_ns

@@ -8,13 +8,7 @@ import time
 
 import pytest
 
-from tests.interruption.processes import codes, finish, kill, saves, start
-
-
-def wait_for_a_save(folder, processes) -> None:
-    while not saves(folder):
-        time.sleep(0.01)
-        assert all(process.poll() is None for process in processes)
+from tests.interruption.processes import codes, finish, kill, start, wait_for_a_save
 
 
 @pytest.fixture(scope="module")
