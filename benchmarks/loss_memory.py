@@ -35,6 +35,10 @@ SCALE = {"clip": 1 / 0.07, "siglip": 10.0, "simclr": 2.0}
 TEMPERATURE = {name: 1 / scale for name, scale in SCALE.items()}
 
 
+CALLS_BEFORE = 3
+"""Calls before the first that counts, on a GPU."""
+
+
 class Figures(NamedTuple):
     """The minimum time in seconds and the peak memory in bytes, or the reason why there is none."""
 
@@ -184,10 +188,12 @@ def measured(task: Task, call: Pair, device: torch.device, peak: Callable[[], fl
     before, started = peak(), perf_counter()
     seconds = once()
     memory = peak() - before
-    if device.type != "cpu":  # the first call includes compilation
+    if device.type != "cpu":  # the first calls compile kernels, and record them
+        for _ in range(CALLS_BEFORE):
+            once()
         first.grad = second.grad = None
         peak()
-        before, seconds = peak(), once()
+        seconds = once()
         memory = peak() - before
     if perf_counter() - started < 60:
         seconds = min([seconds, *(once() for _ in range(task.rounds - 1))])

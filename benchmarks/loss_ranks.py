@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # to find `benchmarks` when run as a file
-from benchmarks.loss_memory import SCALE, diptych, wait
+from benchmarks.loss_memory import CALLS_BEFORE, SCALE, diptych, wait
 from diptych.losses.base.gather import AnnouncedSizes, GlobalBatch
 
 Pair = Callable[[Tensor, Tensor], Tensor]
@@ -81,7 +81,22 @@ def usual(loss: str) -> Pair:
 
 
 def measured(call: Pair, pairs: int, options: argparse.Namespace) -> Figures:
-    """Return this rank's figures on its part of the global batch; infinite if it does not fit."""
+    """Return this rank's figures on its part of the global batch."""
+    once = timed(call, pairs, options)
+    if not options.gpu:
+        once()
+        return Figures(min(once() for _ in range(options.rounds)), 0.0)
+    before = torch.cuda.memory_allocated()
+    for _ in range(CALLS_BEFORE):
+        once()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = min(once() for _ in range(options.rounds))
+    return Figures(seconds, torch.cuda.max_memory_allocated() - before)
+
+
+def timed(call: Pair, pairs: int, options: argparse.Namespace) -> Callable[[], float]:
+    """Return a function that runs both passes on this rank's part, and returns its seconds."""
     rank, ranks = place()
     device = torch.device("cuda", rank) if options.gpu else torch.device("cpu")
     dtype = torch.bfloat16 if options.gpu else torch.float32
@@ -104,16 +119,7 @@ def measured(call: Pair, pairs: int, options: argparse.Namespace) -> Figures:
         wait(device)
         return clock() - started
 
-    once()
-    memory = 0.0
-    if options.gpu:
-        first.grad = second.grad = None
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        once()
-        memory = torch.cuda.max_memory_allocated(device) - before
-    return Figures(min(once() for _ in range(options.rounds)), memory)
+    return once
 
 
 def over_ranks(figures: Figures, *, gpu: bool) -> Figures:

@@ -111,6 +111,10 @@ class GlobalBatch(NamedTuple):
         """
         if self.world_size == 1:
             return local
+        if not (
+            local.requires_grad and torch.is_grad_enabled()
+        ):  # the way through autograd is slow
+            return _gathered(local, self)
         gathered: Tensor = _Gather.apply(local, self)  # type: ignore[no-untyped-call]
         return gathered
 
@@ -118,6 +122,8 @@ class GlobalBatch(NamedTuple):
         """Return this rank's piece [b, ...] of the sum over ranks of [B, ...], with gradient."""
         if self.world_size == 1:
             return whole
+        if not _differentiated(whole):
+            return _scattered(whole, self)
         piece: Tensor = _Scatter.apply(whole, self)  # type: ignore[no-untyped-call]
         return piece
 
@@ -198,6 +204,7 @@ class AnnouncedSizes:
         local = torch.tensor([size, kind], dtype=torch.int64)
         self._received = [torch.empty_like(local) for _ in range(world_size())]
         self._work = dist.all_gather(self._received, local, group=_host_group(), async_op=True)
+        self._known: list[list[int]] = []
         self._checked = checked
         self._calls = 0
 
@@ -219,7 +226,8 @@ class AnnouncedSizes:
         if self._work is not None:
             self._work.wait()
             self._work = None
-        return [row.tolist() for row in self._received]
+            self._known = [row.tolist() for row in self._received]
+        return self._known
 
     def sizes(self, size: int, agreed: dict[str, int]) -> tuple[int, ...]:
         """Return the sizes for the next call of a loss; arguments as for `global_batch`."""
@@ -281,21 +289,44 @@ def _moves_whole_tensors(device: torch.device) -> bool:
     return f"{device.type}:nccl" in dist.get_backend_config(dist.group.WORLD)
 
 
+def _differentiated(tensor: Tensor) -> bool:
+    """Return whether autograd has to know of an operation; the way through it takes time."""
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _gathered(local: Tensor, batch: GlobalBatch) -> Tensor:
+    """Return the pieces of all ranks, of uneven lengths, as one."""
+    largest = max(batch.sizes)
+    padded = local
+    if local.shape[0] < largest:
+        padded = local.new_zeros(largest, *local.shape[1:])
+        padded[: local.shape[0]] = local
+    pieces = stack_over_ranks(padded)
+    if batch.even:
+        return pieces.flatten(0, 1)
+    return torch.cat([piece[:size] for piece, size in zip(pieces, batch.sizes, strict=True)])
+
+
+def _scattered(whole: Tensor, batch: GlobalBatch) -> Tensor:
+    """Return this rank's piece of the sum over ranks."""
+    whole = whole.contiguous()
+    if batch.even and _moves_whole_tensors(whole.device):
+        own = torch.empty_like(whole[: batch.size])
+        _REDUCE_SCATTER(own, whole)
+        return own
+    # Some backends have no reduce-scatter, and none takes uneven pieces: sum, then slice.
+    summed = whole.clone()
+    dist.all_reduce(summed)
+    return summed[batch.own].contiguous()
+
+
 class _Gather(torch.autograd.Function):
     """All-gather of uneven pieces. Its backward is `_Scatter`, which is differentiable again."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, batch: GlobalBatch) -> Tensor:
         ctx.batch = batch
-        largest = max(batch.sizes)
-        padded = local
-        if local.shape[0] < largest:
-            padded = local.new_zeros(largest, *local.shape[1:])
-            padded[: local.shape[0]] = local
-        pieces = stack_over_ranks(padded)
-        if batch.even:
-            return pieces.flatten(0, 1)
-        return torch.cat([piece[:size] for piece, size in zip(pieces, batch.sizes, strict=True)])
+        return _gathered(local, batch)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -308,15 +339,7 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whole: Tensor, batch: GlobalBatch) -> Tensor:
         ctx.batch = batch
-        whole = whole.contiguous()
-        if batch.even and _moves_whole_tensors(whole.device):
-            own = torch.empty_like(whole[: batch.size])
-            _REDUCE_SCATTER(own, whole)
-            return own
-        # Some backends have no reduce-scatter, and none takes uneven pieces: sum, then slice.
-        summed = whole.clone()
-        dist.all_reduce(summed)
-        return summed[batch.own].contiguous()
+        return _scattered(whole, batch)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

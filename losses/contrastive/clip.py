@@ -86,4 +86,4 @@ class CLIPLoss(BaseContrastiveLoss):
             normalize=pairs.normalize,
             dtype=pairs.dtype,
         )
-        return {"contrastive": 0.5 * pairs.batch.mean(losses)}
+        return {"contrastive": pairs.batch.of_views(2).mean(losses)}

@@ -98,7 +98,8 @@ class SigLIPLoss(BaseContrastiveLoss):
 
     def _bias(self, like: Tensor) -> Tensor:
         if isinstance(self.bias, Tensor):
-            return self.bias.to(working_dtype(like)).reshape(()) + self._rounding
+            bias = self.bias.to(working_dtype(like)).reshape(())
+            return bias + self._rounding if self._rounding else bias
         return torch.full((), self.bias, dtype=working_dtype(like), device=like.device)
 
     def scalars(self) -> dict[str, Tensor]:

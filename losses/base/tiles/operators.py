@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diptych.losses.base.gather import GlobalBatch
+from diptych.losses.base.gather import GlobalBatch, stack_over_ranks
 from diptych.losses.base.tiles import torch_blocks
+from diptych.losses.base.tiles.replay import Function, replayed
 from diptych.losses.base.tiles.torch_blocks import (
     BlockGradients,
     Entries,
+    LineSums,
     LossBlocks,
     TileSettings,
 )
@@ -35,6 +37,9 @@ _ARGUMENTS = (
     " int[] sizes, int rank"
 )
 _COUNT = _ARGUMENTS.count(",") + 1
+
+_REPLAYED_LOGITS = 2**28
+"""A GPU takes longer for more logits than its host to launch the kernels."""
 
 
 class TiledLossArguments(NamedTuple):
@@ -160,42 +165,47 @@ def kernels_take(features: Tensor, dtype: torch.dtype | None) -> bool:
 @contextlib.contextmanager
 def _on_device(features: Tensor) -> Iterator[None]:
     """Compute without autocast; kernels are launched on the features' device."""
-    device = features.device
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with torch.autocast(device.type, enabled=False), guard:
+    device, contexts = features.device, contextlib.ExitStack()
+    with contexts:  # entering one takes as long as a kernel
+        if torch.is_autocast_enabled(device.type):
+            contexts.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            contexts.enter_context(torch.cuda.device(device))
         yield
 
 
-def _backend(blocks: LossBlocks) -> tuple[Any, LossBlocks]:
-    """Return the module that computes the blocks, and the blocks in the form that it takes."""
-    anchors, candidates, scale, bias, normalize = blocks
-    backend: Any
-    convert: Any
-    if kernels_take(anchors, anchors.dtype):
-        from diptych.losses.base.tiles import triton_blocks  # noqa: PLC0415 - needs Triton
+def _backend(blocks: LossBlocks) -> Any:
+    """Return the module that computes the blocks."""
+    if not _on_kernels(blocks.anchors):
+        return torch_blocks
+    from diptych.losses.base.tiles import triton_blocks  # noqa: PLC0415 - needs Triton
 
-        backend, convert = triton_blocks, _aligned
-    else:
-        backend, convert = torch_blocks, functools.partial(Tensor.to, dtype=working_dtype(anchors))
+    return triton_blocks
+
+
+def _on_kernels(anchors: Tensor) -> bool:
+    return kernels_take(anchors, anchors.dtype)
+
+
+def _taken(loss: TiledLossArguments) -> tuple[Any, TiledLossArguments]:
+    """Return the module that computes the blocks, and the arguments in the form that it takes."""
+    anchors, candidates, scale, bias, normalize = loss.blocks
+    backend, convert = _backend(loss.blocks), _aligned
+    if backend is torch_blocks:
+        convert = functools.partial(Tensor.to, dtype=working_dtype(anchors))
         normalize = False
     candidates = None if candidates is None else convert(candidates)
-    return backend, LossBlocks(convert(anchors), candidates, scale, bias, normalize)
+    blocks = LossBlocks(convert(anchors), candidates, scale, bias, normalize)
+    return backend, loss._replace(blocks=blocks)
 
 
-def _started(
-    given: LossBlocks, entries: Entries, batch: GlobalBatch
-) -> tuple[Any, LossBlocks, Tensor, Tensor]:
-    """Return the module that computes the blocks, the blocks, all candidates, the description.
-
-    Candidates are normalised before they are gathered.
-    """
-    backend, blocks = _backend(given)
-    unit = blocks.normalize
-    if unit:
-        blocks = backend.at_norm(blocks)
+def _gathered(loss: TiledLossArguments) -> Tensor:
+    """Return the candidates of all ranks, normalised if the blocks are to be."""
+    piece = loss.blocks.piece
+    if loss.blocks.normalize:
+        (piece,) = _backend(loss.blocks).normalize_features(piece)
     with torch.no_grad():
-        whole = batch.gather(blocks.piece)
-    return backend, blocks, whole, backend.described(blocks, entries, whole, unit=unit)
+        return loss.batch.gather(piece)
 
 
 def _aligned(features: Tensor) -> Tensor:
@@ -204,33 +214,66 @@ def _aligned(features: Tensor) -> Tensor:
     return features if features.data_ptr() % 16 == 0 else features.clone()
 
 
-def _as_features(gradients: BlockGradients, features: Tensor) -> tuple[Tensor, ...]:
-    """Return gradients, those of anchors and candidates in the features' dtype."""
-    anchors, candidates, scale, bias = gradients
-    candidates = anchors.new_empty(0) if candidates is None else candidates
-    return anchors.to(features.dtype), candidates.to(features.dtype), scale, bias
+def _launched(function: Function, loss: TiledLossArguments, *inputs: Any) -> tuple[Tensor, ...]:
+    """Return function(*inputs, *arguments); replayed if the host would be slower than the GPU."""
+    anchors = loss.blocks.anchors
+    few = 0 < len(anchors) * loss.columns <= _REPLAYED_LOGITS
+    run = functools.partial(replayed, function) if few and _on_kernels(anchors) else function
+    return run(*inputs, *loss.flat())
 
 
+def _part(function: Function, loss: TiledLossArguments, *inputs: Any) -> tuple[Tensor, ...]:
+    """Return function(*inputs, *arguments), the part of an operator that communicates nothing."""
+    if loss.batch.world_size > 1:
+        return _launched(function, loss, *inputs)
+    return function(*inputs, *loss.flat())  # the operator is replayed as a whole
+
+
+def _replayed_on_one_rank(function: Function) -> Function:
+    """Replay an operator as a whole; over several ranks its parts are, see `_part`."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> tuple[Tensor, ...]:
+        loss = TiledLossArguments.restored(arguments[-_COUNT:])
+        if loss.batch.world_size > 1:
+            return function(*arguments)
+        return _launched(function, loss, *arguments[:-_COUNT])
+
+    return run
+
+
+@_replayed_on_one_rank
 def _contrast(*flat: Any) -> tuple[Tensor, ...]:
     """Return the summed loss and what its gradient needs.
 
-    These are the description, the statistics [lines, 3], and over several ranks all candidates
-    [m, D].
+    These are the statistics [lines, 3], and over several ranks all candidates [m, D].
     """
-    given, entries, settings, batch = TiledLossArguments.restored(flat)
-    with _on_device(given.anchors):
-        backend, blocks, whole, described = _started(given, entries, batch)
-        sums = backend.contrast_sums(
-            blocks,
-            entries,
-            whole=whole,
-            batch=batch,
-            described=described,
-            symmetric=settings.symmetric,
-            rows=settings.rows,
-        )
-        total, statistics = backend.losses_of_sums(sums, entries, settings)
-    return total, described, statistics, _kept(whole, batch)
+    given = TiledLossArguments.restored(flat)
+    with _on_device(given.blocks.anchors):
+        backend, loss = _taken(given)
+        whole = _gathered(loss)
+        columns, packed = _part(_line_sums, loss, whole)
+        if len(columns):
+            columns = stack_over_ranks(columns)[:, :, loss.batch.own]
+        sums = LineSums.unpacked(packed, _lines(loss))
+        total, statistics = backend.losses_of_sums(sums, columns, loss.entries, loss.settings)
+    return total, statistics, _kept(whole, loss.batch)
+
+
+def _lines(loss: TiledLossArguments) -> int:
+    """Return the number of rows and, if they have losses too, of all ranks' columns."""
+    return len(loss.blocks.anchors) + loss.settings.symmetric * loss.columns
+
+
+def _line_sums(whole: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    """Return the columns that other ranks complete, and the packed sums."""
+    blocks, entries, settings, batch = TiledLossArguments.restored(flat)
+    sums = _backend(blocks).contrast_sums(
+        blocks, entries, whole=whole, symmetric=settings.symmetric, rows=settings.rows
+    )
+    completed = settings.symmetric and batch.world_size > 1
+    columns = sums.columns(entries) if completed else blocks.scale.new_empty(0, 2, 0)
+    return columns, sums.packed()
 
 
 def _kept(whole: Tensor, batch: GlobalBatch) -> Tensor:
@@ -239,88 +282,139 @@ def _kept(whole: Tensor, batch: GlobalBatch) -> Tensor:
 
 
 def _fake_contrast(*flat: Any) -> tuple[Tensor, ...]:
-    total, described, kept = _fake_sigmoid_contrast(*flat)
+    total, kept = _fake_sigmoid_contrast(*flat)
     blocks, _, settings, _ = TiledLossArguments.restored(flat)
     lines = blocks.anchors.shape[0] * (1 + settings.symmetric)
-    return total, described, total.new_empty(lines, 3), kept
+    return total, total.new_empty(lines, 3), kept
 
 
+@_replayed_on_one_rank
 def _contrast_gradient(
-    weight: Tensor, described: Tensor, statistics: Tensor, whole: Tensor, *flat: Any
+    weight: Tensor, statistics: Tensor, whole: Tensor, *flat: Any
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the loss times its weight: anchors, candidates, scale, bias.
 
     The losses of other ranks reach this rank's features with the weights that they have there.
     """
-    given, entries, settings, batch = TiledLossArguments.restored(flat)
-    # The anchors of all ranks, if there are no candidates, are the columns.
-    columns = settings.symmetric or given.candidates is None
-    with _on_device(given.anchors):
-        backend, blocks = _backend(given)
-        weights = weight
-        if columns and batch.world_size > 1:
-            statistics, weights = _of_all_lines(statistics, weight, batch)
-        gradients = backend.contrast_gradients(
-            blocks,
-            entries,
-            statistics,
-            weights,
-            described=described,
-            columns=columns,
-            whole=whole if batch.world_size > 1 else blocks.piece,
-            batch=batch,
-            rows=settings.rows,
-        )
-    return _as_features(gradients, given.anchors)
+    given = TiledLossArguments.restored(flat)
+    with _on_device(given.blocks.anchors):
+        backend, loss = _taken(given)
+        columns = weight.new_empty(0)
+        if _columns_too(loss) and loss.batch.world_size > 1:
+            statistics = torch.cat([statistics, weight.expand(len(statistics), 1)], dim=1)
+            columns = loss.batch.gather(statistics[len(statistics) - loss.batch.size :])
+        kept = statistics, weight, columns, whole
+        return _of_rank(backend, _part(_contrast_gradients, loss, *kept), loss, given)
 
 
-def _of_all_lines(statistics: Tensor, weight: Tensor, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
-    """Return the statistics [n + m, 3] and weights of this rank's rows and all ranks' columns."""
-    own = torch.cat([statistics, weight.expand(len(statistics), 1)], dim=1)
-    lines = torch.cat([own[: batch.size], batch.gather(own[len(own) - batch.size :])])
-    return lines[:, :3], lines[:, 3]
+def _columns_too(loss: TiledLossArguments) -> bool:
+    """Return whether columns are anchors: those of all ranks are if there are no candidates."""
+    return loss.settings.symmetric or loss.blocks.candidates is None
 
 
+def _all_candidates(kept: Tensor, loss: TiledLossArguments) -> Tensor:
+    """Return the candidates of all ranks, from what `_kept` returned."""
+    return kept if loss.batch.world_size > 1 else loss.blocks.piece
+
+
+def _contrast_gradients(
+    statistics: Tensor, weight: Tensor, columns: Tensor, kept: Tensor, *flat: Any
+) -> tuple[Tensor, ...]:
+    """Return the gradients by this rank's logits.
+
+    Args:
+        statistics: Of this rank's lines, [lines, 3].
+        weight: Of this rank's losses, 0-dim.
+        columns: Statistics and weights of the columns of all ranks, [m, 4]; those of this rank's
+            lines have their weights as well then. Empty if its lines are all.
+        kept: From `_kept`.
+        *flat: The arguments.
+    """
+    loss = TiledLossArguments.restored(flat)
+    if len(columns):
+        lines = torch.cat([statistics[: loss.batch.size], columns])
+        statistics, weight = lines[:, :3], lines[:, 3]
+    gradients = _backend(loss.blocks).contrast_gradients(
+        loss.blocks,
+        loss.entries,
+        statistics,
+        weight,
+        columns=_columns_too(loss),
+        whole=_all_candidates(kept, loss),
+        rows=loss.settings.rows,
+    )
+    return _without_none(gradients)
+
+
+def _without_none(gradients: BlockGradients) -> tuple[Tensor, ...]:
+    """Return gradients as an operator does."""
+    anchors, candidates, scale, bias = gradients
+    return anchors, anchors.new_empty(0) if candidates is None else candidates, scale, bias
+
+
+def _of_rank(
+    backend: Any, found: tuple[Tensor, ...], loss: TiledLossArguments, given: TiledLossArguments
+) -> tuple[Tensor, ...]:
+    """Return the gradients for the features of this rank, in the features' dtype.
+
+    Args:
+        backend: The module that computes the blocks.
+        found: The gradients by this rank's logits.
+        loss: The arguments in the form that the module takes.
+        given: The arguments as they are.
+    """
+    anchors, candidates, scale, bias = found
+    dtype = given.blocks.anchors.dtype
+    if loss.blocks.candidates is None:
+        return anchors.to(dtype), candidates.to(dtype), scale / 2, bias
+    candidates = backend.candidate_gradients(loss.batch.scatter(candidates), loss.blocks)
+    return anchors.to(dtype), candidates.to(dtype), scale, bias
+
+
+@_replayed_on_one_rank
 def _sigmoid_contrast(*flat: Any) -> tuple[Tensor, ...]:
-    """Return the summed loss, the description and, over several ranks, all candidates [m, D]."""
-    given, entries, settings, batch = TiledLossArguments.restored(flat)
-    with _on_device(given.anchors):
-        backend, blocks, whole, described = _started(given, entries, batch)
-        total: Tensor = backend.sigmoid_sum(
-            blocks, entries, whole=whole, described=described, rows=settings.rows
-        )
-    return total, described, _kept(whole, batch)
+    """Return the summed loss and, over several ranks, all candidates [m, D]."""
+    given = TiledLossArguments.restored(flat)
+    with _on_device(given.blocks.anchors):
+        _, loss = _taken(given)
+        whole = _gathered(loss)
+        (total,) = _part(_sigmoid_sum, loss, whole)
+    return total, _kept(whole, loss.batch)
+
+
+def _sigmoid_sum(whole: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    """Return the summed loss of this rank's logits."""
+    blocks, entries, settings, _ = TiledLossArguments.restored(flat)
+    return (_backend(blocks).sigmoid_sum(blocks, entries, whole=whole, rows=settings.rows),)
 
 
 def _fake_sigmoid_contrast(*flat: Any) -> tuple[Tensor, ...]:
     blocks, _, _, batch = TiledLossArguments.restored(flat)
-    anchors, size = blocks.anchors, 0
-    if kernels_take(anchors, anchors.dtype):
-        from diptych.losses.base.tiles import triton_blocks  # noqa: PLC0415 - needs Triton
-
-        size = triton_blocks.description_size(anchors.shape[0])
-    kept = (batch.total, anchors.shape[1]) if batch.world_size > 1 else (0,)
-    described = anchors.new_empty(size, dtype=torch.int32)
-    return blocks.scale.new_empty(()), described, anchors.new_empty(kept)
+    kept = (batch.total, blocks.anchors.shape[1]) if batch.world_size > 1 else (0,)
+    return blocks.scale.new_empty(()), blocks.anchors.new_empty(kept)
 
 
-def _sigmoid_contrast_gradient(
-    weight: Tensor, described: Tensor, whole: Tensor, *flat: Any
-) -> tuple[Tensor, ...]:
+@_replayed_on_one_rank
+def _sigmoid_contrast_gradient(weight: Tensor, whole: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     """Return `weight` times the gradients of the summed loss: anchors, candidates, scale, bias."""
-    given, entries, settings, batch = TiledLossArguments.restored(flat)
-    with _on_device(given.anchors):
-        backend, blocks = _backend(given)
-        gradients = backend.sigmoid_gradients(
-            blocks,
-            entries,
-            whole=whole if batch.world_size > 1 else blocks.piece,
-            described=described,
-            batch=batch,
-            weight=weight,
-            rows=settings.rows,
-        )
-    return _as_features(gradients, given.anchors)
+    given = TiledLossArguments.restored(flat)
+    with _on_device(given.blocks.anchors):
+        backend, loss = _taken(given)
+        found = _part(_sigmoid_gradients, loss, weight, whole)
+        return _of_rank(backend, found, loss, given)
+
+
+def _sigmoid_gradients(weight: Tensor, kept: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    """Return `weight` times the gradients by this rank's logits."""
+    loss = TiledLossArguments.restored(flat)
+    gradients = _backend(loss.blocks).sigmoid_gradients(
+        loss.blocks,
+        loss.entries,
+        whole=_all_candidates(kept, loss),
+        weight=weight,
+        rows=loss.settings.rows,
+    )
+    return _without_none(gradients)
 
 
 def _fake_gradients(weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -384,8 +478,8 @@ def _registered(function: Any, fake: Any, gradient: Any, outputs: int) -> Any:
 
 
 _OPERATORS = {
-    _contrast: _registered(_contrast, _fake_contrast, _contrast_gradient, 4),
+    _contrast: _registered(_contrast, _fake_contrast, _contrast_gradient, 3),
     _sigmoid_contrast: _registered(
-        _sigmoid_contrast, _fake_sigmoid_contrast, _sigmoid_contrast_gradient, 3
+        _sigmoid_contrast, _fake_sigmoid_contrast, _sigmoid_contrast_gradient, 2
     ),
 }

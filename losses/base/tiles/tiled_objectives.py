@@ -23,7 +23,7 @@ from diptych.losses.base.tiles.torch_blocks import Entries, LossBlocks, TileSett
 from diptych.losses.base.validation import working_dtype
 
 _PLAIN_LOGITS = {"cpu": 2**24, "cuda": 2**26}
-_PLAIN_LOGITS_BESIDE_KERNELS = 2**24
+_PLAIN_LOGITS_BESIDE_KERNELS = 2**18
 _BLOCK_LOGITS = {"cpu": 2**22, "cuda": 3 * 2**24}
 _LEAST_ROWS = {"cpu": 32, "cuda": 512}
 _ALL = GlobalBatch((0,), 0)
@@ -41,9 +41,9 @@ def resolve_tile(
     """Return the number of rows of a block, or None for the whole matrix.
 
     ``"auto"`` means the whole matrix up to 8192 x 8192 logits on an accelerator and 4096 x 4096 on
-    a CPU, where memory is no concern, or where the half-precision kernels run, which are faster
-    from there on. Above that, blocks have 48 Mi and 4 Mi logits, and at least 512 and 32 rows; up
-    to 8192 x 8192 logits the kernels take one block.
+    a CPU, where memory is no concern. Above that, blocks have 48 Mi and 4 Mi logits, and at least
+    512 and 32 rows. Where the half-precision kernels run, they are faster from 512 x 512 logits on;
+    up to 8192 x 8192 they take one block.
 
     Args:
         tile: ``"auto"``, None (whole) or a number of rows.

@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diptych.losses.base.gather import GlobalBatch, stack_over_ranks
-
 
 class LossBlocks(NamedTuple):
     """Factors of the logits scale * anchors @ candidates.T + bias, [n, m], never held whole.
@@ -29,7 +27,7 @@ class LossBlocks(NamedTuple):
         scale: 0-dim.
         bias: 0-dim, or None for 0.
         normalize: Whether to divide the features by their norms. Only the Triton kernels do so;
-            for the functions of this module the features are normalised already.
+            the functions of this module get normalised features. `whole` is normalised.
     """
 
     anchors: Tensor
@@ -154,18 +152,11 @@ class LogSum(NamedTuple):
         """Return the logsumexps of several blocks as one."""
         return cls(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
 
-    def of_rank(self, rows: int, batch: GlobalBatch) -> LogSum:
-        """Return the lines of this rank, from its rows and all columns over its rows, [n + m].
-
-        The columns are this rank's, over the rows of all ranks.
-        """
-        if batch.world_size == 1:
-            return self
-        stacked = torch.stack(self)
-        maxima, totals = stack_over_ranks(stacked[:, rows:])[:, :, batch.own].unbind(1)
+    @classmethod
+    def combined(cls, maxima: Tensor, totals: Tensor) -> LogSum:
+        """Return the logsumexps over the terms of all parts, each [parts, n]."""
         maximum = maxima.amax(0)
-        columns = LogSum(maximum, (totals * (maxima - maximum).exp()).sum(0))
-        return LogSum.concatenated([LogSum(*stacked[:, :rows]), columns])
+        return cls(maximum, (totals * (maxima - maximum).exp()).sum(0))
 
     def joined(self, other: LogSum) -> LogSum:
         """Return the logsumexp over the terms of both."""
@@ -177,18 +168,44 @@ class LogSum(NamedTuple):
 class LineSums(NamedTuple):
     """The logsumexps of lines, from which their losses are computed.
 
-    Lines are the rows, and after them this rank's columns if those are anchors too, each the pair
-    of the row in its place.
+    Lines are the rows, and after them columns if those are anchors too: those of all ranks over
+    this rank's rows, or this rank's, each the pair of the row in its place, over all rows. If own
+    pairs are the only positives, those of the rows are those of this rank's columns too.
     """
 
     negatives: LogSum
     positives: LogSum
 
+    def packed(self) -> Tensor:
+        """Return all sums as one vector."""
+        return torch.cat([*self.negatives, *self.positives])
+
+    @classmethod
+    def unpacked(cls, packed: Tensor, lines: int) -> LineSums:
+        """Return the sums of which `packed` is the vector, given the number of lines."""
+        positives = len(packed) // 2 - lines
+        parts = packed.split([lines, lines, positives, positives])
+        return cls(LogSum(*parts[:2]), LogSum(*parts[2:]))
+
+    def columns(self, entries: Entries) -> Tensor:
+        """Return maxima and totals of the columns, [2, m], or [4, m] if groups are positive."""
+        known = (*self.negatives, *self.positives)[: 4 if entries.group_matches else 2]
+        return torch.stack([line[len(entries.partner) :] for line in known])
+
+    def completed(self, entries: Entries, columns: Tensor) -> LineSums:
+        """Return the sums of this rank's lines; `columns` as for `losses_of_sums`."""
+        rows, every = len(entries.partner), list(self)
+        for place, (maxima, totals) in enumerate(columns.unflatten(1, (-1, 2)).permute(1, 2, 0, 3)):
+            own = LogSum(*(line[:rows] for line in every[place]))
+            every[place] = LogSum.concatenated([own, LogSum.combined(maxima, totals)])
+        return LineSums(*every)
+
 
 class BlockGradients(NamedTuple):
     """Gradients of anchors [n, D], candidates [m, D], scale and bias (both 0-dim).
 
-    If the anchors are the candidates, all of their gradient is in `anchors`.
+    If the anchors are the candidates, all of their gradient is in `anchors`. The gradient of a
+    logit is then that of its row's and its column's loss, and that of the scale counts each twice.
     """
 
     anchors: Tensor
@@ -216,27 +233,9 @@ class BlockGradients(NamedTuple):
         if blocks.bias is not None:
             self.bias.add_(gradient.sum() * weight)
 
-    def of_rank(self, batch: GlobalBatch) -> BlockGradients:
-        """Return the gradients of this rank's features, summed over ranks."""
-        if self.candidates is None:
-            # The gradient of a logit is that of its row's and its column's loss: each counts twice.
-            return self._replace(scale=self.scale / 2)
-        return self._replace(candidates=batch.scatter(self.candidates))
-
-
-def described(
-    blocks: LossBlocks,
-    entries: Entries,  # noqa: ARG001 - as in `triton_blocks`
-    whole: Tensor,  # noqa: ARG001
-    *,
-    unit: bool,  # noqa: ARG001
-) -> Tensor:
-    """Return what the other functions need to know of the logits, int32: here nothing."""
-    return blocks.anchors.new_empty(0, dtype=torch.int32)
-
 
 def losses_of_sums(
-    sums: LineSums, entries: Entries, settings: TileSettings
+    sums: LineSums, columns: Tensor, entries: Entries, settings: TileSettings
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of all lines' losses, and the statistics that its gradient needs.
 
@@ -245,6 +244,8 @@ def losses_of_sums(
 
     Args:
         sums: The logsumexps of the lines.
+        columns: `LineSums.columns` of all ranks for the columns of this rank, [ranks, 2 or 4, b]:
+            each rank has the terms of its rows. Empty if `sums` have all terms.
         entries: Which rows, and columns in their place, have a loss.
         settings: Whether positives are in the denominator, and the label smoothing.
 
@@ -253,7 +254,9 @@ def losses_of_sums(
         is exp(l - normalizer), of a positive's -pull * exp(l - positive).
     """
     smoothing = settings.smoothing
-    negatives, positives = sums
+    negatives, positives = sums.completed(entries, columns) if len(columns) else sums
+    if settings.symmetric and not entries.group_matches:
+        positives = LogSum.concatenated([positives] * 2)
     gap = (negatives.maximum - positives.maximum) + (negatives.total.log() - positives.total.log())
     positive = positives.maximum + positives.total.log()
     if settings.decoupled:
@@ -274,20 +277,16 @@ def contrast_sums(
     entries: Entries,
     *,
     whole: Tensor,
-    batch: GlobalBatch,
-    described: Tensor,  # noqa: ARG001 - as in `triton_blocks`
     symmetric: bool,
     rows: int,
 ) -> LineSums:
-    """Return the sums of the rows and, if symmetric, of this rank's columns.
+    """Return the sums of the rows and, if symmetric, of all columns over them.
 
     Args:
         blocks: Factors of the logits [n, m].
         entries: The kind of each entry.
         whole: The candidates of all ranks, [m, D].
-        batch: Sizes of all ranks' candidates.
-        described: From `described`.
-        symmetric: Whether the columns are anchors too. Their sums are completed over ranks.
+        symmetric: Whether the columns are anchors too.
         rows: Rows of a block.
     """
     negatives, positives = [], []
@@ -300,13 +299,11 @@ def contrast_sums(
             columns = columns.joined(LogSum.over(values, 0, spare))
             if entries.group_matches:
                 others = others.joined(LogSum.over(matches, 0, spare))
-    if not symmetric:
-        return LineSums(LogSum.concatenated(negatives), LogSum.concatenated(positives))
-    lines = LogSum.concatenated([*negatives, columns]).of_rank(len(blocks.anchors), batch)
-    if not entries.group_matches:  # the only positives are own pairs, which rows and columns share
-        return LineSums(lines, LogSum.concatenated(positives * 2))
-    matching = LogSum.concatenated([*positives, others]).of_rank(len(blocks.anchors), batch)
-    return LineSums(lines, matching)
+    if symmetric:
+        negatives.append(columns)
+        if entries.group_matches:
+            positives.append(others)
+    return LineSums(LogSum.concatenated(negatives), LogSum.concatenated(positives))
 
 
 def contrast_gradients(
@@ -315,13 +312,11 @@ def contrast_gradients(
     statistics: Tensor,
     weights: Tensor,
     *,
-    described: Tensor,  # noqa: ARG001 - as in `triton_blocks`
     columns: bool,
     whole: Tensor,
-    batch: GlobalBatch,
     rows: int,
 ) -> BlockGradients:
-    """Return the gradients of the weighted losses, for the features of this rank.
+    """Return the gradients of the weighted losses by this rank's logits.
 
     Args:
         blocks: Factors of the logits [n, m].
@@ -329,10 +324,8 @@ def contrast_gradients(
         statistics: From `losses_of_sums`: the first n are those of the rows, and the last m those
             of all ranks' columns if `columns`.
         weights: The weights of the same losses, or 0-dim, that of all.
-        described: From `described`.
         columns: Whether the columns are anchors.
         whole: The candidates of all ranks, [m, D].
-        batch: Sizes of all ranks' candidates.
         rows: Rows of a block.
     """
     gradients = BlockGradients.zeros(blocks, whole)
@@ -356,7 +349,7 @@ def contrast_gradients(
             else:
                 gradient += others
         gradients.add(blocks, whole, block, gradient, common)
-    return gradients.of_rank(batch)
+    return gradients
 
 
 def _direction_gradient(
@@ -385,7 +378,6 @@ def sigmoid_sum(
     entries: Entries,
     *,
     whole: Tensor,
-    described: Tensor,  # noqa: ARG001 - as in `triton_blocks`
     rows: int,
 ) -> Tensor:
     """Return the sum of softplus(-z * logit), z = +1 for a positive, else -1.
@@ -394,7 +386,6 @@ def sigmoid_sum(
         blocks: Factors of the logits [n, m].
         entries: Which entries are positive.
         whole: The candidates of all ranks, [m, D].
-        described: From `described`.
         rows: Rows of a block.
     """
     total = torch.zeros_like(blocks.scale)
@@ -409,18 +400,21 @@ def sigmoid_gradients(
     entries: Entries,
     *,
     whole: Tensor,
-    described: Tensor,  # noqa: ARG001 - as in `triton_blocks`
-    batch: GlobalBatch,
     weight: Tensor,
     rows: int,
 ) -> BlockGradients:
-    """Return `weight` times the gradients of `sigmoid_sum`, for the features of this rank."""
+    """Return `weight` times the gradients of `sigmoid_sum`."""
     gradients = BlockGradients.zeros(blocks, whole)
     for block, values, _ in blocks.by_rows(rows, whole):
         _negate_positives(values, entries, block)
         _negate_positives(values.sigmoid_(), entries, block)
         gradients.add(blocks, whole, block, values, weight)
-    return gradients.of_rank(batch)
+    return gradients
+
+
+def candidate_gradients(total: Tensor, blocks: LossBlocks) -> Tensor:  # noqa: ARG001 - as in `triton_blocks`
+    """Return the gradient of this rank's candidates from their part of `BlockGradients`."""
+    return total
 
 
 def _negate_positives(values: Tensor, entries: Entries, block: slice) -> None:

@@ -22,7 +22,6 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from diptych.losses.base.gather import GlobalBatch
 from diptych.losses.base.tiles import triton_kernels as kernels
 from diptych.losses.base.tiles.torch_blocks import (
     BlockGradients,
@@ -83,20 +82,26 @@ argument and adds each tile's gradients of scale and bias to the fourth, [2, til
 
 
 class _KernelProblem:
-    """The arguments of the kernels, for features at unit norm; `description` as `described`."""
+    """The arguments of the kernels.
 
-    def __init__(
-        self, blocks: LossBlocks, entries: Entries, whole: Tensor, description: Tensor
-    ) -> None:
+    Args:
+        blocks: The features, normalised or, chunk by chunk, to be normalised.
+        entries: The kind of each logit.
+        whole: The candidates of all ranks.
+        unit: Whether the features that are multiplied have norm 1 at most.
+    """
+
+    def __init__(self, blocks: LossBlocks, entries: Entries, whole: Tensor, *, unit: bool) -> None:
         anchors, _, scale, bias, _ = self.blocks = blocks
-        self.whole, self.description = whole, description
+        self.whole = whole
+        self.description = _description(blocks, entries, whole, unit=unit)
         self.n, self.m = anchors.shape[0], whole.shape[0]
         self.scalars = [scale] if bias is None else [scale, bias]
         group, groups = kernels.NEGATIVE, [entries.partner] * 2  # placeholders: not read
         if entries.row_groups is not None and entries.column_groups is not None:
             group = kernels.POSITIVE if entries.group_matches else kernels.NEITHER
             groups = [entries.row_groups.contiguous(), entries.column_groups.contiguous()]
-        self.inputs = [description, *groups]
+        self.inputs = [self.description, *groups]
         self.settings = {
             "WIDTH": anchors.shape[1],
             "ITSELF": entries.itself is not None,
@@ -150,23 +155,11 @@ class _KernelProblem:
                 yield _Chunk(row, column, *lengths)
 
 
-def description_size(rows: int) -> int:
-    """Return the length of a description."""
-    return 4 + 3 * rows + 6 * max(_blocks(rows), 1)
-
-
-def described(blocks: LossBlocks, entries: Entries, whole: Tensor, *, unit: bool) -> Tensor:
-    """Return what the kernels need to know of the logits, int32 (`kernels.describe_rows`).
-
-    Args:
-        blocks: The features as they are multiplied.
-        entries: The kind of each logit.
-        whole: The candidates of all ranks.
-        unit: Whether features have norm 1 at most.
-    """
+def _description(blocks: LossBlocks, entries: Entries, whole: Tensor, *, unit: bool) -> Tensor:
+    """Return what the kernels need to know of the logits, int32 (`kernels.describe_rows`)."""
     partner, scale, n = entries.partner, blocks.scale, len(blocks.anchors)
     bound = scale if unit else _bound(blocks, whole)
-    description = partner.new_empty(description_size(n), dtype=torch.int32)
+    description = partner.new_empty(4 + 3 * n + 6 * max(_blocks(n), 1), dtype=torch.int32)
     if n:
         kernels.describe_rows[(_blocks(n),)](
             partner,
@@ -186,24 +179,21 @@ def contrast_sums(
     entries: Entries,
     *,
     whole: Tensor,
-    batch: GlobalBatch,
-    described: Tensor,
     symmetric: bool,
     rows: int,  # noqa: ARG001 - memory does not depend on it
 ) -> LineSums:
-    """Return the sums of the rows and, if symmetric, of this rank's columns, as in `torch_blocks`.
+    """Return the sums of the rows and, if symmetric, of all columns, as in `torch_blocks`.
 
-    If the candidates of one rank are its anchors, the matrix is symmetric: half of it is computed.
-    Own pairs, if they are the only positives, are those of the rows alone.
+    If all candidates are the anchors, the matrix is symmetric, and half of it is computed.
     """
-    problem = _KernelProblem(blocks, entries, whole, described)
-    upper = blocks.candidates is None and batch.world_size == 1
+    problem = _at_norm(blocks, entries, whole)
+    upper = blocks.candidates is None and problem.n == problem.m
     own, totals = _bounded_sums(problem, columns=symmetric, upper=upper)
-    negatives = _exact_where_needed(problem, totals, positives=False).of_rank(problem.n, batch)
+    negatives = _exact_where_needed(problem, totals, positives=False)
     if not entries.group_matches:
         return LineSums(negatives, LogSum(own, own))  # a total of one term is not read
     positives = _exact_where_needed(problem, torch.empty_like(totals), positives=True)
-    return LineSums(negatives, positives.of_rank(problem.n, batch) if symmetric else positives)
+    return LineSums(negatives, positives)
 
 
 def _bounded_sums(problem: _KernelProblem, *, columns: bool, upper: bool) -> tuple[Tensor, Tensor]:
@@ -249,19 +239,21 @@ def _exact_where_needed(problem: _KernelProblem, totals: Tensor, *, positives: b
 
 
 def losses_of_sums(
-    sums: LineSums, entries: Entries, settings: TileSettings
+    sums: LineSums, columns: Tensor, entries: Entries, settings: TileSettings
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of all lines' losses, and their statistics, as in `torch_blocks`."""
     negatives, positives = sums
-    n, count = len(entries.partner), len(negatives.maximum)
+    n = len(entries.partner)
+    count = n + columns.shape[-1] if len(columns) else len(negatives.maximum)
     statistics = negatives.maximum.new_empty(count, 3)
     partial_sums = negatives.maximum.new_empty(_line_blocks(n, count))
     valid = entries.partner if entries.valid is None else entries.valid  # a placeholder: not read
     if count:
         kernels.losses[(len(partial_sums),)](
-            *(*negatives, *positives, valid, statistics, partial_sums, n, count),
-            settings.smoothing,
+            *(*negatives, *positives, columns, *columns.shape[:1], *columns.stride()[:2], valid),
+            *(statistics, partial_sums, n, count, settings.smoothing),
             POSITIVES=entries.group_matches,
+            COMPLETED=len(columns) > 0,
             VALID=entries.valid is not None,
             DECOUPLED=settings.decoupled,
             ROWS=_SIDE,
@@ -275,20 +267,27 @@ def contrast_gradients(
     statistics: Tensor,
     weights: Tensor,
     *,
-    described: Tensor,
     columns: bool,
     whole: Tensor,
-    batch: GlobalBatch,
     rows: int,
 ) -> BlockGradients:
     """Return the gradients of the weighted losses, as in `torch_blocks`."""
-    problem = _KernelProblem(blocks, entries, whole, described)
+    problem = _KernelProblem(blocks, entries, whole, unit=blocks.normalize)
     n, m, count = problem.n, problem.m, len(statistics)
     terms = statistics.new_empty(5, count)
     exact = statistics.new_empty(_line_blocks(n, count), dtype=torch.int32)
     if count:
         kernels.gradient_terms[(len(exact),)](
-            *(statistics, statistics.stride(0), weights, described, terms, exact, n, count),
+            *(
+                statistics,
+                statistics.stride(0),
+                weights,
+                problem.description,
+                terms,
+                exact,
+                n,
+                count,
+            ),
             WEIGHTED=weights.dim() > 0,
             DEPTH=_DEPTH,
             ROWS=_SIDE,
@@ -299,7 +298,7 @@ def contrast_gradients(
         arguments = (terms, *of_columns, gradient, sums)
         problem.tiles(kernels.contrast_gradient, _TILE, chunk, sides, *arguments, BOTH=columns)
 
-    return _gradients(problem, launch, batch, rows)
+    return _gradients(problem, launch, rows)
 
 
 def sigmoid_sum(
@@ -307,17 +306,16 @@ def sigmoid_sum(
     entries: Entries,
     *,
     whole: Tensor,
-    described: Tensor,
     rows: int,  # noqa: ARG001 - memory does not depend on it
 ) -> Tensor:
     """Return the sum of softplus(-z * logit), z = +1 for a positive, else -1."""
-    problem = _KernelProblem(blocks, entries, whole, described)
+    problem = _at_norm(blocks, entries, whole)
     total = torch.zeros_like(blocks.scale)
     height = _rounded_up(max(_CHUNK_ROWS, _FORWARD_LOGITS // problem.m))
     for chunk in problem.chunks(height, _FORWARD_COLUMNS):
         down, across = chunk.tiles()
         sums = total.new_zeros(down * across)
-        sides = _sides(blocks.anchors[chunk.rows], whole[chunk.columns])
+        sides = _sides(problem.blocks.anchors[chunk.rows], whole[chunk.columns])
         problem.tiles(kernels.sigmoid_losses, _TILE, chunk, sides, sums)
         total += sums.sum()
     return total
@@ -328,39 +326,32 @@ def sigmoid_gradients(
     entries: Entries,
     *,
     whole: Tensor,
-    described: Tensor,
-    batch: GlobalBatch,
     weight: Tensor,
     rows: int,
 ) -> BlockGradients:
-    """Return `weight` times the gradients of `sigmoid_sum`, for the features of this rank."""
-    problem = _KernelProblem(blocks, entries, whole, described)
+    """Return `weight` times the gradients of `sigmoid_sum`, as in `torch_blocks`."""
+    problem = _KernelProblem(blocks, entries, whole, unit=blocks.normalize)
 
     def launch(chunk: _Chunk, sides: _Sides, gradient: TensorDescriptor, sums: Tensor) -> None:
         arguments = (weight, gradient, sums, sums.shape[1])
         problem.tiles(kernels.sigmoid_gradient, _TILE, chunk, sides, *arguments)
 
-    return _gradients(problem, launch, batch, rows)
+    return _gradients(problem, launch, rows)
 
 
-def _gradients(
-    problem: _KernelProblem, launch: _Launch, batch: GlobalBatch, rows: int
-) -> BlockGradients:
+def _gradients(problem: _KernelProblem, launch: _Launch, rows: int) -> BlockGradients:
     """Return the gradients of features and scalars from those of the logits, chunk by chunk."""
-    anchors, candidates, scale, _, normalize = problem.blocks
+    anchors, candidates, scale, _, _ = problem.blocks
     row_gradients = torch.empty_like(anchors)
     new = scale.new_empty if problem.n else scale.new_zeros
     column_total = None if candidates is None else new(problem.whole.shape)
-    late = normalize and batch.world_size == 1
-    sums = _add_chunks(problem, launch, row_gradients, column_total, late=late, rows=rows)
-    scale_gradient, bias_gradient = (one.sum() for one in sums)
-    if candidates is None or column_total is None:
-        # The gradient of a logit is that of its row's and its column's loss: each counts twice.
-        return BlockGradients(row_gradients, None, scale_gradient / 2, bias_gradient)
-    # The memory of the chunk is free again here.
-    column_total = batch.scatter(column_total)
-    column_gradients = feature_gradients(column_total, candidates, scale, normalize=normalize)
-    return BlockGradients(row_gradients, column_gradients, scale_gradient, bias_gradient)
+    sums = _add_chunks(problem, launch, row_gradients, column_total, rows)
+    return BlockGradients(row_gradients, column_total, *(one.sum() for one in sums))
+
+
+def candidate_gradients(total: Tensor, blocks: LossBlocks) -> Tensor:
+    """Return the gradient of this rank's candidates, as in `torch_blocks`."""
+    return feature_gradients(total, blocks.piece, blocks.scale, normalize=blocks.normalize)
 
 
 def _add_chunks(
@@ -368,17 +359,16 @@ def _add_chunks(
     launch: _Launch,
     row_gradients: Tensor,
     column_total: Tensor | None,
-    *,
-    late: bool,
     rows: int,
 ) -> Tensor:
     """Write the rows' gradients and the columns' total, and return the sums of the tiles.
 
     A chunk holds as many logits as `rows` rows have. Features are normalised chunk by chunk too,
-    candidates only if `late`; normalised rows are kept in the memory of their gradients until those
-    are written.
+    candidates only if they are those of this rank; normalised rows are kept in the memory of their
+    gradients until those are written.
     """
     anchors, _, scale, _, normalize = problem.blocks
+    late = normalize and problem.whole is problem.blocks.piece
     height = min(_CHUNK_ROWS, _rounded_up(max(problem.n, 1)))
     width = min(_rounded_up(max(rows * problem.m // height, 1)), _rounded_up(problem.m))
     down, across = _Chunk(0, 0, height, width).tiles()
@@ -432,12 +422,14 @@ def feature_gradients(
     return out
 
 
-def at_norm(blocks: LossBlocks) -> LossBlocks:
-    """Return the blocks with normalised features."""
-    if blocks.candidates is None:
-        return blocks._replace(anchors=normalize_features(blocks.anchors)[0], normalize=False)
-    anchors, candidates = normalize_features(blocks.anchors, blocks.candidates)
-    return blocks._replace(anchors=anchors, candidates=candidates, normalize=False)
+def _at_norm(blocks: LossBlocks, entries: Entries, whole: Tensor) -> _KernelProblem:
+    """Return the arguments of the kernels with all features normalised, if they are to be."""
+    unit = blocks.normalize
+    if unit:
+        shared = blocks.candidates is None and len(whole) == len(blocks.anchors)
+        anchors = whole if shared else normalize_features(blocks.anchors)[0]
+        blocks = blocks._replace(anchors=anchors, normalize=False)
+    return _KernelProblem(blocks, entries, whole, unit=unit)
 
 
 def normalize_features(*sides: Tensor) -> list[Tensor]:

@@ -373,36 +373,67 @@ def gradient_terms(
 
 
 @triton.jit
+def _over_parts(maxima, totals, parts, stride, inside):
+    """Return the maximum and total of logsumexps of which each part has some of the terms."""
+    maximum = tl.load(maxima, inside, 0.0)
+    for part in range(1, parts):
+        maximum = tl.maximum(maximum, tl.load(maxima + part * stride, inside, 0.0))
+    total = tl.zeros_like(maximum)
+    for part in range(parts):
+        terms = tl.load(totals + part * stride, inside, 1.0)
+        total += terms * tl.exp(tl.load(maxima + part * stride, inside, 0.0) - maximum)
+    return maximum, total
+
+
+@triton.jit
 def losses(
-    negative_maxima, negative_totals, positive_maxima, positive_totals, valid, statistics, sums,
-    n, count, smoothing,
-    POSITIVES: tl.constexpr, VALID: tl.constexpr, DECOUPLED: tl.constexpr, ROWS: tl.constexpr,
+    negative_maxima, negative_totals, positive_maxima, positive_totals, columns, parts, part_stride,
+    kind_stride, valid, statistics, sums, n, count, smoothing,
+    POSITIVES: tl.constexpr, COMPLETED: tl.constexpr, VALID: tl.constexpr, DECOUPLED: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """Write statistics [count, 3] and sums of losses, as `torch_blocks.losses_of_sums`.
 
     Without POSITIVES each row has one positive, which its column shares, without VALID every line
-    has a loss.
+    has a loss. COMPLETED: sums of columns are in `columns`, not with those of the rows.
     """
     block, lines, inside, own = _lines(n, count, ROWS)
     rows = tl.where(own, lines, lines - n)
     counted = inside
     if VALID:
         counted = tl.load(valid + rows, inside, 0) != 0
-    positive = tl.load(positive_maxima + (lines if POSITIVES else rows), inside, 0.0)
-    gap = tl.load(negative_maxima + lines, inside, 0.0) - positive
-    total = tl.log(tl.load(negative_totals + lines, inside, 1.0))
+    known = inside
+    if COMPLETED:
+        known = inside & (lines < n)
+    negative = tl.load(negative_maxima + lines, known, 0.0)
+    negative_total = tl.load(negative_totals + lines, known, 1.0)
     if POSITIVES:
-        others = tl.log(tl.load(positive_totals + lines, inside, 1.0))
-        positive, total = positive + others, total - others
+        positive = tl.load(positive_maxima + lines, known, 0.0)
+        positive_total = tl.load(positive_totals + lines, known, 1.0)
+    else:
+        positive = tl.load(positive_maxima + rows, inside, 0.0)
+    if COMPLETED:
+        places = columns + rows
+        if block >= tl.cdiv(n, ROWS):
+            negative, negative_total = _over_parts(
+                places, places + kind_stride, parts, part_stride, inside
+            )
+            if POSITIVES:
+                positive, positive_total = _over_parts(
+                    places + 2 * kind_stride, places + 3 * kind_stride, parts, part_stride, inside
+                )
+    gap, total = negative - positive, tl.log(negative_total)
+    if POSITIVES:
+        positive, total = positive + tl.log(positive_total), total - tl.log(positive_total)
     gap += total
     if DECOUPLED:
         loss, pull = gap, tl.full((ROWS,), 1.0, tl.float32)
     else:
         loss, pull = _softplus(gap), 1.0 / (1.0 + tl.exp(-gap))
-    places = statistics + 3 * lines
-    tl.store(places, tl.where(counted, positive + loss, float("inf")), inside)
-    tl.store(places + 1, tl.where(counted, pull - smoothing, 0.0), inside)
-    tl.store(places + 2, positive, inside)
+    line = statistics + 3 * lines
+    tl.store(line, tl.where(counted, positive + loss, float("inf")), inside)
+    tl.store(line + 1, tl.where(counted, pull - smoothing, 0.0), inside)
+    tl.store(line + 2, positive, inside)
     tl.store(sums + block, tl.sum(tl.where(counted, loss + smoothing * positive, 0.0), 0))
 
 

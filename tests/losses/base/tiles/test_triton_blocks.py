@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.losses import CLIPLoss, DecoupledContrastiveLoss, NTXentLoss, SigLIPLoss
+from diptych.losses.base.tiles import replay
 
 pytestmark = pytest.mark.gpu
 
@@ -73,12 +74,85 @@ def test_a_feature_without_direction_gets_no_gradient_and_a_nan_shows(tile: int 
 def test_nothing_waits_for_the_device(tile: int | None) -> None:
     loss = CLIPLoss(tile=tile).cuda()
     first, second = (side.requires_grad_() for side in drawn(256, 64, torch.bfloat16))
-    loss(first, second).backward()
+    for _ in range(3):  # the third records the kernels, which waits
+        loss(first, second).backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
         loss(first, second).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_replayed_kernels_give_the_bits_of_launched_ones(
+    monkeypatch: pytest.MonkeyPatch, name: str, grouped: bool
+) -> None:
+    groups = [torch.arange(500, device="cuda") // 3] if grouped else []
+    batches = [[side + step for side in drawn(500, 72, torch.bfloat16)] for step in range(5)]
+    loss = LOSSES[name](tile=512)
+
+    def all_batches() -> list[Tensor]:
+        found = []
+        for batch in batches:
+            loss.zero_grad()
+            found += value_and_gradients(loss, *batch, *groups)
+        return found
+
+    monkeypatch.setattr(replay, "_may_record", lambda: False)
+    launched = all_batches()
+    monkeypatch.setattr(replay, "_may_record", lambda: True)
+    monkeypatch.setattr(replay, "_recordings", replay.Recordings())
+    for one, other in zip(all_batches(), launched, strict=True):
+        assert one.equal(other)
+
+
+def test_replayed_losses_may_be_differentiated_in_any_order() -> None:
+    loss = CLIPLoss(tile=512).cuda()
+    batches = [
+        [(side + step).requires_grad_() for side in drawn(256, 64, torch.bfloat16)]
+        for step in range(6)
+    ]
+    expected = [torch.autograd.grad(loss(*batch), batch) for batch in batches]
+    values = [loss(*batch) for batch in batches]
+    for place in (3, 0, 5, 1, 4, 2):
+        found = torch.autograd.grad(values[place], batches[place], retain_graph=True)
+        again = torch.autograd.grad(values[place], batches[place])
+        for one, two, other in zip(found, again, expected[place], strict=True):
+            assert one.equal(other)
+            assert two.equal(other)
+
+
+def test_without_memory_to_record_in_kernels_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "_recordings", replay.Recordings())
+    loss = CLIPLoss().cuda()
+    sides = [side.requires_grad_() for side in drawn(8192, 256, torch.bfloat16)]
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    expected = [torch.autograd.grad(loss(*sides), sides) for _ in range(2)][-1]
+    spare = 2**24  # less than the memory of the inputs and results of a recording
+    share = (torch.cuda.max_memory_reserved() + spare) / torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(share)
+    try:
+        for _ in range(3):
+            found = torch.autograd.grad(loss(*sides), sides)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    for one, other in zip(found, expected, strict=True):
+        assert one.equal(other)
+
+
+def test_the_loss_is_part_of_a_graph_that_the_user_records() -> None:
+    loss = CLIPLoss(tile=512).cuda()
+    sides = [side.requires_grad_() for side in drawn(256, 64, torch.bfloat16)]
+    for _ in range(4):
+        expected = torch.autograd.grad(loss(*sides), sides)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = torch.autograd.grad(loss(*sides), sides)
+    graph.replay()
+    for one, other in zip(found, expected, strict=True):
+        assert one.equal(other)
 
 
 @pytest.mark.parametrize("tile", [None, 64])

@@ -1,0 +1,157 @@
+"""Replay: the kernels of a function, launched together as one CUDA graph.
+
+The loss of a few thousand pairs is some thirty kernels of microseconds, which the host takes longer
+to launch than the GPU to run. From the third call with inputs of one form on, a function's kernels
+are recorded once and then replayed. They are the same kernels: no number changes.
+
+The inputs are copied to the memory that the kernels were recorded with, and the results out of it.
+A replay is therefore a function like the one recorded: its results stay as they are when it is
+called again.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+_FORMS = 32
+"""Forms of inputs that are remembered; the one not used for longest gives way."""
+
+_CALLS_BEFORE = 2
+"""Direct calls of a form before it is recorded: the first compile kernels and load libraries."""
+
+_CALLS_MORE = 50
+"""Calls more, each time that a recording gives way: recording takes as long as some such calls."""
+
+_UNSUITABLE = ("CUDA_LAUNCH_BLOCKING", "PYTORCH_NO_CUDA_MEMORY_CACHING")
+"""Variables of the environment, for debugging, under which nothing is recorded."""
+
+
+def replayed(function: Function, *inputs: Any) -> tuple[Tensor, ...]:
+    """Return function(*inputs); on a GPU, from the third call of one form on, by a replay.
+
+    Recording waits for the device; a replay does not.
+
+    Args:
+        function: Launches the same kernels for all inputs of one form, reads no values of tensors
+            on the host and communicates nothing. Autograd does not see into it.
+        *inputs: Tensors and hashable values; the first is a tensor. Their form is the shapes and
+            dtypes of the tensors, and the other values.
+    """
+    device = inputs[0].device
+    if device.type != "cuda" or not _may_record():
+        return function(*inputs)
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return replayed(function, *inputs)
+    if torch.cuda.is_current_stream_capturing():
+        return function(*inputs)
+    return _recordings.run(function, inputs, torch.cuda.current_stream().cuda_stream)
+
+
+@functools.cache
+def _may_record() -> bool:
+    return not any(os.environ.get(name, "0") != "0" for name in _UNSUITABLE)
+
+
+class Recording:
+    """The kernels of one call, and the memory that they read and write.
+
+    Args:
+        function: As for `replayed`.
+        inputs: As for `replayed`.
+        pool: Memory for intermediate results, which recordings of one stream share.
+    """
+
+    def __init__(self, function: Function, inputs: tuple[Any, ...], pool: Any) -> None:
+        memory = [x.contiguous().clone() if isinstance(x, Tensor) else x for x in inputs]
+        self._by_dtype: dict[torch.dtype, dict[int, Tensor]] = {}  # one kernel copies each
+        for place, x in enumerate(memory):
+            if isinstance(x, Tensor):
+                self._by_dtype.setdefault(x.dtype, {})[place] = x
+        self._graph = torch.cuda.CUDAGraph()
+        # The mode leaves other threads alone, such as one that pins memory.
+        mode = "thread_local"
+        with torch.cuda.graph(self._graph, pool, torch.cuda.Stream(), capture_error_mode=mode):
+            self._results = function(*memory)
+
+    def __call__(self, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """Return the results for other inputs of the same form, in new memory."""
+        for targets in self._by_dtype.values():
+            torch._foreach_copy_(list(targets.values()), [inputs[place] for place in targets])
+        self._graph.replay()
+        return tuple(result.clone() for result in self._results)
+
+
+class _Form:
+    """What is known of the inputs of one form."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.recording: Any = None
+
+
+class Recordings:
+    """Recordings by function, stream and form of the inputs.
+
+    Args:
+        record: Returns the recording of a function for inputs, given a stream's pool of memory.
+        new_pool: Returns a new pool.
+    """
+
+    def __init__(
+        self, record: Callable[..., Any] = Recording, new_pool: Callable[[], Any] | None = None
+    ) -> None:
+        self._record = record
+        self._new_pool = torch.cuda.graph_pool_handle if new_pool is None else new_pool
+        self._pools: dict[Any, Any] = {}
+        self._forms: OrderedDict[Any, _Form] = OrderedDict()
+        self._calls_before = _CALLS_BEFORE
+        self._lock = threading.Lock()
+
+    def run(self, function: Function, inputs: tuple[Any, ...], stream: int) -> tuple[Tensor, ...]:
+        """Return function(*inputs), called or replayed on the current device and stream."""
+        described = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in inputs)
+        place = inputs[0].device, stream
+        with self._lock:  # the calls of two threads must not meet in a recording's memory
+            form = self._remembered((function, place, described))
+            form.calls += 1
+            if form.recording is None and form.calls > self._calls_before:
+                self._try_to_record(form, function, inputs, place)
+            if form.recording is not None:
+                results: tuple[Tensor, ...] = form.recording(inputs)
+                return results
+        return function(*inputs)
+
+    def _remembered(self, key: Any) -> _Form:
+        """Return a form as the one used last."""
+        form = self._forms.setdefault(key, _Form())
+        self._forms.move_to_end(key)
+        if len(self._forms) > _FORMS:
+            _, forgotten = self._forms.popitem(last=False)
+            if forgotten.recording is not None:
+                self._calls_before += _CALLS_MORE
+        return form
+
+    def _try_to_record(
+        self, form: _Form, function: Function, inputs: tuple[Any, ...], place: Any
+    ) -> None:
+        """Record a call, if there is memory for it: the function itself may need less."""
+        pool = self._pools.setdefault(place, None) or self._new_pool()
+        self._pools[place] = pool
+        try:
+            form.recording = self._record(function, inputs, pool)
+        except torch.cuda.OutOfMemoryError:
+            form.calls = -(2**63)
+
+
+_recordings = Recordings()
