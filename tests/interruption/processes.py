@@ -56,7 +56,8 @@ def kill(processes: list[subprocess.Popen[bytes]]) -> None:
 def finish(folder: Path, ranks: int, **environment: str) -> tuple[str, bytes]:
     """Run the training to its end; return its digest and metrics."""
     processes = start(folder, ranks, **environment)
-    assert codes(processes) == [0] * ranks, (folder / "errors-0").read_text()[-3000:]
+    errors = [folder / f"errors-{rank}" for rank in range(ranks)]
+    assert codes(processes) == [0] * ranks, "\n".join(x.read_text()[-3000:] for x in errors)
     return (folder / "digest").read_text(), (folder / "metrics.jsonl").read_bytes()
 
 

@@ -12,6 +12,7 @@ called again.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -73,16 +74,17 @@ class Recording:
     """
 
     def __init__(self, function: Function, inputs: tuple[Any, ...], pool: Any) -> None:
-        memory = [x.contiguous().clone() if isinstance(x, Tensor) else x for x in inputs]
-        self._by_dtype: dict[torch.dtype, dict[int, Tensor]] = {}  # one kernel copies each
-        for place, x in enumerate(memory):
-            if isinstance(x, Tensor):
-                self._by_dtype.setdefault(x.dtype, {})[place] = x
-        self._graph = torch.cuda.CUDAGraph()
-        # The mode leaves other threads alone, such as one that pins memory.
-        mode = "thread_local"
-        with torch.cuda.graph(self._graph, pool, torch.cuda.Stream(), capture_error_mode=mode):
-            self._results = function(*memory)
+        with torch.inference_mode(False):  # of which the memory could not be written outside
+            memory = [x.contiguous().clone() if isinstance(x, Tensor) else x for x in inputs]
+            self._by_dtype: dict[torch.dtype, dict[int, Tensor]] = {}  # one kernel copies each
+            for place, x in enumerate(memory):
+                if isinstance(x, Tensor):
+                    self._by_dtype.setdefault(x.dtype, {})[place] = x
+            self._graph = torch.cuda.CUDAGraph()
+            # The mode leaves other threads alone, such as one that pins memory.
+            mode = "thread_local"
+            with torch.cuda.graph(self._graph, pool, torch.cuda.Stream(), capture_error_mode=mode):
+                self._results = function(*memory)
 
     def __call__(self, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """Return the results for other inputs of the same form, in new memory."""
@@ -115,7 +117,7 @@ class Recordings:
         self._new_pool = torch.cuda.graph_pool_handle if new_pool is None else new_pool
         self._pools: dict[Any, Any] = {}
         self._forms: OrderedDict[Any, _Form] = OrderedDict()
-        self._calls_before = _CALLS_BEFORE
+        self._calls_before: float = _CALLS_BEFORE
         self._lock = threading.Lock()
 
     def run(self, function: Function, inputs: tuple[Any, ...], stream: int) -> tuple[Tensor, ...]:
@@ -145,13 +147,16 @@ class Recordings:
     def _try_to_record(
         self, form: _Form, function: Function, inputs: tuple[Any, ...], place: Any
     ) -> None:
-        """Record a call, if there is memory for it: the function itself may need less."""
-        pool = self._pools.setdefault(place, None) or self._new_pool()
-        self._pools[place] = pool
+        """Record a call; without memory for it, give back that of all recordings, for good."""
+        if place not in self._pools:
+            self._pools[place] = self._new_pool()
         try:
-            form.recording = self._record(function, inputs, pool)
+            form.recording = self._record(function, inputs, self._pools[place])
         except torch.cuda.OutOfMemoryError:
-            form.calls = -(2**63)
+            self._calls_before = math.inf
+            self._pools.clear()
+            for other in self._forms.values():
+                other.recording = None
 
 
 _recordings = Recordings()

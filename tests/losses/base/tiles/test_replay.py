@@ -82,17 +82,25 @@ def test_inputs_of_another_form_have_a_recording_of_their_own(
     assert recorder.pools[0] is not recorder.pools[1] if stream else len(set(recorder.pools)) == 1
 
 
-def test_what_does_not_fit_into_memory_is_called():
+def test_without_memory_for_a_recording_all_are_given_back(recorder):
     attempts = []
 
-    def too_large(*_: Any) -> Any:
-        attempts.append(1)
-        raise torch.cuda.OutOfMemoryError
+    def record(function: Any, inputs: Any, pool: Any) -> Any:
+        attempts.append(inputs)
+        if len(inputs[0]) > 3:
+            raise torch.cuda.OutOfMemoryError
+        return recorder(function, inputs, pool)
 
-    recordings = Recordings(too_large, object)
-    for _ in range(10):
+    recordings = Recordings(record, object)
+    for _ in range(3):
         run(recordings, torch.zeros(3))
-    assert len(attempts) == 1
+    assert recorder.replayed == 1
+    for _ in range(10):
+        run(recordings, torch.zeros(4))
+        run(recordings, torch.zeros(5))
+    assert len(attempts) == 2
+    run(recordings, torch.zeros(3))
+    assert recorder.replayed == 1
 
 
 def test_forms_that_come_and_go_are_not_recorded_again_and_again(monkeypatch, recordings, recorder):
