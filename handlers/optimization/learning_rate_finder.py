@@ -15,6 +15,7 @@ from diptych._summaries import Summarized
 from diptych.engine.data.loader_contract import has_position
 from diptych.engine.distributed.collectives import all_reduce_sum, world_size
 from diptych.engine.random_state import preserved_random_state
+from diptych.engine.state.references import other_optimizers
 from diptych.engine.trainer import Trainer
 from diptych.handlers.reports.curves import draw_chart, svg
 
@@ -93,12 +94,20 @@ def find_learning_rate(
         steps: updates, >= 3; a loader with fewer batches is repeated.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or the trainer's functions or its step use an
+            optimizer of their own, which would not be searched.
     """
     if not 0 < start < end or not math.isfinite(end):
         raise ValueError(f"start and end must be rates with 0 < start < end, got {start} and {end}")
     if steps < 3:
         raise ValueError(f"steps must be >= 3, got {steps}")
+    others = ", ".join(type(one).__name__ for one in other_optimizers(trainer))
+    if others:
+        raise ValueError(
+            "trainer must have all of its parameters in one optimizer for a search, got another, "
+            f"{others}, at an event or in the step, whose rate would not rise. Hold both in a "
+            "CompositeOptimizer, or search before the function is added"
+        )
     parts: list[Any] = [trainer.model, trainer.loss, trainer.optimizer]
     states = [copy.deepcopy(part.state_dict()) for part in parts]
     if has_position(loader):

@@ -8,9 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from ignite.engine import Events
 from torch import nn
 
-from diptych.engine import SeededLoader, Trainer, TrainStep, tasks
+from diptych.engine import (
+    CompositeOptimizer,
+    SeededLoader,
+    StepEvents,
+    Trainer,
+    TrainStep,
+    tasks,
+)
 from diptych.handlers import GradientClipping, find_learning_rate
 from tests.handlers.runs import Squares, kept_records, loader, make_trainer
 
@@ -202,3 +210,34 @@ def test_a_loader_behind_a_wrapper_is_restored_too():
     find_learning_rate(make_trainer(), Wrapper(inner), steps=3)
 
     assert inner.state_dict() == before
+
+
+class Alternating(TrainStep):
+    """A step with an optimizer of its own for the head."""
+
+    head: torch.optim.Optimizer
+
+    def update(self) -> None:
+        super().update()
+        self.head.step()
+
+
+@pytest.mark.parametrize("place", ["function", "method", "step"])
+def test_an_optimizer_beside_the_trainers_is_refused_and_not_left_out_of_the_search(place):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    body, head = (torch.optim.SGD(part.parameters(), lr=0.1) for part in model)
+    step = {"step": Alternating} if place == "step" else {}
+    trainer = Trainer(model, nn.CrossEntropyLoss(), body, task=tasks.classification, **step)
+    if place == "step":
+        trainer._process_function.head = head
+    elif place == "function":
+        trainer.add_event_handler(StepEvents.OPTIMIZER_STEPPED, lambda _: head.step())
+    else:
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, head.step)
+
+    with pytest.raises(ValueError, match=r"got another, SGD, .* Hold both in a CompositeOptimizer"):
+        find_learning_rate(trainer, loader(), steps=3)
+
+    both = CompositeOptimizer(body, head)
+    trainer = Trainer(model, nn.CrossEntropyLoss(), both, task=tasks.classification)
+    assert len(find_learning_rate(trainer, loader(), steps=3).rates) == 3
