@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from ignite.engine import Engine, Events
@@ -14,7 +13,7 @@ from diptych.engine.distributed.collectives import world_size
 from diptych.engine.errors import ResumeError
 from diptych.engine.events import StepEvents
 from diptych.engine.loop.dispatcher import Dispatcher, selects_iterations
-from diptych.engine.loop.left_event import LeftEvent, named, returned
+from diptych.engine.loop.left_event import named, returned
 
 STEP = "step"
 """The name under which a step that has raised is noted."""
@@ -48,7 +47,7 @@ class ContinuedEvents(Dispatcher):
         # The names of the events that an exception has left, each with those of its handlers that
         # had returned; and the step, or the loader, that has raised.
         self._stopped_at: dict[str, tuple[str, ...]] = {}
-        self._left: LeftEvent | None = None  # an event of an epoch's end, which checkpoints hold
+        self._left: str | None = None  # the one at an epoch's end, if it or its log was left
         self._stop_flags: tuple[Any, Any] = (False, False)
         self._failed = False
         self._refusal: str | None = None
@@ -156,28 +155,14 @@ class ContinuedEvents(Dispatcher):
 
     def _fire_published(self, event: Any, published: Any) -> None:
         """Fire the two events of an epoch's end; if one of them was left, continue with it."""
-        if self._left is None or self._left.event != published.name:
-            with self._continued(event):
-                self._fire_completed(event)
-        with self._continued(published):
-            self._fire_completed(published)
-
-    @contextmanager
-    def _continued(self, event: Any) -> Iterator[None]:
-        """Leave out handlers that returned before the event was left; note where it is left now."""
-        before, self._left = self._left, None
-        done = before.done if before is not None and before.event == event.name else ()
-        listeners = self._listeners.get(event, [])
-        self._skipped = named(listeners, done)
-        self._raised.clear()
-        try:
-            yield
-        except BaseException:
-            left = returned(listeners, self._raised)
-            self._left = LeftEvent(event.name, done if left is None else left)
-            raise
-        finally:
-            self._skipped = frozenset()
+        left, self._left = self._left, None
+        for one in (published,) if left == published.name else (event, published):
+            self._raised.clear()
+            try:
+                self._fire_completed(one)
+            except BaseException:
+                self._left = one.name
+                raise
 
     def _call_step(self, batch: Any) -> Any:
         """Call the step with a batch; after an exception behind its update, for what is left."""

@@ -80,11 +80,11 @@ class PositionedEvents(ContinuedEvents):
 
         The next `run` continues it. None also where a state cannot hold what is left.
         """
-        name, stopped = Events.ITERATION_COMPLETED.name, dict(self._stopped_at)
+        name, stopped = self._left or Events.ITERATION_COMPLETED.name, dict(self._stopped_at)
         evaluated = stopped.pop(EvaluationEvents.EVALUATED.name, ())
-        if stopped.keys() == {name}:
-            return LeftEvent(name, stopped[name], evaluated)
-        return self._left and self._left._replace(evaluated=evaluated)
+        if self._left or stopped.keys() == {name}:
+            return LeftEvent(name, stopped.get(name, ()), evaluated)
+        return None
 
     def _move_to(self, position: Position) -> None:
         self._position = position
@@ -174,10 +174,12 @@ class PositionedEvents(ContinuedEvents):
 
     def _restore_left(self, state: Mapping[str, Any] | None) -> None:
         """Restore the event that was left; a run that was to end before ends after it."""
-        left = left_event(state)
         self._stop_flags = (state.get("terminate", False) if state else False, False)
-        self._left = None if left is None or left.in_iteration else left
-        if left is not None and left.evaluated:
+        left = left_event(state)
+        if left is None:
+            return
+        self._left = None if left.in_iteration else left.event
+        if left.evaluated:
             self._stopped_at[EvaluationEvents.EVALUATED.name] = left.evaluated
-        if left is not None and left.in_iteration:
+        if left.in_iteration or left.done:  # else what precedes an epoch's end is still to be logged
             self._stopped_at[left.event] = left.done
