@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -44,17 +46,44 @@ EXPECTED = (
     *(CheckpointError, LostRankError, ResumeError, ImportError, OSError, TypeError, ValueError),
 )
 
+UNREAD = 141
+"""The shell's code of a program that SIGPIPE has ended."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run a command; end quietly if what reads its output, such as `head`, has ended.
 
     Args:
         arguments: the command's name and its arguments; None: those of the process.
 
     Returns:
         The exit code: 0, 1 if a comparison found a difference, 2 if the input is unusable, 130
-        after Ctrl-C.
+        after Ctrl-C, 141 if the output is no longer read.
     """
+    try:
+        return _command(arguments)
+    except BrokenPipeError:
+        if not _is_unread():
+            raise
+        return UNREAD
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # which the interpreter would report at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_unread() -> bool:
+    """Return whether nothing reads stdout or stderr: other pipes can break too."""
+    if not hasattr(select, "poll"):
+        return True
+    poll = select.poll()
+    for stream in (1, 2):
+        poll.register(stream, 0)  # no event but an error
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _command(arguments: Sequence[str] | None) -> int:
     if arguments is None and isinstance(sys.stdout, TextIOWrapper):
         # The name of a file may have bytes that are no text.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -67,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return _run(name, rest)
+    except BrokenPipeError:
+        raise
     except EXPECTED as error:
         text = _explained(error)
         if text is None:

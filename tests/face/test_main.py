@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from importlib import import_module
 
 import pytest
@@ -49,6 +52,33 @@ def test_an_interrupted_command_ends_without_a_traceback(
     monkeypatch.setattr("diptych.commands.info.run", interrupted)
     assert main(["info"]) == 130
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_command_whose_reader_has_ended_ends_without_a_message(unbuffered: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    printing = "import sys\nfrom diptych.__main__ import main\nsys.exit(main(['--help']))"
+
+    done = subprocess.run(
+        [sys.executable, "-c", printing],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        check=False,
+    )
+
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141 if unbuffered else 0, b"")
+
+
+def test_another_pipe_that_breaks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("diptych.commands.info.run", broken)
+    with pytest.raises(BrokenPipeError):
+        main(["info"])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
