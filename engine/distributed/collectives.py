@@ -62,6 +62,21 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     return result
 
 
+_host_groups: dict[str, Any] = {}
+
+
+def maxima(*numbers: int) -> tuple[int, ...]:
+    """Return the maxima of numbers over ranks, exchanged between hosts: no device is waited for."""
+    if world_size() == 1:
+        return numbers
+    if _host_groups.get("world") is not dist.group.WORLD:  # it is collective, as this call is
+        group = dist.new_group(backend="gloo", timeout=exchange_timeout())
+        _host_groups.update(world=dist.group.WORLD, group=group)
+    values = torch.tensor(numbers, dtype=torch.int64)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=_host_groups["group"])
+    return tuple(values.tolist())
+
+
 def check_same_on_all_ranks(what: str, words: Sequence[str]) -> None:
     """Check that all ranks hold the same words in the same order.
 

@@ -140,16 +140,14 @@ def _report_unlabelled(loss: nn.Module, outputs: Mapping[str, Tensor]) -> None:
             )
 
 
-def report_skipped(loss: nn.Module, iteration: int) -> None:
-    """Log, on rank 0, that a batch is skipped."""
-    least = minimum_batch(loss)
+def report_skipped(lacking: str, iteration: int) -> None:
+    """Log, on rank 0, that a batch is skipped, with the samples that it lacks."""
     if rank() == 0:
         logger.warning(
-            "The batch of iteration %d has fewer samples than the %d that %s needs: it is skipped "
-            "(train/skipped_batches).",
+            "The batch of iteration %d has fewer samples than %s: it is skipped "
+            "(trainer.skipped_batches).",
             iteration,
-            max(least, 2),
-            "the model's batch normalisation" if least == 1 else type(loss).__name__,
+            lacking,
         )
 
 

@@ -9,9 +9,7 @@ import torch
 from ignite.engine import Events
 from torch import nn
 
-from diptych.engine.data.batches import batch_size
 from diptych.engine.events import EvaluationEvents, StepEvents
-from diptych.engine.forward_faults import SingleSampleError
 from diptych.engine.loop.continued_events import STEP
 from diptych.engine.loop.event_loop import EventLoop
 from diptych.engine.metrics.metrics_collector import MetricsCollector
@@ -26,8 +24,7 @@ class ExactSteps(EventLoop):
     """An `EventLoop` whose steps update weights, and are continued exactly after an exception.
 
     A step that raises before its update is undone, and repeated by the next `run`. An update that
-    was made counts, and the rest of its iteration is done then. A batch of a single sample, which
-    batch normalisation cannot normalise, is skipped in a single process unless it is the first.
+    was made counts, and the rest of its iteration is done then.
     """
 
     model: nn.Module
@@ -73,18 +70,9 @@ class ExactSteps(EventLoop):
             self._snapshot.take()
         try:
             return super()._call_step(batch)
-        except BaseException as error:
+        except BaseException:
             self._judge_step(self._snapshot)
-            step = self._process_function
-            if not (isinstance(step, TrainStep) and self._is_left_over(batch, error)):
-                raise
-            del self._stopped_at[STEP]
-            return step.skipped()
-
-    def _is_left_over(self, batch: Any, error: BaseException) -> bool:
-        """Return whether a batch that has raised is what is left of a pass, a single sample."""
-        is_single = isinstance(error, SingleSampleError) and batch_size(batch) == 1
-        return is_single and self.state.iteration > 1
+            raise
 
     def _judge_step(self, snapshot: StepSnapshot) -> None:
         """Undo a step that has raised before its update; let one after its update count."""

@@ -16,11 +16,10 @@ from typing import Any
 
 import attrs
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from diptych.engine.data.batches import batch_size
-from diptych.engine.distributed.collectives import exchange_timeout
+from diptych.engine.distributed.collectives import maxima
 from diptych.engine.errors import BatchError
 from diptych.engine.modules import SavedBuffers
 from diptych.engine.random_state import (
@@ -47,7 +46,6 @@ class PieceCounter:
     """
 
     agreed: bool = attrs.field(kw_only=True)
-    _group: Any = attrs.field(default=None, init=False)
 
     def count(self, samples: int, size: int) -> int:
         """Return the number of pieces of at most `size` samples; more if another rank needs more.
@@ -62,18 +60,14 @@ class PieceCounter:
         own = max(1, -(-samples // size))  # a rank without samples takes part too
         if not self.agreed:
             return own
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo", timeout=exchange_timeout())
-        largest = torch.tensor([own, -samples])
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group)
-        pieces, fewest = largest.tolist()
+        pieces, fewest = maxima(own, -samples)
         if -fewest < pieces:
             raise BatchError(
                 f"each rank of a sharded model must have a sample for each of {pieces} pieces of "
                 f"at most {size}, got {-fewest} on one. Split the batch equally, or set a larger "
                 "microbatch_size."
             )
-        return int(pieces)
+        return pieces
 
 
 @attrs.define(eq=False)

@@ -37,11 +37,13 @@ from diptych.engine.step.loss_contract import (
     couples_samples,
     is_too_small,
     loss_terms,
+    minimum_batch,
     optional,
     sample_mean_of,
     sum_of_terms,
 )
 from diptych.engine.step.microbatch import GradientCache, PieceCounter, join_outputs
+from diptych.engine.step.single_samples import SingleSamples
 from diptych.engine.tasks import Outputs, Task, check_outputs
 from diptych.engine.trainer_parts import check_needs_no_closure
 
@@ -112,7 +114,7 @@ class TrainStep:
         self.cuda_graphs = uses_cuda_graphs(self.device, how=settings.compile)
         self.to_device = mover(self.device, prefetch=settings.prefetch)
         self.average = GradientAverage(lambda: (self.model, self.loss))
-        self._unscaled = False
+        self._unscaled, self._lacking = False, ""
         self._output: StepOutput | None = None
         self._is_cut = False
         self.unfinished: StepOutput | None = None
@@ -120,6 +122,7 @@ class TrainStep:
         self._early: AbstractContextManager[None] | None = None
         self._known, self._buffers = known_parameters(), known_buffers()
         self._constrained = KnownParts(constrained)
+        self._single = SingleSamples(self.device)
         self._piece_counter = PieceCounter(agreed=has_shards(trainer.model))
 
     def __call__(self, trainer: Any, batch: Any) -> StepOutput:
@@ -127,7 +130,7 @@ class TrainStep:
         if self.unfinished is None:
             self._output = self._ready_to_update(trainer, batch)
             if self._output is None:
-                return self.skipped()
+                return self._skipped()
             self.update()
             self.unfinished = self._output
         elif self._is_cut:
@@ -140,12 +143,13 @@ class TrainStep:
     def _ready_to_update(self, trainer: Any, batch: Any) -> StepOutput | None:
         """Compute the gradients, up to their event; return the result of the update.
 
-        None: the global batch is too small for the loss.
+        None: the global batch is too small for the loss, or a rank's for the model.
         """
         batch = self.transformed(self.to_device(batch))
         size = batch_size(batch)
         self._ranks, self._early = world_size(), None
-        if is_too_small(self.loss, size, lambda: self._announced_early(batch)):
+        self._lacking = self._too_small_for(batch, size)
+        if self._lacking:
             return None
         self.clear_gradients()
         if self._ranks > 1:
@@ -155,12 +159,24 @@ class TrainStep:
         trainer.fire_event(StepEvents.GRADIENTS_READY)
         return StepOutput(value, terms, size)
 
-    def skipped(self) -> StepOutput:
+    def _too_small_for(self, batch: Any, size: int) -> str:
+        """Return the samples that a batch lacks, and for what; "" if it has enough."""
+        if is_too_small(self.loss, size, lambda: self._announced_early(batch)):
+            return f"the {minimum_batch(self.loss)} that {type(self.loss).__name__} needs"
+        least = size // -(-size // (self.microbatch_size or size)) if size else 0
+        first = self._trainer.state.iteration <= 1
+        if self._single.is_left(self.model, self.forward, batch, least, first=first):
+            return "the 2 that the model's batch normalisation needs" + (
+                " on each rank" if self._ranks > 1 else ""
+            )
+        return ""
+
+    def _skipped(self) -> StepOutput:
         """Count a batch that is too small; return the last output, of no sample."""
         trainer = self._trainer
         trainer.skipped_batches += 1
         if trainer.skipped_batches == 1:
-            report_skipped(self.loss, trainer.state.iteration)
+            report_skipped(self._lacking, trainer.state.iteration)
         found: Any = trainer.state.output
         nothing = StepOutput(torch.zeros((), device=self.device), {}, 0)
         last = found if isinstance(found, StepOutput) else nothing

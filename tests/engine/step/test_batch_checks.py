@@ -235,6 +235,82 @@ def test_the_global_batch_decides_and_all_ranks_decide_alike(ranks: Ranks) -> No
                 torch.testing.assert_close(one, parameter.detach(), rtol=1e-10, atol=1e-12)
 
 
+def with_norm(norm: nn.Module, loss: nn.Module, **settings: Any) -> Trainer:
+    torch.manual_seed(0)
+    model = TwoTower().double()
+    model.image.extend([nn.Dropout(0.3), norm.double()])
+    return trainer_of(model, loss.double(), **settings)
+
+
+class OverPixels(nn.BatchNorm1d):
+    """A batch norm that gets several numbers a channel from one sample."""
+
+    def forward(self, value: Tensor) -> Tensor:
+        return super().forward(value[:, :, None] + torch.arange(2)).mean(2)
+
+
+class Distance(nn.Module):
+    """A mean over samples, without a second pass in micro-batches."""
+
+    couples_samples = False
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        return (image - text).square().mean()
+
+
+def share(batch: dict[str, Tensor], on_last: int) -> dict[str, Tensor]:
+    """Return the last samples on the last rank, and the others on the first."""
+    cut = len(batch["image"]) - on_last
+    return {key: value[cut:] if rank() else value[:cut] for key, value in batch.items()}
+
+
+def normalised_on_ranks(loss: type[nn.Module], size: int | None) -> tuple[int, list[Any]]:
+    """Run with and without a batch of which rank 1 has a single sample; return what is left."""
+    torch.manual_seed(3)
+    batches, found = [share(paired(8), 4), share(paired(5), 1), share(paired(8), 4)], []
+    for each in (batches[::2], batches):
+        trainer = with_norm(nn.BatchNorm1d(4), loss(), microbatch_size=size)
+        trainer.run(each, max_epochs=2)
+        found.append(trainer.model.state_dict())
+    return trainer.skipped_batches, found
+
+
+def errors_on_ranks() -> tuple[list[str], int]:
+    """Return the errors of runs of which a batch can neither be normalised nor be skipped."""
+    messages = []
+    for norm, size, sizes in (
+        (nn.BatchNorm1d(4), None, [1, 4]),  # the first batch
+        (nn.BatchNorm1d(4), 2, [4, 3]),  # a piece of a sample, and one of two
+        (OverPixels(4), None, [1, 4, 1]),  # no error
+    ):
+        trainer = with_norm(norm, CLIPLoss(), microbatch_size=size)
+        try:
+            trainer.run([share(paired(4 + each), each) for each in sizes])
+        except BatchError as error:
+            messages.append(str(error))
+    return messages, trainer.skipped_batches
+
+
+def test_ranks_skip_a_batch_of_which_one_has_a_sample_that_cannot_be_normalised(
+    ranks: Ranks,
+) -> None:
+    for loss, size in ((CLIPLoss, None), (CLIPLoss, 2), (Distance, None), (Distance, 2)):
+        for skipped, (without, found) in ranks.run(normalised_on_ranks, [(loss, size)] * 2):
+            assert skipped == 2
+            assert all(value.equal(without[name]) for name, value in found.items())
+
+
+def test_a_sample_that_ranks_can_neither_normalise_nor_skip_is_an_error_on_all(
+    ranks: Ranks,
+) -> None:
+    for index, (messages, skipped) in enumerate(ranks.run(errors_on_ranks, [()] * 2)):
+        where = ("on another rank", "on this rank")[index]
+        assert len(messages) == 2
+        assert all("must have 2 samples or more on every rank" in text for text in messages)
+        assert all(f"got one of a single sample {where}. Raise" in text for text in messages)
+        assert skipped == 0
+
+
 def test_a_batch_without_names_that_holds_nan_is_not_called_finite(caplog):
     bad, odd = torch.full((4, 2), math.nan), torch.zeros(4).to(torch.float8_e4m3fn)
     check_first_batch(nn.MSELoss(), {"features": bad, "codes": odd}, ([odd, bad], odd))
