@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,14 +9,12 @@ import attrs
 from ignite.engine import Events
 
 from diptych.engine.checks import is_whole
-from diptych.engine.distributed.collectives import rank
 from diptych.engine.events import RunEvents
+from diptych.engine.loop.event_loop import EventLoop
 from diptych.engine.loop.position import planned_iterations
 
 if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer
-
-logger = logging.getLogger(__name__)
 
 
 def is_cadence(every: object) -> bool:
@@ -43,7 +40,8 @@ def call_every(
     A run that `max_iters` ends inside an epoch calls it at its end too.
     """
     if every == "epoch":
-        trainer.add_event_handler(Events.STARTED, OwnedFunction(function, report_endless))
+        waits = OwnedFunction(function, EventLoop.waits_for_epoch)
+        trainer.add_event_handler(Events.STARTED, waits)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, function)
         trainer.add_event_handler(RunEvents.EPOCH_CUT, function)
     else:
@@ -112,16 +110,3 @@ def call_in_short_runs(trainer: Trainer, method: Callable[[Any], object], event:
             trainer.every(period, OwnedFunction(method, call), event)
 
     trainer.add_event_handler(Events.STARTED, OwnedFunction(method, start))
-
-
-def report_endless(trainer: Trainer, handler: object) -> None:
-    """Log, at the start of a run, that a handler waits for an epoch that may never end."""
-    state = trainer.state
-    if state.max_iters is not None and state.epoch_length is None and rank() == 0:
-        name = getattr(handler, "key", None) or getattr(handler, "__name__", type(handler).__name__)
-        logger.warning(
-            "%s acts at the end of each epoch, and the %s has no length.\nIf it is endless, pass "
-            "epoch_length= to run, or every=<iterations> to the handler.",
-            name,
-            type(state.dataloader).__name__,
-        )

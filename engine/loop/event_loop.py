@@ -15,6 +15,7 @@ from diptych.engine.data.loader_contract import length_of
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import ResumeError
 from diptych.engine.events import ITERATION_EVENTS, MetricsEvents, Outcome, RunEvents, StepEvents
+from diptych.engine.handler import contract_of
 from diptych.engine.loop.continued_events import FETCH, STEP
 from diptych.engine.loop.limits import check_limits, epoch_length_of, lengths_differ, report_waiting
 from diptych.engine.loop.position import Phase, Position
@@ -66,6 +67,7 @@ class EventLoop(PositionedEvents):
         self._misjudged: Any = None  # the loader whose wrong length was logged
         self._has_default_length = False  # whether `run` was given no limit
         self._limits: dict[str, int | None] = {}  # the arguments of `run`
+        self._waiting: list[str] = []  # the handlers that wait for the end of an epoch
 
     # -- starting a run --------------------------------------------------------------------------
 
@@ -233,11 +235,6 @@ class EventLoop(PositionedEvents):
         return self._epoch_counts and self._is_long_enough
 
     @property
-    def _is_cut(self) -> bool:
-        """Whether the run has all of its iterations, and the running epoch has not."""
-        return self._reached_max_iters and not self._is_long_enough
-
-    @property
     def _reached_max_iters(self) -> bool:
         limit = self.state.max_iters
         return limit is not None and bool(self.state.iteration >= limit)
@@ -279,7 +276,12 @@ class EventLoop(PositionedEvents):
         self._has_default_length = False
         ends = state.epoch_length is not None or self.batches.pass_length is not None
         if state.max_iters is not None and not ends:
-            report_waiting(self.listeners, state.max_iters)
+            report_waiting(self.listeners, self._waiting, state.max_iters)
+        self._waiting.clear()
+
+    def waits_for_epoch(self, handler: object) -> None:
+        """Note at `STARTED` that a handler waits for the end of an epoch, which may never come."""
+        self._waiting.append(contract_of(handler).key)
 
     def _continue_events(self) -> None:
         """Call the handlers that an exception has left of the events at this position."""
@@ -299,8 +301,7 @@ class EventLoop(PositionedEvents):
     @property
     def _is_to_stop(self) -> bool:
         """Whether a handler has asked to end the run or the epoch."""
-        asked = self.should_terminate or self.should_interrupt or self.should_terminate_single_epoch
-        return bool(asked)
+        return self._stopped() or bool(self.should_terminate_single_epoch)
 
     def _finish(self, started: float) -> None:
         if self._left or not self._stopped():  # an end that was left is continued first
@@ -385,7 +386,7 @@ class EventLoop(PositionedEvents):
             if self._has_ended:
                 self._rewind_whole_pass()
                 return True
-            if state.max_iters is not None and self._is_cut:
+            if self._reached_max_iters and not self._is_long_enough:
                 return False
             if self._position.phase is not BEFORE_STEP:
                 self._fetch()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -70,18 +70,22 @@ def lengths_differ(first: int | None, second: int | None) -> bool:
     return None not in {first, second} and first != second
 
 
-def report_waiting(listeners: Iterable[Listener], max_iters: int) -> None:
-    """Log the functions and foreign handlers that wait for an epoch's end that may never come.
+def report_waiting(listeners: Iterable[Listener], handlers: Sequence[str], max_iters: int) -> None:
+    """Log what waits for an epoch's end that may never come.
 
-    The library's handlers (those that declare `changes`) report themselves, with their keys.
+    Args:
+        listeners: all listeners; functions and foreign handlers at the end of an epoch are named.
+        handlers: the keys of waiting handlers that declare `changes`, which know it themselves.
+        max_iters: the iterations of the run.
     """
     ends = (Events.EPOCH_COMPLETED, MetricsEvents.EPOCH_PUBLISHED)
     waiting = [one for one in listeners if one.event in ends]
     foreign = [one.name for one in waiting if not hasattr(type(one.owner), "changes")]
-    if foreign:
+    names = dict.fromkeys((*handlers, *foreign))
+    if names:
         logger.warning(
             "The loader has no length, so with max_iters=%d no epoch may end. These handlers "
             "wait for one: %s.\nPass epoch_length= to run, or every=<iterations> to them.",
             max_iters,
-            ", ".join(dict.fromkeys(foreign)),
+            ", ".join(names),
         )

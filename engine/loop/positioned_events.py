@@ -181,5 +181,7 @@ class PositionedEvents(ContinuedEvents):
         self._left = None if left.in_iteration else left.event
         if left.evaluated:
             self._stopped_at[EvaluationEvents.EVALUATED.name] = left.evaluated
-        if left.in_iteration or left.done:  # else what precedes an epoch's end is still to be logged
+        if (
+            left.in_iteration or left.done
+        ):  # else what precedes an epoch's end is still to be logged
             self._stopped_at[left.event] = left.done

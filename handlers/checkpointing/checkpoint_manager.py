@@ -21,7 +21,7 @@ from diptych.engine.state.resume_changes import WhenChanged
 from diptych.engine.trainer import Trainer
 from diptych.engine.trials.trial import Trial
 from diptych.handlers.argument_checks import Mode, one_of, usual_mode
-from diptych.handlers.cadence import call_before_first_batch, is_cadence, report_endless
+from diptych.handlers.cadence import call_before_first_batch, is_cadence
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
 from diptych.handlers.checkpointing.checkpoint_writer import CheckpointWriter
 from diptych.handlers.checkpointing.directory_saver import DirectorySaver, is_safe
@@ -267,7 +267,7 @@ class CheckpointManager(Handler):
         if trainer.state.iteration == 0:
             self._saver.start_over()
         if self.every == "epoch":
-            report_endless(trainer, self)
+            trainer.waits_for_epoch(self)
         limits = resume_limits(trainer, epochs_only=self.every == "epoch")
         if limits is not None and rank() == 0:
             logger.warning("%s", limits)

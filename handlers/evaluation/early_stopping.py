@@ -14,7 +14,7 @@ from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.engine.handler import Change, Handler
 from diptych.engine.trainer import Trainer
 from diptych.handlers.argument_checks import Mode, improves, not_negative, one_of, usual_mode
-from diptych.handlers.cadence import call_before_first_batch, report_endless
+from diptych.handlers.cadence import call_before_first_batch
 from diptych.handlers.evaluation.watched_metric import (
     is_evaluated,
     missing_metric,
@@ -121,7 +121,7 @@ class EarlyStopping(Handler):
 
     def _start(self, trainer: Trainer) -> None:
         if not is_evaluated(trainer, self.metric):
-            report_endless(trainer, self)
+            trainer.waits_for_epoch(self)
         if trainer.state.iteration and not self._has_memory:  # it joins a run, and starts fresh
             self._judged = len(published_values(trainer, self.metric))
         if self.stopped:
