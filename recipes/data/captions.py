@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,17 +11,12 @@ import attrs
 
 from diptych.recipes.data.json_captions import read_json
 from diptych.recipes.data.rows import DataError, Listing, Problem, Row, listing, split_named
-from diptych.recipes.data.text_tables import Columns, is_image_name, read_text
+from diptych.recipes.data.text_tables import Columns, is_image_name, read_text, without_comments
 
 MOST_BYTES = 1_000_000_000
 """The largest caption file that is read."""
 METADATA = ("metadata.jsonl", "metadata.csv")
 """The files in a folder of images that list its captions, as in Hugging Face's imagefolder."""
-MARKS = {
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
 
 
 def read_captions(path: Path, *, columns: Columns = (None, None)) -> Listing:
@@ -30,8 +25,8 @@ def read_captions(path: Path, *, columns: Columns = (None, None)) -> Listing:
     The layout is recognised by the content, whatever the file's name: COCO's `captions_*.json`,
     Karpathy's `dataset_*.json`, records in JSON or JSON lines, captions by image, Flickr8k's
     `captions.txt` and `Flickr8k.token.txt`, Flickr30k's `results.csv`, and CSV, TSV and
-    semicolon-separated files with or without a header. UTF-8 and UTF-16 are read, with any line
-    ends.
+    semicolon-separated files with or without a header. UTF-8, UTF-16 and UTF-32 are read, with any
+    line ends; comments (`# ...`) at the beginning are not.
 
     Args:
         path: the file.
@@ -40,7 +35,7 @@ def read_captions(path: Path, *, columns: Columns = (None, None)) -> Listing:
     Raises:
         DataError: if the file cannot be read, or its layout is unknown.
     """
-    text = decoded(path)
+    text = without_comments(decoded(path), columns)
     if text.lstrip()[:1] in {"{", "["}:
         return read_json(path, text, columns)
     return read_text(path, text, columns)
@@ -99,7 +94,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def decoded(path: Path) -> str:
-    """Return the text of a file, in UTF-8 or UTF-16.
+    """Return the text of a file, in UTF-8, UTF-16 or UTF-32.
 
     Raises:
         DataError: if it is too large, cannot be read, or is in another encoding.
@@ -112,19 +107,11 @@ def decoded(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {reason}. Check the path.") from error
     if size > MOST_BYTES:
         raise DataError(f"{path} must have at most {MOST_BYTES:,} bytes, got {size:,}. Split it.")
-    encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), None)
     try:
-        return data.decode(encoding or _without_mark(data))
+        return data.decode(json.detect_encoding(data))
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise DataError(
-            f"{path} must be in UTF-8 or UTF-16, got other bytes on line {line}. Save it as UTF-8."
+            f"{path} must be in UTF-8, UTF-16 or UTF-32, got other bytes on line {line}. Save "
+            "it as UTF-8."
         ) from error
-
-
-def _without_mark(data: bytes) -> str:
-    """Return the encoding of a text without a byte order mark."""
-    first = data[:4]
-    if len(first) == 4 and first[1] == first[3] == 0 and first[0]:
-        return "utf-16-le"
-    return "utf-16-be" if len(first) == 4 and first[0] == first[2] == 0 and first[1] else "utf-8"

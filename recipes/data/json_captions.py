@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from diptych.recipes.data.text_tables import (
     IMAGE,
     LABEL,
     Columns,
+    caption_columns,
     captions_in,
     is_image_name,
     lines_of,
@@ -115,7 +117,13 @@ def _karpathy_rows(path: Path, images: Sequence[Any]) -> Iterator[Row | Problem]
         folder, split = _text(one.get("filepath")), split_named(_text(one.get("split")))
         image = f"{folder}/{name}" if folder else name
         for index, sentence in enumerate(sentences):
-            yield Row(f"{where}.sentences[{index}]", image, _text(sentence), split=split)
+            yield Row(f"{where}.sentences[{index}]", image, _sentence(sentence), split=split)
+
+
+def _sentence(value: Any) -> str:
+    """Return the text of a sentence; of one without, its words."""
+    words = value.get("tokens") if isinstance(value, Mapping) else None
+    return _text(value) or (" ".join(map(_text, words)) if _is_list(words) else "")
 
 
 def _rows_by_image(
@@ -132,8 +140,8 @@ def _table(whole: Mapping[str, Any], columns: Columns) -> list[Any] | None:
     """Return the records of an object with a list for each column, or an object, as in pandas."""
     lists = {name: [*p.values()] if isinstance(p, Mapping) else p for name, p in whole.items()}
     find = _finder(lists)
-    image, said = find(columns[0], IMAGE), find(columns[1], (*CAPTION, *LABEL))
-    if not (_is_list(image) and _is_list(said) and len(image) == len(said)):
+    image, said = find(columns[0], IMAGE), _said(lists, columns) or [find(None, LABEL)]
+    if not (_is_list(image) and all(_is_list(one) and len(one) == len(image) for one in said)):
         return None
     parts = {name: p for name, p in lists.items() if _is_list(p) and len(p) == len(image)}
     return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
@@ -173,7 +181,8 @@ def _record(where: str, record: Any, columns: Columns, split: str = "") -> Itera
     find = _finder(record)
     image, label = _name(find(columns[0], IMAGE)), _text(find(None, LABEL))
     split = split_named(_text(find(None, ("split",)))) or split
-    for caption in captions_in(find(columns[1], CAPTION)):
+    said = [one for one in _said(record, columns) if _is_list(one) or _text(one)] or [""]
+    for caption in itertools.chain.from_iterable(map(captions_in, said)):
         yield Row(where, image, _text(caption), label, split)
 
 
@@ -197,9 +206,16 @@ def _finder(record: Mapping[str, Any]) -> Callable[[str | None, Sequence[str]], 
 def _is_record(record: Any, columns: Columns) -> bool:
     if not isinstance(record, Mapping):
         return False
-    find = _finder(record)
-    said = find(columns[1], CAPTION) if columns[1] else find(None, (*CAPTION, *LABEL))
-    return bool(_name(find(columns[0], IMAGE))) and said is not None
+    find, said = _finder(record), _said(record, columns)
+    if columns[1] is None:
+        said = [*said, find(None, LABEL)]
+    return bool(_name(find(columns[0], IMAGE))) and any(one is not None for one in said)
+
+
+def _said(record: Mapping[str, Any], columns: Columns) -> list[Any]:
+    """Return the values of a record that are captions, or lists of them."""
+    values = list(record.values())
+    return [values[index] for index in caption_columns(list(record), columns[1])]
 
 
 def _key(value: Any) -> str:

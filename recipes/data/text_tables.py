@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -41,16 +41,24 @@ SUFFIXES = frozenset(
     ]
 )
 """The suffixes of image files, in lower case."""
-TOO_LONG = "the row has more columns than the header: put captions with commas in quotes"
+TOO_LONG = "the row has more columns than the first one: put captions with a {} in quotes"
 TOO_SHORT = "the row has fewer columns than the file's other rows"
 SEPARATORS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
 TOKENS = re.compile(r"(?P<image>[^\t]+)#\d+\t(?P<caption>.*)")
 """A line of Flickr8k.token.txt: `1000268201_693b08cb0e.jpg#0<TAB>A child in a pink dress ...`."""
+SEPARATOR = re.compile(r'"?sep=([\t,;|])"?', re.IGNORECASE)
+"""The first line in which Excel names the separator: `sep=;`."""
+NUMBER = re.compile(r"[\s_.-]*\d+$")
+"""The number of one of several columns of captions: `caption_1`, `caption_2`."""
+LEADING = re.compile(r"[ \t]*(#[^\r\n]*)?(\r\n|\n|\r)")
+"""An empty line, or one that may be a comment."""
 BARS = "| "
 LISTED = re.compile(r"\s*\[\s*[\"']")
 """The beginning of a list of texts."""
 COLUMNS = 8
 """The most columns that a message lists."""
+LINES = 100
+"""The most lines of a caption in quotes, so that a stray quotation mark costs little."""
 
 Columns = tuple[str | None, str | None]
 """The names of the image column and the caption column; None: recognised."""
@@ -65,13 +73,14 @@ class _Form:
         header: whether the first line names the columns.
         width: the number of columns of the first line.
         image: the index of the image's column; the others may be missing.
+        captions: those of the captions.
     """
 
     separator: str
     header: bool
     width: int
     image: int
-    caption: int | None = None
+    captions: Sequence[int] = ()
     label: int | None = None
     split: int | None = None
 
@@ -88,16 +97,42 @@ def read_text(path: Path, text: str, columns: Columns) -> Listing:
     Raises:
         DataError: if it has no columns of images and captions, or is not valid CSV.
     """
-    first = next((line for _, line in lines_of(path, text)), "")
+    first = _first(path, text)
+    named = SEPARATOR.fullmatch(first)
+    if named:
+        text = text.replace(first, "", 1)  # the other lines keep their numbers
+        first = _first(path, text)
     if columns == (None, None):
         if TOKENS.fullmatch(first):
             return listing("Flickr8k.token.txt", _token_rows(path, text))
         if "".join(first.split()).lower() == "image_name|comment_number|comment":
             return listing("Flickr30k results.csv", _bar_rows(path, text))
-    form = _form(path, first, columns)
+    form = _form(path, first, columns, named[1] if named else SEPARATORS)
     read = _tabbed if form.separator == "\t" else _quoted
     found = (row for cells in read(path, text, form) for row in _rows(form, *cells))
     return listing(form.layout, found)
+
+
+def _first(path: Path, text: str) -> str:
+    return next((line for _, line in lines_of(path, text)), "")
+
+
+def without_comments(text: str, columns: Columns) -> str:
+    """Return a text with empty lines in place of the comments (`# ...`) at its beginning.
+
+    A header may begin with "#", and so may the name of an image.
+    """
+    position, count = 0, 0
+    while (match := LEADING.match(text, position)) and _is_comment(match[1] or "", columns):
+        position, count = match.end(), count + 1
+    return "\n" * count + text[position:]
+
+
+def _is_comment(line: str, columns: Columns) -> bool:
+    if any(_with_header(separator, _cells(line, separator), columns) for separator in SEPARATORS):
+        return False
+    names_image = any(suffix in line.lower() for suffix in SUFFIXES)
+    return line[1:2] in {"", " ", "\t", "#"} or not names_image
 
 
 def is_image_name(name: str) -> bool:
@@ -132,13 +167,13 @@ def lines_of(path: Path, text: str) -> Iterator[tuple[str, str]]:
             yield f"{path.name}:{number}", line
 
 
-def _form(path: Path, first: str, columns: Columns) -> _Form:
+def _form(path: Path, first: str, columns: Columns, separators: Iterable[str]) -> _Form:
     """Recognise the columns from the first line.
 
     Raises:
         DataError: if there is no column of images, or none that a flag has named.
     """
-    split_up = {separator: _cells(first, separator) for separator in SEPARATORS}
+    split_up = {separator: _cells(first, separator) for separator in separators}
     for separator, cells in split_up.items():
         form = _with_header(separator, cells, columns)
         if form is not None:
@@ -166,18 +201,33 @@ def _cells(line: str, separator: str) -> list[str]:
 
 
 def _with_header(separator: str, cells: Sequence[str], columns: Columns) -> _Form | None:
-    names = [cell.strip().strip('"').lower() for cell in cells]
+    names = [cell.strip().lstrip("# ").strip('"').lower() for cell in cells]
 
     def index(asked: str | None, known: Sequence[str]) -> int | None:
         wanted = known if asked is None else [asked.strip().lower()]
         return next((names.index(name) for name in wanted if name in names), None)
 
-    image, caption = index(columns[0], IMAGE), index(columns[1], CAPTION)
-    label = index(None, LABEL)
-    said = caption if columns[1] or label is None else label
-    if image is None or said is None:
+    image, label = index(columns[0], IMAGE), index(None, LABEL)
+    captions = caption_columns(names, columns[1])
+    if image is None or not (captions or (label is not None and columns[1] is None)):
         return None
-    return _Form(separator, True, len(cells), image, caption, label, index(None, ("split",)))
+    return _Form(separator, True, len(cells), image, captions, label, index(None, ("split",)))
+
+
+def caption_columns(names: Sequence[str], asked: str | None) -> list[int]:
+    """Return the indices of the columns of captions: of one, or of `caption_1`, `caption_2`, ...
+
+    Args:
+        names: of the columns.
+        asked: the name that a flag has; None: the first known one.
+    """
+    names = [name.strip().lower() for name in names]
+    if asked and asked.strip().lower() in names:
+        return [names.index(asked.strip().lower())]
+    bases = [NUMBER.sub("", name) for name in names]
+    wanted = CAPTION if asked is None else [asked.strip().lower()]
+    name = next((name for name in wanted if name in bases), None)
+    return [index for index, base in enumerate(bases) if base == name]
 
 
 def _without_header(path: Path, separator: str, cells: Sequence[str]) -> _Form | None:
@@ -200,21 +250,35 @@ def _without_header(path: Path, separator: str, cells: Sequence[str]) -> _Form |
             f"caption in each, got {_listed(cells)}. Put captions with a "
             f"{SEPARATORS[separator]} in quotes."
         )
-    return _Form(separator, False, len(cells), image, caption=said[0], split=split)
+    return _Form(separator, False, len(cells), image, said, split=split)
 
 
 def _tabbed(path: Path, text: str, form: _Form) -> Iterator[tuple[str, list[str]]]:
-    r"""Yield the cells of lines separated by tabs; quotes count only around a whole cell."""
-    for number, (where, line) in enumerate(lines_of(path, text)):
-        if number or not form.header:
-            yield where, [_unquoted(cell) for cell in line.split(form.separator)]
+    """Yield the cells of lines separated by tabs; quotes count only around a whole cell."""
+    lines = list(lines_of(path, text))
+    number = int(form.header)
+    while number < len(lines):
+        where, line = lines[number]
+        cells, read = line.split("\t"), 1
+        if any(cell.startswith('"') for cell in cells):
+            following = [one for _, one in lines[number : number + LINES]]
+            cells, read = _in_quotes(following, form.width) or (cells, 1)
+        yield where, cells
+        number += read
 
 
-def _unquoted(cell: str) -> str:
-    """Return a cell without the quotation marks that a program has put around it."""
-    inner = cell.strip()[1:-1]
-    quoted = len(cell.strip()) > 1 and cell.strip()[0] == cell.strip()[-1] == '"'
-    return inner.replace('""', '"') if quoted and '"' not in inner.replace('""', "") else cell
+def _in_quotes(lines: Sequence[str], width: int) -> tuple[list[str], int] | None:
+    """Return the cells of a record with cells in quotes, and its lines; None if it is none.
+
+    A record has at most one line that looks like a whole record: `"` may begin a caption too.
+    """
+    reader = csv.reader((f"{line}\n" for line in lines), delimiter="\t", strict=True)
+    with suppress(csv.Error):
+        cells, read = next(reader), reader.line_num
+        whole = sum(line.count("\t") == width - 1 for line in lines[:read])
+        if len(cells) <= width and whole <= 1:
+            return cells, read
+    return None
 
 
 def _quoted(path: Path, text: str, form: _Form) -> Iterator[tuple[str, list[str]]]:
@@ -228,7 +292,7 @@ def _quoted(path: Path, text: str, form: _Form) -> Iterator[tuple[str, list[str]
         io.StringIO(text, newline=""),
         delimiter=form.separator,
         strict=True,
-        skipinitialspace=f"{form.separator} " in next(lines_of(path, text))[1],
+        skipinitialspace=f"{form.separator} " in _first(path, text),
     )
     try:
         for cells in reader:
@@ -252,13 +316,15 @@ def _rows(form: _Form, where: str, cells: Sequence[str]) -> Iterator[Row | Probl
         return "" if index is None or index >= len(cells) else cells[index].strip()
 
     if len(cells) > form.width:
-        yield Problem(where, TOO_LONG, shortened(", ".join(cells)))
-    elif len(cells) <= max(form.image, form.caption or 0):
+        kind = TOO_LONG.format(SEPARATORS[form.separator])
+        yield Problem(where, kind, shortened(", ".join(cells)))
+    elif len(cells) <= max(form.image, *form.captions[:1], 0):
         yield Problem(where, TOO_SHORT, shortened(form.separator.join(cells)))
     else:
         split = split_named(cell(form.split))
-        for caption in captions_in(cell(form.caption)):
-            yield Row(where, cell(form.image), caption, cell(form.label), split)
+        for text in [one for one in map(cell, form.captions) if one] or [""]:
+            for caption in captions_in(text):
+                yield Row(where, cell(form.image), caption, cell(form.label), split)
 
 
 def captions_in(value: Any) -> list[Any]:

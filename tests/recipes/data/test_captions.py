@@ -86,6 +86,29 @@ def test_the_splits_of_karpathy_are_kept_and_restval_is_for_training(tmp_path):
         (" \nimage,caption\na.jpg,one\n", [("a.jpg", "one")]),
         ("a.jpg,0,one\na.jpg,1,two\n", [("a.jpg", "one"), ("a.jpg", "two")]),
         ("7\tval\tone\ta.jpg\n", [("a.jpg", "one")]),
+        ('image\tcaption\na.jpg\t"one\ntwo"\n', [("a.jpg", "one\ntwo")]),
+        (
+            'caption\tfile\n"one\n\ntwo\tthree"\ta.jpg\nfour\tb.jpg\n',
+            [("a.jpg", "one\ntwo\tthree"), ("b.jpg", "four")],
+        ),
+        ('a.jpg\t"one\nb.jpg\ttwo"\n', [("a.jpg", '"one'), ("b.jpg", 'two"')]),
+        ("image,caption_1,caption_2\na.jpg,one,two\n", [("a.jpg", "one"), ("a.jpg", "two")]),
+        ("Text 2;Text 10;File\n;two;a.jpg\n;;b.jpg\n", [("a.jpg", "two"), ("b.jpg", "")]),
+        ("image,caption,caption\na.jpg,one,two\n", [("a.jpg", "one"), ("a.jpg", "two")]),
+        (
+            '{"image": "a.jpg", "caption_1": "one", "caption_2": null, "caption_3": ["two"]}',
+            [("a.jpg", "one"), ("a.jpg", "two")],
+        ),
+        ("sep=;\r\nimage;caption\r\na.jpg;one, two\r\n", [("a.jpg", "one, two")]),
+        ('"SEP=;"\none, two;a.jpg\n', [("a.jpg", "one, two")]),
+        ("# of the farm\n#2020, Ann\n\nimage,caption\na.jpg,#1\n", [("a.jpg", "#1")]),
+        ("#image\tcaption\n#1.jpg\tone\n", [("#1.jpg", "one")]),
+        ("#1.jpg,one\n#2.jpg,two\n", [("#1.jpg", "one"), ("#2.jpg", "two")]),
+        ('# one\n{"a.jpg": "one"}\n', [("a.jpg", "one")]),
+        (
+            '{"images": [{"filename": "a.jpg", "sentences": [{"tokens": ["a", "cat", 3]}]}]}',
+            [("a.jpg", "a cat 3")],
+        ),
         (
             '{"images": [{"id": "7", "file_name": "a.jpg"}], '
             '"annotations": [{"image_id": 7, "caption": "one"}]}',
@@ -99,7 +122,9 @@ def test_variants_of_separators_quotes_line_ends_and_columns_are_read(tmp_path, 
     assert all(row.where.startswith("captions.csv:") for row in read_captions(path).rows)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-le"]
+)
 def test_encodings_give_the_same_rows(tmp_path, encoding):
     path = written(tmp_path, "image,caption\ncafé.jpg,ein Café\n".encode(encoding))
 

@@ -59,7 +59,7 @@ def test_every_problem_is_counted_and_shown_with_file_and_line(images, broken):
         "6 of 14 rows cannot be used:",
         "  1: the row has fewer columns than the file's other rows",
         "      broken.csv:14: red.png",
-        "  1: the row has more columns than the header: put captions with commas in quotes",
+        "  1: the row has more columns than the first one: put captions with a comma in quotes",
         "      broken.csv:15: red.png, a, b",
         "  1: the file is missing",
         "      broken.csv:10: gone.png: 'x'",
