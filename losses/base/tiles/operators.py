@@ -282,10 +282,10 @@ def _kept(whole: Tensor, batch: GlobalBatch) -> Tensor:
 
 
 def _fake_contrast(*flat: Any) -> tuple[Tensor, ...]:
-    total, kept = _fake_sigmoid_contrast(*flat)
-    blocks, _, settings, _ = TiledLossArguments.restored(flat)
-    lines = blocks.anchors.shape[0] * (1 + settings.symmetric)
-    return total, total.new_empty(lines, 3), kept
+    blocks, _, settings, batch = TiledLossArguments.restored(flat)
+    (rows, size), scale = blocks.anchors.shape, blocks.scale
+    kept = blocks.anchors.new_empty((batch.total, size) if batch.world_size > 1 else (0,))
+    return torch.empty_like(scale), scale.new_empty(rows * (1 + settings.symmetric), 3), kept
 
 
 @_replayed_on_one_rank
@@ -367,54 +367,47 @@ def _of_rank(
     dtype = given.blocks.anchors.dtype
     if loss.blocks.candidates is None:
         return anchors.to(dtype), candidates.to(dtype), scale / 2, bias
-    candidates = backend.candidate_gradients(loss.batch.scatter(candidates), loss.blocks)
+    candidates = backend.finished(loss.batch.scatter(candidates), loss.blocks.piece, loss.blocks)
     return anchors.to(dtype), candidates.to(dtype), scale, bias
 
 
 @_replayed_on_one_rank
 def _sigmoid_contrast(*flat: Any) -> tuple[Tensor, ...]:
-    """Return the summed loss and, over several ranks, all candidates [m, D]."""
+    """Return the summed loss and its gradients by this rank's logits.
+
+    They do not wait for sums of lines, so both come from one product.
+    """
     given = TiledLossArguments.restored(flat)
     with _on_device(given.blocks.anchors):
-        _, loss = _taken(given)
-        whole = _gathered(loss)
-        (total,) = _part(_sigmoid_sum, loss, whole)
-    return total, _kept(whole, loss.batch)
+        loss = _taken(given)[1]
+        return _part(_sigmoid_gradients, loss, _gathered(loss))
 
 
-def _sigmoid_sum(whole: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    """Return the summed loss of this rank's logits."""
+def _sigmoid_gradients(whole: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     blocks, entries, settings, _ = TiledLossArguments.restored(flat)
-    return (_backend(blocks).sigmoid_sum(blocks, entries, whole=whole, rows=settings.rows),)
+    backend = _backend(blocks)
+    total, gradients = backend.sigmoid_gradients(blocks, entries, whole=whole, rows=settings.rows)
+    return total, *_without_none(gradients)
 
 
 def _fake_sigmoid_contrast(*flat: Any) -> tuple[Tensor, ...]:
-    blocks, _, _, batch = TiledLossArguments.restored(flat)
-    kept = (batch.total, blocks.anchors.shape[1]) if batch.world_size > 1 else (0,)
-    return blocks.scale.new_empty(()), blocks.anchors.new_empty(kept)
+    loss = TiledLossArguments.restored(flat)
+    scale, (rows, size) = loss.blocks.scale, loss.blocks.anchors.shape
+    total, of_scale, of_bias = (torch.empty_like(scale) for _ in range(3))
+    of_sides = scale.new_empty(rows, size), scale.new_empty(loss.columns, size)
+    return total, *of_sides, of_scale, of_bias
 
 
-@_replayed_on_one_rank
-def _sigmoid_contrast_gradient(weight: Tensor, whole: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+def _sigmoid_contrast_gradient(
+    weight: Tensor, rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor, *flat: Any
+) -> tuple[Tensor, ...]:
     """Return `weight` times the gradients of the summed loss: anchors, candidates, scale, bias."""
     given = TiledLossArguments.restored(flat)
     with _on_device(given.blocks.anchors):
         backend, loss = _taken(given)
-        found = _part(_sigmoid_gradients, loss, weight, whole)
+        anchors = backend.finished(rows * weight, loss.blocks.anchors, loss.blocks)
+        found = anchors, columns * weight, scale * weight, bias * weight
         return _of_rank(backend, found, loss, given)
-
-
-def _sigmoid_gradients(weight: Tensor, kept: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    """Return `weight` times the gradients by this rank's logits."""
-    loss = TiledLossArguments.restored(flat)
-    gradients = _backend(loss.blocks).sigmoid_gradients(
-        loss.blocks,
-        loss.entries,
-        whole=_all_candidates(kept, loss),
-        weight=weight,
-        rows=loss.settings.rows,
-    )
-    return _without_none(gradients)
 
 
 def _fake_gradients(weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -480,6 +473,6 @@ def _registered(function: Any, fake: Any, gradient: Any, outputs: int) -> Any:
 _OPERATORS = {
     _contrast: _registered(_contrast, _fake_contrast, _contrast_gradient, 3),
     _sigmoid_contrast: _registered(
-        _sigmoid_contrast, _fake_sigmoid_contrast, _sigmoid_contrast_gradient, 2
+        _sigmoid_contrast, _fake_sigmoid_contrast, _sigmoid_contrast_gradient, 5
     ),
 }

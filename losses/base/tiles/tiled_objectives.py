@@ -1,8 +1,10 @@
 """Tiled objectives: `contrast` and `sigmoid_contrast` in memory linear in the batch.
 
 They equal the objectives of `diptych.losses.base.objectives` in value and gradient. They hold one
-block of the n x m logits at a time, and the backward computes the blocks again. Both are custom
-operators, which `torch.compile` keeps whole and which are differentiable once.
+block of the n x m logits at a time. `contrast` needs the sums of whole lines before it can compute
+a gradient, so its backward computes the blocks again; `sigmoid_contrast` does not, and computes
+both from one block. Both are custom operators, which `torch.compile` keeps whole and which are
+differentiable once.
 
 Two parts of a loss are linear in the logits: the mean over a group's positives, and label
 smoothing. They equal an anchor times a mean of candidates and are added outside the blocks, which

@@ -373,14 +373,10 @@ def _direction_gradient(
     return torch.where(group, -pulls, gradient, out=gradient)
 
 
-def sigmoid_sum(
-    blocks: LossBlocks,
-    entries: Entries,
-    *,
-    whole: Tensor,
-    rows: int,
-) -> Tensor:
-    """Return the sum of softplus(-z * logit), z = +1 for a positive, else -1.
+def sigmoid_gradients(
+    blocks: LossBlocks, entries: Entries, *, whole: Tensor, rows: int
+) -> tuple[Tensor, BlockGradients]:
+    """Return the sum of softplus(-z * logit), z = +1 for a positive, else -1, and its gradients.
 
     Args:
         blocks: Factors of the logits [n, m].
@@ -388,32 +384,18 @@ def sigmoid_sum(
         whole: The candidates of all ranks, [m, D].
         rows: Rows of a block.
     """
-    total = torch.zeros_like(blocks.scale)
-    for block, values, _ in blocks.by_rows(rows, whole):
+    gradients, total = BlockGradients.zeros(blocks, whole), torch.zeros_like(blocks.scale)
+    for block, values, spare in blocks.by_rows(rows, whole):
         _negate_positives(values, entries, block)
-        total -= F.logsigmoid(values.neg_()).sum()  # softplus turns linear for large values
-    return total
-
-
-def sigmoid_gradients(
-    blocks: LossBlocks,
-    entries: Entries,
-    *,
-    whole: Tensor,
-    weight: Tensor,
-    rows: int,
-) -> BlockGradients:
-    """Return `weight` times the gradients of `sigmoid_sum`."""
-    gradients = BlockGradients.zeros(blocks, whole)
-    for block, values, _ in blocks.by_rows(rows, whole):
-        _negate_positives(values, entries, block)
+        # softplus turns linear for large values
+        total -= F.logsigmoid(torch.neg(values, out=spare)).sum()
         _negate_positives(values.sigmoid_(), entries, block)
-        gradients.add(blocks, whole, block, values, weight)
-    return gradients
+        gradients.add(blocks, whole, block, values, torch.ones_like(total))
+    return total, gradients
 
 
-def candidate_gradients(total: Tensor, blocks: LossBlocks) -> Tensor:  # noqa: ARG001 - as in `triton_blocks`
-    """Return the gradient of this rank's candidates from their part of `BlockGradients`."""
+def finished(total: Tensor, features: Tensor, blocks: LossBlocks) -> Tensor:  # noqa: ARG001
+    """Return the gradient of features from what the blocks summed up for them: here the same."""
     return total
 
 

@@ -78,7 +78,7 @@ _Sides = tuple[TensorDescriptor, TensorDescriptor]
 
 _Launch = Callable[[_Chunk, _Sides, TensorDescriptor, Tensor], None]
 """Launches a kernel that writes the gradient of a chunk of logits [height, width] to the third
-argument and adds each tile's gradients of scale and bias to the fourth, [2, tiles]."""
+argument and adds each tile's gradients of scale and bias, and loss, to the fourth, [3, tiles]."""
 
 
 class _KernelProblem:
@@ -298,60 +298,49 @@ def contrast_gradients(
         arguments = (terms, *of_columns, gradient, sums)
         problem.tiles(kernels.contrast_gradient, _TILE, chunk, sides, *arguments, BOTH=columns)
 
-    return _gradients(problem, launch, rows)
-
-
-def sigmoid_sum(
-    blocks: LossBlocks,
-    entries: Entries,
-    *,
-    whole: Tensor,
-    rows: int,  # noqa: ARG001 - memory does not depend on it
-) -> Tensor:
-    """Return the sum of softplus(-z * logit), z = +1 for a positive, else -1."""
-    problem = _at_norm(blocks, entries, whole)
-    total = torch.zeros_like(blocks.scale)
-    height = _rounded_up(max(_CHUNK_ROWS, _FORWARD_LOGITS // problem.m))
-    for chunk in problem.chunks(height, _FORWARD_COLUMNS):
-        down, across = chunk.tiles()
-        sums = total.new_zeros(down * across)
-        sides = _sides(problem.blocks.anchors[chunk.rows], whole[chunk.columns])
-        problem.tiles(kernels.sigmoid_losses, _TILE, chunk, sides, sums)
-        total += sums.sum()
-    return total
+    return _gradients(problem, launch, rows, finish=True)[0]
 
 
 def sigmoid_gradients(
-    blocks: LossBlocks,
-    entries: Entries,
-    *,
-    whole: Tensor,
-    weight: Tensor,
-    rows: int,
-) -> BlockGradients:
-    """Return `weight` times the gradients of `sigmoid_sum`, as in `torch_blocks`."""
-    problem = _KernelProblem(blocks, entries, whole, unit=blocks.normalize)
+    blocks: LossBlocks, entries: Entries, *, whole: Tensor, rows: int
+) -> tuple[Tensor, BlockGradients]:
+    """Return the sum of softplus(-z * logit), and its gradients, as in `torch_blocks`.
+
+    Those of the features are without the scale, and of normalised features: see `finished`.
+    """
+    problem = _at_norm(blocks, entries, whole)
 
     def launch(chunk: _Chunk, sides: _Sides, gradient: TensorDescriptor, sums: Tensor) -> None:
-        arguments = (weight, gradient, sums, sums.shape[1])
+        arguments = (gradient, sums, sums.shape[1])
         problem.tiles(kernels.sigmoid_gradient, _TILE, chunk, sides, *arguments)
 
-    return _gradients(problem, launch, rows)
+    gradients, total = _gradients(problem, launch, rows, finish=False)
+    return total, gradients
 
 
-def _gradients(problem: _KernelProblem, launch: _Launch, rows: int) -> BlockGradients:
-    """Return the gradients of features and scalars from those of the logits, chunk by chunk."""
+def _gradients(
+    problem: _KernelProblem, launch: _Launch, rows: int, *, finish: bool
+) -> tuple[BlockGradients, Tensor]:
+    """Return the gradients of features and scalars from those of the logits, and the summed loss.
+
+    Args:
+        problem: The arguments of the kernels.
+        launch: Launches the kernel for a chunk.
+        rows: A chunk holds as many logits as so many rows have.
+        finish: Whether to finish the rows' gradients; otherwise they are totals.
+    """
     anchors, candidates, scale, _, _ = problem.blocks
-    row_gradients = torch.empty_like(anchors)
     new = scale.new_empty if problem.n else scale.new_zeros
+    row_gradients = torch.empty_like(anchors) if finish else new(anchors.shape)
     column_total = None if candidates is None else new(problem.whole.shape)
     sums = _add_chunks(problem, launch, row_gradients, column_total, rows)
-    return BlockGradients(row_gradients, column_total, *(one.sum() for one in sums))
+    scale_gradient, bias_gradient, total = sums.sum(1).unbind()
+    return BlockGradients(row_gradients, column_total, scale_gradient, bias_gradient), total
 
 
-def candidate_gradients(total: Tensor, blocks: LossBlocks) -> Tensor:
-    """Return the gradient of this rank's candidates, as in `torch_blocks`."""
-    return feature_gradients(total, blocks.piece, blocks.scale, normalize=blocks.normalize)
+def finished(total: Tensor, features: Tensor, blocks: LossBlocks) -> Tensor:
+    """Return the gradient of features, as in `torch_blocks`."""
+    return feature_gradients(total, features, blocks.scale, normalize=blocks.normalize)
 
 
 def _add_chunks(
@@ -363,39 +352,54 @@ def _add_chunks(
 ) -> Tensor:
     """Write the rows' gradients and the columns' total, and return the sums of the tiles.
 
-    A chunk holds as many logits as `rows` rows have. Features are normalised chunk by chunk too,
-    candidates only if they are those of this rank; normalised rows are kept in the memory of their
-    gradients until those are written.
+    The rows' gradients are totals in float32, or in the features' dtype finished. A chunk holds as
+    many logits as `rows` rows have. Features are normalised chunk by chunk too, candidates only if
+    they are those of this rank; normalised rows are kept in the memory of their gradients until
+    those are written.
     """
     anchors, _, scale, _, normalize = problem.blocks
+    finish = row_gradients.dtype == anchors.dtype
     late = normalize and problem.whole is problem.blocks.piece
     height = min(_CHUNK_ROWS, _rounded_up(max(problem.n, 1)))
     width = min(_rounded_up(max(rows * problem.m // height, 1)), _rounded_up(problem.m))
     down, across = _Chunk(0, 0, height, width).tiles()
-    sums = scale.new_zeros(2, down * across)
+    sums = scale.new_zeros(3, down * across)
     memory = anchors.new_empty(height, width, dtype=torch.bfloat16)
-    row_total = scale.new_empty(min(height, problem.n), anchors.shape[1])
+    buffer = scale.new_empty(min(height, problem.n) if finish else 0, anchors.shape[1])
     spare = anchors.new_empty(width if late else 0, anchors.shape[1])
     for chunk in problem.chunks(height, width):
-        gradient, total = memory[: chunk.height, : chunk.width], row_total[: chunk.height]
-        features, done = anchors[chunk.rows], row_gradients[chunk.rows]
-        left, right = features, problem.whole[chunk.columns]
-        given = []
-        if normalize:
-            left = done
-            given = [(features, left)] if chunk.column == 0 else []
-        if late:
-            raw, right = right, spare[: chunk.width]
-            given.append((raw, right))
-        _normalize(given)
+        gradient = memory[: chunk.height, : chunk.width]
+        done = row_gradients[chunk.rows]
+        total = buffer[: chunk.height] if finish else done
+        left, right = _multiplied(problem, chunk, done, spare)
         written = TensorDescriptor.from_tensor(gradient, [_TILE["ROWS"], _TILE["COLUMNS"]])
         launch(chunk, _sides(left, right), written, sums)
         _add_product(total, gradient, right, first=chunk.column == 0)
         if column_total is not None:
             _add_product(column_total[chunk.columns], gradient.T, left, first=chunk.row == 0)
-        if chunk.column + chunk.width == problem.m:
+        if finish and chunk.column + chunk.width == problem.m:
+            features = anchors[chunk.rows]
             feature_gradients(total, features, scale, normalize=normalize, out=done)
     return sums
+
+
+def _multiplied(
+    problem: _KernelProblem, chunk: _Chunk, rows: Tensor, spare: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return a chunk's anchors and candidates as they are multiplied.
+
+    Anchors that are to be normalised are written to `rows`, with the first columns; candidates to
+    `spare` unless that is empty.
+    """
+    left, right = problem.blocks.anchors[chunk.rows], problem.whole[chunk.columns]
+    if not problem.blocks.normalize:
+        return left, right
+    given = [(left, rows)] if chunk.column == 0 else []
+    if len(spare):
+        given.append((right, spare[: chunk.width]))
+        right = spare[: chunk.width]
+    _normalize(given)
+    return rows, right
 
 
 def feature_gradients(

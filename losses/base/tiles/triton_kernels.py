@@ -523,44 +523,15 @@ def _softplus(values):
 
 
 @triton.jit
-def sigmoid_losses(
-    anchors, candidates, description, row_groups, column_groups,
-    row, column, height, width, n, m, scale, bias, sums,
-    WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr,
-    BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
-):
-    """Add the sum of each tile's losses to sums."""
-    down, across, rows, columns = _place(row, column, height, width, BAND, ROWS, COLUMNS)
-    special = _special(
-        row + down * ROWS, column + across * COLUMNS, n, m, description, ITSELF, GROUP, ROWS,
-        COLUMNS,
-    )
-    total = _products(
-        anchors, candidates, down * ROWS, across * COLUMNS, WIDTH, ROWS, COLUMNS, STEP
-    )
-    logits = total * tl.load(scale) + tl.load(bias)
-    if special:
-        positive, _, _ = _entries(
-            rows, columns, n, m, description, row_groups, column_groups, ITSELF, GROUP
-        )
-        values = _softplus(tl.where(positive, -logits, logits))
-        values = tl.where((rows < n)[:, None] & (columns < m)[None, :], values, 0.0)
-        loss = tl.sum(values)
-    else:
-        loss = tl.sum(_softplus(logits))
-    _add(sums, loss)
-
-
-@triton.jit
 def sigmoid_gradient(
     anchors, candidates, description, row_groups, column_groups,
-    row, column, height, width, n, m, scale, bias, weight, gradient, sums, slots,
+    row, column, height, width, n, m, scale, bias, gradient, sums, slots,
     WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr,
     BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):
-    """Write the gradient of a chunk of logits; add those of scale and bias to sums [2, slots].
+    """Write the gradient of a chunk of logits; add those of scale and bias, and the loss, to sums.
 
-    weight: 0-dim, of the loss.
+    sums: [3, slots].
     """
     down, across, rows, columns = _place(row, column, height, width, BAND, ROWS, COLUMNS)
     special = _special(
@@ -575,13 +546,16 @@ def sigmoid_gradient(
         positive, _, _ = _entries(
             rows, columns, n, m, description, row_groups, column_groups, ITSELF, GROUP
         )
+        inside = (rows < n)[:, None] & (columns < m)[None, :]
         signs = tl.where(positive, -1.0, 1.0)
-        values = signs * _sigmoid(signs * logits) * tl.load(weight)
-        values = tl.where((rows < n)[:, None] & (columns < m)[None, :], values, 0.0)
+        loss = tl.sum(tl.where(inside, _softplus(signs * logits), 0.0))
+        values = tl.where(inside, signs * _sigmoid(signs * logits), 0.0)
         scale_sum, bias_sum = tl.sum(values * total), tl.sum(values)
     else:
-        values = _sigmoid(logits) * tl.load(weight)
+        loss = tl.sum(_softplus(logits))
+        values = _sigmoid(logits)
         scale_sum, bias_sum = tl.sum(values * total), tl.sum(values)
     _add(sums, scale_sum)
     _add(sums + slots, bias_sum)
+    _add(sums + 2 * slots, loss)
     gradient.store([down * ROWS, across * COLUMNS], values.to(tl.bfloat16))
