@@ -42,6 +42,7 @@ from diptych.engine.metrics.metrics_collector import MetricsCollector
 from diptych.engine.modules import TrainingModes
 from diptych.engine.optimizers.optimizer_modes import put_into_training_mode
 from diptych.engine.settings import Precision, TrainerSettings, Units
+from diptych.engine.state.handler_states import was_stopped_early
 from diptych.engine.state.rank_agreement import check_ranks_agree
 from diptych.engine.state.references import checked_optimizers
 from diptych.engine.state.run_identity import RunIdentity
@@ -516,6 +517,8 @@ class Trainer(Summarized, ExactSteps):
             self._snapshot.find()
         self._modes.remember()
         self._modes.train()
+        if self.state.iteration and was_stopped_early(self):
+            self.terminate()
         self._modes.report_resting()
         self._untrained.start()
         report_last_batch(self.loss, self.state.dataloader, "it is skipped, without an update")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ignite.handlers import Checkpoint
+from ignite.handlers import Checkpoint, EarlyStopping
 from ignite.metrics import Metric
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,6 +30,8 @@ from diptych.engine.state.references import (
 )
 from diptych.engine.state.run_parts import RunParts
 
+logger = logging.getLogger(__name__)
+
 
 def attached(trainer: RunParts) -> list[Any]:
     """Return every object whose functions the trainer's events call, each once, in order.
@@ -47,6 +50,20 @@ def attached(trainer: RunParts) -> list[Any]:
     every = (*trainer.handlers, *owners, *behind)
     found = {id(item): item for item in every}
     return [item for key, item in found.items() if key not in {id(part) for part in own}]
+
+
+def was_stopped_early(trainer: RunParts) -> bool:
+    """Return whether Ignite's `EarlyStopping` has ended the run, as its memory says; log it."""
+    for one in attached(trainer):
+        ended = isinstance(one, EarlyStopping) and one.trainer is trainer
+        if ended and one.counter >= one.patience:
+            logger.warning(
+                "Ignite's EarlyStopping ends the run again: its score has not improved for %d "
+                "values. To continue, raise its patience.",
+                one.counter,
+            )
+            return True
+    return False
 
 
 def stateful_handlers(trainer: RunParts) -> dict[str, Stateful]:

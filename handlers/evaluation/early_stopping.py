@@ -40,8 +40,8 @@ class EarlyStopping(Handler):
     of them in a row end the run too.
 
     A stopped run stays stopped. If it is continued, also from a checkpoint, it ends before its next
-    iteration and logs a warning, unless `reset()` was called. A run that starts over starts with an
-    empty memory.
+    iteration and logs a warning, unless `patience` was raised or `reset()` was called. A run that
+    starts over starts with an empty memory.
 
     Event: `MetricsEvents.LOGGED`, `EPOCH_PUBLISHED` and `CUT_PUBLISHED`; `RunEvents.RESTORE` to
         forget an earlier run; `Events.STARTED` to stay stopped; a run's first
@@ -124,10 +124,12 @@ class EarlyStopping(Handler):
             trainer.waits_for_epoch(self)
         if trainer.state.iteration and not self._has_memory:  # it joins a run, and starts fresh
             self._judged = len(published_values(trainer, self.metric))
+        if 0 < self.waited < self.patience:  # the script has raised it
+            self.stopped = False
         if self.stopped:
             logger.warning(
                 "EarlyStopping ends the run again: %s has not improved on %s for %d values. To "
-                "continue, call its reset().",
+                "continue, raise its patience, or call its reset().",
                 self.metric,
                 self.best,
                 self.waited,

@@ -8,7 +8,8 @@ import signal
 
 import pytest
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
+from ignite.handlers import EarlyStopping as IgnitesEarlyStopping
 from torch.utils.data import DataLoader
 
 from diptych.engine import CheckpointError, MetricsEvents
@@ -83,6 +84,34 @@ def test_a_run_that_early_stopping_ends_is_saved_and_stays_stopped(tmp_path, cap
     assert iterations == [18, 18]
     assert saved_iterations(tmp_path) == [18]
     assert "ends the run again" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["trainer", "evaluator", "attached"])
+@pytest.mark.parametrize("manager_first", [True, False])
+def test_a_run_that_ignites_early_stopping_ends_stays_stopped(
+    tmp_path, caplog, where, manager_first
+):
+    epochs = []
+    for patience in (2, 2, 3, 3):
+        trainer, evaluator = make_trainer(), Engine(lambda *_: None)
+        manager = CheckpointManager(tmp_path, every=100)
+        if manager_first:
+            trainer.attach(manager)
+        stopping = IgnitesEarlyStopping(patience, lambda _, t=trainer: -t.state.epoch, trainer)
+        if where == "trainer":
+            trainer.add_event_handler(Events.EPOCH_COMPLETED, stopping)
+        else:
+            trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda _, e=evaluator: e.run([0]))
+        if where == "evaluator":
+            evaluator.add_event_handler(Events.COMPLETED, stopping)
+        elif where == "attached":  # it forgets when a run starts
+            stopping.attach(evaluator, reset_engine=trainer)
+        if not manager_first:
+            trainer.attach(manager)
+        trainer.run(make_loader(), max_epochs=6)
+        epochs.append(trainer.state.epoch)
+    assert epochs == [3, 3, 4, 4]
+    assert caplog.text.count("Ignite's EarlyStopping ends the run again") == 2
 
 
 def test_the_last_weights_are_kept_if_the_loader_has_no_positions(tmp_path):

@@ -16,6 +16,7 @@ import attrs
 import pytest
 import torch
 from ignite.engine import Engine, EventEnum, Events
+from ignite.handlers import EarlyStopping
 from torch import nn
 
 from diptych.engine import RunEvents, StepEvents, Trainer, tasks
@@ -137,6 +138,16 @@ def terminate_and_run_again(make: Make) -> object:
     for _ in range(2):
         engine.run(data, max_epochs=2)
     return batches
+
+
+@difference("stopped-early", stock=3, ours=2)
+def stop_early_and_run_again(make: Make) -> object:
+    engine = make()
+    stopping = EarlyStopping(patience=1, score_function=lambda _: 0.0, trainer=engine)
+    engine.add_event_handler(Events.EPOCH_COMPLETED, stopping)
+    for _ in range(2):
+        engine.run([1], max_epochs=4)
+    return engine.state.epoch
 
 
 @difference("another-loader", stock=[1, 2, 4, 5, 6], ours="ResumeError")

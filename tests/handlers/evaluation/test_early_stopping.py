@@ -172,6 +172,13 @@ def test_a_stopped_run_stays_stopped_when_it_is_resumed(caplog):
     assert (resumed.state.epoch, again.best) == (4, 0.4)
 
 
+def test_a_stopped_run_continues_with_more_patience_until_that_ends():
+    trainer, stopping = make_stopped((0.3, 0.1, 0.2, 0.1, 0.9))
+    stopping.patience = 3
+    trainer.run(make_loader(), max_epochs=5)
+    assert (trainer.state.epoch, stopping.waited, stopping.stopped) == (4, 3, True)
+
+
 def test_a_resumed_run_stops_where_the_uninterrupted_one_does():
     values = (0.3, 0.1, 0.2, 0.9)
     trainer = make_trainer()
