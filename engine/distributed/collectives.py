@@ -1,10 +1,9 @@
-"""Collectives of a run: broadcasts of modules and buffers, sums, checks of agreement."""
+"""Collectives of a run: broadcasts of modules and buffers, sums."""
 
 from __future__ import annotations
 
-import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -75,29 +74,6 @@ def maxima(*numbers: int) -> tuple[int, ...]:
     values = torch.tensor(numbers, dtype=torch.int64)
     dist.all_reduce(values, op=dist.ReduceOp.MAX, group=_host_groups["group"])
     return tuple(values.tolist())
-
-
-def check_same_on_all_ranks(what: str, words: Sequence[str]) -> None:
-    """Check that all ranks hold the same words in the same order.
-
-    Args:
-        what: the name of the words, for the message.
-        words: this rank's.
-
-    Raises:
-        RuntimeError: on all ranks, if they differ; it lists this rank's.
-    """
-    if world_size() == 1:
-        return
-    digest = float(zlib.crc32("\n".join(words).encode()))
-    extremes = torch.tensor([digest, -digest], dtype=torch.float64, device=exchange_device())
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-    highest, lowest = extremes.tolist()
-    if highest != -lowest:
-        raise RuntimeError(
-            f"{what} must be the same on all ranks, in the same order, got "
-            f"{', '.join(words) or 'none'} on rank {rank()} and others elsewhere"
-        )
 
 
 def exchange_device() -> torch.device:

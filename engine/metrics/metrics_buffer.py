@@ -13,10 +13,10 @@ from torch import Tensor
 
 from diptych.engine.distributed.collectives import (
     all_reduce_sum,
-    check_same_on_all_ranks,
     exchange_device,
     world_size,
 )
+from diptych.engine.distributed.comparison import check_equal_over_ranks
 from diptych.engine.distributed.hang_report import waits_at
 
 Scalar = Tensor | float | int
@@ -91,7 +91,8 @@ class ScalarBuffer:
         """
         tables, numbers = self._by_tags()
         tags = [*map("+".join, tables), *numbers]
-        check_same_on_all_ranks("the tags that are published", tags)
+        way_out = "Publish the same values on every rank, in the same order"
+        check_equal_over_ranks("the published values", {"tags": ", ".join(tags)}, way_out)
         on_device = {tag: value for tag, value in gauges.items() if isinstance(value, Tensor)}
         totals = [float(sum(values)) for values in numbers.values()]
         values = _fetched([*tables.values()], [*on_device.values()], totals)

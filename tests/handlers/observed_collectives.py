@@ -62,7 +62,7 @@ class CollectiveObserver:
             for module in (hang_report, agreement):
                 stack.enter_context(patch.object(module, "has_others", lambda: False))
             stack.enter_context(
-                patch.object(metrics_buffer, "check_same_on_all_ranks", self._check_tags)
+                patch.object(metrics_buffer, "check_equal_over_ranks", self._check_tags)
             )
             yield
 
@@ -94,5 +94,5 @@ class CollectiveObserver:
 
         return call
 
-    def _check_tags(self, _: str, tags: list[str]) -> None:
-        self.tags.update(tags)
+    def _check_tags(self, _: str, values: dict[str, str], __: str) -> None:
+        self.tags.update(values["tags"].split(", "))
