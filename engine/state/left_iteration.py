@@ -6,9 +6,6 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from diptych.engine.containers import map_leaves
 from diptych.engine.data.batches import to_device
 from diptych.engine.errors import CheckpointError
 from diptych.engine.state.plain_state import plain_state
@@ -51,11 +48,7 @@ def restore_left_iteration(trainer: Trainer, parts: Mapping[str, Any]) -> None:
 def _plain(part: Any, name: str) -> Any:
     """Return a part as plain values; None, with a warning, if it has others."""
     try:
-        return plain_state(map_leaves(part, _detached), name)
+        return plain_state(part, name)
     except CheckpointError as error:
         logger.warning("%s. Handlers that the resumed run still calls find None.", error)
         return None
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value

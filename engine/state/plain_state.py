@@ -26,8 +26,10 @@ def plain_state(state: Any, path: str = "") -> Any:
         CheckpointError: if a value has another type; the message gives its path. Nothing has been
             written by then.
     """
-    if type(state) in PLAIN or isinstance(state, Tensor):
+    if type(state) in PLAIN:
         return state
+    if isinstance(state, Tensor):
+        return state.detach()
     if isinstance(state, np.generic):
         return state.item()
     if type(state) in (dict, OrderedDict):

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from diptych.engine.distributed.agreement import wait_for_all_ranks
 from diptych.engine.distributed.collectives import rank, world_size
+from diptych.engine.distributed.gathering import gather_values
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import CheckpointError
 from diptych.engine.loop.position import position_from
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from diptych.engine.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+_of_all_ranks = waits_at("collecting the ranks' metrics for a checkpoint")(gather_values)
 
 
 def run_state(trainer: Trainer) -> dict[str, Any]:
@@ -232,15 +234,6 @@ def _check_keys(part: str, saved: Mapping[str, Tensor], here: Mapping[str, Tenso
             f"{part} must match the checkpoint, which {'; which '.join(told)}. To start a new run "
             "from the weights that fit, use load_weights"
         )
-
-
-@waits_at("collecting the ranks' metrics for a checkpoint")
-def _of_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
-    if world_size() == 1:
-        return [state]
-    states: list[dict[str, Any]] = [{}] * world_size()
-    dist.all_gather_object(states, state)
-    return states
 
 
 def _metrics_of_this_rank(states: list[dict[str, Any]]) -> dict[str, Any]:

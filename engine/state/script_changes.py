@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diptych.engine.containers import map_leaves
 from diptych.engine.data.batches import to_device
 from diptych.engine.distributed.comparison import listed
 from diptych.engine.errors import CheckpointError
@@ -80,11 +79,7 @@ def current_values(trainer: RunParts, declared: RunIdentity) -> dict[str, Any]:
 def _plain_only(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         with suppress(CheckpointError):  # a checkpoint cannot hold it
-            yield name, plain_state(map_leaves(value, _detached), name)
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+            yield name, plain_state(value, name)
 
 
 def _changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
