@@ -28,7 +28,7 @@ from diptych.handlers.checkpointing.directory_saver import DirectorySaver, is_sa
 from diptych.handlers.checkpointing.entries import Ranking
 from diptych.handlers.checkpointing.resume import resume_limits
 from diptych.handlers.checkpointing.run_savers import RunSavers
-from diptych.handlers.evaluation.watched_metric import average_behind, unpublished_metric
+from diptych.handlers.evaluation.watched_metric import average_behind, check_name
 from diptych.handlers.extras import check_extra
 from diptych.handlers.run_directory import absolute
 
@@ -273,9 +273,8 @@ class CheckpointManager(Handler):
             logger.warning("%s", limits)
 
     def _check_name(self, trainer: Trainer) -> None:
-        missing = None if self.best is None else unpublished_metric(trainer, "best", self.best)
-        if missing is not None:
-            raise CheckpointError(missing)
+        if self.best is not None:
+            check_name(trainer, "best", self.best, CheckpointError)
 
     def _make_due(self, _: Trainer) -> None:
         self._saver.make_due()

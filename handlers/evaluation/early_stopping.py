@@ -16,11 +16,11 @@ from diptych.engine.trainer import Trainer
 from diptych.handlers.argument_checks import Mode, improves, not_negative, one_of, usual_mode
 from diptych.handlers.cadence import call_before_first_batch
 from diptych.handlers.evaluation.watched_metric import (
+    check_name,
+    check_published,
     is_evaluated,
-    missing_metric,
     published_values,
     report_nan,
-    unpublished_metric,
 )
 
 logger = logging.getLogger(__name__)
@@ -141,9 +141,8 @@ class EarlyStopping(Handler):
         return bool(self._judged or self.waited or self.best is not None)
 
     def _check_name(self, trainer: Trainer) -> None:
-        missing = None if self._judged else unpublished_metric(trainer, "metric", self.metric)
-        if missing is not None:
-            raise KeyError(missing)
+        if not self._judged:
+            check_name(trainer, "metric", self.metric)
 
     def _judge_new_values(self, trainer: Trainer) -> None:
         history = published_values(trainer, self.metric)
@@ -178,6 +177,5 @@ class EarlyStopping(Handler):
             trainer.terminate()
 
     def _check_published(self, trainer: Trainer) -> None:
-        missing = None if self._has_memory else missing_metric(trainer, "metric", self.metric)
-        if missing is not None:
-            raise KeyError(missing)
+        if not self._has_memory:
+            check_published(trainer, self.metric)

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import attrs
 import torch
 from ignite.engine import Engine, Events
-from ignite.metrics import Metric
 from torch import Tensor, nn
 
 from diptych._loss_arguments import call_with
@@ -25,6 +24,7 @@ from diptych.engine.distributed.gathering import gather_values
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import BatchError
 from diptych.engine.evaluator import (
+    SHARED,
     Evaluator,
     Metrics,
     evaluation_mode,
@@ -296,20 +296,27 @@ class Evaluation(Handler):
         results = evaluator.state.metrics
         several = [metrics[name] for name in metrics if isinstance(results.get(name), Mapping)]
         # The names in the result of a user's metric may depend on the data: its classes.
-        if evaluator.left_out or not all(map(_is_of_a_library, several)):
+        known = all(type(metric).__module__.startswith(SHARED) for metric in several)
+        if evaluator.left_out or not known:
             return None
         return frozenset(f"{self.prefix}/{name}" for name in numbers_in(results))
 
     def _check_length(self, trainer: Trainer) -> None:
-        """Raise on all ranks if one of them has no batch, or too few."""
-        if world_size() > 1:
-            lengths = gather_values(length_of(self.loader))
-            if 0 in lengths:
-                raise BatchError(f"loader must have a batch on every rank, got {lengths} batches")
-            self._common_batches = min(length or 0 for length in lengths)  # 0 if one is unknown
+        """Raise on all ranks if one of them has no batch, or too few: others would wait for it."""
+        if world_size() == 1:
+            return
+        lengths = gather_values(length_of(self.loader))
+        if 0 in lengths:
+            raise BatchError(f"loader must have a batch on every rank, got {lengths} batches")
+        self._common_batches = min(length or 0 for length in lengths)  # 0 if one is unknown
         loss = self._validation_loss
-        if has_shards(trainer.model) or (loss is not None and loss.couples_samples):
-            _check_same_length(self.loader)
+        coupled = has_shards(trainer.model) or (loss is not None and loss.couples_samples)
+        if coupled and len(set(lengths)) > 1:
+            raise BatchError(
+                "loader must have as many batches on every rank if the model is sharded or the "
+                f"loss couples samples, got {lengths}. Shard it evenly or, because of the loss, "
+                "pass loss=False"
+            )
 
     def _check_at_start(self, trainer: Trainer) -> None:
         is_trained_on = _has_data_of(self.loader, trainer.state.dataloader)
@@ -413,23 +420,6 @@ class ValidationLoss(OutputsMetric):
         else:
             total, weight = all_reduce_sum(torch.stack([totals.sum(), weights.sum()])).unbind()
         return float(torch.where(weight > 0, total / weight, total))
-
-
-def _check_same_length(loader: Iterable[Any]) -> None:
-    """Raise if ranks have different numbers of batches and would wait for each other forever."""
-    if world_size() == 1:
-        return
-    lengths = gather_values(length_of(loader))
-    if len(set(lengths)) > 1:
-        raise BatchError(
-            "loader must have as many batches on every rank if the model is sharded or the loss "
-            f"couples samples, got {lengths}. Shard it evenly or, because of the loss, pass "
-            "loss=False"
-        )
-
-
-def _is_of_a_library(metric: Metric) -> bool:
-    return type(metric).__module__.startswith(("diptych.", "ignite."))
 
 
 def _check_shards(evaluator: Engine) -> None:

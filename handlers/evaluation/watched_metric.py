@@ -55,6 +55,13 @@ def is_evaluated(trainer: Trainer, metric: str) -> bool:
     return bool(_publishers(trainer, metric))
 
 
+def check_published(trainer: Trainer, metric: str) -> None:
+    """Raise a `KeyError` if the metric of a handler should have had a value by now."""
+    missing = missing_metric(trainer, "metric", metric)
+    if missing is not None:
+        raise KeyError(missing)
+
+
 def missing_metric(trainer: Trainer, argument: str, metric: str) -> str | None:
     """Return an error message if a metric should have had a value by now, else None.
 
@@ -82,8 +89,10 @@ def missing_metric(trainer: Trainer, argument: str, metric: str) -> str | None:
     return _message(argument, metric, trainer.state.metrics)
 
 
-def unpublished_metric(trainer: Trainer, argument: str, metric: str) -> str | None:
-    """Return an error message if it is known, when a run starts, that nothing publishes a metric.
+def check_name(
+    trainer: Trainer, argument: str, metric: str, error: type[Exception] = KeyError
+) -> None:
+    """Raise an error if it is known, when a run starts, that nothing publishes a metric.
 
     It is known for the prefix of an attached evaluation, for `val`, for `val_loss`, as others spell
     it, and for an evaluation's metric without its prefix, if only this library's objects listen to
@@ -93,11 +102,12 @@ def unpublished_metric(trainer: Trainer, argument: str, metric: str) -> str | No
         trainer: the trainer whose run starts.
         argument: the argument through which a handler was given the metric.
         metric: the name under which its values are published.
+        error: the class of the error.
     """
     if trainer.leaves_out or _has_foreign_publishers(trainer):
-        return None
-    names = _names_of_first_batches(trainer, metric)
-    return _message(argument, metric, {"train/loss", *names}) if names else None
+        return
+    if names := _names_of_first_batches(trainer, metric):
+        raise error(_message(argument, metric, {"train/loss", *names}))
 
 
 def _names_of_first_batches(trainer: Trainer, metric: str) -> set[str]:

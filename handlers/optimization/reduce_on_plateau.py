@@ -18,10 +18,10 @@ from diptych.engine.trainer import Trainer
 from diptych.handlers.argument_checks import Mode, not_negative, number, one_of
 from diptych.handlers.cadence import call_before_first_batch
 from diptych.handlers.evaluation.watched_metric import (
-    missing_metric,
+    check_name,
+    check_published,
     published_values,
     report_nan,
-    unpublished_metric,
 )
 from diptych.handlers.optimization.schedules import publish_rates
 
@@ -138,9 +138,8 @@ class ReduceOnPlateau(Handler):
             self._judged = len(published_values(trainer, self.metric))
 
     def _check_name(self, trainer: Trainer) -> None:
-        missing = None if self._judged else unpublished_metric(trainer, "metric", self.metric)
-        if missing is not None:
-            raise KeyError(missing)
+        if not self._judged:
+            check_name(trainer, "metric", self.metric)
 
     def _judge_new_values(self, trainer: Trainer) -> None:
         history = published_values(trainer, self.metric)
@@ -164,6 +163,5 @@ class ReduceOnPlateau(Handler):
         self._judged = len(history)
 
     def _check_published(self, trainer: Trainer) -> None:
-        missing = None if self._judged else missing_metric(trainer, "metric", self.metric)
-        if missing is not None:
-            raise KeyError(missing)
+        if not self._judged:
+            check_published(trainer, self.metric)

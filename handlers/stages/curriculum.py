@@ -16,7 +16,7 @@ from diptych.engine.handler import Change, Handler
 from diptych.engine.trainer import Trainer
 from diptych.handlers.argument_checks import one_of
 from diptych.handlers.cadence import call_before_first_batch
-from diptych.handlers.evaluation.watched_metric import missing_metric, unpublished_metric
+from diptych.handlers.evaluation.watched_metric import check_name, check_published
 from diptych.handlers.stages.attribute_paths import read_attribute, try_attribute, write_attribute
 
 Shape = Literal["linear", "cosine", "step"]
@@ -200,9 +200,8 @@ class Curriculum(Handler):
         return float(value) if _is_number(value) else float(value == self.end)
 
     def _check_name(self, trainer: Trainer) -> None:
-        missing = None if self._seen else unpublished_metric(trainer, "metric", str(self.metric))
-        if missing is not None:
-            raise KeyError(missing)
+        if not self._seen:
+            check_name(trainer, "metric", str(self.metric))
 
     def _watch_metric(self, trainer: Trainer) -> None:
         value = trainer.metrics.record.values.get(str(self.metric))
@@ -214,9 +213,8 @@ class Curriculum(Handler):
             self.began = trainer.state.iteration
 
     def _check_metric(self, trainer: Trainer) -> None:
-        missing = None if self._seen else missing_metric(trainer, "metric", str(self.metric))
-        if missing is not None:
-            raise KeyError(missing)
+        if not self._seen:
+            check_published(trainer, str(self.metric))
 
 
 def _is_number(value: object) -> bool:

@@ -385,9 +385,11 @@ def test_a_loader_of_unknown_length_may_be_shared_by_ranks(monkeypatch):
 
     gathered = []
     monkeypatch.setattr(evaluation, "world_size", lambda: 2)
+    monkeypatch.setattr(evaluation, "has_shards", lambda _: True)
     monkeypatch.setattr(evaluation, "gather_values", lambda own: gathered.append(own) or [own, own])
 
-    evaluation._check_same_length(torch.utils.data.DataLoader(Stream(), batch_size=2))
+    handler = Evaluation(torch.utils.data.DataLoader(Stream(), batch_size=2))
+    handler._check_length(make_trainer(Scaled(1.0)))
 
     assert gathered == [None]
 
