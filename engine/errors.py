@@ -1,5 +1,10 @@
 """The exceptions of the library that callers may want to catch."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class BatchError(ValueError):
     """A batch, or a task's output, lacks a part or has parts that do not fit together."""
@@ -15,3 +20,14 @@ class ResumeError(RuntimeError, ValueError):
 
 class LostRankError(RuntimeError):
     """A rank waited for other ranks, and one of them failed, ended or did not arrive."""
+
+
+@contextmanager
+def checkpoint_errors(
+    failure: str, kind: type[Exception] = OSError, *others: type[Exception], way_out: str = ""
+) -> Iterator[None]:
+    """Raise errors of these kinds as a `CheckpointError`: what failed, the error, the way out."""
+    try:
+        yield
+    except (kind, *others) as error:
+        raise CheckpointError(f"{failure}: {error}{way_out}") from error

@@ -14,7 +14,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from diptych.engine.errors import CheckpointError
+from diptych.engine.errors import CheckpointError, checkpoint_errors
 from diptych.engine.state.checkpoint_structure import (
     check_archive,
     check_parts,
@@ -168,12 +168,10 @@ class CheckpointStore:
         """
         first = entry.file.removesuffix(SUFFIX) + SHARDS
         names = itertools.chain([first], (f"{first}_{number}" for number in itertools.count(2)))
-        try:
+        with checkpoint_errors(f"{self.directory} could not be written"):
             self.directory.mkdir(parents=True, exist_ok=True)
             name = next(name for name in names if not os.path.lexists(self.directory / name))
             self._mark(name)
-        except OSError as error:
-            raise CheckpointError(f"{self.directory} could not be written: {error}") from error
         return name
 
     def read(self, name: str, group: Any = None) -> dict[str, Any]:
@@ -208,18 +206,14 @@ class CheckpointStore:
     ) -> dict[str, Any]:
         """Return a state with the sharded tensors of an index instead of their placeholders."""
         stored = state.pop("shards", None)
-        try:
+        # Torch and the file system each have errors of their own.
+        with checkpoint_errors(f"checkpoint {self.directory / name} cannot be read", Exception):
             check_index(state, stored)
-            if stored is None:
-                return state
-            folder = contained_path(self.directory, stored["folder"], FOLDER)
-            check_shard_files(folder, stored["files"], group)
-            whole: dict[str, Any] = insert_tensors(state, read_shards(folder, index, group))
-        except Exception as error:  # torch and the file system each have errors of their own
-            raise CheckpointError(
-                f"checkpoint {self.directory / name} cannot be read: {error}"
-            ) from error
-        return whole
+            if stored is not None:
+                folder = contained_path(self.directory, stored["folder"], FOLDER)
+                check_shard_files(folder, stored["files"], group)
+                state = insert_tensors(state, read_shards(folder, index, group))
+        return state
 
     def _read_file(self, name: str) -> dict[str, Any]:
         # The file has another name if the checkpoint was written again.
@@ -231,30 +225,25 @@ class CheckpointStore:
             raise CheckpointError(f"checkpoint {path} does not exist")
         if listed is not None:
             self._check_file(listed)
-        try:
+        # Torch, zipfile and pickle each have errors of their own.
+        with checkpoint_errors(f"checkpoint {path} cannot be read", Exception):
             state = _loaded(path)
-        except Exception as error:  # torch, zipfile and pickle each have errors of their own
-            raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
         if not isinstance(state, dict) or "format" not in state:
             raise CheckpointError(
                 f"{path} is not a checkpoint of a run. For weights alone there is "
                 "load_weights(model, path)"
             )
-        try:
+        # A value of another type may raise anything.
+        with checkpoint_errors(f"checkpoint {path} cannot be used", Exception):
             check_parts(state)
-        except Exception as error:  # a value of another type may raise anything
-            raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from error
         return state
 
     def _check_file(self, entry: Entry) -> None:
         """Check that the file of a listed checkpoint is as it was written, and no link."""
         path = self.directory / entry.file
-        try:
-            intact = is_intact(
-                contained_path(self.directory, entry.file, FILE), entry.size, entry.crc32
-            )
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+        with checkpoint_errors(f"checkpoint {path} cannot be read", OSError, ValueError):
+            contained_path(self.directory, entry.file, FILE)
+            intact = is_intact(path, entry.size, entry.crc32)
         if not intact:
             raise CheckpointError(
                 f"checkpoint {path} is damaged: its content differs from what was written"
@@ -276,16 +265,12 @@ class CheckpointStore:
         """
         if not files:
             return
-        try:
+        with checkpoint_errors(f"old checkpoints in {self.directory} could not be removed"):
             entries = self.entries()
             for name in files.union(*(entry.names for entry in entries if entry.file in files)):
                 self._mark(name)
             self._write_manifest([entry for entry in entries if entry.file not in files])
             self._remove_unlisted()
-        except OSError as error:
-            raise CheckpointError(
-                f"old checkpoints in {self.directory} could not be removed: {error}"
-            ) from error
 
     def revise(self, revised: Callable[[Entry], Entry]) -> None:
         """Replace each entry of the manifest by another; write it only if one differs.
@@ -295,14 +280,9 @@ class CheckpointStore:
         """
         entries = self.entries()
         after = [revised(entry) for entry in entries]
-        if after == entries:
-            return
-        try:
-            self._write_manifest(after)
-        except OSError as error:
-            raise CheckpointError(
-                f"the manifest of {self.directory} could not be written: {error}"
-            ) from error
+        if after != entries:
+            with checkpoint_errors(f"the manifest of {self.directory} could not be written"):
+                self._write_manifest(after)
 
     def sweep(self) -> None:
         """Remove the incomplete files of a killed process, and restore a lost manifest.
@@ -312,18 +292,14 @@ class CheckpointStore:
         Raises:
             CheckpointError: if the manifest cannot be read, or the directory cannot be written.
         """
-        try:
+        way_out = ". Make it writable, or use another directory."
+        with checkpoint_errors(f"{self.directory} could not be tidied", way_out=way_out):
             manifest = self._manifest()
             restore_manifest(self.directory)
             if not manifest.as_written:
                 self._write_manifest(list(self._confirmed(manifest.entries)))
             self._remove_unfinished()
             self._remove_unlisted()
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.directory} could not be tidied: {error}. Make it writable, or use another "
-                "directory."
-            ) from error
         for path in self.unlisted():
             if FILE.fullmatch(path.name) and manifest.entries:
                 logger.warning("%s is not in %s, and is ignored.", path, MANIFEST)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diptych.engine.errors import CheckpointError
+from diptych.engine.errors import checkpoint_errors
 from diptych.handlers.contained_paths import is_plain_file
 from diptych.handlers.files import write_atomically
 
@@ -63,10 +63,8 @@ def export_weights(
         if key not in others
     }
     metadata = {**source, DIGEST: _digest(copies)} if source else None
-    try:
+    with checkpoint_errors(f"weights {path} could not be written", OSError, SafetensorError):
         write_atomically(path, partial(save_file, copies, metadata=metadata))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"weights {path} could not be written: {error}") from error
 
 
 def exported_from(path: Path) -> dict[str, str]:

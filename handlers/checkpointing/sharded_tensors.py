@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.distributed.dtensor import is_sharded, local_part, own_rows
-from diptych.engine.errors import CheckpointError
+from diptych.engine.errors import CheckpointError, checkpoint_errors
 from diptych.engine.state.checkpoint_structure import check_archive
 from diptych.handlers.contained_paths import check_name, contained_path
 from diptych.handlers.verified_files import is_intact, write_verified
@@ -210,10 +210,8 @@ def check_shard_files(folder: Path, files: Mapping[str, list[int]], group: Any) 
     own = sorted(files)[rank() :: world_size()] if group is not None else sorted(files)
     for name in own:
         path = contained_path(folder, name, RANK_FILE)
-        try:
+        with checkpoint_errors(f"{path} cannot be read"):
             intact = is_intact(path, *files[name])
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
         if not intact:
             raise CheckpointError(f"{path} is damaged: its content differs from what was written")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.engine.distributed.dtensor import local_part
-from diptych.engine.errors import CheckpointError
+from diptych.engine.errors import CheckpointError, checkpoint_errors
 from diptych.engine.state.checkpoint_structure import check_archive, check_unpacked
 from diptych.engine.state.module_state import clean_state_dict, load_clean_state_dict
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
@@ -159,10 +159,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         path = path / entries[0].file
     if not path.is_file():
         raise CheckpointError(f"path must be a file with weights, got {path}, which does not exist")
-    try:
+    # Torch, zipfile, pickle and safetensors each have errors of their own.
+    with checkpoint_errors(f"weights {path} cannot be read", Exception):
         loaded = _safetensors(path) if path.suffix == ".safetensors" else _torch_file(path)
-    except Exception as error:  # torch, zipfile, pickle and safetensors each have their own
-        raise CheckpointError(f"weights {path} cannot be read: {error}") from error
     if isinstance(loaded, Mapping) and {"format", "model", "trainer"} <= loaded.keys():
         return CheckpointStore(path.parent).read_weights(path.name)
     return _state_dict_in(loaded, path)

@@ -19,7 +19,7 @@ from torch import Tensor
 from diptych.engine.data.seeded_loader import SeededLoader
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.distributed.dtensor import full_state
-from diptych.engine.errors import CheckpointError
+from diptych.engine.errors import CheckpointError, checkpoint_errors
 from diptych.engine.state.checkpoint_structure import check_archive, check_unpacked
 from diptych.engine.state.module_state import clean_state_dict, load_clean_state_dict
 from diptych.engine.trainer import Trainer
@@ -88,11 +88,10 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
         CheckpointError: if it cannot be written.
     """
     plain = {**record, "batch": _as_plain(record["batch"])}
-    try:
+    # Torch reports a full disk as a RuntimeError.
+    with checkpoint_errors(f"record {path} could not be written", OSError, RuntimeError):
         make_folder(path.parent)
         write_atomically(path, partial(torch.save, plain))
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise CheckpointError(f"record {path} could not be written: {error}") from error
 
 
 def read_record(path: Path) -> dict[str, Any]:
