@@ -324,10 +324,7 @@ class Trainer(Summarized, ExactSteps):
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments that build a trainer like this one, with its device resolved."""
         return {
-            **{
-                field.name: getattr(self.settings, field.name)
-                for field in attrs.fields(TrainerSettings)
-            },
+            **attrs.asdict(self.settings, recurse=False),
             "device": self.device,
             "task": self.task,
             "transform": self.transform,
@@ -517,11 +514,11 @@ class Trainer(Summarized, ExactSteps):
             self._snapshot.find()
         self._modes.remember()
         self._modes.train()
-        if self.state.iteration and was_stopped_early(self):
-            self.terminate()
         self._modes.report_resting()
         self._untrained.start()
         report_last_batch(self.loss, self.state.dataloader, "it is skipped, without an update")
+        if self.state.iteration and was_stopped_early(self):
+            self.terminate()
 
     def _put_optimizer_into_training_mode(self, _: Engine) -> None:
         put_into_training_mode(self.optimizer)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 
 from torch import nn
 
 from diptych.engine.modules import unwrapped
-from diptych.engine.name_patterns import near_matches
+from diptych.engine.name_patterns import matches, near_matches
 from diptych.engine.settings import Units
 
 ParameterSlot = tuple[nn.Module, str, nn.Parameter]
@@ -61,7 +60,8 @@ def _named(modules: Mapping[str, nn.Module], pattern: str) -> list[str]:
     Raises:
         ValueError: if there is none, or it is the path of a module that cannot be a unit.
     """
-    named = [path for path in modules if _is_path(path, pattern)]
+    depth = pattern.count(".")
+    named = [path for path in modules if path.count(".") == depth and matches(path, pattern)]
     if not named:
         raise ValueError(
             f"shard must name modules of the model, got {pattern!r}, which matches none; "
@@ -74,11 +74,6 @@ def _named(modules: Mapping[str, nn.Module], pattern: str) -> list[str]:
                 f"{type(modules[path]).__name__}. Name its elements: {path + '.*'!r}."
             )
     return named
-
-
-def _is_path(path: str, pattern: str) -> bool:
-    parts, patterns = path.split("."), pattern.split(".")
-    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
 
 def slots_by_unit(model: nn.Module, units: Sequence[str]) -> Mapping[str, list[ParameterSlot]]:
