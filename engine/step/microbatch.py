@@ -134,10 +134,25 @@ def join_outputs(parts: Sequence[Outputs], pieces: Sequence[Any]) -> Outputs:
         if wrong:
             raise BatchError(
                 f"an output of the task must have the {size} samples of the piece as its first "
-                f"dimension, or no dimension if all samples share it, got {wrong}. All parts of a "
-                "batch must have the same number of samples"
+                f"dimension, or no dimension if all samples share it, got {wrong}. "
+                + _way_to_samples([shape[0] for shape in wrong.values()], size)
             )
     return {name: _join(name, [part[name] for part in parts]) for name in names}
+
+
+def _way_to_samples(lengths: Sequence[int], size: int) -> str:
+    """Return the way out for outputs of other lengths than the number of samples.
+
+    Rows cannot be joined as they are: whether those of a sample, or those of the first caption of
+    all samples, come first cannot be seen.
+    """
+    rows, rest = divmod(lengths[0], size) if size else (0, 0)
+    if rest or rows < 2:
+        return "All parts of a batch must have the same number of samples"
+    return (
+        f"If a sample has {rows} rows, such as captions, return them as [samples, {rows}, ...], "
+        "and flatten the first two dimensions in the loss"
+    )
 
 
 def _join(name: str, values: Sequence[Tensor]) -> Tensor:

@@ -59,6 +59,15 @@ class NoisyLoss(CoupledLoss):
         return super().terms(F.dropout(image, 0.3), text)
 
 
+class MeanOfRows(nn.Module):
+    """A mean over samples of the distances of an image to each of its captions."""
+
+    couples_samples = False
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        return (text.reshape(len(image), 3, -1) - image[:, None]).square().mean()
+
+
 @given(samples=st.integers(2, 12), size=st.integers(1, 14))
 def test_the_gradient_of_the_whole_batch_is_that_of_any_pieces(samples: int, size: int):
     model, loss = TwoTower().double(), CoupledLoss().double()
@@ -233,6 +242,43 @@ def test_an_output_without_the_samples_in_front_is_a_clear_error():
 
     with pytest.raises(BatchError, match=r"scale.*\(1,\)"):
         trainer_of(task=vector, microbatch_size=3).run([paired(8)], max_epochs=1)
+
+
+def captions(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a row for each of the three captions of an image, next to those of its own."""
+    image, text = model(batch["image"], batch["text"].flatten(0, 1))
+    return {"image": image, "text": text}
+
+
+def captions_of_samples(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    outputs = captions(model, batch)
+    return {**outputs, "text": outputs["text"].unflatten(0, (-1, 3))}
+
+
+class CaptionLoss(nn.Module):
+    """A contrastive loss of images with all captions, one row a caption."""
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        own = torch.arange(len(image)).repeat_interleave(3)
+        return F.cross_entropy(text.reshape(-1, text.shape[-1]) @ image.T, own)
+
+
+@pytest.mark.parametrize("loss", [CaptionLoss(), MeanOfRows()])
+def test_several_rows_a_sample_are_refused_before_an_update_with_the_way_that_is_exact(loss):
+    model = TwoTower().double()
+    batch = {**paired(8), "text": torch.randn(8, 3, 5, dtype=torch.float64)}
+    whole, pieces = (
+        trainer_of(*twins(model, loss), task=task, microbatch_size=size)
+        for task, size in ((captions, None), (captions_of_samples, 3))
+    )
+    assert relative_error(gradients_of(pieces, batch), gradients_of(whole, batch)) < EXACT
+
+    before = [value.clone() for value in model.state_dict().values()]
+    with pytest.raises(
+        BatchError, match=r"text.*\(6, 4\)\}.*3 rows.*as \[samples, 3, \.\.\.\], and fl"
+    ):
+        trainer_of(model, loss, task=captions, microbatch_size=3).run([batch])
+    assert all(map(torch.equal, before, model.state_dict().values()))
 
 
 def test_pieces_that_name_different_outputs_are_a_clear_error():
