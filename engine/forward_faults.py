@@ -103,11 +103,6 @@ def raise_likely_cause(error: Exception, model: nn.Module, batch: Any) -> None:
     """Raise a `ForwardError` that names the likely cause of a failed forward pass, if one is found.
 
     Else a note is added to the exception (from Python 3.11 on), and the caller raises it again.
-
-    Args:
-        error: what the forward pass has raised.
-        model: the model.
-        batch: the batch, or the piece of it.
     """
     if not isinstance(error, EXPLAINED) or isinstance(error, LEFT):
         return

@@ -68,8 +68,7 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: Mapping[str, Any]) -> None:
     """Restore the generators from a state that `random_state` returned.
 
-    Args:
-        state: if it has more or fewer CUDA devices than this machine, the common ones are set.
+    Of CUDA devices, those are set that both the state and this machine have.
     """
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["internal"]), python["gauss"]))

@@ -309,9 +309,7 @@ def check_can_move(module: nn.Module, device: torch.device) -> None:
 def check_needs_no_closure(optimizer: Optimizer, error: Exception | None = None) -> None:
     """Check that an optimizer makes an update without a function that evaluates the loss.
 
-    Args:
-        optimizer: the optimizer.
-        error: what its `step` has raised; some refuse only there.
+    Some refuse only in `step`; the error is the one that it has raised.
 
     Raises:
         ValueError: if it needs one.

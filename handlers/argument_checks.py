@@ -65,9 +65,7 @@ def one_of(literal: Any) -> Validator:
 def usual_mode(metric: str | None, argument: str | None = None) -> Mode:
     """Return the mode of a metric for which none is given: from its name, else "max".
 
-    Args:
-        metric: the name under which its values are published.
-        argument: through which the user has named it. A guess is then logged, once for each metric.
+    A guess is logged, once for each metric, if the user has named it through an argument.
     """
     if metric is None or metric.endswith(SMALLER_IS_BETTER):
         return "max" if metric is None else "min"

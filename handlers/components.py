@@ -81,9 +81,7 @@ def total_size(sizes: Mapping[str, ComponentSize]) -> ComponentSize:
 def find_components(trainer: Trainer, components: Components | None) -> dict[str, set[int]]:
     """Return the ids of each component's parameters, by the component's name.
 
-    Args:
-        trainer: the trainer of model and loss.
-        components: the components; None: see `default_components`.
+    Without components, those of `default_components`.
 
     Raises:
         ValueError: if a component has no parameter; the message lists the first parts of names.

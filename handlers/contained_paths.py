@@ -22,10 +22,7 @@ LONGEST_NAME = 255
 def contained_path(folder: Path, name: object, pattern: re.Pattern[str]) -> Path:
     """Return the path of a file or folder directly inside a folder, which may be missing.
 
-    Args:
-        folder: the folder.
-        name: the name, as it was read.
-        pattern: matches every name that the caller itself gives to such a file.
+    The pattern matches every name that the caller itself gives to such a file.
 
     Raises:
         ValueError: if the name does not match, is not the name of one file, or is the name of a

@@ -8,10 +8,7 @@ import importlib.util
 def check_extra(extra: str, package: str, *, needed_by: str) -> None:
     """Check that a package is installed that only an extra brings.
 
-    Args:
-        extra: the extra of this library.
-        package: the name that is imported.
-        needed_by: the subject of the message: a class or an argument.
+    The class or argument that needs it is the subject of the message.
 
     Raises:
         ImportError: if the package is not installed.

@@ -45,12 +45,9 @@ def make_folder(path: Path) -> None:
 def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
     """Write a file so that a reader sees the old or the new one, even if the process is killed.
 
-    The content goes to `unfinished_path(path)`, is flushed to the disk, and replaces the file. If
-    a symbolic link is at either path, the link is replaced, and its target stays as it is.
-
-    Args:
-        path: of the file; its folder exists.
-        content: text (UTF-8), bytes, or a function that writes a file at the path that it is given.
+    The content goes to `unfinished_path(path)`, is flushed to the disk, and replaces the file. If a
+    symbolic link is at either path, the link is replaced, and its target stays as it is. The folder
+    exists. The content is text (UTF-8), bytes, or a function that writes a file at a given path.
 
     Raises:
         OSError: if the file cannot be written; an earlier file stays. If the file system has
@@ -118,10 +115,6 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
 def flush_file(descriptor: int, path: Path) -> None:
     """Flush a file to the disk; if its file system cannot, log that once for each folder.
 
-    Args:
-        descriptor: of the open file.
-        path: the name of the file, for the log.
-
     Raises:
         OSError: if the flush fails.
     """
@@ -136,11 +129,8 @@ def flush_file(descriptor: int, path: Path) -> None:
 def flush_folder(folder: Path, *, of: Path | None = None) -> None:
     """Flush a folder to the disk: only then does a rename in it survive a power failure.
 
-    Some network file systems, and Windows, cannot flush or open a folder. That is logged once.
-
-    Args:
-        folder: the folder.
-        of: the folder that the log names instead, once for all folders inside it.
+    Some network file systems, and Windows, cannot flush or open a folder. That is logged once. The
+    log names the folder `of` instead, once for all folders inside of it.
 
     Raises:
         OSError: if the flush fails.

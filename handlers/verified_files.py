@@ -40,9 +40,7 @@ class ChecksummedFile:
 def write_verified(path: Path, write: Callable[[Any], object]) -> tuple[int, int]:
     """Write a new file, flush it to the disk, read it back, and return its size and checksum.
 
-    Args:
-        path: the path of the file; its folder exists, and the file does not.
-        write: writes the content to the `ChecksummedFile` that it is called with.
+    The folder exists. The function writes the content to a `ChecksummedFile`.
 
     Raises:
         OSError: if the file exists, cannot be written, or its content differs from what was

@@ -85,10 +85,7 @@ class TrainingCopy:
     ) -> Gradients:
         """Return the gradients of an update made by the trainer's own step.
 
-        Args:
-            batch: this rank's batch.
-            microbatch_size: samples of a piece; None: the whole batch.
-            seed: the seed of the random draws; the rank is added.
+        The rank is added to the seed. Without a size of pieces, the batch stays whole.
         """
         found: Gradients = {}
         model, loss = copy.deepcopy(self.model), copy.deepcopy(self.loss)
@@ -114,13 +111,7 @@ class TrainingCopy:
         return apply_transform(transform, batch, self.device, seed=0, epoch=1, iteration=1)
 
     def plain_gradients(self, batch: Any, size: int, *, seed: int = 0) -> Gradients:
-        """Return the gradients of one graph over all pieces, without the trainer's step.
-
-        Args:
-            batch: to be cut into pieces.
-            size: samples of a piece.
-            seed: the seed of the random draws.
-        """
+        """Return the gradients of one graph over all pieces, without the trainer's step."""
         model, loss = copy.deepcopy(self.model), copy.deepcopy(self.loss)
         parts = split_batch(self.transformed(batch), size)
         with preserved_random_state():

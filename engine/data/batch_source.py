@@ -116,8 +116,7 @@ class BatchSource:
     def start_epoch(self, epoch: int) -> int | None:
         """Return the number of batches of the pass that starts with an epoch, if it is known.
 
-        Args:
-            epoch: counted from 0; the length of some loaders depends on it.
+        The epoch is counted from 0; the length of some loaders depends on it.
         """
         if self._iterator is None and self._restored is None:
             set_epoch(self.data, epoch)
@@ -325,10 +324,6 @@ class BatchSource:
         Between two epochs, if the pass has ended too, a loader with `set_epoch` needs no position,
         and a loader of another class starts from its beginning. If the place is inside a pass and
         the loader has no position, it has `lost_its_place`.
-
-        Args:
-            place: after the last batch.
-            inside: whether the place is inside an epoch.
 
         Raises:
             ResumeError: if the place is inside an epoch and the loader cannot go there.

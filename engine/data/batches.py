@@ -81,12 +81,7 @@ def split_batch(batch: Any, size: int) -> list[Any]:
 
 
 def cut_batch(batch: Any, pieces: int) -> list[Any]:
-    """Cut `batch` into a number of pieces, by the rules of `split_batch`.
-
-    Args:
-        batch: tensors [B, ...] in any nesting.
-        pieces: their number, >= 1.
-    """
+    """Cut `batch` into a number of pieces, by the rules of `split_batch`."""
     samples = batch_size(batch)
     bounds = [samples * index // pieces for index in range(pieces + 1)]
     return [batch_slice(batch, start, stop) for start, stop in pairwise(bounds)]

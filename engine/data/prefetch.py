@@ -22,9 +22,7 @@ DEVICES_WITH_STREAMS = {"cuda"}
 def mover(device: torch.device, *, prefetch: bool) -> Callable[[Any], Any]:
     """Return a function that moves a batch to `device`.
 
-    Args:
-        device: the device of the moved tensors.
-        prefetch: whether copies overlap with computation, if the device has streams.
+    With `prefetch`, copies overlap with computation if the device has streams.
     """
     if prefetch and device.type in DEVICES_WITH_STREAMS:
         return Prefetcher(device)

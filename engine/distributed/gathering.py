@@ -16,8 +16,7 @@ T = TypeVar("T")
 def gather_values(value: T) -> list[T]:
     """Return the values of all ranks, by rank; without a process group, only this one's.
 
-    Args:
-        value: a small object that can be pickled.
+    A value is a small object that can be pickled.
     """
     if world_size() == 1:
         return [value]

@@ -28,9 +28,6 @@ def hangs_logged(timeout: timedelta) -> Iterator[None]:
     backend ends the process, and no exception reaches the program. The monitor logs before that.
 
     Cost: a thread that reads the current place twenty times in a timeout.
-
-    Args:
-        timeout: the timeout of the process group, > 0.
     """
     seconds, done = timeout.total_seconds(), threading.Event()
     thread = threading.Thread(

@@ -82,8 +82,7 @@ def current_place(thread: int) -> Place | None:
 def waits_at(place: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Name a function as a place where ranks may wait for one another.
 
-    Args:
-        place: as in "rank 0 waited at averaging gradients".
+    The place is named as in "rank 0 waited at averaging gradients".
     """
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
@@ -149,8 +148,7 @@ def default_store() -> Any:
 def publish(text: str) -> None:
     """Publish what this rank does, for a rank that waits for it in vain.
 
-    Args:
-        text: as in "rank 0 failed with ValueError"; empty: remove what was published before.
+    The text is as in "rank 0 failed with ValueError"; an empty one removes the last.
     """
     if not has_others():
         return

@@ -45,11 +45,7 @@ def _rendezvous(_: str, timeout: timedelta, **options: Any) -> Iterator[tuple[An
 def meet(store: Any, rank: int, ranks: int, timeout: timedelta) -> str:
     """Wait until all ranks have come, and return a prefix that they share and nothing else has.
 
-    Args:
-        store: the store that all ranks reach. It may hold the keys of ranks that have ended.
-        rank: the rank of this process.
-        ranks: the number of ranks.
-        timeout: the time to wait.
+    The store may hold the keys of ranks that have ended.
 
     Raises:
         LostRankError: if not all ranks come in time.

@@ -166,12 +166,7 @@ def _had_met(error: RuntimeError) -> bool:
 
 
 def _unmet(error: RuntimeError, seconds: float) -> str:
-    """Return the message of a rank whose process group could not be initialized.
-
-    Args:
-        error: the error of the last attempt.
-        seconds: the time that the rank has waited.
-    """
+    """Return the message of a rank whose process group could not be initialized."""
     given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     own = given.get("RANK", given.get("SLURM_PROCID"))
     cause = str(error).strip().splitlines()[0].rstrip(".")

@@ -29,14 +29,8 @@ def shard_model(
 
     The units are moved to the device and sharded one at a time, so that the device never holds the
     whole model. Parameters without a dimension, and those that the loss holds too, stay whole on
-    every rank. A model that is sharded already is not changed.
-
-    Args:
-        model: on any device, such as the CPU.
-        loss: its parameters stay whole.
-        optimizer: a new one, of the model's parameters.
-        shard: see `find_units`.
-        device: the device of the shards.
+    every rank. A model that is sharded already is not changed. The model may be on any device. The
+    parameters of the loss stay whole. See `find_units` for `shard`.
 
     Raises:
         RuntimeError: if torch is too old.

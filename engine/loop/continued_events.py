@@ -55,8 +55,7 @@ class ContinuedEvents(Dispatcher):
     def _note_failure(self, *, begun: bool) -> None:
         """Keep what the next run needs after an exception in this one.
 
-        Args:
-            begun: whether the run has left its start.
+        Over several ranks, a run that has `begun` must be resumed from a checkpoint.
         """
         self._stop_flags = (self.should_terminate, self.should_interrupt)
         self._failed = True
@@ -96,9 +95,7 @@ class ContinuedEvents(Dispatcher):
     def _fire(self, event: Any, *, again: bool = False) -> None:
         """Fire an event; if an exception has left it, call its remaining handlers only.
 
-        Args:
-            event: a registered event.
-            again: whether it fires a second time in this iteration; see `fire_again`.
+        With `again`, it fires a second time in this iteration; see `fire_again`.
         """
         if self._stopped_at or again or self._is_overridden:
             self._fire_left(event, again=again)

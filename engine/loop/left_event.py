@@ -45,12 +45,7 @@ def left_event(state: Mapping[str, Any] | None) -> LeftEvent | None:
 
 
 def returned(listeners: Iterable[Listener], raised: Collection[Listener]) -> tuple[str, ...] | None:
-    """Return the names of the listeners before the one that raised; None if none of them did.
-
-    Args:
-        listeners: all listeners of the event.
-        raised: the listeners that an exception has passed through.
-    """
+    """Return the names of the listeners before the one that raised; None if none of them did."""
     passed = {id(listener) for listener in raised}
     names: list[str] = []
     for listener in flat(listeners):

@@ -54,9 +54,6 @@ def evaluation_weights(*optimizers: Optimizer) -> Iterator[None]:
     Nothing happens for an optimizer without `train()` and `eval()`. The weights that are trained
     are restored bit for bit, also after an error. A nested context changes nothing, and functions
     in it may call `eval()` and `train()` themselves.
-
-    Args:
-        optimizers: the optimizers of the model's parameters.
     """
     with ExitStack() as stack:
         for optimizer in optimizers:
@@ -66,11 +63,7 @@ def evaluation_weights(*optimizers: Optimizer) -> Iterator[None]:
 
 @contextmanager
 def trained_weights(*optimizers: Optimizer) -> Iterator[None]:
-    """Let the model hold the weights that are trained, as a checkpoint must; see above.
-
-    Args:
-        optimizers: the optimizers of the model's parameters.
-    """
+    """Let the model hold the weights that are trained, as a checkpoint must; see above."""
     with ExitStack() as stack:
         for optimizer in optimizers:
             stack.enter_context(_in_mode(optimizer, "train"))

@@ -75,10 +75,6 @@ OPTIONAL: dict[str, Any] = {
 def check_archive(file: Path | BinaryIO, size: int) -> None:
     """Check that a file is an archive as `torch.save` writes it, before anything is unpacked.
 
-    Args:
-        file: the file, or an opened one.
-        size: its bytes.
-
     Raises:
         CheckpointError: if it is another file, or its members are compressed or share bytes.
     """
@@ -99,10 +95,6 @@ def check_unpacked(state: Any, size: int) -> None:
 
     A tensor may repeat a few bytes of a file without end, and a list may hold another one twice,
     which holds another one twice. Copying such a state would fill the memory.
-
-    Args:
-        state: nested containers of tensors and plain values.
-        size: bytes of the file.
 
     Raises:
         CheckpointError: if the state is too large, too deep, or holds a tensor without data.

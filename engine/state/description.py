@@ -52,12 +52,8 @@ class Describer:
         A tensor is described by type, shape and digest; a function by its name, a digest of its
         code, and its plain defaults and closure values; an attrs class or data class by its
         settings; a module by its attributes, parts and buffers; any other object by its public
-        attributes.
-
-        Args:
-            value: any value.
-            path: the name of the value, for `not_compared`.
-            depth: levels that may be entered; a plain object counts as three.
+        attributes. The path names the value in `not_compared`. A plain object takes three levels of
+        `depth`.
         """
         simple = self._known.get(id(value)) or _simple(value)
         if simple is not _NOTHING:

@@ -50,12 +50,8 @@ def with_added_parts(
 ) -> dict[str, Any]:
     """Return an optimizer's saved state with the parts that an option of the script has added.
 
-    A parameter that has a state already would never get them: torch makes all parts at once.
-
-    Args:
-        optimizer: that will load the state.
-        state: the saved state.
-        groups: the saved groups, with the options that the script has changed.
+    A parameter that has a state already would never get them: torch makes all parts at once. The
+    groups are the saved ones, with the options that the script has changed.
     """
     members = getattr(optimizer, "members", (optimizer,))
     owners = {id(group): member for member in members for group in member.param_groups}
@@ -75,10 +71,7 @@ def with_added_parts(
 def add_later_groups(trainer: RunParts, state: Mapping[str, Any], declared: int) -> None:
     """Add the parameter groups that the saved run added to its optimizer after it had started.
 
-    Args:
-        trainer: the trainer.
-        state: the state of the saved run.
-        declared: the number of groups that the saved run started with.
+    The saved run started with `declared` groups.
     """
     optimizer, names = trainer.optimizer, state.get("parameters", [])
     named = named_parameters(trainer.model, trainer.loss)

@@ -18,9 +18,7 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.d
 def plain_state(state: Any, path: str = "") -> Any:
     """Return a state that can be loaded again; NumPy's numbers become Python's.
 
-    Args:
-        state: nested dictionaries, lists and tuples.
-        path: the path of `state` in the whole, for the error.
+    The path is that of the state in the whole, for the error.
 
     Raises:
         CheckpointError: if a value has another type; the message gives its path. Nothing has been

@@ -44,10 +44,6 @@ def check_ranks_agree(trainer: RunParts, limits: Mapping[str, Any]) -> None:
     Handlers that neither change nor communicate anything, functions at events, and the ranks' data
     may differ.
 
-    Args:
-        trainer: the trainer, before its first collective of a run.
-        limits: the arguments of `run`.
-
     Raises:
         RuntimeError: on all ranks, if something differs; it names each difference.
     """

@@ -74,11 +74,8 @@ def behind_events(trainer: RunParts, *, of_stateless: bool = False) -> list[Any]
     A function refers to what is in its closure, its defaults, its arguments, the globals that it
     names, and the attributes and methods of these objects; to an engine's step and the functions at
     its events, if it runs an engine. The step, schedulers and averages that are attributes of the
-    trainer, and evaluators of handlers count too.
-
-    Args:
-        trainer: the trainer.
-        of_stateless: whether to leave out what objects with a state of their own refer to.
+    trainer, and evaluators of handlers count too. With `of_stateless`, what objects with a state of
+    their own refer to is left out.
     """
     roots: list[Any] = []
     for listener in trainer.listeners:
@@ -94,11 +91,8 @@ def behind_events(trainer: RunParts, *, of_stateless: bool = False) -> list[Any]
 def other_optimizers(trainer: RunParts, *, of_stateless: bool = False) -> list[Optimizer]:
     """Return the optimizers behind events that hold parameters which the trainer's own lacks.
 
-    Only parameters of the model or the loss count.
-
-    Args:
-        trainer: the trainer.
-        of_stateless: whether to leave out the optimizers of objects with a state of their own.
+    Only parameters of the model or the loss count. With `of_stateless`, those of objects with a
+    state of their own are left out.
     """
     held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     named = named_parameters(trainer.model, trainer.loss)
@@ -149,9 +143,7 @@ def _owner(function: Any) -> Any:
 def reachable(roots: Iterable[Any], *, everything: bool = False) -> list[Any]:
     """Return the objects that roots refer to, roots included, each once, in a stable order.
 
-    Args:
-        roots: where the search begins.
-        everything: whether to look into the objects of this library, and into schedulers.
+    With `everything`, objects of this library and schedulers are looked into as well.
     """
     found: dict[int, Any] = {}
 
@@ -251,9 +243,7 @@ def _names(code: types.CodeType) -> Iterator[str]:
 def checked_optimizers(trainer: RunParts, known: Iterable[Optimizer]) -> list[Optimizer]:
     """Return the trainer's optimizer, and others that functions at events may step; log those.
 
-    Args:
-        trainer: the trainer.
-        known: optimizers that need no log line.
+    Those that are `known` need no log line.
 
     Raises:
         ValueError: in fp16, if there are others: their gradients would keep the loss scale.
@@ -404,11 +394,8 @@ def _restored_mapping(saved: Mapping[Any, Any], own: Mapping[Any, Any]) -> dict[
 def schedulers_behind(trainer: RunParts, optimizer: Optimizer | None = None) -> list[Any]:
     """Return the schedulers of an optimizer that functions at events refer to, in order.
 
-    See `behind_events` for what a function refers to.
-
-    Args:
-        trainer: the trainer.
-        optimizer: the optimizer. Default: the trainer's, and others that its functions refer to.
+    See `behind_events` for what a function refers to. Without an optimizer: those of the trainer's,
+    and of others that its functions refer to.
     """
     optimizers = [optimizer] if optimizer else [trainer.optimizer, *other_optimizers(trainer)]
     held = set().union(*map(_optimizers, optimizers))
@@ -416,12 +403,7 @@ def schedulers_behind(trainer: RunParts, optimizer: Optimizer | None = None) -> 
 
 
 def report_unsaved(trainer: RunParts, saved: Iterable[Any]) -> None:
-    """Log, once for each trainer, the torch schedulers of its optimizer that are not saved.
-
-    Args:
-        trainer: the trainer.
-        saved: the objects whose states a checkpoint holds.
-    """
+    """Log, once for each trainer, the torch schedulers of its optimizer that are not saved."""
     if trainer in _REPORTED or not trainer.state.iteration:
         return
     _REPORTED.add(trainer)

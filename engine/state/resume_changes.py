@@ -107,9 +107,6 @@ class ResumeChanges:
 
         The state of such a handler, a torch scheduler for example, contains its settings too, so
         that loading it has put the earlier ones back.
-
-        Args:
-            handlers: the handlers with a state, by key.
         """
         for one in self.found:
             section, _, rest = one.name.partition(".")
@@ -123,8 +120,7 @@ class ResumeChanges:
     def rebase_schedulers(self, handlers: Mapping[str, Any]) -> None:
         """Set the base rates that the script has changed on torch schedulers and their parts.
 
-        Args:
-            handlers: the handlers with a state, by key; their optimizers' groups are loaded.
+        The groups of their optimizers are loaded already.
         """
         if any(one.name.endswith("lr") for one in self.found):
             for holder in handlers.values():
@@ -154,12 +150,7 @@ class ResumeChanges:
         return [(held[name], held[name].detach().clone()) for name in names if name in held]
 
     def log(self, fresh: Collection[str], missing: Collection[str]) -> None:
-        """Log each change, and the handlers that have no saved state, or are gone.
-
-        Args:
-            fresh: keys of attached handlers without a saved state.
-            missing: names of saved states whose handler is not attached.
-        """
+        """Log each change, and the handlers that have no saved state, or are gone."""
         if fresh:
             logger.warning(
                 "The checkpoint has no state of %s; they start fresh.", ", ".join(sorted(fresh))

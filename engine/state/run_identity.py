@@ -455,10 +455,7 @@ def _settings_of(owner: Any) -> dict[str, Any] | None:
 def loader_settings(loader: Any, describer: Describer, wrappers: int = 3) -> dict[str, Any]:
     """Return class, length and settings of a loader; those in `ORDER` determine its order.
 
-    Args:
-        loader: the loader.
-        describer: describes its data set and its collate function.
-        wrappers: how many loaders inside of it to describe too; one may answer to any name.
+    At most `wrappers` loaders inside of it are described too: one may answer to any name.
     """
     if loader is None:
         return {}

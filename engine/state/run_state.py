@@ -94,12 +94,8 @@ def load_run_state(
     did not have starts fresh, and a saved state whose handler is gone is dropped; both are logged.
 
     What the script declares otherwise than the saved run did applies from here on, with a log line
-    for each change: see `ResumeChanges`.
-
-    Args:
-        trainer: the trainer to restore.
-        state: the state.
-        changes: "apply" or, to raise an error instead, "refuse".
+    for each change: see `ResumeChanges`. With `changes="refuse"`, a change of the script is an
+    error.
 
     Raises:
         CheckpointError: if the state belongs to another model, loss or optimizer; several handlers

@@ -235,13 +235,8 @@ def apply_script(
 
     An option that the script declares as it did keeps its saved value. A rate that it declares
     otherwise is scaled by new / old, so that a schedule without a formula continues. If the script
-    has no schedule any more, its rate applies.
-
-    Args:
-        optimizer: of this run; its groups correspond to the saved ones.
-        groups: of the saved optimizer state.
-        saved: the identity of the saved run.
-        here: that of this run.
+    has no schedule any more, its rate applies. The optimizer is this run's; its groups correspond
+    to the saved ones.
     """
     there, own = ([*one.values["optimizer"]["groups"].values()] for one in (saved, here))
     merged = [dict(group) for group in groups]

@@ -26,11 +26,7 @@ def compile_in_place(model: nn.Module, device: torch.device, *, how: bool | Comp
 
     A CUDA graph writes its results to the same memory in each call. They are copied out of it,
     because an update in pieces, an evaluation and handlers keep the results of several calls.
-
-    Args:
-        model: copies of it are not compiled.
-        device: the device on which the model runs.
-        how: False: do nothing; True: the mode "default".
+    Copies of the model are not compiled. If `how` is True, the mode is "default".
     """
     if how is False or model._compiled_call_impl is not None:  # noqa: SLF001 - compiled by another trainer
         return

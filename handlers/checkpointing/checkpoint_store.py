@@ -177,10 +177,8 @@ class CheckpointStore:
     def read(self, name: str, group: Any = None) -> dict[str, Any]:
         """Return the state in a checkpoint, on the CPU.
 
-        Args:
-            name: the name of the file.
-            group: a process group of all ranks: each gets its shards of sharded tensors; None:
-                whole tensors.
+        With a process group of all ranks, each gets its shards of sharded tensors; else all are
+        whole.
 
         Raises:
             CheckpointError: if the file is missing, damaged, or not a checkpoint.

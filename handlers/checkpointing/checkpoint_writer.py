@@ -66,11 +66,8 @@ class CheckpointWriter:
     def submit(self, entry: Entry, state: Mapping[str, Any], group: Any = None) -> None:
         """Write a checkpoint; wait first until the previous one is written.
 
-        Args:
-            entry: the entry for the manifest.
-            state: the state of the run.
-            group: a process group of all ranks, used for nothing else, if the state is sharded;
-                every rank must then call this method. None: only rank 0 calls it.
+        If the state is sharded, all ranks call this method, with a process group that nothing else
+        uses; else only rank 0 does.
 
         Raises:
             CheckpointError: if the state cannot be saved at all, or the folder of the shards cannot
@@ -211,10 +208,7 @@ def _source(entry: Entry) -> dict[str, str]:
 def copy_to_host(state: Any, previous: Any = None) -> Any:
     """Return a copy of nested containers whose tensors are copies on the host.
 
-    Args:
-        state: mappings, lists and tuples of tensors and plain values.
-        previous: an earlier copy that is no longer needed. Its tensors are overwritten if they
-            fit, since allocating memory costs more than the copy.
+    An earlier copy is overwritten where it fits, since allocating memory costs more than the copy.
     """
     if isinstance(state, Tensor):
         if _fits(previous, state):

@@ -188,11 +188,8 @@ class DirectorySaver:
     def continue_from(self, trainer: Trainer, folder: Path, ahead: list[CheckpointStore]) -> None:
         """Continue after a checkpoint was loaded.
 
-        Args:
-            trainer: the trainer.
-            folder: the directory of the checkpoint.
-            ahead: directories with later checkpoints, from which no run is to continue once this
-                one has saved.
+        No run is to continue from the directories `ahead`, which have later checkpoints, once this
+        one has saved.
         """
         self._ahead = ahead
         self._record = trainer.metrics.record

@@ -11,12 +11,7 @@ from diptych.handlers.checkpointing.resume import Source
 
 
 def saved_rankings(states: Mapping[str, Any], kind: str) -> dict[str | None, str | None]:
-    """Return the metric and the mode of each manager of a saved run.
-
-    Args:
-        states: the states of its handlers by key.
-        kind: the name of the managers' class.
-    """
+    """Return the metric and the mode of each manager of a saved run."""
     managers = [s for key, s in states.items() if key.split("[")[0].split("#")[0] == kind]
     return {state["best"]: state.get("mode") for state in managers if "best" in state}
 

@@ -67,10 +67,6 @@ def find_start(sources: Sequence[Source], group: Any = None) -> StartPoint | Non
     A path in a manager's own directory comes first, then the newest checkpoint of all directories
     that every rank can read, then the path of another run's checkpoint.
 
-    Args:
-        sources: the directories of all managers of a trainer.
-        group: as in `CheckpointStore.read`.
-
     Raises:
         CheckpointError: if a directory whose `resume` is None holds checkpoints; two managers name
             different checkpoints; or there are checkpoints, and none can be read.
@@ -195,12 +191,7 @@ def position_is_lost(trainer: Trainer) -> bool:
 
 
 def resume_limits(trainer: Trainer, *, epochs_only: bool) -> str | None:
-    """Return a warning if the loader limits where the run can resume, else None.
-
-    Args:
-        trainer: the trainer whose run starts.
-        epochs_only: whether it is saved only at the end of epochs.
-    """
+    """Return a warning if the loader limits where the run can resume, else None."""
     data, epoch = trainer.state.dataloader, trainer.state.epoch_length
     if trainer.batches.has_positions or data is None:
         return None

@@ -83,8 +83,7 @@ class RunLock:
     def acquire(self, owner: object = None) -> None:
         """Lock the directory, unless this object has locked it.
 
-        Args:
-            owner: two locks of one owner, other than None, may hold the directory together.
+        Two locks of one owner, other than None, may hold the directory together.
 
         Raises:
             CheckpointError: if another process or trainer has locked it, or it cannot be written.

@@ -61,8 +61,7 @@ class RunSavers:
     def resume(self, wanted: Sequence[Path | str | None]) -> None:
         """Load the checkpoint from which the run starts, if there is one.
 
-        Args:
-            wanted: the argument `resume` of each directory.
+        `wanted` is the argument `resume` of each directory.
 
         Raises:
             CheckpointError, ResumeError: as `find_start` and `load_run_state`.

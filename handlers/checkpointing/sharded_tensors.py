@@ -84,10 +84,8 @@ def _check_layout(path: str, tensor: Any) -> None:
 def write_shards(folder: Path, shards: LocalShards, group: Any) -> dict[str, Any]:
     """Write every rank's shards into a folder; all ranks call it.
 
-    Args:
-        folder: the folder; made here.
-        shards: this rank's shards, on any device; of the same tensors on all ranks.
-        group: a process group of all ranks that nothing else uses meanwhile.
+    The shards, on any device, are of the same tensors on all ranks. Nothing else uses the group
+    meanwhile.
 
     Returns:
         On rank 0, `tensors`, the index, and `files`, the size and checksum of each file; {} on
@@ -144,9 +142,7 @@ def _rows_of_this_rank(shape: Any) -> range:
 def check_index(state: Any, stored: Mapping[str, Any] | None) -> None:
     """Check the index of sharded tensors that a checkpoint holds, before a file is opened.
 
-    Args:
-        state: the rest of the checkpoint.
-        stored: the index and the files; None: no tensor is sharded.
+    Without an index, no tensor is sharded.
 
     Raises:
         CheckpointError: if it lacks a tensor or rows of one, or names another file.
@@ -199,10 +195,7 @@ def _checked_rows(
 def check_shard_files(folder: Path, files: Mapping[str, list[int]], group: Any) -> None:
     """Check the files of a folder against their sizes and checksums.
 
-    Args:
-        folder: the folder.
-        files: size and checksum of each file, by name.
-        group: if not None, each rank checks only a part of the files.
+    With a group, each rank checks only a part of them.
 
     Raises:
         CheckpointError: naming a file that is missing or damaged.
@@ -221,11 +214,7 @@ def read_shards(
 ) -> dict[str, Tensor]:
     """Return tensors that any number of ranks wrote, on the CPU, by their paths in the state.
 
-    Args:
-        folder: the folder of the files.
-        index: the tensors to read.
-        group: a process group of all ranks: return tensors that are sharded over it; None: return
-            whole tensors.
+    With a process group of all ranks, they are sharded over it; else they are whole.
     """
     mesh = None if group is None else _host_mesh(group)
     found = {}

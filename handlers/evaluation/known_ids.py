@@ -34,11 +34,7 @@ class KnownIds:
     _reported: bool = attrs.field(default=False, init=False)
 
     def mask(self, ids: Tensor) -> Tensor:
-        """Return which samples have an id, bool [B].
-
-        Args:
-            ids: integers [B].
-        """
+        """Return which samples have an id, bool [B]."""
         known = ids >= 0 if self.classes is None else (ids >= 0) & (ids < self.classes)
         if len(ids):
             # The one that is farthest from NO_LABEL, which is at no distance from itself.
@@ -49,11 +45,7 @@ class KnownIds:
         return known
 
     def report(self, owner: str) -> None:
-        """Log an error if there was an id that neither counts nor says that it does not; once.
-
-        Args:
-            owner: the name of what uses the ids.
-        """
+        """Log an error if there was an id that neither counts nor says that it does not; once."""
         odd = NO_LABEL if self._reported or self._odd is None else int(self._odd)
         if odd != NO_LABEL:
             self._reported = True

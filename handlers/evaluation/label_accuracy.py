@@ -59,9 +59,7 @@ class LabelAccuracy(OutputsMetric):
     def count(self, scores: Tensor, labels: Tensor) -> None:
         """Count the samples of each class, and those that are classified correctly.
 
-        Args:
-            scores: [B, C].
-            labels: int64 [B].
+        Scores are [B, C], and labels int64 [B].
         """
         classes = scores.shape[1]
         if self._known is None or self._counts is None:

@@ -93,8 +93,7 @@ class ProbeAccuracy(LabelAccuracy):
     def update(self, output: Outputs) -> None:
         """Classify a batch.
 
-        Args:
-            output: `features` [B, D] and `labels` [B].
+        The output holds `features` [B, D] and `labels` [B].
         """
         features, labels = labelled_features(output)
         if self._predicts:
@@ -154,8 +153,7 @@ class BankProbe(ProbeAccuracy):
     def remember(self, output: Outputs) -> None:
         """Add a batch to the bank.
 
-        Args:
-            output: `features` [B, D] and `labels` [B].
+        The output holds `features` [B, D] and `labels` [B].
         """
         features, labels = labelled_features(output)
         self._features.append(features)

@@ -171,12 +171,7 @@ def match_ranks(
 
     Each direction is an iterator of parts: one part with all queries, the same on all ranks; or, if
     all matches are asked for and there are many, tiles of queries, of which each rank has its own.
-
-    Args:
-        images: the items of one side.
-        texts: the items of the other side.
-        depth: the number of matches of a query to rank, >= 1; None: all.
-        relevance: the grades by ids; None: items of one group match.
+    A depth of None ranks all matches. Without grades by ids, items of one group match.
 
     Raises:
         BatchError: if no image matches any text.

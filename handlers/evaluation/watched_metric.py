@@ -26,14 +26,7 @@ def published_values(trainer: Trainer, metric: str) -> list[float]:
 
 
 def report_nan(handler: str, metric: str, value: float, iteration: int) -> None:
-    """Log, on rank 0, that a value that a handler judges is NaN, and what the handler makes of it.
-
-    Args:
-        handler: the handler's class.
-        metric: the name under which the value is published.
-        value: the value.
-        iteration: the iteration after which it is judged.
-    """
+    """Log, on rank 0, that a value of a metric is NaN, and what the handler makes of it."""
     if math.isnan(value) and rank() == 0:
         logger.warning(
             "%s is NaN after iteration %d: %s counts it as no improvement. LossGuard() finds the "
@@ -68,11 +61,6 @@ def missing_metric(trainer: Trainer, argument: str, metric: str) -> str | None:
     Call it at a safe point. A value is expected at the end of the first epoch; if evaluations of
     the metric's prefix are attached, with their first values; at the latest at the end of the run,
     unless the run ends inside its first epoch, as a trial of a few iterations does.
-
-    Args:
-        trainer: the trainer whose run it is.
-        argument: the argument through which a handler was given the metric.
-        metric: the name under which its values are published.
     """
     if published_values(trainer, metric) or trainer.leaves_out:
         return None
@@ -97,12 +85,6 @@ def check_name(
     It is known for the prefix of an attached evaluation, for `val`, for `val_loss`, as others spell
     it, and for an evaluation's metric without its prefix, if only this library's objects listen to
     the run: a function of the user may publish under any name.
-
-    Args:
-        trainer: the trainer whose run starts.
-        argument: the argument through which a handler was given the metric.
-        metric: the name under which its values are published.
-        error: the class of the error.
     """
     if trainer.leaves_out or _has_foreign_publishers(trainer):
         return

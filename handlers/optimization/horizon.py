@@ -31,11 +31,7 @@ class Horizon:
     def start(self, trainer: Trainer, total: int | None, name: str, sets: str) -> None:
         """Fix the length when a run starts, and log a run that is longer or shorter.
 
-        Args:
-            trainer: whose run starts.
-            total: the length that the script gives, or None.
-            name: the handler's name, for the log.
-            sets: what the schedule sets, for the log: "learning rate".
+        A `total` is the length that the script gives.
         """
         length = planned_iterations(trainer.state)
         if trainer.state.iteration == 0:
@@ -60,11 +56,7 @@ class Horizon:
 def log_other_length(fixed: int, length: int, name: str, sets: str) -> None:
     """Log a run, or a stage, that is longer or shorter than its schedule.
 
-    Args:
-        fixed: iterations of the schedule.
-        length: iterations that the run or the stage now has.
-        name: the handler whose `total` changes the schedule.
-        sets: what the schedule sets: "learning rate".
+    `sets` is what the schedule sets, and `name` the handler whose `total` changes it.
     """
     if fixed == length or rank() != 0:
         return

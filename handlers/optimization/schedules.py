@@ -193,11 +193,6 @@ class LearningRate(Handler):
 def check_length(schedule: LearningRate, length: int | None, of: str) -> None:
     """Check that a schedule fits into a run or a stage.
 
-    Args:
-        schedule: the schedule.
-        length: iterations of the run or stage; None if unknown.
-        of: the run or stage, for the message.
-
     Raises:
         ValueError: if the end of a decay is unknown, or the warm-up is not shorter than it.
     """

@@ -90,8 +90,7 @@ class AppendedFile:
     def flush(self, *, durable: bool = False) -> None:
         """Write the chunks that wait.
 
-        Args:
-            durable: whether the file must be on the disk afterwards.
+        If they are to be `durable`, they are on the disk afterwards.
 
         Raises:
             OSError: if not all could be written; the rest waits.

@@ -34,9 +34,7 @@ def sealed(text: str, name: str) -> str:
 def read_sealed(path: Path, without: str) -> dict[str, Any]:
     """Return the content of a file without its digest; a file without a digest is accepted.
 
-    Args:
-        path: of the file.
-        without: what happens if the file is removed, for the error.
+    The error says what happens `without` the file.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -120,10 +120,7 @@ class DataWaitRule:
     def judge(self, step: int, waited: float, seconds: float) -> Finding | None:
         """Add the times between two log points; return a finding if the rule fires.
 
-        Args:
-            step: the iteration of the second log point.
-            waited: seconds of waiting.
-            seconds: all seconds, those of waiting included.
+        The seconds include those that were `waited`.
         """
         if waited <= self.share * seconds:
             self._windows.clear()

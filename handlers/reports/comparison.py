@@ -62,12 +62,7 @@ def _with_one_row_each(
 
 
 def _is_shown(name: str, deciding: Collection[str] | None) -> bool:
-    """Return whether a setting is shown, beside the identities of the runs if they have some.
-
-    Args:
-        name: of the setting.
-        deciding: the classes of the handlers in the identities; None without identities.
-    """
+    """Return whether a setting is shown, beside the identities of the runs if they have some."""
     section, _, rest = name.partition(".")
     if section in ALWAYS_DIFFERENT or name.endswith(PATHS):
         return False

@@ -27,10 +27,6 @@ def save_charts(charts: Mapping[str, Sequence[ChartDrawing]], path: Path) -> Non
     """Write charts, side by side under their headings, as a PNG; atomically.
 
     matplotlib's global state (pyplot, the backend) stays as it is.
-
-    Args:
-        charts: heading to the charts under it.
-        path: of the file.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415

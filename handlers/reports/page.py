@@ -97,10 +97,6 @@ def page(runs: Sequence[RunHistory], notes: RunNotes | None = None) -> str:
 
     Several runs begin with the settings that differ and the best values. A single run begins with
     its results, its findings and its starts, and ends with its settings.
-
-    Args:
-        runs: the runs.
-        notes: of a single run.
     """
     names = [run.name for run in runs]
     title = " | ".join(names)

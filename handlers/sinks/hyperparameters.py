@@ -26,11 +26,8 @@ def hyperparameters(
 ) -> dict[str, HyperparameterValue]:
     """Return the settings by which runs are compared, as a flat mapping.
 
-    A `Handler` that only reports is left out: it changes no value of the run.
-
-    Args:
-        settings: returned by `run_settings`.
-        handlers: the trainer's, in the order of the settings.
+    A `Handler` that only reports is left out: it changes no value of the run. The settings are
+    those that `run_settings` returns.
     """
     group = settings["optimizer"]["groups"][0]
     found = {

@@ -16,10 +16,7 @@ def plan_as_text(
 ) -> str:
     """Return the length, trained parameters, settings, groups and rates of each stage.
 
-    Args:
-        stages: the plan's stages.
-        groups: the groups of the optimizer.
-        lengths: iterations of an epoch in each stage; None if unknown.
+    The lengths are the iterations of an epoch in each stage; None if unknown.
     """
     highest = max(
         (options["lr"] for group in groups.groups for options in group.options if options),
