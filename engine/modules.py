@@ -114,9 +114,6 @@ class SavedBuffers:
     """Copies of all buffers of modules, to restore them once: for two passes over one batch.
 
     Torch does not show which ones a forward pass changes: batch norm's changes raise no version.
-
-    Args:
-        modules: the modules, those of their parts included.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
@@ -138,9 +135,6 @@ class TrainingModes:
 
     Code that evaluates, and is not this library's, often leaves the whole model in eval mode. It is
     put into train mode again, without the parts that were in eval mode before.
-
-    Args:
-        roots: returns the modules with their names.
     """
 
     def __init__(self, roots: Callable[[], Mapping[str, nn.Module]]) -> None:

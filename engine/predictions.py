@@ -33,10 +33,6 @@ class NamedOutputs(dict[str, Tensor]):
 
     A task may declare a method `prediction` that returns both from its outputs; `None` instead of
     the method says that it has none. A task that declares nothing predicts `logits` for `labels`.
-
-    Args:
-        outputs: the task's.
-        task: the task.
     """
 
     def __init__(self, outputs: Mapping[str, Tensor], task: object) -> None:

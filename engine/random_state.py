@@ -137,9 +137,6 @@ class GeneratorSnapshot:
     update would notice. Both are Mersenne Twisters in a block of memory that C code owns, so this
     class copies the memory. It compares the layout with the public functions first, and uses those
     functions if the layout differs.
-
-    Args:
-        device: its generator is copied, besides those of the host.
     """
 
     def __init__(self, device: torch.device) -> None:

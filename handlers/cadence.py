@@ -51,9 +51,7 @@ def call_every(
 class OwnedFunction:
     """A function of the trainer that belongs to a handler, as the handler's methods do.
 
-    Args:
-        method: a method of the handler.
-        function: called with the trainer, and with the handler's name if it takes one.
+    The function is called with the trainer and the handler.
     """
 
     def __init__(self, method: Callable[..., object], function: Callable[..., object]) -> None:

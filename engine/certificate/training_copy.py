@@ -122,11 +122,7 @@ class TrainingCopy:
 
 
 class DoubleTransform(nn.Module):
-    """A transform that returns float64.
-
-    Args:
-        transform: of a batch.
-    """
+    """A transform that returns float64."""
 
     def __init__(self, transform: Transform) -> None:
         super().__init__()

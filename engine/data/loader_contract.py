@@ -68,9 +68,7 @@ class PositionedLoader(Protocol):
 class Pass:
     """One pass over a loader with a position of its own, whoever else reads that loader.
 
-    Args:
-        batches: the batches of the pass.
-        position: returns a state for the loader's `load_state_dict`.
+    The position is a function that returns a state for the loader's `load_state_dict`.
     """
 
     def __init__(self, batches: Iterator[Any], position: Callable[[], dict[str, Any]]) -> None:
@@ -84,11 +82,7 @@ class Pass:
 
 
 class ListLoader:
-    """A list of batches as a loader with a position: the number of batches of the pass so far.
-
-    Args:
-        batches: a list, tuple or range.
-    """
+    """A list of batches as a loader with a position: the number of batches of the pass so far."""
 
     def __init__(self, batches: Sequence[Any]) -> None:
         self._batches = batches

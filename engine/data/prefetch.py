@@ -44,9 +44,6 @@ class Prefetcher:
 
     The loader is asked for a batch when the loop needs it, never earlier, so the loader's position
     is that of the run.
-
-    Args:
-        device: the device of the moved tensors.
     """
 
     def __init__(self, device: torch.device) -> None:

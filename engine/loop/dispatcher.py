@@ -21,12 +21,7 @@ from diptych.engine.loop.periodic import Periodic, flat
 
 
 class StepMethod:
-    """The `step` method of a scheduler or an optimizer, as a handler that takes no engine.
-
-    Args:
-        owner: the scheduler or the optimizer.
-        method: its method.
-    """
+    """The `step` method of a scheduler or an optimizer, as a handler that takes no engine."""
 
     def __init__(self, owner: Any, method: Any) -> None:
         self.__self__, self.__name__, self._method = owner, method.__name__, method

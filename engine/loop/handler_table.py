@@ -22,10 +22,7 @@ class HandlerTable(defaultdict[Any, "list[Any]"]):
     """A mapping from an event to the entries of its handlers, as `Engine` keeps it.
 
     Ignite's profilers, and users who follow them, insert, replace and remove entries themselves,
-    also while the event fires.
-
-    Args:
-        edited: is set at each edit of the table or of one of its lists.
+    also while the event fires. An edit of the table, or of one of its lists, is noted in `edited`.
     """
 
     def __init__(self, edited: Edited) -> None:
@@ -40,12 +37,7 @@ class HandlerTable(defaultdict[Any, "list[Any]"]):
 
 
 class Entries(list[Any]):
-    """The entries of an event; notes each edit.
-
-    Args:
-        edited: is set at each edit.
-        entries: the entries.
-    """
+    """The entries of an event; notes each edit."""
 
     def __init__(self, edited: Edited, entries: list[Any] | tuple[()] = ()) -> None:
         super().__init__(entries)

@@ -27,10 +27,6 @@ class Periodic:
     for every handler. Here one comparison per iteration shows that nothing is due. Due iterations
     depend on the iteration alone, so a resumed run calls its handlers when the uninterrupted one
     would.
-
-    Args:
-        event: the event that it listens to.
-        call: calls listeners.
     """
 
     def __init__(self, event: Any, call: Callable[[Iterable[Listener]], object]) -> None:

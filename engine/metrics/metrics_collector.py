@@ -275,9 +275,7 @@ class MetricsCollector:
     def _send_again(self, step: int, tags: Iterable[str] | None = None) -> bool:
         """Publish the last record again if an exception kept it from some of its listeners.
 
-        Args:
-            step: of the record that is about to be published.
-            tags: its tags; None: those of a log point.
+        Without tags, the record is that of a log point.
 
         Returns:
             Whether it is that record.

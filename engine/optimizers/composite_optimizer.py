@@ -264,11 +264,7 @@ class CompositeOptimizer(Optimizer):
 
 
 class _States(MutableMapping[Tensor, Any]):
-    """The states of the parameters of several optimizers, each in its own optimizer.
-
-    Args:
-        members: the optimizers.
-    """
+    """The states of the parameters of several optimizers, each in its own optimizer."""
 
     def __init__(self, members: Sequence[Optimizer]) -> None:
         self._members = members

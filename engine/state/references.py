@@ -291,11 +291,7 @@ def scaled_rate(rate: Any, before: Any, now: Any) -> Any:
 
 
 class SavedOptimizer:
-    """An optimizer beside the trainer's; options that the script has changed apply on resume.
-
-    Args:
-        optimizer: the optimizer.
-    """
+    """An optimizer beside the trainer's; options that the script has changed apply on resume."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
@@ -327,9 +323,6 @@ class SavedScheduler:
 
     torch's and Ignite's schedulers put counters, functions and methods into their states, which a
     checkpoint cannot hold. They are settings: a new scheduler has them already.
-
-    Args:
-        scheduler: the scheduler.
     """
 
     def __init__(self, scheduler: Any) -> None:

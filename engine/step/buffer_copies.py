@@ -64,9 +64,6 @@ class BufferCopies:
     Small buffers are copied before each step, all of one type at once. A large one is copied if it
     has changed since its last copy; if the first step leaves it unchanged, its copy is freed. A
     change of a large buffer through `.data` is not seen.
-
-    Args:
-        modules: the modules whose buffers are copied, those of their parts included.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:

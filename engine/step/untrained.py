@@ -25,9 +25,6 @@ class Untrained:
     The first NaN among the logged losses is reported too, unless a guard looks after them.
 
     torch raises a tensor's version with each update in place, so nothing is done in an iteration.
-
-    Args:
-        trainer: the trainer whose optimizer holds the parameters.
     """
 
     def __init__(self, trainer: Any) -> None:

@@ -113,11 +113,7 @@ def _scratch_directory() -> Iterator[Path]:
 
 
 class _Watched:
-    """Notes what a run does.
-
-    Args:
-        trainer: without handlers yet.
-    """
+    """Notes what a run does."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer

@@ -58,9 +58,7 @@ def _copied(loader: Iterable[Any]) -> Iterable[Any]:
 class FirstBatches(ListLoader):
     """A loader of the first batches of another one, with a position and the other's attributes.
 
-    Args:
-        loader: the other loader; read at once.
-        count: batches.
+    The other loader is read at once.
     """
 
     def __init__(self, loader: Iterable[Any], count: int) -> None:

@@ -74,10 +74,7 @@ class CheckpointStore:
 
     Sharded tensors are in a folder beside the file. The file lists size and checksum of each file
     in the folder, and the position of each tensor. The folder is complete before the file is
-    written.
-
-    Args:
-        directory: the folder; made by the first write.
+    written. The first write makes the directory.
     """
 
     def __init__(self, directory: Path) -> None:

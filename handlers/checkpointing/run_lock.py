@@ -68,10 +68,8 @@ class RunLock:
     """Locks a directory for one trainer; the system unlocks it when the process ends.
 
     Other programs, and this one, may read and copy the directory meanwhile. Processes that this one
-    starts, such as a loader's workers, do not hold the lock after its end.
-
-    Args:
-        directory: the directory; made if it does not exist.
+    starts, such as a loader's workers, do not hold the lock after its end. The directory is made if
+    it does not exist.
     """
 
     def __init__(self, directory: Path) -> None:

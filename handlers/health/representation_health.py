@@ -206,10 +206,9 @@ class RepresentationHealth(Handler):
     def _publish_means(self, values: dict[str, Tensor], counts: list[Tensor]) -> None:
         """Publish statistics of a batch, to be averaged over all batches and ranks.
 
-        Args:
-            values: by name; NaN if the batch is too small for them.
-            counts: their weights: this rank's samples that have something to be compared with, 1
-                for a statistic of all ranks; 0 if the batch is too small.
+        A value is NaN if the batch is too small for it. Its weight is the number of this rank's
+        samples that have something to be compared with, or 1 for a statistic of all ranks; 0 if the
+        batch is too small.
         """
         found, weights = torch.stack([*values.values()]), torch.stack(counts)
         tags = [f"health/{name}" for name in values]

@@ -126,12 +126,7 @@ def find_learning_rate(
 
 @attrs.define(eq=False)
 class _RisingRate:
-    """Sets the rate before each update, and records the loss after it.
-
-    Args:
-        start: the first rate.
-        factor: the ratio of consecutive rates.
-    """
+    """Sets the rate before each update, and records the loss after it."""
 
     start: float
     factor: float

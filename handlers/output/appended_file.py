@@ -22,11 +22,8 @@ class AppendedFile:
 
     A chunk that cannot be written waits in memory, and is written by a later `append` or `flush`,
     in order. If a write fails, the part that reached the file is removed. The file is opened by the
-    first write; after an error it is opened again. A symbolic link is not followed.
-
-    Args:
-        path: of the file; its folder is made if it is missing.
-        written: called with each chunk that has been written.
+    first write; after an error it is opened again. A symbolic link is not followed. Its folder is
+    made if it is missing. `written` is called with each chunk that was written.
     """
 
     def __init__(self, path: Path, written: Callable[[bytes], object] | None = None) -> None:

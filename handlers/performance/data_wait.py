@@ -51,10 +51,8 @@ class DeviceWait:
 
     Both record an event in the device's queue. If the device is still busy with earlier work, it
     reaches both events at the same time. If it is idle, it reaches the second one when `stop` is
-    called. So a wait of the host while the device computes does not count.
-
-    Args:
-        device: the events are recorded in its current stream.
+    called. So a wait of the host while the device computes does not count. The events are recorded
+    in its current stream.
     """
 
     def __init__(self, device: torch.device) -> None:

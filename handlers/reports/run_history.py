@@ -79,11 +79,7 @@ class BoundedCurve:
 
 
 class RunReader:
-    """Reads the curves of a run from its directory; a second call reads what was added.
-
-    Args:
-        directory: of the run.
-    """
+    """Reads the curves of a run from its directory; a second call reads what was added."""
 
     def __init__(self, directory: RunDirectory) -> None:
         self._directory = directory

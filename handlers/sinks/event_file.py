@@ -25,11 +25,8 @@ Tolerated = Callable[[str], AbstractContextManager[None]]
 class EventFile(FileWriter):
     """A new event file; an event is in it when `add_event` returns.
 
-    An event that cannot be written waits in memory, and is written with a later one.
-
-    Args:
-        directory: made if it is missing.
-        tolerated: the context in which the file is written; its errors are raised by default.
+    An event that cannot be written waits in memory, and is written with a later one. The directory
+    is made if it is missing. Errors are raised unless they are `tolerated`.
     """
 
     def __init__(self, directory: str, tolerated: Tolerated = lambda _: nullcontext()) -> None:
@@ -72,10 +69,6 @@ class DirectSummaryWriter(SummaryWriter):
 
     The thread of torch's own file writer competes with the training loop for the interpreter: a
     record takes about 150 microseconds more of the processor.
-
-    Args:
-        directory: of the file.
-        tolerated: the context in which the file is written.
     """
 
     def __init__(self, directory: str, tolerated: Tolerated) -> None:

@@ -39,10 +39,6 @@ class StageGroups:
 
     A checkpoint of any stage can be loaded into the optimizer of a new run.
 
-    Args:
-        trainer: the trainer of model, loss and optimizer.
-        stages: the plan's stages.
-
     Raises:
         ValueError: see `parameter_groups`; the message names the stage.
     """
