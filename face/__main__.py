@@ -96,12 +96,10 @@ def _command(arguments: Sequence[str] | None) -> int:
         return 2
     try:
         return _run(name, rest)
-    except BrokenPipeError:
-        raise
     except EXPECTED as error:
         text = _explained(error)
         if text is None:
-            raise  # from the user's own code, where the traceback is what helps
+            raise  # a broken pipe, or from the user's own code, where the traceback is what helps
         sys.stderr.write(f"diptych {name}: error: {text}\n")
         return 2
 
@@ -136,7 +134,9 @@ def _unknown(name: str) -> str:
 
 
 def _explained(error: Exception) -> str | None:
-    """Return an error in a line; None if it is of the user's own code."""
+    """Return an error in a line; None if it is of a pipe, or of the user's own code."""
+    if isinstance(error, BrokenPipeError):
+        return None
     missing = str(getattr(error, "name", "")).partition(".")[0]
     if isinstance(error, ImportError) and missing in RECIPES:
         return f"it needs {missing}: pip install 'diptych[recipes]'"

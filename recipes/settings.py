@@ -68,7 +68,8 @@ class Settings:
 
     Attributes:
         images: folder of the images.
-        captions: file of captions; none: metadata in the folder, or its subfolders as classes.
+        captions: file of captions, or folder of text files; none: metadata or text files in the
+            folder of the images, or its subfolders as classes.
         shards: tar files of images and captions instead, such as "cc3m/{00000..00331}.tar".
         shard_samples: samples of an epoch of shards.
         task: image_text trains on captions, two_views on images alone, classification on folders

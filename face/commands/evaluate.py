@@ -34,7 +34,8 @@ def evaluate(
     Args:
         run: directory of a run of diptych train.
         images: folder of the images.
-        captions: file of captions; none: metadata in the folder, or its subfolders as classes.
+        captions: file of captions, or folder of text files; none: metadata or text files in the
+            folder of the images, or its subfolders as classes.
         image_column: column of the image names; none: recognised.
         caption_column: column of the captions; none: recognised.
         part: part that the data name; if they name none, that of the run: val was held out.

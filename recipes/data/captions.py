@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import attrs
@@ -15,7 +15,16 @@ from diptych.recipes.data.text_tables import Columns, is_image_name, read_text, 
 
 MOST_BYTES = 1_000_000_000
 """The largest caption file that is read."""
-METADATA = ("metadata.jsonl", "metadata.csv")
+BESIDE, BESIDE_SUFFIXES = "images with text files", (".txt", ".caption")
+"""A layout, and the suffixes of its text files."""
+BINARY = {
+    b"PAR1": "a Parquet file. Write it as CSV, with pandas.read_parquet(FILE).to_csv(OTHER)",
+    b"PK\x03\x04": "an Excel file or a zip archive. Save it as CSV, or unpack it",
+    b"\x1f\x8b": "a gzip archive. Unpack it",
+    b"SQLite format 3\0": "a database of SQLite. Write its table as CSV",
+}
+"""What some files are that are not text, by their first bytes, and the way out."""
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """The files in a folder of images that list its captions, as in Hugging Face's imagefolder."""
 
 
@@ -41,15 +50,24 @@ def read_captions(path: Path, *, columns: Columns = (None, None)) -> Listing:
     return read_text(path, text, columns)
 
 
-def read_folder(folder: Path, *, columns: Columns = (None, None)) -> Listing:
+def read_folder(
+    folder: Path, *, columns: Columns = (None, None), texts: Path | None = None
+) -> Listing:
     """Return the rows of a folder of images.
 
     If the folder, or each of its parts such as `train/` and `test/`, has a `metadata.jsonl` or
     `metadata.csv`, the rows are those of the file. Otherwise they are the images themselves; an
-    image in a subfolder has the subfolder's name as its label.
+    image in a subfolder has the subfolder's name as its label, and each line of its text file
+    (`a.txt` for `a.jpg`) as a caption.
+
+    Args:
+        folder: the folder.
+        columns: the names of the columns of metadata; None: recognised.
+        texts: the folder of the text files, which lie in it as the images in theirs; None: they
+            are not read.
 
     Raises:
-        DataError: if a file of metadata cannot be read.
+        DataError: if a file of metadata or a text file cannot be read.
     """
     parts = {folder: "", **{p: split_named(p.name) for p in _subfolders(folder)}}
     described = {
@@ -58,12 +76,31 @@ def read_folder(folder: Path, *, columns: Columns = (None, None)) -> Listing:
         for name in METADATA
         if (part / name).is_file()
     }
-    if described:
+    if described and texts in {None, folder}:
         return _of_metadata(folder, described, columns)
-    return listing("images in folders by class", images_in(folder))
+    found = list(images_in(folder) if texts is None else _with_texts(images_in(folder), texts))
+    has_texts = any(row.caption for row in found)
+    return listing(BESIDE if has_texts else "images in folders by class", found)
+
+
+def _with_texts(rows: Iterable[Row], texts: Path) -> Iterator[Row]:
+    """Yield the rows of images with the captions in their text files."""
+    for row in rows:
+        files = (texts / Path(row.image).with_suffix(suffix) for suffix in BESIDE_SUFFIXES)
+        file = next(filter(Path.is_file, files), None)
+        lines = [] if file is None else [line.strip() for line in decoded(file).splitlines()]
+        # Numbers alone are boxes, as YOLO writes them.
+        for caption in [one for one in lines if any(map(str.isalpha, one))] or [""]:
+            yield attrs.evolve(row, caption=caption)
 
 
 def _of_metadata(folder: Path, files: dict[Path, str], columns: Columns) -> Listing:
+    twice = [path for path in files if path.suffix != ".csv" and path.with_suffix(".csv") in files]
+    if twice:
+        raise DataError(
+            f"{twice[0].parent} must have one file of metadata, got {twice[0].name} and "
+            "metadata.csv. Name one of them with --captions."
+        )
     found: list[Row | Problem] = []
     for path, split in files.items():
         one, inside = read_captions(path, columns=columns), path.parent.relative_to(folder)
@@ -77,10 +114,11 @@ def _of_metadata(folder: Path, files: dict[Path, str], columns: Columns) -> List
 
 
 def images_in(folder: Path) -> Iterator[Row]:
-    """Yield the images below a folder; the folder in which one lies is its class."""
+    """Yield the images below a folder that are not hidden; their folder is their class."""
     for path in sorted(folder.rglob("*")):
-        if is_image_name(path.name) and path.is_file():
-            name = path.relative_to(folder)
+        name = path.relative_to(folder)
+        hidden = any(part.startswith((".", "__MACOSX")) for part in name.parts)
+        if is_image_name(path.name) and not hidden and path.is_file():
             parents = list(name.parts[:-1])
             split = split_named(parents[0]) if parents else ""
             inner = parents[1:] if split else parents
@@ -107,6 +145,11 @@ def decoded(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {reason}. Check the path.") from error
     if size > MOST_BYTES:
         raise DataError(f"{path} must have at most {MOST_BYTES:,} bytes, got {size:,}. Split it.")
+    if data[257:262] == b"ustar":
+        raise DataError(f"{path} must be text, got a tar archive. Pass shards with --shards.")
+    for first, kind in BINARY.items():
+        if data.startswith(first):
+            raise DataError(f"{path} must be text, got {kind}.")
     try:
         return data.decode(json.detect_encoding(data))
     except UnicodeDecodeError as error:

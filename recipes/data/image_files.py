@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+from urllib.parse import unquote
 
 import attrs
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from diptych.handlers.contained_paths import LONGEST_NAME
 from diptych.recipes.data.rows import DataError
+from diptych.recipes.data.text_tables import SUFFIXES, is_image_name
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,6 +36,7 @@ ROOM = 2
 NO_NAME = "the image name is empty"
 MISSING = "the file is missing"
 NO_FILE = "the path is that of a folder or a device, not of a file"
+A_URL = "the image is a URL: download it, as img2dataset does into tar files for --shards"
 OUTSIDE = "the file is outside the folder of the images (--allow-outside reads it)"
 LONG_NAME = f"the image name has a part of more than {LONGEST_NAME} bytes"
 BAD_NAME = "the image name has a character that no name of a file has"
@@ -53,8 +56,8 @@ class ImageFolder:
     r"""A folder of images, in which names from a file are looked up.
 
     A name may be `a.jpg`, `./a.jpg`, `sub\a.jpg` as Windows writes it, or have its suffix in
-    other letters (`a.JPG`). Names that all begin with folders that are not there, such as
-    `val2014/`, are looked up without them.
+    other letters (`a.JPG`), or no suffix if one image has the name. Names that all begin with
+    folders that are not there, such as `val2014/`, are looked up without them.
 
     Args:
         root: the folder.
@@ -72,7 +75,8 @@ class ImageFolder:
         dropped = self._dropped(missing)
         if dropped:
             found |= {name: self._find("/".join(p[dropped:])) for name, p in missing.items()}
-        return found
+        urls = (name for name, one in found.items() if one == MISSING and "://" in name)
+        return found | dict.fromkeys(urls, A_URL)
 
     def _dropped(self, missing: Mapping[str, tuple[str, ...]]) -> int:
         """Return how many folders at the beginning of the missing names to leave out."""
@@ -103,10 +107,15 @@ class ImageFolder:
         plain = name.replace("\\", "/")
         stem, suffix = posixpath.splitext(plain)
         yield self.root / plain
+        yield self.root / unquote(plain)  # `a%20b.jpg`
         yield self.root / f"{stem}{suffix.upper()}"
         yield self.root / f"{stem}{suffix.lower()}"
         for form in ("NFC", "NFD"):  # macOS writes an accent as a letter of its own
             yield self.root / unicodedata.normalize(form, plain)
+        if not is_image_name(plain):
+            named = [self.root / f"{plain}{suffix}" for suffix in sorted(SUFFIXES)]
+            there = [path for path in named if path.exists()]
+            yield from there if len(there) == 1 else ()
 
 
 def _parts(name: str) -> tuple[str, ...]:

@@ -14,13 +14,24 @@ from diptych.engine.distributed.agreement import on_rank_zero
 from diptych.engine.distributed.collectives import rank
 from diptych.recipes.data.captions import read_captions, read_folder
 from diptych.recipes.data.image_files import ImageFolder, unreadable
-from diptych.recipes.data.rows import DataError, Listing, Problem, Row, problem_report, shortened
+from diptych.recipes.data.rows import (
+    SPLITS,
+    DataError,
+    Listing,
+    Problem,
+    Row,
+    problem_report,
+    shortened,
+)
+from diptych.recipes.data.text_tables import Columns
 from diptych.recipes.settings import Settings, TaskName
 
 MOST_LETTERS = 10_000
 """The longest caption that is read."""
 NO_CAPTION = "the caption is empty"
 LONG_CAPTION = f"the caption has more than {MOST_LETTERS:,} letters"
+NEITHER = "the image has no caption: name their file with --captions"
+NO_SPLIT = f"the split must be one of {', '.join(SPLITS)}, or empty"
 NO_CLASS = "the image has no class: put it into a folder, or name its label"
 
 
@@ -141,7 +152,7 @@ def image_rows(
     captions: Path | None = None,
     *,
     task: TaskName = "image_text",
-    columns: tuple[str | None, str | None] = (None, None),
+    columns: Columns = (None, None),
     allow_outside: bool = False,
     decode: Callable[[Sequence[Path]], dict[Path, str]] | None = None,
 ) -> ImageTable:
@@ -149,7 +160,8 @@ def image_rows(
 
     Args:
         images: the folder.
-        captions: the file of captions; None: metadata in the folder, or the folder's images.
+        captions: the file of captions, or a folder of a text file for each image; None: metadata or
+            text files in the folder, or the folder's images.
         task: what a row needs: a caption, a class, or neither.
         columns: the names of the image column and the caption column; None: recognised.
         allow_outside: whether a name may lead out of the folder.
@@ -158,7 +170,7 @@ def image_rows(
     Raises:
         DataError: if the folder or the file cannot be read.
     """
-    listed = _listed(images, captions, columns)
+    listed = _listed(images, captions, columns, task)
     found = ImageFolder(images, allow_outside).find(row.image for row in listed.rows)
     files = [path for path in found.values() if isinstance(path, Path)]
     damaged = {} if decode is None else decode(files)
@@ -166,7 +178,7 @@ def image_rows(
     problems, rows = list(listed.problems), list[ImageRow]()
     for row in listed.rows:
         path = found[row.image]
-        kind = path if isinstance(path, str) else damaged.get(path) or _problem(row, task)
+        kind = path if isinstance(path, str) else damaged.get(path) or _problem(row, task, captions)
         if isinstance(path, Path) and kind is None:
             rows.append(_usable(row, path, images, groups[path]))
         else:
@@ -174,14 +186,17 @@ def image_rows(
     return ImageTable(captions or images, listed.layout, tuple(rows), tuple(problems))
 
 
-def _listed(images: Path, captions: Path | None, columns: tuple[str | None, str | None]) -> Listing:
+def _listed(images: Path, captions: Path | None, columns: Columns, task: TaskName) -> Listing:
     if not images.is_dir():
         raise DataError(f"--images must be a folder, got {images}. Check the path.")
     if captions is None:
-        listed = read_folder(images, columns=columns)
+        texts = images if task == "image_text" else None
+        listed = read_folder(images, columns=columns, texts=texts)
         if not listed.rows and not listed.problems:
             raise DataError(f"--images must have images in it, got {images}, which has none.")
         return listed
+    if captions.is_dir():
+        return read_folder(images, texts=captions)
     if not captions.is_file():
         raise DataError(f"--captions must be a file, got {captions}. Check the path.")
     return read_captions(captions, columns=columns)
@@ -215,14 +230,18 @@ def _read(settings: Settings) -> ImageTable:
     return table
 
 
-def _problem(row: Row, task: TaskName) -> str | None:
+def _problem(row: Row, task: TaskName, captions: Path | None) -> str | None:
+    if row.split and row.split not in SPLITS:
+        return NO_SPLIT
     if task == "classification":
         return None if row.label else NO_CLASS
     if task == "two_views":
         return None
     if len(row.caption) > MOST_LETTERS:
         return LONG_CAPTION
-    return None if row.caption.strip() or row.label else NO_CAPTION
+    if row.caption.strip() or row.label:
+        return None
+    return NEITHER if captions is None else NO_CAPTION
 
 
 def _detail(row: Row) -> str:

@@ -17,6 +17,7 @@ from diptych.recipes.data.rows import (
     listing,
     shortened,
     split_named,
+    split_of,
 )
 from diptych.recipes.data.text_tables import (
     CAPTION,
@@ -27,10 +28,16 @@ from diptych.recipes.data.text_tables import (
     captions_in,
     is_image_name,
     lines_of,
+    plain_name,
 )
 
 NO_IMAGE = "the entry names no image of the file"
-NO_RECORD = "the entry is no record with an image and a caption"
+NO_CAPTION = "the entry has no caption: those of COCO are in captions_*.json"
+NO_RECORD = (
+    "the entry is no record with an image and a caption, under names that are recognised "
+    "(--image-column and --caption-column give others)"
+)
+NOT_JSON = "the line is not valid JSON"
 
 Found = tuple[str, Iterator[Row | Problem]]
 """The name of a layout, and the rows."""
@@ -47,10 +54,11 @@ def read_json(path: Path, text: str, columns: Columns) -> Listing:
     except RecursionError as error:
         raise DataError(f"{path} must be JSON of captions, got lists too deep.") from error
     except ValueError as error:
-        first = text.lstrip().partition("\n")[0].strip()
-        if (first[:1], first[-1:]) in {("{", "}"), ("[", "]")}:
-            return listing("JSON lines", _line_rows(path, text, columns))
-        raise DataError(f"{path} must be valid JSON, got an error: {shortened(error)}.") from error
+        lines = _json_lines(path, text, columns)
+        if lines is None:
+            reason = shortened(error)
+            raise DataError(f"{path} must be valid JSON, got an error: {reason}.") from error
+        return lines
     if isinstance(whole, list):
         records = whole if _as_record(whole) is whole else [whole]  # JSON lines of one line
         return listing("JSON records", _record_rows(path, records, columns))
@@ -59,9 +67,20 @@ def read_json(path: Path, text: str, columns: Columns) -> Listing:
         raise DataError(
             f"{path} must be JSON of captions (COCO's, Karpathy's, a list of records with an image "
             "and a caption, or captions by image), got "
-            f"{shortened(', '.join(map(repr, whole))) or 'an empty object'}."
+            f"{shortened(', '.join(map(repr, whole))) or 'an empty object'}. Name your "
+            "columns with --image-column and --caption-column."
         )
     return listing(*found)
+
+
+def _json_lines(path: Path, text: str, columns: Columns) -> Listing | None:
+    """Return the rows of JSON lines; None if the text has no record in its lines."""
+    first = text.lstrip().partition("\n")[0].strip()
+    if (first[:1], first[-1:]) not in {("{", "}"), ("[", "]")}:
+        return None
+    found = listing("JSON lines", _line_rows(path, text, columns))
+    are_none = not found.rows and all(problem.kind == NOT_JSON for problem in found.problems)
+    return None if are_none else found
 
 
 def _of_data_set(path: Path, whole: Mapping[str, Any]) -> Found | None:
@@ -92,18 +111,15 @@ def _of_mapping(path: Path, whole: Mapping[str, Any], columns: Columns) -> Found
 def _coco_rows(
     path: Path, images: Sequence[Any], captions: Sequence[Any]
 ) -> Iterator[Row | Problem]:
-    names = {
-        _key(image.get("id")): _name(image.get("file_name"))
-        for image in images
-        if isinstance(image, Mapping)
-    }
+    names = {_key(image.get("id")): _name(image) for image in images if isinstance(image, Mapping)}
     for number, one in enumerate(captions):
         where = f"{path.name}: annotations[{number}]"
-        name = names.get(_key(one.get("image_id"))) if isinstance(one, Mapping) else None
-        if name:
-            yield Row(where, name, _text(one.get("caption")))
+        key = _key(one.get("image_id")) if isinstance(one, Mapping) else ""
+        name = names.get(key) if key else None
+        if name and "caption" in one:
+            yield Row(where, name, _text(one["caption"]))
         else:
-            yield Problem(where, NO_IMAGE, shortened(one))
+            yield Problem(where, NO_CAPTION if name else NO_IMAGE, shortened(one))
 
 
 def _karpathy_rows(path: Path, images: Sequence[Any]) -> Iterator[Row | Problem]:
@@ -114,7 +130,7 @@ def _karpathy_rows(path: Path, images: Sequence[Any]) -> Iterator[Row | Problem]
         if not (name and _is_list(sentences)):
             yield Problem(where, NO_RECORD, shortened(one))
             continue
-        folder, split = _text(one.get("filepath")), split_named(_text(one.get("split")))
+        folder, split = _text(one.get("filepath")), split_of(_text(one.get("split")))
         image = f"{folder}/{name}" if folder else name
         for index, sentence in enumerate(sentences):
             yield Row(f"{where}.sentences[{index}]", image, _sentence(sentence), split=split)
@@ -140,10 +156,10 @@ def _table(whole: Mapping[str, Any], columns: Columns) -> list[Any] | None:
     """Return the records of an object with a list for each column, or an object, as in pandas."""
     lists = {name: [*p.values()] if isinstance(p, Mapping) else p for name, p in whole.items()}
     find = _finder(lists)
-    image, said = find(columns[0], IMAGE), _said(lists, columns) or [find(None, LABEL)]
-    if not (_is_list(image) and all(_is_list(one) and len(one) == len(image) for one in said)):
+    needed = [find(columns[0], IMAGE), *(_said(lists, columns) or [find(None, LABEL)])]
+    if not all(map(_is_list, needed)) or len(set(map(len, needed))) > 1:
         return None
-    parts = {name: p for name, p in lists.items() if _is_list(p) and len(p) == len(image)}
+    parts = {name: p for name, p in lists.items() if _is_list(p) and len(p) == len(needed[0])}
     return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
@@ -167,7 +183,7 @@ def _line_rows(path: Path, text: str, columns: Columns) -> Iterator[Row | Proble
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
-            yield Problem(where, "the line is not valid JSON", shortened(line))
+            yield Problem(where, NOT_JSON, shortened(line))
             continue
         yield from _record(where, record, columns)
 
@@ -180,10 +196,15 @@ def _record(where: str, record: Any, columns: Columns, split: str = "") -> Itera
         return
     find = _finder(record)
     image, label = _name(find(columns[0], IMAGE)), _text(find(None, LABEL))
-    split = split_named(_text(find(None, ("split",)))) or split
+    split = split_of(_text(find(None, ("split",)))) or split
+    for caption in captions_of(record, columns):
+        yield Row(where, image, caption, label, split)
+
+
+def captions_of(record: Mapping[str, Any], columns: Columns = (None, None)) -> list[str]:
+    """Return the captions of a record; an empty one if it has none."""
     said = [one for one in _said(record, columns) if _is_list(one) or _text(one)] or [""]
-    for caption in itertools.chain.from_iterable(map(captions_in, said)):
-        yield Row(where, image, _text(caption), label, split)
+    return [_text(one) for one in itertools.chain.from_iterable(map(captions_in, said))]
 
 
 def _as_record(value: Any) -> Any:
@@ -194,10 +215,10 @@ def _as_record(value: Any) -> Any:
 
 
 def _finder(record: Mapping[str, Any]) -> Callable[[str | None, Sequence[str]], Any]:
-    lower = {name.strip().lower(): value for name, value in record.items()}
+    lower = {plain_name(name): value for name, value in record.items()}
 
     def find(asked: str | None, names: Sequence[str]) -> Any:
-        wanted = (asked.strip().lower(),) if asked else names
+        wanted = (plain_name(asked),) if asked else names
         return next((lower[name] for name in wanted if name in lower), None)
 
     return find
@@ -227,7 +248,8 @@ def _name(value: Any) -> str:
     """Return the name of an image; an image may be a record of its own, as in `datasets`."""
     if isinstance(value, Mapping):
         value = _finder(value)(None, IMAGE)
-    return _encodable(value).strip() if isinstance(value, str) else ""
+    is_name = isinstance(value, (str, int)) and not isinstance(value, bool)
+    return _encodable(str(value)).strip() if is_name else ""
 
 
 def _text(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -14,7 +15,7 @@ LINES = 16
 
 SPLITS = {
     "train": ("train", "training", "restval"),
-    "val": ("val", "valid", "validation", "dev"),
+    "val": ("val", "valid", "validate", "validation", "dev"),
     "test": ("test", "testing"),
 }
 """The three parts of a data set, each with the names that files and folders use for it."""
@@ -37,7 +38,8 @@ class Row:
         image: the name of the image.
         caption: the caption; empty if there is none.
         label: the class; empty if there is none.
-        split: "train", "val" or "test"; empty if the file does not say.
+        split: "train", "val" or "test"; empty if the file does not say; another word of the file's
+            cannot be used.
     """
 
     where: str
@@ -90,8 +92,14 @@ def listing(layout: str, found: Iterable[Row | Problem]) -> Listing:
 
 
 def split_named(name: str) -> str:
-    """Return the part of a data set that a name stands for; empty if it stands for none."""
-    return next((split for split, names in SPLITS.items() if name.strip().lower() in names), "")
+    """Return the part of a data set that a name (`val2014`) stands for; empty if for none."""
+    plain = re.sub(r"\d{4}$", "", name.strip().lower())
+    return next((split for split, names in SPLITS.items() if plain in names), "")
+
+
+def split_of(cell: str) -> str:
+    """Return the part that a column of parts names; the text itself if it names none."""
+    return split_named(cell) or cell.strip()
 
 
 def shortened(text: object) -> str:

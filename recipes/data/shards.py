@@ -24,8 +24,9 @@ from diptych.engine.random_state import mixed_seed, preserved_random_state, seed
 from diptych.recipes.data.augmentations import augmentations
 from diptych.recipes.data.image_batches import Batch, view
 from diptych.recipes.data.image_files import MOST_BYTES, TOO_LARGE, ImageError, read_image
+from diptych.recipes.data.json_captions import captions_of
 from diptych.recipes.data.rows import DataError
-from diptych.recipes.data.text_tables import CAPTION, SUFFIXES, captions_in
+from diptych.recipes.data.text_tables import SUFFIXES
 from diptych.recipes.towers.resize import Resize
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ def shard_paths(pattern: str) -> list[Path]:
     if missing is not None or not paths:
         raise DataError(
             f"--shards must name tar files on this machine, got {pattern}, where "
-            f"{missing or 'nothing'} is no file. Check the path and the range of numbers."
+            f"{missing or 'nothing'} is no file. Check the path and the range of numbers, or name "
+            "all in a folder: DIR/*.tar."
         )
     return paths
 
@@ -94,7 +96,8 @@ def samples_of(path: Path, skipped: Counter[str]) -> Iterator[tuple[str, dict[st
         with tarfile.open(path, "r|*") as archive:
             for member in archive:
                 stem, suffix = _parts(member.name)
-                file = archive.extractfile(member) if member.isfile() else None
+                hidden = member.name.rpartition("/")[2].startswith(".")  # `._a.jpg` of macOS
+                file = archive.extractfile(member) if member.isfile() and not hidden else None
                 if file is None:
                     continue
                 if stem != key and members:
@@ -124,16 +127,14 @@ def caption_of(members: Mapping[str, bytes]) -> str:
     """
     text = next((members[suffix] for suffix in (".txt", ".caption") if suffix in members), None)
     if text is not None:
-        return text.decode("utf-8-sig", errors="replace").strip()
+        return text.decode(json.detect_encoding(text), errors="replace").strip()
     try:
         record = json.loads(members.get(".json", b"{}"))
     except (ValueError, RecursionError):
         return ""
-    values = [record.get(name) for name in CAPTION] if isinstance(record, dict) else []
-    found = [one for value in values for one in captions_in(value) if isinstance(one, str)]
-    # JSON may have half a character, which no tokenizer takes.
-    texts = (one.encode(errors="replace").decode().strip() for one in found)
-    return next(filter(None, texts), "")
+    if not isinstance(record, dict):
+        return ""
+    return next(filter(None, captions_of({name: one for name, one in record.items() if one})), "")
 
 
 @attrs.frozen(kw_only=True)
@@ -312,7 +313,7 @@ def count_samples(path: Path) -> int:
     )
     if not usable:
         raise DataError(
-            f"--shards must have samples of an image and a caption (.jpg and .txt), got {path}, "
-            f"which has none ({', '.join(skipped) or 'other suffixes'})"
+            "--shards must have samples of an image and a caption, one after the other (.jpg and "
+            f".txt), got {path}, which has none ({', '.join(skipped) or 'other suffixes'})"
         )
     return usable

@@ -22,14 +22,15 @@ from diptych.recipes.data.rows import (
     listing,
     shortened,
     split_named,
+    split_of,
 )
 
 IMAGE = (
     *("image", "file_name", "filename", "filepath", "image_name", "image_path", "image_file"),
-    *("file", "path", "img", "photo", "picture", "name"),
+    *("file", "path", "img", "photo", "picture", "name", "url", "image_url", "coco_url"),
 )
 CAPTION = (
-    *("caption", "text", "title", "comment", "description", "sentence", "raw", "alt"),
+    *("caption", "text", "title", "comment", "description", "sentence", "raw", "alt", "prompt"),
     *("captions", "texts", "sentences"),
 )
 LABEL = ("label", "class", "category")
@@ -48,11 +49,11 @@ TOKENS = re.compile(r"(?P<image>[^\t]+)#\d+\t(?P<caption>.*)")
 """A line of Flickr8k.token.txt: `1000268201_693b08cb0e.jpg#0<TAB>A child in a pink dress ...`."""
 SEPARATOR = re.compile(r'"?sep=([\t,;|])"?', re.IGNORECASE)
 """The first line in which Excel names the separator: `sep=;`."""
-NUMBER = re.compile(r"[\s_.-]*\d+$")
+NUMBER = re.compile(r"[_.-]*\d+$")
 """The number of one of several columns of captions: `caption_1`, `caption_2`."""
 LEADING = re.compile(r"[ \t]*(#[^\r\n]*)?(\r\n|\n|\r)")
 """An empty line, or one that may be a comment."""
-BARS = "| "
+BAR = re.compile(r"\s*\|\s*")
 LISTED = re.compile(r"\s*\[\s*[\"']")
 """The beginning of a list of texts."""
 COLUMNS = 8
@@ -153,7 +154,7 @@ def _token_rows(path: Path, text: str) -> Iterator[Row | Problem]:
 
 def _bar_rows(path: Path, text: str) -> Iterator[Row | Problem]:
     for where, line in [*lines_of(path, text)][1:]:
-        name, *rest = (part.strip() for part in line.split(BARS, 2))
+        name, *rest = BAR.split(line.strip(), maxsplit=2)
         if len(rest) == 2:
             yield Row(where, name, rest[1])
         else:
@@ -201,10 +202,10 @@ def _cells(line: str, separator: str) -> list[str]:
 
 
 def _with_header(separator: str, cells: Sequence[str], columns: Columns) -> _Form | None:
-    names = [cell.strip().lstrip("# ").strip('"').lower() for cell in cells]
+    names = [plain_name(cell.strip().lstrip("# ").strip('"')) for cell in cells]
 
     def index(asked: str | None, known: Sequence[str]) -> int | None:
-        wanted = known if asked is None else [asked.strip().lower()]
+        wanted = known if asked is None else [plain_name(asked)]
         return next((names.index(name) for name in wanted if name in names), None)
 
     image, label = index(columns[0], IMAGE), index(None, LABEL)
@@ -214,6 +215,11 @@ def _with_header(separator: str, cells: Sequence[str], columns: Columns) -> _For
     return _Form(separator, True, len(cells), image, captions, label, index(None, ("split",)))
 
 
+def plain_name(column: str) -> str:
+    """Return the name of a column as it is looked up: `File Name` is `file_name`."""
+    return "_".join(column.lower().split())
+
+
 def caption_columns(names: Sequence[str], asked: str | None) -> list[int]:
     """Return the indices of the columns of captions: of one, or of `caption_1`, `caption_2`, ...
 
@@ -221,11 +227,11 @@ def caption_columns(names: Sequence[str], asked: str | None) -> list[int]:
         names: of the columns.
         asked: the name that a flag has; None: the first known one.
     """
-    names = [name.strip().lower() for name in names]
-    if asked and asked.strip().lower() in names:
-        return [names.index(asked.strip().lower())]
+    names = [plain_name(name) for name in names]
+    if asked and plain_name(asked) in names:
+        return [names.index(plain_name(asked))]
     bases = [NUMBER.sub("", name) for name in names]
-    wanted = CAPTION if asked is None else [asked.strip().lower()]
+    wanted = CAPTION if asked is None else [plain_name(asked)]
     name = next((name for name in wanted if name in bases), None)
     return [index for index, base in enumerate(bases) if base == name]
 
@@ -321,7 +327,7 @@ def _rows(form: _Form, where: str, cells: Sequence[str]) -> Iterator[Row | Probl
     elif len(cells) <= max(form.image, *form.captions[:1], 0):
         yield Problem(where, TOO_SHORT, shortened(form.separator.join(cells)))
     else:
-        split = split_named(cell(form.split))
+        split = split_of(cell(form.split))
         for text in [one for one in map(cell, form.captions) if one] or [""]:
             for caption in captions_in(text):
                 yield Row(where, cell(form.image), caption, cell(form.label), split)

@@ -94,6 +94,9 @@ def test_the_splits_of_karpathy_are_kept_and_restval_is_for_training(tmp_path):
         ('a.jpg\t"one\nb.jpg\ttwo"\n', [("a.jpg", '"one'), ("b.jpg", 'two"')]),
         ("image,caption_1,caption_2\na.jpg,one,two\n", [("a.jpg", "one"), ("a.jpg", "two")]),
         ("Text 2;Text 10;File\n;two;a.jpg\n;;b.jpg\n", [("a.jpg", "two"), ("b.jpg", "")]),
+        ("Image  Name|Prompt\na.jpg|one\n", [("a.jpg", "one")]),
+        ("image_name|comment_number|comment\na.jpg|0|one | two\n", [("a.jpg", "one | two")]),
+        ('[{"image": 7, "caption": "one"}]', [("7", "one")]),
         ("image,caption,caption\na.jpg,one,two\n", [("a.jpg", "one"), ("a.jpg", "two")]),
         (
             '{"image": "a.jpg", "caption_1": "one", "caption_2": null, "caption_3": ["two"]}',
@@ -153,8 +156,12 @@ def test_other_columns_are_named(tmp_path):
         ("a.jpg,a cat, asleep\n", "got 'a.jpg', 'a cat', 'asleep'"),
         (",".join(f"column {number}" for number in range(5000)) + "\n", "and 4,992 more"),
         ("x" * 100_000 + ",y\n", "must have a column"),
+        ('[{"image": "a.jpg", "caption": "one"},]', r"must be valid JSON.* line 1 column"),
+        (b"PAR1\x15\xff", r"must be text, got a Parquet file\. Write it as CSV"),
+        (b"PK\x03\x04\x14", "an Excel file or a zip archive"),
+        (b"a.jpg".ljust(257, b"\0") + b"ustar", r"got a tar archive\. Pass shards with --shards"),
     ],
-    ids=range(9),
+    ids=range(13),
 )
 def test_a_file_that_is_none_of_captions_gets_a_short_message(tmp_path, content, message):
     with pytest.raises(DataError, match=message) as raised:
@@ -181,10 +188,16 @@ def test_rows_that_cannot_be_read_are_problems_with_their_lines(tmp_path):
     listed = read_captions(written(tmp_path, jsonl))
     assert [problem.where for problem in listed.problems] == ["captions.csv:2", "captions.csv:3"]
 
-    coco = {"images": [], "annotations": [{"image_id": 4, "caption": "x"}, "nothing"]}
+    boxes, nameless = {"image_id": 1, "bbox": [0, 0, 2, 2]}, {"caption": "of no image"}
+    coco = {
+        "images": [{"id": 1, "file_name": "a.jpg"}, {"file_name": "b.jpg"}],
+        "annotations": [{"image_id": 4, "caption": "x"}, "nothing", boxes, nameless],
+    }
     listed = read_captions(written(tmp_path, json.dumps(coco)))
+    assert listed.rows == ()
     places = [problem.where for problem in listed.problems]
-    assert places == ["captions.csv: annotations[0]", "captions.csv: annotations[1]"]
+    assert places == [f"captions.csv: annotations[{number}]" for number in range(4)]
+    assert "captions_*.json" in listed.problems[2].kind
 
 
 def test_a_folder_without_captions_has_its_subfolders_as_classes(tmp_path):
@@ -217,6 +230,40 @@ def test_an_imagefolder_has_its_captions_and_its_parts_in_files_of_metadata(tmp_
         f"test/{first}",
         "test/metadata.jsonl:1",
     )
+
+
+def test_text_files_beside_images_have_a_caption_in_each_line(tmp_path):
+    images, texts = write_images(tmp_path / "images"), tmp_path / "texts"
+    texts.mkdir()
+    for name, said in captions().items():
+        (images / name).with_suffix(".txt").write_text("\n\n".join(said), "utf-16")
+        (texts / name).with_suffix(".caption").write_text(f"{said[0]}\n0 0.5 0.5 0.1 0.1\n")
+
+    tables = [image_rows(images), image_rows(images, texts)]
+
+    both = [(name, text) for name, said in sorted(captions().items()) for text in said]
+    assert [(row.name, row.caption) for row in tables[0].rows] == both
+    assert [(row.name, row.caption) for row in tables[1].rows] == both[::2]
+    assert len(image_rows(images, task="two_views").rows) == len(captions())
+    (images / next(iter(captions()))).with_suffix(".txt").unlink()
+    (problem,) = image_rows(images).problems
+    assert problem.kind == "the image has no caption: name their file with --captions"
+
+
+def test_hidden_files_are_no_images_of_a_folder(tmp_path):
+    for name in ("a.png", "._a.png", ".thumbnails/a.png", "__MACOSX/._a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+
+    assert [row.image for row in read_folder(tmp_path).rows] == ["a.png"]
+
+
+def test_two_files_of_metadata_are_refused_and_not_both_read(tmp_path):
+    written(tmp_path, "file_name,text\na.jpg,one\n", "metadata.csv")
+    written(tmp_path, '{"file_name": "a.jpg", "text": "one"}\n', "metadata.jsonl")
+
+    with pytest.raises(DataError, match=r"one file of metadata, .* Name one of them with --capt"):
+        read_folder(tmp_path)
 
 
 def test_no_report_is_longer_than_twenty_lines():

@@ -62,6 +62,17 @@ def test_a_name_is_found_however_it_is_written(images):
     ]
 
 
+def test_a_name_may_lack_its_suffix_or_be_percent_encoded_or_a_url(images):
+    (images / "red.png").rename(images / "dark red.png")
+    for name in ("two.jpg", "two.png"):
+        (images / name).touch()
+
+    assert found(images, "dark red", "dark%20red.png") == [images / "dark red.png"] * 2
+    assert found(images, "two") == [image_files.MISSING]  # one of two is not chosen
+    urls = ("http://a.org/more/gray.JPG", "http://a.org/gone.png?size=3")
+    assert found(images, *urls) == [images / "more/gray.JPG", image_files.A_URL]
+
+
 def test_folders_that_all_names_begin_with_and_that_are_not_there_are_left_out(images):
     names = ["C:\\data\\red.png", "C:\\data\\more\\gray.JPG", "C:\\data\\gone.png"]
 

@@ -103,6 +103,19 @@ def test_a_missing_folder_file_or_image_is_named(images, captions, tmp_path):
         read_table(Settings(images=images, captions=one))
 
 
+def test_a_row_of_an_unknown_part_is_not_trained_on(images, tmp_path):
+    parts = ["train2014", "Validate", "", "holdout"]
+    rows = [f"{color}.png,x,{part}\n" for color, part in zip(COLORS, parts, strict=False)]
+    (tmp_path / "parts.csv").write_text("image,caption,split\n" + "".join(rows))
+
+    table = image_rows(images, tmp_path / "parts.csv")
+
+    assert [row.split for row in table.rows] == ["train", "val", ""]
+    assert [(one.where, one.kind) for one in table.problems] == [
+        ("parts.csv:5", "the split must be one of train, val, test, or empty")
+    ]
+
+
 def test_the_split_follows_the_names_and_keeps_captions_together(images, captions):
     table = image_rows(images, captions)
 

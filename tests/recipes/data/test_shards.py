@@ -80,7 +80,14 @@ def test_ranges_and_stars_name_the_files(shards, monkeypatch):
 
 
 def test_a_sample_is_what_has_one_name_and_its_caption_is_in_text_or_json(tmp_path):
-    members = {"a.jpg": b"1", "a.json": b'{"caption": "one"}', "b.v2.png": b"2", "b.v2.txt": b"two"}
+    members = {
+        "._a.jpg": b"0",
+        "a.jpg": b"1",
+        "._a.json": b"0",
+        "a.json": b'{"TEXT_1": "one"}',
+        "b.v2.png": b"2",
+        "b.v2.txt": b"two",
+    }
     path = write_shard(tmp_path / "a.tar", members)
 
     found = list(samples_of(path, Counter()))
@@ -93,6 +100,7 @@ def test_a_sample_is_what_has_one_name_and_its_caption_is_in_text_or_json(tmp_pa
     odd = [rb'{"caption": ["\ud83d one", "two"]}', b'{"caption": "", "text": null, "title": "a"}']
     assert [caption_of({".json": one}) for one in odd] == ["? one", "a"]
     assert caption_of({".txt": "\ufeffone\n".encode()}) == "one"
+    assert caption_of({".txt": "one".encode("utf-16")}) == "one"
     assert caption_of({".json": b"[" * 99_999}) == caption_of({".json": b'"x"'}) == ""
 
 
