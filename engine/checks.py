@@ -1,11 +1,14 @@
-"""Checks of integer arguments."""
+"""Numbers: checks of integer arguments, and results that are a number."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import attrs
+import numpy as np
+from torch import Tensor
 
 
 def is_whole(value: object, least: int = 1) -> bool:
@@ -34,3 +37,15 @@ def whole_number(
             )
 
     return check
+
+
+def as_number(value: Any) -> float | None:
+    """Return a number, or a tensor of one, as a float; None for anything else."""
+    is_scalar = isinstance(value, Tensor) and value.numel() == 1
+    return float(value) if is_scalar or isinstance(value, (Real, np.bool_)) else None
+
+
+def numbers_in(results: Mapping[str, Any]) -> dict[str, float]:
+    """Return the results that are one number, as floats."""
+    found = {name: as_number(value) for name, value in results.items()}
+    return {name: number for name, number in found.items() if number is not None}

@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from numbers import Number
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from ignite import distributed as idist
 from ignite.engine import Engine, Events
@@ -16,6 +14,7 @@ from ignite.metrics import Metric
 from torch import Tensor, nn
 
 from diptych._summaries import Summarized
+from diptych.engine.checks import numbers_in
 from diptych.engine.data.batches import to_device
 from diptych.engine.data.loader_contract import length_of
 from diptych.engine.distributed.agreement import wait_for_all_ranks
@@ -238,16 +237,6 @@ def computed_by_metrics(engine: Dispatcher) -> dict[str, float]:
         result = engine.state.metrics.get(name)
         values |= numbers_in(result if isinstance(result, Mapping) else {name: result})
     return values
-
-
-def numbers_in(results: Mapping[str, Any]) -> dict[str, float]:
-    """Return the results that are one number, as floats."""
-    return {name: float(value) for name, value in results.items() if _is_number(value)}
-
-
-def _is_number(value: Any) -> bool:
-    is_scalar = isinstance(value, Tensor) and value.numel() == 1
-    return is_scalar or isinstance(value, (Number, np.generic))
 
 
 def _check_needs_no_prediction(

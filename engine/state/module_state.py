@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,8 +19,8 @@ def load_clean_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> Non
     """Load a state dict from `clean_state_dict` into a module that may be wrapped."""
     bare = unwrapped(module)
     named = {key: (state[key.replace("_orig_mod.", "")], v) for key, v in bare.state_dict().items()}
-    bare.load_state_dict({key: _laid_out(value, like) for key, (value, like) in named.items()})
-
-
-def _laid_out(value: Any, like: Any) -> Any:
-    return shard_of(value, like) if isinstance(value, Tensor) else value
+    laid_out = {
+        key: shard_of(value, like) if isinstance(value, Tensor) else value
+        for key, (value, like) in named.items()
+    }
+    bare.load_state_dict(laid_out)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from diptych.engine.checks import numbers_in
 from diptych.engine.distributed.agreement import wait_for_all_ranks
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.distributed.gathering import gather_values
@@ -70,7 +71,7 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
         "skipped_batches": trainer.skipped_batches,
         "trainer": dict(trainer.state_dict()),
         "metrics": _of_all_ranks(trainer.metrics.state_dict()),
-        "last_metrics": {k: float(v) for k, v in trainer.state.metrics.items() if _is_number(v)},
+        "last_metrics": numbers_in(trainer.state.metrics),
         "handlers": {name: h.state_dict() for name, h in stateful_handlers(trainer).items()},
         "random": _of_all_ranks(random_state()),
         "data": _of_all_ranks(place),
@@ -240,7 +241,3 @@ def _metrics_of_this_rank(states: list[dict[str, Any]]) -> dict[str, Any]:
     if len(states) == world_size():
         return states[rank()]
     return {**states[0], "window": mean_of_buffers([state["window"] for state in states])}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)

@@ -20,7 +20,7 @@ from diptych.engine.errors import BatchError
 from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.engine.trials.first_batches import FirstBatches
 from diptych.engine.trials.overfit import loss_of
-from diptych.engine.trials.preserved import parts_preserved
+from diptych.engine.trials.restored import parts_preserved
 from diptych.engine.trials.trial import Trial
 
 

@@ -11,7 +11,7 @@ from diptych.engine.data.batches import batch_size
 from diptych.engine.distributed.collectives import world_size
 from diptych.engine.errors import BatchError
 from diptych.engine.trainer import Trainer
-from diptych.engine.trials.preserved import parts_preserved
+from diptych.engine.trials.restored import parts_preserved
 
 UPDATES = 2
 """Updates of a trial: the first one makes the optimizer's state."""

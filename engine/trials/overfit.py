@@ -9,12 +9,12 @@ from typing import Any
 
 import attrs
 from ignite.engine import Events
-from torch import Tensor
 
 from diptych._summaries import Summarized
+from diptych.engine.checks import as_number
 from diptych.engine.errors import BatchError
 from diptych.engine.trials.first_batches import first_batches
-from diptych.engine.trials.preserved import parts_preserved
+from diptych.engine.trials.restored import parts_preserved
 
 LEARNS, SLOW = 0.5, 0.05
 """Shares of its first value by which the loss must have fallen: it learns; it learns slowly."""
@@ -104,6 +104,4 @@ def overfit(trainer: Any, loader: Iterable[Any], batches: int, updates: int) -> 
 def loss_of(trainer: Any) -> float | None:
     """Return the loss of the last update; None if a step of the user's own returns none."""
     output = trainer.state.output
-    loss = getattr(output, "loss", output)
-    is_number = isinstance(loss, (int, float)) or (isinstance(loss, Tensor) and loss.numel() == 1)
-    return float(loss) if is_number else None
+    return as_number(getattr(output, "loss", output))

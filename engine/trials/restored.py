@@ -1,10 +1,11 @@
-"""Contexts that restore what a trial changes: modules, an optimizer, metrics."""
+"""Contexts that restore what a trial changes: a trainer's parts, modules, metrics."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from ignite.metrics import Metric
@@ -13,8 +14,22 @@ from torch.optim import Optimizer
 
 from diptych.engine.containers import held_of
 from diptych.engine.modules import SavedBuffers
+from diptych.engine.random_state import preserved_random_state
 
 CONTAINERS = (dict, list, set)
+
+
+@contextmanager
+def parts_preserved(trainer: Any) -> Iterator[None]:
+    """Restore model, loss, task, transform, optimizer and random generators of a trainer."""
+    parts = (trainer.model, trainer.loss, trainer.task, trainer.transform)
+    modules = [part for part in parts if isinstance(part, nn.Module)]
+    with ExitStack() as contexts:
+        contexts.enter_context(preserved_random_state())
+        contexts.enter_context(modules_restored(*modules))
+        for optimizer in getattr(trainer, "optimizers", [trainer.optimizer]):
+            contexts.enter_context(optimizer_restored(optimizer))
+        yield
 
 
 @contextmanager

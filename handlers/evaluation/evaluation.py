@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
 from diptych._loss_arguments import call_with
+from diptych.engine.checks import numbers_in
 from diptych.engine.containers import leaves
 from diptych.engine.data.batches import batch_size
 from diptych.engine.data.loader_contract import check_is_loader, length_of
@@ -29,7 +30,6 @@ from diptych.engine.evaluator import (
     Metrics,
     evaluation_mode,
     named_metrics,
-    numbers_in,
 )
 from diptych.engine.events import EvaluationEvents
 from diptych.engine.handler import Handler
