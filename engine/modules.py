@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from diptych.engine.name_patterns import listed
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -182,7 +184,7 @@ class TrainingModes:
             logger.warning(
                 "In eval mode (dropout is off), but with trainable parameters: %s.\n"
                 "Call train() on them, as after from_pretrained(), or requires_grad_(False).",
-                ", ".join(names[:8]) + (", ..." if len(names) > 8 else ""),
+                listed(names),
             )
 
 

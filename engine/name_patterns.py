@@ -1,10 +1,13 @@
-"""Patterns of dotted names, and suggestions for unknown names."""
+"""Names in messages: patterns of dotted names, suggestions for unknown ones, lists."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+
+SHOWN = 8
+"""Names, differences or ranks that a message lists."""
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -27,13 +30,20 @@ def check_pattern(pattern: str, names: Iterable[str]) -> None:
         )
 
 
+def listed(names: Iterable[str], most: int = SHOWN) -> str:
+    """Return names as a list in a sentence: the first ones, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
 def near_matches(word: str, known: Iterable[str]) -> str:
     """Return a sentence for an error on the known names: similar ones, else all."""
     known = list(dict.fromkeys(known))
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     if close:
         return f"Similar names: {', '.join(close)}"
-    return f"Known names: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
+    return f"Known names: {listed(known, 12)}"
 
 
 def _paths(names: Iterable[str]) -> list[str]:

@@ -19,6 +19,7 @@ from diptych.engine import tasks
 from diptych.engine.distributed.collectives import rank
 from diptych.engine.distributed.dtensor import is_sharded
 from diptych.engine.handler import Attachable, Handler
+from diptych.engine.name_patterns import listed
 from diptych.engine.tasks import KeyedTask, Task
 
 logger = logging.getLogger(__name__)
@@ -150,9 +151,8 @@ def _report_replaced_parts(model: nn.Module, loss: nn.Module, optimizer: Optimiz
     others = held - {id(p) for part in (model, loss) for p in part.parameters()}
     missing = [name for name, p in _learned(model) if id(p) not in held]
     if others and missing:
-        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         warnings.warn(
-            f"optimizer lacks {', '.join(missing[:4])}{more} of the model, and holds "
+            f"optimizer lacks {listed(missing, 4)} of the model, and holds "
             f"{len(others)} parameters that neither model nor loss has: a part was replaced after "
             "the optimizer was built. Build the optimizer last.",
             stacklevel=5,

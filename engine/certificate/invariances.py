@@ -23,7 +23,7 @@ from diptych.engine.certificate.training_copy import (
 )
 from diptych.engine.certificate.two_ranks import check_ranks
 from diptych.engine.data.batches import batch_size
-from diptych.engine.distributed.comparison import listed
+from diptych.engine.name_patterns import listed
 from diptych.engine.step.loss_contract import set_tile, tiled_parts
 from diptych.engine.trainer import Trainer
 

@@ -24,7 +24,7 @@ from diptych.engine.certificate.training_copy import (
     relative_error,
 )
 from diptych.engine.data.batches import batch_size, batch_slice, join_batches, to_device
-from diptych.engine.distributed.comparison import listed
+from diptych.engine.name_patterns import listed
 
 RANKS = 2
 TIMEOUT = timedelta(seconds=60)

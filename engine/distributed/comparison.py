@@ -16,10 +16,9 @@ from diptych.engine.distributed.agreement import wait_for_all_ranks
 from diptych.engine.distributed.collectives import exchange_device, world_size
 from diptych.engine.distributed.gathering import gather_values
 from diptych.engine.distributed.hang_report import waits_at
+from diptych.engine.name_patterns import SHOWN, listed
 
 ABSENT = "absent"
-SHOWN = 8
-"""Differences, or ranks, that a message names."""
 
 
 def check_equal_over_ranks(
@@ -105,10 +104,3 @@ def _by_rank(shown: Sequence[str]) -> str:
 def _ranks(held: Iterable[int]) -> str:
     names = [str(rank) for rank in held]
     return f"rank{'s' if len(names) > 1 else ''} {listed(names)}"
-
-
-def listed(names: Iterable[str], most: int = SHOWN) -> str:
-    """Return names as a list in a sentence: the first ones, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(names[:most])}{more}"

@@ -16,10 +16,11 @@ from torch.utils.hooks import RemovableHandle
 
 from diptych.engine.distributed.agreement import wait_for_all_ranks
 from diptych.engine.distributed.collectives import rank, world_size
-from diptych.engine.distributed.comparison import check_equal_over_ranks, listed
+from diptych.engine.distributed.comparison import check_equal_over_ranks
 from diptych.engine.distributed.dtensor import has_shards, is_sharded
 from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.modules import known_parameters, named_parameters
+from diptych.engine.name_patterns import listed
 
 BUCKET = 2**23
 """Elements of a bucket: enough to use the bandwidth, few enough to start early."""

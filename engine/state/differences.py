@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from diptych.engine.distributed.comparison import SHOWN, listed
+from diptych.engine.name_patterns import SHOWN, listed
 from diptych.engine.state.run_identity import RunIdentity, order_settings
 
 ABSENT = "absent"

@@ -18,6 +18,7 @@ from diptych.engine.distributed.hang_report import waits_at
 from diptych.engine.errors import CheckpointError
 from diptych.engine.loop.position import position_from
 from diptych.engine.metrics.metrics_buffer import mean_of_buffers
+from diptych.engine.name_patterns import listed
 from diptych.engine.random_state import (
     preserved_random_state,
     random_state,
@@ -222,7 +223,7 @@ def _check_keys(part: str, saved: Mapping[str, Tensor], here: Mapping[str, Tenso
         if key in saved and isinstance(here[key], Tensor) and saved[key].shape != here[key].shape
     ]
     told = [
-        f"{what} {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}"
+        f"{what} {listed(keys)}"
         for what, keys in (("lacks", lacking), ("has extra", extra), ("has", shapes))
         if keys
     ]

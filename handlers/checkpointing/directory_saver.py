@@ -16,6 +16,7 @@ import attrs
 import torch.distributed as dist
 from ignite.engine import Events
 
+from diptych.engine.checks import numbers_in
 from diptych.engine.distributed.agreement import LaggedMaximum, on_rank_zero
 from diptych.engine.distributed.collectives import exchange_timeout, rank, world_size
 from diptych.engine.distributed.dtensor import has_shards
@@ -295,9 +296,7 @@ class DirectorySaver:
     def _save(self, trainer: Trainer, score: float | None) -> None:
         self._set_deadline()
         self._score, self._record = score, trainer.metrics.record
-        metrics = {
-            k: float(v) for k, v in trainer.state.metrics.items() if isinstance(v, (int, float))
-        }
+        metrics = numbers_in(trainer.state.metrics)
         if self.ranking.metric is not None:
             metrics.pop(self.ranking.metric, None)  # it may be an older value, of other weights
             metrics.update({} if score is None else {self.ranking.metric: score})

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diptych.engine.errors import checkpoint_errors
+from diptych.engine.name_patterns import listed
 from diptych.handlers.contained_paths import is_plain_file
 from diptych.handlers.files import write_atomically
 
@@ -53,7 +54,7 @@ def export_weights(
     others = [key for key, value in weights.items() if not isinstance(value, Tensor)]
     if others:
         warnings.warn(
-            f"{path.name} holds tensors only: the extra state {', '.join(others[:4])} of the model "
+            f"{path.name} holds tensors only: the extra state {listed(others, 4)} of the model "
             "is left out. Its checkpoints have it.",
             stacklevel=2,
         )

@@ -21,6 +21,7 @@ from torch import Tensor
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.distributed.dtensor import is_sharded, local_part, own_rows
 from diptych.engine.errors import CheckpointError, checkpoint_errors
+from diptych.engine.name_patterns import listed
 from diptych.engine.state.checkpoint_structure import check_archive
 from diptych.handlers.contained_paths import check_name, contained_path
 from diptych.handlers.verified_files import is_intact, write_verified
@@ -150,7 +151,7 @@ def check_index(state: Any, stored: Mapping[str, Any] | None) -> None:
     index, files = (stored["tensors"], stored["files"]) if stored is not None else ({}, {})
     lacking = sorted(set(_placeholders(state)) - set(index))
     if lacking:
-        raise CheckpointError(f"it lacks the shards of {', '.join(lacking[:8])}")
+        raise CheckpointError(f"it lacks the shards of {listed(lacking)}")
     for name in files:
         check_name(name, RANK_FILE)
     for path, tensor in index.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diptych.engine.distributed.dtensor import local_part
 from diptych.engine.errors import CheckpointError, checkpoint_errors
+from diptych.engine.name_patterns import listed
 from diptych.engine.state.checkpoint_structure import check_archive, check_unpacked
 from diptych.engine.state.module_state import clean_state_dict, load_clean_state_dict
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
@@ -32,9 +33,6 @@ WRAPPER = "module."
 
 DEPTH = 3
 """The most names in a prefix that is found."""
-
-NAMES = 8
-"""The most names that a report shows of each kind."""
 
 
 @attrs.frozen
@@ -75,7 +73,7 @@ class LoadedWeights:
             ("unexpected", self.unexpected),
         ):
             if names:
-                lines.append(f"  {title:18} {len(names):4}  {_first(names)}")
+                lines.append(f"  {title:18} {len(names):4}  {listed(names)}")
         return "\n".join(lines)
 
 
@@ -133,7 +131,7 @@ def load_weights(
     if not report.matched:
         raise CheckpointError(
             f"path must hold weights of this model, got {file}, of which none fits: it has "
-            f"{_first(weights)}; the model has {_first(own)}. Pass rename={{...}} if they are the "
+            f"{listed(weights)}; the model has {listed(own)}. Pass rename={{...}} if they are the "
             "same under other names"
         )
     if strict and not report.is_complete:
@@ -193,7 +191,7 @@ def _state_dict_in(loaded: Any, path: Path) -> dict[str, Tensor]:
             if tensors:
                 return {key.replace("_orig_mod.", ""): value for key, value in tensors.items()}
     got = (
-        f"with {_first(map(str, loaded))}"
+        f"with {listed(map(str, loaded))}"
         if isinstance(loaded, Mapping)
         else "without a state dict"
     )
@@ -211,7 +209,7 @@ def _renamed(weights: Mapping[str, Tensor], rename: Mapping[str, str]) -> dict[s
     if unused:
         raise CheckpointError(
             f"rename must have prefixes of names in the file, got {', '.join(map(repr, unused))}. "
-            f"The file has {_first(weights)}"
+            f"The file has {listed(weights)}"
         )
     renamed: dict[str, Tensor] = {}
     for key, value in weights.items():
@@ -306,9 +304,3 @@ def _memory(tensor: Tensor) -> Any:
     if not own.numel():
         return id(tensor)
     return own.data_ptr(), tuple(own.shape), own.stride(), own.device
-
-
-def _first(names: Iterable[str]) -> str:
-    found: Iterator[str] = iter(names)
-    shown = [name for name, _ in zip(found, range(NAMES), strict=False)]
-    return ", ".join(shown) + (", ..." if next(found, None) is not None else "")

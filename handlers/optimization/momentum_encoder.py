@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from diptych.engine.events import StepEvents
 from diptych.engine.handler import Change, Handler
 from diptych.engine.modules import unwrapped
+from diptych.engine.name_patterns import listed
 from diptych.engine.trainer import Trainer
 from diptych.handlers.argument_checks import one_of, share_below_one
 from diptych.handlers.optimization.horizon import Horizon
@@ -198,7 +199,7 @@ def _part(model: nn.Module, part: Part) -> nn.Module:
         paths = [path for path, _ in model.named_modules() if path and path.count(".") < 2]
         raise ValueError(
             f"online and target must be parts of the model, got {part!r}; there are "
-            f"{', '.join(paths[:12])}"
+            f"{listed(paths, 12)}"
         ) from None
 
 

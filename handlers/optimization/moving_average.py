@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diptych.engine.distributed.dtensor import local_parts
 from diptych.engine.events import StepEvents
 from diptych.engine.modules import unwrapped
+from diptych.engine.name_patterns import listed
 from diptych.engine.state.module_state import clean_state_dict
 from diptych.engine.trainer import Trainer
 from diptych.handlers.optimization.gradient_norms import any_gradient
@@ -69,7 +70,7 @@ def module_tensors(module: nn.Module) -> dict[str, ModuleTensor]:
 def differing_keys(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> str:
     """Return the keys that only one mapping has or whose shapes differ, eight at most, as text."""
     shapes = [{key: value.shape for key, value in part.items()} for part in (first, second)]
-    return ", ".join(sorted({key for key, _ in shapes[0].items() ^ shapes[1].items()})[:8])
+    return listed(sorted({key for key, _ in shapes[0].items() ^ shapes[1].items()}))
 
 
 def can_be_averaged(tensor: Tensor) -> bool:
