@@ -34,7 +34,7 @@ from diptych.recipes.data.image_files import (
     read_image,
     to_tensor,
 )
-from diptych.recipes.data.rows import DataError, Problem, problem_report
+from diptych.recipes.data.rows import DataError, Problem, problem_report, reported
 from diptych.recipes.settings import RECIPE, Settings, read_settings
 from diptych.recipes.towers.parts import Towers
 from diptych.recipes.towers.resize import Resize
@@ -185,9 +185,13 @@ class Encoder:
         directory = RunDirectory(run)
         path = directory.path
         if not (path / RECIPE).is_file():
+            inside = sorted(path.glob(f"*/{RECIPE}"))
+            hint = (
+                f"Name a run in it, such as {inside[-1].parent}." if inside else "Check the path."
+            )
             raise DataError(
                 f"run must be the directory of a run of diptych train, got {path}, which has no "
-                f"{RECIPE}. Check the path."
+                f"{RECIPE}. {hint}"
             )
         settings = read_settings(path / RECIPE)
         names = path / CLASSES
@@ -274,11 +278,7 @@ class Encoder:
         if top < 1:
             raise ValueError(f"top must be >= 1, got {top}")
         text = self.encode_texts([query])
-        if len(images.features) and images.features.shape[1] != text.shape[1]:
-            raise DataError(
-                f"images must have {text.shape[1]} features each, as this model's texts, got "
-                f"{images.features.shape[1]}. Encode them with this model"
-            )
+        _check_same(images.features, text)
         scores = images.features @ text.T if len(images.features) else text.new_zeros(0, 1)
         scores = scores.squeeze(1)
         best = scores.topk(min(top, len(scores)))
@@ -299,13 +299,15 @@ class Encoder:
             templates: texts with "{}" where the name goes.
 
         Raises:
-            DataError: if there are no classes, or a template has no "{}".
+            DataError: if there are no classes, a template has no "{}", or the features are of
+                another model.
         """
         classes, templates = _several("classes", classes), _several("templates", templates)
         if not classes or not templates or any("{}" not in one for one in templates):
             raise DataError("zero_shot must have classes, and templates with {} in each")
         prompts = [template.replace("{}", name) for name in classes for template in templates]
         features = self.encode_texts(prompts).unflatten(0, (len(classes), len(templates)))
+        _check_same(images, features)
         logits = images @ F.normalize(features.mean(dim=1), dim=1).T
         scale = getattr(self.model, "logit_scale", None)
         return (logits * (1.0 if scale is None else scale.detach().cpu().exp())).softmax(dim=1)
@@ -319,7 +321,7 @@ class Encoder:
         problems: list[str] = []
 
         def readable() -> Iterator[Tensor]:
-            for batch, kinds in loader:
+            for batch, kinds in reported(loader, "Encoded images", len(images), self.batch_size):
                 problems.extend(kinds)
                 kept = [number for number, kind in enumerate(kinds) if not kind]
                 if kept:
@@ -339,6 +341,14 @@ class Encoder:
                     features = encode(to_device(batch, self.device))
                 found.append(F.normalize(features.float(), dim=1).cpu())
         return torch.cat(found) if found else torch.zeros(0, 0)
+
+
+def _check_same(images: Tensor, texts: Tensor) -> None:
+    if len(images) and images.shape[-1] != texts.shape[-1]:
+        raise DataError(
+            f"images must have {texts.shape[-1]} features each, as this model's texts, got "
+            f"{images.shape[-1]}. Encode them with this model"
+        )
 
 
 def _several(name: str, values: Iterable[Any]) -> list[Any]:

@@ -66,15 +66,14 @@ def evaluate(encoder: Encoder, table: ImageTable, *, part: Part = "all") -> dict
 
 def evaluate_with_chance(encoder: Encoder, table: ImageTable, *, part: Part = "all") -> Results:
     """Return what a model reaches on data, as `evaluate` does, and what chance does."""
-    held_out = 0.0 if encoder.settings is None else encoder.settings.held_out
-    rows = table.rows if part == "all" else table.parts(held_out)[part]
+    rows = _rows_of(table, part, 0.0 if encoder.settings is None else encoder.settings.held_out)
     has_text = isinstance(encoder.model, TwoTowers)
     captioned = has_text and any(row.has_caption for row in rows)
     labelled = [row for row in rows if row.label]
     if not captioned and not labelled:
         raise DataError(
             f"the part {part!r} of {table.source} must have captions for a model with a text "
-            "tower, or classes, got neither"
+            "tower, or classes, got neither. Name the file of captions with --captions."
         )
     found = _retrieval(encoder, rows) if captioned else Results({}, {})
     if labelled:
@@ -83,6 +82,14 @@ def evaluate_with_chance(encoder: Encoder, table: ImageTable, *, part: Part = "a
         found.values.update(guessed)
         found.chance.update(dict.fromkeys(guessed, 1 / len(table.classes)))
     return found
+
+
+def _rows_of(table: ImageTable, part: Part, held_out: float) -> Sequence[ImageRow]:
+    parts = {"all": table.rows, **table.parts(held_out)}
+    if not parts[part] and table.rows:
+        sizes = ", ".join(f"{name} {len(rows):,}" for name, rows in parts.items())
+        raise DataError(f"--part must have rows, got {part} of {table.source}: {sizes}.")
+    return parts[part]
 
 
 def _retrieval(encoder: Encoder, rows: Sequence[ImageRow]) -> Results:

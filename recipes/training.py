@@ -295,3 +295,4 @@ def _optimizer(settings: Settings, model: nn.Module, loss: nn.Module) -> torch.o
 def _say(text: str) -> None:
     if rank() == 0:
         sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()  # a file would get it after the lines of the run

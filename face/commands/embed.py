@@ -25,6 +25,8 @@ def embed(
         out: file to write; search reads it instead of the folder.
         options: of the model.
     """
+    if out.is_dir():
+        raise ValueError(f"--out must be a file to write, got {out}, which is a folder")
     found = options.load(run).embed(images)
     found.save(out)
     sys.stdout.write(f"Wrote {len(found.names):,} features to {out}.\n")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import attrs
 
 from diptych.commands.factory import find_factory
-from diptych.recipes.encoder import Encoder
+from diptych.recipes.encoder import Embeddings, Encoder
 
 
 @attrs.frozen(kw_only=True)
@@ -42,6 +42,11 @@ class EncoderOptions:
             batch_size=self.batch_size,
             workers=self.workers,
         )
+
+
+def features_of(images: Path, encoder: Encoder) -> Embeddings:
+    """Return the features of a folder of images, or those in a file."""
+    return Embeddings.load(images) if images.is_file() else encoder.embed(images)
 
 
 def factory_named(text: str | None) -> Any:

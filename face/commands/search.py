@@ -7,8 +7,7 @@ from pathlib import Path
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from diptych.commands.encoder_options import EncoderOptions
-from diptych.recipes.encoder import Embeddings
+from diptych.commands.encoder_options import EncoderOptions, features_of
 
 
 def search(
@@ -29,7 +28,7 @@ def search(
         options: of the model.
     """
     encoder = options.load(run)
-    found = Embeddings.load(images) if images.is_file() else encoder.embed(images)
+    found = features_of(images, encoder)
     for hit in encoder.search(query, found, top=top):
         sys.stdout.write(f"{hit.score:.4f}  {hit.name}\n")
     return 0

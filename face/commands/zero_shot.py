@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from diptych.commands.encoder_options import EncoderOptions
+from diptych.commands.encoder_options import EncoderOptions, features_of
 from diptych.recipes.data.captions import decoded
 from diptych.recipes.encoder import TEMPLATES
 
@@ -24,14 +24,18 @@ def zero_shot(
 
     Args:
         run: directory of a run of diptych train.
-        images: folder of the images.
+        images: folder of the images, or a file that diptych embed wrote.
         classes: text file with the name of a class on each line.
         templates: texts with {} where the name of a class goes.
         options: of the model.
     """
+    if not classes.exists():
+        raise ValueError(
+            f"--classes must be a file with the name of a class on each line, got {classes}"
+        )
     names = [line.strip() for line in decoded(classes).splitlines() if line.strip()]
     encoder = options.load(run)
-    found = encoder.embed(images)
+    found = features_of(images, encoder)
     best = encoder.zero_shot(found.features, names, templates=templates).max(dim=1)
     for name, index, probability in zip(found.names, best.indices, best.values, strict=True):
         sys.stdout.write(f"{probability:.3f}  {names[index]}  {name}\n")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diptych.handlers.contained_paths import LONGEST_NAME
-from diptych.recipes.data.rows import DataError
+from diptych.recipes.data.rows import DataError, reported
 from diptych.recipes.data.text_tables import SUFFIXES, is_image_name
 
 if TYPE_CHECKING:
@@ -195,9 +195,8 @@ def unreadable(paths: Iterable[Path], size: int, *, workers: int = 0) -> dict[Pa
 
     files = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(max_workers=workers + 1) as pool:
-        return {
-            path: text for path, text in zip(files, pool.map(problem, files), strict=True) if text
-        }
+        found = reported(pool.map(problem, files), "Checked images", len(files))
+        return {path: text for path, text in zip(files, found, strict=True) if text}
 
 
 def _checked(file: Image.Image) -> Image.Image:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import re
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import attrs
 
+Item = TypeVar("Item")
+
 LETTERS, SHOWN, KINDS = 80, 5, 8
 """What a message quotes: letters of a text, rows of each kind of problem, and kinds."""
+PAUSE = 10.0
+"""The seconds between two lines about long work."""
 LINES = 16
 """Lines of a report between its first and its last one."""
 
@@ -107,6 +114,23 @@ def shortened(text: object) -> str:
     line = " ".join(str(text)[: LETTERS + 1].split())
     line = line if line.isprintable() else ascii(line)[1:-1]  # a terminal would obey the others
     return line if len(line) <= LETTERS else f"{line[:LETTERS]}..."
+
+
+def reported(items: Iterable[Item], what: str, total: int, size: int = 1) -> Iterator[Item]:
+    """Yield items; write every ten seconds to stderr how many are done, so that no wait is silent.
+
+    Args:
+        items: the items.
+        what: what is done, and to what: "Encoded images".
+        total: of the things in all items.
+        size: of the things in an item.
+    """
+    last = time.monotonic()
+    for number, item in enumerate(items, start=1):
+        yield item
+        if time.monotonic() >= last + PAUSE:
+            last = time.monotonic()
+            sys.stderr.write(f"{what}: {min(number * size, total):,} of {total:,}\n")
 
 
 def problem_report(problems: Sequence[Problem], usable: int) -> str:

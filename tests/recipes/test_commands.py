@@ -164,13 +164,35 @@ def test_features_are_written_to_a_file_that_search_reads(run, photos, tmp_path,
     assert load_file(out)["features"].shape == (8, 16)
     assert set(Embeddings.load(out).names) == set(captions())
 
-    printed = []
-    for images in (out, photos / "images"):
-        assert main(["search", str(run), "a cat", "--images", str(images)]) == 0
-        printed.append(capsys.readouterr().out)
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    for use in (["search", "a cat"], ["zero-shot", "--classes", str(tmp_path / "classes.txt")]):
+        printed = []
+        for images in (out, photos / "images"):
+            assert main([use[0], str(run), *use[1:], "--images", str(images)]) == 0
+            printed.append(capsys.readouterr().out)
 
-    assert printed[0] == printed[1]
-    assert len(printed[0].splitlines()) == 8
+        assert printed[0] == printed[1]
+        assert len(printed[0].splitlines()) == 8
+
+
+def test_mistakes_in_the_use_of_a_model_name_the_way_out(run, photos, tmp_path, capsys):
+    images = ["--images", str(photos / "images")]
+    texts = ["--captions", str(photos / "captions.txt")]
+    Embeddings(("a",), torch.ones(1, 7)).save(tmp_path / "f.safetensors")
+    features, classes = ["--images", str(tmp_path / "f.safetensors")], tmp_path / "classes.txt"
+    classes.write_text("cat\ndog\n")
+    mistakes = [
+        (["search", str(run.parent), "a cat", *images], f"Name a run in it, such as {run}"),
+        (["embed", str(run), *images, "--out", str(tmp_path)], "--out must be a file to write"),
+        (["evaluate", str(run), *images, *texts, "--part", "test"], "all 16, train 12, val 4, te"),
+        (["evaluate", str(run), *images], "Name the file of captions with --captions"),
+        (["zero-shot", str(run), *images, "--classes", "cat,dog"], "--classes must be a file with"),
+        (["zero-shot", str(run), *features, "--classes", str(classes)], "16 features each"),
+    ]
+
+    for command, message in mistakes:
+        assert main(command) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_names_that_are_no_text_are_printed_and_arguments_out_of_range_have_messages(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diptych.recipes.data import image_files
+from diptych.recipes.data import image_files, rows
 from diptych.recipes.data.image_files import (
     ImageError,
     ImageFolder,
@@ -71,6 +71,16 @@ def test_a_name_may_lack_its_suffix_or_be_percent_encoded_or_a_url(images):
     assert found(images, "two") == [image_files.MISSING]  # one of two is not chosen
     urls = ("http://a.org/more/gray.JPG", "http://a.org/gone.png?size=3")
     assert found(images, *urls) == [images / "more/gray.JPG", image_files.A_URL]
+
+
+def test_long_work_says_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(rows, "PAUSE", 0.0)
+
+    assert list(rows.reported("abc", "Checked images", total=5, size=2)) == ["a", "b", "c"]
+
+    assert capsys.readouterr().err.splitlines() == [
+        f"Checked images: {number} of 5" for number in (2, 4, 5)
+    ]
 
 
 def test_folders_that_all_names_begin_with_and_that_are_not_there_are_left_out(images):
