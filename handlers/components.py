@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
 from diptych.engine.modules import named_parameters
 from diptych.engine.name_patterns import matches
-
-if TYPE_CHECKING:
-    from diptych.engine.trainer import Trainer
 
 Components = Mapping[str, str | Sequence[str]] | Sequence[str]
 """Names of components with the paths of their parameters; a path alone is its own name.
@@ -78,7 +75,9 @@ def total_size(sizes: Mapping[str, ComponentSize]) -> ComponentSize:
     return ComponentSize(*(sum(column) for column in columns))
 
 
-def find_components(trainer: Trainer, components: Components | None) -> dict[str, set[int]]:
+def find_components(
+    model: nn.Module, loss: nn.Module, components: Components | None
+) -> dict[str, set[int]]:
     """Return the ids of each component's parameters, by the component's name.
 
     Without components, those of `default_components`.
@@ -87,9 +86,9 @@ def find_components(trainer: Trainer, components: Components | None) -> dict[str
         ValueError: if a component has no parameter; the message lists the first parts of names.
     """
     if components is None:
-        found_by_default = default_components(trainer.model, trainer.loss)
+        found_by_default = default_components(model, loss)
         return {name: set(map(id, members)) for name, members in found_by_default.items()}
-    named = named_parameters(trainer.model, trainer.loss)
+    named = named_parameters(model, loss)
     found: dict[str, set[int]] = {}
     for component, patterns in _with_patterns(components):
         found[component] = {

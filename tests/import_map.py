@@ -133,6 +133,7 @@ ALLOWED: dict[str, set[str]] = {
         "engine.distributed",
         "engine.loop",
         "engine.metrics",
+        "engine.state",
         "handlers",
     },
     "handlers.performance": {"engine", "engine.distributed", "handlers", "handlers.output"},

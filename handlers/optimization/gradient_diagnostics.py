@@ -98,7 +98,7 @@ class GradientDiagnostics(Handler):
                 call_in_short_runs(trainer, self._publish_updates, StepEvents.OPTIMIZER_STEPPED)
 
     def _find(self, trainer: Trainer) -> None:
-        self._members = find_components(trainer, self.components)
+        self._members = find_components(trainer.model, trainer.loss, self.components)
 
     def _publish_gradients(self, trainer: Trainer) -> None:
         measured = shared_norms(trainer).measure(trainer)

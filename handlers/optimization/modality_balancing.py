@@ -118,7 +118,7 @@ class ModalityBalancing(Handler):
             self._sum, self._weight = torch.zeros_like(self._sum), torch.zeros_like(self._weight)
 
     def _find(self, trainer: Trainer) -> None:
-        self._members = find_components(trainer, self.components)
+        self._members = find_components(trainer.model, trainer.loss, self.components)
         first, second = self._members.values()
         if first & second:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Reading of the files that `JsonLines` writes."""
+"""Reading of the files that describe a run: its records, and its identity."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import attrs
 
 from diptych.engine.metrics.metrics_collector import Record
+from diptych.engine.state.run_identity import RunIdentity
 from diptych.handlers.output.line_chain import LineChain
 from diptych.handlers.output.sealed_json import read_file, read_sealed, unreadable
 from diptych.handlers.run_directory import metrics_file
@@ -115,6 +116,22 @@ def check_lines(path: Path) -> None:
             f"{path} must hold the lines that were written, but {damage}. Restore the file from a "
             f"copy, or remove {digests.name} to read the lines as they are."
         )
+
+
+def read_identity(path: Path) -> RunIdentity | None:
+    """Return the identity in `identity.json`; None if there is no such file.
+
+    Raises:
+        OSError: naming the file, if it cannot be read.
+        ValueError: naming the file, if it is damaged.
+    """
+    try:
+        content = read_sealed(path, without="the runs' settings are then compared")
+        return RunIdentity.from_json(json.dumps(content))
+    except FileNotFoundError:
+        return None
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"{path} must hold the identity of a run: {error}. Remove it.") from error
 
 
 def _record(line: bytes, path: Path, number: int) -> Record:

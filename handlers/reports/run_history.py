@@ -10,11 +10,10 @@ from typing import Any
 import attrs
 
 from diptych.engine.state.run_identity import RunIdentity
-from diptych.handlers.output.records import RecordReader, check_lines
+from diptych.handlers.output.records import RecordReader, check_lines, read_identity
 from diptych.handlers.output.sealed_json import read_sealed
 from diptych.handlers.reports.curves import StepAndValue, extremes
 from diptych.handlers.run_directory import RunDirectory
-from diptych.handlers.sinks.run_record import read_identity
 
 MOST_BUCKETS = 512
 """Buckets of a curve, an even number; each keeps at most three points."""

@@ -23,6 +23,7 @@ from diptych.engine.state.run_identity import RunIdentity
 from diptych.handlers.components import ComponentSize, component_sizes, total_size
 from diptych.handlers.files import make_folder, write_atomically
 from diptych.handlers.output.output_handler import OutputHandler
+from diptych.handlers.output.records import read_identity
 from diptych.handlers.output.sealed_json import read_sealed, sealed
 from diptych.handlers.run_directory import RunDirectory
 from diptych.handlers.sinks.json_values import as_json, class_name
@@ -103,22 +104,6 @@ class RunRecord(OutputHandler):
                 make_folder(path.parent)
                 write_atomically(path, text)
                 del self._unwritten[path]
-
-
-def read_identity(path: Path) -> RunIdentity | None:
-    """Return the identity in `identity.json`; None if there is no such file.
-
-    Raises:
-        OSError: naming the file, if it cannot be read.
-        ValueError: naming the file, if it is damaged.
-    """
-    try:
-        content = read_sealed(path, without="the runs' settings are then compared")
-        return RunIdentity.from_json(json.dumps(content))
-    except FileNotFoundError:
-        return None
-    except (TypeError, RecursionError) as error:
-        raise ValueError(f"{path} must hold the identity of a run: {error}. Remove it.") from error
 
 
 def run_settings(trainer: Trainer) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def make_trainer() -> Trainer:
 
 def names_in(trainer: Trainer, components: object) -> dict[str, set[str]]:
     names = {id(p): name for name, p in named_parameters(trainer.model, trainer.loss).items()}
-    found = find_components(trainer, components)
+    found = find_components(trainer.model, trainer.loss, components)
     return {component: {names[i] for i in members} for component, members in found.items()}
 
 
@@ -96,8 +96,9 @@ def test_a_component_may_have_several_paths_and_patterns_of_whole_parts():
 
 
 def test_a_component_without_parameters_is_refused_with_a_list_of_names():
+    trainer = make_trainer()
     with pytest.raises(ValueError, match=r"'vision'.*begin with gain, image, image_2, text, loss$"):
-        find_components(make_trainer(), ["vision"])
+        find_components(trainer.model, trainer.loss, ["vision"])
 
 
 def test_a_compiled_model_has_the_names_of_the_bare_one():
