@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ _ARGUMENTS = (
     "Tensor anchors, Tensor? candidates, Tensor scale, Tensor? bias, bool normalize,"
     " Tensor partner, Tensor? inverse, Tensor? itself, Tensor? row_groups, Tensor? column_groups,"
     " bool group_matches, Tensor? valid,"
-    " int rows, bool decoupled, float smoothing, bool symmetric,"
+    " int rows, bool decoupled, float smoothing, bool symmetric, bool gradient,"
     " int[] sizes, int rank"
 )
 _COUNT = _ARGUMENTS.count(",") + 1
@@ -60,8 +61,8 @@ class TiledLossArguments(NamedTuple):
         return cls(
             LossBlocks(*flat[:5]),
             Entries(*flat[5:12]),
-            TileSettings(*flat[12:16]),
-            GlobalBatch(tuple(flat[16]), flat[17]),
+            TileSettings(*flat[12:17]),
+            GlobalBatch(tuple(flat[17]), flat[18]),
         )
 
     @property
@@ -214,35 +215,32 @@ def _aligned(features: Tensor) -> Tensor:
     return features if features.data_ptr() % 16 == 0 else features.clone()
 
 
-def _launched(function: Function, loss: TiledLossArguments, *inputs: Any) -> tuple[Tensor, ...]:
-    """Return function(*inputs, *arguments); replayed if the host would be slower than the GPU."""
-    anchors = loss.blocks.anchors
-    few = 0 < len(anchors) * loss.columns <= _REPLAYED_LOGITS
-    run = functools.partial(replayed, function) if few and _on_kernels(anchors) else function
-    return run(*inputs, *loss.flat())
+def _replayed(function: Function, *, on_one_rank: bool) -> Function:
+    """Replay a function of a loss's arguments if the host would be slower than the GPU.
 
-
-def _part(function: Function, loss: TiledLossArguments, *inputs: Any) -> tuple[Tensor, ...]:
-    """Return function(*inputs, *arguments), the part of an operator that communicates nothing."""
-    if loss.batch.world_size > 1:
-        return _launched(function, loss, *inputs)
-    return function(*inputs, *loss.flat())  # the operator is replayed as a whole
-
-
-def _replayed_on_one_rank(function: Function) -> Function:
-    """Replay an operator as a whole; over several ranks its parts are, see `_part`."""
+    Args:
+        function: Its last arguments are the flat `TiledLossArguments`.
+        on_one_rank: Whether to do so on one rank or over several: an operator is replayed as a
+            whole on one rank, and over several its parts that communicate nothing.
+    """
 
     @functools.wraps(function)
     def run(*arguments: Any) -> tuple[Tensor, ...]:
         loss = TiledLossArguments.restored(arguments[-_COUNT:])
-        if loss.batch.world_size > 1:
-            return function(*arguments)
-        return _launched(function, loss, *arguments[:-_COUNT])
+        anchors = loss.blocks.anchors
+        few = 0 < len(anchors) * loss.columns <= _REPLAYED_LOGITS
+        if few and on_one_rank == (loss.batch.world_size == 1) and _on_kernels(anchors):
+            return replayed(function, *arguments)
+        return function(*arguments)
 
     return run
 
 
-@_replayed_on_one_rank
+_operator = functools.partial(_replayed, on_one_rank=True)
+_part = functools.partial(_replayed, on_one_rank=False)
+
+
+@_operator
 def _contrast(*flat: Any) -> tuple[Tensor, ...]:
     """Return the summed loss and what its gradient needs.
 
@@ -252,7 +250,7 @@ def _contrast(*flat: Any) -> tuple[Tensor, ...]:
     with _on_device(given.blocks.anchors):
         backend, loss = _taken(given)
         whole = _gathered(loss)
-        columns, packed = _part(_line_sums, loss, whole)
+        columns, packed = _line_sums(whole, *loss.flat())
         if len(columns):
             columns = stack_over_ranks(columns)[:, :, loss.batch.own]
         sums = LineSums.unpacked(packed, _lines(loss))
@@ -265,6 +263,7 @@ def _lines(loss: TiledLossArguments) -> int:
     return len(loss.blocks.anchors) + loss.settings.symmetric * loss.columns
 
 
+@_part
 def _line_sums(whole: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     """Return the columns that other ranks complete, and the packed sums."""
     blocks, entries, settings, batch = TiledLossArguments.restored(flat)
@@ -288,7 +287,7 @@ def _fake_contrast(*flat: Any) -> tuple[Tensor, ...]:
     return torch.empty_like(scale), scale.new_empty(rows * (1 + settings.symmetric), 3), kept
 
 
-@_replayed_on_one_rank
+@_operator
 def _contrast_gradient(
     weight: Tensor, statistics: Tensor, whole: Tensor, *flat: Any
 ) -> tuple[Tensor, ...]:
@@ -304,7 +303,7 @@ def _contrast_gradient(
             statistics = torch.cat([statistics, weight.expand(len(statistics), 1)], dim=1)
             columns = loss.batch.gather(statistics[len(statistics) - loss.batch.size :])
         kept = statistics, weight, columns, whole
-        return _of_rank(backend, _part(_contrast_gradients, loss, *kept), loss, given)
+        return _of_rank(backend, _contrast_gradients(*kept, *loss.flat()), loss, given)
 
 
 def _columns_too(loss: TiledLossArguments) -> bool:
@@ -317,6 +316,7 @@ def _all_candidates(kept: Tensor, loss: TiledLossArguments) -> Tensor:
     return kept if loss.batch.world_size > 1 else loss.blocks.piece
 
 
+@_part
 def _contrast_gradients(
     statistics: Tensor, weight: Tensor, columns: Tensor, kept: Tensor, *flat: Any
 ) -> tuple[Tensor, ...]:
@@ -371,7 +371,7 @@ def _of_rank(
     return anchors.to(dtype), candidates.to(dtype), scale, bias
 
 
-@_replayed_on_one_rank
+@_operator
 def _sigmoid_contrast(*flat: Any) -> tuple[Tensor, ...]:
     """Return the summed loss and its gradients by this rank's logits.
 
@@ -380,13 +380,14 @@ def _sigmoid_contrast(*flat: Any) -> tuple[Tensor, ...]:
     given = TiledLossArguments.restored(flat)
     with _on_device(given.blocks.anchors):
         loss = _taken(given)[1]
-        return _part(_sigmoid_gradients, loss, _gathered(loss))
+        return _sigmoid_gradients(_gathered(loss), *loss.flat())
 
 
+@_part
 def _sigmoid_gradients(whole: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     blocks, entries, settings, _ = TiledLossArguments.restored(flat)
     backend = _backend(blocks)
-    total, gradients = backend.sigmoid_gradients(blocks, entries, whole=whole, rows=settings.rows)
+    total, gradients = backend.sigmoid_gradients(blocks, entries, whole=whole, settings=settings)
     return total, *_without_none(gradients)
 
 
@@ -426,7 +427,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _differentiate(operator: Any, ctx: Any, *weights: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients for an operator's arguments, from the operator of its gradient."""
     count = len(ctx.plain)
-    tensors, statistics = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    saved = ctx.saved_tensors  # read once: activation checkpointing gives them once
+    tensors, statistics = saved[:count], saved[count:]
     flat = tuple(
         plain if tensor is None else tensor
         for tensor, plain in zip(tensors, ctx.plain, strict=True)
@@ -451,6 +453,8 @@ def _registered(function: Any, fake: Any, gradient: Any, outputs: int) -> Any:
         gradient: The function of the gradient.
         outputs: The number of tensors that the function returns.
     """
+    # A compiled loss is not replayed: torch.compile has a mode that does so.
+    function, gradient = (inspect.unwrap(one) for one in (function, gradient))
     saved = ", ".join(f"Tensor saved{place}" for place in range(outputs - 1))
     gradient = torch.library.custom_op(
         f"diptych::{gradient.__name__.lstrip('_')}",

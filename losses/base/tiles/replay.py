@@ -12,26 +12,28 @@ called again.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Function = Callable[..., tuple[Tensor, ...]]
 
+_logger = logging.getLogger(__name__)
+
 _FORMS = 32
-"""Forms of inputs that are remembered; the one not used for longest gives way."""
+"""Forms of inputs that are remembered."""
 
 _CALLS_BEFORE = 2
 """Direct calls of a form before it is recorded: the first compile kernels and load libraries."""
 
 _CALLS_MORE = 50
-"""Calls more, each time that a recording gives way: recording takes as long as some such calls."""
+"""Calls more, each time that recordings are forgotten: recording takes as long as some calls."""
 
 _UNSUITABLE = ("CUDA_LAUNCH_BLOCKING", "PYTORCH_NO_CUDA_MEMORY_CACHING")
 """Variables of the environment, for debugging, under which nothing is recorded."""
@@ -64,27 +66,53 @@ def _may_record() -> bool:
     return not any(os.environ.get(name, "0") != "0" for name in _UNSUITABLE)
 
 
+class Place(NamedTuple):
+    """Where the recordings of one of the user's streams are made, so that they share memory.
+
+    Attributes:
+        pool: Memory for intermediate results.
+        stream: The stream that is recorded; memory is shared only within one.
+    """
+
+    pool: Any
+    stream: Any
+
+    @classmethod
+    def new(cls) -> Place:
+        """Return a place on the current device."""
+        return cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream())
+
+
 class Recording:
     """The kernels of one call, and the memory that they read and write.
 
     Args:
         function: As for `replayed`.
         inputs: As for `replayed`.
-        pool: Memory for intermediate results, which recordings of one stream share.
+        place: Where to record.
     """
 
-    def __init__(self, function: Function, inputs: tuple[Any, ...], pool: Any) -> None:
-        with torch.inference_mode(False):  # of which the memory could not be written outside
+    def __init__(self, function: Function, inputs: tuple[Any, ...], place: Place) -> None:
+        # Memory of inference mode could not be written outside of it; leaving it enables gradients.
+        with torch.inference_mode(False), torch.no_grad():
             memory = [x.contiguous().clone() if isinstance(x, Tensor) else x for x in inputs]
             self._by_dtype: dict[torch.dtype, dict[int, Tensor]] = {}  # one kernel copies each
-            for place, x in enumerate(memory):
+            for position, x in enumerate(memory):
                 if isinstance(x, Tensor):
-                    self._by_dtype.setdefault(x.dtype, {})[place] = x
+                    self._by_dtype.setdefault(x.dtype, {})[position] = x
             self._graph = torch.cuda.CUDAGraph()
+            self._results = self._recorded(function, memory, place)
+
+    def _recorded(self, function: Function, memory: list[Any], place: Place) -> tuple[Tensor, ...]:
+        """Record the function, and return its results."""
+        place.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(place.stream):
+            function(
+                *memory
+            )  # what is compiled or loaded at a first call must not be in a recording
             # The mode leaves other threads alone, such as one that pins memory.
-            mode = "thread_local"
-            with torch.cuda.graph(self._graph, pool, torch.cuda.Stream(), capture_error_mode=mode):
-                self._results = function(*memory)
+            with torch.cuda.graph(self._graph, *place, capture_error_mode="thread_local"):
+                return function(*memory)
 
     def __call__(self, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """Return the results for other inputs of the same form, in new memory."""
@@ -106,57 +134,63 @@ class Recordings:
     """Recordings by function, stream and form of the inputs.
 
     Args:
-        record: Returns the recording of a function for inputs, given a stream's pool of memory.
-        new_pool: Returns a new pool.
+        record: Returns the recording of a function for inputs, at a place.
+        new_place: Returns a new place.
     """
 
     def __init__(
-        self, record: Callable[..., Any] = Recording, new_pool: Callable[[], Any] | None = None
+        self,
+        record: Callable[..., Any] = Recording,
+        new_place: Callable[[], Any] = Place.new,
     ) -> None:
-        self._record = record
-        self._new_pool = torch.cuda.graph_pool_handle if new_pool is None else new_pool
-        self._pools: dict[Any, Any] = {}
-        self._forms: OrderedDict[Any, _Form] = OrderedDict()
+        self._record, self._new_place = record, new_place
+        self._places: dict[Any, Any] = {}
+        self._forms: dict[Any, _Form] = {}
         self._calls_before: float = _CALLS_BEFORE
         self._lock = threading.Lock()
 
     def run(self, function: Function, inputs: tuple[Any, ...], stream: int) -> tuple[Tensor, ...]:
         """Return function(*inputs), called or replayed on the current device and stream."""
         described = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in inputs)
-        place = inputs[0].device, stream
+        where = inputs[0].device, stream
         with self._lock:  # the calls of two threads must not meet in a recording's memory
-            form = self._remembered((function, place, described))
+            form = self._remembered((function, where, described))
             form.calls += 1
             if form.recording is None and form.calls > self._calls_before:
-                self._try_to_record(form, function, inputs, place)
+                self._try_to_record(form, function, inputs, where)
             if form.recording is not None:
                 results: tuple[Tensor, ...] = form.recording(inputs)
                 return results
         return function(*inputs)
 
     def _remembered(self, key: Any) -> _Form:
-        """Return a form as the one used last."""
-        form = self._forms.setdefault(key, _Form())
-        self._forms.move_to_end(key)
-        if len(self._forms) > _FORMS:
-            _, forgotten = self._forms.popitem(last=False)
-            if forgotten.recording is not None:
+        """Return a form; at the limit all others are forgotten."""
+        if key not in self._forms and len(self._forms) == _FORMS:
+            if any(form.recording for form in self._forms.values()):
                 self._calls_before += _CALLS_MORE
-        return form
+            self._give_back()
+        return self._forms.setdefault(key, _Form())
+
+    def _give_back(self) -> None:
+        """Give back the memory of all recordings.
+
+        Not of one: recordings of one stream share what torch frees with any of them.
+        """
+        self._forms.clear()
+        self._places.clear()
 
     def _try_to_record(
-        self, form: _Form, function: Function, inputs: tuple[Any, ...], place: Any
+        self, form: _Form, function: Function, inputs: tuple[Any, ...], where: Any
     ) -> None:
         """Record a call; without memory for it, give back that of all recordings, for good."""
-        if place not in self._pools:
-            self._pools[place] = self._new_pool()
+        if where not in self._places:
+            self._places[where] = self._new_place()
         try:
-            form.recording = self._record(function, inputs, self._pools[place])
-        except torch.cuda.OutOfMemoryError:
+            form.recording = self._record(function, inputs, self._places[where])
+        except RuntimeError as error:  # CUDA reports a lack of memory in several ways
+            _logger.info("Kernels are launched one by one, since recording them failed: %s", error)
             self._calls_before = math.inf
-            self._pools.clear()
-            for other in self._forms.values():
-                other.recording = None
+            self._give_back()
 
 
 _recordings = Recordings()

@@ -25,7 +25,7 @@ from diptych.losses.base.tiles.torch_blocks import Entries, LossBlocks, TileSett
 from diptych.losses.base.validation import working_dtype
 
 _PLAIN_LOGITS = {"cpu": 2**24, "cuda": 2**26}
-_PLAIN_LOGITS_BESIDE_KERNELS = 2**18
+_PLAIN_COLUMNS_BESIDE_KERNELS = 512
 _BLOCK_LOGITS = {"cpu": 2**22, "cuda": 3 * 2**24}
 _LEAST_ROWS = {"cpu": 32, "cuda": 512}
 _ALL = GlobalBatch((0,), 0)
@@ -44,8 +44,8 @@ def resolve_tile(
 
     ``"auto"`` means the whole matrix up to 8192 x 8192 logits on an accelerator and 4096 x 4096 on
     a CPU, where memory is no concern. Above that, blocks have 48 Mi and 4 Mi logits, and at least
-    512 and 32 rows. Where the half-precision kernels run, they are faster from 512 x 512 logits on;
-    up to 8192 x 8192 they take one block.
+    512 and 32 rows. Where the half-precision kernels run, they take more than 512 candidates, up to
+    8192 x 8192 logits in one block.
 
     Args:
         tile: ``"auto"``, None (whole) or a number of rows.
@@ -62,7 +62,8 @@ def resolve_tile(
     if batch is not None:
         rows, columns = max(batch.sizes), batch.total
     if rows * columns <= _PLAIN_LOGITS[kind]:
-        beside_kernels = rows * columns > _PLAIN_LOGITS_BESIDE_KERNELS
+        # By the global batch, so that another number of ranks does not change the arithmetic.
+        beside_kernels = columns > _PLAIN_COLUMNS_BESIDE_KERNELS
         return rows if beside_kernels and kernels_take(anchors, dtype) else None
     return max(_LEAST_ROWS[kind], _BLOCK_LOGITS[kind] // columns)
 
@@ -128,9 +129,8 @@ def tiled_sigmoid_contrast(
     """
     blocks, entries = _prepared(blocks, dtype), _entries(_with_partner(positives)[0])
     batch = _ALL if batch is None else batch
-    return operators.sigmoid_contrast(
-        TiledLossArguments(blocks, entries, TileSettings(rows), batch)
-    )
+    settings = TileSettings(rows, gradient=torch.is_grad_enabled())
+    return operators.sigmoid_contrast(TiledLossArguments(blocks, entries, settings, batch))
 
 
 def _prepared(blocks: LossBlocks, dtype: torch.dtype | None, *, late: bool = True) -> LossBlocks:

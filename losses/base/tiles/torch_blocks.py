@@ -116,12 +116,14 @@ class TileSettings(NamedTuple):
         smoothing: The label smoothing, in [0, 1).
         symmetric: Whether this rank's candidates are anchors too, each the pair of the anchor in
             its place.
+        gradient: Whether a gradient will be needed, which `sigmoid_gradients` computes at once.
     """
 
     rows: int
     decoupled: bool = False
     smoothing: float = 0.0
     symmetric: bool = False
+    gradient: bool = True
 
 
 class LogSum(NamedTuple):
@@ -217,8 +219,8 @@ class BlockGradients(NamedTuple):
     def zeros(cls, blocks: LossBlocks, whole: Tensor) -> BlockGradients:
         """Return zeros, to which each block is added."""
         scalar = torch.zeros_like(blocks.scale)
-        candidates = None if blocks.candidates is None else torch.zeros_like(whole)
-        return cls(torch.zeros_like(blocks.anchors), candidates, scalar, scalar.clone())
+        candidates = None if blocks.candidates is None else scalar.new_zeros(whole.shape)
+        return cls(scalar.new_zeros(blocks.anchors.shape), candidates, scalar, scalar.clone())
 
     def add(
         self, blocks: LossBlocks, whole: Tensor, block: slice, gradient: Tensor, weight: Tensor
@@ -374,21 +376,25 @@ def _direction_gradient(
 
 
 def sigmoid_gradients(
-    blocks: LossBlocks, entries: Entries, *, whole: Tensor, rows: int
+    blocks: LossBlocks, entries: Entries, *, whole: Tensor, settings: TileSettings
 ) -> tuple[Tensor, BlockGradients]:
     """Return the sum of softplus(-z * logit), z = +1 for a positive, else -1, and its gradients.
+
+    The gradients are arbitrary if none will be needed.
 
     Args:
         blocks: Factors of the logits [n, m].
         entries: Which entries are positive.
         whole: The candidates of all ranks, [m, D].
-        rows: Rows of a block.
+        settings: Rows of a block, and whether a gradient will be needed.
     """
     gradients, total = BlockGradients.zeros(blocks, whole), torch.zeros_like(blocks.scale)
-    for block, values, spare in blocks.by_rows(rows, whole):
+    for block, values, spare in blocks.by_rows(settings.rows, whole):
         _negate_positives(values, entries, block)
         # softplus turns linear for large values
         total -= F.logsigmoid(torch.neg(values, out=spare)).sum()
+        if not settings.gradient:
+            continue
         _negate_positives(values.sigmoid_(), entries, block)
         gradients.add(blocks, whole, block, values, torch.ones_like(total))
     return total, gradients

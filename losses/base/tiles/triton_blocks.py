@@ -302,20 +302,35 @@ def contrast_gradients(
 
 
 def sigmoid_gradients(
-    blocks: LossBlocks, entries: Entries, *, whole: Tensor, rows: int
+    blocks: LossBlocks, entries: Entries, *, whole: Tensor, settings: TileSettings
 ) -> tuple[Tensor, BlockGradients]:
     """Return the sum of softplus(-z * logit), and its gradients, as in `torch_blocks`.
 
     Those of the features are without the scale, and of normalised features: see `finished`.
     """
-    problem = _at_norm(blocks, entries, whole)
+    problem, wanted = _at_norm(blocks, entries, whole), settings.gradient
 
     def launch(chunk: _Chunk, sides: _Sides, gradient: TensorDescriptor, sums: Tensor) -> None:
         arguments = (gradient, sums, sums.shape[1])
-        problem.tiles(kernels.sigmoid_gradient, _TILE, chunk, sides, *arguments)
+        problem.tiles(kernels.sigmoid_gradient, _TILE, chunk, sides, *arguments, GRADIENT=wanted)
 
-    gradients, total = _gradients(problem, launch, rows, finish=False)
+    if not wanted:
+        return _summed(problem, launch), BlockGradients.zeros(blocks, whole)
+    gradients, total = _gradients(problem, launch, settings.rows, finish=False)
     return total, gradients
+
+
+def _summed(problem: _KernelProblem, launch: _Launch) -> Tensor:
+    """Return the summed loss alone; the kernel writes no gradient."""
+    blocks, whole = problem.blocks, problem.whole
+    height = _rounded_up(max(_CHUNK_ROWS, _FORWARD_LOGITS // problem.m))
+    sums = blocks.scale.new_zeros(3, _blocks(height) * _blocks(_FORWARD_COLUMNS))
+    unwritten = TensorDescriptor.from_tensor(
+        blocks.anchors.new_empty(_SIDE, _SIDE, dtype=torch.bfloat16), [_SIDE, _SIDE]
+    )
+    for chunk in problem.chunks(height, _FORWARD_COLUMNS):
+        launch(chunk, _sides(blocks.anchors[chunk.rows], whole[chunk.columns]), unwritten, sums)
+    return sums[2].sum()
 
 
 def _gradients(

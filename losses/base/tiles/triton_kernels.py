@@ -526,12 +526,12 @@ def _softplus(values):
 def sigmoid_gradient(
     anchors, candidates, description, row_groups, column_groups,
     row, column, height, width, n, m, scale, bias, gradient, sums, slots,
-    WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr,
+    WIDTH: tl.constexpr, ITSELF: tl.constexpr, GROUP: tl.constexpr, GRADIENT: tl.constexpr,
     BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):
     """Write the gradient of a chunk of logits; add those of scale and bias, and the loss, to sums.
 
-    sums: [3, slots].
+    sums: [3, slots], of which only the loss is written without GRADIENT.
     """
     down, across, rows, columns = _place(row, column, height, width, BAND, ROWS, COLUMNS)
     special = _special(
@@ -555,7 +555,8 @@ def sigmoid_gradient(
         loss = tl.sum(_softplus(logits))
         values = _sigmoid(logits)
         scale_sum, bias_sum = tl.sum(values * total), tl.sum(values)
-    _add(sums, scale_sum)
-    _add(sums + slots, bias_sum)
     _add(sums + 2 * slots, loss)
-    gradient.store([down * ROWS, across * COLUMNS], values.to(tl.bfloat16))
+    if GRADIENT:
+        _add(sums, scale_sum)
+        _add(sums + slots, bias_sum)
+        gradient.store([down * ROWS, across * COLUMNS], values.to(tl.bfloat16))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from diptych.losses import CLIPLoss, NTXentLoss, SigLIPLoss
 from diptych.losses.base.gather import GlobalBatch
-from diptych.losses.base.tiles import operators
+from diptych.losses.base.tiles import operators, tiled_objectives
 from diptych.losses.base.tiles.operators import TiledLossArguments
+from diptych.losses.base.tiles.tiled_objectives import resolve_tile
 from diptych.losses.base.tiles.torch_blocks import Entries, LossBlocks, TileSettings
 from tests.losses.oracles import draw
 
@@ -54,6 +56,33 @@ def test_a_second_derivative_of_a_loss_in_tiles_raises(loss: nn.Module) -> None:
     (first,) = torch.autograd.grad(loss(*sides), sides[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="has no second derivative"):
         first.square().sum().backward()
+
+
+@pytest.mark.parametrize("loss", [CLIPLoss(tile=2), SigLIPLoss(tile=2), NTXentLoss(tile=2)])
+def test_a_loss_in_tiles_may_be_checkpointed(loss: nn.Module) -> None:
+    sides = [draw(6, 8).requires_grad_(), draw(6, 8, seed=1).requires_grad_()]
+    expected = torch.autograd.grad(loss(*sides), sides)
+    found = torch.autograd.grad(checkpoint(loss, *sides, use_reentrant=False), sides)
+    torch.testing.assert_close(found, expected)
+
+
+def test_siglip_has_the_same_value_where_no_gradient_is_needed() -> None:
+    loss, sides = SigLIPLoss(tile=2), [draw(6, 8), draw(6, 8, seed=1)]
+    with torch.no_grad():
+        value = loss(*sides)
+    torch.testing.assert_close(value, loss(*sides).detach())
+
+
+@pytest.mark.parametrize(("pairs", "tiled"), [(512, False), (514, True), (4096, True)])
+def test_the_number_of_ranks_does_not_choose_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, pairs: int, tiled: bool
+) -> None:
+    monkeypatch.setattr(tiled_objectives, "kernels_take", lambda *_: True)
+    for sizes in [(pairs,), (pairs // 2,) * 2, (pairs // 2 + 1, pairs // 2 - 2, 1), (1, pairs - 1)]:
+        side = torch.empty(sizes[0], 8, dtype=torch.bfloat16)
+        batch = GlobalBatch(sizes, 0)
+        rows = resolve_tile("auto", side, side, batch=batch, dtype=side.dtype)
+        assert (rows is not None) == tiled
 
 
 def test_the_compiler_takes_the_choice_of_kernels_as_a_constant() -> None:

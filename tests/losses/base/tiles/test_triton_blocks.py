@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 
 import pytest
@@ -132,6 +133,16 @@ def test_what_is_recorded_in_inference_mode_is_replayed_in_training() -> None:
         value = loss(*sides)
         assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(value, sides))
         assert all(value.equal(other) for other in values)
+
+
+def test_a_recording_keeps_no_model_alive() -> None:
+    loss, (first, second) = CLIPLoss(tile=512).cuda(), drawn(264, 64, torch.bfloat16)
+    encoder = nn.Linear(64, 64, device="cuda", dtype=torch.bfloat16)
+    weight = weakref.ref(encoder.weight)
+    for _ in range(4):
+        loss(encoder(first), second)
+    del encoder
+    assert weight() is None
 
 
 def test_the_loss_is_part_of_a_graph_that_the_user_records() -> None:
