@@ -111,9 +111,7 @@ class GlobalBatch(NamedTuple):
         """
         if self.world_size == 1:
             return local
-        if not (
-            local.requires_grad and torch.is_grad_enabled()
-        ):  # the way through autograd is slow
+        if not _differentiated(local):
             return _gathered(local, self)
         gathered: Tensor = _Gather.apply(local, self)  # type: ignore[no-untyped-call]
         return gathered
