@@ -53,7 +53,6 @@ class Attachable(Protocol):
 
     def attach(self, engine: Any, /) -> object:
         """Add this object's functions to the events of the engine."""
-        ...
 
 
 @runtime_checkable
@@ -62,11 +61,9 @@ class Stateful(Protocol):
 
     def state_dict(self) -> Any:
         """Return what the rest of the run needs."""
-        ...
 
     def load_state_dict(self, state_dict: Any, /) -> object:
         """Continue from a state that `state_dict` returned."""
-        ...
 
 
 class Handler(ABC):

@@ -39,7 +39,6 @@ class Task(Protocol):
 
     def __call__(self, model: nn.Module, batch: Any, /) -> Outputs:
         """Return the named tensors of the batch."""
-        ...
 
 
 def look_up(batch: Any, key: Key, position: int | None = None) -> Any:

@@ -54,15 +54,12 @@ class PositionedLoader(Protocol):
 
     def __iter__(self) -> Iterator[Any]:
         """Start or continue a pass."""
-        ...
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last batch."""
-        ...
 
     def load_state_dict(self, state_dict: Any, /) -> object:
         """Go to a position; the next iterator begins with the batch after it."""
-        ...
 
 
 class Pass:

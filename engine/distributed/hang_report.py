@@ -35,7 +35,6 @@ class Named(Protocol):
     @property
     def name(self) -> str:
         """The name."""
-        ...
 
 
 Place = tuple["Named | str", float]

@@ -17,7 +17,7 @@ from diptych.engine.errors import ResumeError
 from diptych.engine.events import ITERATION_EVENTS, MetricsEvents, Outcome, RunEvents, StepEvents
 from diptych.engine.handler import contract_of
 from diptych.engine.loop.continued_events import FETCH, STEP
-from diptych.engine.loop.limits import check_limits, epoch_length_of, lengths_differ, report_waiting
+from diptych.engine.loop.limits import check_limits, epoch_length_of, report_waiting
 from diptych.engine.loop.position import Phase, Position
 from diptych.engine.loop.positioned_events import PositionedEvents
 
@@ -161,7 +161,7 @@ class EventLoop(PositionedEvents):
         if data is None and count is None:
             count = stored
         length = epoch_length_of(data, count)
-        differs = lengths_differ(stored, length)
+        differs = None not in {stored, length} and stored != length
         if self._position.has_epoch:
             if differs and not self._has_ended:  # else it needs no batch any more
                 raise ResumeError(

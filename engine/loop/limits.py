@@ -65,11 +65,6 @@ def _check_limit(name: str, value: Any) -> None:
         )
 
 
-def lengths_differ(first: int | None, second: int | None) -> bool:
-    """Return whether two lengths are known, and differ."""
-    return None not in {first, second} and first != second
-
-
 def report_waiting(listeners: Iterable[Listener], handlers: Sequence[str], max_iters: int) -> None:
     """Log what waits for an epoch's end that may never come.
 

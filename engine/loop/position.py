@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ignite.engine import State
+from ignite.engine import Engine, State
+
+from diptych.engine.errors import ResumeError
 
 
 class Phase(enum.Enum):
@@ -134,3 +136,25 @@ def position_from(state_dict: Mapping[str, Any]) -> Position:
         cut=state_dict.get("cut", False),
         completed=state_dict.get("completed", True),
     )
+
+
+def ignite_position(state_dict: Mapping[str, Any], user_keys: Iterable[str]) -> Position:
+    """Return the position in the state dict of a stock engine, which checks it.
+
+    Ignite counts the epochs that are complete, and starts the next one again, though some of its
+    iterations may be done.
+
+    Raises:
+        TypeError: if it is not a mapping.
+        ResumeError: if a key is missing, keys contradict each other, or the limit is below the
+            position; the message is Ignite's.
+    """
+    engine = Engine(lambda *_: None)
+    engine.state_dict_user_keys.extend(user_keys)
+    try:
+        engine.load_state_dict(state_dict)
+    except ValueError as error:
+        raise ResumeError(str(error)) from error
+    state = engine.state
+    done = state.iteration % state.epoch_length if state.epoch_length else 0
+    return Position(state.epoch, state.iteration, done, completed=True)

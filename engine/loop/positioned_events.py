@@ -14,9 +14,8 @@ from diptych.engine.distributed.hang_report import entered_places
 from diptych.engine.errors import ResumeError
 from diptych.engine.events import EvaluationEvents
 from diptych.engine.loop.continued_events import ContinuedEvents
-from diptych.engine.loop.ignite_state import ignite_position
 from diptych.engine.loop.left_event import LeftEvent, left_event
-from diptych.engine.loop.position import Position, position_from
+from diptych.engine.loop.position import Position, ignite_position, position_from
 
 logger = logging.getLogger(__name__)
 

@@ -32,19 +32,15 @@ class RunParts(Protocol):
     @property
     def loss(self) -> nn.Module:
         """The loss."""
-        ...
 
     @property
     def listeners(self) -> Sequence[Listener]:
         """The functions at the trainer's events."""
-        ...
 
     @property
     def resting_parts(self) -> Sequence[nn.Module]:
         """The parts of model and loss that are in eval mode in the next step."""
-        ...
 
     @property
     def state_dict_user_keys(self) -> list[str]:
         """The names of the attributes of the state that `state_dict` holds."""
-        ...

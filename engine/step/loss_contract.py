@@ -32,7 +32,6 @@ class SampleMeanLoss(Protocol):
 
     def total_and_weight(self, *outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weighted sum over the samples and the sum of their weights, scalars."""
-        ...
 
 
 class TiledLoss(Protocol):
@@ -133,7 +132,6 @@ class Constrained(Protocol):
 
     def constrain(self) -> None:
         """Clamp the parameters to their bounds."""
-        ...
 
 
 def constrained(parts: list[nn.Module]) -> list[Constrained]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,19 +67,14 @@ def largest(samples: int, fits: Callable[[int], bool]) -> int:
     Raises:
         BatchError: if none does.
     """
-    found = next((size for size in _halves(samples) if fits(size)), None)
-    if found is None:
-        raise BatchError(
-            "batch must fit into the accelerator's memory one sample at a time, got none that "
-            "does. Use a smaller model, gradient checkpointing, or shard=True on several GPUs"
-        )
-    return found
-
-
-def _halves(samples: int) -> Iterator[int]:
     while samples >= 1:
-        yield samples
+        if fits(samples):
+            return samples
         samples = samples // 2
+    raise BatchError(
+        "batch must fit into the accelerator's memory one sample at a time, got none that does. "
+        "Use a smaller model, gradient checkpointing, or shard=True on several GPUs"
+    )
 
 
 def _updates_fit(trainer: Trainer, batch: Any, size: int, headroom: float) -> bool:

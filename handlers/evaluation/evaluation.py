@@ -58,7 +58,6 @@ class AveragesWeights(Protocol):
 
     def averaged(self) -> AbstractContextManager[object]:
         """Return a context in which the model holds the average; it restores the weights."""
-        ...
 
 
 def _check_loader(_: Any, __: attrs.Attribute[Any], loader: object) -> None:

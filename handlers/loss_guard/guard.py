@@ -62,7 +62,6 @@ class SavesCheckpoints(Protocol):
 
     def get_latest_checkpoint(self) -> Path | None:
         """Return the path of the newest checkpoint."""
-        ...
 
 
 @attrs.define(eq=False)
