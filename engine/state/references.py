@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import gc
 import itertools
@@ -86,6 +87,33 @@ def behind_events(trainer: RunParts, *, of_stateless: bool = False) -> list[Any]
     roots += [trainer.step, own.get("_process_function"), *filter(_is_found, own.values())]
     evaluators = (getattr(handler, "evaluator", None) for handler in trainer.handlers)
     return reachable([*roots, *filter(_is_engine, evaluators)])
+
+
+def variables_of_functions(
+    trainer: RunParts, *, assigned: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """Yield the closure variables of users' functions behind a trainer's events, with their names.
+
+    Those with more than `ITEMS` items are left out.
+
+    Args:
+        trainer: the trainer.
+        assigned: whether to yield only those that are `nonlocal`, and assigned.
+    """
+    for function in behind_events(trainer, of_stateless=True):
+        if isinstance(function, types.FunctionType) and _is_written_by_user(function):
+            code, cells = function.__code__, function.__closure__ or ()
+            names = _assigned(code) if assigned else code.co_freevars
+            for name, value in zip(code.co_freevars, map(_content, cells), strict=True):
+                if name in names and not (isinstance(value, (list, dict)) and len(value) > ITEMS):
+                    yield f"{function.__qualname__.rpartition('<locals>.')[2]}.{name}", value
+
+
+def _assigned(code: types.CodeType) -> set[str]:
+    """Return the variables of closures that code assigns, that of functions inside it included."""
+    found = {one.argval for one in dis.get_instructions(code) if one.opname == "STORE_DEREF"}
+    inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
+    return found.union(*map(_assigned, inner))
 
 
 def other_optimizers(trainer: RunParts, *, of_stateless: bool = False) -> list[Optimizer]:

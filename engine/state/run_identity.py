@@ -35,6 +35,7 @@ from diptych.engine.state.description import (
     tensor_digest,
 )
 from diptych.engine.state.handler_states import attached, numbered
+from diptych.engine.state.references import variables_of_functions
 from diptych.engine.state.run_parts import RunParts
 
 ORDER = ("class", "batch_size", "seed", "shuffle", "drop_last", "samples", "sampler", "count")
@@ -77,10 +78,12 @@ class RunIdentity:
             (settings by key) and their `order`, `functions` at events, `loader`, `versions`,
             `ranks`; `state`, the numbers and strings that were added to `trainer.state`, if any.
         not_compared: the values that have no description, with their types.
+        closures: the plain closure variables of functions at events, which are not compared.
     """
 
     values: Mapping[str, Any]
     not_compared: Mapping[str, str] = attrs.field(factory=dict)
+    closures: Mapping[str, Any] = attrs.field(factory=dict)
 
     @classmethod
     def of(cls, trainer: RunParts) -> RunIdentity:
@@ -112,7 +115,7 @@ class RunIdentity:
         added = {k: finite(v) for k, v in added_to_state(trainer).items() if type(v) in SCALARS}
         if added:
             values["state"] = added
-        return cls(values, describer.not_compared)
+        return cls(values, describer.not_compared, closures_of(trainer))
 
     def continued(self, earlier: RunIdentity, *, same_loader: bool) -> RunIdentity:
         """Return this identity with what was declared when the trainer first ran.
@@ -137,7 +140,7 @@ class RunIdentity:
             values.pop(name, None)
             if name in earlier.values:
                 values[name] = earlier.values[name]
-        return RunIdentity(values, self.not_compared)
+        return RunIdentity(values, self.not_compared, {**self.closures, **earlier.closures})
 
     def with_keys(self, pairs: Mapping[str, str]) -> RunIdentity:
         """Return this identity with other keys of handlers.
@@ -397,9 +400,10 @@ def _changing(trainer: RunParts) -> dict[str, Any]:
 
 
 def lost_memory(trainer: RunParts, declared: RunIdentity) -> dict[str, Any]:
-    """Return the numbers and strings of handlers that are not as declared and in no checkpoint.
+    """Return what handlers and functions keep that is not as declared and in no checkpoint.
 
-    By key and attribute. They are those of a user's handler without `state_dict`.
+    By name: the numbers and strings of a user's handler without `state_dict`, and what functions at
+    events have in their closures.
     """
     found: dict[str, Any] = {}
     for key, owner in _changing(trainer).items():
@@ -408,7 +412,21 @@ def lost_memory(trainer: RunParts, declared: RunIdentity) -> dict[str, Any]:
             for name, value in getattr(owner, "__dict__", {}).items():
                 if type(value) in SCALARS and before.get(name, _NOWHERE) != finite(value):
                     found[f"{key}.{name}"] = value
-    return found
+    now, before = closures_of(trainer), declared.closures
+    return found | {name: value for name, value in now.items() if before.get(name, value) != value}
+
+
+def closures_of(trainer: RunParts, *, assigned: bool = False) -> dict[str, Any]:
+    """Return the plain values in the closures of functions at events, by name.
+
+    Args:
+        trainer: the trainer.
+        assigned: whether to return only those that the functions assign.
+    """
+    variables = variables_of_functions(trainer, assigned=assigned)
+    held = [(name, value) for name, value in variables if _is_held(value)]
+    names = numbered(name for name, _ in held)
+    return held_settings(dict(zip(names, (value for _, value in held), strict=True)))
 
 
 def _is_function(owner: Any) -> bool:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diptych.engine.data.batches import to_device
-from diptych.engine.distributed.comparison import listed
 from diptych.engine.errors import CheckpointError
 from diptych.engine.modules import named_parameters
+from diptych.engine.name_patterns import listed
 from diptych.engine.state.description import class_name, tensor_digest
 from diptych.engine.state.plain_state import plain_state
 from diptych.engine.state.references import scaled_rate
@@ -167,17 +167,20 @@ def _report_parts(trainer: RunParts, parts: Mapping[str, Any], here: RunIdentity
 
 
 def _report_memory(memory: Mapping[str, Any], here: RunIdentity) -> None:
-    """Log the attributes of handlers without a state that were others when the run was saved."""
+    """Log what handlers without a state, and functions, kept when the run was saved."""
     lost = []
     for name, value in memory.items():
         key, _, attribute = name.rpartition(".")
         now = here.values["handlers"].get(key, {})
-        if "class" in now and now.get(attribute, ABSENT) != value:
-            lost.append(f"{name} was {value!r}")
+        is_attribute = "class" in now and now.get(attribute, ABSENT) != value
+        if is_attribute or here.closures.get(name, value) != value:
+            lost.append(f"{name} was {value!r:.80}")
     if lost:
         logger.warning(
-            "The checkpoint has no state of handlers without state_dict(); they start anew: %s.\n"
-            "If the result depends on it, give them state_dict() and load_state_dict().",
+            "The checkpoint has no state of functions and of handlers without state_dict(), which "
+            "start anew: %s.\n"
+            "If the result depends on it, give them state_dict() and load_state_dict(), or keep it "
+            "in trainer.state, which is saved.",
             listed(lost),
         )
 

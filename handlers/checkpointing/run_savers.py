@@ -14,6 +14,7 @@ from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.errors import CheckpointError, ResumeError
 from diptych.engine.evaluator import EvaluatesModel
 from diptych.engine.state.resume_changes import WhenChanged
+from diptych.engine.state.run_identity import closures_of
 from diptych.engine.state.run_state import load_run_state
 from diptych.engine.trainer import Trainer
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
@@ -75,11 +76,23 @@ class RunSavers:
         ]
         start = find_start(sources, self.savers[0].shard_group(self.trainer))
         if start is None:
+            self._report_assigned()
             return
         self.load(start)
         if rank() == 0:
             self._log_rankings(start, sources)
         self._continue_from(start, listed)
+
+    def _report_assigned(self) -> None:
+        """Log what functions assign in their closures, when a new run starts."""
+        names = closures_of(self.trainer, assigned=True)
+        if names and rank() == 0 and not self.trainer.state.iteration:
+            logger.warning(
+                "Checkpoints lack the variables that functions at events assign: %s. A resumed run "
+                "starts them anew.\nIf the result depends on them, keep them in trainer.state, "
+                "which is saved, or in a class with state_dict() and load_state_dict().",
+                ", ".join(names),
+            )
 
     def _continue_from(self, start: StartPoint, listed: Sequence[list[Entry]]) -> None:
         newest = [resumable_entries(entries)[:1] for entries in listed]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from diptych.engine import Trainer
 from diptych.engine.state.run_state import load_run_state
+from diptych.handlers import CheckpointManager
 from tests.engine.state.scripts import (
     EPOCH,
     Script,
@@ -128,8 +130,48 @@ def test_the_memory_of_a_handler_without_a_state_is_named(caplog: pytest.LogCapt
     script = Script(handlers=(Counting(2),))
     resumed(script, saved_by(script))
     (line,) = lines(caplog)
-    assert line.startswith("The checkpoint has no state of handlers without state_dict()")
+    assert "no state of functions and of handlers without state_dict(), which start" in line
     assert f"Counting.count was {2 * EPOCH}." in line
+
+
+class Closures:
+    """Functions at an event that keep something, and some that only read."""
+
+    def attach(self, trainer: Trainer) -> None:
+        count, counts, last, every, table = 0, {"steps": 0}, [0], 3, {"a": [1]}
+
+        def add() -> None:
+            nonlocal count
+            count += every
+
+        def add_to_dictionary() -> None:
+            counts["steps"] += len(table["a"])
+
+        def write() -> None:
+            last[0] = trainer.state.iteration
+
+        def read() -> int:
+            here = every
+            return here + table["a"][0]
+
+        for function in (add, add_to_dictionary, lambda _: write(), read):
+            trainer.add_event_handler(Events.ITERATION_COMPLETED, function)
+
+
+def test_what_functions_keep_in_their_closures_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    for stop in (3, EPOCH):
+        caplog.clear()
+        trainer = Script(handlers=(Closures(), CheckpointManager(tmp_path))).build()
+        trainer.run(Script().data(), max_iters=stop)
+        (line,) = [line for line in caplog.messages if "functions" in line]
+        if stop == 3:  # when a run starts: what can be seen in the code
+            assert line.startswith("Checkpoints lack the variables that functions at events assign")
+            assert "assign: add.count. A resumed run starts them anew." in line
+        else:  # when it resumes: what has changed
+            found = "add.count was 9, add_to_dictionary.counts was {'steps': 3}, write.last was [3]"
+            assert f"start anew: {found}." in line
 
 
 def test_a_private_setting_of_a_users_handler_that_has_changed_is_logged(

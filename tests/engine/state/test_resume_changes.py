@@ -586,7 +586,7 @@ def test_every_row_of_the_page_has_a_test():
         "nothing",
         "what a function or handler had changed during the run",
         "what it had replaced: a module, the loader, task, transform or step; the memory of a "
-        "handler without `state_dict`",
+        "handler without `state_dict`, or of a function in its closure",
         "a parameter group that was added during the run",
         "a function at an event",
         "the initial value of a learned parameter, or of a buffer of the loss before any change",
