@@ -71,10 +71,9 @@ def evaluate_with_chance(encoder: Encoder, table: ImageTable, *, part: Part = "a
     captioned = has_text and any(row.has_caption for row in rows)
     labelled = [row for row in rows if row.label]
     if not captioned and not labelled:
-        raise DataError(
-            f"the part {part!r} of {table.source} must have captions for a model with a text "
-            "tower, or classes, got neither. Name the file of captions with --captions."
-        )
+        needed = "captions (--captions names their file) or classes" if has_text else "classes"
+        tower = "" if has_text else ": the model has no text tower"
+        raise DataError(f"{table.source} must have {needed} in --part {part}, got none{tower}.")
     found = _retrieval(encoder, rows) if captioned else Results({}, {})
     if labelled:
         guessed = _own_classes(encoder, labelled, table.classes, has_text=has_text)

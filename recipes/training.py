@@ -166,8 +166,10 @@ def build_training(settings: Settings, *, factory: Factory | None = None) -> Tra
         seed=settings.seed,
         log_every=min(settings.log_every, len(loader)),
     )
+    updates = len(loader) * settings.epochs
     trainer.attach(
-        LearningRate(warmup=round(settings.warmup * len(loader) * settings.epochs), decay="cosine"),
+        # With `total`, a run that resumes with more epochs does not stay at the final rate, 0.
+        LearningRate(warmup=round(settings.warmup * updates), decay="cosine", total=updates),
         GradientClipping(max_norm=1.0),
     )
     held_out, best = data.evaluation_loader(towers), None

@@ -122,7 +122,9 @@ def test_a_run_is_repeated_by_its_settings_and_continued_by_resume_alone(run, tm
     resume = ["train", "--config", str(tmp_path / "r" / "recipe.yaml"), "--resume"]
     assert main([*resume, "--epochs", "2"]) == 0
 
-    assert re.search(r"resumed after epoch 1", "".join(capsys.readouterr()))
+    printed = "".join(capsys.readouterr())
+    assert "resumed after epoch 1" in printed
+    assert float(re.findall(r"  lr (\S+)", printed)[-1]) > 0  # the schedule is longer, too
     assert (tmp_path / "r" / "recipe.yaml").read_text() == (run / "recipe.yaml").read_text()
     settings = yaml.safe_load((run / "recipe.yaml").read_text())
     assert (settings["epochs"], settings["image_size"]) == (2, 32)
@@ -185,7 +187,7 @@ def test_mistakes_in_the_use_of_a_model_name_the_way_out(run, photos, tmp_path, 
         (["search", str(run.parent), "a cat", *images], f"Name a run in it, such as {run}"),
         (["embed", str(run), *images, "--out", str(tmp_path)], "--out must be a file to write"),
         (["evaluate", str(run), *images, *texts, "--part", "test"], "all 16, train 12, val 4, te"),
-        (["evaluate", str(run), *images], "Name the file of captions with --captions"),
+        (["evaluate", str(run), *images], "must have captions (--captions names their file)"),
         (["zero-shot", str(run), *images, "--classes", "cat,dog"], "--classes must be a file with"),
         (["zero-shot", str(run), *features, "--classes", str(classes)], "16 features each"),
     ]
