@@ -158,12 +158,7 @@ class GradientAverage:
             bucket.missing = set(range(len(bucket.parameters)))
 
     def _agree(self, trained: list[nn.Parameter]) -> None:
-        """Check that all ranks train the same parameters from here on.
-
-        Raises:
-            RuntimeError: on all ranks, if they differ.
-            LostRankError: if not all ranks have frozen or unfrozen parameters.
-        """
+        """Check that all ranks train the same parameters from here on."""
         names = {id(p): name for name, p in named_parameters(*self._modules()).items()}
         before, now = set(map(id, self._trained)), set(map(id, trained))
         parts = {"frozen": before - now, "unfrozen": now - before if before else set()}
@@ -228,11 +223,7 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> list[_Bucket]:
 
 
 def _dense(parameter: nn.Parameter) -> Tensor:
-    """Return a parameter's gradient; zeros if it has none.
-
-    Raises:
-        ValueError: if the gradient is sparse.
-    """
+    """Return a parameter's gradient; zeros if it has none."""
     gradient = parameter.grad
     if gradient is None:
         return torch.zeros_like(parameter)

@@ -94,11 +94,7 @@ def process_group(*, backend: str | None = None, timeout: timedelta = TIMEOUT) -
 
 
 def _ranks_of_the_job() -> int:
-    """Return the number of ranks that the launcher has set; 1 without a launcher.
-
-    Raises:
-        ValueError: if a variable of the launcher has a value that it cannot have.
-    """
+    """Return the number of ranks that the launcher has set; 1 without a launcher."""
     for name, least in NUMBERS.items():
         value = os.environ.get(name)
         if value is not None and not (value.strip().isdecimal() and int(value) >= least):
@@ -121,9 +117,6 @@ def _join(backend: str, timeout: timedelta) -> None:
     """Initialize the process group with the other ranks.
 
     If the ranks meet and cannot connect, they meet again as long as the timeout allows.
-
-    Raises:
-        LostRankError: if some of them do not come, or the connection fails.
     """
     if backend == "nccl" and torch.__version__ < "2.9":  # later versions set it themselves
         # Its watchdog then names the call of a collective that has timed out.

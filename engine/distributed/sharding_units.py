@@ -55,11 +55,7 @@ def _is_called(module: nn.Module) -> bool:
 
 
 def _named(modules: Mapping[str, nn.Module], pattern: str) -> list[str]:
-    """Return the paths that match a pattern.
-
-    Raises:
-        ValueError: if there is none, or it is the path of a module that cannot be a unit.
-    """
+    """Return the paths that match a pattern."""
     depth = pattern.count(".")
     named = [path for path in modules if path.count(".") == depth and matches(path, pattern)]
     if not named:

@@ -361,11 +361,7 @@ class EventLoop(PositionedEvents):
         self._fire(RunEvents.SAFE_POINT, again=not safe_point_is_new)
 
     def _check_epoch_has_begun(self) -> None:
-        """Refuse to end an epoch that has no iteration yet, as Ignite does.
-
-        Raises:
-            RuntimeError: if `terminate_epoch()` was called before the first iteration.
-        """
+        """Refuse to end an epoch that has no iteration yet, as Ignite does."""
         if self.should_terminate_single_epoch and not self.epoch_iteration:
             self.should_terminate_single_epoch = False
             raise RuntimeError(

@@ -100,11 +100,7 @@ def read_start(path: Path, group: Any = None) -> StartPoint:
 
 
 def _agreed(sources: Sequence[Source]) -> Path | None:
-    """Return the checkpoint that sources name, if there are any.
-
-    Raises:
-        CheckpointError: if they name different ones.
-    """
+    """Return the checkpoint that sources name, if there are any."""
     paths = {str(source.path): source.path for source in sources}
     if len(paths) > 1:
         raise CheckpointError(
@@ -132,12 +128,7 @@ def _newest_first(sources: Sequence[Source]) -> list[tuple[CheckpointStore, Entr
 def _read_newest(
     sources: Sequence[Source], candidates: Sequence[tuple[CheckpointStore, Entry]], group: Any
 ) -> StartPoint | None:
-    """Return the newest checkpoint that every rank can read; log each that cannot be read.
-
-    Raises:
-        CheckpointError: if there are checkpoints and none can be read, or a directory holds
-            checkpoints and no manifest lists them.
-    """
+    """Return the newest checkpoint that every rank can read; log each that cannot be read."""
     for store, entry in candidates:
         try:
             state = on_all_ranks(partial(store.read, entry.file, group))

@@ -139,10 +139,6 @@ def _locked(path: Path) -> list[int]:
     """Return the descriptors of a file and its folder, locked; the file names this process.
 
     The folder too, because a program that tidies up may remove the file, or restore it from a copy.
-
-    Raises:
-        CheckpointError: if another process has locked it.
-        OSError: if it cannot be opened.
     """
     descriptor = _locked_file(path)
     try:

@@ -199,11 +199,7 @@ def _state_dict_in(loaded: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _renamed(weights: Mapping[str, Tensor], rename: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return weights with each prefix replaced by its counterpart, the longest that a name has.
-
-    Raises:
-        CheckpointError: if a prefix is in no name, or two weights get one name.
-    """
+    """Return weights with each prefix replaced by its counterpart, the longest that a name has."""
     prefixes = sorted(rename, key=len, reverse=True)
     unused = [old for old in prefixes if not any(key.startswith(old) for key in weights)]
     if unused:
@@ -222,11 +218,7 @@ def _renamed(weights: Mapping[str, Tensor], rename: Mapping[str, str]) -> dict[s
 
 
 def _best_prefix(path: Path, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """Return the change of prefix with which the most weights fit: "", `-module.`, `+backbone.`.
-
-    Raises:
-        CheckpointError: if several changes fit equally well, and better than none.
-    """
+    """Return the change of prefix with which the most weights fit: "", `-module.`, `+backbone.`."""
     added = [f"+{prefix}" for prefix in _prefixes(own)]
     changes = ["", *(f"-{prefix}" for prefix in _prefixes(weights)), *added]
     if all(key.startswith(WRAPPER) for key in weights):

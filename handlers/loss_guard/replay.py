@@ -124,11 +124,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _record_beside(path: Path, iteration: int, of_rank: int) -> Path:
-    """Return the path of another rank's record.
-
-    Raises:
-        CheckpointError: if it would be outside the directory of the record.
-    """
+    """Return the path of another rank's record."""
     try:
         return contained_path(path.parent, record_path(Path(), iteration, of_rank).name, NAME)
     except ValueError as error:

@@ -216,11 +216,7 @@ def _check_precision(pairs: list[Pair]) -> None:
 
 
 def _paired(online: nn.Module, target: nn.Module) -> list[Pair]:
-    """Return the pairs of corresponding tensors.
-
-    Raises:
-        ValueError: if the parts share a tensor, or differ in structure.
-    """
+    """Return the pairs of corresponding tensors."""
     pairs = [module_tensors(online), module_tensors(target)]
     ours, theirs = ({key: entry.tensor for key, entry in part.items()} for part in pairs)
     if {id(tensor) for tensor in ours.values()} & {id(tensor) for tensor in theirs.values()}:

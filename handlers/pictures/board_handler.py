@@ -40,11 +40,7 @@ class BoardHandler(OutputHandler):
         return "pictures"
 
     def _board_of(self, trainer: Trainer) -> TensorBoard:
-        """Return the board to draw into.
-
-        Raises:
-            ValueError: if there is none.
-        """
+        """Return the board to draw into."""
         boards = [self.board] if self.board else trainer.handlers_of(TensorBoard)
         if not boards:
             raise ValueError(

@@ -241,11 +241,7 @@ class JsonLines(Sink):
             digest_file(self.path).unlink(missing_ok=True)
 
     def _check(self, states: Mapping[str, Any]) -> None:
-        """Compare the files with the states of a checkpoint; set aside those that differ.
-
-        Raises:
-            ResumeError: if one differs and `damaged` is "refuse".
-        """
+        """Compare the files with the states of a checkpoint; set aside those that differ."""
         damages = {name: file.damage(states[name]) for name, file in self._files.items()}
         if any(isinstance(state, int) for state in states.values()):
             logger.warning(
