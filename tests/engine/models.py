@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -183,3 +184,11 @@ def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> flo
         float((found[name] - value).abs().max()) / max(sizes[name], floor)
         for name, value in expected.items()
     )
+
+
+def stored(state: Any) -> Any:
+    """Return a state after a trip through a file, which is read without running any code."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)

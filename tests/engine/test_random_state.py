@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import random
 from contextlib import suppress
 from typing import Any
@@ -21,6 +20,7 @@ from diptych.engine.random_state import (
     set_forward_random_state,
     set_random_state,
 )
+from tests.engine.models import stored
 
 
 def draws() -> list[Any]:
@@ -33,13 +33,6 @@ def draws() -> list[Any]:
         torch.rand(3).tolist(),
         torch.randn(5).tolist(),
     ]
-
-
-def stored(state: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("before", [0, 1, 2])

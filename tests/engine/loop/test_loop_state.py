@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import logging
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ignite.engine import Engine, Events
@@ -22,16 +20,9 @@ from tests.engine.loop.loops import (
     events_of,
     plain_rows,
 )
+from tests.engine.models import stored
 
 LENGTH = 4
-
-
-def stored(state):
-    """Return a state after a trip through a file."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def test_a_finished_run_says_so_and_does_nothing(caplog):

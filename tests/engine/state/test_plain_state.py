@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import OrderedDict, namedtuple
 from enum import IntEnum
 from typing import Any
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 
 from diptych.engine import CheckpointError
 from diptych.engine.state.plain_state import plain_state
+from tests.engine.models import stored
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 STATES = st.recursive(
@@ -23,21 +23,14 @@ STATES = st.recursive(
 )
 
 
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @given(state=STATES)
 def test_what_passes_is_read_back_as_it_was(state: Any):
-    assert through_a_file(plain_state({"state": state})) == {"state": state}
+    assert stored(plain_state({"state": state})) == {"state": state}
 
 
 def test_numbers_of_numpys_become_pythons():
     given = OrderedDict(a=np.float64(0.1), b=[np.int32(3), (np.bool_(True),)])
-    found = through_a_file(plain_state(given))
+    found = stored(plain_state(given))
     assert found == OrderedDict(a=0.1, b=[3, (True,)])
     assert [type(found["a"]), type(found["b"][0])] == [float, int]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +29,7 @@ from diptych.engine.state.run_state import (
     load_run_state,
     run_state,
 )
-from tests.engine.models import CoupledLoss, TwoTower, paired, sgd, trainer_of
+from tests.engine.models import CoupledLoss, TwoTower, paired, sgd, stored, trainer_of
 from tests.engine.state.scripts import identical
 
 PAIRS = paired(20)
@@ -73,13 +72,6 @@ def made(seed: int = 0) -> tuple[Trainer, SeededLoader, list[Any]]:
     records: list[Any] = []
     trainer.add_event_handler("LOGGED", lambda: records.append(trainer.metrics.record))
     return trainer, SeededLoader(Pairs(), 5, seed=3), records
-
-
-def stored(state: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def progress(trainer: Trainer) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from ignite.engine import Events
 from torch import Tensor, nn
 
 from diptych.engine import SeededLoader, StepEvents, Trainer, certify
-from diptych.engine.handler import Change, contract_of
 from diptych.handlers import CheckpointManager, Evaluation
 from diptych.handlers.optimization.momentum_encoder import MomentumEncoder
 from diptych.losses import MoCoLoss
@@ -189,12 +188,6 @@ def test_parts_are_found_by_path_or_by_function():
     make_trainer(model).attach(handler)
     assert not any(p.requires_grad for p in model["b"].online.parameters())
     assert all(p.requires_grad for p in model["a"].parameters())
-
-
-def test_the_handler_declares_its_changes_and_is_named_by_its_target():
-    handler = MomentumEncoder(target="image.target")
-    assert contract_of(handler).changes == {Change.WEIGHTS, Change.BUFFERS, Change.TRAINABLE}
-    assert contract_of(handler).key == "MomentumEncoder[image.target]"
 
 
 @pytest.mark.parametrize(
