@@ -54,9 +54,10 @@ def attached(trainer: RunParts) -> list[Any]:
 
 def was_stopped_early(trainer: RunParts) -> bool:
     """Return whether Ignite's `EarlyStopping` has ended the run, as its memory says; log it."""
+    own: Any = trainer
     for one in attached(trainer):
-        ended = isinstance(one, EarlyStopping) and one.trainer is trainer
-        if ended and one.counter >= one.patience:
+        ends = isinstance(one, EarlyStopping) and one.trainer is own
+        if ends and one.counter >= one.patience:
             logger.warning(
                 "Ignite's EarlyStopping ends the run again: its score has not improved for %d "
                 "values. To continue, raise its patience.",
@@ -96,11 +97,7 @@ def _plain_holder(holder: Any) -> Any:
 
 
 class SavedMetric:
-    """A metric of Ignite, whose own `load_state_dict` cannot load a list that has grown.
-
-    Args:
-        source: the metric.
-    """
+    """A metric of Ignite, whose own `load_state_dict` cannot load a list that has grown."""
 
     def __init__(self, source: Metric) -> None:
         self.source = source
@@ -140,11 +137,7 @@ def _loaded(own: Any, saved: Any, device: Any) -> Any:
 
 
 class SavedCheckpoint:
-    """A `Checkpoint` of Ignite; a killed run may have removed files that its state lists.
-
-    Args:
-        source: the handler.
-    """
+    """A `Checkpoint` of Ignite; a killed run may have removed files that its state lists."""
 
     def __init__(self, source: Checkpoint) -> None:
         self.source = source
@@ -185,11 +178,7 @@ def match_states(
 ) -> dict[str, Any]:
     """Return the saved state of each key that has one.
 
-    Args:
-        saved: the states of a checkpoint by name.
-        here: keys of the handlers that are attached.
-        pairs: from `paired_by_settings`.
-        by_class: whether the names are those of format 1: the class, numbered from the second on.
+    With `by_class`, the names are those of format 1: the class, numbered from the second on.
 
     Raises:
         CheckpointError: if several handlers share a key and their number has changed, so that
@@ -217,10 +206,6 @@ def paired_by_settings(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dic
 
     Handlers with equal settings belong together; of the others, the first here to the first there,
     if there are as many, or none if all on one side are paired.
-
-    Args:
-        saved: the settings of the saved run's handlers by key.
-        here: those of this run's.
     """
     there, own = _grouped(saved, by_class=False), _grouped(here, by_class=False)
     pairs: dict[str, str] = {}

@@ -332,6 +332,7 @@ class DirectorySaver:
         name: str | None = None,
     ) -> None:
         """Pass the state of the run to the writer."""
+        on_rank_zero(self.lock.follow)
         metric = self.ranking.metric
         score = None if metric is None else metrics.get(metric)
         entry = Entry(

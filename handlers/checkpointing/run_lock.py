@@ -102,6 +102,21 @@ class RunLock:
             if owner is not None:  # a lock does not outlive its trainer
                 self._unlock = weakref.finalize(owner, self._unlock)
 
+    def follow(self) -> None:
+        """Lock the directory that is at the path now, if this object has locked one that was moved.
+
+        Raises:
+            CheckpointError: if another process has locked it.
+        """
+        with _guard, contextlib.suppress(OSError):  # a save names what is wrong
+            held, place = self._mine, Path(self._key)
+            if held is None or _held.get(self._key) is not held or not place.parent.exists():
+                return
+            if not _is_at(place.parent if held.descriptors[1:] else place, held.descriptors[-1]):
+                moved, held.descriptors = held.descriptors, _locked(self._path)
+                for descriptor in moved:
+                    os.close(descriptor)
+
     def release(self) -> None:
         """Unlock the directory, if this object has locked it."""
         if self._unlock is not None:

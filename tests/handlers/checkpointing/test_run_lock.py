@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -17,6 +18,9 @@ from diptych.engine.random_state import preserved_random_state
 from diptych.handlers.checkpointing.checkpoint_manager import CheckpointManager
 from diptych.handlers.checkpointing.run_lock import RunLock
 from tests.handlers.checkpointing.test_checkpoint_manager import digest, make_loader, make_trainer
+
+with contextlib.suppress(ImportError):  # Windows
+    import fcntl
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="needs fork, flock or pipes")
 
@@ -85,6 +89,36 @@ def test_a_program_that_removes_or_restores_the_file_does_not_unlock(tmp_path):
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     lock.release()
     assert seen_by_another_process(tmp_path) == "free"
+
+
+@POSIX
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_copy_in_place_of_a_moved_directory_is_locked_at_the_next_save(tmp_path, taken):
+    folder, seen, other = tmp_path / "run", [], []
+
+    def move(trainer):
+        if trainer.state.iteration == 3:
+            folder.rename(tmp_path / "moved")
+            shutil.copytree(tmp_path / "moved", folder)
+            if taken:  # by another process, as far as the system can tell
+                other.append((folder / "run.lock").open())
+                fcntl.flock(other[0], fcntl.LOCK_EX)
+        elif trainer.state.iteration == 5:
+            seen.append(seen_by_another_process(folder))
+
+    trainer = make_trainer()
+    trainer.attach(CheckpointManager(folder, every=2))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, move)
+    if taken:
+        with pytest.raises(CheckpointError, match="must be used by one process, and process"):
+            trainer.run(make_loader(), max_iters=6)
+        other[0].close()
+        assert trainer.state.iteration == 4
+        assert [path.name for path in folder.glob("*.pt")] == ["checkpoint_epoch_1_iteration_2.pt"]
+    else:
+        trainer.run(make_loader(), max_iters=6)
+        assert f"process {os.getpid()} " in seen[0]
+        assert seen_by_another_process(folder) == "free"
 
 
 def test_a_second_trainer_of_a_process_is_refused_and_cannot_unlock(tmp_path):
