@@ -21,9 +21,7 @@ def whole_number(
 ) -> Callable[[Any, attrs.Attribute[Any], Any], None]:
     """Return an attrs validator for integers.
 
-    Args:
-        least: the smallest valid value.
-        of: the unit, for the message.
+    `of` is the unit, for the message.
 
     Raises:
         ValueError: from the validator, if the value is something else.

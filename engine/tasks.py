@@ -311,10 +311,8 @@ def check_not_logits(outputs: Mapping[str, Tensor]) -> None:
 def _are_turned(one: Tensor, other: Tensor, *, named: bool) -> bool:
     """Return whether two outputs begin with a matrix and its transpose.
 
-    Args:
-        one: with micro-batches, the matrices of one after the other.
-        other: of the same shape.
-        named: whether both should be features, by their names.
+    With micro-batches, each holds its matrices one after the other. They are `named` if both should
+    be features.
     """
     size = one.shape[1]
     one, other = (one[:size], other[:size]) if size > 1 else (one, other)

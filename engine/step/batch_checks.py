@@ -42,11 +42,6 @@ def check_first_batch(loss: nn.Module, outputs: Mapping[str, Tensor], batch: obj
 
     Over ranks it is collective, if samples of a batch are one another's negatives in the loss.
 
-    Args:
-        loss: the loss.
-        outputs: the task's.
-        batch: the batch that they are of, for a message.
-
     Raises:
         BatchError: if the outputs are logits where features are expected, or labels are no classes
             of the logits.
@@ -169,10 +164,7 @@ def last_batch_size(loader: object) -> int | None:
 def report_last_batch(loss: nn.Module, loader: object, purpose: str) -> None:
     """Log, on rank 0, that the last batch of a loader will be too small for the loss.
 
-    Args:
-        loss: the loss.
-        loader: any; nothing is read from it.
-        purpose: what happens to such a batch, for the message.
+    Nothing is read from the loader. The purpose is what happens to such a batch.
     """
     size, least = last_batch_size(loader), minimum_batch(loss)
     if size is not None and size < least and rank() == 0:

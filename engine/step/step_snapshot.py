@@ -59,9 +59,6 @@ class StepSnapshot:
 
     Cost: a few microseconds a step, and a fraction of a microsecond for each parameter and buffer;
     a large buffer that each step changes, such as a queue, is copied before each step.
-
-    Args:
-        trainer: the trainer whose steps are remembered.
     """
 
     def __init__(self, trainer: SnapshotParts) -> None:

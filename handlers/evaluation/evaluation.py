@@ -382,11 +382,7 @@ class ValidationLoss(OutputsMetric):
 
     @torch.no_grad()
     def update(self, output: Outputs) -> None:
-        """Add a batch.
-
-        Args:
-            output: the task's tensors, in the order in which the loss takes them.
-        """
+        """Add a batch: the task's tensors, in the order in which the loss takes them."""
         if loss_contract.is_too_small(self.loss, batch_size(output)):
             return
         dtype = self._dtype

@@ -267,11 +267,7 @@ def _count_below(
 def _add_below(tile: Tensor, bounds: Tensor, counts: Tensor, memory: Tensor) -> None:
     """Add the number of a query's similarities that are below each of its bounds.
 
-    Args:
-        tile: similarities [Q, N].
-        bounds: [J, Q].
-        counts: int64 [J, Q], to which the numbers are added.
-        memory: a tensor like the tile, to overwrite.
+    Similarities are [Q, N], bounds [J, Q] and counts int64 [J, Q]. The memory is overwritten.
     """
     for nth, bound in enumerate(bounds):
         counts[nth] += torch.lt(tile, bound[:, None], out=memory).sum(1).long()

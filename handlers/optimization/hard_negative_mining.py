@@ -221,10 +221,7 @@ def _centres(
 ) -> tuple[Tensor, Tensor]:
     """Return each group's mean of unit features over all ranks, normalised, and the sorted groups.
 
-    Args:
-        features: [n, D] of each batch of this rank.
-        groups: [n] of each batch.
-        device: where to gather.
+    Features are [n, D] and groups [n], of each batch of this rank.
     """
     own = torch.cat(features) if features else torch.empty(0, 0)
     units = gather_rows(F.normalize(own.float(), dim=1), device)
