@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from ignite import distributed as idist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from diptych.engine.data.batches import to_device
-from diptych.engine.data.seeded_loader import leave_garbage
+from diptych.engine.data.worker_loader import WorkerLoader
 from diptych.engine.evaluator import evaluation_mode
 from diptych.engine.settings import AUTOCAST, Precision
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
@@ -315,9 +315,7 @@ class Encoder:
     def _encode_files(self, images: list[Any]) -> tuple[Tensor, dict[int, str]]:
         """Return the features of the images that can be read; by place, the others' problems."""
         pixels = _Pixels(images, self.towers.image.resize)
-        loader = DataLoader(
-            pixels, self.batch_size, num_workers=self.workers, worker_init_fn=leave_garbage
-        )
+        loader = WorkerLoader(pixels, batch_size=self.batch_size, num_workers=self.workers)
         problems: list[str] = []
 
         def readable() -> Iterator[Tensor]:

@@ -71,9 +71,8 @@ def evaluate_with_chance(encoder: Encoder, table: ImageTable, *, part: Part = "a
     captioned = has_text and any(row.has_caption for row in rows)
     labelled = [row for row in rows if row.label]
     if not captioned and not labelled:
-        needed = "captions (--captions names their file) or classes" if has_text else "classes"
-        tower = "" if has_text else ": the model has no text tower"
-        raise DataError(f"{table.source} must have {needed} in --part {part}, got none{tower}.")
+        texts = "captions (--captions names their file) or " if has_text else ""
+        raise DataError(f"{table.source} must have {texts}classes in --part {part}, got none.")
     found = _retrieval(encoder, rows) if captioned else Results({}, {})
     if labelled:
         guessed = _own_classes(encoder, labelled, table.classes, has_text=has_text)

@@ -79,8 +79,10 @@ def read_folder(
     if described and texts in {None, folder}:
         return _of_metadata(folder, described, columns)
     found = list(images_in(folder) if texts is None else _with_texts(images_in(folder), texts))
-    has_texts = any(row.caption for row in found)
-    return listing(BESIDE if has_texts else "images in folders by class", found)
+    if any(row.caption for row in found):
+        # A folder such as `00012` is no class: an image without a text would be called so.
+        return listing(BESIDE, (attrs.evolve(row, label="") for row in found))
+    return listing("images in folders by class", found)
 
 
 def _with_texts(rows: Iterable[Row], texts: Path) -> Iterator[Row]:

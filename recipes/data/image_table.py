@@ -196,7 +196,13 @@ def _listed(images: Path, captions: Path | None, columns: Columns, task: TaskNam
             raise DataError(f"--images must have images in it, got {images}, which has none.")
         return listed
     if captions.is_dir():
-        return read_folder(images, texts=captions)
+        listed = read_folder(images, texts=captions)
+        if not any(row.caption for row in listed.rows):
+            raise DataError(
+                "--captions must be a file, or a folder with a text file for each image (a.txt for "
+                f"a.jpg), got {captions}, which has none. Check the path."
+            )
+        return listed
     if not captions.is_file():
         raise DataError(f"--captions must be a file, got {captions}. Check the path.")
     return read_captions(captions, columns=columns)

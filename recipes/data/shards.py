@@ -16,9 +16,9 @@ from typing import Any
 
 import attrs
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
-from diptych.engine.data.seeded_loader import leave_garbage
+from diptych.engine.data.worker_loader import WorkerLoader
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.random_state import mixed_seed, preserved_random_state, seed_host
 from diptych.recipes.data.augmentations import augmentations
@@ -271,11 +271,10 @@ class ShardLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         skipped = Counter[str]()
-        stream = DataLoader(
+        stream = WorkerLoader(
             _Stream(self, self._epoch),
             batch_size=None,
             num_workers=self._workers,
-            worker_init_fn=leave_garbage,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.reader.seed),
         )

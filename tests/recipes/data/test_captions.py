@@ -233,19 +233,22 @@ def test_an_imagefolder_has_its_captions_and_its_parts_in_files_of_metadata(tmp_
 
 
 def test_text_files_beside_images_have_a_caption_in_each_line(tmp_path):
-    images, texts = write_images(tmp_path / "images"), tmp_path / "texts"
-    texts.mkdir()
-    for name, said in captions().items():
+    images, texts = write_images(tmp_path / "images" / "00012").parent, tmp_path / "texts"
+    (texts / "00012").mkdir(parents=True)
+    with pytest.raises(DataError, match="--captions must be a file, or a folder with a text file"):
+        image_rows(images, texts)
+    said_of = {f"00012/{name}": said for name, said in captions().items()}
+    for name, said in said_of.items():
         (images / name).with_suffix(".txt").write_text("\n\n".join(said), "utf-16")
         (texts / name).with_suffix(".caption").write_text(f"{said[0]}\n0 0.5 0.5 0.1 0.1\n")
 
     tables = [image_rows(images), image_rows(images, texts)]
 
-    both = [(name, text) for name, said in sorted(captions().items()) for text in said]
+    both = [(name, text) for name, said in sorted(said_of.items()) for text in said]
     assert [(row.name, row.caption) for row in tables[0].rows] == both
     assert [(row.name, row.caption) for row in tables[1].rows] == both[::2]
-    assert len(image_rows(images, task="two_views").rows) == len(captions())
-    (images / next(iter(captions()))).with_suffix(".txt").unlink()
+    assert len(image_rows(images, task="two_views").rows) == len(said_of)
+    (images / next(iter(said_of))).with_suffix(".txt").unlink()
     (problem,) = image_rows(images).problems
     assert problem.kind == "the image has no caption: name their file with --captions"
 
