@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import inspect
 import logging
 import math
@@ -22,6 +21,7 @@ from diptych.engine.checks import is_whole
 from diptych.engine.containers import same_values
 from diptych.engine.data.collation import collate_samples
 from diptych.engine.data.loader_contract import Pass
+from diptych.engine.data.worker_loader import WorkerLoader
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.errors import ResumeError
 from diptych.engine.random_state import (
@@ -106,14 +106,13 @@ class SeededLoader(Summarized):
         self._loader = self._reader(self._batches, persistent=num_workers > 0)
 
     def _reader(self, batches: _Batches, *, persistent: bool = False) -> DataLoader[Any]:
-        return DataLoader(
+        return WorkerLoader(
             _SeededSamples(self.dataset, self.seed),
             batch_sampler=batches,
             num_workers=self._workers,
             collate_fn=self._collate or collate_samples,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=persistent,
-            worker_init_fn=leave_garbage,
             generator=torch.Generator().manual_seed(self.seed),
         )
 
@@ -285,15 +284,6 @@ def _end_workers(reference: weakref.ref[Any]) -> None:
     iterator = reference()
     if iterator is not None:
         iterator._shutdown_workers()  # noqa: SLF001 - torch has no public name
-
-
-def leave_garbage(_: int) -> None:
-    """Keep a worker from collecting what its parent left in cycles.
-
-    The memory of batches that the parent copied to a GPU cannot be freed in a process of its own:
-    the attempt ends it.
-    """
-    gc.freeze()
 
 
 class _SeededSamples(Dataset[Any]):

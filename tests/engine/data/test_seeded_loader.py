@@ -304,19 +304,34 @@ class Collecting(Dataset):
         return index
 
 
+def allocate_in_workers() -> None:
+    """Make Python collect, if it does so by itself, as soon as a worker has started."""
+    if allocating:
+        gc.set_threshold(1)
+        _ = [[] for _ in range(1000)]
+
+
+allocating: list[bool] = []
+os.register_at_fork(after_in_child=allocate_in_workers)
+
+
 def test_a_worker_leaves_the_garbage_of_its_parent_alone(tmp_path):
     class Note:
         def __del__(self):
             (tmp_path / str(os.getpid())).touch()
 
     gc.collect()
-    gc.disable()
+    thresholds = gc.get_threshold()
+    gc.set_threshold(10**9)
+    allocating.append(True)
     try:
         note = Note()
         note.cycle = note
         del note
         list(SeededLoader(Collecting(), 2, num_workers=1))
     finally:
-        gc.enable()
+        allocating.clear()
+        gc.set_threshold(*thresholds)
+    assert gc.isenabled()
     gc.collect()
     assert [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]
