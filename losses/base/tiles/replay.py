@@ -107,9 +107,7 @@ class Recording:
         """Record the function, and return its results."""
         place.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(place.stream):
-            function(
-                *memory
-            )  # what is compiled or loaded at a first call must not be in a recording
+            function(*memory)  # compiles and loads what is missing, which no recording may do
             # The mode leaves other threads alone, such as one that pins memory.
             with torch.cuda.graph(self._graph, *place, capture_error_mode="thread_local"):
                 return function(*memory)
