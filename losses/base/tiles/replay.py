@@ -66,20 +66,20 @@ def _may_record() -> bool:
     return not any(os.environ.get(name, "0") != "0" for name in _UNSUITABLE)
 
 
-class Place(NamedTuple):
-    """Where the recordings of one of the user's streams are made, so that they share memory.
+class CaptureContext(NamedTuple):
+    """The pool and the stream with which all calls of one of the user's streams are captured.
 
     Attributes:
-        pool: Memory for intermediate results.
-        stream: The stream that is recorded; memory is shared only within one.
+        pool: Memory for intermediate results, which the recordings share.
+        stream: The stream that is captured; torch reuses memory only within a stream.
     """
 
     pool: Any
     stream: Any
 
     @classmethod
-    def new(cls) -> Place:
-        """Return a place on the current device."""
+    def new(cls) -> CaptureContext:
+        """Return a context on the current device."""
         return cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream())
 
 
@@ -89,10 +89,12 @@ class Recording:
     Args:
         function: As for `replayed`.
         inputs: As for `replayed`.
-        place: Where to record.
+        context: With what to capture.
     """
 
-    def __init__(self, function: Function, inputs: tuple[Any, ...], place: Place) -> None:
+    def __init__(
+        self, function: Function, inputs: tuple[Any, ...], context: CaptureContext
+    ) -> None:
         # Memory of inference mode could not be written outside of it; leaving it enables gradients.
         with torch.inference_mode(False), torch.no_grad():
             memory = [x.contiguous().clone() if isinstance(x, Tensor) else x for x in inputs]
@@ -101,15 +103,17 @@ class Recording:
                 if isinstance(x, Tensor):
                     self._by_dtype.setdefault(x.dtype, {})[position] = x
             self._graph = torch.cuda.CUDAGraph()
-            self._results = self._recorded(function, memory, place)
+            self._results = self._recorded(function, memory, context)
 
-    def _recorded(self, function: Function, memory: list[Any], place: Place) -> tuple[Tensor, ...]:
+    def _recorded(
+        self, function: Function, memory: list[Any], context: CaptureContext
+    ) -> tuple[Tensor, ...]:
         """Record the function, and return its results."""
-        place.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(place.stream):
+        context.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(context.stream):
             function(*memory)  # compiles and loads what is missing, which no recording may do
             # The mode leaves other threads alone, such as one that pins memory.
-            with torch.cuda.graph(self._graph, *place, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, *context, capture_error_mode="thread_local"):
                 return function(*memory)
 
     def __call__(self, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
@@ -132,17 +136,17 @@ class Recordings:
     """Recordings by function, stream and form of the inputs.
 
     Args:
-        record: Returns the recording of a function for inputs, at a place.
-        new_place: Returns a new place.
+        record: Returns the recording of a function for inputs, in a context.
+        new_context: Returns a new context.
     """
 
     def __init__(
         self,
         record: Callable[..., Any] = Recording,
-        new_place: Callable[[], Any] = Place.new,
+        new_context: Callable[[], Any] = CaptureContext.new,
     ) -> None:
-        self._record, self._new_place = record, new_place
-        self._places: dict[Any, Any] = {}
+        self._record, self._new_context = record, new_context
+        self._contexts: dict[Any, Any] = {}
         self._forms: dict[Any, _Form] = {}
         self._calls_before: float = _CALLS_BEFORE
         self._lock = threading.Lock()
@@ -166,29 +170,26 @@ class Recordings:
         if key not in self._forms and len(self._forms) == _FORMS:
             if any(form.recording for form in self._forms.values()):
                 self._calls_before += _CALLS_MORE
-            self._give_back()
+            self._free_all()
         return self._forms.setdefault(key, _Form())
 
-    def _give_back(self) -> None:
-        """Give back the memory of all recordings.
-
-        Not of one: recordings of one stream share what torch frees with any of them.
-        """
+    def _free_all(self) -> None:
+        """Free all recordings: torch frees with one what others of its stream still need."""
         self._forms.clear()
-        self._places.clear()
+        self._contexts.clear()
 
     def _try_to_record(
         self, form: _Form, function: Function, inputs: tuple[Any, ...], where: Any
     ) -> None:
-        """Record a call; without memory for it, give back that of all recordings, for good."""
-        if where not in self._places:
-            self._places[where] = self._new_place()
+        """Record a call; without memory for it, free all recordings, for good."""
+        if where not in self._contexts:
+            self._contexts[where] = self._new_context()
         try:
-            form.recording = self._record(function, inputs, self._places[where])
+            form.recording = self._record(function, inputs, self._contexts[where])
         except RuntimeError as error:  # CUDA reports a lack of memory in several ways
             _logger.info("Kernels are launched one by one, since recording them failed: %s", error)
             self._calls_before = math.inf
-            self._give_back()
+            self._free_all()
 
 
 _recordings = Recordings()

@@ -82,7 +82,7 @@ def test_inputs_of_another_form_have_a_recording_of_their_own(
     assert recorder.pools[0] is not recorder.pools[1] if stream else len(set(recorder.pools)) == 1
 
 
-def test_without_memory_for_a_recording_all_are_given_back(recorder):
+def test_without_memory_for_a_recording_all_are_freed(recorder):
     attempts = []
 
     def record(function: Any, inputs: Any, pool: Any) -> Any:
