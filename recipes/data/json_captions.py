@@ -133,13 +133,7 @@ def _karpathy_rows(path: Path, images: Sequence[Any]) -> Iterator[Row | Problem]
         folder, split = _text(one.get("filepath")), split_of(_text(one.get("split")))
         image = f"{folder}/{name}" if folder else name
         for index, sentence in enumerate(sentences):
-            yield Row(f"{where}.sentences[{index}]", image, _sentence(sentence), split=split)
-
-
-def _sentence(value: Any) -> str:
-    """Return the text of a sentence; of one without, its words."""
-    words = value.get("tokens") if isinstance(value, Mapping) else None
-    return _text(value) or (" ".join(map(_text, words)) if _is_list(words) else "")
+            yield Row(f"{where}.sentences[{index}]", image, _text(sentence), split=split)
 
 
 def _rows_by_image(
@@ -253,8 +247,11 @@ def _name(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
+    """Return a text on one line; of a record its caption, or the words of one without."""
     if isinstance(value, Mapping):
-        value = _finder(value)(None, CAPTION)
+        find = _finder(value)
+        value = find(None, CAPTION) or find(None, ("tokens",))
+        value = " ".join(map(_text, value)) if _is_list(value) else value
     if isinstance(value, bool) or (isinstance(value, float) and math.isnan(value)):
         return ""  # pandas writes NaN for a missing caption
     is_text = isinstance(value, (str, int, float))

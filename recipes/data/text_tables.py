@@ -49,8 +49,8 @@ TOKENS = re.compile(r"(?P<image>[^\t]+)#\d+\t(?P<caption>.*)")
 """A line of Flickr8k.token.txt: `1000268201_693b08cb0e.jpg#0<TAB>A child in a pink dress ...`."""
 SEPARATOR = re.compile(r'"?sep=([\t,;|])"?', re.IGNORECASE)
 """The first line in which Excel names the separator: `sep=;`."""
-NUMBER = re.compile(r"[_.-]*\d+$")
-"""The number of one of several columns of captions: `caption_1`, `caption_2`."""
+NUMBER = re.compile(r"[\W_]*\d+\W*$")
+"""The number of one of several columns of captions: `caption_1`, `captions[0]`."""
 LEADING = re.compile(r"[ \t]*(#[^\r\n]*)?(\r\n|\n|\r)")
 """An empty line, or one that may be a comment."""
 BAR = re.compile(r"\s*\|\s*")
@@ -185,8 +185,9 @@ def _form(path: Path, first: str, columns: Columns, separators: Iterable[str]) -
             if form is not None:
                 return form
     there = max(split_up.values(), key=len) if first.strip() else []
+    asked = " and ".join(filter(None, columns))
     raise DataError(
-        f"{path} must have a column of image names and one of captions, got "
+        f"{path} must have {asked or 'a column of image names and one of captions'}, got "
         f"{_listed(there) or 'an empty first line'}. Name yours with --image-column and "
         "--caption-column."
     )

@@ -93,6 +93,7 @@ def test_the_splits_of_karpathy_are_kept_and_restval_is_for_training(tmp_path):
         ),
         ('a.jpg\t"one\nb.jpg\ttwo"\n', [("a.jpg", '"one'), ("b.jpg", 'two"')]),
         ("image,caption_1,caption_2\na.jpg,one,two\n", [("a.jpg", "one"), ("a.jpg", "two")]),
+        ("file|captions[0]|captions[1]\na.jpg|one|two\n", [("a.jpg", "one"), ("a.jpg", "two")]),
         ("Text 2;Text 10;File\n;two;a.jpg\n;;b.jpg\n", [("a.jpg", "two"), ("b.jpg", "")]),
         ("Image  Name|Prompt\na.jpg|one\n", [("a.jpg", "one")]),
         ("image_name|comment_number|comment\na.jpg|0|one | two\n", [("a.jpg", "one | two")]),
@@ -109,8 +110,9 @@ def test_the_splits_of_karpathy_are_kept_and_restval_is_for_training(tmp_path):
         ("#1.jpg,one\n#2.jpg,two\n", [("#1.jpg", "one"), ("#2.jpg", "two")]),
         ('# one\n{"a.jpg": "one"}\n', [("a.jpg", "one")]),
         (
-            '{"images": [{"filename": "a.jpg", "sentences": [{"tokens": ["a", "cat", 3]}]}]}',
-            [("a.jpg", "a cat 3")],
+            '{"images": [{"filename": "a.jpg", "sentences": [{"tokens": ["a", "cat", 3]}, '
+            '{"raw": null, "tokens": "a dog"}]}]}',
+            [("a.jpg", "a cat 3"), ("a.jpg", "a dog")],
         ),
         (
             '{"images": [{"id": "7", "file_name": "a.jpg"}], '
@@ -140,6 +142,8 @@ def test_other_columns_are_named(tmp_path):
     listed = read_captions(path, columns=("two", "one"))
 
     assert [(row.image, row.caption) for row in listed.rows] == [("red.png", "a red square")]
+    with pytest.raises(DataError, match=r"must have two and three, got 'one', 'two'\."):
+        read_captions(path, columns=("two", "three"))
     with pytest.raises(DataError, match=r"got 'one', 'two'\. Name yours with --image-column"):
         read_captions(path)
 
