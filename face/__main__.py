@@ -105,8 +105,8 @@ def _command(arguments: Sequence[str] | None) -> int:
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
-    command = import_module(COMMANDS[name][0])
     try:
+        command = import_module(COMMANDS[name][0])
         if hasattr(command, "add_arguments"):
             parser = argparse.ArgumentParser(prog=f"diptych {name}", description=command.__doc__)
             command.add_arguments(parser)

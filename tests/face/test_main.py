@@ -51,6 +51,8 @@ def test_an_interrupted_command_ends_without_a_traceback(
 
     monkeypatch.setattr("diptych.commands.info.run", interrupted)
     assert main(["info"]) == 130
+    monkeypatch.setattr("diptych.__main__.import_module", interrupted)  # torch takes seconds
+    assert main(["info"]) == 130
     assert capsys.readouterr().err == ""
 
 
