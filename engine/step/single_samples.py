@@ -71,22 +71,21 @@ class SingleSamples:
         Raises:
             SingleSampleError: on all ranks, if a rank cannot normalise a batch that is not skipped.
         """
-        alone = world_size() == 1
-        if (alone and least != 1) or not self._norms.of(model) or has_shards(model):
+        if not self._can_fail(model, least):
             return False
         can_skip = batch_size(batch) == 1 and not first
-        if alone:
+        if world_size() == 1:
             return can_skip and self._fails(model, forward, batch)
         fails = least == 1 and self._fails(model, forward, batch)
         (found,) = maxima((LEFT if can_skip else REFUSED) * fails)
         if found == REFUSED:
-            raise SingleSampleError(
-                "a batch, and each of its micro-batches, must have 2 samples or more on every rank "
-                "for the model's batch normalisation, got one of a single sample"
-                f"{' on this rank' if fails else ' on another rank'}. Raise batch_size or "
-                "microbatch_size, set drop_last=True, or use SyncBatchNorm"
-            )
+            raise _refusal("on this rank" if fails else "on another rank")
         return found == LEFT
+
+    def _can_fail(self, model: nn.Module, least: int) -> bool:
+        """Return whether a batch may fail on some rank; all ranks return the same."""
+        asks = least == 1 or world_size() > 1
+        return asks and bool(self._norms.of(model)) and not has_shards(model)
 
     def _fails(self, model: nn.Module, forward: Callable[[Any], Any], batch: Any) -> bool:
         sample = batch_slice(batch, 0, 1)
@@ -98,6 +97,14 @@ class SingleSamples:
             buffers.restore()
             set_forward_random_state(drawn, self.device)
         return self._known[key]
+
+
+def _refusal(where: str) -> SingleSampleError:
+    return SingleSampleError(
+        "a batch, and each of its micro-batches, must have 2 samples or more on every rank for the "
+        f"model's batch normalisation, got one of a single sample {where}. Raise batch_size or "
+        "microbatch_size, set drop_last=True, or use SyncBatchNorm"
+    )
 
 
 @torch.no_grad()
