@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import posixpath
 import re
@@ -75,8 +76,20 @@ class ImageFolder:
         dropped = self._dropped(missing)
         if dropped:
             found |= {name: self._find("/".join(p[dropped:])) for name, p in missing.items()}
-        urls = (name for name, one in found.items() if one == MISSING and "://" in name)
-        return found | dict.fromkeys(urls, A_URL)
+        gone = [name for name, one in found.items() if one == MISSING]
+        found |= dict.fromkeys((name for name in gone if "://" in name), A_URL)
+        below = self._below(gone[0]) if 0 < len(gone) == len(found) else None
+        return (
+            found
+            if below is None
+            else dict.fromkeys(gone, f"{MISSING}: {below} has it, which --images may name")
+        )
+
+    def _below(self, name: str) -> Path | None:
+        """Return the subfolder in which a name leads to a file."""
+        parts = _parts(name)
+        paths = self.root.rglob(glob.escape("/".join(parts))) if parts else iter(())
+        return next((path.parents[len(parts) - 1] for path in paths), None)
 
     def _dropped(self, missing: Mapping[str, tuple[str, ...]]) -> int:
         """Return how many folders at the beginning of the missing names to leave out."""

@@ -83,6 +83,15 @@ def test_long_work_says_how_far_it_is(monkeypatch, capsys):
     ]
 
 
+def test_a_subfolder_that_has_the_images_is_named_if_the_folder_has_none(images):
+    place = f"{image_files.MISSING}: {images / 'more'} has it, which --images may name"
+    (images.parent / "more").mkdir()
+    assert found(images, "gray.JPG", "gone.png") == [place, place]
+    top = f"{image_files.MISSING}: {images} has it, which --images may name"
+    assert found(images.parent, "more/gray.JPG") == [top]
+    assert found(images, "gray.JPG", "red.png") == [image_files.MISSING, images / "red.png"]
+
+
 def test_folders_that_all_names_begin_with_and_that_are_not_there_are_left_out(images):
     names = ["C:\\data\\red.png", "C:\\data\\more\\gray.JPG", "C:\\data\\gone.png"]
 
