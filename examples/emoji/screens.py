@@ -54,11 +54,11 @@ def tensorboard(run: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     with TemporaryDirectory() as root:
         for file in run.rglob("events.out.*"):
-            copy = Path(root, *run.parts[-2:], file.relative_to(run))
+            copy = Path(root, "runs", *run.parts[-2:], file.relative_to(run))
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, copy)
-        command = [sys.executable, "-m", "tensorboard.main", "--logdir", root, "--port", str(port)]
-        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as server:  # noqa: S603
+        command = [sys.executable, "-m", "tensorboard.main", "--logdir=runs", f"--port={port}"]
+        with subprocess.Popen(command, cwd=root, stderr=subprocess.DEVNULL) as server:  # noqa: S603
             address = f"http://127.0.0.1:{port}"
             try:
                 wait_for(f"{address}/data/plugin/custom_scalars/layout")
