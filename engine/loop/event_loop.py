@@ -161,7 +161,7 @@ class EventLoop(PositionedEvents):
         if data is None and count is None:
             count = stored
         length = epoch_length_of(data, count)
-        differs = None not in {stored, length} and stored != length
+        differs = len({stored, length} - {None}) == 2  # and both are known
         if self._position.has_epoch:
             if differs and not self._has_ended:  # else it needs no batch any more
                 raise ResumeError(
