@@ -111,11 +111,10 @@ def draw_results(rows: Sequence[QueryResults]) -> Tensor:
     return _to_tensor(picture)
 
 
-def heat_map(values: Tensor, low: float, high: float, *, side: int = 384) -> Tensor:
-    """Return a matrix as a picture, uint8 [3, H, W], dark at `low` and light at `high`."""
+def heat_map(values: Tensor, *, side: int = 384) -> Tensor:
+    """Return a matrix as a picture, uint8 [3, H, W], dark at 0 and light at 1."""
     scale = torch.tensor(COLOR_SCALE, dtype=torch.float32)
-    place = ((values.float().cpu() - low) / (high - low)).nan_to_num().clamp(0, 1)
-    place = place * (len(scale) - 1)
+    place = values.float().cpu().nan_to_num().clamp(0, 1) * (len(scale) - 1)
     below = place.floor().long().clamp(max=len(scale) - 2)
     share = (place - below)[..., None]
     colours = scale[below] * (1 - share) + scale[below + 1] * share

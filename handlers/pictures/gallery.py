@@ -102,7 +102,7 @@ class RetrievalGallery(BoardHandler):
             to_image: self._best(similarity.T, matches.T),
         }
         results, tag = self.results, f"{VISUAL}/{self.prefix}"
-        matrix = heat_map(similarity_of_groups(features), 0.0, 1.0)
+        matrix = heat_map(similarity_of_groups(features))
         board = self._board_of(trainer)
         with self.tolerated(lost=1), board.open_writer() as writer:
             writer.add_image(f"{tag}/{to_text}", draw_results(results[to_text]), step)

@@ -82,7 +82,7 @@ def test_queries_are_lines_of_one_height():
 
 
 def test_a_heat_map_goes_from_dark_to_light():
-    picture = heat_map(torch.tensor([[-1.0, 0.0], [1.0, torch.nan]]), 0.0, 1.0, side=2)
+    picture = heat_map(torch.tensor([[-1.0, 0.0], [1.0, torch.nan]]), side=2)
 
     assert picture[:, 0, 0].tolist() == list(COLOR_SCALE[0])
     assert picture[:, 0, 1].tolist() == list(COLOR_SCALE[0])
