@@ -79,11 +79,9 @@ class ImageFolder:
         gone = [name for name, one in found.items() if one == MISSING]
         found |= dict.fromkeys((name for name in gone if "://" in name), A_URL)
         below = self._below(gone[0]) if 0 < len(gone) == len(found) else None
-        return (
-            found
-            if below is None
-            else dict.fromkeys(gone, f"{MISSING}: {below} has it, which --images may name")
-        )
+        if below is not None:
+            found = dict.fromkeys(gone, f"{MISSING}: {below} has it, which --images may name")
+        return found
 
     def _below(self, name: str) -> Path | None:
         """Return the subfolder in which a name leads to a file."""

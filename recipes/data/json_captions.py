@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -50,7 +51,7 @@ def read_json(path: Path, text: str, columns: Columns) -> Listing:
         DataError: if it is not valid, or of no known layout.
     """
     try:
-        whole = json.loads(text)
+        whole = _loaded(text)
     except RecursionError as error:
         raise DataError(f"{path} must be JSON of captions, got lists too deep.") from error
     except ValueError as error:
@@ -81,6 +82,23 @@ def _json_lines(path: Path, text: str, columns: Columns) -> Listing | None:
     found = listing("JSON lines", _line_rows(path, text, columns))
     are_none = not found.rows and all(problem.kind == NOT_JSON for problem in found.problems)
     return None if are_none else found
+
+
+def _loaded(text: str) -> Any:
+    """Return what JSON has in it.
+
+    Raises:
+        ValueError: if it is not valid, or an object has a name twice: one would be left out.
+    """
+    return json.loads(text, object_pairs_hook=_once_each)
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = next(name for name, count in Counter(n for n, _ in pairs).items() if count > 1)
+        raise ValueError(f"{name!r} is twice in an object; give it a list of captions")
+    return found
 
 
 def _of_data_set(path: Path, whole: Mapping[str, Any]) -> Found | None:
@@ -175,7 +193,7 @@ def _record_rows(
 def _line_rows(path: Path, text: str, columns: Columns) -> Iterator[Row | Problem]:
     for where, line in lines_of(path, text):
         try:
-            record = json.loads(line)
+            record = _loaded(line)
         except (ValueError, RecursionError):
             yield Problem(where, NOT_JSON, shortened(line))
             continue

@@ -161,11 +161,12 @@ def test_other_columns_are_named(tmp_path):
         (",".join(f"column {number}" for number in range(5000)) + "\n", "and 4,992 more"),
         ("x" * 100_000 + ",y\n", "must have a column"),
         ('[{"image": "a.jpg", "caption": "one"},]', r"must be valid JSON.* line 1 column"),
+        ('{"a.jpg": "one", "a.jpg": "two"}', r"got an error: 'a\.jpg' is twice in an object"),
         (b"PAR1\x15\xff", r"must be text, got a Parquet file\. Write it as CSV"),
         (b"PK\x03\x04\x14", "an Excel file or a zip archive"),
         (b"a.jpg".ljust(257, b"\0") + b"ustar", r"got a tar archive\. Pass shards with --shards"),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_a_file_that_is_none_of_captions_gets_a_short_message(tmp_path, content, message):
     with pytest.raises(DataError, match=message) as raised:
