@@ -24,6 +24,7 @@ from diptych.recipes.data.image_batches import (
 from diptych.recipes.data.image_table import ImageRow, ImageTable
 from diptych.recipes.data.rows import DataError
 from diptych.recipes.encoder import TEMPLATES, Encoder
+from diptych.recipes.settings import Settings
 from diptych.recipes.towers.models import TwoTowers
 
 Part = Literal["all", "train", "val", "test"]
@@ -66,7 +67,7 @@ def evaluate(encoder: Encoder, table: ImageTable, *, part: Part = "all") -> dict
 
 def evaluate_with_chance(encoder: Encoder, table: ImageTable, *, part: Part = "all") -> Results:
     """Return what a model reaches on data, as `evaluate` does, and what chance does."""
-    rows = _rows_of(table, part, 0.0 if encoder.settings is None else encoder.settings.held_out)
+    rows = _rows_of(table, part, encoder.settings)
     has_text = isinstance(encoder.model, TwoTowers)
     captioned = has_text and any(row.has_caption for row in rows)
     labelled = [row for row in rows if row.label]
@@ -82,7 +83,9 @@ def evaluate_with_chance(encoder: Encoder, table: ImageTable, *, part: Part = "a
     return found
 
 
-def _rows_of(table: ImageTable, part: Part, held_out: float) -> Sequence[ImageRow]:
+def _rows_of(table: ImageTable, part: Part, settings: Settings | None) -> Sequence[ImageRow]:
+    # A run of shards held out one of them, which no names of images tell.
+    held_out = 0.0 if settings is None or settings.shards is not None else settings.held_out
     parts = {"all": table.rows, **table.parts(held_out)}
     if not parts[part] and table.rows:
         sizes = ", ".join(f"{name} {len(rows):,}" for name, rows in parts.items())

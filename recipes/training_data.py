@@ -64,7 +64,14 @@ def read_data(settings: Settings) -> TrainingData:
     Raises:
         DataError: if they cannot be used.
     """
-    return TableData(settings) if settings.shards is None else ShardData(settings)
+    if settings.shards is None:
+        return TableData(settings)
+    if settings.images is not None or settings.captions is not None:
+        raise DataError(
+            "--shards must not come with --images or --captions, which would not be read. Leave "
+            "out one or the other."
+        )
+    return ShardData(settings)
 
 
 @attrs.define(eq=False, slots=False)

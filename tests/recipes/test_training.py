@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 from PIL import Image
@@ -32,7 +33,7 @@ from diptych.recipes.towers.parts import TowerOptions
 from diptych.recipes.towers.registry import build_towers
 from diptych.recipes.training import build_model, build_training
 from tests.recipes.data.test_shards import jpeg, write_shard
-from tests.recipes.emoji_files import emoji
+from tests.recipes.emoji_files import emoji, write_images
 
 QUICK = {"batch_size": 4, "epochs": 1, "image_size": 32, "log_every": 1}
 
@@ -133,6 +134,11 @@ def test_shards_train_and_the_last_one_is_held_out(tmp_path):
     assert Encoder.load(tmp_path / "run").encode_texts(["shade 1"]).shape == (1, 8)
     with pytest.raises(DataError, match="--task must be image_text for shards"):
         train(Settings(shards=str(tmp_path / "0.tar"), task="two_views"))
+    with pytest.raises(DataError, match="--shards must not come with --images or --captions"):
+        train(attrs.evolve(settings, images=tmp_path))
+    table = image_rows(write_images(tmp_path / "images"), task="two_views")
+    with pytest.raises(DataError, match=r"got val of .*: all 8, train 8, val 0"):
+        evaluate(Encoder.load(tmp_path / "run"), table, part="val")  # of images it has trained on
 
 
 def test_towers_of_own_code_are_built_by_the_callers_function_alone(photos, tmp_path):
