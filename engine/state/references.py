@@ -128,10 +128,11 @@ def other_optimizers(trainer: RunParts, *, of_stateless: bool = False) -> list[O
     if not rest:
         return []
     found = behind_events(trainer, of_stateless=of_stateless)
-    optimizers = [one for one in found if isinstance(one, Optimizer)]
+    scheduled = [getattr(one, "optimizer", None) for one in found if is_scheduler(one)]
+    optimizers = [one for one in (*found, *scheduled) if isinstance(one, Optimizer)]
     return [
         one
-        for one in optimizers
+        for one in dict.fromkeys(optimizers)
         if any(id(p) in rest for group in one.param_groups for p in group["params"])
     ]
 

@@ -223,6 +223,21 @@ def test_a_rate_that_the_script_has_changed_applies_on_resume(tmp_path, caplog):
     assert "handlers.SGD.groups.0.lr 0.1 -> 0.3" in caplog.text
 
 
+def test_it_is_found_behind_its_scheduler():
+    trainer, second = make_trainer(None)
+    scheduler = ExponentialLR(second, 0.5)
+
+    def step(_: Trainer) -> None:
+        scheduler.optimizer.step()
+        scheduler.step()
+
+    trainer.add_event_handler(StepEvents.OPTIMIZER_STEPPED, step)
+    trainer.run(loader(), max_iters=1)
+
+    assert trainer.optimizers == [trainer.optimizer, second]
+    assert {"SGD", "ExponentialLR"} <= set(stateful_handlers(trainer))
+
+
 def test_it_is_logged_once_and_refused_in_fp16(caplog):
     trainer, _ = make_trainer(by_function)
     trainer.run(loader(), max_epochs=1)
