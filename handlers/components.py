@@ -69,6 +69,19 @@ def component_sizes(model: nn.Module, loss: nn.Module | None = None) -> dict[str
     }
 
 
+def model_and_loss_sizes(
+    model: nn.Module, loss: nn.Module
+) -> tuple[dict[str, ComponentSize], ComponentSize]:
+    """Return the sizes of the model's components, and that of the loss.
+
+    A run's number of parameters is the sum of the first: the loss's own, such as a temperature, are
+    counted apart. A parameter of both counts for the model.
+    """
+    sizes = component_sizes(model, loss)
+    of_loss = sizes.pop("loss", ComponentSize(0, 0))
+    return sizes, of_loss
+
+
 def total_size(sizes: Mapping[str, ComponentSize]) -> ComponentSize:
     """Return the sum of sizes."""
     columns = zip(*sizes.values(), strict=True) if sizes else [(), ()]

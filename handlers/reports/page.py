@@ -128,13 +128,12 @@ def page(runs: Sequence[RunHistory], notes: RunNotes | None = None) -> str:
 def _head(run: RunHistory, notes: RunNotes | None) -> list[str]:
     """Return a single run's results, findings and starts."""
     settings = run.settings
-    model, loss = (str(settings.get(f"{of}.class", "")).rpartition(".")[2] for of in PARTS)
-    size = settings.get("model.parameters")
-    facts = [
-        f"{notes.outcome}, {notes.place}" if notes else "",
-        f"{model}, {size:,} parameters" if isinstance(size, int) else model,
-        loss,
-    ]
+    facts = [f"{notes.outcome}, {notes.place}" if notes else ""]
+    for of in PARTS:
+        name = str(settings.get(f"{of}.class", "")).rpartition(".")[2]
+        size = settings.get(f"{of}.parameters")
+        count = f", {size:,} parameter{'s'[: size != 1]}" if size and isinstance(size, int) else ""
+        facts.append(name + count)
     parts = [f'<p class="soft">{escape(" | ".join(filter(None, facts)))}</p>']
     parts += ["<h2>Results</h2>", _results(run, notes.chance if notes else {})]
     if notes:

@@ -19,7 +19,7 @@ from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.events import MetricsEvents, Outcome, RunEvents
 from diptych.engine.modules import unwrapped
 from diptych.handlers.argument_checks import Mode, improves, one_of, usual_mode
-from diptych.handlers.components import component_sizes, total_size
+from diptych.handlers.components import model_and_loss_sizes, total_size
 from diptych.handlers.output.output_handler import OutputHandler
 from diptych.handlers.run_directory import RunDirectory
 from diptych.handlers.sinks.progress_bar import COLUMNS, PLAIN, chance_values, duration, is_terminal
@@ -62,6 +62,7 @@ class RunCard(OutputHandler):
     missing 12 writes to runs/emoji/2026-01-31_09-30-00Z/metrics.jsonl (No space left on device)
     ```
 
+    The number of parameters is the model's; if the loss has its own, they are counted behind it.
     The batch size is left out if the loader has no `batch_size`. samples/s is the mean of the run's
     iterations in this process; it needs `Throughput`. Labels are dim on a terminal, unless
     `NO_COLOR` is set; elsewhere the summaries are plain text.
@@ -235,8 +236,8 @@ def ending_word(trainer: Trainer) -> str:
 
 
 def _model(trainer: Trainer) -> str:
-    """Return the number of parameters: all, the trainable share, and by component."""
-    sizes = component_sizes(trainer.model, trainer.loss)
+    """Return the model's number of parameters: all, trainable, by component; and the loss's."""
+    sizes, loss = model_and_loss_sizes(trainer.model, trainer.loss)
     total, trainable = total_size(sizes)
     largest = sorted(((size.parameters, name) for name, size in sizes.items()), key=lambda s: -s[0])
     parts = [f"{name} {size:,}" for size, name in largest[:COMPONENTS]]
@@ -245,7 +246,8 @@ def _model(trainer: Trainer) -> str:
         parts.append(f"{len(rest)} more {sum(size for size, _ in rest):,}")
     share = "all train" if trainable == total else f"{trainable:,} ({trainable / total:.1%}) train"
     head = f"{type(unwrapped(trainer.model)).__name__}, {total:,} parameters, {share}"
-    return f"{head}: {', '.join(parts)}" if parts else head
+    text = f"{head}: {', '.join(parts)}" if parts else head
+    return f"{text}; the loss has {loss.parameters:,} more" if loss.parameters else text
 
 
 def _batch(trainer: Trainer) -> str:

@@ -20,7 +20,7 @@ from diptych.engine.distributed.collectives import world_size
 from diptych.engine.events import MetricsEvents, RunEvents
 from diptych.engine.state.differences import as_lines, differences
 from diptych.engine.state.run_identity import RunIdentity
-from diptych.handlers.components import ComponentSize, component_sizes, total_size
+from diptych.handlers.components import model_and_loss_sizes, total_size
 from diptych.handlers.files import make_folder, write_atomically
 from diptych.handlers.output.output_handler import OutputHandler
 from diptych.handlers.output.records import read_identity
@@ -151,8 +151,7 @@ def versions() -> dict[str, str | None]:
 
 def _parameter_counts(trainer: Trainer) -> dict[str, Any]:
     """Return class and numbers of parameters of model and loss; a shared one is the model's."""
-    sizes = component_sizes(trainer.model, trainer.loss)
-    loss = sizes.pop("loss", ComponentSize(0, 0))
+    sizes, loss = model_and_loss_sizes(trainer.model, trainer.loss)
     components = {name: size.parameters for name, size in sizes.items()}
     return {
         "model": {

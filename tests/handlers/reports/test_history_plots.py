@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from html.parser import HTMLParser
@@ -24,6 +25,7 @@ from diptych.handlers import (
     RepresentationHealth,
     RetrievalGallery,
     RetrievalRecall,
+    RunCard,
     RunRecord,
     default_handlers,
 )
@@ -56,6 +58,31 @@ def test_a_run_leaves_a_report_with_every_tag_and_setting(tmp_path):
     assert "<td>val/<wbr>recall@1</td><td>0.75</td><td>12</td><td>0.75</td>" in text
     assert "http" not in text.replace('xmlns="http://www.w3.org/2000/svg"', "")
     HTMLParser().feed(text)
+
+
+class Scaled(nn.CrossEntropyLoss):
+    """A loss with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return super().forward(self.scale * logits, labels)
+
+
+def test_report_and_summary_count_the_parameters_of_model_and_loss_alike(tmp_path):
+    model, loss, stream = nn.Linear(3, 2), Scaled(), io.StringIO()
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
+    trainer = Trainer(model, loss, optimizer, task=tasks.classification, device="cpu")
+    trainer.attach(JsonLines(tmp_path), RunRecord(tmp_path), HistoryPlots(tmp_path))
+    trainer.attach(RunCard(stream=stream))
+    trainer.run(loader(), max_epochs=1)
+    report = (tmp_path / "report.html").read_text("utf-8")
+    assert " | Linear, 8 parameters | Scaled, 1 parameter</p>" in report
+    assert "Linear, 8 parameters, all train: weight 6, bias 2; the loss has 1 more" in (
+        stream.getvalue()
+    )
 
 
 def test_only_a_run_that_was_judged_is_reported_as_free_of_problems(tmp_path):
