@@ -59,7 +59,7 @@ CHARTS = (
     Chart(HEALTHY, "Updates over weights", [r"updates/ratio(/|$)"]),
     Chart(HEALTHY, "Temperature", [r"train/(.*/)?temperature$"]),
     Chart(HEALTHY, "Similarity of pairs", [r"health/(positive_similarity|negative_similarity)$"]),
-    Chart(HEALTHY, "Pairs against strangers", [r"health/(.*/)?auroc$"]),
+    Chart(HEALTHY, "AUROC: pairs against negatives", [r"health/(.*/)?auroc$"]),
     Chart(HEALTHY, "Dimensions in use, as a share", [r"health/.+/rank_share$"]),
     Chart(HEALTHY, "Accuracy within the batch", [r"health/in_batch_accuracy$"]),
     Chart(HEALTHY, "Loss over chance", [r"health/loss_over_chance$"]),
