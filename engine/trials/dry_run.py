@@ -23,6 +23,8 @@ from diptych.engine.trials.overfit import loss_of
 from diptych.engine.trials.restored import parts_preserved
 from diptych.engine.trials.trial import Trial
 
+FILES = "Files that a run would write; here they went into a scratch directory, which was removed:"
+
 
 @attrs.frozen
 class Row:
@@ -62,7 +64,7 @@ class DryRun:
             time = "" if row.seconds is None else f"{row.seconds * 1e3:.1f} ms"
             lines.append(f"  {row.part:{width}}  {time:>10}  {row.result}".rstrip())
         if self.files:
-            lines.append("Files, written into a scratch directory:")
+            lines.append(FILES)
             lines += [f"  {path} ({size:,} bytes)" for path, size in self.files.items()]
         if self.left_out:
             lines.append("Not run, because what it does could not be undone:")
@@ -143,7 +145,7 @@ class _Watched:
     def report(self, handlers: Iterable[Any], trial: Trial) -> DryRun:
         """Return what was done since the start."""
         losses = ", ".join(f"{loss:.4g}" for loss in self._losses if loss is not None)
-        done = f"{len(self._losses)} update{'' if len(self._losses) == 1 else 's'}"
+        done = _counted(len(self._losses), "update")
         done += f": loss {losses}" if losses else ""
         rows = [Row("update", done, sum(self._seconds))]
         seconds: defaultdict[int, float] = defaultdict(float)
@@ -168,7 +170,12 @@ class _Watched:
         own = {k: v for k, v in self._values.items() if k.startswith(f"{prefix}/")}
         parts = [f"{name} {value:.4g}" for name, value in own.items()]
         parts += [f"no {name} ({reason})" for name, reason in evaluator.left_out.items()]
-        return f"{evaluator.state.iteration} batches: {', '.join(parts) or 'no values'}"
+        batches = _counted(evaluator.state.iteration, "batch", "batches")
+        return f"{batches}: {', '.join(parts) or 'no values'}"
+
+
+def _counted(count: int, one: str, several: str | None = None) -> str:
+    return f"{count} {one if count == 1 else several or one + 's'}"
 
 
 def _times(done: str, count: int) -> str:

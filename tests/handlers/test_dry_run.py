@@ -122,6 +122,7 @@ def test_the_report_names_what_was_done_and_what_was_not(tmp_path, capsys):
     assert not called
     out = capsys.readouterr()
     assert "publish at EPOCH_COMPLETED" in out.out
+    assert "Files that a run would write; here they went into a scratch directory" in out.out
     assert not out.err  # the progress of a dry run is not shown
 
 
@@ -140,6 +141,13 @@ class Broken(Handler):
         self.path.write_text("done")
         if self.raises:
             raise ZeroDivisionError
+
+
+def test_one_batch_of_an_evaluation_is_one_batch():
+    trainer = make_trainer().attach(handlers.Evaluation(SeededLoader(Samples(), 4)))
+    report = trainer.dry_run(SeededLoader(Samples(), 4), batches=1)
+    (result,) = (row.result for row in report.rows if row.part == "Evaluation[val]")
+    assert result.startswith("1 batch: val/loss ")
 
 
 def test_a_handler_of_the_user_runs_as_a_copy_whose_paths_lead_elsewhere(tmp_path):
