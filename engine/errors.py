@@ -22,6 +22,13 @@ class LostRankError(RuntimeError):
     """A rank waited for other ranks, and one of them failed, ended or did not arrive."""
 
 
+class UnknownNameError(KeyError):
+    """Nothing has the given name: a metric, an output. Its text is the message itself."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError returns the repr: in quotes, on one line
+
+
 @contextmanager
 def checkpoint_errors(
     failure: str, kind: type[Exception] = OSError, *others: type[Exception], way_out: str = ""

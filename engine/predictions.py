@@ -10,6 +10,7 @@ from ignite.metrics import Metric, MetricsLambda
 from torch import Tensor
 
 from diptych.engine.containers import held_of
+from diptych.engine.errors import UnknownNameError
 from diptych.engine.tasks import NO_LABEL, Outputs
 
 NAMES = ("y_pred", "y")
@@ -51,7 +52,7 @@ class NamedOutputs(dict[str, Tensor]):
             return self._labelled[NAMES.index(name)]
         if name == CRITERION_KWARGS:
             return {}
-        raise KeyError(
+        raise UnknownNameError(
             f"output_transform must read outputs of the task, which are {', '.join(self)}, got "
             f"{name!r}"
         )

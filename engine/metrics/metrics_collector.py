@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diptych.engine.distributed.collectives import world_size
+from diptych.engine.errors import UnknownNameError
 from diptych.engine.metrics.metrics_buffer import (
     WEIGHT,
     BufferMark,
@@ -230,7 +231,7 @@ class MetricsCollector:
             KeyError: if there is no such tag; the message lists all tags.
         """
         if name not in self._history:
-            raise KeyError(
+            raise UnknownNameError(
                 f"name must be a tag with a history, got {name!r}. There are: "
                 f"{', '.join(sorted(self._history)) or 'none'}."
             )

@@ -10,6 +10,7 @@ from ignite.metrics import Metric
 
 from diptych.engine.containers import held_of
 from diptych.engine.distributed.collectives import rank
+from diptych.engine.errors import UnknownNameError
 from diptych.engine.evaluator import named_metrics
 from diptych.engine.trainer import Trainer
 from diptych.handlers.evaluation.evaluation import AveragesWeights, Evaluation
@@ -52,7 +53,7 @@ def check_published(trainer: Trainer, metric: str) -> None:
     """Raise a `KeyError` if the metric of a handler should have had a value by now."""
     missing = missing_metric(trainer, "metric", metric)
     if missing is not None:
-        raise KeyError(missing)
+        raise UnknownNameError(missing)
 
 
 def missing_metric(trainer: Trainer, argument: str, metric: str) -> str | None:
@@ -78,7 +79,7 @@ def missing_metric(trainer: Trainer, argument: str, metric: str) -> str | None:
 
 
 def check_name(
-    trainer: Trainer, argument: str, metric: str, error: type[Exception] = KeyError
+    trainer: Trainer, argument: str, metric: str, error: type[Exception] = UnknownNameError
 ) -> None:
     """Raise an error if it is known, when a run starts, that nothing publishes a metric.
 

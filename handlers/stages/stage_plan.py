@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diptych.engine.data.loader_contract import length_of
 from diptych.engine.data.seeded_loader import SeededLoader
-from diptych.engine.errors import CheckpointError
+from diptych.engine.errors import CheckpointError, UnknownNameError
 from diptych.engine.evaluator import EvaluatesModel
 from diptych.engine.events import EvaluationEvents, MetricsEvents, RunEvents
 from diptych.engine.handler import Change, Handler
@@ -430,7 +430,7 @@ class StagePlan(Handler):
         evaluations = trainer.handlers_of(EvaluatesModel)
         is_to_come = any(metric.startswith(f"{handler.prefix}/") for handler in evaluations)
         if progress.over or not is_to_come:
-            raise KeyError(
+            raise UnknownNameError(
                 f"the metric of stage {self.stage.name!r} must be published within the stage, got "
                 f"{metric!r}; there are {', '.join(sorted(trainer.state.metrics)) or 'none'}"
             )

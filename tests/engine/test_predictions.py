@@ -138,5 +138,5 @@ def test_the_names_are_no_part_of_the_outputs():
     assert list(outputs) == ["logits", "labels"]
     assert len(outputs.values()) == 2
     assert outputs["y"] is outputs["labels"]
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match=r"^output_transform must .* logits, labels, got 'x'$"):
         outputs["x"]

@@ -325,7 +325,7 @@ def test_values_of_several_types_are_added_up_in_float64():
 
 def test_a_history_of_nothing_names_what_there_is():
     collector = MetricsCollector()
-    with pytest.raises(KeyError, match=r"got 'loss'\. There are: none"):
+    with pytest.raises(KeyError, match=r"^name must be .* got 'loss'\. There are: none\.$"):
         collector.get_history("loss")
     collector.update(accuracy=1.0)
     collector.end_epoch()
