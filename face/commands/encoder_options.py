@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import attrs
+from tyro.conf import Positional, arg
 
 from diptych.commands.factory import find_factory
 from diptych.recipes.encoder import Embeddings, Encoder
+
+Run = Annotated[Path, arg(metavar="RUN"), Positional]
+"""The first argument of a command."""
 
 
 @attrs.frozen(kw_only=True)

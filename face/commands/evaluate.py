@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes
 
-from diptych.commands.encoder_options import EncoderOptions
+from diptych.commands.encoder_options import EncoderOptions, Run
 from diptych.handlers.files import write_atomically
 from diptych.recipes.data.image_files import unreadable
 from diptych.recipes.data.image_table import image_rows
@@ -19,7 +19,7 @@ from diptych.recipes.evaluation import evaluate_with_chance
 
 
 def evaluate(
-    run: Positional[Path],
+    run: Run,
     *,
     images: Path,
     captions: Path | None = None,
@@ -27,7 +27,7 @@ def evaluate(
     caption_column: str | None = None,
     part: Literal["all", "train", "val", "test"] = "all",
     out: Path | None = None,
-    options: OmitArgPrefixes[EncoderOptions] = EncoderOptions(),  # noqa: B008 - it is frozen
+    model: OmitArgPrefixes[EncoderOptions] = EncoderOptions(),  # noqa: B008 - it is frozen
 ) -> int:
     """Print what a model reaches: retrieval both ways for captions, accuracies for classes.
 
@@ -40,10 +40,10 @@ def evaluate(
         caption_column: column of the captions; none: recognised.
         part: part that the data name; if they name none, that of the run: val was held out.
         out: file to write the values to, as JSON.
-        options: of the model.
+        model: how it is loaded and run.
     """
-    encoder = options.load(run)
-    decode = partial(unreadable, size=encoder.towers.image.size, workers=options.workers)
+    encoder = model.load(run)
+    decode = partial(unreadable, size=encoder.towers.image.size, workers=model.workers)
     table = image_rows(images, captions, columns=(image_column, caption_column), decode=decode)
     if table.problems:
         report = problem_report(table.problems, len(table.rows))

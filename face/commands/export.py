@@ -6,14 +6,12 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from tyro.conf import Positional
-
-from diptych.commands.encoder_options import factory_named
+from diptych.commands.encoder_options import Run, factory_named
 from diptych.recipes.export import export as exported
 
 
 def export(
-    run: Positional[Path],
+    run: Run,
     *,
     to: Literal["safetensors", "huggingface", "onnx"],
     out: Path | None = None,
