@@ -25,7 +25,7 @@ from diptych.recipes.data.augmentations import augmentations
 from diptych.recipes.data.image_batches import Batch, view
 from diptych.recipes.data.image_files import MOST_BYTES, TOO_LARGE, ImageError, read_image
 from diptych.recipes.data.json_captions import captions_of
-from diptych.recipes.data.rows import DataError
+from diptych.recipes.data.rows import DataError, shortened
 from diptych.recipes.data.text_tables import SUFFIXES
 from diptych.recipes.towers.resize import Resize
 
@@ -305,14 +305,14 @@ def count_samples(path: Path) -> int:
     Raises:
         DataError: if it has none that can be used.
     """
-    skipped = Counter[str]()
-    usable = sum(
-        bool(caption_of(members)) and bool(SUFFIXES & members.keys())
-        for _, members in samples_of(path, skipped)
-    )
+    skipped, suffixes, usable = Counter[str](), set[str](), 0
+    for _, members in samples_of(path, skipped):
+        suffixes |= members.keys()
+        usable += bool(caption_of(members)) and bool(SUFFIXES & members.keys())
     if not usable:
+        found = shortened(", ".join([*sorted(suffixes), *skipped])) or "no file"
         raise DataError(
             "--shards must have samples of an image and a caption, one after the other (.jpg and "
-            f".txt), got {path}, which has none ({', '.join(skipped) or 'other suffixes'})"
+            f".txt), got {path}, which has none, but {found}."
         )
     return usable
