@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import random
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -88,6 +90,34 @@ def check_archive(file: Path | BinaryIO, size: int) -> None:
     unpacked = sum(member.file_size for member in members)
     if unpacked > size:
         raise CheckpointError(f"it unpacks to {unpacked} bytes from {size}")
+
+
+def load_plain(path: Path) -> Any:
+    """Read a file of `torch.save` that holds tensors and plain values only, onto the CPU.
+
+    Raises:
+        CheckpointError: if it holds another object, which is not unpickled, since that may run any
+            code; if it is no such file; as `check_unpacked`.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's text advises to unpickle everything
+        raise CheckpointError(_refusal(str(error))) from error
+    check_unpacked(state, path.stat().st_size)
+    return state
+
+
+def _refusal(text: str) -> str:
+    """Return a message for torch's text about a file that it has refused."""
+    refused = re.search(r"GLOBAL (\S+)|got <class '([^']+)'>", text)
+    if refused is None:
+        reason = text.partition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+        return f"it must be a file of torch.save, got another or a damaged one ({reason})"
+    return (
+        f"it must hold tensors and plain values only, got an object of {refused[1] or refused[2]}. "
+        "The program that wrote it has probably saved its options or the whole model. Save the "
+        "state dict alone in that program: torch.save(model.state_dict(), path)"
+    )
 
 
 def check_unpacked(state: Any, size: int) -> None:

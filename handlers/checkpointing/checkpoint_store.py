@@ -18,7 +18,7 @@ from diptych.engine.errors import CheckpointError, checkpoint_errors
 from diptych.engine.state.checkpoint_structure import (
     check_archive,
     check_parts,
-    check_unpacked,
+    load_plain,
     outline_of,
     outline_of_parts,
 )
@@ -222,7 +222,8 @@ class CheckpointStore:
             self._check_file(listed)
         # Torch, zipfile and pickle each have errors of their own.
         with checkpoint_errors(f"checkpoint {path} cannot be read", Exception):
-            state = _loaded(path)
+            check_archive(path, path.stat().st_size)
+            state = load_plain(path)
         if not isinstance(state, dict) or "format" not in state:
             raise CheckpointError(
                 f"{path} is not a checkpoint of a run. For weights alone there is "
@@ -346,11 +347,3 @@ class CheckpointStore:
     def _write_manifest(self, entries: list[Entry]) -> None:
         write_manifest(self.directory, entries)
         flush_folder(self.directory)
-
-
-def _loaded(path: Path) -> Any:
-    size = path.stat().st_size
-    check_archive(path, size)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    check_unpacked(state, size)
-    return state

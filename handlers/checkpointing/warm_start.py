@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
 from torch import Tensor, nn
 
 from diptych.engine.distributed.dtensor import local_part
 from diptych.engine.errors import CheckpointError, checkpoint_errors
 from diptych.engine.name_patterns import listed
-from diptych.engine.state.checkpoint_structure import check_archive, check_unpacked
+from diptych.engine.state.checkpoint_structure import check_archive, load_plain
 from diptych.engine.state.module_state import clean_state_dict, load_clean_state_dict
 from diptych.handlers.checkpointing.checkpoint_store import CheckpointStore
 from diptych.handlers.checkpointing.entries import resumable_entries
@@ -172,12 +171,9 @@ def _safetensors(path: Path) -> Any:
 
 
 def _torch_file(path: Path) -> Any:
-    size = path.stat().st_size
     if zipfile.is_zipfile(path):  # torch before 1.6 wrote no archive
-        check_archive(path, size)
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    check_unpacked(loaded, size)
-    return loaded
+        check_archive(path, path.stat().st_size)
+    return load_plain(path)
 
 
 def _state_dict_in(loaded: Any, path: Path) -> dict[str, Tensor]:

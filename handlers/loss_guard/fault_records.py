@@ -20,7 +20,7 @@ from diptych.engine.data.seeded_loader import SeededLoader
 from diptych.engine.distributed.collectives import rank, world_size
 from diptych.engine.distributed.dtensor import full_state
 from diptych.engine.errors import CheckpointError, checkpoint_errors
-from diptych.engine.state.checkpoint_structure import check_archive, check_unpacked
+from diptych.engine.state.checkpoint_structure import check_archive, load_plain
 from diptych.engine.state.module_state import clean_state_dict, load_clean_state_dict
 from diptych.engine.trainer import Trainer
 from diptych.handlers.files import make_folder, write_atomically
@@ -119,15 +119,12 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def _read_intact(path: Path) -> Any:
     """Return the content of a file of `torch.save`, whose checksums torch does not compare."""
-    size = path.stat().st_size
-    check_archive(path, size)
+    check_archive(path, path.stat().st_size)
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
         raise CheckpointError(f"it is damaged in its part {damaged}")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    check_unpacked(state, size)
-    return state
+    return load_plain(path)
 
 
 def sample_ids(trainer: Trainer, batch: Any, key: str) -> list[Any] | None:
