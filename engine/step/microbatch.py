@@ -147,11 +147,12 @@ def _way_to_samples(lengths: Sequence[int], size: int) -> str:
     all samples, come first cannot be seen.
     """
     rows, rest = divmod(lengths[0], size) if size else (0, 0)
+    way = "All parts of a batch must have the same number of samples"
     if rest or rows < 2:
-        return "All parts of a batch must have the same number of samples"
+        return way
     return (
-        f"If a sample has {rows} rows, such as captions, return them as [samples, {rows}, ...], "
-        "and flatten the first two dimensions in the loss"
+        f"{way}. If a sample has {rows} rows, such as captions, return them as [samples, {rows}, "
+        "...], and flatten the first two dimensions in the loss"
     )
 
 
