@@ -6,7 +6,7 @@ Imports nothing of the library, so that losses and engine can both use it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -30,10 +30,49 @@ def call_with(function: Callable[..., T], outputs: Mapping[str, Tensor]) -> T:
     Outputs are passed in their order. One that has the name of an optional argument is passed by
     name. An output of a teacher is left out unless the function has an argument of its name. A
     function with an argument `**outputs` gets all by name.
+
+    Raises:
+        TypeError: if there are too few or too many outputs for the function's arguments.
     """
     in_order, by_name = arguments_of(written(function), tuple(outputs))
     named = {name: outputs[name] for name in by_name} if by_name else {}
-    return function(*map(outputs.__getitem__, in_order), **named)
+    try:
+        return function(*map(outputs.__getitem__, in_order), **named)
+    except TypeError as error:
+        if takes(function, in_order, by_name):
+            raise
+        arguments, too_few = misfit(function, len(in_order))
+        way_out = (
+            "Return the missing ones too, or choose a loss that needs fewer."
+            if too_few
+            else "Leave the others out. An optional one must have the name of its argument."
+        )
+        raise TypeError(
+            f"task must return outputs for the arguments of {arguments}, got "
+            f"{', '.join(outputs) or 'none'}. {way_out}"
+        ) from error
+
+
+def takes(function: Callable[..., Any], in_order: Iterable[Any], by_name: Iterable[str]) -> bool:
+    """Return whether a function can be called with so many arguments, and those by name."""
+    # The signature of a module is that of its `__call__`, which takes anything.
+    called = function.forward if isinstance(function, nn.Module) else function
+    try:
+        inspect.signature(called).bind(*in_order, **dict.fromkeys(by_name))
+    except TypeError:
+        return False
+    except ValueError:  # not written in Python
+        return True
+    return True
+
+
+def misfit(function: Callable[..., Any], given: int) -> tuple[str, bool]:
+    """Return a loss with its arguments in words, and whether `given` are too few for them."""
+    required, optional = _names(written(function), ()) or ((), ())
+    loss = getattr(function, "__self__", function)
+    name = type(loss).__name__ if isinstance(loss, nn.Module) else getattr(loss, "__name__", "it")
+    others = f" (optional: {', '.join(optional)})" if optional else ""
+    return f"{name}: {', '.join(required)}{others}", given < len(required)
 
 
 def written(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from diptych._loss_arguments import Arguments, arguments_of_parts, untaken
+from diptych._loss_arguments import Arguments, arguments_of_parts, misfit, takes, untaken
 from diptych.losses.base.loss import Loss, named_calls, sample_mean, with_defaults
 from diptych.losses.registry import available_losses, get_loss_class
 
@@ -83,27 +82,23 @@ def weighted_terms(
     try:
         terms = terms_of(*inputs, **named)
     except TypeError as error:
-        if _takes(terms_of, inputs, named):
+        called = getattr(loss, "total_and_weight", getattr(loss, "terms", loss))
+        if takes(called, inputs, named):
             raise
+        arguments, too_few = misfit(called, len(inputs))
+        way_out = (
+            "Return the missing ones from the task."
+            if too_few
+            else f"Pass inputs={{{name!r}: (0, 1)}}, for example."
+        )
         raise TypeError(
-            f"inputs must give the positions of the outputs that {name!r} takes, which cannot take"
-            f" all {len(inputs)}. Pass inputs={{{name!r}: (0, 1)}}, for example."
+            f"inputs must give the positions of the outputs for {name!r}, the arguments of"
+            f" {arguments}, got {len(inputs)}. {way_out}"
         ) from error
     if len(terms) == 1:
         (value,) = terms.values()
         return {name: weight * value}
     return {f"{name}/{term}": weight * value for term, value in terms.items()}
-
-
-def _takes(
-    terms: Callable[..., object], inputs: Sequence[object], named: Mapping[str, object]
-) -> bool:
-    """Return whether a function can be called with so many arguments, and those by name."""
-    try:
-        inspect.signature(terms).bind(*inputs, **named)
-    except TypeError:
-        return False
-    return True
 
 
 class MultipleLosses(CompositeLoss):

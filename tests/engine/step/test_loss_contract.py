@@ -86,6 +86,37 @@ def test_optional_arguments_and_outputs_of_a_teacher_are_passed_by_name():
     assert loss.given == (named["image"], named["text"], None, named["groups"], named["text"])
 
 
+class Failing(nn.Module):
+    """A loss with a mistake of its own."""
+
+    def forward(self, first):
+        return first + "1"
+
+
+MISFITS = [
+    (CLIPLoss(), "image", r"of CLIPLoss: first, second \(optional: groups\), got image\. Return"),
+    (CLIPLoss(), "a b c d e", r"of CLIPLoss: first, .*, got a, b, c, d, e\. Leave the others"),
+    (nn.MSELoss(), "a groups b", r"of MSELoss: input, target, got a, groups, b\. Leave"),
+    (CrossEntropyLoss().total_and_weight, "logits", r"of CrossEntropyLoss: logits, .*, got logits"),
+    (lambda first, second: first, "a", r"of <lambda>: first, second, got a\. Return"),
+]
+
+
+@pytest.mark.parametrize(("loss", "names", "message"), MISFITS)
+def test_too_few_and_too_many_outputs_are_named_beside_the_arguments_of_the_loss(
+    loss, names, message
+):
+    outputs = dict.fromkeys(names.split(), FEATURES["first"])
+    call = loss.terms if isinstance(loss, CLIPLoss) else loss
+    with pytest.raises(TypeError, match=rf"^task must return outputs for .* {message}"):
+        call_with(call, outputs)
+
+
+def test_an_error_inside_a_loss_is_not_taken_for_one_of_its_outputs():
+    with pytest.raises(TypeError, match="unsupported operand"):
+        call_with(Failing(), {"first": FEATURES["first"]})
+
+
 def test_a_loss_without_the_names_gets_the_outputs_in_order():
     a, b, taught = torch.randn(3, 4, 2).unbind()
     outputs = {"second": a, "first": b, "teacher_first": taught}

@@ -167,8 +167,10 @@ def test_wrong_arguments_are_refused(arguments: Mapping[str, object], sentence: 
 
 def test_outputs_that_a_part_cannot_take_are_told_with_the_way_out() -> None:
     loss = WeightedSum(losses={"clip": CLIPLoss(), "near": CLIPDistillationLoss()})
-    with pytest.raises(TypeError, match=r"'clip' takes, which cannot take all 4. Pass inputs="):
+    with pytest.raises(TypeError, match=r"of CLIPLoss: first, second .*, got 4\. Pass inputs="):
         loss(*SIDES, *SIDES)
+    with pytest.raises(TypeError, match=r"of CLIPLoss: .*, got 1\. Return the missing ones"):
+        loss(SIDES[0])
     with pytest.raises(TypeError, match="second must be floating point"):
         loss(SIDES[0], GROUPS)
 
