@@ -63,7 +63,7 @@ CHARTS = (
     Chart(HEALTHY, "Dimensions in use, as a share", [r"health/.+/rank_share$"]),
     Chart(HEALTHY, "Accuracy within the batch", [r"health/in_batch_accuracy$"]),
     Chart(HEALTHY, "Loss over chance", [r"health/loss_over_chance$"]),
-    Chart(HEALTHY, "Weights that move, as a share", [r"health/.+/moving$"]),
+    Chart(HEALTHY, "Weights that move (few at a rate near 0)", [r"health/.+/moving$"]),
     Chart(HEALTHY, "Batches that were kept out", [r"guard/", r"train/skipped_"]),
 )
 

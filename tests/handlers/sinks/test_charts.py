@@ -42,6 +42,7 @@ def titles(*tags: str) -> list[str]:
         ("health/auroc", "AUROC: pairs against negatives"),
         ("health/image/rank_share", "Dimensions in use, as a share"),
         ("health/loss_over_chance", "Loss over chance"),
+        ("health/image/moving", "Weights that move (few at a rate near 0)"),
         ("guard/caught", "Batches that were kept out"),
     ],
 )
