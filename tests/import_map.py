@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine.data": {"engine", "engine.distributed"},
     "engine.distributed": {"engine"},
     "engine.loop": {"engine", "engine.data", "engine.distributed"},
-    "engine.metrics": {"engine.distributed"},
+    "engine.metrics": {"engine", "engine.distributed"},
     "engine.optimizers": {"engine.distributed"},
     "engine.state": {
         "engine",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import pickle
 import random
 import re
 import zipfile
@@ -27,6 +26,10 @@ DEPTH = 200
 GROWTH = 16
 """Times its own size that a checkpoint may take once it is unpacked, beside `ALLOWANCE`."""
 ALLOWANCE = 1 << 20
+
+REFUSED = "Weights only load failed"
+"""The beginning of torch's text about a file that it does not unpickle. It goes on with the advice
+to unpickle everything, and has codes of a terminal."""
 
 OUTLINED = ("trainer", "metrics", "last_metrics", "handlers", "data", "current", "iteration")
 """The parts whose content a checkpoint outlines."""
@@ -101,7 +104,9 @@ def load_plain(path: Path) -> Any:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's text advises to unpickle everything
+    except Exception as error:
+        if REFUSED not in str(error):
+            raise
         raise CheckpointError(_refusal(str(error))) from error
     check_unpacked(state, path.stat().st_size)
     return state
