@@ -139,7 +139,8 @@ class RunSavers:
         self._log_start(start)
 
     def _log_start(self, start: StartPoint) -> None:
-        position, level = self.trainer.state, logging.DEBUG if rank() else logging.INFO
+        # A warning, so that by default a run that was expected to start anew says where it starts.
+        position, level = self.trainer.state, logging.DEBUG if rank() else logging.WARNING
         logger.log(
             level,
             "Resumed from %s (epoch %d, iteration %d).",

@@ -165,7 +165,9 @@ def test_what_functions_keep_in_their_closures_is_named(
         caplog.clear()
         trainer = Script(handlers=(Closures(), CheckpointManager(tmp_path))).build()
         trainer.run(Script().data(), max_iters=stop)
-        (line,) = [line for line in caplog.messages if "functions" in line]
+        (line,) = [
+            line for line in caplog.messages if "which start anew" in line or "functions at" in line
+        ]
         if stop == 3:  # when a run starts: what can be seen in the code
             assert line.startswith("Checkpoints lack the variables that functions at events assign")
             assert "assign: add.count. A resumed run starts them anew." in line

@@ -86,9 +86,9 @@ def test_the_newest_checkpoint_of_all_directories_is_resumed(tmp_path, killed, s
     assert ranked.get_best_checkpoint() == tmp_path / "best" / "checkpoint_epoch_2.pt"
 
 
-def test_a_checkpoint_is_loaded_once(tmp_path, caplog):
+def test_a_checkpoint_is_loaded_once_and_named_at_the_default_level(tmp_path, caplog):
     run_killed(tmp_path, 11)
-    caplog.set_level("INFO")
+    caplog.set_level("WARNING")
     trainer, _ = build(tmp_path)
     trainer.run(make_loader(), max_epochs=4)
     assert caplog.text.count("Resumed from") == 1
