@@ -292,6 +292,25 @@ def _exact_gradient(
 
 
 @triton.jit
+def _exact_gradients(
+    exponents, rows, columns, n, m, description, row_terms, column_terms, count, positive, answer,
+    GROUP, BOTH,
+):
+    """Return the gradient of a tile from the losses of its rows and, if BOTH, of its columns."""
+    pull = tl.load(row_terms + count + rows, rows < n, 0.0)
+    values = _exact_gradient(
+        exponents, row_terms, count, rows, rows < n, 1, positive, pull, positive, GROUP
+    )
+    if BOTH:
+        answering = tl.load(_indices(description, 1, n) + rows, rows < n, 0)
+        pull = tl.load(column_terms + count + answering, rows < n, 0.0)
+        values += _exact_gradient(
+            exponents, column_terms, count, columns, columns < m, 0, answer, pull, positive, GROUP
+        )
+    return values
+
+
+@triton.jit
 def contrast_gradient(
     anchors, candidates, description, row_groups, column_groups,
     row, column, height, width, n, m, scale, row_terms, column_terms, count, row_exact,
@@ -321,17 +340,10 @@ def contrast_gradient(
         positive, answer, neither = _entries(
             rows, columns, n, m, description, row_groups, column_groups, ITSELF, GROUP
         )
-        exponents, own = total * factor, tl.load(row_terms + count + rows, rows < n, 0.0)
-        values = _exact_gradient(
-            exponents, row_terms, count, rows, rows < n, 1, positive, own, positive, GROUP
+        values = _exact_gradients(
+            total * factor, rows, columns, n, m, description, row_terms, column_terms, count,
+            positive, answer, GROUP, BOTH,
         )
-        if BOTH:
-            answering = tl.load(_indices(description, 1, n) + rows, rows < n, 0)
-            own = tl.load(column_terms + count + answering, rows < n, 0.0)
-            values += _exact_gradient(
-                exponents, column_terms, count, columns, columns < m, 0, answer, own, positive,
-                GROUP,
-            )
         values = tl.where(neither, 0.0, values)
         scale_sum = tl.sum(values * total)
     else:
@@ -386,6 +398,15 @@ def _over_parts(maxima, totals, parts, stride, inside):
 
 
 @triton.jit
+def _loss_and_pull(gap, DECOUPLED):
+    """Return the loss of a gap between negatives and positives, and its derivative."""
+    if DECOUPLED:
+        return gap, tl.zeros_like(gap) + 1.0
+    else:
+        return _softplus(gap), 1.0 / (1.0 + tl.exp(-gap))
+
+
+@triton.jit
 def losses(
     negative_maxima, negative_totals, positive_maxima, positive_totals, columns, parts, part_stride,
     kind_stride, valid, statistics, sums, n, count, smoothing,
@@ -402,9 +423,7 @@ def losses(
     counted = inside
     if VALID:
         counted = tl.load(valid + rows, inside, 0) != 0
-    known = inside
-    if COMPLETED:
-        known = inside & (lines < n)
+    known = inside & (lines < n) if COMPLETED else inside
     negative = tl.load(negative_maxima + lines, known, 0.0)
     negative_total = tl.load(negative_totals + lines, known, 1.0)
     if POSITIVES:
@@ -426,10 +445,7 @@ def losses(
     if POSITIVES:
         positive, total = positive + tl.log(positive_total), total - tl.log(positive_total)
     gap += total
-    if DECOUPLED:
-        loss, pull = gap, tl.full((ROWS,), 1.0, tl.float32)
-    else:
-        loss, pull = _softplus(gap), 1.0 / (1.0 + tl.exp(-gap))
+    loss, pull = _loss_and_pull(gap, DECOUPLED)
     line = statistics + 3 * lines
     tl.store(line, tl.where(counted, positive + loss, float("inf")), inside)
     tl.store(line + 1, tl.where(counted, pull - smoothing, 0.0), inside)
